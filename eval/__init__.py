@@ -1,0 +1,1 @@
+"""How good a checkpoint is: KL divergence, perplexity, and the layer-swap profile."""

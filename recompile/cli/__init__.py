@@ -1,0 +1,1 @@
+"""The commands. Only this package imports click, rich and eval."""

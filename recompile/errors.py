@@ -1,0 +1,43 @@
+"""Errors that a user or a file can cause. Every message names the place, what was found, what was wanted and what to do."""
+
+from __future__ import annotations
+
+
+class RecompileError(Exception):
+    """Base of every error that a command turns into one line and exit code 1."""
+
+
+class RecipeError(RecompileError):
+    """A recipe (override YAML) that cannot be read, or that does not fit the checkpoints it names."""
+
+
+class CheckpointError(RecompileError):
+    """A checkpoint that is missing, truncated, inconsistent or not what its config says."""
+
+
+class FormatError(CheckpointError):
+    """Stored parts of one module that their format does not allow (shapes, dtypes, values)."""
+
+
+class MissingWeight(CheckpointError):
+    """A tensor or module that a checkpoint does not hold."""
+
+
+class MismatchError(RecompileError):
+    """Two checkpoints, or a checkpoint and a tokenizer, that are not of the same model."""
+
+
+class BudgetError(RecompileError):
+    """A size budget that no choice can meet; the message gives the reachable range."""
+
+
+class JournalError(RecompileError):
+    """A profile journal that belongs to another measurement, or that is damaged before its last line."""
+
+
+class OutputError(RecompileError):
+    """An output that cannot be written: it exists, it is an input, the disk is full or read-only."""
+
+
+class UnsupportedError(RecompileError):
+    """Something that is understood and not supported here; the message names the way out."""

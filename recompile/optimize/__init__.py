@@ -1,0 +1,1 @@
+"""Costs and a budget to one choice per group. Numbers only."""

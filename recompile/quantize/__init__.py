@@ -1,0 +1,1 @@
+"""Dense weight (and Hessian) to the stored parts of a format."""
