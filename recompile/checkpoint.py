@@ -1,0 +1,478 @@
+"""Checkpoint: a model directory opened lazily. Names, dtypes, shapes, byte ranges and config; no tensor is read until
+asked for, and torch is imported only then."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
+from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, WEIGHT_PARTS, FormatSpec, format_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 100 * 1000 * 1000  # the limit of the safetensors format itself
+INDEX_NAME = "model.safetensors.index.json"
+FINGERPRINT_BYTES = 4096  # read at the start, the middle and the end of every tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: what its header says and where its bytes are."""
+
+    name: str
+    dtype: str  # safetensors spelling: "BF16", "I32"
+    shape: tuple[int, ...]
+    path: Path
+    offset: int  # of the first byte, from the start of the file
+    size_bytes: int
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """One module as stored: all tensors `<name>.<part>` that belong together."""
+
+    name: str
+    parts: Mapping[str, TensorInfo]
+    shape: tuple[int, ...] | None  # (out_features, in_features) as stored; None for loose parameters
+    format: str
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts.values())
+
+    @property
+    def numel(self) -> int:
+        """Weights in the module: those of the weight if it has one, else of all parameters."""
+        if self.shape is None:
+            return sum(part.numel for part in self.parts.values())
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored per weight, scales, zero points and bias included."""
+        return 8 * self.size_bytes / max(1, self.numel)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.format != "dense"
+
+
+def split_name(tensor: str) -> tuple[str, str]:
+    """`model.norm.weight` -> (`model.norm`, `weight`)."""
+    module, _, part = tensor.rpartition(".")
+    return module, part
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and metadata of one safetensors file, checked against the size of the file.
+
+    Raises CheckpointError naming the file and the tensor for anything the safetensors format forbids: a header that
+    does not fit, unknown dtypes, offsets that do not match shape and dtype, overlap, holes, a truncated file.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
+                raise CheckpointError(
+                    f"{path}: not a whole safetensors file: it has {file_bytes} bytes and its first 8 ask for a header "
+                    f"of {header_bytes}; download or write it again"
+                )
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is not JSON ({error}); the file is damaged") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is {type(header).__name__}, wanted an object")
+    start = 8 + header_bytes
+    metadata = header.pop("__metadata__", {}) or {}
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in header.items():
+        tensors[name] = _tensor_info(path, name, entry, start)
+    end = 0
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.size_bytes)):
+        begin = info.offset - start
+        if begin != end:
+            what = "overlaps the tensor before it" if begin < end else f"leaves {begin - end} bytes unused before it"
+            raise CheckpointError(f"{path}: tensor {info.name} {what}; the file is damaged")
+        end = begin + info.size_bytes
+    if start + end != file_bytes:
+        what = "truncated" if start + end > file_bytes else "longer than its header says"
+        raise CheckpointError(
+            f"{path}: {what}: its header describes {start + end} bytes and it has {file_bytes}; "
+            f"download or write it again"
+        )
+    return tensors, metadata
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: header entry of tensor {name} is malformed: {entry!r}") from error
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}, known: {', '.join(DTYPE_BYTES)}")
+    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, stop)):
+        raise CheckpointError(f"{path}: tensor {name} has shape {list(shape)} and offsets {begin}..{stop}")
+    wanted = DTYPE_BYTES[dtype]
+    for size in shape:
+        wanted *= size
+    if stop - begin != wanted:
+        raise CheckpointError(
+            f"{path}: tensor {name} {dtype} {list(shape)} needs {wanted} bytes, its offsets give {stop - begin}"
+        )
+    return TensorInfo(name, dtype, shape, path, start + begin, wanted)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises CheckpointError with the file, line and column."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+
+
+class WeightSource(Protocol):
+    """Where a model's weights come from, one module at a time: a Checkpoint, or an Overlay of several."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def modules(self) -> Mapping[str, StoredModule]: ...
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor: ...
+    def has(self, tensor: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: safetensors shards, config and tokenizer files.
+
+    `label` is the directory as the user wrote it, for messages.
+    """
+
+    path: Path
+    label: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = ()
+    _modules: dict[str, StoredModule] = field(default_factory=dict, repr=False, compare=False)
+
+    # ---- what is stored -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def modules(self) -> Mapping[str, StoredModule]:
+        """Every module by name, in the order of the shards."""
+        grouped: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.tensors.items():
+            module, part = split_name(name)
+            if part in WEIGHT_PARTS:
+                grouped.setdefault(module, {})[part] = info
+            else:  # a parameter with a name of its own, such as `A_log`, or a fused expert tensor
+                grouped.setdefault(name, {})[""] = info
+        return {name: self._stored(name, parts) for name, parts in grouped.items()}
+
+    def _stored(self, name: str, parts: dict[str, TensorInfo]) -> StoredModule:
+        spec = format_of(parts)
+        shape = self._shape(spec, name, parts)
+        return StoredModule(name, parts, shape, spec.name)
+
+    def _shape(self, spec: FormatSpec, name: str, parts: dict[str, TensorInfo]) -> tuple[int, ...] | None:
+        try:
+            shape = spec.shape(parts)
+        except (KeyError, IndexError) as error:
+            found = ", ".join(f"{part} {list(info.shape)}" for part, info in parts.items())
+            raise FormatError(f"{self.label}: {name} is not a whole {spec.name} module: it has {found}") from error
+        if shape is not None or "weight_shape" not in parts:
+            return shape
+        info = parts["weight_shape"]
+        raw = self.read_bytes(info)
+        if info.dtype not in ("I64", "I32") or info.numel != 2:
+            raise FormatError(
+                f"{self.label}: {info.name} is {info.dtype} {list(info.shape)}, wanted I64 [2] = [out, in]"
+            )
+        width = len(raw) // 2
+        out_features, in_features = (
+            int.from_bytes(raw[start : start + width], "little", signed=True) for start in (0, width)
+        )
+        if out_features <= 0 or in_features <= 0 or out_features * in_features > 1 << 50:
+            raise FormatError(
+                f"{self.label}: {info.name} says {out_features} x {in_features}, wanted two sizes above 0"
+            )
+        return (out_features, in_features)
+
+    @cached_property
+    def quantization_config(self) -> Mapping[str, Any]:
+        found = self.config.get("quantization_config") or {}
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(module.is_quantized for module in self.modules.values())
+
+    @cached_property
+    def formats(self) -> tuple[str, ...]:
+        """The quantized formats that occur, in the order they are met."""
+        return tuple(dict.fromkeys(module.format for module in self.modules.values() if module.is_quantized))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all tensor names, dtypes and shapes and of 12 KiB of every tensor (start, middle, end), hex.
+
+        It tells builds apart without reading whole models; it is not a proof that two builds are equal."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            with info.path.open("rb") as file:
+                for start in (0, (info.size_bytes - FINGERPRINT_BYTES) // 2, info.size_bytes - FINGERPRINT_BYTES):
+                    file.seek(info.offset + max(0, start))
+                    digest.update(file.read(min(FINGERPRINT_BYTES, info.size_bytes)))
+        return digest.hexdigest()
+
+    # ---- reading --------------------------------------------------------------------------------------------------
+
+    def has(self, tensor: str) -> bool:
+        """Whether `load(tensor)` would find a value: a stored tensor, or the weight of a quantized module."""
+        module, part = split_name(tensor)
+        return tensor in self.tensors or (part == "weight" and module in self.modules)
+
+    def read_bytes(self, info: TensorInfo) -> bytes:
+        with info.path.open("rb") as file:
+            file.seek(info.offset)
+            raw = file.read(info.size_bytes)
+        if len(raw) != info.size_bytes:
+            raise CheckpointError(f"{info.path}: ends inside tensor {info.name}; was it changed while open?")
+        return raw
+
+    def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
+        """One stored tensor as it is: its own dtype and shape, nothing decoded. Raises MissingWeight."""
+        info = self.tensors.get(tensor)
+        if info is None:
+            near = difflib.get_close_matches(tensor, self.tensors, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise MissingWeight(f"{self.label}: holds no tensor {tensor}{hint}")
+        return read_tensor(info, device)
+
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        """A dense value of a tensor of the model, e.g. `model.layers.0.mlp.up_proj.weight`, decoded where it is
+        quantized. Stored dtype for dense tensors, the format's own for decoded ones; padded where the format pads.
+
+        Raises MissingWeight, FormatError, UnsupportedError (a format that is recognised and not supported), and
+        CheckpointError for values that are not finite.
+        """
+        import torch
+
+        module_name, part = split_name(tensor)
+        module = self.modules.get(module_name)
+        if module is None or not module.is_quantized or part != "weight":
+            value = self.read(tensor, device)
+        else:
+            parts = {name: read_tensor(info, device) for name, info in module.parts.items()}
+            value = self.decode(module, parts)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise CheckpointError(
+                f"{self.label}: {tensor} holds {bad} NaN or infinite values of {value.numel()}; "
+                f"this checkpoint is damaged, make or download it again"
+            )
+        return value
+
+    def decode(self, module: StoredModule, parts: Mapping[str, Tensor]) -> Tensor:
+        """Dense weight [out_features, in_features] of a quantized module from its parts."""
+        from recompile.formats import FORMATS
+
+        spec = FORMATS[module.format]
+        if not spec.runnable:
+            raise UnsupportedError(
+                f"{self.label}: {module.name} is stored as {spec.name}, which this version cannot decode; "
+                f"it reads dense, pack-quantized (integer), EXL2 and EXL3 weights"
+            )
+        try:
+            return spec.load_code().dequantize(parts, self.scheme(module), module=module.name)
+        except FormatError as error:
+            raise FormatError(f"{self.label}: {error}") from error
+
+    def scheme(self, module: StoredModule) -> Any:
+        """What the config says of how this module is quantized; None where the parts alone say it all."""
+        if module.format != "pack-quantized":
+            return None
+        from recompile.formats.compressed_tensors import scheme_of
+
+        return scheme_of(self, module)
+
+
+def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:
+    """The bytes of one tensor as a torch tensor of its own dtype, read once into its final host buffer."""
+    import torch
+    from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
+
+    buffer = torch.empty(info.size_bytes, dtype=torch.uint8)
+    try:
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+            done = 0
+            while done < info.size_bytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{info.path}: ends inside tensor {info.name}; was it changed while open?")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
+    dtype = TORCH_DTYPES[info.dtype]
+    assert dtype is not None, "DTYPE_BYTES lists only dtypes that torch has"
+    tensor = buffer.view(dtype).reshape(info.shape)
+    return tensor if torch.device(device).type == "cpu" else tensor.to(device)
+
+
+def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+    """Open a model directory; reads config.json and the headers of the shards, no tensor.
+
+    Raises CheckpointError for a directory that is missing or incomplete, shards that are damaged, truncated, listed and
+    absent, or hold a tensor twice, and for stray shards that the format's engine would load as well.
+    """
+    label = os.fspath(directory)
+    path = Path(directory).expanduser()
+    if path.is_file():
+        raise CheckpointError(f"{label}: is a file; a model directory with config.json and *.safetensors is wanted")
+    if not path.is_dir():
+        raise CheckpointError(f"{label}: no such model directory")
+    config_path = path / "config.json"
+    if not config_path.exists():
+        what = "a directory half written by an earlier run" if label.endswith(".partial") else "not a model directory"
+        raise CheckpointError(f"{label}: {what}: it has no config.json")
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_path}: holds {type(config).__name__}, wanted an object")
+    notes: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
+    for shard in _shards(path, label, config, notes):
+        found, _ = read_safetensors_header(shard)
+        for name, info in found.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{label}: tensor {name} is in both {tensors[name].path.name} and {shard.name}; engines would take "
+                    f"one or the other: remove the shard that does not belong here"
+                )
+            tensors[name] = info
+    _check_index(path, label, config, tensors)
+    return Checkpoint(path, label, config, tensors, tuple(notes))
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """`quant_method` of a config.json, e.g. "compressed-tensors", "exl2"; None for a dense model."""
+    found = config.get("quantization_config")
+    return str(found.get("quant_method")) if isinstance(found, Mapping) else None
+
+
+def _shards(path: Path, label: str, config: Mapping[str, Any], notes: list[str]) -> list[Path]:
+    """The shards that belong to the checkpoint, in order.
+
+    EXL2 and EXL3 engines load every *.safetensors in the directory, so every one counts there, and one that the index
+    of an EXL3 model does not list is an error. Elsewhere the index, or model.safetensors, is what loaders read.
+    """
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        other = sorted({file.suffix for file in path.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".gguf")})
+        hint = f" (it has {', '.join(other)} files: convert them to safetensors first)" if other else ""
+        index = " though it has an index of them" if (path / INDEX_NAME).exists() else ""
+        raise CheckpointError(f"{label}: has no *.safetensors{index}{hint}")
+    method = quant_method(config)
+    listed = _index_map(path)
+    if method == "exl2":
+        return found
+    if method == "exl3":
+        if listed is not None:
+            stray = [file.name for file in found if file.name not in set(listed.values())]
+            if stray:
+                raise CheckpointError(
+                    f"{label}: {', '.join(stray)} is not listed in {INDEX_NAME}, and EXL3 engines load every shard in "
+                    f"the directory; remove it"
+                )
+        return found
+    if listed is not None:
+        chosen = sorted({path / name for name in listed.values()})
+    elif (path / "model.safetensors").exists():
+        chosen = [path / "model.safetensors"]
+    else:
+        chosen = found
+    for file in chosen:
+        if not file.exists():
+            raise CheckpointError(f"{label}: shard {file.name} is listed in {INDEX_NAME} and missing")
+    ignored = [file.name for file in found if file not in chosen]
+    if ignored:
+        notes.append(f"{label}: ignored {', '.join(ignored)} (not part of the model's index)")
+    return chosen
+
+
+def _index_map(path: Path) -> dict[str, str] | None:
+    index = path / INDEX_NAME
+    if not index.exists():
+        return None
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f'{index}: has no "weight_map" object of tensor names to file names')
+    outside = [name for name in weight_map.values() if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: names a file outside its directory: {outside[0]}")
+    return weight_map
+
+
+def _check_index(path: Path, label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    listed = None if quant_method(config) == "exl2" else _index_map(path)  # EXL2 directories carry a stale index
+    if listed is None:
+        return
+    absent = [name for name in listed if name not in tensors]
+    if absent:
+        raise CheckpointError(
+            f"{label}: {INDEX_NAME} lists {len(absent)} tensors that no shard holds, first {absent[0]} in "
+            f"{listed[absent[0]]}; the download is incomplete or the index is stale"
+        )
+    wrong = [name for name, file in listed.items() if tensors[name].path.name != file]
+    if wrong:
+        raise CheckpointError(
+            f"{label}: {INDEX_NAME} says {wrong[0]} is in {listed[wrong[0]]}, it is in {tensors[wrong[0]].path.name}"
+        )
+
+
+def dense_dtype(modules: Iterable[StoredModule]) -> str:
+    """The float dtype that most dense bytes are in, safetensors spelling; "BF16" if there is none."""
+    counts: dict[str, int] = {}
+    for module in modules:
+        for part in module.parts.values():
+            if not module.is_quantized and part.dtype in FLOAT_DTYPES:
+                counts[part.dtype] = counts.get(part.dtype, 0) + part.size_bytes
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else "BF16"
