@@ -1,0 +1,306 @@
+"""Two weight sources and one set of rows -> how far the candidate is from the reference.
+
+Both models are run side by side, layer by layer: at any time one layer of one model is in memory, and the hidden
+states of both. Logits exist a chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.metrics import (
+    METRICS_VERSION,
+    ConfidenceBin,
+    Drift,
+    Mean,
+    Quantiles,
+    TokenMetrics,
+    drift,
+    kl_by_confidence,
+    kl_divergence,
+    mean_drift,
+    mean_over_rows,
+    quantiles,
+    token_metrics,
+)
+from recompile.checkpoint import WeightSource
+from recompile.errors import MismatchError, OutputError
+from recompile.stream import LayeredModel, check_same_skeleton
+
+LOGIT_CHUNK_TOKENS = 256
+FLOOR_TOKENS = 256  # of the first row, run once more on its own to see the arithmetic's own noise
+BATCH_TOKENS = 2048  # rows are batched up to about this many tokens
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """One finished stage; yielded while a comparison runs."""
+
+    name: str
+    index: int
+    total: int
+    drift: Drift
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """One model on the rows' own next tokens."""
+
+    perplexity: float
+    perplexity_std_error: float | None
+    nll: Mean  # nats per token
+    label_in_top_k: tuple[float, ...]  # K = 1, 2, ...
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """What `model_diff` measured. A is the candidate, B the reference."""
+
+    candidate: str
+    reference: str
+    rows: int
+    row_tokens: int
+    tokens: int  # with a finite KL
+    tokens_left_out: int  # NaN or infinite
+    dtype: str
+    device: str
+    vocab: int
+    kl: Mean  # KL(reference || candidate), nats per token
+    kl_reverse: Mean  # KL(candidate || reference)
+    kl_quantiles: Quantiles
+    kl_by_confidence: tuple[ConfidenceBin, ...]
+    kl_rows: tuple[float, ...]  # row means, for paired comparisons
+    noise_floor: float  # KL of the reference against itself, run in another shape
+    identical: bool  # every logit equal to the last bit
+    score_candidate: ModelScore
+    score_reference: ModelScore
+    top_k_agreement: tuple[Mean, ...]  # same K tokens in the same order, K = 1, 2, ...
+    layers: tuple[LayerDrift, ...]
+    rows_sha256: str
+    rows_source: str
+    versions: dict[str, str]
+    metrics_version: int = METRICS_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    batch: int | None = None  # rows a batch; None = about BATCH_TOKENS tokens
+    top_k: int = 5
+    keep_reference: int = 0  # stages (embedding first) after which the candidate's state is set to the reference's
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    vocab: int | None = None  # true vocabulary where the model pads it
+    save_candidate_logits: Path | None = None
+    save_reference_logits: Path | None = None
+
+
+def compare(
+    candidate: WeightSource,
+    reference: WeightSource,
+    ids: Tensor,
+    options: DiffOptions | None = None,
+    *,
+    rows_source: str = "",
+    rows_sha256: str = "",
+) -> Iterator[LayerDrift | DiffReport]:
+    """Run both models over `ids` (int64 [rows, tokens]); yields a LayerDrift per stage and last the DiffReport.
+
+    Raises MismatchError if the two are not builds of one model or the ids are not of its vocabulary.
+    """
+    options = options or DiffOptions()
+    model_a = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
+    model_b = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
+    check_same_skeleton(model_b, model_a)
+    _check_ids(ids, model_b.vocab_size)
+    yield from _Comparison(model_a, model_b, ids, options, rows_source, rows_sha256).run()
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise MismatchError(f"token rows are {list(ids.shape)}, wanted [rows >= 1, tokens >= 2]")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise MismatchError(
+            f"token ids run from {low} to {high}, the model's vocabulary from 0 to {vocab - 1}; "
+            f"is it the wrong tokenizer, or another model's --input-ids?"
+        )
+
+
+class _Comparison:
+    def __init__(
+        self, a: LayeredModel, b: LayeredModel, ids: Tensor, options: DiffOptions, source: str, sha256: str
+    ) -> None:
+        self.a, self.b, self.ids, self.options = a, b, ids, options
+        self.rows_source, self.rows_sha256 = source, sha256
+        self.batch = options.batch or max(1, BATCH_TOKENS // ids.shape[1])
+        self.floor_ids = ids[:1, : min(FLOOR_TOKENS, max(2, ids.shape[1] // 2))]
+        self.stages: list[LayerDrift] = []
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[LayerDrift | DiffReport]:
+        states_b = list(self.b.embed(self.ids, self.batch))
+        states_a = list(self.a.embed(self.ids, self.batch))
+        floor = next(self.b.embed(self.floor_ids, 1))
+        yield self._finish_stage("embedding", states_a, states_b)
+        for index in range(self.b.depth):
+            with self.b.layer(index):
+                floor = self.b.run_layer(index, floor)
+                for n, state in enumerate(states_b):
+                    states_b[n] = self.b.run_layer(index, state)
+            with self.a.layer(index):
+                for n, state in enumerate(states_a):
+                    states_a[n] = self.a.run_layer(index, state)
+            yield self._finish_stage(self.b.prefix_of_layer(index), states_a, states_b)
+        with self.b.norm_loaded() as norm:
+            floor = norm(floor)
+            states_b = [norm(state) for state in states_b]
+        with self.a.norm_loaded() as norm:
+            states_a = [norm(state) for state in states_a]
+        yield self._finish_stage("norm", states_a, states_b)
+        metrics, floor_kl = self._compare_logits(states_a, states_b, floor)
+        yield self._report(metrics, floor_kl)
+
+    def _finish_stage(self, name: str, states_a: list[Tensor], states_b: list[Tensor]) -> LayerDrift:
+        if len(self.stages) < self.options.keep_reference:
+            for n, state in enumerate(states_b):
+                states_a[n] = state.clone()
+        figures = [drift(a, b) for a, b in zip(states_a, states_b, strict=True)]
+        done = LayerDrift(name, len(self.stages), self.b.depth + 2, mean_drift(figures))
+        self.stages.append(done)
+        return done
+
+    def _compare_logits(
+        self, states_a: list[Tensor], states_b: list[Tensor], floor: Tensor
+    ) -> tuple[TokenMetrics, float]:
+        vocab = min(self.options.vocab or self.b.vocab_size, self.b.vocab_size)
+        rows, tokens = self.ids.shape
+        labels = torch.cat([self.ids[:, 1:], torch.full((rows, 1), -1)], 1).to(self.b.device)
+        shape = (rows, tokens, self.b.vocab_size)
+        pieces: list[TokenMetrics] = []
+        with (
+            _LogitFile(self.options.save_candidate_logits, shape) as file_a,
+            _LogitFile(self.options.save_reference_logits, shape) as file_b,
+            self.b.head_loaded(),
+            self.a.head_loaded(),
+        ):
+            first: list[Tensor] = []
+            row = 0
+            for a, b in zip(states_a, states_b, strict=True):
+                for r in range(len(b)):
+                    for start in range(0, tokens, LOGIT_CHUNK_TOKENS):
+                        stop = min(tokens, start + LOGIT_CHUNK_TOKENS)
+                        logits_b = self.b.logits(b[r : r + 1, start:stop])[0]
+                        logits_a = self.a.logits(a[r : r + 1, start:stop])[0]
+                        file_a.append(logits_a)
+                        file_b.append(logits_b)
+                        if row == 0 and start < floor.shape[1]:
+                            first.append(logits_b[: floor.shape[1] - start, :vocab].clone())
+                        pieces.append(
+                            token_metrics(
+                                logits_b[:, :vocab], logits_a[:, :vocab], labels[row, start:stop], self.options.top_k
+                            )
+                        )
+                    row += 1
+            again = self.b.logits(floor)[0, :, :vocab]
+            floor_kl = float(kl_divergence(torch.cat(first), again).double().abs().mean())
+        return TokenMetrics.cat(pieces).reshape(rows), floor_kl
+
+    def _report(self, found: TokenMetrics, floor_kl: float) -> DiffReport:
+        finite = torch.isfinite(found.kl)
+        counted = int(finite.sum())
+        row_means = [mean_over_rows(found.kl[r : r + 1]).mean for r in range(len(found.kl))]
+        labelled = torch.isfinite(found.reference_nll)
+        return DiffReport(
+            candidate=getattr(self.a.source, "label", "A"),
+            reference=getattr(self.b.source, "label", "B"),
+            rows=len(found.kl),
+            row_tokens=found.kl.shape[1],
+            tokens=counted,
+            tokens_left_out=found.kl.numel() - counted,
+            dtype=str(self.b.dtype).removeprefix("torch."),
+            device=str(self.b.device),
+            vocab=min(self.options.vocab or self.b.vocab_size, self.b.vocab_size),
+            kl=mean_over_rows(found.kl),
+            kl_reverse=mean_over_rows(found.kl_reverse),
+            kl_quantiles=quantiles(found.kl),
+            kl_by_confidence=kl_by_confidence(found.kl, found.confidence),
+            kl_rows=tuple(row_means),
+            noise_floor=floor_kl,
+            identical=bool(found.same_logit_bits.all()),
+            score_candidate=_score(found.candidate_nll, found.candidate_hit, labelled),
+            score_reference=_score(found.reference_nll, found.reference_hit, labelled),
+            top_k_agreement=tuple(mean_over_rows(found.agree[..., k].float()) for k in range(found.agree.shape[-1])),
+            layers=tuple(self.stages),
+            rows_sha256=self.rows_sha256,
+            rows_source=self.rows_source,
+            versions=versions(),
+        )
+
+
+def _score(nll: Tensor, hits: Tensor, labelled: Tensor) -> ModelScore:
+    mean = mean_over_rows(nll)
+    perplexity = math.exp(mean.mean) if mean.mean < 700 else math.inf
+    error = perplexity * mean.std_error if mean.std_error is not None else None
+    shares = tuple(float(hits[..., k][labelled].float().mean()) for k in range(hits.shape[-1]))
+    return ModelScore(perplexity, error, mean, shares)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a measurement depends on."""
+    import transformers
+
+    import recompile
+
+    return {"recompile": recompile.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+class _LogitFile:
+    """Appends logits to a safetensors file, key `logits`, float32 [rows, tokens, vocab]; nothing where path is None.
+
+    Written beside its final name and renamed when whole."""
+
+    def __init__(self, path: Path | None, shape: tuple[int, int, int]) -> None:
+        self.path, self.shape = path, shape
+        self.partial = path.with_name(path.name + ".partial") if path else None
+        self.file: Any = None
+
+    def __enter__(self) -> _LogitFile:
+        if self.partial is None:
+            return self
+        size = 4 * math.prod(self.shape)
+        header = json.dumps({"logits": {"dtype": "F32", "shape": list(self.shape), "data_offsets": [0, size]}}).encode()
+        header += b" " * (-len(header) % 8)
+        try:
+            self.file = self.partial.open("wb")
+            self.file.write(len(header).to_bytes(8, "little") + header)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        return self
+
+    def append(self, logits: Tensor) -> None:
+        if self.file is not None:
+            try:
+                self.file.write(logits.float().contiguous().cpu().numpy().data)
+            except OSError as error:
+                raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        if self.file is None or self.partial is None or self.path is None:
+            return
+        self.file.close()
+        if kind is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)

@@ -1,0 +1,239 @@
+"""How far a candidate's predictions are from a reference's: per token first, then with the doubt of every mean.
+
+KL is KL(reference || candidate) in nats per token, from float32 log-softmax without any epsilon, unless a name says
+otherwise. Rows are the unit of statistics: a standard error is that of the mean over row means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+METRICS_VERSION = 1
+CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+CPU_BLOCK_BYTES = 1 << 20  # of one model's logits: every pass over a block stays in a core's own cache
+DEVICE_BLOCK_BYTES = 1 << 28
+
+
+def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL(reference || candidate) at every token, in nats.
+
+    reference, candidate: [..., vocab] logits, any float dtype, same shape
+    returns:              [...] float32; exactly 0 where the logits are equal
+    A padded vocabulary is cut by the caller, who knows its true size. Tokens that the reference gives no probability
+    (logit -inf) add nothing.
+    """
+    log_p = reference.float().log_softmax(-1)
+    log_q = candidate.float().log_softmax(-1)
+    return _weighted_difference(log_p, log_q)
+
+
+def _weighted_difference(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum over vocab of p (log p - log q); [..., vocab] -> [...]."""
+    probability = log_p.exp()
+    total = (probability * (log_p - log_q)).sum(-1)
+    if not bool(torch.isfinite(total).all()):  # 0 * inf where a logit is -inf: such terms are 0 by definition
+        terms = torch.where(probability > 0, probability * (log_p - log_q), 0.0)
+        total = terms.sum(-1)
+    return total
+
+
+@dataclass(frozen=True)
+class TokenMetrics:
+    """What is kept of every token; all [tokens] (or [rows, tokens]) on the CPU, top-k ones with a last axis K."""
+
+    kl: Tensor  # float32, KL(reference || candidate), nats
+    kl_reverse: Tensor  # float32, KL(candidate || reference), nats
+    confidence: Tensor  # float32, the reference's highest probability
+    reference_nll: Tensor  # float32, -log p(label), nats; NaN at the last token of a row, which has no label
+    candidate_nll: Tensor
+    reference_hit: Tensor  # bool [.., K]: the label is among the reference's K most probable
+    candidate_hit: Tensor
+    agree: Tensor  # bool [.., K]: both rank the same K tokens, in the same order
+    same_logit_bits: Tensor  # bool: every logit equal to the last bit
+
+    @staticmethod
+    def cat(parts: Sequence[TokenMetrics]) -> TokenMetrics:
+        return TokenMetrics(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenMetrics)))
+
+    def reshape(self, rows: int) -> TokenMetrics:
+        values = (getattr(self, f.name) for f in fields(TokenMetrics))
+        return TokenMetrics(*(value.reshape(rows, -1, *value.shape[1:]) for value in values))
+
+
+def token_metrics(reference: Tensor, candidate: Tensor, labels: Tensor, top_k: int) -> TokenMetrics:
+    """Compare two sets of logits token by token.
+
+    reference, candidate: [tokens, vocab] logits, any float dtype, on one device
+    labels:               [tokens] int64, the next token of each; -1 where there is none
+    top_k:                largest K of the top-K figures
+    """
+    if reference.shape != candidate.shape or reference.shape[:1] != labels.shape:
+        raise ValueError(
+            f"logits {list(reference.shape)} and {list(candidate.shape)}, labels {list(labels.shape)} do not fit"
+        )
+    budget = CPU_BLOCK_BYTES if reference.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    block = max(1, budget // (4 * reference.shape[-1]))
+    top_k = min(top_k, reference.shape[-1])
+    pieces = [
+        _block_metrics(r, c, y, top_k)
+        for r, c, y in zip(reference.split(block), candidate.split(block), labels.split(block), strict=True)
+    ]
+    return TokenMetrics.cat(pieces)
+
+
+def _block_metrics(reference: Tensor, candidate: Tensor, labels: Tensor, top_k: int) -> TokenMetrics:
+    log_p = reference.float().log_softmax(-1)
+    log_q = candidate.float().log_softmax(-1)
+    top_p, order_p = log_p.topk(top_k, -1)
+    order_q = log_q.topk(top_k, -1).indices
+    target = labels.clamp(min=0)[:, None]
+    no_label = labels < 0
+    reference_nll = -log_p.gather(-1, target)[:, 0]
+    candidate_nll = -log_q.gather(-1, target)[:, 0]
+    values = (
+        _weighted_difference(log_p, log_q),
+        _weighted_difference(log_q, log_p),
+        top_p[:, 0].exp(),
+        reference_nll.masked_fill(no_label, math.nan),
+        candidate_nll.masked_fill(no_label, math.nan),
+        ((order_p == target).cumsum(-1) > 0) & ~no_label[:, None],
+        ((order_q == target).cumsum(-1) > 0) & ~no_label[:, None],
+        (order_p == order_q).cumprod(-1).bool(),
+        (reference == candidate).all(-1),
+    )
+    return TokenMetrics(*(value.cpu() for value in values))
+
+
+# ---- means with their doubt ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over all tokens, and the standard error of it with rows as the unit; None for fewer than two rows."""
+
+    mean: float
+    std_error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.6f}" + (f" ± {self.std_error:.6f}" if self.std_error is not None else "")
+
+
+def mean_over_rows(values: Tensor) -> Mean:
+    """Mean of [rows, tokens] values with NaN or infinite ones left out, and its standard error over rows."""
+    values = values.double()
+    finite = torch.isfinite(values)
+    counts = finite.sum(1)
+    used = counts > 0
+    if not bool(used.any()):
+        return Mean(math.nan, None)
+    sums = torch.where(finite, values, 0.0).sum(1)[used]
+    counts = counts[used].double()
+    mean = float(sums.sum() / counts.sum())
+    rows = len(sums)
+    if rows < 2:
+        return Mean(mean, None)
+    # ratio estimator: rows weigh by their tokens, so the error is that of the residuals sum - mean * count
+    residual = sums - mean * counts
+    error = math.sqrt(float((residual**2).sum()) * rows / (rows - 1)) / float(counts.sum())
+    return Mean(mean, error)
+
+
+def paired_difference(left: Tensor, right: Tensor) -> tuple[Mean, tuple[float, float]]:
+    """Mean of left - right over rows measured on the same tokens, and its 95 % interval (Student's t over rows).
+
+    left, right: [rows] row means in nats. The interval is infinite for fewer than two rows.
+    """
+    from scipy.stats import t as student
+
+    difference = (left.double() - right.double()).flatten()
+    rows = len(difference)
+    mean = float(difference.mean())
+    if rows < 2:
+        return Mean(mean, None), (-math.inf, math.inf)
+    error = float(difference.std() / math.sqrt(rows))
+    half = float(student.ppf(0.975, rows - 1)) * error
+    return Mean(mean, error), (mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    median: float
+    p90: float
+    p99: float
+    max: float
+
+
+def quantiles(values: Tensor) -> Quantiles:
+    """Median, 90 %, 99 % and largest of the finite values (linear interpolation between neighbours)."""
+    ordered = values[torch.isfinite(values)].double().flatten().sort().values
+    if not len(ordered):
+        return Quantiles(math.nan, math.nan, math.nan, math.nan)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+    return Quantiles(at(0.5), at(0.9), at(0.99), float(ordered[-1]))
+
+
+@dataclass(frozen=True)
+class ConfidenceBin:
+    """KL of the tokens whose reference confidence (highest probability) lies in [low, high)."""
+
+    low: float
+    high: float
+    share: float  # of all tokens
+    tokens: int
+    kl_mean: float  # nats
+    kl_median: float
+
+
+def kl_by_confidence(kl: Tensor, confidence: Tensor) -> tuple[ConfidenceBin, ...]:
+    bins = []
+    finite = torch.isfinite(kl) & torch.isfinite(confidence)
+    for low, high in pairwise(CONFIDENCE_EDGES):
+        inside = finite & (confidence >= low) & ((confidence < high) | (high == 1.0))
+        values = kl[inside].double()
+        tokens = int(inside.sum())
+        mean, median = (float(values.mean()), float(values.median())) if tokens else (math.nan, math.nan)
+        bins.append(ConfidenceBin(low, high, tokens / max(1, int(finite.sum())), tokens, mean, median))
+    return tuple(bins)
+
+
+# ---- drift of hidden states ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a hidden state is from the reference's, each figure a mean over rows (the largest one a maximum)."""
+
+    relative_error: float  # |candidate - reference| / |reference|, Frobenius
+    max_difference: float  # largest |candidate - reference| / |reference| of any row
+    sqnr_db: float  # 10 log10(|reference|^2 / |candidate - reference|^2); infinite where they are equal
+    cosine_error: float  # 1 - cos(candidate, reference)
+
+
+def drift(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per-row figures of `Drift` for hidden states [rows, tokens, hidden]: four [rows] float64 tensors."""
+    rows = len(candidate)
+    c, r = candidate.reshape(rows, -1).float(), reference.reshape(rows, -1).float()
+    error = c - r
+    norm = r.norm(dim=1).double()
+    noise = error.norm(dim=1).double()
+    ratio = noise / norm
+    cosine = torch.linalg.vecdot(c, r).double() / (c.norm(dim=1).double() * norm)
+    cosine_error = torch.where(noise == 0, 0.0, 1 - cosine)
+    return ratio, error.abs().amax(1).double() / norm, -20 * ratio.log10(), cosine_error
+
+
+def mean_drift(rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Drift:
+    ratio, largest, sqnr, cosine = (torch.cat(list(parts)) for parts in zip(*rows, strict=True))
+    return Drift(float(ratio.mean()), float(largest.max()), float(sqnr.mean()), float(cosine.mean()))

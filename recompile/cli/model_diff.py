@@ -1,0 +1,219 @@
+"""model_diff: compare two models, or a model with a recipe applied, without writing anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from recompile.cli.common import command, format_bpw, format_bytes, format_columns, print_json, progress
+from recompile.cli.options import (
+    check_vocabulary,
+    compute_device,
+    compute_dtype,
+    device_options,
+    output_options,
+    read_rows,
+    text_options,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.diff import DiffReport, LayerDrift
+    from recompile.overlay import Overlay
+
+
+@command("model_diff")
+@click.option("-ma", "--model-a", "--model_a", required=True, help="Model A, the candidate (a quantized build).")
+@click.option("-mb", "--model-b", "--model_b", required=True, help="Model B, the reference (the unquantized base).")
+@click.option("-or", "--override", type=click.Path(path_type=Path), help="Recipe (YAML) to apply to model A in memory.")
+@text_options(rows=10, length=2048)
+@click.option(
+    "-kb",
+    "--keep-b",
+    "--keep_b",
+    default=0,
+    show_default=True,
+    help="Keep B's state after the first N stages (embedding first).",
+)
+@click.option("-tkm", "--topk-max", "--topk_max", default=5, show_default=True, help="Largest K of the top-K figures.")
+@click.option("-bsz", "--batch-size", "--batch_size", type=int, help="Rows a batch; default about 2048 tokens.")
+@click.option(
+    "-gp",
+    "--gen-prompt",
+    "--gen_prompt",
+    is_flag=True,
+    help="Put the chat template's generation prompt before every row.",
+)
+@click.option(
+    "-si",
+    "--save-input-ids",
+    "--save_input_ids",
+    type=click.Path(path_type=Path),
+    help="Save the token rows (safetensors, input_ids).",
+)
+@click.option(
+    "-sla",
+    "--save-logits-a",
+    "--save_logits_a",
+    type=click.Path(path_type=Path),
+    help="Save A's logits (safetensors, logits, float32 [rows, tokens, vocab]).",
+)
+@click.option("-slb", "--save-logits-b", "--save_logits_b", type=click.Path(path_type=Path), help="Save B's logits.")
+@click.option("--allow-unmatched", is_flag=True, help="Go on where a key of the recipe matches no tensor.")
+@device_options
+@output_options
+def main(
+    model_a: str,
+    model_b: str,
+    override: Path | None,
+    rows: int,
+    length: int,
+    text: Path | None,
+    dataset: str | None,
+    input_ids: Path | None,
+    keep_b: int,
+    topk_max: int,
+    batch_size: int | None,
+    gen_prompt: bool,
+    save_input_ids: Path | None,
+    save_logits_a: Path | None,
+    save_logits_b: Path | None,
+    allow_unmatched: bool,
+    device: str,
+    dtype: str | None,
+    json_path: Path | None,
+    quiet: bool,
+) -> None:
+    """How far model A's predictions are from model B's.
+
+    Both are streamed layer by layer, so a model larger than memory can be compared. KL is KL(B || A), in nats a token.
+
+    \b
+    Examples:
+      model_diff -ma 3bpw -mb base -r 10
+      model_diff -ma 3bpw -mb base -or overrides.yaml -r 10 --json diff.json
+    """
+    from recompile.checkpoint import open_checkpoint
+    from recompile.overlay import build_overlay, check_same_model
+
+    checkpoint_a, checkpoint_b = open_checkpoint(model_a), open_checkpoint(model_b)
+    overlay = build_overlay(checkpoint_a, override, allow_unmatched=allow_unmatched)
+    for warning in overlay.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    check_same_model(checkpoint_b, checkpoint_a)
+
+    from eval.diff import DiffOptions, DiffReport, compare
+    from recompile import tokens
+
+    found, vocab = read_rows(
+        [checkpoint_b.path, checkpoint_a.path], "report", rows, length, text, dataset, input_ids, split_own_text=False
+    )
+    vocab = check_vocabulary(checkpoint_b, vocab)
+    ids = found.ids
+    if gen_prompt:
+        ids = _with_chat_prompt(ids, tokens.load_tokenizer(checkpoint_b.path))
+    if save_input_ids is not None:
+        tokens.save_rows(found, save_input_ids)
+    options = DiffOptions(
+        batch=batch_size,
+        top_k=topk_max,
+        keep_reference=keep_b,
+        dtype=compute_dtype(dtype),
+        device=compute_device(device),
+        vocab=vocab,
+        save_candidate_logits=save_logits_a,
+        save_reference_logits=save_logits_b,
+    )
+    report: DiffReport | None = None
+    with progress("comparing", 1, unit="layers", quiet=quiet) as bar:
+        for event in compare(overlay, checkpoint_b, ids, options, rows_source=found.source, rows_sha256=found.sha256):
+            if isinstance(event, DiffReport):
+                report = event
+            else:
+                bar.update(event.index + 1, event.name, event.total + 1)
+    assert report is not None, "compare ends with its report"
+    if str(json_path) != "-":
+        click.echo(_layer_table(report.layers))
+        click.echo(_summary(report, overlay))
+    if json_path is not None:
+        print_json(json_path, {**report.as_dict(), "size": overlay.accounting.as_dict()})
+
+
+def _with_chat_prompt(ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    import torch
+
+    from recompile.errors import RecompileError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise RecompileError("--gen-prompt: the tokenizer has no chat template")
+    messages = [{"role": "user", "content": "Say something."}]
+    prefix = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
+
+
+def _layer_table(layers: tuple[LayerDrift, ...]) -> str:
+    rows = [
+        (
+            layer.name,
+            f"{layer.drift.relative_error:.6f}",
+            f"{layer.drift.max_difference:.6f}",
+            f"{layer.drift.sqnr_db:.2f}",
+            f"{layer.drift.cosine_error:.6f}",
+        )
+        for layer in layers
+    ]
+    return format_columns(rows, ("state after", "rel. error", "max diff/norm", "SQNR dB", "cosine error"), (1, 2, 3, 4))
+
+
+def _summary(report: DiffReport, overlay: Overlay) -> str:
+    size = overlay.accounting
+    a, b = report.score_candidate, report.score_reference
+    lines = [
+        "",
+        f"A (candidate): {report.candidate}",
+        f"B (reference): {report.reference}",
+        f"A's size:      {format_bpw(size.bpw)} bpw over quantized modules, head {format_bpw(size.head_bpw)}, "
+        f"embedding {format_bpw(size.embedding_bpw)}, {format_bytes(size.total_bytes)} in all",
+        f"Measured on:   {report.rows} rows x {report.row_tokens} tokens ({report.tokens} tokens counted, "
+        f"{report.tokens_left_out} left out), {report.rows_source}, {report.dtype} on {report.device}",
+        "",
+        f"A perplexity: {a.perplexity:.8f}" + _error(a.perplexity_std_error),
+        f"B perplexity: {b.perplexity:.8f}" + _error(b.perplexity_std_error),
+        "",
+    ]
+    table = [
+        (f"K = {k}", f"{hit_a:.4f}", f"{hit_b:.4f}", f"{agree.mean:.4f}" + _error(agree.std_error, 4))
+        for k, (hit_a, hit_b, agree) in enumerate(
+            zip(a.label_in_top_k, b.label_in_top_k, report.top_k_agreement, strict=True), 1
+        )
+    ]
+    header = ("", "label in A's top K", "label in B's top K", "same top K in A and B")
+    lines += [format_columns(table, header, (1, 2, 3)), ""]
+    q = report.kl_quantiles
+    lines += [
+        f"KL(B || A), the candidate measured by the reference: {report.kl.mean:.8f}{_error(report.kl.std_error)} nats",
+        f"KL(A || B), the other way round:                     {report.kl_reverse.mean:.8f}"
+        f"{_error(report.kl_reverse.std_error)} nats",
+        f"KL(B || A) per token: median {q.median:.6f}, p90 {q.p90:.6f}, p99 {q.p99:.6f}, max {q.max:.6f}",
+        f"Noise floor: {report.noise_floor:.2e} nats (B against itself, run in another shape)",
+    ]
+    if report.identical:
+        lines.append("Every logit of A equals B's to the last bit.")
+    bins = [
+        (
+            f"{bin.low:.2f} - {bin.high:.2f}",
+            f"{100 * bin.share:.1f} %",
+            f"{bin.kl_mean:.6f}" if bin.tokens else "-",
+            f"{bin.kl_median:.6f}" if bin.tokens else "-",
+        )
+        for bin in report.kl_by_confidence
+    ]
+    lines += ["", format_columns(bins, ("B's top probability", "of tokens", "mean KL", "median KL"), (1, 2, 3))]
+    return "\n".join(lines)
+
+
+def _error(std_error: float | None, digits: int = 8) -> str:
+    return f" ± {std_error:.{digits}f}" if std_error is not None else ""

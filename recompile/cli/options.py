@@ -1,0 +1,193 @@
+"""Options that several commands share, and options that take any number of values (`-b 2 3 4 6`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from recompile.cli.common import Command
+from recompile.errors import RecompileError
+
+if TYPE_CHECKING:
+    import torch
+
+    from recompile.checkpoint import Checkpoint
+    from recompile.tokens import Rows
+
+
+class ManyValuesCommand(Command):
+    """A command whose `multiple=True` options also take their values after one flag: `-b 2 3 4` is `-b 2 -b 3 -b 4`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        many = {
+            flag
+            for option in self.params
+            if isinstance(option, click.Option) and option.multiple and not option.is_flag
+            for flag in option.opts
+        }
+        known = {flag for option in self.params if isinstance(option, click.Option) for flag in option.opts}
+        known |= {flag for option in self.params if isinstance(option, click.Option) for flag in option.secondary_opts}
+        known |= set(ctx.help_option_names)
+        spread: list[str] = []
+        flag: str | None = None
+        fresh = False
+        for arg in args:
+            is_flag = arg.split("=")[0] in known or (arg.startswith("-") and not re.fullmatch(r"-?\d+(\.\d*)?", arg))
+            if is_flag:
+                flag, fresh = (arg, True) if arg in many else (None, False)
+                if flag is None:
+                    spread.append(arg)
+            elif flag is not None:
+                spread += [flag, arg]
+                fresh = False
+            else:
+                spread.append(arg)
+        if flag is not None and fresh:
+            spread.append(flag)  # a flag without a value: let click say so
+        return super().parse_args(ctx, spread)
+
+
+def many_values_command(name: str, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, **options.pop("context_settings", {})}
+    return click.command(name, cls=ManyValuesCommand, context_settings=settings, **options)
+
+
+def text_options(rows: int, length: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`-r -l --text --dataset --input-ids`: where token rows come from."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(
+            (
+                click.option("-r", "--rows", default=rows, show_default=True, help="Rows of tokens."),
+                click.option("-l", "--length", default=length, show_default=True, help="Tokens in a row."),
+                click.option(
+                    "--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text."
+                ),
+                click.option("--dataset", help="A data set of the `datasets` library, e.g. wiki2."),
+                click.option(
+                    "--input-ids",
+                    type=click.Path(path_type=Path),
+                    help="Token rows (safetensors, key input_ids, int64 [rows, tokens]) in place of text.",
+                ),
+            )
+        ):
+            function = option(function)
+        return function
+
+    return add
+
+
+def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`-d --dtype`."""
+    function = click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Compute dtype; default float32 on the CPU, bfloat16 elsewhere.",
+    )(function)
+    return click.option(
+        "-d", "--device", default="cpu", show_default=True, help="cpu, cuda:0, or a CUDA device number."
+    )(function)
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json --quiet`."""
+    function = click.option("--quiet", is_flag=True, help="No progress bar.")(function)
+    return click.option(
+        "--json",
+        "json_path",
+        type=click.Path(path_type=Path),
+        help='Also write the whole report as JSON; "-" = stdout.',
+    )(function)
+
+
+def read_rows(
+    model_dirs: Sequence[Path],
+    role: str,
+    rows: int,
+    length: int,
+    text: Path | None,
+    dataset: str | None,
+    input_ids: Path | None,
+    *,
+    split_own_text: bool = True,
+) -> tuple[Rows, int | None]:
+    """Token rows as the options ask for, and the tokenizer's true vocabulary (None where no tokenizer was needed).
+
+    The tokenizer is that of the first directory that has one. `split_own_text`: whether the user's own text is split
+    into roles as the default text is (else all of it is used in order).
+    """
+    from recompile import tokens
+
+    if sum(given is not None for given in (text, dataset, input_ids)) > 1:
+        raise RecompileError("--text, --dataset and --input-ids exclude each other; give one of them")
+    if input_ids is not None:
+        found = tokens.rows_from_file(input_ids)
+        return found, None
+    if text is not None:
+        source = tokens.text_from_file(text)
+    elif dataset is not None:
+        source = tokens.text_from_dataset(dataset)
+    else:
+        source = tokens.default_text()
+    own = text is not None or dataset is not None
+    tokenizer = tokens.load_tokenizer(_first_with_tokenizer(model_dirs))
+    made = tokens.make_rows(source, tokenizer, rows, length, "all" if own and not split_own_text else role)
+    return made, len(tokenizer)
+
+
+def _first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
+    for directory in model_dirs:
+        if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return directory
+    return model_dirs[0]  # its error says what is missing
+
+
+def compute_dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    from recompile.stream import DTYPES
+
+    return DTYPES[name]
+
+
+def compute_device(name: str) -> str:
+    """ "0" -> "cuda:0". Raises RecompileError where the device is not there."""
+    import torch
+
+    device = f"cuda:{name}" if name.isdigit() else name
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise RecompileError(f'-d {name}: not a device; wanted cpu, cuda:0, or a number ("0" is cuda:0)') from error
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise RecompileError(f"-d {name}: this machine offers {torch.cuda.device_count()} CUDA devices; use -d cpu")
+    return device
+
+
+def check_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> int | None:
+    """The true vocabulary: the tokenizer's where the model pads it. Raises MismatchError for a tokenizer too large."""
+    from recompile.errors import MismatchError
+
+    config = checkpoint.config
+    nested = config.get("text_config")
+    size = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
+    if vocab is not None and isinstance(size, int) and vocab > size:
+        raise MismatchError(
+            f"{checkpoint.label}: the tokenizer has {vocab} tokens, the model's vocabulary {size}; "
+            f"it is the wrong tokenizer for this model"
+        )
+    return vocab
+
+
+def parse_size(text: str) -> int:
+    """ "4.2GiB", "1.5G", "900MB" -> bytes. GiB and G are 2^30, GB 10^9. Raises RecompileError."""
+    units = {"": 1, "b": 1, "kib": 2**10, "k": 2**10, "kb": 10**3, "mib": 2**20, "m": 2**20, "mb": 10**6}
+    units |= {"gib": 2**30, "g": 2**30, "gb": 10**9, "tib": 2**40, "t": 2**40, "tb": 10**12}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in units:
+        raise RecompileError(f'"{text}" is not a size; write 4.2GiB, 900MiB or 4.5GB')
+    return int(float(found[1]) * units[found[2].lower()])
