@@ -1,0 +1,554 @@
+"""The layer-swap profile, exact: swap one group at a time and measure the end-to-end KL.
+
+For a group in layer l only layers >= l run again, from the stored state that enters l; all candidates of a group (of
+several groups where memory allows) go on together. The reference is run once: its post-norm hidden states are kept, and
+what KL needs of its logits.
+
+KL without the reference's logits. With z = W h (+ b) the logits and p the reference's probabilities,
+
+    KL(p || q) = lse(z_q) - lse(z_p) - p . (z_q - z_p) = lse(z_q) - lse(z_p) - (W' p) . (h_q - h_p),
+
+so per token one number (lse(z_p)) and one hidden-size vector (W' p) replace the vocabulary. Equal hidden states give
+exactly 0. Heads that are not linear (soft caps), and swaps of the head itself, go the plain way over both logits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.diff import versions
+from eval.metrics import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, kl_divergence
+from recompile.checkpoint import Checkpoint, StoredModule, WeightSource, split_name
+from recompile.costs import (
+    Candidate,
+    Journal,
+    Measurement,
+    Profile,
+    ProfileGroup,
+    ProfileHeader,
+    check_candidates,
+    group_name,
+    layer_index,
+    open_journal,
+)
+from recompile.errors import MissingWeight, RecompileError
+from recompile.overlay import account, check_same_model, quantizable, role_of
+from recompile.recipe import Glob, SourceId
+from recompile.stream import LayeredModel, check_same_skeleton
+
+LOGIT_CHUNK_TOKENS = 256
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    level: str = "fused"
+    context: str = "clean"
+    match: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    head: bool = False  # the output head is a group
+    embedding: bool = False
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    max_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will hold, decided before it starts; all in bytes."""
+
+    process: int  # the interpreter and its libraries, as they are now
+    states: int  # kept hidden states of the rows: reference, context, W'p
+    working: int  # one layer, its activations, a chunk of logits
+    resident_weights: int  # layers kept loaded, 0 = every layer is read again for every wave
+    wave: int  # states of the swaps that run together
+    swaps_per_wave: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.states + self.working + self.resident_weights + self.wave
+
+
+@dataclass(frozen=True)
+class Started:
+    plan: MemoryPlan
+    total: int  # measurements, those found in the journal included
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    measurement: Measurement
+    done: int
+    total: int
+
+
+class SwappedSource:
+    """A weight source with some modules taken from another one."""
+
+    def __init__(self, base: WeightSource, modules: Iterable[str], other: WeightSource) -> None:
+        self._base, self._modules, self._other = base, frozenset(modules), other
+        self.label = getattr(base, "label", "")
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._base.config
+
+    @property
+    def modules(self) -> Mapping[str, StoredModule]:
+        return {
+            **self._base.modules,
+            **{name: self._other.modules[name] for name in self._modules if name in self._other.modules},
+        }
+
+    def has(self, tensor: str) -> bool:
+        return self._of(tensor).has(tensor)
+
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        return self._of(tensor).load(tensor, device=device)
+
+    def _of(self, tensor: str) -> WeightSource:
+        return self._other if split_name(tensor)[0] in self._modules else self._base
+
+
+# ---- planning ------------------------------------------------------------------------------------------------------
+
+
+def make_groups(candidates: Mapping[str, Checkpoint], options: ProfileOptions) -> tuple[ProfileGroup, ...]:
+    """Group the modules that any candidate stores quantized. Pure: reads headers only.
+
+    Raises MissingWeight where a candidate lacks a module, RecompileError where --match leaves nothing.
+    """
+    names: dict[str, list[str]] = {}
+    roles = {"layer", *(["head"] if options.head else []), *(["embedding"] if options.embedding else [])}
+    match = [Glob.parse(text) for text in options.match]
+    skip = [Glob.parse(text) for text in options.skip]
+    for module in dict.fromkeys(name for c in candidates.values() for name in c.modules):
+        stored = [c.modules.get(module) for c in candidates.values()]
+        if role_of(module) not in roles or not any(found is not None and found.is_quantized for found in stored):
+            continue
+        if match and not any(_matches(glob, module) for glob in match):
+            continue
+        if any(_matches(glob, module) for glob in skip):
+            continue
+        for found, checkpoint in zip(stored, candidates.values(), strict=True):
+            if found is None:
+                raise MissingWeight(f"{checkpoint.label}: has no module {module}, which other candidates have")
+        names.setdefault(group_name(module, options.level), []).append(module)
+    if not names:
+        raise RecompileError("no quantized module is left to profile; check --match and --skip, and the sources")
+    groups = []
+    for name, modules in names.items():
+        bits = {label: sum(8 * c.modules[m].size_bytes for m in modules) for label, c in candidates.items()}
+        first = next(iter(candidates.values()))
+        weights = sum(first.modules[m].numel for m in modules)
+        groups.append(ProfileGroup(name, tuple(modules), weights, bits, layer_index(modules[0])))
+    return tuple(sorted(groups, key=lambda group: -1 if group.layer is None else group.layer))
+
+
+def _matches(glob: Glob, module: str) -> bool:
+    return glob.matches(module) or glob.matches(f"{module}.weight")
+
+
+def make_header(
+    reference: Checkpoint,
+    base: str,
+    candidates: Sequence[tuple[SourceId, Checkpoint]],
+    ids: Tensor,
+    options: ProfileOptions,
+    dtype: torch.dtype,
+    *,
+    rows_sha256: str = "",
+    rows_source: str = "",
+) -> ProfileHeader:
+    """Everything that decides a profile, from headers alone. Raises MismatchError for sources of another model."""
+    described = tuple(Candidate(source, c.label, c.fingerprint) for source, c in candidates)
+    check_candidates(described)
+    by_label = {d.label: c for d, (_, c) in zip(described, candidates, strict=True)}
+    for checkpoint in by_label.values():
+        check_same_model(reference, checkpoint)
+    groups = make_groups(by_label, options)
+    start = by_label[base]
+    grouped = {module for group in groups for module in group.modules}
+    counted = quantizable(by_label.values())
+    fixed = account((m for m in start.modules.values() if m.name not in grouped), counted)
+    return ProfileHeader(
+        method="exact",
+        context=options.context,
+        level=options.level,
+        reference=reference.label,
+        reference_fingerprint=reference.fingerprint,
+        base=base,
+        candidates=described,
+        groups=groups,
+        fixed_bits=fixed.quantized_bits,
+        fixed_weights=fixed.quantized_weights,
+        other_bits=fixed.total_bits - fixed.quantized_bits,
+        other_weights=fixed.total_weights - fixed.quantized_weights,
+        rows=len(ids),
+        row_tokens=ids.shape[1],
+        rows_sha256=rows_sha256,
+        rows_source=rows_source,
+        dtype=str(dtype).removeprefix("torch."),
+        device=options.device,
+        versions=versions(),
+    )
+
+
+def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | None) -> MemoryPlan:
+    """Decide what stays in memory. Raises RecompileError if not even one swap fits below the cap."""
+    size = model.dtype.itemsize
+    hidden = model.hidden_size
+    per_layer = [
+        sum(p.numel() for n, p in model.model.named_parameters() if n.startswith(model.prefix_of_layer(i) + "."))
+        for i in range(model.depth)
+    ]
+    head = model.vocab_size * hidden
+    state = header.rows * header.row_tokens * hidden * size
+    batch = max(1, BATCH_TOKENS // header.row_tokens) * header.row_tokens
+    widest = max(max(p.shape) for n, p in model.model.named_parameters() if ".layers." in n)
+    activations = batch * (8 * hidden + 4 * widest) * size
+    logits = 3 * min(LOGIT_CHUNK_TOKENS, header.row_tokens) * model.vocab_size * 4
+    # a layer beside the stored and decoded copies of its largest weight, or the head beside its stored bytes
+    working = max(2 * max(per_layer) * size + activations, 2 * head * size + logits)
+    states = 4 * state + 2 * batch * hidden * size
+    process = resident_bytes()
+    smallest = process + states + working + state * max(len(g.bits) for g in header.groups)
+    if cap_bytes is not None and smallest > cap_bytes:
+        raise RecompileError(
+            f"--max-memory {_mib(cap_bytes)} is too little: this run needs {_mib(smallest)} "
+            f"({_mib(process)} program, {_mib(states)} hidden states, {_mib(working)} for one layer or the head, the "
+            f"rest for one group's swaps); use fewer or shorter rows"
+        )
+    weights = (sum(per_layer) + head) * size
+    swaps = max(len(g.bits) for g in header.groups)
+    if cap_bytes is None or smallest + weights <= cap_bytes:
+        return MemoryPlan(process, states, working, weights, swaps * state, swaps)
+    # layers are read again for every wave: let a wave be as large as fits, up to all swaps of a layer
+    room = (cap_bytes - process - states - working) // state
+    return MemoryPlan(process, states, working, 0, room * state, room)
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 400 * 2**20  # no /proc: about what Python with torch and transformers takes
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ReferenceTail:
+    """What KL needs of the reference at the end of the model, per row.
+
+    normed: [rows, tokens, hidden] post-norm states; lse: [rows, tokens] float64, log-sum-exp of its logits;
+    projected: [rows, tokens, hidden], W'p; both None where the head is not linear
+    """
+
+    normed: Tensor
+    lse: Tensor | None = None
+    projected: Tensor | None = None
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """[tokens, vocab] -> [tokens] float64. The sum is taken below the maximum, so its error is float32's of the
+    logarithm of a number near 1, not of the logits' size; in blocks that stay in a core's cache."""
+    budget = CPU_BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    block = max(1, budget // (4 * logits.shape[-1]))
+    parts = []
+    for rows in logits.float().split(block):
+        top = rows.amax(-1, keepdim=True)
+        parts.append(top[:, 0].double() + (rows - top).exp_().sum(-1).double().log())
+    return torch.cat(parts)
+
+
+@dataclass
+class ExactProfiler:
+    """Measures swaps. `context` is the model that groups are swapped into; `candidates` by label."""
+
+    reference: LayeredModel
+    context: LayeredModel
+    candidates: Mapping[str, WeightSource]
+    header: ProfileHeader
+    ids: Tensor
+    plan: MemoryPlan
+    batch: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.batch = max(1, BATCH_TOKENS // self.ids.shape[1])
+
+    @torch.inference_mode()
+    def run(self, journal: Journal) -> Iterator[Measured]:
+        """Measure what the journal lacks, appending as it goes."""
+        total = sum(len(group.bits) for group in self.header.groups)
+        if journal.profile.is_complete and journal.profile.control is not None:
+            return
+        self.tail = self._run_reference()
+        states = self._rows(self.context.embed(self._padded_ids(), self.batch))
+        if self.plan.resident_weights:
+            for index in range(self.context.depth):
+                self.context.load(self.context.layers[index], self.context.prefix_of_layer(index))
+            self.context.load(self.context.head, self.context.prefix_of(self.context.head))
+        self.context.load(self.context.norm, self.context.prefix_of(self.context.norm))
+        todo = set(journal.profile.missing())
+        if self.header.context == "base" and journal.profile.control is not None:
+            todo = {swap for swap in todo if swap[1] != self.header.base}
+        done = total - len(todo)
+        early = [group for group in self.header.groups if group.layer is None and role_of(group.modules[0]) != "head"]
+        for group in early:
+            for found in self._measure_embedding(group, todo):
+                journal.append([found])
+                done += 1
+                yield Measured(found, done, total)
+        for index in range(self.context.depth):
+            groups = [group for group in self.header.groups if group.layer == index]
+            for wave in self._waves(groups, todo):
+                together = self._measure_wave(index, states, wave)
+                journal.append(together)
+                for measurement in together:
+                    done += 1
+                    yield Measured(measurement, done, total)
+            with self._layer(index):
+                states = self._advance(index, states)
+        if journal.profile.control is None:
+            control = Measurement(None, None, self._kl_rows(states))
+            journal.append([control])
+            yield Measured(control, done, total)
+        for group in self.header.groups:
+            if role_of(group.modules[0]) == "head":
+                for found in self._measure_head(group, states, todo):
+                    journal.append([found])
+                    done += 1
+                    yield Measured(found, done, total)
+
+    # ---- states: [rows, tokens, hidden], always run in batches of one shape, so that equal rows give equal bits ----
+
+    def _padded_ids(self) -> Tensor:
+        """The rows, the first ones repeated until they fill whole batches."""
+        rows = len(self.ids)
+        wanted = -(-rows // self.batch) * self.batch
+        return self.ids[torch.arange(wanted) % rows]
+
+    def _rows(self, batches: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(batches))[: len(self.ids)]
+
+    def _advance(self, index: int, states: Tensor, model: LayeredModel | None = None) -> Tensor:
+        """Run a loaded layer over any number of rows."""
+        model = model or self.context
+        rows = len(states)
+        out = torch.empty_like(states)
+        for start in range(0, rows, self.batch):
+            piece = states[start : start + self.batch]
+            short = self.batch - len(piece)
+            if short:
+                piece = torch.cat([piece, states[:1].expand(short, -1, -1)])
+            out[start : start + self.batch] = model.run_layer(index, piece)[: self.batch - short]
+        return out
+
+    def _run_reference(self) -> ReferenceTail:
+        model = self.reference
+        states = self._rows(model.embed(self._padded_ids(), self.batch))
+        for index in range(model.depth):
+            with model.layer(index):
+                states = self._advance(index, states, model)
+        with model.norm_loaded() as norm:
+            states = norm(states)
+        tail = ReferenceTail(states)
+        with model.head_loaded() as head:
+            if model.head_is_linear(states[:1, :2]):
+                rows, tokens, hidden = states.shape
+                flat = states.reshape(-1, hidden)
+                lse, projected = [], torch.empty_like(flat)
+                for start in range(0, len(flat), LOGIT_CHUNK_TOKENS):
+                    logits = head(flat[start : start + LOGIT_CHUNK_TOKENS]).float()
+                    lse.append(log_sum_exp(logits))
+                    probability = (logits - lse[-1][:, None].float()).exp_()
+                    projected[start : start + LOGIT_CHUNK_TOKENS] = probability.to(flat.dtype) @ head.weight
+                tail = ReferenceTail(states, torch.cat(lse).reshape(rows, tokens), projected.reshape(states.shape))
+        return tail
+
+    # ---- measuring -------------------------------------------------------------------------------------------------
+
+    def _waves(
+        self, groups: Sequence[ProfileGroup], todo: set[tuple[str, str]]
+    ) -> Iterator[list[tuple[ProfileGroup, str]]]:
+        """Swaps that run together: the candidates of one group, or of several where layers must be read again."""
+        wave: list[tuple[ProfileGroup, str]] = []
+        for group in groups:
+            wanted = [(group, source) for source in group.bits if (group.name, source) in todo]
+            if wave and (self.plan.resident_weights or len(wave) + len(wanted) > self.plan.swaps_per_wave):
+                yield wave
+                wave = []
+            wave += wanted
+        if wave:
+            yield wave
+
+    def _measure_wave(self, index: int, states: Tensor, wave: Sequence[tuple[ProfileGroup, str]]) -> list[Measurement]:
+        swapped = []
+        with self._layer(index) as layer:
+            prefix = self.context.prefix_of_layer(index)
+            for group, source in wave:
+                mixed = SwappedSource(self.context.source, group.modules, self.candidates[source])
+                names = {name for module in group.modules for name in self.context.parameters_of(module)}
+                kept = {name: layer.get_parameter(name.removeprefix(f"{prefix}.")) for name in names}
+                for name in names:
+                    value = self.context.load_parameter(name, mixed)
+                    self.context.set_parameter(layer, name.removeprefix(f"{prefix}."), value)
+                swapped.append(self._advance(index, states))
+                for name, value in kept.items():
+                    self.context.set_parameter(layer, name.removeprefix(f"{prefix}."), value.data)
+        together = torch.cat(swapped)
+        del swapped
+        for later in range(index + 1, self.context.depth):
+            with self._layer(later):
+                together = self._advance(later, together)
+        rows = len(self.ids)
+        return [
+            Measurement(group.name, source, self._kl_rows(together[n * rows : (n + 1) * rows]))
+            for n, (group, source) in enumerate(wave)
+        ]
+
+    def _measure_embedding(self, group: ProfileGroup, todo: set[tuple[str, str]]) -> Iterator[Measurement]:
+        for source in group.bits:
+            if (group.name, source) in todo:
+                mixed = SwappedSource(self.context.source, group.modules, self.candidates[source])
+                states = self._rows(self.context.embed(self._padded_ids(), self.batch, mixed))
+                for index in range(self.context.depth):
+                    with self._layer(index):
+                        states = self._advance(index, states)
+                yield Measurement(group.name, source, self._kl_rows(states))
+
+    def _measure_head(self, group: ProfileGroup, states: Tensor, todo: set[tuple[str, str]]) -> Iterator[Measurement]:
+        (module,) = group.modules
+        for source in group.bits:
+            if (group.name, source) in todo:
+                weight = self.candidates[source].load(f"{module}.weight", device=self.context.device)
+                shape = self.context.head.weight.shape
+                weight = weight[: shape[0], : shape[1]].to(self.context.dtype)  # type: ignore[index]
+                yield Measurement(group.name, source, self._kl_rows_plain(states, weight))
+
+    def _kl_rows(self, states: Tensor) -> tuple[float, ...]:
+        """Mean KL of every row, from the state after the last layer."""
+        tail = self.tail
+        if tail.lse is None or tail.projected is None:
+            return self._kl_rows_plain(states, None)
+        result = []
+        with self._head() as head:
+            for row, state in enumerate(states):
+                normed = self.context.norm(state)
+                lse = torch.cat([log_sum_exp(head(chunk)) for chunk in normed.split(LOGIT_CHUNK_TOKENS)])
+                moved = torch.linalg.vecdot(tail.projected[row].float(), (normed - tail.normed[row]).float()).double()
+                result.append(float((lse - tail.lse[row] - moved).mean()))
+        return tuple(result)
+
+    def _kl_rows_plain(self, states: Tensor, head_weight: Tensor | None) -> tuple[float, ...]:
+        """The same through both models' logits; `head_weight` takes the place of the context's head."""
+        result = []
+        with self._head() as head, self.reference.head_loaded():
+            kept = head.weight
+            if head_weight is not None:
+                self.context.set_parameter(head, "weight", head_weight)
+            for row, state in enumerate(states):
+                normed = self.context.norm(state)
+                total = 0.0
+                for start in range(0, len(normed), LOGIT_CHUNK_TOKENS):
+                    piece = slice(start, start + LOGIT_CHUNK_TOKENS)
+                    wanted = self.reference.logits(self.tail.normed[row : row + 1, piece])
+                    found = self.context.logits(normed[None, piece])
+                    total += float(kl_divergence(wanted, found).double().sum())
+                result.append(total / len(normed))
+            self.context.set_parameter(head, "weight", kept.data)
+        return tuple(result)
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def _layer(self, index: int) -> Any:
+        if self.plan.resident_weights:
+            return _Resident(self.context.layers[index])
+        return self.context.layer(index)
+
+    def _head(self) -> Any:
+        return _Resident(self.context.head) if self.plan.resident_weights else self.context.head_loaded()
+
+
+class _Resident:
+    """A module that stays loaded, in the clothes of `LayeredModel.loaded`."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> torch.nn.Module:
+        return self.module
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+def profile_exact(
+    reference: Checkpoint,
+    base: SourceId,
+    candidates: Sequence[tuple[SourceId, Checkpoint]],
+    ids: Tensor,
+    path: Path,
+    options: ProfileOptions | None = None,
+    *,
+    rows_sha256: str = "",
+    rows_source: str = "",
+) -> Iterator[Started | Measured | Profile]:
+    """Measure every (group, candidate) swap into `path`; yields Started, a Measured per swap, and last the Profile.
+
+    candidates: (id, checkpoint), the base variant among them; `base` is its id. An interrupted run goes on.
+    Raises JournalError, MismatchError, MissingWeight, RecompileError (a memory cap that cannot be kept).
+    """
+    options = options or ProfileOptions()
+    context_is_base = options.context == "base"
+    if options.context not in ("clean", "base"):
+        raise RecompileError(f'context: found "{options.context}", wanted clean or base')
+    model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
+    by_id = {Candidate(source, "", "").label: checkpoint for source, checkpoint in candidates}
+    base_label = Candidate(base, "", "").label
+    header = make_header(
+        reference,
+        base_label,
+        candidates,
+        ids,
+        options,
+        model.dtype,
+        rows_sha256=rows_sha256,
+        rows_source=rows_source,
+    )
+    context = model
+    if context_is_base:
+        context = LayeredModel.of(by_id[base_label], dtype=model.dtype, device=options.device)
+        check_same_skeleton(model, context)
+    plan = plan_memory(model, header, options.max_memory_bytes)
+    with open_journal(path, header) as journal:
+        total = sum(len(group.bits) for group in header.groups)
+        yield Started(plan, total, total - len(journal.profile.missing()))
+        profiler = ExactProfiler(model, context, by_id, header, ids, plan)
+        yield from profiler.run(journal)
+        profile = journal.profile
+    if options.context == "clean" and profile.control is not None and any(v != 0.0 for v in profile.control.kl_rows):
+        worst = max(abs(v) for v in profile.control.kl_rows)
+        raise RecompileError(
+            f"{path}: the control (nothing swapped) has KL {worst:.3g} instead of 0: this device's arithmetic is not "
+            f"repeatable, and small swaps cannot be told from noise"
+        )
+    assert math.isfinite(total)
+    yield profile

@@ -1,0 +1,383 @@
+"""The Profile: what every (group, candidate) costs in KL and in bits, and the journal file it lives in.
+
+`profile.jsonl` has one header line and one line per measurement, each with the KL of every row, so that statistics can
+be redone. Lines are appended and flushed as they are measured; a line cut off by a crash is dropped when the file is
+opened again. `eval` fills the table, `optimize` reads it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from recompile.errors import JournalError, RecompileError
+from recompile.optimize.problem import Group, Option, Problem
+from recompile.overlay import role_of
+from recompile.recipe import SourceId
+
+JOURNAL_VERSION = 1
+LEVELS = ("layer", "block", "fused", "tensor")
+
+# Projections that engines fuse into one matrix and that therefore share a scheme; read by the level "fused".
+FUSED_SETS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+
+
+@dataclass(frozen=True)
+class ProfileGroup:
+    """Modules that are swapped together, and what each candidate stores them in."""
+
+    name: str
+    modules: tuple[str, ...]
+    weights: int
+    bits: Mapping[str, int]  # candidate label -> stored bits of all modules, scales and biases included
+    layer: int | None  # index of the layer it belongs to; None for the head and the embedding
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One source that is offered to every group."""
+
+    id: SourceId
+    model_dir: str
+    fingerprint: str
+
+    @property
+    def label(self) -> str:
+        """The id as a JSON key; ids of different types never share one."""
+        return candidate_label(self.id)
+
+
+def candidate_label(source_id: SourceId) -> str:
+    return source_id if isinstance(source_id, str) and not _looks_like_number(source_id) else json.dumps(source_id)
+
+
+def _looks_like_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?\d+(\.\d+)?", text) is not None or text in ("true", "false", "null")
+
+
+def id_of_directory(model_dir: str) -> SourceId:
+    """`./4bpw` -> 4, `out/2.5bpw` -> 2.5, anything else -> its last name: what a recipe's author would write."""
+    name = os.path.basename(os.path.normpath(model_dir))
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)bpw", name)
+    if found is None:
+        return name
+    return float(found[1]) if "." in found[1] else int(found[1])
+
+
+@dataclass(frozen=True)
+class ProfileHeader:
+    """What was measured, with what; a journal is only continued by a run with an equal header."""
+
+    method: str  # "exact"
+    context: str  # "clean": swapped into the reference; "base": into the base variant
+    level: str
+    reference: str  # model directory
+    reference_fingerprint: str
+    base: str  # label of the candidate that the recipe starts from (-i)
+    candidates: tuple[Candidate, ...]
+    groups: tuple[ProfileGroup, ...]
+    fixed_bits: int  # stored bits of quantized modules that are in no group, as in the base variant
+    fixed_weights: int
+    other_bits: int  # everything else in the base variant: embedding, head, norms
+    other_weights: int
+    rows: int
+    row_tokens: int
+    rows_sha256: str
+    rows_source: str
+    dtype: str
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    version: int = JOURNAL_VERSION
+
+    @property
+    def group_weights(self) -> int:
+        return sum(group.weights for group in self.groups)
+
+    def candidate(self, label: str) -> Candidate:
+        return next(candidate for candidate in self.candidates if candidate.label == label)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """KL(reference || context with one group swapped) of every row, nats per token. group None: nothing swapped."""
+
+    group: str | None
+    source: str | None  # candidate label
+    kl_rows: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.kl_rows) / len(self.kl_rows) if self.kl_rows else math.nan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a swap adds to the context's own KL: mean over rows and the standard error of it (paired by row)."""
+
+    kl_nats: float
+    std_error: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    header: ProfileHeader
+    control: Measurement | None  # nothing swapped
+    measurements: Mapping[tuple[str, str], Measurement]  # (group, candidate label)
+
+    def cost(self, group: str, source: str) -> Cost | None:
+        """The cost of a swap over the control; None where it was not measured."""
+        found = self.measurements.get((group, source))
+        if found is None:
+            if self.header.context == "base" and source == self.header.base:
+                return Cost(0.0, 0.0)
+            return None
+        base = self.control.kl_rows if self.control is not None else (0.0,) * len(found.kl_rows)
+        differences = [value - zero for value, zero in zip(found.kl_rows, base, strict=True)]
+        rows = len(differences)
+        mean = math.fsum(differences) / rows
+        if rows < 2:
+            return Cost(mean, math.inf)
+        variance = math.fsum((value - mean) ** 2 for value in differences) / (rows - 1)
+        return Cost(mean, math.sqrt(variance / rows))
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.missing()
+
+    def missing(self) -> list[tuple[str, str]]:
+        """Swaps that are not measured yet, in the order of the groups."""
+        return [
+            (group.name, source)
+            for group in self.header.groups
+            for source in group.bits
+            if self.cost(group.name, source) is None
+        ]
+
+    def problem(self) -> Problem:
+        """The budgeted choice: one option per group and candidate, bits counted over quantized modules."""
+        groups = []
+        for group in self.header.groups:
+            options = []
+            for source, bits in group.bits.items():
+                cost = self.cost(group.name, source)
+                kl, error = (cost.kl_nats, cost.std_error) if cost is not None else (math.nan, math.inf)
+                options.append(Option(source, bits, kl, error))
+            groups.append(Group(group.name, tuple(options)))
+        return Problem(tuple(groups), self.header.fixed_bits)
+
+    @property
+    def counted_weights(self) -> int:
+        """Weights that bits per weight is over: all quantized modules, in groups or not."""
+        return self.header.group_weights + self.header.fixed_weights
+
+
+# ---- grouping ------------------------------------------------------------------------------------------------------
+
+
+def group_name(module: str, level: str) -> str:
+    """The group that a module falls in at a level.
+
+    layer:  model.layers.3
+    block:  model.layers.3.self_attn, model.layers.3.mlp; experts, shared experts apart
+    fused:  model.layers.3.self_attn.q_proj+k_proj+v_proj; the same projections of all experts of a layer together
+    tensor: the module itself
+    """
+    found = re.match(r"^(.*?\.\d+)\.(.+)$", module)
+    if level == "tensor" or found is None or role_of(module) != "layer":
+        return module
+    layer, tail = found[1], found[2]
+    if level == "layer":
+        return layer
+    names = tail.split(".")
+    leaf = names[-1]
+    block = ".".join(name for name in names[:-1] if not name.isdigit())
+    if level == "block":
+        return f"{layer}.{block}" if block else f"{layer}.{leaf}"
+    together = next((members for members in FUSED_SETS if leaf in members), (leaf,))
+    return ".".join(filter(None, (layer, block, "+".join(together))))
+
+
+def layer_index(name: str) -> int | None:
+    found = re.match(r"^.*?\.(\d+)(\.|$)", name)
+    return int(found[1]) if found and role_of(name) == "layer" else None
+
+
+# ---- the journal ---------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """An open profile.jsonl. `append` writes and flushes one measurement."""
+
+    def __init__(self, path: Path, profile: Profile, file: IO[bytes]) -> None:
+        self.path, self.profile, self._file = path, profile, file
+        self._found = dict(profile.measurements)
+        self._control = profile.control
+
+    def append(self, measurements: Iterable[Measurement]) -> None:
+        """Add measurements; on disk when this returns. Raises JournalError where the disk refuses."""
+        lines = b""
+        for found in measurements:
+            lines += json.dumps({"group": found.group, "source": found.source, "kl_rows": found.kl_rows}).encode()
+            lines += b"\n"
+            if found.group is None or found.source is None:
+                self._control = found
+            else:
+                self._found[(found.group, found.source)] = found
+        try:
+            self._file.write(lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise JournalError(
+                f"{self.path}: cannot be written: {error.strerror or error}; what is in it stays valid, make room and "
+                f"run the same command to go on"
+            ) from error
+        self.profile = Profile(self.profile.header, self._control, dict(self._found))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_journal(path: Path, header: ProfileHeader) -> Journal:
+    """Create a journal, or go on with one that has the same header.
+
+    Raises JournalError where the header differs (naming the fields), or a line before the last is damaged.
+    """
+    try:
+        if path.exists() and path.stat().st_size:
+            profile, whole = _read(path)
+            changed = header_difference(profile.header, header)
+            if changed:
+                raise JournalError(
+                    f"{path}: is the journal of another measurement: {'; '.join(changed)}; "
+                    f"choose another -o, or remove it to start again"
+                )
+            file: IO[bytes] = path.open("r+b")
+            file.truncate(whole)
+            file.seek(whole)
+            return Journal(path, profile, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("wb")
+        file.write((json.dumps(_header_as_dict(header)) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+        return Journal(path, Profile(header, None, {}), file)
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile, finished or not. Raises JournalError."""
+    return _read(path)[0]
+
+
+def _header_as_dict(header: ProfileHeader) -> dict[str, Any]:
+    return {"kind": "recompile-profile", **asdict(header)}
+
+
+def _read(path: Path) -> tuple[Profile, int]:
+    """The profile, and how many bytes of the file are whole lines."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be read: {error.strerror or error}") from error
+    lines = raw.split(b"\n")
+    whole = len(raw) - len(lines.pop())  # what follows the last newline was cut off by a crash
+    if not lines:
+        raise JournalError(f"{path}: has no whole header line; not a profile, or cut off at once: remove it")
+    header = _parse_header(path, lines[0])
+    control: Measurement | None = None
+    found: dict[tuple[str, str], Measurement] = {}
+    labels = {group.name: set(group.bits) for group in header.groups}
+    for number, line in enumerate(lines[1:], start=2):
+        measurement = _parse_line(path, number, line, header.rows)
+        if measurement.group is None or measurement.source is None:
+            control = measurement
+        elif measurement.source not in labels.get(measurement.group, ()):
+            raise JournalError(
+                f'{path}:{number}: measures "{measurement.group}" from "{measurement.source}", which the header '
+                f"does not know"
+            )
+        else:
+            found[(measurement.group, measurement.source)] = measurement
+    return Profile(header, control, found), whole
+
+
+def _parse_header(path: Path, line: bytes) -> ProfileHeader:
+    try:
+        content = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise JournalError(f"{path}:1: not a profile: the header line is not JSON ({error})") from error
+    if not isinstance(content, dict) or content.pop("kind", None) != "recompile-profile":
+        raise JournalError(f"{path}:1: not a profile made by model_profile")
+    if content.get("version") != JOURNAL_VERSION:
+        raise JournalError(
+            f"{path}:1: is a profile of version {content.get('version')}, this program reads {JOURNAL_VERSION}"
+        )
+    try:
+        content["candidates"] = tuple(Candidate(**entry) for entry in content["candidates"])
+        content["groups"] = tuple(
+            ProfileGroup(**{**entry, "modules": tuple(entry["modules"])}) for entry in content["groups"]
+        )
+        return ProfileHeader(**content)
+    except (TypeError, KeyError) as error:
+        raise JournalError(f"{path}:1: the header is incomplete: {error}") from error
+
+
+def _parse_line(path: Path, number: int, line: bytes, rows: int) -> Measurement:
+    try:
+        content = json.loads(line)
+        measurement = Measurement(content["group"], content["source"], tuple(float(v) for v in content["kl_rows"]))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise JournalError(f"{path}:{number}: not a measurement ({error}); the journal is damaged here") from error
+    if len(measurement.kl_rows) != rows:
+        raise JournalError(f"{path}:{number}: has {len(measurement.kl_rows)} rows, the header says {rows}")
+    return measurement
+
+
+def header_difference(old: ProfileHeader, new: ProfileHeader) -> list[str]:
+    """Fields in which two headers differ, in words. Directories may be spelled differently: fingerprints count."""
+    before, after = _comparable(old), _comparable(new)
+    return [f"{key} was {_short(before[key])}, is {_short(after[key])}" for key in before if before[key] != after[key]]
+
+
+def _comparable(header: ProfileHeader) -> dict[str, Any]:
+    values = json.loads(json.dumps(_header_as_dict(header)))
+    for key in ("kind", "reference", "rows_source"):
+        values.pop(key)
+    values["candidates"] = [[entry["id"], entry["fingerprint"]] for entry in values["candidates"]]
+    return dict(values)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def check_candidates(candidates: Sequence[Candidate]) -> None:
+    """Raise RecompileError where two candidates share an id."""
+    seen: dict[str, str] = {}
+    for candidate in candidates:
+        if candidate.label in seen:
+            raise RecompileError(
+                f"{candidate.model_dir} and {seen[candidate.label]} would both be source {candidate.label}; "
+                f"give one an id of its own: -s ID={candidate.model_dir}"
+            )
+        seen[candidate.label] = candidate.model_dir
