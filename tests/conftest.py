@@ -1,0 +1,53 @@
+"""What tests of every room share. No test needs a network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_script(name: str) -> ModuleType:
+    """scripts/NAME.py as a module; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> Iterator[None]:
+    """Tiny models run slower on many threads, and a machine with many cores would sum in another order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, 2))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, a bf16 directory: read only. Built once a machine, in the user's cache."""
+    from recompile.errors import CheckpointError, OutputError
+
+    make_base = load_script("make_base")
+    try:
+        make_base.find_gguf()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    try:
+        return Path(make_base.build())
+    except OutputError:  # no cache can be written here
+        return Path(make_base.build(tmp_path_factory.mktemp("base") / make_base.MODEL_NAME))
