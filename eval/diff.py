@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,29 @@ def compare(
 
     Raises MismatchError if the two are not builds of one model or the ids are not of its vocabulary.
     """
+    return compare_many([candidate], reference, ids, options, rows_source=rows_source, rows_sha256=rows_sha256)
+
+
+def compare_many(
+    candidates: Sequence[WeightSource],
+    reference: WeightSource,
+    ids: Tensor,
+    options: DiffOptions | None = None,
+    *,
+    rows_source: str = "",
+    rows_sha256: str = "",
+) -> Iterator[LayerDrift | DiffReport]:
+    """As `compare`, with the reference run once for all candidates: per stage a LayerDrift of each candidate, at the
+    end a DiffReport of each, both in the order given. Holds the hidden states of all of them."""
     options = options or DiffOptions()
-    model_a = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
     model_b = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
-    check_same_skeleton(model_b, model_a)
+    models = []
+    for candidate in candidates:
+        model = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
+        check_same_skeleton(model_b, model)
+        models.append(model)
     _check_ids(ids, model_b.vocab_size)
-    yield from _Comparison(model_a, model_b, ids, options, rows_source, rows_sha256).run()
+    yield from _Comparison(models, model_b, ids, options, rows_source, rows_sha256).run()
 
 
 def _check_ids(ids: Tensor, vocab: int) -> None:
@@ -140,90 +158,102 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
 
 class _Comparison:
     def __init__(
-        self, a: LayeredModel, b: LayeredModel, ids: Tensor, options: DiffOptions, source: str, sha256: str
+        self,
+        candidates: list[LayeredModel],
+        b: LayeredModel,
+        ids: Tensor,
+        options: DiffOptions,
+        source: str,
+        sha256: str,
     ) -> None:
-        self.a, self.b, self.ids, self.options = a, b, ids, options
+        self.candidates, self.b, self.ids, self.options = candidates, b, ids, options
         self.rows_source, self.rows_sha256 = source, sha256
         self.batch = options.batch or max(1, BATCH_TOKENS // ids.shape[1])
         self.floor_ids = ids[:1, : min(FLOOR_TOKENS, max(2, ids.shape[1] // 2))]
-        self.stages: list[LayerDrift] = []
+        self.stages: list[list[LayerDrift]] = [[] for _ in candidates]
 
     @torch.inference_mode()
     def run(self) -> Iterator[LayerDrift | DiffReport]:
         states_b = list(self.b.embed(self.ids, self.batch))
-        states_a = list(self.a.embed(self.ids, self.batch))
+        states = [list(model.embed(self.ids, self.batch)) for model in self.candidates]
         floor = next(self.b.embed(self.floor_ids, 1))
-        yield self._finish_stage("embedding", states_a, states_b)
+        yield from self._finish_stage("embedding", states, states_b)
         for index in range(self.b.depth):
             with self.b.layer(index):
                 floor = self.b.run_layer(index, floor)
-                for n, state in enumerate(states_b):
-                    states_b[n] = self.b.run_layer(index, state)
-            with self.a.layer(index):
-                for n, state in enumerate(states_a):
-                    states_a[n] = self.a.run_layer(index, state)
-            yield self._finish_stage(self.b.prefix_of_layer(index), states_a, states_b)
+                self._run_layer(self.b, index, states_b)
+            for model, states_a in zip(self.candidates, states, strict=True):
+                with model.layer(index):
+                    self._run_layer(model, index, states_a)
+            yield from self._finish_stage(self.b.prefix_of_layer(index), states, states_b)
         with self.b.norm_loaded() as norm:
             floor = norm(floor)
             states_b = [norm(state) for state in states_b]
-        with self.a.norm_loaded() as norm:
-            states_a = [norm(state) for state in states_a]
-        yield self._finish_stage("norm", states_a, states_b)
-        metrics, floor_kl = self._compare_logits(states_a, states_b, floor)
-        yield self._report(metrics, floor_kl)
+        for n, model in enumerate(self.candidates):
+            with model.norm_loaded() as norm:
+                states[n] = [norm(state) for state in states[n]]
+        yield from self._finish_stage("norm", states, states_b)
+        metrics, floor_kl = self._compare_logits(states, states_b, floor)
+        for n, found in enumerate(metrics):
+            yield self._report(n, found, floor_kl)
 
-    def _finish_stage(self, name: str, states_a: list[Tensor], states_b: list[Tensor]) -> LayerDrift:
-        if len(self.stages) < self.options.keep_reference:
-            for n, state in enumerate(states_b):
-                states_a[n] = state.clone()
-        figures = [drift(a, b) for a, b in zip(states_a, states_b, strict=True)]
-        done = LayerDrift(name, len(self.stages), self.b.depth + 2, mean_drift(figures))
-        self.stages.append(done)
-        return done
+    @staticmethod
+    def _run_layer(model: LayeredModel, index: int, states: list[Tensor]) -> None:
+        for n, state in enumerate(states):
+            states[n] = model.run_layer(index, state)
+
+    def _finish_stage(self, name: str, states: list[list[Tensor]], states_b: list[Tensor]) -> Iterator[LayerDrift]:
+        for stages, states_a in zip(self.stages, states, strict=True):
+            if len(stages) < self.options.keep_reference:
+                for n, state in enumerate(states_b):
+                    states_a[n] = state.clone()
+            figures = [drift(a, b) for a, b in zip(states_a, states_b, strict=True)]
+            stages.append(LayerDrift(name, len(stages), self.b.depth + 2, mean_drift(figures)))
+            yield stages[-1]
 
     def _compare_logits(
-        self, states_a: list[Tensor], states_b: list[Tensor], floor: Tensor
-    ) -> tuple[TokenMetrics, float]:
+        self, states: list[list[Tensor]], states_b: list[Tensor], floor: Tensor
+    ) -> tuple[list[TokenMetrics], float]:
         vocab = min(self.options.vocab or self.b.vocab_size, self.b.vocab_size)
         rows, tokens = self.ids.shape
         labels = torch.cat([self.ids[:, 1:], torch.full((rows, 1), -1)], 1).to(self.b.device)
         shape = (rows, tokens, self.b.vocab_size)
-        pieces: list[TokenMetrics] = []
-        with (
-            _LogitFile(self.options.save_candidate_logits, shape) as file_a,
-            _LogitFile(self.options.save_reference_logits, shape) as file_b,
-            self.b.head_loaded(),
-            self.a.head_loaded(),
-        ):
+        pieces: list[list[TokenMetrics]] = [[] for _ in self.candidates]
+        with ExitStack() as stack:
+            file_a = stack.enter_context(_LogitFile(self.options.save_candidate_logits, shape))
+            file_b = stack.enter_context(_LogitFile(self.options.save_reference_logits, shape))
+            for model in (self.b, *self.candidates):
+                stack.enter_context(model.head_loaded())
             first: list[Tensor] = []
             row = 0
-            for a, b in zip(states_a, states_b, strict=True):
+            for batch, b in enumerate(states_b):
                 for r in range(len(b)):
                     for start in range(0, tokens, LOGIT_CHUNK_TOKENS):
                         stop = min(tokens, start + LOGIT_CHUNK_TOKENS)
                         logits_b = self.b.logits(b[r : r + 1, start:stop])[0]
-                        logits_a = self.a.logits(a[r : r + 1, start:stop])[0]
-                        file_a.append(logits_a)
                         file_b.append(logits_b)
                         if row == 0 and start < floor.shape[1]:
                             first.append(logits_b[: floor.shape[1] - start, :vocab].clone())
-                        pieces.append(
-                            token_metrics(
+                        for n, model in enumerate(self.candidates):
+                            logits_a = model.logits(states[n][batch][r : r + 1, start:stop])[0]
+                            if n == 0:
+                                file_a.append(logits_a)
+                            found = token_metrics(
                                 logits_b[:, :vocab], logits_a[:, :vocab], labels[row, start:stop], self.options.top_k
                             )
-                        )
+                            pieces[n].append(found)
                     row += 1
             again = self.b.logits(floor)[0, :, :vocab]
             floor_kl = float(kl_divergence(torch.cat(first), again).double().abs().mean())
-        return TokenMetrics.cat(pieces).reshape(rows), floor_kl
+        return [TokenMetrics.cat(found).reshape(rows) for found in pieces], floor_kl
 
-    def _report(self, found: TokenMetrics, floor_kl: float) -> DiffReport:
+    def _report(self, number: int, found: TokenMetrics, floor_kl: float) -> DiffReport:
         finite = torch.isfinite(found.kl)
         counted = int(finite.sum())
         row_means = [mean_over_rows(found.kl[r : r + 1]).mean for r in range(len(found.kl))]
         labelled = torch.isfinite(found.reference_nll)
         return DiffReport(
-            candidate=getattr(self.a.source, "label", "A"),
+            candidate=getattr(self.candidates[number].source, "label", "A"),
             reference=getattr(self.b.source, "label", "B"),
             rows=len(found.kl),
             row_tokens=found.kl.shape[1],
@@ -242,7 +272,7 @@ class _Comparison:
             score_candidate=_score(found.candidate_nll, found.candidate_hit, labelled),
             score_reference=_score(found.reference_nll, found.reference_hit, labelled),
             top_k_agreement=tuple(mean_over_rows(found.agree[..., k].float()) for k in range(found.agree.shape[-1])),
-            layers=tuple(self.stages),
+            layers=tuple(self.stages[number]),
             rows_sha256=self.rows_sha256,
             rows_source=self.rows_source,
             versions=versions(),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from recompile.errors import JournalError, RecompileError
-from recompile.optimize.problem import Group, Option, Problem
 from recompile.overlay import role_of
 from recompile.recipe import SourceId
 
@@ -163,18 +162,6 @@ class Profile:
             for source in group.bits
             if self.cost(group.name, source) is None
         ]
-
-    def problem(self) -> Problem:
-        """The budgeted choice: one option per group and candidate, bits counted over quantized modules."""
-        groups = []
-        for group in self.header.groups:
-            options = []
-            for source, bits in group.bits.items():
-                cost = self.cost(group.name, source)
-                kl, error = (cost.kl_nats, cost.std_error) if cost is not None else (math.nan, math.inf)
-                options.append(Option(source, bits, kl, error))
-            groups.append(Group(group.name, tuple(options)))
-        return Problem(tuple(groups), self.header.fixed_bits)
 
     @property
     def counted_weights(self) -> int:

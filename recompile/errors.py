@@ -1,4 +1,4 @@
-"""Errors that a user or a file can cause. Every message names the place, what was found, what was wanted and what to do."""
+"""Errors that a user or a file can cause. Every message names the place, what was found and wanted, and what to do."""
 
 from __future__ import annotations
 

@@ -130,7 +130,6 @@ def targets_for(modules: Sequence[str], all_modules: Sequence[str]) -> list[str]
     """Targets that match exactly `modules` among `all_modules`: `re:` patterns over layers where they are exact, else
     plain names. Every pattern starts with `.*` (engines rename prefixes), escapes dots and ends in `$`, and has a dot
     before the projection, so that no fused name (`qkv_proj`) ends like a pattern for one shard (`v_proj`)."""
-    wanted = set(modules)
     by_tail: dict[str, list[str]] = {}
     plain: list[str] = []
     for module in modules:
@@ -146,14 +145,17 @@ def targets_for(modules: Sequence[str], all_modules: Sequence[str]) -> list[str]
         by_layers.setdefault((prefix, parent, tuple(sorted(layers, key=int))), []).append(leaf)
     targets = []
     for (prefix, parent, numbers), leaves in by_layers.items():
-        pattern = _pattern(prefix, numbers, parent, leaves)
         exact = {f"{prefix}{layer}{parent}.{leaf}" for layer in numbers for leaf in leaves}
-        matched = {module for module in all_modules if re.match(pattern, module)}
-        targets += [f"re:{pattern}"] if matched == exact & set(all_modules) and exact <= wanted else sorted(exact)
+        for which in (r"\d+", numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"):
+            pattern = _pattern(prefix, which, parent, leaves)
+            if {module for module in all_modules if re.match(pattern, module)} == exact:
+                targets.append(f"re:{pattern}")
+                break
+        else:
+            targets += sorted(exact)
     return sorted(targets) + sorted(plain)
 
 
-def _pattern(prefix: str, layers: Sequence[str], parent: str, leaves: Sequence[str]) -> str:
-    layer = layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
+def _pattern(prefix: str, layers: str, parent: str, leaves: Sequence[str]) -> str:
     leaf = re.escape(leaves[0]) if len(leaves) == 1 else f"({'|'.join(re.escape(leaf) for leaf in sorted(leaves))})"
-    return f".*{re.escape(prefix)}{layer}{re.escape(parent)}\\.{leaf}$"
+    return f".*{re.escape(prefix)}{layers}{re.escape(parent)}\\.{leaf}$"

@@ -1,0 +1,202 @@
+"""model_optimize: a profile and a size budget to an override file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from recompile.cli.common import format_bytes, format_columns, print_json, progress
+from recompile.cli.options import compute_device, many_values_command, output_options, parse_size, read_rows
+from recompile.errors import OutputError, RecompileError
+
+if TYPE_CHECKING:
+    from eval.diff import DiffReport
+    from recompile.optimize.choose import Choice
+
+
+@many_values_command("model_optimize")
+@click.argument("profile_path", metavar="PROFILE", type=click.Path(path_type=Path))
+@click.option("-b", "--bits", type=float, help="Budget in bits per weight over quantized modules.")
+@click.option("--size", help="Budget for all tensors, e.g. 4.2GiB.")
+@click.option(
+    "--total-bpw", type=float, help="Budget in bits per weight over all weights, embedding and head included."
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("overrides.yaml"),
+    show_default=True,
+    help="The recipe to write.",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(["greedy", "exact"]),
+    default="exact",
+    show_default=True,
+    help="Best KL saved per bit first, with exchanges; or the proven optimum of the same costs.",
+)
+@click.option("--pin", multiple=True, help="GLOB=ID: take these modules from source ID.")
+@click.option("--min", "minimum", multiple=True, help="GLOB=ID: no smaller than source ID.")
+@click.option("--max", "maximum", multiple=True, help="GLOB=ID: no larger than source ID.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Run the recipe and print the KL measured on rows that neither profiling nor reporting uses.",
+)
+@click.option("-r", "--rows", default=16, show_default=True, help="Rows for --check.")
+@click.option("-l", "--length", default=512, show_default=True, help="Tokens in a row for --check.")
+@click.option("-d", "--device", default="cpu", show_default=True, help="For --check.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text for --check, split as in model_profile.")
+@click.option("--dataset", help="Data set for --check.")
+@output_options
+def main(
+    profile_path: Path,
+    bits: float | None,
+    size: str | None,
+    total_bpw: float | None,
+    out: Path,
+    solver: str,
+    pin: tuple[str, ...],
+    minimum: tuple[str, ...],
+    maximum: tuple[str, ...],
+    check: bool,
+    rows: int,
+    length: int,
+    device: str,
+    text: Path | None,
+    dataset: str | None,
+    json_path: Path | None,
+    quiet: bool,
+) -> None:
+    """Choose a source for every group of a profile so that KL is least within a size.
+
+    \b
+    Examples:
+      model_optimize profile.jsonl -b 3.5 -o overrides.yaml
+      model_optimize profile.jsonl --size 4.2GiB --pin "*.down_proj=6" --check
+    """
+    from recompile.costs import load_profile
+    from recompile.optimize.choose import Budget, Constraint, choose, make_recipe
+    from recompile.recipe import dump_recipe
+
+    if sum(given is not None for given in (bits, size, total_bpw)) != 1:
+        raise RecompileError("give exactly one budget: -b 3.5, --size 4.2GiB or --total-bpw 4.0")
+    budget = Budget(bits, total_bpw, parse_size(size) if size is not None else None)
+    constraints = [
+        Constraint.parse(kind, text)
+        for kind, given in (("pin", pin), ("min", minimum), ("max", maximum))
+        for text in given
+    ]
+    profile = load_profile(profile_path)
+    chosen = choose(profile, budget, solver, constraints)
+    recipe, comments = make_recipe(chosen, {"made_by": f"model_optimize {profile_path.name}"})
+    base = chosen.profile.header.candidate(chosen.profile.header.base).model_dir
+    heading = (
+        f"{chosen.bpw:.4f} bits per weight over quantized modules ({chosen.budget.describe()} asked for).\n"
+        f"Predicted KL {chosen.predicted_kl_nats:.6f} nats per token.\n"
+        f"Apply to {base}:\n"
+        f"  recompile -i {base} -o OUT -or {out.name}\n"
+        f"After each line: KL and bits against the same modules taken from {base}."
+    )
+    _write(out, dump_recipe(recipe, comments, heading))
+    measured = _measure(chosen, out, rows, length, device, text, dataset, quiet) if check else None
+    if str(json_path) != "-":
+        click.echo(_summary(chosen, out, base, measured))
+    if json_path is not None:
+        print_json(json_path, _report(chosen, measured))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _measure(
+    chosen: Choice,
+    recipe: Path,
+    rows: int,
+    length: int,
+    device: str,
+    text: Path | None,
+    dataset: str | None,
+    quiet: bool,
+) -> DiffReport:
+    """The recipe's KL on rows of the role "accept"."""
+    from eval.diff import DiffOptions, DiffReport, compare
+    from recompile.checkpoint import open_checkpoint
+    from recompile.overlay import build_overlay
+
+    header = chosen.profile.header
+    reference = open_checkpoint(header.reference)
+    overlay = build_overlay(open_checkpoint(header.candidate(header.base).model_dir), recipe)
+    found, vocab = read_rows([reference.path, overlay.base.path], "accept", rows, length, text, dataset, None)
+    report: DiffReport | None = None
+    with progress("checking", 1, unit="layers", quiet=quiet) as bar:
+        options = DiffOptions(device=compute_device(device), vocab=vocab)
+        for event in compare(
+            overlay, reference, found.ids, options, rows_source=found.source, rows_sha256=found.sha256
+        ):
+            if isinstance(event, DiffReport):
+                report = event
+            else:
+                bar.update(event.index + 1, event.name, event.total + 1)
+    assert report is not None, "compare ends with its report"
+    return report
+
+
+def _summary(chosen: Choice, out: Path, base: str, measured: DiffReport | None) -> str:
+    header = chosen.profile.header
+    counts: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for group in header.groups:
+        label = chosen.solution.choice[group.name]
+        counts[label] += len(group.modules)
+        weights[label] += group.weights
+    rows = [
+        (candidate.label, candidate.model_dir, str(counts[candidate.label]), f"{100 * share:.1f} %")
+        for candidate in header.candidates
+        for share in [weights[candidate.label] / max(1, header.group_weights)]
+    ]
+    spare = chosen.solution.budget_bits - chosen.solution.bits
+    error = f" ± {chosen.predicted_std_error:.6f}" if chosen.predicted_std_error is not None else ""
+    lines = [
+        format_columns(rows, ("source", "directory", "modules", "of the weights"), (2, 3)),
+        "",
+        f"Size:         {chosen.bpw:.4f} bpw over quantized modules, {format_bytes(chosen.total_bytes)} in all; "
+        f"{format_bytes(spare / 8)} of the budget left",
+        f"Predicted KL: {chosen.predicted_kl_nats:.6f}{error} nats per token (swaps added up; "
+        f"solver {chosen.solution.solver}, gap to the proven bound {chosen.solution.gap:.2g})",
+    ]
+    if measured is not None:
+        ratio = measured.kl.mean / chosen.predicted_kl_nats if chosen.predicted_kl_nats > 0 else float("nan")
+        lines.append(
+            f"Measured KL:  {measured.kl} nats per token on {measured.rows} rows x {measured.row_tokens} tokens of its "
+            f"own; measured / predicted {ratio:.2f}"
+        )
+    lines += [f"Wrote {out}", "", f"Next: recompile -i {base} -o OUT -or {out}"]
+    return "\n".join(lines)
+
+
+def _report(chosen: Choice, measured: DiffReport | None) -> dict[str, object]:
+    return {
+        "budget": chosen.budget.describe(),
+        "budget_bits": chosen.solution.budget_bits,
+        "bits": chosen.solution.bits,
+        "bpw": chosen.bpw,
+        "total_bytes": chosen.total_bytes,
+        "solver": chosen.solution.solver,
+        "gap": chosen.solution.gap,
+        "predicted_kl_nats": chosen.predicted_kl_nats,
+        "predicted_std_error": chosen.predicted_std_error,
+        "measured": measured,
+        "choice": dict(chosen.solution.choice),
+    }

@@ -1,0 +1,233 @@
+"""model_quantize: a dense base model to variants at several bitrates, in one pass."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from recompile.cli.common import format_bpw, format_bytes, format_columns, print_json, progress
+from recompile.cli.options import (
+    check_vocabulary,
+    compute_device,
+    compute_dtype,
+    device_options,
+    many_values_command,
+    output_options,
+    read_rows,
+    text_options,
+)
+from recompile.errors import FormatError
+
+if TYPE_CHECKING:
+    from recompile.quantize.pipeline import Encoder, ModuleReport, QuantizeReport
+    from recompile.tokens import Rows
+
+
+@many_values_command("model_quantize")
+@click.option("-i", "--in-dir", "--in_dir", required=True, help="The dense base model.")
+@click.option(
+    "-o",
+    "--out-dir",
+    "--out_dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Where the variants go: DIR/3bpw, DIR/4bpw, ...",
+)
+@click.option("-b", "--bits", multiple=True, type=float, required=True, help="Bitrates, any number: -b 2 3 4 6.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
+    default="compressed-tensors",
+    show_default=True,
+)
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "mse", "gptq"]),
+    default="gptq",
+    show_default=True,
+    help="Round to nearest; least squares grids; GPTQ on top of those.",
+)
+@click.option(
+    "-g", "--group-size", default="64", show_default=True, help="32, 64, 128 or channel (compressed-tensors)."
+)
+@click.option(
+    "--asym",
+    is_flag=True,
+    help="A zero point per group (compressed-tensors). transformers 5.23 cannot load such mixes.",
+)
+@click.option("--importance", is_flag=True, help="Weight errors by the Hessian diagonal when grids are fitted.")
+@click.option(
+    "-hb",
+    "--head-bits",
+    "--head_bits",
+    type=int,
+    help="Quantize the output head to this; default: dense (EXL2, EXL3: 6).",
+)
+@click.option(
+    "--codebook", type=click.Choice(["3inst", "mcg", "mul1"]), default="mul1", show_default=True, help="EXL3 codebook."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["own", "exllamav2", "exllamav3"]),
+    default="own",
+    show_default=True,
+    help="Whose encoder makes the tensors; the last two need CUDA.",
+)
+@text_options(rows=64, length=512)
+@device_options
+@output_options
+def main(
+    in_dir: str,
+    out_dir: Path,
+    bits: tuple[float, ...],
+    format_name: str,
+    method: str,
+    group_size: str,
+    asym: bool,
+    importance: bool,
+    head_bits: int | None,
+    codebook: str,
+    engine: str,
+    rows: int,
+    length: int,
+    text: Path | None,
+    dataset: str | None,
+    input_ids: Path | None,
+    device: str,
+    dtype: str | None,
+    json_path: Path | None,
+    quiet: bool,
+) -> None:
+    """Quantize a model to several bitrates; calibration runs once for all of them.
+
+    An interrupted run goes on after the last finished layer when the same command is given again.
+
+    \b
+    Examples:
+      model_quantize -i base -o variants -b 2 3 4 6
+      model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
+    """
+    if engine != "own":
+        _run_engine(engine, in_dir, out_dir, format_name, bits, head_bits, rows, length, device, codebook, quiet)
+        return
+    from recompile.checkpoint import open_checkpoint
+
+    base = open_checkpoint(in_dir)
+    found, vocab = read_rows([base.path], "calibrate", rows, length, text, dataset, input_ids)
+    check_vocabulary(base, vocab)
+    encoder, head = _encoder(format_name, bits, method, group_size, asym, importance, head_bits, codebook, found)
+
+    from recompile.quantize.pipeline import LayerDone, quantize_model
+
+    report: QuantizeReport | None = None
+    with progress("quantizing", 1, unit="layers", quiet=quiet) as bar:
+        for event in quantize_model(
+            base,
+            out_dir,
+            encoder,
+            found.ids,
+            head=head,
+            device=compute_device(device),
+            dtype=compute_dtype(dtype),
+            rows_sha256=found.sha256,
+        ):
+            if isinstance(event, LayerDone):
+                bar.update(event.index + 1, event.name + (" (done before)" if event.resumed else ""), event.total)
+            else:
+                report = event
+    assert report is not None, "quantize_model ends with its report"
+    if str(json_path) != "-":
+        click.echo(_summary(report))
+    if json_path is not None:
+        print_json(json_path, report)
+
+
+def _run_engine(
+    engine: str,
+    in_dir: str,
+    out_dir: Path,
+    format_name: str,
+    bits: tuple[float, ...],
+    head_bits: int | None,
+    rows: int,
+    length: int,
+    device: str,
+    codebook: str,
+    quiet: bool,
+) -> None:
+    """Let an engine's own converter make the variants."""
+    from recompile.quantize.engines import check_engine, plan_engine, run_engine
+
+    wanted = {"exllamav2": "exl2", "exllamav3": "exl3"}[engine]
+    if format_name != wanted:
+        raise FormatError(f"--engine {engine} makes {wanted}: add --format {wanted}")
+    check_engine(engine)
+    number = device.rpartition(":")[2] if device != "cpu" else "0"
+    steps = plan_engine(engine, Path(in_dir), out_dir, bits, head_bits or 6, rows, length, number, codebook)
+    with progress("converting", len(steps), unit="runs", quiet=quiet) as bar:
+        for output in run_engine(steps):
+            bar.update(output.number, f"{output.step.title}: {output.line[-60:]}")
+    click.echo("\n".join(str(step.made) for step in steps if step.made.is_dir()))
+
+
+def _encoder(
+    format_name: str,
+    bits: tuple[float, ...],
+    method: str,
+    group_size: str,
+    asym: bool,
+    importance: bool,
+    head_bits: int | None,
+    codebook: str,
+    rows: Rows,
+) -> tuple[Encoder, bool]:
+    """The encoder that the options ask for, and whether the head is quantized."""
+    from recompile.quantize.encoders import Exl2Encoder, Exl3Encoder, IntEncoder
+
+    if len(set(bits)) != len(bits):
+        raise FormatError("-b: a bitrate is given twice")
+    if format_name == "exl2":
+        return Exl2Encoder(bits, head_bits or 6, len(rows.ids), rows.ids.shape[1], method), True
+    if format_name == "exl3":
+        return Exl3Encoder(bits, head_bits or 6, codebook, len(rows.ids), rows.ids.shape[1], method), True
+    size = None if group_size == "channel" else int(group_size) if group_size.isdigit() else 0
+    if size == 0:
+        raise FormatError(f"--group-size {group_size}: wanted a number such as 64, or channel")
+    whole = [int(rate) for rate in bits if rate == int(rate)]
+    if len(whole) != len(bits):
+        raise FormatError("-b: compressed-tensors variants have whole bits, 2 to 8; mix them with a recipe")
+    return IntEncoder(whole, size, not asym, method, importance, head_bits=head_bits), head_bits is not None
+
+
+def _summary(report: QuantizeReport) -> str:
+    rows = []
+    for variant, directory in zip(report.variants, report.directories, strict=True):
+        made = [module for module in variant.modules if module.quantized]
+        rows.append(
+            (
+                directory,
+                format_bpw(variant.bpw),
+                format_bpw(variant.head_bpw),
+                format_bytes(variant.size_bytes),
+                str(len(made)),
+                f"{_mean([module.relative_error for module in made]):.4f}",
+                f"{_mean([module.sqnr_db for module in made if math.isfinite(module.sqnr_db)]):.2f}",
+                f"{_mean([m.output_error for m in made if m.output_error is not None]):.5f}",
+            )
+        )
+    header = ("variant", "bpw", "head", "size", "modules", "rel. error", "SQNR dB", "output error")
+    text = format_columns(rows, header, range(1, 8))
+    kept: list[ModuleReport] = [module for module in report.variants[0].modules if not module.quantized]
+    for module in kept[:10]:
+        text += f"\nkept dense: {module.module}: {module.note}"
+    if len(kept) > 10:
+        text += f"\n... and {len(kept) - 10} more; all in quantize_report.json"
+    return text
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,440 @@
+"""base model -> variants at several bitrates, in one pass over the layers.
+
+A layer is loaded once; running the calibration rows through it collects the Hessian of every input; the layer is then
+quantized to all bitrates from them and written out, and the rows go on through the unquantized layer. Memory is bounded
+by one layer, its Hessians and the rows' hidden states.
+
+Every variant grows in `<name>.building`, a file a layer, and gets its name when whole. A run that was killed goes on
+after the last layer that all variants hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recompile.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json, read_safetensors_header
+from recompile.errors import FormatError, OutputError
+from recompile.overlay import build_overlay, role_of
+from recompile.quantize.calibrate import InputCollector, InputStatistics
+from recompile.stream import LayeredModel
+from recompile.write import execute, other_files, plan_write
+
+JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant is made whole
+REPORT = "quantize_report.json"
+BUILDING_SUFFIX = ".building"  # not write.py's ".partial", which the last step uses
+# Small maps that decide where tokens go; kept dense, since they take few bits and their errors are costly.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One module in one variant: its stored parts and the dense weight they stand for."""
+
+    parts: dict[str, Tensor]
+    dense: Tensor  # [out, in], decoded from the parts
+
+
+class Encoder(Protocol):
+    """Makes the variants' parts of modules that share an input. One object serves all bitrates of a run."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Variant directory names, e.g. "3bpw"."""
+        ...
+
+    def why_not(self, module: str, shape: tuple[int, int]) -> str | None:
+        """The reason why a module must stay dense, None if it can be encoded."""
+        ...
+
+    def encode(
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, biases: Mapping[str, Tensor]
+    ) -> list[dict[str, Encoded]]:
+        """For each variant, the parts of every module; hessian [in, in] or None where no token was seen."""
+        ...
+
+    def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """What unquantized floating-point tensors are stored as."""
+        ...
+
+    def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]: ...
+    def description(self) -> dict[str, Any]:
+        """Everything that decides the output, for the journal."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """How one module came out in one variant."""
+
+    module: str
+    weights: int
+    size_bytes: int  # of all its parts, scales and bias included
+    relative_error: float  # |W - Wq| / |W|, Frobenius
+    sqnr_db: float
+    output_error: float | None  # tr(E H E') / tr(W H W'): relative squared error of the outputs on the calibration rows
+    tokens: int  # calibration tokens that reached the module
+    quantized: bool = True
+    note: str = ""  # why it stayed dense, or was made without a Hessian
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.size_bytes / self.weights
+
+
+@dataclass(frozen=True)
+class VariantReport:
+    name: str
+    modules: tuple[ModuleReport, ...]
+    bpw: float  # over the quantized modules of the layers
+    head_bpw: float | None
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    index: int
+    total: int
+    name: str
+    resumed: bool
+    modules: Mapping[str, tuple[ModuleReport, ...]]  # by variant
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    variants: tuple[VariantReport, ...]
+    directories: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize_model(
+    base: Checkpoint,
+    out_dir: Path,
+    encoder: Encoder,
+    ids: Tensor,
+    *,
+    head: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    rows_sha256: str = "",
+    shard_mb: int = 8192,
+) -> Iterator[LayerDone | QuantizeReport]:
+    """Quantize `base` to every variant of `encoder`; yields a LayerDone per layer and last the QuantizeReport.
+
+    ids: int64 [rows, tokens] calibration rows. `head` also quantizes the output head.
+    Raises OutputError if a variant's directory exists or belongs to another run.
+    """
+    if base.is_quantized:
+        raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
+    yield from _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb).run()
+
+
+class _Build:
+    def __init__(
+        self,
+        base: Checkpoint,
+        out_dir: Path,
+        encoder: Encoder,
+        ids: Tensor,
+        head: bool,
+        device: str,
+        dtype: torch.dtype | None,
+        rows_sha256: str,
+        shard_mb: int,
+    ) -> None:
+        self.base, self.encoder, self.ids, self.head, self.shard_mb = base, encoder, ids, head, shard_mb
+        self.model = LayeredModel.of(base, dtype=dtype, device=device)
+        self.finals = [out_dir / name for name in encoder.names]
+        self.partials = [final.with_name(final.name + BUILDING_SUFFIX) for final in self.finals]
+        self.journal = {
+            "base": base.fingerprint,
+            "rows": rows_sha256,
+            "row_shape": list(ids.shape),
+            "head": head,
+            "dtype": str(self.model.dtype),
+            "encoder": encoder.description(),
+        }
+        self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
+        self.stages = [*range(self.model.depth), *(["head"] if head else [])]
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[LayerDone | QuantizeReport]:
+        first = self._open_outputs()
+        states = list(self.model.embed(self.ids, max(1, BATCH_TOKENS // self.ids.shape[1])))
+        for number in range(self.model.depth):
+            with self.model.layer(number):
+                if number < first:
+                    self._advance(number, states)
+                    yield self._resumed(number)
+                    continue
+                with InputCollector(self.model, number) as collector:
+                    self._advance(number, states)
+                names = self.model.modules_of_layer(number)
+                yield self._quantize(number, names, collector.groups)
+        if self.head:
+            if first > self.model.depth:
+                yield self._resumed(self.model.depth)
+            else:
+                yield self._quantize_head(states)
+        yield self._finish()
+
+    def _advance(self, index: int, states: list[Tensor]) -> None:
+        for n, state in enumerate(states):
+            states[n] = self.model.run_layer(index, state)
+
+    # ---- outputs and resuming --------------------------------------------------------------------------------------
+
+    def _open_outputs(self) -> int:
+        """Create or take up the partial directories; returns the number of stages that all of them hold."""
+        for final in self.finals:
+            if final.exists():
+                raise OutputError(f"{final}: exists already; remove it, or choose another --out-dir")
+        try:
+            done = []
+            for partial in self.partials:
+                journal = partial / JOURNAL
+                if not journal.exists():
+                    if partial.exists() and any(partial.iterdir()):
+                        raise OutputError(f"{partial}: is not an unfinished build of this tool; remove it")
+                    partial.mkdir(parents=True, exist_ok=True)
+                    _write_json(journal, self.journal)
+                elif read_json(journal) != self.journal:
+                    raise OutputError(
+                        f"{partial}: was begun with other settings ({_difference(read_json(journal), self.journal)}); "
+                        f"remove it, or run with those settings to go on"
+                    )
+                done.append(self._stages_done(partial))
+        except OSError as error:
+            raise OutputError(f"{error.filename}: cannot be written: {error.strerror or error}") from error
+        first = min(done)
+        for report, partial in zip(self.reports, self.partials, strict=True):
+            for number in range(first):
+                for entry in read_json(partial / _stage_report(number)):
+                    report[entry["module"]] = ModuleReport(**entry)
+        return first
+
+    def _stages_done(self, partial: Path) -> int:
+        number = 0
+        while number < len(self.stages) and (partial / _stage_report(number)).exists():
+            number += 1
+        return number
+
+    def _resumed(self, number: int) -> LayerDone:
+        name = self.model.prefix_of_layer(number) if number < self.model.depth else "head"
+        return LayerDone(number, len(self.stages), name, True, {})
+
+    def _write_stage(self, number: int, variant: int, tensors: dict[str, Tensor], reports: list[ModuleReport]) -> None:
+        partial = self.partials[variant]
+        shard = partial / _stage_shard(number)
+        temporary = shard.with_suffix(".tmp")
+        try:
+            save_file(tensors, temporary, {"format": "pt"})
+            _sync(temporary)
+            os.replace(temporary, shard)
+            _write_json(partial / _stage_report(number), [asdict(report) for report in reports])
+        except (OSError, SafetensorError) as error:
+            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            free = shutil.disk_usage(partial).free
+            raise OutputError(
+                f"{shard}: cannot be written ({error}); it needs {needed} bytes, {free} are free; "
+                f"make room and run the same command again, it goes on from here"
+            ) from error
+
+    # ---- one layer ------------------------------------------------------------------------------------------------
+
+    def _quantize(self, number: int, names: Sequence[str], groups: Sequence[InputStatistics]) -> LayerDone:
+        variants = len(self.finals)
+        tensors: list[dict[str, Tensor]] = [{} for _ in range(variants)]
+        reports: list[list[ModuleReport]] = [[] for _ in range(variants)]
+        taken: set[str] = set()
+        unseen = [name for name in names if self._is_linear(name) and not any(name in g.modules for g in groups)]
+        for group in [*groups, *(InputStatistics([name]) for name in unseen)]:
+            weights: dict[str, Tensor] = {}
+            biases: dict[str, Tensor] = {}
+            for name in group.modules:
+                why = self._why_dense(name)
+                if why is not None:
+                    for report in reports:
+                        report.append(self._dense_report(name, why, group.tokens))
+                    continue
+                weights[name] = self.base.load(f"{name}.weight", device=self.model.device).float()
+                if f"{name}.bias" in self.base.tensors:
+                    biases[name] = self.base.load(f"{name}.bias", device=self.model.device)
+            if not weights:
+                continue
+            for variant, encoded in enumerate(self.encoder.encode(weights, group.hessian, biases)):
+                for name, made in encoded.items():
+                    for part, value in made.parts.items():
+                        tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
+                    reports[variant].append(_measure(name, weights[name], made, group))
+            taken.update(weights)
+        for name in names:
+            if name not in taken:
+                for variant in range(variants):
+                    tensors[variant].update(self._dense_tensors(self.base.modules[name]))
+        for variant in range(variants):
+            self._write_stage(number, variant, tensors[variant], reports[variant])
+            self.reports[variant].update({report.module: report for report in reports[variant]})
+        found = {name: tuple(r) for name, r in zip(self.encoder.names, reports, strict=True)}
+        stage = self.model.prefix_of_layer(number) if number < self.model.depth else "head"
+        return LayerDone(number, len(self.stages), stage, False, found)
+
+    def _quantize_head(self, states: list[Tensor]) -> LayerDone:
+        statistics = InputStatistics([self._head_module()])
+        with self.model.norm_loaded() as norm:
+            for state in states:
+                x = norm(state).reshape(-1, state.shape[-1]).float()
+                statistics.tokens += len(x)
+                product = x.T @ x
+                statistics.hessian = product if statistics.hessian is None else statistics.hessian.add_(product)
+        return self._quantize(self.model.depth, [], [statistics])
+
+    def _head_module(self) -> str:
+        return self.model.prefix_of(self.model.head)
+
+    def _is_linear(self, name: str) -> bool:
+        shape = self.base.modules[name].shape
+        return shape is not None and len(shape) == 2
+
+    def _why_dense(self, name: str) -> str | None:
+        if name.rpartition(".")[2] in ROUTERS:
+            return "router, kept dense"
+        shape = self._shape(name)
+        return self.encoder.why_not(name, (shape[0], shape[1]))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        stored = self.base.modules.get(name)
+        if stored is None or stored.shape is None:  # a tied head has no tensors of its own
+            return (self.model.vocab_size, self.model.hidden_size)
+        return stored.shape
+
+    def _dense_report(self, name: str, why: str, tokens: int) -> ModuleReport:
+        stored = self._dense_tensors(self.base.modules[name]).values()
+        size = sum(value.numel() * value.element_size() for value in stored)
+        return ModuleReport(name, math.prod(self._shape(name)), size, 0.0, math.inf, 0.0, tokens, False, why)
+
+    def _dense_tensors(self, module: StoredModule) -> dict[str, Tensor]:
+        tensors = {}
+        for info in module.parts.values():
+            value = self.base.read(info.name)
+            if value.is_floating_point():
+                wanted = self.encoder.dense_dtype(value.dtype)
+                cast = value.to(wanted)
+                if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(value).all()):
+                    raise FormatError(
+                        f"{info.name}: has values up to {float(value.abs().max())}, too large for {wanted}"
+                    )
+                value = cast
+            tensors[info.name] = value
+        return tensors
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> QuantizeReport:
+        finished = [self._finish_variant(variant) for variant in range(len(self.finals))]
+        return QuantizeReport(tuple(finished), tuple(str(final) for final in self.finals))
+
+    def _finish_variant(self, variant: int) -> VariantReport:
+        """Write what is outside the layers, then the final directory from the stage files, and remove those."""
+        partial, final = self.partials[variant], self.finals[variant]
+        in_layers = {name for number in range(self.model.depth) for name in self.model.modules_of_layer(number)}
+        quantized = self.reports[variant]
+        rest: dict[str, Tensor] = {}
+        for name, module in self.base.modules.items():
+            if name not in in_layers and name not in quantized:
+                rest.update(self._dense_tensors(module))
+        self._write_stage(len(self.stages), variant, rest, [])
+        report = _variant_report(self.encoder.names[variant], list(quantized.values()), partial)
+        dense = sorted(report.module for report in quantized.values() if not report.quantized)
+        config = dict(self.base.config)
+        head = self._head_module()
+        if head in quantized:
+            config["tie_word_embeddings"] = False
+        elif self.base.modules.get(head) is None or not self.base.modules[head].is_quantized:
+            dense.append(head)
+        config["quantization_config"] = self.encoder.quantization_config(variant, report, dense)
+        _write_json(partial / "config.json", config)
+        _write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal})
+        for path in other_files(self.base.path):
+            shutil.copyfile(path, partial / path.name)
+        built = replace(open_checkpoint(partial), label=str(final))
+        for _ in execute(plan_write(build_overlay(built, None), final, self.shard_mb)):
+            pass
+        shutil.rmtree(partial)
+        return report
+
+
+def _stage_shard(number: int) -> str:
+    return f"stage-{number:05d}.safetensors"
+
+
+def _stage_report(number: int) -> str:
+    return f".stage-{number:05d}.json"
+
+
+def _variant_report(name: str, modules: list[ModuleReport], partial: Path) -> VariantReport:
+    rates: dict[str, float] = {}
+    for role in ("layer", "head"):
+        counted = [m for m in modules if m.quantized and role_of(m.module) == role]
+        if counted:
+            rates[role] = 8 * sum(m.size_bytes for m in counted) / sum(m.weights for m in counted)
+    shards = [read_safetensors_header(shard)[0] for shard in partial.glob("stage-*.safetensors")]
+    total = sum(info.size_bytes for tensors in shards for info in tensors.values())
+    return VariantReport(name, tuple(modules), rates.get("layer", 0.0), rates.get("head"), total)
+
+
+def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics) -> ModuleReport:
+    error = weight - made.dense.to(weight.dtype)
+    size = sum(value.numel() * value.element_size() for value in made.parts.values())
+    noise, signal = float(error.double().norm()), float(weight.double().norm())
+    ratio = noise / signal if signal else 0.0
+    output = None
+    if group.hessian is not None:
+        whole = float(torch.einsum("oi,oi->", weight @ group.hessian, weight))
+        output = float(torch.einsum("oi,oi->", error @ group.hessian, error)) / whole if whole else 0.0
+    note = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
+    sqnr = -20 * math.log10(ratio) if ratio else math.inf
+    return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Which settings of two journals differ, in a few words."""
+    if not isinstance(old, Mapping):
+        return "unreadable journal"
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    changed = [key for key in {**flat_old, **flat_new} if flat_old.get(key) != flat_new.get(key)]
+    return "; ".join(f"{key} was {flat_old.get(key)!r}, is {flat_new.get(key)!r}" for key in changed[:4])
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item})
+    return flat
