@@ -1,0 +1,382 @@
+"""recompile: write the checkpoint that a base variant and an override file describe."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from recompile.cli.common import (
+    check_json_path,
+    command,
+    format_bpw,
+    format_bytes,
+    format_columns,
+    format_seconds,
+    print_json,
+    progress,
+)
+from recompile.cli.options import output_options
+from recompile.errors import CheckpointError
+from recompile.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable, role_of
+from recompile.write import (
+    DEFAULT_SHARD_MB,
+    WritePlan,
+    check_output,
+    execute,
+    natural_key,
+    plan_write,
+)
+
+if TYPE_CHECKING:
+    from recompile.check import Problem, VerifyReport
+
+LONG_TABLE = 60  # modules; a longer table is folded over layers
+
+
+@dataclass(frozen=True)
+class RecompileReport:
+    """What `--json` holds."""
+
+    base: str
+    out: str | None
+    recipe: str | None
+    dense: bool
+    base_size: Mapping[str, Any]
+    size: Mapping[str, Any]
+    overridden: Mapping[str, int]  # source -> modules taken from it
+    modules: Sequence[Mapping[str, Any]]
+    warnings: Sequence[str]
+    lowest_correlation: tuple[str, float] | None  # of the probe; None if it did not run
+    seconds: float | None
+    bytes_per_second: float | None
+    verified: VerifyReport | None
+
+
+@command("recompile")
+@click.option("-i", "--in-dir", "--in_dir", "in_dir", metavar="DIR", help="The variant that is overridden.")
+@click.option(
+    "-o", "--out-dir", "--out_dir", "out_dir", type=click.Path(path_type=Path), metavar="DIR", help="What is written."
+)
+@click.option("-or", "--override", "override", metavar="FILE", help="The override file (YAML); none: a plain copy.")
+@click.option(
+    "-ss",
+    "--shard-size",
+    "--shard_size",
+    "shard_size",
+    default=DEFAULT_SHARD_MB,
+    show_default=True,
+    metavar="MB",
+    help="Largest size of a safetensors file, in MiB.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop. Reads no weight.")
+@click.option("--all", "every", is_flag=True, help="With --dry-run: a line for every module.")
+@click.option("--verify", "verify_it", is_flag=True, help="Read the result again and compare it with its sources.")
+@click.option("--dense", is_flag=True, help="Write decoded weights, for tools that read nothing else.")
+@click.option("--allow-unmatched", is_flag=True, help="Go on where a key matches no tensor.")
+@click.option("--no-probe", is_flag=True, help="Do not test that the sources were made from the same weights.")
+@click.option("--check", "check_dir", metavar="DIR", help="Check a finished checkpoint of any origin; writes nothing.")
+@output_options
+def cli(
+    in_dir: str | None,
+    out_dir: Path | None,
+    override: str | None,
+    shard_size: int,
+    dry_run: bool,
+    every: bool,
+    verify_it: bool,
+    dense: bool,
+    allow_unmatched: bool,
+    no_probe: bool,
+    check_dir: str | None,
+    json_path: Path | None,
+    quiet: bool,
+) -> None:
+    """Write a new checkpoint: the variant -i with the modules that the override file takes from other variants.
+
+    Every tensor is copied byte for byte from its source; config, index and manifest are written to fit. The output
+    appears whole or not at all.
+
+    \b
+      recompile -i 3bpw -or overrides.yaml --dry-run
+      recompile -i 3bpw -o mix -or overrides.yaml --verify
+      recompile --check mix
+    """
+    check_json_path(json_path)
+    if check_dir is not None:
+        if in_dir or out_dir or override:
+            raise click.UsageError("--check DIR stands alone; leave out -i, -o and -or")
+        _check(check_dir, verify_it, json_path, quiet)
+        return
+    if in_dir is None or (out_dir is None and not dry_run):
+        raise click.UsageError("wanted -i DIR and -o DIR (or --dry-run, or --check DIR); -h explains")
+    from recompile.checkpoint import open_checkpoint
+
+    overlay = build_overlay(open_checkpoint(in_dir), override, allow_unmatched=allow_unmatched)
+    if out_dir is not None:
+        check_output(overlay, out_dir)
+    plan = plan_write(overlay, out_dir or Path(f"{in_dir}-mix"), shard_size, dense=dense)
+    warnings = [*overlay.warnings, *plan.warnings]
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    before = account(overlay.base.modules.values(), quantizable(overlay.checkpoints))
+    human = str(json_path) != "-"
+    if dry_run:
+        if human:
+            click.echo(resolved_table(overlay, every=every))
+            click.echo()
+            click.echo(_sizes(overlay, before, plan))
+        if out_dir is not None:
+            check_output(overlay, out_dir, plan.needed_bytes)
+        _print_report(json_path, overlay, out_dir, plan, before, warnings)
+        return
+    assert out_dir is not None
+    check_output(overlay, out_dir, plan.needed_bytes)
+    lowest = None if no_probe else _probe(overlay)
+    began = time.monotonic()
+    doing = "decoding" if dense else "copying"
+    with closing(execute(plan)) as steps, progress(doing, plan.data_bytes, quiet=quiet) as bar:
+        for step in steps:
+            bar.update(step.done_bytes, step.module)
+    seconds = time.monotonic() - began
+    report = _verify(str(out_dir), quiet) if verify_it else None
+    if human:
+        click.echo(_sizes(overlay, before, plan))
+        click.echo(_written(plan, seconds, report))
+    _print_report(json_path, overlay, out_dir, plan, before, warnings, lowest, seconds, report)
+    if report is not None:
+        _fail_on(report.problems, str(out_dir), "verify")
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _probe(overlay: Overlay) -> tuple[str, float] | None:
+    if overlay.overridden == 0:
+        return None
+    from recompile.check import check_same_weights
+
+    return check_same_weights(overlay).lowest
+
+
+def _verify(directory: str, quiet: bool) -> VerifyReport:
+    from recompile.check import verify
+
+    with progress("verifying", 1, quiet=quiet) as bar:
+        return verify(directory, lambda step: bar.update(step.done_bytes, step.module, step.total_bytes))
+
+
+def _check(directory: str, verify_it: bool, json_path: Path | None, quiet: bool) -> None:
+    from recompile.check import check_checkpoint
+
+    problems: Sequence[Problem]
+    if verify_it:
+        report = _verify(directory, quiet)
+        problems = report.problems
+        if json_path is not None:
+            print_json(json_path, report)
+        if str(json_path) != "-":
+            click.echo(_verified(report))
+    else:
+        problems = check_checkpoint(directory)
+        if json_path is not None:
+            print_json(json_path, {"directory": directory, "problems": problems})
+    if str(json_path) != "-":
+        for problem in problems:
+            click.echo(f"{problem.severity}: {problem}")
+        if not problems:
+            click.echo(f"{directory}: no inconsistency found")
+    _fail_on(problems, directory, "check", listed=True)
+
+
+def _fail_on(problems: Sequence[Problem], directory: str, what: str, listed: bool = False) -> None:
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if not errors:
+        return
+    first = "" if listed else f", first {errors[0]}"
+    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+    raise CheckpointError(f"{directory}: {what} found {count}{first}; write or download it again")
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def resolved_table(overlay: Overlay, *, every: bool = False) -> str:
+    """Module, source, bits and the line that decided, for every weight; folded over layers where that is long."""
+    placements = sorted(overlay.placements.values(), key=lambda p: natural_key(p.module))
+    shown = [p for p in placements if every or p.source is not None or _is_weight(p)]
+    if every or len(shown) <= LONG_TABLE:
+        rows = [(p.module, _source(p), f"{p.stored.bits_per_weight:.3f}", _decided(overlay, p)) for p in shown]
+        text = format_columns(rows, ("module", "source", "bits", "decided by"), right=(2,))
+    else:
+        folded: dict[tuple[str, str, str, str], list[str]] = {}
+        for p in shown:
+            bits = f"{p.stored.bits_per_weight:.2f}"
+            key = (_template(p.module), _source(p), bits, _decided(overlay, p))
+            folded.setdefault(key, []).append(p.module)
+        rows5 = [
+            (_fold(names), str(len(names)), source, bits, decided)
+            for (_, source, bits, decided), names in folded.items()
+        ]
+        text = format_columns(rows5, ("module", "modules", "source", "bits", "decided by"), right=(1, 3))
+    rest = [p for p in placements if p not in shown] if len(shown) < len(placements) else []
+    if rest:
+        size = sum(p.stored.size_bytes for p in rest)
+        text += f"\n{len(rest)} other modules (norms and the like) from the base, {format_bytes(size)}"
+    return text
+
+
+def _is_weight(placement: Placement) -> bool:
+    stored = placement.stored
+    return (
+        stored.is_quantized or role_of(stored.name) != "layer" or (stored.shape is not None and len(stored.shape) > 1)
+    )
+
+
+def _source(placement: Placement) -> str:
+    return placement.source if placement.source is not None else "(base)"
+
+
+def _decided(overlay: Overlay, placement: Placement) -> str:
+    if placement.override is None or overlay.recipe is None:
+        return "-"
+    return f'{overlay.recipe.name}:{placement.override.line} "{placement.override.key}"'
+
+
+def _template(module: str) -> str:
+    return ".".join("#" if word.isdigit() else word for word in module.split("."))
+
+
+def _fold(modules: Sequence[str]) -> str:
+    """model.layers.{0-3,5}.mlp.up_proj; numbers after the first become * where they differ."""
+    columns = list(zip(*(module.split(".") for module in modules), strict=True))
+    words = []
+    first = True
+    for column in columns:
+        values = list(dict.fromkeys(column))
+        if len(values) == 1:
+            words.append(values[0])
+        elif first:
+            words.append("{" + _ranges([int(value) for value in values]) + "}")
+        else:
+            words.append("*")
+        first = first and not column[0].isdigit()
+    return ".".join(words)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def _sizes(overlay: Overlay, before: Accounting, plan: WritePlan) -> str:
+    after = plan.accounting
+
+    def row(what: str, figure: str, result: str) -> tuple[str, str, str]:
+        return (what, figure, result)
+
+    table = format_columns(
+        [
+            row("bits per weight, quantized modules", format_bpw(before.bpw), format_bpw(after.bpw)),
+            row("bits per weight, head", format_bpw(before.head_bpw), format_bpw(after.head_bpw)),
+            row("bits per weight, embedding", format_bpw(before.embedding_bpw), format_bpw(after.embedding_bpw)),
+            row("bits per weight, everything", format_bpw(before.total_bpw), format_bpw(after.total_bpw)),
+            row("size", format_bytes(before.total_bytes), format_bytes(after.total_bytes)),
+        ],
+        ("", overlay.base.label, "result"),
+        right=(1, 2),
+    )
+    counts = _overridden(overlay)
+    listed = ", ".join(f"{count} from {source}" for source, count in counts.items())
+    taken = f"{sum(counts.values())} of {len(overlay.placements)} modules overridden" + (
+        f": {listed}" if listed else ""
+    )
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
+    return f"{table}\n{taken}\n{len(plan.modules)} modules in {files}" + (", decoded" if plan.dense else "")
+
+
+def _overridden(overlay: Overlay) -> dict[str, int]:
+    return dict(Counter(p.source for p in overlay.placements.values() if p.source is not None))
+
+
+def _written(plan: WritePlan, seconds: float, report: VerifyReport | None) -> str:
+    rate = plan.data_bytes / max(seconds, 1e-9)
+    out = shlex.quote(str(plan.out))
+    lines = [
+        f"Wrote {plan.out}: {format_bytes(plan.data_bytes)} in {format_seconds(seconds)} ({format_bytes(rate)}/s)",
+    ]
+    if report is not None:
+        lines.append(_verified(report))
+    lines.append(f"Next: model_diff -ma {out} -mb ORIGINAL    (ORIGINAL: the model before quantization)")
+    return "\n".join(lines)
+
+
+def _verified(report: VerifyReport) -> str:
+    text = (
+        f"Verified {report.modules} modules against the manifest, {report.compared_with_sources} of them against their "
+        f"sources: {'all equal' if report.ok else 'NOT equal'}"
+    )
+    return "\n".join([text, *(f"  {note}" for note in report.notes)])
+
+
+def _print_report(
+    json_path: Path | None,
+    overlay: Overlay,
+    out: Path | None,
+    plan: WritePlan,
+    before: Accounting,
+    warnings: Sequence[str],
+    lowest: tuple[str, float] | None = None,
+    seconds: float | None = None,
+    verified: VerifyReport | None = None,
+) -> None:
+    if json_path is None:
+        return
+    modules = [
+        {
+            "module": m.name,
+            "source": m.placement.source,
+            "format": m.stored.format,
+            "bits_per_weight": m.stored.bits_per_weight,
+            "line": m.placement.override.line if m.placement.override else None,
+            "key": m.placement.override.key if m.placement.override else None,
+        }
+        for m in plan.modules
+    ]
+    report = RecompileReport(
+        overlay.base.label,
+        str(out) if out is not None else None,
+        overlay.recipe.name if overlay.recipe else None,
+        plan.dense,
+        before.as_dict(),
+        plan.accounting.as_dict(),
+        _overridden(overlay),
+        modules,
+        warnings,
+        lowest,
+        seconds,
+        plan.data_bytes / seconds if seconds else None,
+        verified,
+    )
+    print_json(json_path, report)
+
+
+if __name__ == "__main__":
+    main()
