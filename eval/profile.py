@@ -367,20 +367,21 @@ class ExactProfiler:
         for index in range(model.depth):
             with model.layer(index):
                 states = self._advance(index, states, model)
-        with model.norm_loaded() as norm:
-            states = norm(states)
-        tail = ReferenceTail(states)
-        with model.head_loaded() as head:
-            if model.head_is_linear(states[:1, :2]):
-                rows, tokens, hidden = states.shape
-                flat = states.reshape(-1, hidden)
-                lse, projected = [], torch.empty_like(flat)
-                for start in range(0, len(flat), LOGIT_CHUNK_TOKENS):
-                    logits = head(flat[start : start + LOGIT_CHUNK_TOKENS]).float()
-                    lse.append(log_sum_exp(logits))
-                    probability = (logits - lse[-1][:, None].float()).exp_()
-                    projected[start : start + LOGIT_CHUNK_TOKENS] = probability.to(flat.dtype) @ head.weight
-                tail = ReferenceTail(states, torch.cat(lse).reshape(rows, tokens), projected.reshape(states.shape))
+        with model.norm_loaded() as norm, model.head_loaded() as head:
+            # row by row in the chunks that _kl_rows uses, so that equal states give equal bits
+            normed = torch.stack([norm(state) for state in states])
+            tail = ReferenceTail(normed)
+            if model.head_is_linear(normed[:1, :2]):
+                lse, projected = [], []
+                for row in normed:
+                    for chunk in row.split(LOGIT_CHUNK_TOKENS):
+                        logits = head(chunk)
+                        lse.append(log_sum_exp(logits))
+                        probability = (logits.float() - lse[-1][:, None].float()).exp_()
+                        projected.append(probability.to(chunk.dtype) @ head.weight)
+                tail = ReferenceTail(
+                    normed, torch.cat(lse).reshape(normed.shape[:2]), torch.cat(projected).reshape(normed.shape)
+                )
         return tail
 
     # ---- measuring -------------------------------------------------------------------------------------------------
@@ -460,20 +461,20 @@ class ExactProfiler:
     def _kl_rows_plain(self, states: Tensor, head_weight: Tensor | None) -> tuple[float, ...]:
         """The same through both models' logits; `head_weight` takes the place of the context's head."""
         result = []
-        with self._head() as head, self.reference.head_loaded():
-            kept = head.weight
-            if head_weight is not None:
-                self.context.set_parameter(head, "weight", head_weight)
+        with self._reference_head(), self._head() as head:
+            kept = head.weight.data
             for row, state in enumerate(states):
                 normed = self.context.norm(state)
                 total = 0.0
                 for start in range(0, len(normed), LOGIT_CHUNK_TOKENS):
                     piece = slice(start, start + LOGIT_CHUNK_TOKENS)
                     wanted = self.reference.logits(self.tail.normed[row : row + 1, piece])
+                    # only now: in the clean context both are one model
+                    self.context.set_parameter(head, "weight", kept if head_weight is None else head_weight)
                     found = self.context.logits(normed[None, piece])
+                    self.context.set_parameter(head, "weight", kept)
                     total += float(kl_divergence(wanted, found).double().sum())
                 result.append(total / len(normed))
-            self.context.set_parameter(head, "weight", kept.data)
         return tuple(result)
 
     # ---- weights ---------------------------------------------------------------------------------------------------
@@ -485,6 +486,9 @@ class ExactProfiler:
 
     def _head(self) -> Any:
         return _Resident(self.context.head) if self.plan.resident_weights else self.context.head_loaded()
+
+    def _reference_head(self) -> Any:
+        return self._head() if self.reference is self.context else self.reference.head_loaded()
 
 
 class _Resident:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,17 +65,28 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+class _HiddenOnly:
+    """A base model's output that holds a hidden state and says None to whatever else a head asks for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
 class _Passthrough(nn.Module):
     """Stands in for the base model when only the head is to run."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: Tensor) -> None:
         super().__init__()
-        self.hidden: Tensor | None = None
+        self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return _HiddenOnly(self.hidden)
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,12 @@ class LayeredModel:
                 f"{label}: holds nothing for {len(missing)} of the model's parameters, first {missing[0]}; "
                 f"the checkpoint is incomplete, or config.json is another model's"
             )
+        for name, origin in self.origins.items():
+            counts = Counter(origin.patterns)
+            if len(set(counts.values())) > 1:
+                label = getattr(self.source, "label", "the checkpoint")
+                found = ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
+                raise MissingWeight(f"{label}: {name} is made of as many tensors of each kind, it has {found}")
 
     @property
     def depth(self) -> int:
@@ -187,7 +205,14 @@ class LayeredModel:
         for tensor, pattern in zip(origin.tensors, origin.patterns, strict=True):
             value = source.load(tensor, device=self.device).to(self.dtype)
             converter.add_tensor(name, tensor, pattern, value)
-        made = converter.convert(name, model=self.model, config=self.model.config)
+        try:
+            made = converter.convert(name, model=self.model, config=self.model.config)
+        except (RuntimeError, ValueError) as error:
+            label = getattr(source, "label", "the checkpoint")
+            raise MismatchError(
+                f"{label}: the {len(origin.tensors)} tensors that make {name}, first {origin.tensors[0]}, do not fit "
+                f"together: {error}"
+            ) from error
         value = made[name]
         value = value[0] if isinstance(value, list) else value
         return self._fit(source, name, value, wanted)
@@ -234,8 +259,8 @@ class LayeredModel:
     @contextmanager
     def loaded(self, module: nn.Module, prefix: str, source: WeightSource | None = None) -> Iterator[nn.Module]:
         """`module` with its weights, for the length of the block."""
-        self.load(module, prefix, source)
         try:
+            self.load(module, prefix, source)
             yield module
         finally:
             self.unload(module)
@@ -309,10 +334,8 @@ class LayeredModel:
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [batch, tokens, vocab] of post-norm hidden states; the head must be loaded. Soft caps and logit scales
         of the architecture are applied, as its own forward does."""
-        stand_in = _Passthrough()
-        stand_in.hidden = normed
         prefix = self.model.base_model_prefix
-        setattr(self.model, prefix, stand_in)
+        setattr(self.model, prefix, _Passthrough(normed))
         try:
             return self.model(input_ids=None, use_cache=False).logits
         finally:
@@ -343,7 +366,7 @@ def _skeleton(config: Mapping[str, Any], dtype: torch.dtype, device: torch.devic
     logger.setLevel(logging.ERROR)
     try:
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)  # sdpa where it can, as from_pretrained
     except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         raise UnsupportedError(f"transformers cannot build a causal model from config.json: {error}") from error
     finally:
@@ -367,7 +390,7 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
         return CONFIG_MAPPING[model_type].from_dict(kept)
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # its validators raise classes of their own, which derive from nothing narrower
         raise CheckpointError(f"config.json: not a valid {model_type} config: {error}") from error
 
 
@@ -420,7 +443,7 @@ def dense_names(source: WeightSource) -> list[str]:
     names = []
     for module in source.modules.values():
         if module.is_quantized:
-            names.append(f"{module.name}.weight")
+            names.append(module.dense_name)
             names += [f"{module.name}.bias"] if "bias" in module.parts else []
         else:
             names += [info.name for info in module.parts.values()]

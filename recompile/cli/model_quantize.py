@@ -59,7 +59,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="A zero point per group (compressed-tensors). transformers 5.23 cannot load such mixes.",
 )
-@click.option("--importance", is_flag=True, help="Weight errors by the Hessian diagonal when grids are fitted.")
+@click.option(
+    "--importance/--no-importance",
+    default=True,
+    show_default=True,
+    help="Weight errors by the Hessian diagonal when grids are fitted (mse, gptq).",
+)
 @click.option(
     "-hb",
     "--head-bits",

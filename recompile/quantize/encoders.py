@@ -39,7 +39,7 @@ class IntEncoder:
     group_size: int | None = 64
     symmetric: bool = True
     method: str = "gptq"
-    importance: bool = False
+    importance: bool = True
     damping: float = 0.01
     act_order: ActOrder = "static"
     scale_dtype: torch.dtype = torch.bfloat16

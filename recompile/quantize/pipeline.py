@@ -137,10 +137,15 @@ def quantize_model(
     """Quantize `base` to every variant of `encoder`; yields a LayerDone per layer and last the QuantizeReport.
 
     ids: int64 [rows, tokens] calibration rows. `head` also quantizes the output head.
-    Raises OutputError if a variant's directory exists or belongs to another run.
+    Variants that the same run finished before are kept. Raises OutputError if a directory belongs to another run.
     """
     if base.is_quantized:
         raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
+    linear = [m for m in base.modules.values() if ".layers." in f".{m.name}" and m.shape and len(m.shape) == 2]
+    reasons = {m.name: encoder.why_not(m.name, (m.shape[0], m.shape[1])) for m in linear if m.shape}
+    if reasons and all(reasons.values()):
+        name = next(iter(reasons))
+        raise FormatError(f"{base.label}: nothing would be quantized; {name}: {reasons[name]}")
     yield from _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb).run()
 
 
@@ -159,6 +164,7 @@ class _Build:
     ) -> None:
         self.base, self.encoder, self.ids, self.head, self.shard_mb = base, encoder, ids, head, shard_mb
         self.model = LayeredModel.of(base, dtype=dtype, device=device)
+        self.model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
         self.finals = [out_dir / name for name in encoder.names]
         self.partials = [final.with_name(final.name + BUILDING_SUFFIX) for final in self.finals]
         self.journal = {
@@ -175,6 +181,11 @@ class _Build:
     @torch.inference_mode()
     def run(self) -> Iterator[LayerDone | QuantizeReport]:
         first = self._open_outputs()
+        if first == len(self.stages):  # killed while the variants were put together
+            for number in range(first):
+                yield self._resumed(number)
+            yield self._finish()
+            return
         states = list(self.model.embed(self.ids, max(1, BATCH_TOKENS // self.ids.shape[1])))
         for number in range(self.model.depth):
             with self.model.layer(number):
@@ -187,10 +198,7 @@ class _Build:
                 names = self.model.modules_of_layer(number)
                 yield self._quantize(number, names, collector.groups)
         if self.head:
-            if first > self.model.depth:
-                yield self._resumed(self.model.depth)
-            else:
-                yield self._quantize_head(states)
+            yield self._quantize_head(states)
         yield self._finish()
 
     def _advance(self, index: int, states: list[Tensor]) -> None:
@@ -203,13 +211,18 @@ class _Build:
         """Create or take up the partial directories; returns the number of stages that all of them hold."""
         for final in self.finals:
             if final.exists():
-                raise OutputError(f"{final}: exists already; remove it, or choose another --out-dir")
+                made_by = read_json(final / REPORT).get("made_by") if (final / REPORT).exists() else None
+                if made_by != self.journal:
+                    why = f" with other settings ({_difference(made_by, self.journal)})" if made_by else ""
+                    raise OutputError(f"{final}: exists already{why}; remove it, or choose another --out-dir")
         try:
-            done = []
-            for partial in self.partials:
+            done = [len(self.stages)]
+            for final, partial in zip(self.finals, self.partials, strict=True):
+                if final.exists():
+                    continue
                 journal = partial / JOURNAL
                 if not journal.exists():
-                    if partial.exists() and any(partial.iterdir()):
+                    if partial.exists() and any(path.suffix != ".tmp" for path in partial.iterdir()):
                         raise OutputError(f"{partial}: is not an unfinished build of this tool; remove it")
                     partial.mkdir(parents=True, exist_ok=True)
                     _write_json(journal, self.journal)
@@ -222,8 +235,8 @@ class _Build:
         except OSError as error:
             raise OutputError(f"{error.filename}: cannot be written: {error.strerror or error}") from error
         first = min(done)
-        for report, partial in zip(self.reports, self.partials, strict=True):
-            for number in range(first):
+        for report, final, partial in zip(self.reports, self.finals, self.partials, strict=True):
+            for number in range(0 if final.exists() else first):
                 for entry in read_json(partial / _stage_report(number)):
                     report[entry["module"]] = ModuleReport(**entry)
         return first
@@ -239,6 +252,8 @@ class _Build:
         return LayerDone(number, len(self.stages), name, True, {})
 
     def _write_stage(self, number: int, variant: int, tensors: dict[str, Tensor], reports: list[ModuleReport]) -> None:
+        if self.finals[variant].exists():
+            return
         partial = self.partials[variant]
         shard = partial / _stage_shard(number)
         temporary = shard.with_suffix(".tmp")
@@ -272,7 +287,7 @@ class _Build:
                     for report in reports:
                         report.append(self._dense_report(name, why, group.tokens))
                     continue
-                weights[name] = self.base.load(f"{name}.weight", device=self.model.device).float()
+                weights[name] = self.base.load(self._weight_tensor(name), device=self.model.device).float()
                 if f"{name}.bias" in self.base.tensors:
                     biases[name] = self.base.load(f"{name}.bias", device=self.model.device)
             if not weights:
@@ -304,6 +319,11 @@ class _Build:
                 statistics.hessian = product if statistics.hessian is None else statistics.hessian.add_(product)
         return self._quantize(self.model.depth, [], [statistics])
 
+    def _weight_tensor(self, name: str) -> str:
+        """The tensor that holds a module's weight: a tied head's is the embedding's."""
+        tensor = f"{name}.weight"
+        return tensor if tensor in self.base.tensors else self.model.origins[tensor].tensors[0]
+
     def _head_module(self) -> str:
         return self.model.prefix_of(self.model.head)
 
@@ -324,7 +344,8 @@ class _Build:
         return stored.shape
 
     def _dense_report(self, name: str, why: str, tokens: int) -> ModuleReport:
-        stored = self._dense_tensors(self.base.modules[name]).values()
+        module = self.base.modules.get(name)  # None for a tied head, which takes no room of its own
+        stored = self._dense_tensors(module).values() if module is not None else ()
         size = sum(value.numel() * value.element_size() for value in stored)
         return ModuleReport(name, math.prod(self._shape(name)), size, 0.0, math.inf, 0.0, tokens, False, why)
 
@@ -352,21 +373,24 @@ class _Build:
     def _finish_variant(self, variant: int) -> VariantReport:
         """Write what is outside the layers, then the final directory from the stage files, and remove those."""
         partial, final = self.partials[variant], self.finals[variant]
+        if final.exists():
+            if partial.exists():  # killed while it was being removed
+                shutil.rmtree(partial)
+            return _read_report(final / REPORT)
         in_layers = {name for number in range(self.model.depth) for name in self.model.modules_of_layer(number)}
-        quantized = self.reports[variant]
+        reports = self.reports[variant]
+        quantized = {name for name, report in reports.items() if report.quantized}
         rest: dict[str, Tensor] = {}
         for name, module in self.base.modules.items():
             if name not in in_layers and name not in quantized:
                 rest.update(self._dense_tensors(module))
         self._write_stage(len(self.stages), variant, rest, [])
-        report = _variant_report(self.encoder.names[variant], list(quantized.values()), partial)
-        dense = sorted(report.module for report in quantized.values() if not report.quantized)
-        config = dict(self.base.config)
+        report = _variant_report(self.encoder.names[variant], list(reports.values()), partial)
         head = self._head_module()
+        dense = sorted({name for name in [*reports, head] if name not in quantized})
+        config = dict(self.base.config)
         if head in quantized:
             config["tie_word_embeddings"] = False
-        elif self.base.modules.get(head) is None or not self.base.modules[head].is_quantized:
-            dense.append(head)
         config["quantization_config"] = self.encoder.quantization_config(variant, report, dense)
         _write_json(partial / "config.json", config)
         _write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal})
@@ -396,6 +420,11 @@ def _variant_report(name: str, modules: list[ModuleReport], partial: Path) -> Va
     shards = [read_safetensors_header(shard)[0] for shard in partial.glob("stage-*.safetensors")]
     total = sum(info.size_bytes for tensors in shards for info in tensors.values())
     return VariantReport(name, tuple(modules), rates.get("layer", 0.0), rates.get("head"), total)
+
+
+def _read_report(path: Path) -> VariantReport:
+    found = read_json(path)["variant"]
+    return VariantReport(**{**found, "modules": tuple(ModuleReport(**entry) for entry in found["modules"])})
 
 
 def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics) -> ModuleReport:
