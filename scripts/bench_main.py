@@ -1,0 +1,322 @@
+"""The main job against named peers, each pair run in turn on the same work. Writes scripts/bench_results/main.json.
+
+.venv/bin/python scripts/bench_main.py            # everything; about 20 minutes on 2 cores
+.venv/bin/python scripts/bench_main.py copy diff  # some parts
+
+copy     recompile against `cp` + sync of the same bytes, and its peak memory   goals: 1.2x, 400 MiB
+diff     model_diff against two plain transformers forwards of the same rows    goal:  1.15x
+memory   model_diff's peak memory on a 30-layer model                           goal:  a quarter of the model
+profile  the exact profile against one full forward per swap                    goal:  1.8x faster
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+RESULTS = ROOT / "scripts" / "bench_results" / "main.json"
+PARTS = ("copy", "diff", "memory", "profile")
+
+
+def timed(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def pairs(ours: Callable[[], Any], theirs: Callable[[], Any], count: int) -> dict[str, Any]:
+    """Run two jobs in turn; the ratio is the median over pairs, so that a machine that drifts hurts both."""
+    left, right = [], []
+    for _ in range(count):
+        right.append(timed(theirs))
+        left.append(timed(ours))
+    ratios = [a / b for a, b in zip(left, right, strict=True)]
+    return {"ours_s": left, "theirs_s": right, "ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def child(*words: str | Path, check: bool = True) -> tuple[float, int]:
+    """Run a program; its seconds and its peak resident bytes."""
+    started = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if check and process.returncode:
+        raise click.ClickException(f"{words[0]} ended with status {process.returncode}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+# ---- recompile against cp ---------------------------------------------------------------------------------------
+
+
+def make_synthetic(target: Path, gib: float) -> None:
+    """A bf16 checkpoint of `gib` GiB with the tensor names of a Llama; random bytes, made a layer at a time."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    target.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    layers = 32
+    side = int((gib * 2**30 / 2 / layers / 4) ** 0.5) // 64 * 64
+    weight_map = {}
+    for layer in range(layers):
+        names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in ("q", "k", "v", "o")]
+        bits = generator.integers(0, 2**14, (4, side, side), dtype=np.uint16)
+        file = f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
+        save_file({name: bits[n].view(np.float16) for n, name in enumerate(names)}, target / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (target / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": side}))
+
+
+def bench_copy(work: Path, gib: float, count: int) -> dict[str, Any]:
+    base, variant = work / "base", work / "variant"
+    make_synthetic(base, gib)
+    shutil.copytree(base, variant)
+    recipe = work / "recipe.yaml"
+    recipe.write_text(
+        f"sources: [{{id: v, model_dir: {variant}}}]\n"
+        "overrides: [{key: 'model.layers.*.self_attn.v_proj.*', source: v}]\n"
+    )
+    out, copied = work / "out", work / "copied"
+    peaks: list[int] = []
+
+    def ours() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        started = time.perf_counter()
+        _, peak = child(ROOT / ".venv/bin/recompile", "-i", base, "-o", out, "-or", recipe, "--no-probe", "--quiet")
+        times.append(time.perf_counter() - started)
+        peaks.append(peak)
+
+    def theirs() -> None:
+        shutil.rmtree(copied, ignore_errors=True)
+        started = time.perf_counter()
+        child("cp", "-r", base, copied)
+        child("sync", "-f", copied)
+        cp_times.append(time.perf_counter() - started)
+
+    times: list[float] = []
+    cp_times: list[float] = []
+    for _ in range(count):
+        theirs()
+        ours()
+    ratios = [a / b for a, b in zip(times, cp_times, strict=True)]
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    return {
+        "bytes": size,
+        "ours_s": times,
+        "cp_and_sync_s": cp_times,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "peak_rss_mib": max(peaks) / 2**20,
+        "note": "recompile hashes every module and fsyncs; cp is followed by sync; start-up included",
+    }
+
+
+# ---- model_diff against plain forwards ----------------------------------------------------------------------------
+
+
+def bench_diff(work: Path, rows: int, length: int, count: int) -> dict[str, Any]:
+    import make_base
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from eval.diff import compare
+    from recompile.checkpoint import open_checkpoint
+    from recompile.tokens import default_text, load_tokenizer, make_rows
+
+    directory = make_base.build()
+    checkpoint = open_checkpoint(directory)
+    ids = make_rows(default_text(), load_tokenizer(directory), rows, length, "report").ids
+    models = [AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval() for _ in range(2)]
+
+    def theirs() -> None:
+        with torch.inference_mode():
+            for model in models:
+                for row in ids.split(1):
+                    model(row)
+
+    def ours() -> None:
+        for _ in compare(checkpoint, checkpoint, ids):
+            pass
+
+    theirs()
+    found = pairs(ours, theirs, count)
+    return {
+        **found,
+        "rows": rows,
+        "tokens": length,
+        "note": "ours: both models' weights read from disk layer by layer, and all statistics; theirs: forwards only, "
+        "of models already in memory",
+    }
+
+
+MEMORY_JOB = """
+import resource, sys, json, torch
+from recompile.checkpoint import open_checkpoint
+from eval.diff import compare
+import transformers.models.llama.modeling_llama
+checkpoint = open_checkpoint(sys.argv[1])
+ids = torch.randint(0, 8000, (2, 256), generator=torch.Generator().manual_seed(0))
+before = int(open("/proc/self/statm").read().split()[1]) * 4096
+for _ in compare(checkpoint, checkpoint, ids):
+    pass
+print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def bench_memory(work: Path) -> dict[str, Any]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=30,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=8192,
+    )
+    target = work / "thirty"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    weights = sum(p.numel() for p in model.parameters())
+    model.save_pretrained(target)
+    del model
+    printed = subprocess.run(
+        [sys.executable, "-c", MEMORY_JOB, str(target)], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    before, peak = json.loads(printed.splitlines()[-1])
+    return {
+        "weights": weights,
+        "model_float32_mib": 4 * weights / 2**20,
+        "imports_mib": before / 2**20,
+        "peak_mib": peak / 2**20,
+        "added_mib": (peak - before) / 2**20,
+        "share_of_one_float32_model": (peak - before) / (4 * weights),
+        "note": "peak resident memory above what importing torch and transformers takes, for both models together",
+    }
+
+
+# ---- the exact profile against a forward per swap -----------------------------------------------------------------
+
+
+def bench_profile(work: Path, rows: int, length: int, variants: Path) -> dict[str, Any]:
+    import make_base
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from eval.profile import Measured, ProfileOptions, profile_exact
+    from recompile.checkpoint import open_checkpoint
+    from recompile.costs import Profile
+    from recompile.tokens import default_text, load_tokenizer, make_rows
+
+    directory = make_base.build()
+    reference = open_checkpoint(directory)
+    ids = make_rows(default_text(), load_tokenizer(directory), rows, length, "choose").ids
+    candidates = [(bits, open_checkpoint(variants / f"{bits}bpw")) for bits in (3, 2, 4, 6)]
+    layers = (0, 6, 12, 18, 24, 29)  # evenly spread, so that the mean depth is that of a whole profile
+    match = tuple(f"model.layers.{layer}.*" for layer in layers)
+    journal = work / "profile.jsonl"
+    profile: list[Profile] = []
+
+    def ours() -> None:
+        journal.unlink(missing_ok=True)
+        for event in profile_exact(reference, 3, candidates, ids, journal, ProfileOptions(match=match)):
+            if isinstance(event, Profile):
+                profile[:] = [event]
+            else:
+                assert isinstance(event, Measured) or event.resumed == 0
+
+    naive: dict[tuple[str, str], float] = {}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        by_label = {str(bits): checkpoint for bits, checkpoint in candidates}
+        log_p = model(ids).logits.log_softmax(-1)
+        for group in profile[0].header.groups:
+            kept = {name: model.get_submodule(name).weight.data for name in group.modules}
+            for label in group.bits:
+                for name in group.modules:
+                    model.get_submodule(name).weight.data = by_label[label].load(f"{name}.weight")
+                log_q = model(ids).logits.log_softmax(-1)
+                naive[(group.name, label)] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+            for name, value in kept.items():
+                model.get_submodule(name).weight.data = value
+
+    first = timed(ours)
+    second = timed(theirs)
+    third = timed(ours)
+    worst = max(abs(naive[key] - found.mean) / max(found.mean, 1e-4) for key, found in profile[0].measurements.items())
+    return {
+        "swaps": len(naive),
+        "rows": rows,
+        "tokens": length,
+        "ours_s": [first, third],
+        "theirs_s": [second],
+        "times_faster": second / statistics.mean([first, third]),
+        "largest_relative_difference": worst,
+        "note": "groups of 6 evenly spaced layers; ours includes the reference run and every start-up cost",
+    }
+
+
+@click.command()
+@click.argument("parts", nargs=-1, type=click.Choice(PARTS))
+@click.option("--gib", default=8.0, show_default=True, help="Size of the synthetic checkpoint of `copy`.")
+@click.option("--count", default=3, show_default=True, help="Pairs of runs.")
+@click.option("--variants", type=click.Path(path_type=Path), default=ROOT / "demo" / "variants", help="2, 3, 4, 6 bpw.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Where the large files go; default a temporary directory."
+)
+def main(parts: tuple[str, ...], gib: float, count: int, variants: Path, work: Path | None) -> None:
+    """Run the benchmarks and keep the newest figures."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in parts or PARTS:
+        place = Path(tempfile.mkdtemp(prefix=f"bench-{part}-", dir=work))
+        try:
+            click.echo(f"{part} ...", err=True)
+            jobs: dict[str, Callable[[], dict[str, Any]]] = {
+                "copy": lambda place=place: bench_copy(place, gib, count),
+                "diff": lambda place=place: bench_diff(place, 4, 512, count),
+                "memory": lambda place=place: bench_memory(place),
+                "profile": lambda place=place: bench_profile(place, 4, 128, variants),
+            }
+            result = jobs[part]()
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        found[part] = {
+            **result,
+            "command": f"scripts/bench_main.py {part}",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "versions": _versions(),
+        }
+        click.echo(json.dumps({part: result}, indent=2))
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    from eval.diff import versions
+
+    return {**versions(), "python": platform.python_version()}
+
+
+if __name__ == "__main__":
+    main()
