@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,17 @@ class LayerDrift:
     index: int
     total: int
     drift: Drift
+
+
+@dataclass(frozen=True)
+class RowsCompared:
+    """Logits of so many rows are compared; yielded after the last stage."""
+
+    done: int
+    total: int
+
+
+Event: TypeAlias = "LayerDrift | RowsCompared | DiffReport"
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,9 @@ def compare(
     *,
     rows_source: str = "",
     rows_sha256: str = "",
-) -> Iterator[LayerDrift | DiffReport]:
-    """Run both models over `ids` (int64 [rows, tokens]); yields a LayerDrift per stage and last the DiffReport.
+) -> Iterator[Event]:
+    """Run both models over `ids` (int64 [rows, tokens]); yields a LayerDrift per stage, a RowsCompared per row, and
+    last the DiffReport.
 
     Raises MismatchError if the two are not builds of one model or the ids are not of its vocabulary.
     """
@@ -131,9 +143,10 @@ def compare_many(
     *,
     rows_source: str = "",
     rows_sha256: str = "",
-) -> Iterator[LayerDrift | DiffReport]:
+) -> Iterator[Event]:
     """As `compare`, with the reference run once for all candidates: per stage a LayerDrift of each candidate, at the
-    end a DiffReport of each, both in the order given. Holds the hidden states of all of them."""
+    end (after a RowsCompared per row) a DiffReport of each, both in the order given. Holds the hidden states
+    of all of them."""
     options = options or DiffOptions()
     model_b = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
     models = []
@@ -173,7 +186,7 @@ class _Comparison:
         self.stages: list[list[LayerDrift]] = [[] for _ in candidates]
 
     @torch.inference_mode()
-    def run(self) -> Iterator[LayerDrift | DiffReport]:
+    def run(self) -> Iterator[Event]:
         states_b = list(self.b.embed(self.ids, self.batch))
         states = [list(model.embed(self.ids, self.batch)) for model in self.candidates]
         floor = next(self.b.embed(self.floor_ids, 1))
@@ -193,9 +206,10 @@ class _Comparison:
             with model.norm_loaded() as norm:
                 states[n] = [norm(state) for state in states[n]]
         yield from self._finish_stage("norm", states, states_b)
-        metrics, floor_kl = self._compare_logits(states, states_b, floor)
-        for n, found in enumerate(metrics):
-            yield self._report(n, found, floor_kl)
+        pieces: list[list[TokenMetrics]] = [[] for _ in self.candidates]
+        floor_kl = yield from self._compare_logits(states, states_b, floor, pieces)
+        for n, found in enumerate(pieces):
+            yield self._report(n, TokenMetrics.cat(found).reshape(len(self.ids)), floor_kl)
 
     @staticmethod
     def _run_layer(model: LayeredModel, index: int, states: list[Tensor]) -> None:
@@ -212,13 +226,17 @@ class _Comparison:
             yield stages[-1]
 
     def _compare_logits(
-        self, states: list[list[Tensor]], states_b: list[Tensor], floor: Tensor
-    ) -> tuple[list[TokenMetrics], float]:
+        self,
+        states: list[list[Tensor]],
+        states_b: list[Tensor],
+        floor: Tensor,
+        pieces: list[list[TokenMetrics]],
+    ) -> Generator[RowsCompared, None, float]:
+        """Fill `pieces`, a list a candidate, a chunk of tokens at a time; returns the noise floor."""
         vocab = min(self.options.vocab or self.b.vocab_size, self.b.vocab_size)
         rows, tokens = self.ids.shape
         labels = torch.cat([self.ids[:, 1:], torch.full((rows, 1), -1)], 1).to(self.b.device)
         shape = (rows, tokens, self.b.vocab_size)
-        pieces: list[list[TokenMetrics]] = [[] for _ in self.candidates]
         with ExitStack() as stack:
             file_a = stack.enter_context(_LogitFile(self.options.save_candidate_logits, shape))
             file_b = stack.enter_context(_LogitFile(self.options.save_reference_logits, shape))
@@ -243,9 +261,9 @@ class _Comparison:
                             )
                             pieces[n].append(found)
                     row += 1
+                    yield RowsCompared(row, rows)
             again = self.b.logits(floor)[0, :, :vocab]
-            floor_kl = float(kl_divergence(torch.cat(first), again).double().abs().mean())
-        return [TokenMetrics.cat(found).reshape(rows) for found in pieces], floor_kl
+            return float(kl_divergence(torch.cat(first), again).double().abs().mean())
 
     def _report(self, number: int, found: TokenMetrics, floor_kl: float) -> DiffReport:
         finite = torch.isfinite(found.kl)

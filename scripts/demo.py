@@ -32,7 +32,7 @@ class Settings:
     method: str = "gptq"
 
 
-FULL = Settings(calibration=(32, 512), profile=(4, 128), level="fused", report=(16, 384))
+FULL = Settings(calibration=(24, 512), profile=(4, 96), level="fused", report=(16, 384))
 QUICK = Settings(calibration=(10, 256), profile=(5, 64), level="block", report=(10, 256), method="mse")
 BITS = ("2", "3", "4", "6")
 BUDGETS = ("3.5", "4.5")
@@ -107,9 +107,9 @@ def make_variants(base: str, variants: Path, settings: Settings) -> None:
 
 def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Path, settings: Settings) -> str:
     """Compare every variant and mix with the base on the role "report"; one reference pass for all of them."""
-    from eval.diff import DiffReport, compare_many
+    from eval.diff import compare_many
     from recompile.checkpoint import open_checkpoint
-    from recompile.cli.common import format_bytes, format_columns, print_json, progress
+    from recompile.cli.common import follow_comparison, format_bytes, format_columns, print_json
     from recompile.cli.options import read_rows
     from recompile.overlay import build_overlay
 
@@ -123,14 +123,8 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
     say(f"\nComparing {len(entries)} builds on {len(rows.ids)} rows x {rows.ids.shape[1]} tokens never used before.")
     found = json.loads(cached.read_text()) if cached.exists() else {}
     if found.get("key") != key:
-        reports: list[DiffReport] = []
-        with progress("comparing", 1, unit="stages") as bar:
-            events = compare_many(overlays, reference, rows.ids, rows_source=rows.source)
-            for done, event in enumerate(events, 1):
-                if isinstance(event, DiffReport):
-                    reports.append(event)
-                else:
-                    bar.update(done, event.name, (event.total + 1) * len(overlays))
+        events = compare_many(overlays, reference, rows.ids, rows_source=rows.source)
+        reports = follow_comparison(events, "comparing", len(overlays))
         sizes = [overlay.accounting.as_dict() for overlay in overlays]
         found = {
             "key": key,

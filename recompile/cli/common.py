@@ -193,6 +193,16 @@ def print_json(path: str | os.PathLike[str], report: Any) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}; choose another file") from error
 
 
+def check_json_path(path: str | os.PathLike[str] | None) -> None:
+    """Raise OutputError, before long work, if `print_json` could not write there."""
+    if path is None or os.fspath(path) == "-":
+        return
+    parent = Path(path).parent
+    if Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        what = "is a directory" if Path(path).is_dir() else f"{parent} is not a directory that can be written to"
+        raise OutputError(f"--json {path}: cannot be written: {what}; choose another file")
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,3 +257,20 @@ def format_columns(
     if header:
         lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def follow_comparison(events: Iterable[Any], description: str, builds: int = 1, quiet: bool = False) -> list[Any]:
+    """Draw the progress of `eval.diff.compare` or `compare_many`; returns the DiffReports."""
+    from eval.diff import DiffReport, LayerDrift
+
+    reports, stages, drifts = [], 0, 0
+    with progress(description, 1, unit="steps", quiet=quiet) as bar:
+        for event in events:
+            if isinstance(event, DiffReport):
+                reports.append(event)
+            elif isinstance(event, LayerDrift):
+                stages, drifts = event.total * builds, drifts + 1
+                bar.update(drifts, event.name, 2 * stages)  # logits take about as long as the layers
+            else:
+                bar.update(stages + stages * event.done / event.total, f"logits of row {event.done}", 2 * stages)
+    return reports

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from recompile.cli.common import command, format_bpw, format_bytes, format_columns, print_json, progress
+from recompile.cli.common import (
+    check_json_path,
+    command,
+    follow_comparison,
+    format_bpw,
+    format_bytes,
+    format_columns,
+    print_json,
+)
 from recompile.cli.options import (
     check_vocabulary,
     compute_device,
@@ -96,6 +104,7 @@ def main(
       model_diff -ma 3bpw -mb base -r 10
       model_diff -ma 3bpw -mb base -or overrides.yaml -r 10 --json diff.json
     """
+    check_json_path(json_path)
     from recompile.checkpoint import open_checkpoint
     from recompile.overlay import build_overlay, check_same_model
 
@@ -105,7 +114,7 @@ def main(
         click.echo(f"Warning: {warning}", err=True)
     check_same_model(checkpoint_b, checkpoint_a)
 
-    from eval.diff import DiffOptions, DiffReport, compare
+    from eval.diff import DiffOptions, compare
     from recompile import tokens
 
     found, vocab = read_rows(
@@ -127,14 +136,8 @@ def main(
         save_candidate_logits=save_logits_a,
         save_reference_logits=save_logits_b,
     )
-    report: DiffReport | None = None
-    with progress("comparing", 1, unit="layers", quiet=quiet) as bar:
-        for event in compare(overlay, checkpoint_b, ids, options, rows_source=found.source, rows_sha256=found.sha256):
-            if isinstance(event, DiffReport):
-                report = event
-            else:
-                bar.update(event.index + 1, event.name, event.total + 1)
-    assert report is not None, "compare ends with its report"
+    events = compare(overlay, checkpoint_b, ids, options, rows_source=found.source, rows_sha256=found.sha256)
+    (report,) = follow_comparison(events, "comparing", quiet=quiet)
     if str(json_path) != "-":
         click.echo(_layer_table(report.layers))
         click.echo(_summary(report, overlay))

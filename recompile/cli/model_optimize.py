@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import format_bytes, format_columns, print_json, progress
+from recompile.cli.common import check_json_path, follow_comparison, format_bytes, format_columns, print_json
 from recompile.cli.options import compute_device, many_values_command, output_options, parse_size, read_rows
 from recompile.errors import OutputError, RecompileError
 
@@ -79,6 +79,7 @@ def main(
       model_optimize profile.jsonl -b 3.5 -o overrides.yaml
       model_optimize profile.jsonl --size 4.2GiB --pin "*.down_proj=6" --check
     """
+    check_json_path(json_path)
     from recompile.costs import load_profile
     from recompile.optimize.choose import Budget, Constraint, choose, make_recipe
     from recompile.recipe import dump_recipe
@@ -131,7 +132,7 @@ def _measure(
     quiet: bool,
 ) -> DiffReport:
     """The recipe's KL on rows of the role "accept"."""
-    from eval.diff import DiffOptions, DiffReport, compare
+    from eval.diff import DiffOptions, compare
     from recompile.checkpoint import open_checkpoint
     from recompile.overlay import build_overlay
 
@@ -139,17 +140,9 @@ def _measure(
     reference = open_checkpoint(header.reference)
     overlay = build_overlay(open_checkpoint(header.candidate(header.base).model_dir), recipe)
     found, vocab = read_rows([reference.path, overlay.base.path], "accept", rows, length, text, dataset, None)
-    report: DiffReport | None = None
-    with progress("checking", 1, unit="layers", quiet=quiet) as bar:
-        options = DiffOptions(device=compute_device(device), vocab=vocab)
-        for event in compare(
-            overlay, reference, found.ids, options, rows_source=found.source, rows_sha256=found.sha256
-        ):
-            if isinstance(event, DiffReport):
-                report = event
-            else:
-                bar.update(event.index + 1, event.name, event.total + 1)
-    assert report is not None, "compare ends with its report"
+    options = DiffOptions(device=compute_device(device), vocab=vocab)
+    events = compare(overlay, reference, found.ids, options, rows_source=found.source, rows_sha256=found.sha256)
+    (report,) = follow_comparison(events, "checking", quiet=quiet)
     return report
 
 

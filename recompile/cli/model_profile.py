@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import format_bytes, format_columns, print_json, progress
+from recompile.cli.common import check_json_path, format_bytes, format_columns, print_json, progress
 from recompile.cli.options import (
     check_vocabulary,
     compute_device,
@@ -88,6 +88,7 @@ def main(
     Example:
       model_profile -mb base -i 3bpw -s 2bpw 4bpw 6bpw -o profile.jsonl
     """
+    check_json_path(json_path)
     from recompile.checkpoint import open_checkpoint
 
     cap = parse_size(max_memory) if max_memory is not None else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import format_bpw, format_bytes, format_columns, print_json, progress
+from recompile.cli.common import check_json_path, format_bpw, format_bytes, format_columns, print_json, progress
 from recompile.cli.options import (
     check_vocabulary,
     compute_device,
@@ -116,6 +116,7 @@ def main(
       model_quantize -i base -o variants -b 2 3 4 6
       model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
     """
+    check_json_path(json_path)
     if engine != "own":
         _run_engine(engine, in_dir, out_dir, format_name, bits, head_bits, rows, length, device, codebook, quiet)
         return
