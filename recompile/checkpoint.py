@@ -7,7 +7,8 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100 * 1000 * 1000  # the limit of the safetensors format itself
 INDEX_NAME = "model.safetensors.index.json"
+# Files that say how a model is quantized where config.json does not -> quant_method, where they name none.
+OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 FINGERPRINT_BYTES = 4096  # read at the start, the middle and the end of every tensor
 
 
@@ -75,6 +78,15 @@ class StoredModule:
     @property
     def is_quantized(self) -> bool:
         return self.format != "dense"
+
+    @property
+    def dense_name(self) -> str:
+        """The name of the dense weight that the parts stand for; fused experts are a parameter of their own."""
+        return self.name if _FUSED_EXPERTS.search(self.name) else f"{self.name}.weight"
+
+
+_FUSED_EXPERTS = re.compile(r"\.experts\.[a-z]\w*$")
+_FUSED_PART = re.compile(r"(.+\.experts\.[a-z]\w*?)_(packed|scale|shape|zero_point|global_scale|g_idx)")
 
 
 def split_name(tensor: str) -> tuple[str, str]:
@@ -134,7 +146,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: header entry of tensor {name} is malformed: {entry!r}") from error
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}, known: {', '.join(DTYPE_BYTES)}")
     if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, stop)):
         raise CheckpointError(f"{path}: tensor {name} has shape {list(shape)} and offsets {begin}..{stop}")
@@ -193,7 +205,10 @@ class Checkpoint:
         grouped: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
             module, part = split_name(name)
-            if part in WEIGHT_PARTS:
+            fused = _FUSED_PART.fullmatch(name)
+            if fused and f"{fused[1]}_packed" in self.tensors:  # all experts of a layer in 3-D tensors
+                grouped.setdefault(fused[1], {})[f"weight_{fused[2]}"] = info
+            elif part in WEIGHT_PARTS:
                 grouped.setdefault(module, {})[part] = info
             else:  # a parameter with a name of its own, such as `A_log`, or a fused expert tensor
                 grouped.setdefault(name, {})[""] = info
@@ -207,30 +222,39 @@ class Checkpoint:
     def _shape(self, spec: FormatSpec, name: str, parts: dict[str, TensorInfo]) -> tuple[int, ...] | None:
         try:
             shape = spec.shape(parts)
-        except (KeyError, IndexError) as error:
+        except (KeyError, IndexError, ZeroDivisionError) as error:
             found = ", ".join(f"{part} {list(info.shape)}" for part, info in parts.items())
             raise FormatError(f"{self.label}: {name} is not a whole {spec.name} module: it has {found}") from error
         if shape is not None or "weight_shape" not in parts:
             return shape
         info = parts["weight_shape"]
         raw = self.read_bytes(info)
-        if info.dtype not in ("I64", "I32") or info.numel != 2:
+        packed = parts.get("weight_packed")
+        experts = packed.shape[:1] if packed is not None and len(packed.shape) == 3 else ()
+        if info.dtype not in ("I64", "I32") or info.numel not in (2, 2 + len(experts)):
             raise FormatError(
                 f"{self.label}: {info.name} is {info.dtype} {list(info.shape)}, wanted I64 [2] = [out, in]"
             )
-        width = len(raw) // 2
+        width = DTYPE_BYTES[info.dtype]
         out_features, in_features = (
-            int.from_bytes(raw[start : start + width], "little", signed=True) for start in (0, width)
+            int.from_bytes(raw[at : at + width], "little", signed=True)
+            for at in (len(raw) - 2 * width, len(raw) - width)
         )
         if out_features <= 0 or in_features <= 0 or out_features * in_features > 1 << 50:
             raise FormatError(
                 f"{self.label}: {info.name} says {out_features} x {in_features}, wanted two sizes above 0"
             )
-        return (out_features, in_features)
+        return (*experts, out_features, in_features)
 
     @cached_property
     def quantization_config(self) -> Mapping[str, Any]:
-        found = self.config.get("quantization_config") or {}
+        """`quantization_config` of config.json; without one, the file that some tools write beside it."""
+        found = self.config.get("quantization_config")
+        for file, method in () if found else OLD_CONFIGS.items():
+            if (self.path / file).is_file():
+                old = read_json(self.path / file)
+                found = {"quant_method": method, **old} if isinstance(old, dict) else None
+                break
         return found if isinstance(found, Mapping) else {}
 
     @property
@@ -266,7 +290,7 @@ class Checkpoint:
     def has(self, tensor: str) -> bool:
         """Whether `load(tensor)` would find a value: a stored tensor, or the weight of a quantized module."""
         module, part = split_name(tensor)
-        return tensor in self.tensors or (part == "weight" and module in self.modules)
+        return tensor in self.tensors or tensor in self.modules or (part == "weight" and module in self.modules)
 
     def read_bytes(self, info: TensorInfo) -> bytes:
         with info.path.open("rb") as file:
@@ -294,43 +318,78 @@ class Checkpoint:
         """
         import torch
 
-        module_name, part = split_name(tensor)
-        module = self.modules.get(module_name)
-        if module is None or not module.is_quantized or part != "weight":
+        module_name, _ = split_name(tensor)
+        module = self.modules.get(tensor) or self.modules.get(module_name)
+        if module is None or not module.is_quantized or tensor != module.dense_name:
             value = self.read(tensor, device)
         else:
             parts = {name: read_tensor(info, device) for name, info in module.parts.items()}
             value = self.decode(module, parts)
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
+            stored = module.parts.values() if module is not None else (self.tensors[tensor],)
             raise CheckpointError(
-                f"{self.label}: {tensor} holds {bad} NaN or infinite values of {value.numel()}; "
+                f"{next(iter(stored)).path}: {tensor} holds {bad} NaN or infinite values of {value.numel()}; "
                 f"this checkpoint is damaged, make or download it again"
             )
         return value
 
     def decode(self, module: StoredModule, parts: Mapping[str, Tensor]) -> Tensor:
-        """Dense weight [out_features, in_features] of a quantized module from its parts."""
+        """Dense weight [out_features, in_features] of a quantized module from its parts; [experts, ...] if fused."""
         from recompile.formats import FORMATS
 
         spec = FORMATS[module.format]
         if not spec.runnable:
+            readable = ", ".join(spec.name for spec in FORMATS.values() if spec.runnable)
             raise UnsupportedError(
-                f"{self.label}: {module.name} is stored as {spec.name}, which this version cannot decode; "
-                f"it reads dense, pack-quantized (integer), EXL2 and EXL3 weights"
+                f"{self.label}: {module.name} is stored as {spec.name}, which this version cannot decode; it reads "
+                f"{readable}"
             )
         try:
-            return spec.load_code().dequantize(parts, self.scheme(module), module=module.name)
+            code, scheme = spec.load_code(), self.scheme(module)
+            if not _FUSED_EXPERTS.search(module.name):
+                return code.dequantize(parts, scheme, module=module.name)
+            return _stack_experts(code.dequantize, parts, scheme, module.name)
         except FormatError as error:
             raise FormatError(f"{self.label}: {error}") from error
 
     def scheme(self, module: StoredModule) -> Any:
         """What the config says of how this module is quantized; None where the parts alone say it all."""
-        if module.format != "pack-quantized":
-            return None
-        from recompile.formats.compressed_tensors import scheme_of
+        from recompile.formats import FORMATS
 
-        return scheme_of(self, module)
+        spec = FORMATS[module.format]
+        method = self.quantization_config.get("quant_method")
+        try:
+            reader = spec.load_reader(method)
+        except KeyError:
+            raise FormatError(
+                f"{self.label}: quant_method in config.json is {method!r}, and {module.name} is stored as {spec.name}, "
+                f"which goes with {' or '.join(spec.readers)}"
+            ) from None
+        return None if reader is None else reader.scheme_of(self, module)
+
+
+def _stack_experts(dequantize: Callable[..., Tensor], parts: Mapping[str, Tensor], scheme: Any, module: str) -> Tensor:
+    """Dense weights [experts, out, in] of parts that hold all experts; a part without that axis is common to all."""
+    import torch
+
+    packed = parts["weight_packed"]
+    if packed.dim() != 3 or packed.shape[0] == 0:
+        raise FormatError(f"{module}_packed: found shape {list(packed.shape)}, wanted [experts, out, words]")
+    experts = packed.shape[0]
+    common = {"weight_shape": parts["weight_shape"].flatten()[-2:]} if "weight_shape" in parts else {}
+    split = {name: part for name, part in parts.items() if name not in common}
+    for name, part in split.items():
+        if part.dim() == 0 or part.shape[0] != experts:
+            raise FormatError(f"{module}.{name}: found shape {list(part.shape)}, wanted [{experts}, ...]")
+    return torch.stack(
+        [
+            dequantize(
+                common | {name: part[expert] for name, part in split.items()}, scheme, module=f"{module}[{expert}]"
+            )
+            for expert in range(experts)
+        ]
+    )
 
 
 def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:

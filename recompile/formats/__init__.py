@@ -4,6 +4,11 @@ A format is one row here and one file beside this one, named by the row's `code`
 
     dequantize(parts, scheme, module) -> Tensor     dense [out_features, in_features]
 
+Where tensors alone do not say how to read them, the row names who reads the config, one per `quant_method`: a file
+beside this one with
+
+    scheme_of(checkpoint, module) -> the scheme that dequantize takes
+
 A row tells from tensor headers alone which format a module is in and what its shape is, so that recipes, plans and
 `--dry-run` never read a tensor. Stored size needs no row: it is the bytes of all parts of the module, bias included.
 """
@@ -12,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
@@ -49,6 +54,9 @@ class FormatSpec:
     shape:    headers -> (out_features, in_features) as stored (padded where the format pads), None where only the
               model knows
     unless:   parts whose presence means another format
+    when:     headers -> whether they are in this format, where dtypes and part names are not enough
+    readers:  quant_method in config.json -> file with `scheme_of`; the first also serves configs that name no method.
+              Empty where the parts alone say all
     runnable: False for formats that are recognised only to be refused by name
     """
 
@@ -58,13 +66,24 @@ class FormatSpec:
     code: str | None
     shape: Callable[[Headers], tuple[int, ...] | None]
     unless: tuple[str, ...] = ()
+    when: Callable[[Headers], bool] = lambda parts: True
+    readers: Mapping[str, str] = field(default_factory=dict)
     runnable: bool = True
 
     def matches(self, parts: Headers) -> bool:
         if any(part not in parts for part in self.required) or any(part in parts for part in self.unless):
             return False
         part, dtypes = self.marks
-        return part in parts and parts[part].dtype in dtypes
+        return part in parts and parts[part].dtype in dtypes and self.when(parts)
+
+    def load_reader(self, quant_method: str | None) -> ModuleType | None:
+        """The file that reads a module's scheme from the config of this `quant_method`; None where none is needed.
+
+        Raises KeyError for a method that does not go with the format."""
+        if not self.readers:
+            return None
+        name = next(iter(self.readers.values())) if quant_method is None else self.readers[quant_method]
+        return importlib.import_module(f"recompile.formats.{name}")
 
     def load_code(self) -> ModuleType:
         assert self.code is not None, f"{self.name} has nothing to decode"
@@ -84,7 +103,45 @@ def _exl3_shape(parts: Headers) -> tuple[int, ...] | None:
     return (trellis[1] * 16, trellis[0] * 16) if len(trellis) == 3 else None
 
 
+def _nvfp4_shape(parts: Headers) -> tuple[int, ...]:
+    packed = parts["weight_packed"].shape
+    return (*packed[:-1], packed[-1] * 2)
+
+
+def _modelopt_nvfp4_shape(parts: Headers) -> tuple[int, ...]:
+    packed = parts["weight"].shape
+    return (*packed[:-1], packed[-1] * 2)
+
+
+def _mxfp6_shape(parts: Headers) -> tuple[int, ...]:
+    packed = parts["weight_packed"].shape
+    return (*packed[:-1], packed[-1] * 4 // 3)
+
+
+def _gptq_shape(parts: Headers) -> tuple[int, ...]:
+    """in_features from g_idx, else from the bits that the packed zero points show."""
+    out_features = parts["scales"].shape[-1]
+    if "g_idx" in parts:
+        return (out_features, parts["g_idx"].shape[0])
+    bits = parts["qzeros"].shape[-1] * 32 // out_features
+    return (out_features, parts["qweight"].shape[0] * 32 // bits)
+
+
+def _awq_shape(parts: Headers) -> tuple[int, ...]:
+    return (parts["scales"].shape[-1], parts["qweight"].shape[0])
+
+
+def _bytes_per_scale(parts: Headers) -> float:
+    packed, scale = parts["weight_packed"].shape, parts["weight_scale"].shape
+    return packed[-1] / scale[-1] if packed and scale and scale[-1] else 0.0
+
+
 _INT32 = frozenset({"I32"})
+_UINT8 = frozenset({"U8"})
+_FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+_EXPONENTS = frozenset({"U8", "F8_E8M0"})  # MX scales: powers of two
+_COMPRESSED_TENSORS = {"compressed-tensors": "compressed_tensors"}
+_FP8_READERS = {"fp8": "fp8", "modelopt": "fp8", "fbgemm_fp8": "fp8"}
 
 # Asked from top to bottom; the first row that matches names the format. "dense" is last: any module whose parts are
 # all floating point, a norm or a stray parameter included.
@@ -99,40 +156,91 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight_packed", _INT32),
             "packed_int",
             lambda parts: None,  # in_features stands in the tensor weight_shape
+            readers=_COMPRESSED_TENSORS,
         ),
         FormatSpec(
             "nvfp4-pack-quantized",
             ("weight_packed", "weight_scale", "weight_global_scale"),
-            ("weight_packed", frozenset({"U8"})),
-            None,
-            lambda parts: (parts["weight_packed"].shape[0], parts["weight_packed"].shape[1] * 2),
-            runnable=False,
+            ("weight_packed", _UINT8),
+            "fp4",
+            _nvfp4_shape,
+            readers=_COMPRESSED_TENSORS,
+        ),
+        FormatSpec(
+            "nvfp4-modelopt",
+            ("weight", "weight_scale", "weight_scale_2"),
+            ("weight", _UINT8),
+            "fp4",
+            _modelopt_nvfp4_shape,
+            readers={"modelopt": "fp4"},
+        ),
+        FormatSpec(
+            "mxfp6-pack-quantized",
+            ("weight_packed", "weight_scale"),
+            ("weight_packed", _UINT8),
+            "mx",
+            _mxfp6_shape,
+            when=lambda parts: _bytes_per_scale(parts) == 24,  # 32 codes of 6 bits; mxfp4 has 16 bytes
+            readers=_COMPRESSED_TENSORS,
         ),
         FormatSpec(
             "mxfp4-pack-quantized",
             ("weight_packed", "weight_scale"),
-            ("weight_packed", frozenset({"U8"})),
-            None,
-            lambda parts: None,
-            runnable=False,
+            ("weight_packed", _UINT8),
+            "mx",
+            _nvfp4_shape,
+            readers=_COMPRESSED_TENSORS,
+        ),
+        FormatSpec(
+            "mxfp8-quantized",
+            ("weight", "weight_scale"),
+            ("weight", _FP8),
+            "mx",
+            _weight_shape,
+            when=lambda parts: parts["weight_scale"].dtype in _EXPONENTS,
+            readers=_COMPRESSED_TENSORS,
+        ),
+        FormatSpec(
+            "fp8-scale-inv",
+            ("weight", "weight_scale_inv"),
+            ("weight", _FP8),
+            "fp8",
+            _weight_shape,
+            readers=_FP8_READERS,
         ),
         FormatSpec(
             "float-quantized",
             ("weight",),
-            ("weight", frozenset({"F8_E4M3", "F8_E5M2"})),
-            None,
+            ("weight", _FP8),
+            "fp8",
             _weight_shape,
-            runnable=False,
+            readers=_COMPRESSED_TENSORS | _FP8_READERS,
         ),
         FormatSpec(
             "int-quantized",
             ("weight", "weight_scale"),
             ("weight", frozenset({"I8"})),
-            None,
+            "int_plain",
             _weight_shape,
-            runnable=False,
+            readers=_COMPRESSED_TENSORS,
         ),
-        FormatSpec("gptq", ("qweight", "scales"), ("qweight", _INT32), None, lambda parts: None, runnable=False),
+        FormatSpec(
+            "gptq",
+            ("qweight", "scales"),
+            ("qweight", _INT32),
+            "gptq",
+            _gptq_shape,
+            when=lambda parts: parts["qweight"].shape[-1:] == parts["scales"].shape[-1:],  # AWQ packs these columns
+            readers={"gptq": "gptq", "auto-round": "auto_round", "intel/auto-round": "auto_round", "awq": "awq"},
+        ),
+        FormatSpec(
+            "awq",
+            ("qweight", "scales"),
+            ("qweight", frozenset({"I32", "I16"})),  # int16: a layout that is refused by name
+            "awq",
+            _awq_shape,
+            readers={"awq": "awq", "auto-round": "auto_round", "intel/auto-round": "auto_round", "gptq": "gptq"},
+        ),
         FormatSpec("dense", (), ("weight", FLOAT_DTYPES), None, _weight_shape, unless=("weight_scale",)),
     )
 }
@@ -141,6 +249,7 @@ FORMATS: dict[str, FormatSpec] = {
 WEIGHT_PARTS = frozenset(
     {"weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
     | {"weight_global_scale", "input_scale", "input_global_scale", "weight_scale_inv", "weight_scale_2"}
+    | {"input_zero_point", "output_scale"}
     | {"q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "q_perm"}
     | {"trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "signs"}
     | {"qweight", "qzeros", "scales", "g_idx"}

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from recompile.errors import FormatError, MismatchError
+from recompile.errors import FormatError, MismatchError, UnsupportedError
+from recompile.formats import FORMATS
 
 if TYPE_CHECKING:
     from recompile.checkpoint import Checkpoint, StoredModule
-    from recompile.formats.packed_int import IntScheme
 
 QUANT_METHOD = "compressed-tensors"
 WRITTEN_VERSION = "0.20.0"
@@ -40,13 +40,20 @@ def group_of(config: Mapping[str, Any], module: str, class_name: str = "Linear")
     return by_target.get(class_name)
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> IntScheme:
-    """The integer scheme of a pack-quantized module. Raises FormatError where no config group covers it."""
-    from recompile.formats.packed_int import IntScheme
+def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> Any:
+    """The scheme of a module, of the class that its format's `dequantize` takes.
 
+    What is stored decides the format: a group's `format` is advice, often missing. The group's `weights` must fit what
+    is stored. Raises FormatError where they do not or no group covers the module, UnsupportedError for rotations.
+    """
+    if checkpoint.quantization_config.get("transform_config"):
+        raise UnsupportedError(
+            f"{checkpoint.label}: config.json has a transform_config (rotations), which is not supported; the weights "
+            f"alone would not be the model's"
+        )
     weights = weights_of(checkpoint, module)
     try:
-        return IntScheme.from_config(weights)
+        return FORMATS[module.format].load_code().read_scheme(weights)
     except FormatError as error:
         raise FormatError(f"{checkpoint.label}: config group of {module.name}: {error}") from error
 
@@ -54,11 +61,12 @@ def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> IntScheme:
 def weights_of(checkpoint: Checkpoint, module: StoredModule) -> Mapping[str, Any]:
     """The `weights` entry of the config group that covers a module."""
     config = checkpoint.quantization_config
-    group = group_of(config, module.name)
+    is_embedding = module.name.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings")
+    group = group_of(config, module.name, "Embedding" if is_embedding else "Linear")
     if group is None or not isinstance(group.get("weights"), Mapping):
         raise FormatError(
-            f"{checkpoint.label}: {module.name} is stored packed, and no target of config_groups in config.json "
-            f"matches it; engines would not know its bits"
+            f"{checkpoint.label}: {module.name} is stored as {module.format}, and no target of config_groups in "
+            f"config.json matches it; engines would not know its bits"
         )
     return group["weights"]
 

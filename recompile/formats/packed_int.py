@@ -8,9 +8,11 @@ A module stores four parts beside each other:
     weight_scale       float [O, NG]
     weight_shape       int64 [2]                 O, I
     weight_zero_point  int32 [ceil(O*b/32), NG]  asymmetric only: the same stream, running along O
+    weight_g_idx       int32 [I]                 old files only (actorder "group"): the group of every column, or all -1
 
-and means W[o, i] = (q[o, i] - z[o, i//G]) * s[o, i//G], with q and z signed in [-2^(b-1), 2^(b-1) - 1] and z = 0 when
-symmetric. Field names and the stored form are those of the compressed-tensors library (0.20).
+and means W[o, i] = (q[o, i] - z[o, g]) * s[o, g] with g = i//G, or weight_g_idx[i] where stored; q and z are signed in
+[-2^(b-1), 2^(b-1) - 1], and z = 0 when symmetric. Field names and the stored form are those of the
+compressed-tensors library (0.20).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Config keys of one `weights` entry that say nothing about the stored bytes: how the numbers were found.
 _CALIBRATION_KEYS = frozenset({"observer", "observer_kwargs"})
 _HANDLED_KEYS = frozenset({"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"})
+_GROUP_ORDERS = ("group", "dynamic", True)  # actorder up to 0.19: columns of one group are scattered, see weight_g_idx
 # Values that leave the stored form as it is. "weight" and "static" order the columns only while quantizing.
 _NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "actorder": (False, "weight", "static"),
@@ -48,6 +51,7 @@ class IntScheme:
     bits: int  # 1..8
     group_size: int | None  # columns that share one scale; None = one scale per output row (channel)
     symmetric: bool  # False: a zero point per group
+    act_order: bool = False  # old files: weight_g_idx says the group of every column
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not 1 <= self.bits <= 8:
@@ -88,7 +92,7 @@ class IntScheme:
         }
         if self.group_size is not None:
             config["group_size"] = self.group_size
-        return config | {"dynamic": False}
+        return config | ({"actorder": "group"} if self.act_order else {}) | {"dynamic": False}
 
     @classmethod
     def from_config(cls, weights: Mapping[str, Any]) -> IntScheme:
@@ -101,7 +105,10 @@ class IntScheme:
             raise FormatError(f"weights.type: found {type_!r}, wanted 'int'")
         if _get(weights, "dynamic", False) is not False:
             raise FormatError(f"weights.dynamic: found {weights['dynamic']!r}, wanted false: weights are stored")
+        act_order = weights.get("actorder") in _GROUP_ORDERS
         for key, value in weights.items():
+            if key == "actorder" and act_order:
+                continue
             if key in _HANDLED_KEYS or key in _CALIBRATION_KEYS or value is None:
                 continue
             if value not in _NEUTRAL_VALUES.get(key, ()):
@@ -124,9 +131,14 @@ class IntScheme:
         else:
             raise FormatError(f"weights.strategy: found {strategy!r}, wanted 'group' or 'channel'")
         try:
-            return cls(_get(weights, "num_bits", 8), group_size, _get(weights, "symmetric", True))
+            return cls(_get(weights, "num_bits", 8), group_size, _get(weights, "symmetric", True), act_order)
         except FormatError as error:
             raise FormatError(f"weights: {error}") from None
+
+
+def read_scheme(weights: Mapping[str, Any]) -> IntScheme:
+    """From the `weights` entry of a config group, as every compressed-tensors format offers it."""
+    return IntScheme.from_config(weights)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
@@ -202,6 +214,7 @@ def dequantize(
     a scale that is not finite. A last group shorter than the others is read.
     """
     out_features, in_features = _check_parts(parts, scheme, module)
+    index = _column_groups(parts, scheme, module)
     packed, scale = parts["weight_packed"], parts["weight_scale"].float()
     bits, groups = scheme.bits, scheme.count_groups(in_features)
     group_size = scheme.group_size or in_features
@@ -210,7 +223,7 @@ def dequantize(
         offset = unpack_rows(parts["weight_zero_point"].t(), bits, out_features).t().float()
 
     dense = torch.empty((out_features, in_features), dtype=dtype, device=packed.device)
-    padded = groups * group_size
+    padded = in_features if index is not None else groups * group_size
     in_place = dtype == torch.float32 and padded == in_features
     chunk_rows = _rows_per_chunk(padded, packed.device)
     for start in range(0, out_features, chunk_rows):
@@ -218,9 +231,13 @@ def dequantize(
         count = rows.stop - start
         values = dense[rows] if in_place else dense.new_zeros((count, padded), dtype=torch.float32)
         values[:, :in_features].copy_(unpack_rows(packed[rows], bits, in_features))
-        grouped = values.view(count, groups, group_size)  # [rows, NG, G]
-        grouped -= (1 << (bits - 1)) if offset is None else offset[rows, :, None]
-        grouped *= scale[rows, :, None]
+        if index is not None:
+            values -= (1 << (bits - 1)) if offset is None else offset[rows].index_select(1, index)
+            values *= scale[rows].index_select(1, index)
+        else:
+            grouped = values.view(count, groups, group_size)  # [rows, NG, G]
+            grouped -= (1 << (bits - 1)) if offset is None else offset[rows, :, None]
+            grouped *= scale[rows, :, None]
         if not in_place:
             dense[rows] = values[:, :in_features]
     return dense
@@ -290,11 +307,8 @@ def _check_parts(parts: Mapping[str, Tensor], scheme: IntScheme, module: str) ->
     for name in needed:
         if name not in parts:
             raise FormatError(f"{module}.{name}: not found, wanted for {_describe(scheme)}")
-    if "weight_g_idx" in parts:
-        raise FormatError(
-            f"{module}.weight_g_idx: found columns regrouped by activation order (actorder 'group'), wanted groups of "
-            "neighbouring columns; requantize without it"
-        )
+    if scheme.act_order and "weight_g_idx" not in parts:
+        raise FormatError(f"{module}.weight_g_idx: not found, wanted for columns grouped by activation order")
     if scheme.symmetric and "weight_zero_point" in parts:
         raise FormatError(f"{module}.weight_zero_point: found, wanted none for {_describe(scheme)}")
 
@@ -317,6 +331,25 @@ def _check_parts(parts: Mapping[str, Tensor], scheme: IntScheme, module: str) ->
             "wanted finite ones"
         )
     return out_features, in_features
+
+
+def _column_groups(parts: Mapping[str, Tensor], scheme: IntScheme, module: str) -> Tensor | None:
+    """The group of every column [I] int64; None where they are the neighbours' (no g_idx, or -1 as a placeholder)."""
+    g_idx = parts.get("weight_g_idx")
+    if g_idx is None:
+        return None
+    in_features = int(parts["weight_shape"].tolist()[1])
+    if g_idx.dtype not in (torch.int32, torch.int64) or tuple(g_idx.shape) != (in_features,):
+        raise FormatError(
+            f"{module}.weight_g_idx: found {g_idx.dtype} {list(g_idx.shape)}, wanted torch.int32 [{in_features}]"
+        )
+    low, high = (int(value) for value in g_idx.aminmax())
+    if low == high == -1:
+        return None
+    groups = scheme.count_groups(in_features)
+    if low < 0 or high >= groups:
+        raise FormatError(f"{module}.weight_g_idx: found groups {low} to {high}, wanted 0 to {groups - 1}")
+    return g_idx.to(torch.int64)
 
 
 def _check_part(

@@ -178,13 +178,38 @@ def test_many_chunks_of_rows_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(dequantize(parts, scheme), whole)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_old_files_may_say_the_group_of_every_column(symmetric: bool) -> None:
+    """Two rows, four columns, groups 1 0 0 1: scales 1 and 10 by hand."""
+    scheme = IntScheme(4, 2, symmetric, act_order=True)
+    zero_point = None if symmetric else torch.tensor([[1, -1], [0, 2]])
+    codes = torch.tensor([[1, 2, 3, 4], [-5, -6, -7, -8]])
+    parts = pack(codes, torch.tensor([[1.0, 10.0], [2.0, 4.0]]), zero_point, scheme)
+    parts["weight_g_idx"] = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
+    expected = {
+        True: [[10.0, 2.0, 3.0, 40.0], [-20.0, -12.0, -14.0, -32.0]],
+        False: [[20.0, 1.0, 2.0, 50.0], [-28.0, -12.0, -14.0, -40.0]],
+    }
+    assert dequantize(parts, scheme).tolist() == expected[symmetric]
+
+
+def test_a_group_of_minus_one_everywhere_is_a_placeholder() -> None:
+    scheme = IntScheme(4, 2, True)
+    parts = pack(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1.0, 10.0]]), None, scheme)
+    parts["weight_g_idx"] = torch.full((4,), -1, dtype=torch.int32)
+    assert dequantize(parts, scheme).tolist() == [[1.0, 2.0, 30.0, 40.0]]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def make_parts(scheme: IntScheme, out_features: int = 6, in_features: int = 64) -> dict[str, Tensor]:
     shape = (out_features, scheme.count_groups(in_features))
     zero_point = None if scheme.symmetric else torch.zeros(shape, dtype=torch.int8)
-    return pack(torch.zeros(out_features, in_features, dtype=torch.int8), torch.ones(shape), zero_point, scheme)
+    parts = pack(torch.zeros(out_features, in_features, dtype=torch.int8), torch.ones(shape), zero_point, scheme)
+    if scheme.act_order:
+        parts["weight_g_idx"] = torch.zeros(in_features, dtype=torch.int32)
+    return parts
 
 
 SYMMETRIC, ASYMMETRIC = IntScheme(4, 32, True), IntScheme(4, 32, False)
@@ -194,7 +219,11 @@ REFUSED_PARTS = [
     (SYMMETRIC, "weight_shape", None, r"weight_shape: not found"),
     (ASYMMETRIC, "weight_zero_point", None, r"weight_zero_point: not found"),
     (SYMMETRIC, "weight_zero_point", torch.zeros(1, 2, dtype=torch.int32), r"weight_zero_point: found, wanted none"),
-    (SYMMETRIC, "weight_g_idx", torch.zeros(64, dtype=torch.int32), r"weight_g_idx: .*activation order"),
+    (IntScheme(4, 32, True, act_order=True), "weight_g_idx", None, r"weight_g_idx: not found"),
+    (SYMMETRIC, "weight_g_idx", torch.full((64,), 2, dtype=torch.int32), r"weight_g_idx: found groups 2 to 2"),
+    (SYMMETRIC, "weight_g_idx", torch.tensor([-1] + [0] * 63, dtype=torch.int32), r"weight_g_idx: found groups -1 to"),
+    (SYMMETRIC, "weight_g_idx", torch.zeros(63, dtype=torch.int32), r"weight_g_idx: .*\[63\], wanted .*\[64\]"),
+    (SYMMETRIC, "weight_g_idx", torch.zeros(64), r"weight_g_idx: found torch.float32"),
     (SYMMETRIC, "weight_packed", torch.zeros(6, 8, dtype=torch.int64), r"weight_packed: found torch.int64"),
     (
         SYMMETRIC,
@@ -354,6 +383,9 @@ def test_config_round_trip(bits: int, group_size: int | None, symmetric: bool) -
             },
             IntScheme(4, 64, True),
         ),
+        ({"num_bits": 4, "group_size": 64, "actorder": "group"}, IntScheme(4, 64, True, act_order=True)),
+        ({"num_bits": 4, "group_size": 64, "actorder": "dynamic"}, IntScheme(4, 64, True, act_order=True)),
+        ({"num_bits": 4, "group_size": 64, "actorder": True}, IntScheme(4, 64, True, act_order=True)),
     ],
 )
 def test_configs_that_other_tools_write_are_read(config: dict[str, object], scheme: IntScheme) -> None:
@@ -372,9 +404,7 @@ def test_configs_that_other_tools_write_are_read(config: dict[str, object], sche
         ({"group_size": None}, "weights.group_size: found None"),
         ({"group_size": 0}, "weights.group_size: found 0"),
         ({"group_size": "32"}, "weights.group_size: found '32'"),
-        ({"actorder": "group"}, "weights.actorder: found 'group'"),
-        ({"actorder": "dynamic"}, "weights.actorder: found 'dynamic'"),
-        ({"actorder": True}, "weights.actorder: found True"),
+        ({"actorder": "sideways"}, "weights.actorder: found 'sideways'"),
         ({"dynamic": True}, "weights.dynamic: found True"),
         ({"dynamic": "local"}, "weights.dynamic: found 'local'"),
         ({"block_structure": [128, 128]}, r"weights.block_structure: found \[128, 128\]"),
