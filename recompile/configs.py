@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from recompile.checkpoint import Checkpoint, StoredModule
+from recompile.costs import FUSED_SETS
 from recompile.errors import MismatchError, UnsupportedError
 from recompile.formats import FORMATS, compressed_tensors, exl2_config, exl3_config
 from recompile.overlay import Overlay, Placement, role_of
@@ -16,13 +17,6 @@ from recompile.overlay import Overlay, Placement, role_of
 # Formats whose modules a compressed-tensors config describes.
 COMPRESSED_FORMATS = frozenset(
     spec.name for spec in FORMATS.values() if compressed_tensors.QUANT_METHOD in spec.readers
-)
-# Projections that vLLM runs as one matrix, which then need one scheme.
-FUSED_SETS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
 

@@ -287,9 +287,7 @@ def _place(name: str, base: Checkpoint, recipe: Recipe, sources: Mapping[str, Ch
                     chosen = found
                     break
     if len(chosen) > 1:
-        parts = "; ".join(
-            f"{', '.join(tensors[:3])} from {where or 'the base'}" for where, tensors in chosen.items()
-        )
+        parts = "; ".join(f"{', '.join(tensors[:3])} from {where or 'the base'}" for where, tensors in chosen.items())
         line = _line_of(recipe, next(tensors[0] for where, tensors in chosen.items() if where is not None))
         raise RecipeError(
             f"{recipe.name}:{line}: parts of {name} would come from different places ({parts}); "

@@ -521,13 +521,26 @@ class _Partial:
     def discard(self) -> None:
         """Remove it, if it was made by this run."""
         if self._marker >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _insist(lambda: shutil.rmtree(self.path, ignore_errors=True))
             self._close()
 
     def _close(self) -> None:
         if self._marker >= 0:
             os.close(self._marker)
             self._marker = -1
+
+
+def _insist(clean_up: Callable[[], None]) -> None:
+    """Clean up to the end, also where Ctrl-C is pressed again meanwhile (or a shell sends it twice)."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            clean_up()
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 def _lock(descriptor: int, partial: Path) -> None:
@@ -645,7 +658,7 @@ def _run(
                 hashes[name] = digest
     finally:
         stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        _insist(lambda: pool.shutdown(wait=True, cancel_futures=True))
 
 
 def _write_module(

@@ -49,8 +49,7 @@ def run(line: str) -> None:
     words = shlex.split(line)
     say(f"\n$ {line}")
     started = time.monotonic()
-    module = import_module(f"recompile.cli.{words[0]}")
-    main = getattr(module, "cli", module.main)
+    main = import_module(f"recompile.cli.{words[0]}").main
     main.main(args=list(words[1:]), prog_name=words[0], standalone_mode=False)
     say(f"  ({time.monotonic() - started:.0f} s)")
 

@@ -84,7 +84,7 @@ class RecompileReport:
 @click.option("--no-probe", is_flag=True, help="Do not test that the sources were made from the same weights.")
 @click.option("--check", "check_dir", metavar="DIR", help="Check a finished checkpoint of any origin; writes nothing.")
 @output_options
-def cli(
+def main(
     in_dir: str | None,
     out_dir: Path | None,
     override: str | None,
@@ -153,11 +153,6 @@ def cli(
     _print_report(json_path, overlay, out_dir, plan, before, warnings, lowest, seconds, report)
     if report is not None:
         _fail_on(report.problems, str(out_dir), "verify")
-
-
-def main() -> None:
-    """The console script."""
-    cli()
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

@@ -46,14 +46,23 @@ class Budget:
         assert self.size_bytes is not None, "one field is set"
         return 8 * self.size_bytes - header.other_bits
 
-    def spell(self, bits: int, profile: Profile) -> str:
-        """Stored bits of quantized modules, in the words of this budget."""
+    def spell_range(self, fewest: int, most: int, profile: Profile) -> str:
+        """A range of stored bits of quantized modules, in the words of this budget. Rounded inwards, so that both ends
+        can be asked for as they stand."""
         header = profile.header
-        if self.bpw is not None:
-            return f"{bits / max(1, profile.counted_weights):.4f} bpw"
+        if self.size_bytes is not None:
+            ends = (-(-(fewest + header.other_bits) // 8), (most + header.other_bits) // 8)
+            return " to ".join(f"{size} bytes ({size / 2**30:.4f} GiB)" for size in ends)
+        weights, more = max(1, profile.counted_weights), 0
         if self.total_bpw is not None:
-            return f"{(bits + header.other_bits) / (profile.counted_weights + header.other_weights):.4f} bpw in all"
-        return f"{(bits + header.other_bits) / 8 / 2**30:.4f} GiB"
+            weights, more = weights + header.other_weights, header.other_bits
+        low, high = (fewest + more) / weights, (most + more) / weights
+        for digits in range(4, 16):
+            lowest, highest = math.ceil(low * 10**digits), math.floor(high * 10**digits)
+            if lowest <= highest:
+                break
+        in_all = " in all" if self.total_bpw is not None else ""
+        return f"{lowest / 10**digits:.{digits}f} bpw to {highest / 10**digits:.{digits}f} bpw{in_all}"
 
 
 @dataclass(frozen=True)
@@ -88,10 +97,11 @@ def make_problem(profile: Profile) -> Problem:
 def constrain(problem: Problem, groups: Sequence[ProfileGroup], constraints: Sequence[Constraint]) -> Problem:
     """Narrow a problem. A glob names modules (or tensors); a group follows if any of its modules matches.
 
+    Pins come last, whatever the order given: "min" and "max" compare with a source that must still be offered.
     Raises RecompileError where a glob matches nothing or a source is not offered.
     """
     narrow = {"pin": pin, "min": at_least, "max": at_most}
-    for constraint in constraints:
+    for constraint in sorted(constraints, key=lambda constraint: constraint.kind == "pin"):
         glob = Glob.parse(constraint.glob)
         matched = [g for g in groups if any(glob.matches(name) for m in g.modules for name in (m, f"{m}.weight"))]
         if not matched:
@@ -145,8 +155,8 @@ def choose(profile: Profile, budget: Budget, solver: str = "greedy", constraints
     if not fewest <= bits <= most:
         wrong = "below what the cheapest sources take" if bits < fewest else "above what the dearest sources take"
         raise BudgetError(
-            f"budget {budget.describe()} is {wrong}; reachable range: {budget.spell(fewest, profile)} to "
-            f"{budget.spell(most, profile)}" + (" under these constraints" if constraints else "")
+            f"budget {budget.describe()} is {wrong}; reachable range: {budget.spell_range(fewest, most, profile)}"
+            + (" under these constraints" if constraints else "")
         )
     solution = SOLVERS[solver](problem, bits)
     mean, error = predict(profile, solution.choice)

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from recompile.checkpoint import open_checkpoint
 from recompile.cli import common
-from recompile.cli.recompile import _fold, cli, resolved_table
+from recompile.cli.recompile import _fold, main, resolved_table
 from recompile.errors import RecompileError
 from recompile.overlay import build_overlay
 from recompile.write import MANIFEST_NAME
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_help_and_import_need_no_torch() -> None:
 @pytest.mark.parametrize("extra", [["-o", "out", "--no-probe"], ["--dry-run"]])
 def test_copying_needs_no_torch(models: Path, extra: list[str]) -> None:
     code = (
-        "import sys; from recompile.cli.recompile import cli; cli(sys.argv[1:], standalone_mode=False); "
+        "import sys; from recompile.cli.recompile import main; main(sys.argv[1:], standalone_mode=False); "
         "print('torch' in sys.modules)"
     )
     result = outside(code, "-i", "3bpw", "-or", "mix.yaml", *extra)

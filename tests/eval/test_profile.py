@@ -322,6 +322,14 @@ def test_cut_off_at_any_byte_of_a_line_it_goes_on(finished: Path, tmp_path: Path
         assert path.read_bytes() == whole
 
 
+def test_what_follows_the_last_whole_line_is_gone_at_once(finished: Path, tmp_path: Path) -> None:
+    """Longer than any line that could overwrite it; and there is nothing left to measure."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(finished.read_bytes() + b"y" * 100_000)
+    assert resume(path).is_complete
+    assert path.read_bytes() == finished.read_bytes()
+
+
 def test_interrupted_after_every_measurement_it_gives_the_same_file(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     ids, candidates = tiny.rows(3, 8), tiny.variants("llama-2", BITS)

@@ -155,9 +155,9 @@ def test_a_report_of_the_base_is_not_true_of_a_mix(tmp_path: Path) -> None:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """5.3 MiB: an embedding of 1.5 MiB, packed modules of about 0.4 MiB that mix 2, 4 and 8 byte items."""
+    """6.4 MiB: an embedding of 1.5 MiB, 12 packed modules of about 0.4 MiB that mix 2, 4 and 8 byte items."""
     tensors: dict[str, torch.Tensor] = {"model.embed_tokens.weight": torch.zeros(12288, 64, dtype=torch.bfloat16)}
-    for number in range(9):
+    for number in range(12):
         scale = torch.rand(1024, 3, generator=torch.Generator().manual_seed(number))  # 3: an odd number of 2-byte items
         codes = torch.randint(-8, 8, (1024, 96 * 8), generator=torch.Generator().manual_seed(number))
         scheme = mixes.packed_int.IntScheme(4, 256, True)
@@ -165,7 +165,7 @@ def large(tmp_path: Path) -> Path:
         tensors |= {f"model.layers.{number}.mlp.up_proj.{part}": value for part, value in parts.items()}
         tensors[f"model.layers.{number}.odd.weight"] = torch.ones(number * 2 + 1, dtype=torch.bfloat16)
     body = {"targets": ["Linear"], "format": "pack-quantized", "weights": scheme.to_config()}
-    settings = mixes.config(9)
+    settings = mixes.config(12)
     settings["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -182,7 +182,7 @@ def test_shards(large: Path, tmp_path: Path) -> None:
     shards = sorted(path.name for path in made.path.glob("*.safetensors"))
     count = len(shards)
     assert shards == [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    assert count == 6  # the embedding alone, then 2 modules of 0.4 MiB a shard, 9 of them
+    assert count == 7  # the embedding alone, then 2 modules of 0.4 MiB a shard, 12 of them
     index = json.loads((made.path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == open_checkpoint(large).size_bytes
     assert index["weight_map"] == {name: info.path.name for name, info in made.tensors.items()}
@@ -196,7 +196,7 @@ def test_shards(large: Path, tmp_path: Path) -> None:
         assert size <= 1 << 20 or [info.name for info in infos] == ["model.embed_tokens.weight"], path
     # layers follow each other in the order of their numbers
     first = {name: made.tensors[f"{name}.weight_scale"].path.name for name in made.modules if "up_proj" in name}
-    assert [first[f"model.layers.{number}.mlp.up_proj"] for number in range(9)] == sorted(first.values())
+    assert [first[f"model.layers.{number}.mlp.up_proj"] for number in range(12)] == sorted(first.values())
 
 
 @pytest.mark.parametrize("shard_mb", [1, 8192])
@@ -675,6 +675,25 @@ def test_interrupted_runs_leave_nothing(tmp_path: Path) -> None:
     nothing_left(tmp_path, "base")
 
 
+def test_an_impatient_user_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the first Ctrl-C is being cleaned up after."""
+    overlay = overlay_of(mixes.dense(tmp_path / "base"))
+    true_remove = write.shutil.rmtree
+    presses = iter([KeyboardInterrupt(), KeyboardInterrupt()])
+
+    def remove(path: Path, **options: Any) -> None:
+        for press in presses:
+            raise press
+        true_remove(path, **options)
+
+    steps = execute(plan_write(overlay, tmp_path / "out"))
+    next(steps)
+    monkeypatch.setattr(write.shutil, "rmtree", remove)
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt())
+    nothing_left(tmp_path, "base")
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = overlay_of(mixes.dense(tmp_path / "base"))
     plan = plan_write(overlay, tmp_path / "out")
@@ -719,6 +738,18 @@ def test_a_source_cut_short_while_it_is_copied(tmp_path: Path) -> None:
     os.truncate(source, source.stat().st_size // 2)
     # the copying threads may be past the cut already; then the changed time gives it away
     with pytest.raises(CheckpointError, match=r"model\.safetensors: (ends after|was changed while)"):
+        list(steps)
+    nothing_left(tmp_path, "base")
+
+
+def test_a_source_written_to_while_it_is_copied(tmp_path: Path) -> None:
+    base = mixes.dense(tmp_path / "base")
+    steps = execute(plan_write(overlay_of(base), tmp_path / "out"))
+    next(steps)
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: was changed while it was being copied"):
         list(steps)
     nothing_left(tmp_path, "base")
 

@@ -1,0 +1,175 @@
+"""The house keeps its order: who may import whom, what starts without torch, what only commands may do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = [path for folder in ("recompile", "eval") for path in sorted((ROOT / folder).rglob("*.py"))]
+EVERYTHING = [*LIBRARY, *(path for folder in ("tests", "scripts") for path in sorted((ROOT / folder).rglob("*.py")))]
+
+# From the bottom up: a room may import those before it. A new one gets its place here.
+ROOMS = (
+    "errors",
+    "formats",
+    "checkpoint",
+    "recipe",
+    "tokens",
+    "overlay",
+    "stream",
+    "costs",
+    "configs",
+    "write",
+    "check",
+    "quantize",
+    "optimize",
+    "cli",
+)
+
+# Recipes, plans, --dry-run and --help start at once.
+WITHOUT_TORCH = (
+    "recompile.formats",
+    "recompile.checkpoint",
+    "recompile.recipe",
+    "recompile.tokens",
+    "recompile.overlay",
+    "recompile.configs",
+    "recompile.write",
+    "recompile.costs",
+    "recompile.optimize.choose",
+    *(f"recompile.cli.{path.stem}" for path in sorted((ROOT / "recompile" / "cli").glob("*.py"))),
+)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def for_types_only(tree: ast.Module) -> set[ast.AST]:
+    """Everything below `if TYPE_CHECKING:`, which never runs."""
+    return {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and isinstance(branch.test, ast.Name) and branch.test.id == "TYPE_CHECKING"
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import that runs, wherever in the file it stands."""
+    tree = tree_of(path)
+    skipped = for_types_only(tree)
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
+            yield node.lineno, str(node.module)
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def room_of(path: Path) -> str:
+    """recompile/quantize/gptq.py -> "quantize"; "" for recompile/__init__.py."""
+    inside = path.relative_to(ROOT / "recompile").with_suffix("").parts[0]
+    return "" if inside == "__init__" else inside
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(LIBRARY) > 30
+    assert {room_of(path) for path in LIBRARY if "recompile" in path.relative_to(ROOT).parts[:1]} == {"", *ROOMS}
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if name_of(path).startswith("recompile/")], ids=name_of)
+def test_rooms_import_lower_ones_only(path: Path) -> None:
+    room = room_of(path)
+    allowed = set(ROOMS[: ROOMS.index(room) + 1]) if room else set()
+    for line, name in imports_of(path):
+        first, *rest = name.split(".")
+        if first == "recompile" and rest and rest[0] in ROOMS:
+            assert rest[0] in allowed, f"{name_of(path)}:{line}: {room} imports {rest[0]}, which stands above it"
+        if first == "eval":
+            assert room == "cli", f"{name_of(path)}:{line}: only commands import eval; pass a value in instead"
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if name_of(path).startswith("eval/")], ids=name_of)
+def test_eval_knows_nothing_of_commands(path: Path) -> None:
+    for line, name in imports_of(path):
+        assert not name.startswith("recompile.cli"), f"{name_of(path)}:{line}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_only_commands_talk_to_people(path: Path) -> None:
+    if name_of(path).startswith("recompile/cli/"):
+        return
+    for line, name in imports_of(path):
+        assert name.split(".")[0] not in ("click", "rich"), f"{name_of(path)}:{line}: {name}"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "input", "exit", "quit"), f"{name_of(path)}:{node.lineno}"
+
+
+def test_import_eval_is_never_written() -> None:
+    """It would hide the builtin."""
+    for path in EVERYTHING:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Import):
+                names = [alias.asname or alias.name.split(".")[0] for alias in node.names]
+                assert "eval" not in names, f"{name_of(path)}:{node.lineno}: write from eval.metrics import ..."
+
+
+def test_no_error_is_caught_without_a_name() -> None:
+    for path in EVERYTHING:
+        for node in ast.walk(tree_of(path)):
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{name_of(path)}:{node.lineno}"
+
+
+def test_light_rooms_import_no_torch() -> None:
+    code = "import sys\n" + "".join(
+        f"import {name}\nassert not {{'torch', 'transformers', 'numba'}} & sys.modules.keys(), {name!r}\n"
+        for name in WITHOUT_TORCH
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+
+
+def scripts_of_the_package() -> dict[str, str]:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = re.search(r"^\[project\.scripts\]\n((?:.+\n)*)", text, re.MULTILINE)
+    assert section
+    return dict(re.findall(r'^(\w+) = "([\w.:]+)"$', section[1], re.MULTILINE))
+
+
+def test_every_command_is_documented() -> None:
+    commands = scripts_of_the_package()
+    assert set(commands) >= {"recompile", "model_quantize", "model_diff", "model_profile", "model_optimize"}
+    readme = (ROOT / "README.md").read_text()
+    for command, target in commands.items():
+        assert re.search(rf"^ *{command} [-\w]", readme, re.MULTILINE), f"README.md shows no use of {command}"
+        module, _, function = target.partition(":")
+        path = ROOT / Path(*module.split(".")).with_suffix(".py")
+        assert any(isinstance(n, ast.FunctionDef) and n.name == function for n in tree_of(path).body), target
+
+
+def test_every_commands_help_has_an_example() -> None:
+    for command, target in scripts_of_the_package().items():
+        module, _, function = target.partition(":")
+        code = f"import sys; sys.argv = [{command!r}, '--help']; from {module} import {function}; {function}()"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert found.returncode == 0, found.stderr
+        assert re.search(rf"^ +{command} [-\w]", found.stdout, re.MULTILINE), f"{command} --help shows no example"
