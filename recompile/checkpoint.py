@@ -351,7 +351,7 @@ class Checkpoint:
                 return code.dequantize(parts, scheme, module=module.name)
             return _stack_experts(code.dequantize, parts, scheme, module.name)
         except FormatError as error:
-            raise FormatError(f"{self.label}: {error}") from error
+            raise FormatError(f"{self.label}: {str(error).removeprefix(f'{self.label}: ')}") from error
 
     def scheme(self, module: StoredModule) -> Any:
         """What the config says of how this module is quantized; None where the parts alone say it all."""

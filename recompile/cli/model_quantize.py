@@ -221,7 +221,7 @@ def _summary(report: QuantizeReport) -> str:
                 format_bytes(variant.size_bytes),
                 str(len(made)),
                 f"{_mean([module.relative_error for module in made]):.4f}",
-                f"{_mean([module.sqnr_db for module in made if math.isfinite(module.sqnr_db)]):.2f}",
+                f"{_mean([module.sqnr_db for module in made if module.sqnr_db is not None]):.2f}",
                 f"{_mean([m.output_error for m in made if m.output_error is not None]):.5f}",
             )
         )

@@ -83,7 +83,7 @@ class ModuleReport:
     weights: int
     size_bytes: int  # of all its parts, scales and bias included
     relative_error: float  # |W - Wq| / |W|, Frobenius
-    sqnr_db: float
+    sqnr_db: float | None  # None: no error at all
     output_error: float | None  # tr(E H E') / tr(W H W'): relative squared error of the outputs on the calibration rows
     tokens: int  # calibration tokens that reached the module
     quantized: bool = True
@@ -347,7 +347,7 @@ class _Build:
         module = self.base.modules.get(name)  # None for a tied head, which takes no room of its own
         stored = self._dense_tensors(module).values() if module is not None else ()
         size = sum(value.numel() * value.element_size() for value in stored)
-        return ModuleReport(name, math.prod(self._shape(name)), size, 0.0, math.inf, 0.0, tokens, False, why)
+        return ModuleReport(name, math.prod(self._shape(name)), size, 0.0, None, 0.0, tokens, False, why)
 
     def _dense_tensors(self, module: StoredModule) -> dict[str, Tensor]:
         tensors = {}
@@ -437,7 +437,7 @@ def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics) -
         whole = float(torch.einsum("oi,oi->", weight @ group.hessian, weight))
         output = float(torch.einsum("oi,oi->", error @ group.hessian, error)) / whole if whole else 0.0
     note = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
-    sqnr = -20 * math.log10(ratio) if ratio else math.inf
+    sqnr = -20 * math.log10(ratio) if ratio else None
     return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note)
 
 
