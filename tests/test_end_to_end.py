@@ -79,11 +79,21 @@ def test_transformers_loads_the_mix_and_agrees(work: Path, base_model: Path) -> 
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    recipe, mix = work / "four-widths.yaml", work / "four-widths"
+    recipe.write_text(
+        "sources:\n"
+        + "".join(f"  - {{id: {bits}, model_dir: {work}/{bits}bpw}}\n" for bits in (4, 2, 6))
+        + "overrides:\n"
+        '  - {key: "*.self_attn.*", source: 4}\n'
+        '  - {key: "model.layers.15.mlp.up_proj.*", source: 2}\n'
+        '  - {key: "*.down_proj.*", source: 6}\n'
+    )
+    run(recompile_command, "-i", work / "3bpw", "-o", mix, "-or", recipe)
     ids, logits = work / "ids.safetensors", work / "logits.safetensors"
-    kl_of(work, base_model, "-ma", work / "mix", "-si", ids, "-sla", logits)
-    model = AutoModelForCausalLM.from_pretrained(work / "mix", dtype=torch.float32, local_files_only=True).eval()
-    widths = {g["weights"]["num_bits"] for g in model.config.quantization_config.to_dict()["config_groups"].values()}
-    assert len(widths) >= 3
+    kl_of(work, base_model, "-ma", mix, "-si", ids, "-sla", logits)
+    model = AutoModelForCausalLM.from_pretrained(mix, dtype=torch.float32, local_files_only=True).eval()
+    groups = model.config.quantization_config.to_dict()["config_groups"]
+    assert {group["weights"]["num_bits"] for group in groups.values()} == {2, 3, 4, 6}
     with torch.inference_mode():
         theirs = model(load_file(ids)["input_ids"]).logits
     ours = load_file(logits)["logits"]

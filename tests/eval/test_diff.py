@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eval.diff import DiffOptions, DiffReport, LayerDrift, compare, compare_many
+from eval.diff import DiffOptions, DiffReport, LayerDrift, RowsCompared, compare, compare_many
 from recompile.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, OutputError
 from recompile.overlay import build_overlay
@@ -24,10 +24,11 @@ from recompile.write import execute, plan_write
 def report_of(
     candidate: WeightSource, reference: WeightSource, ids: Tensor, options: DiffOptions | None = None
 ) -> DiffReport:
-    *stages, report = compare(candidate, reference, ids, options)
-    assert all(isinstance(stage, LayerDrift) for stage in stages)
+    *events, report = compare(candidate, reference, ids, options)
+    stages = [event for event in events if isinstance(event, LayerDrift)]
     assert isinstance(report, DiffReport)
     assert tuple(stages) == report.layers
+    assert events[len(stages) :] == [RowsCompared(row + 1, len(ids)) for row in range(len(ids))]
     return report
 
 
