@@ -291,7 +291,10 @@ class ExactProfiler:
     batch: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.batch = max(1, BATCH_TOKENS // self.ids.shape[1])
+        rows, most = len(self.ids), max(1, BATCH_TOKENS // self.ids.shape[1])
+        together = max(len(group.bits) for group in self.header.groups)
+        # whole candidates where they fit, so that the swaps of one group fill batches without padding
+        self.batch = rows * min(most // rows, together) if rows <= most else most
 
     @torch.inference_mode()
     def run(self, journal: Journal) -> Iterator[Measured]:

