@@ -33,7 +33,7 @@ class Settings:
 
 
 FULL = Settings(calibration=(24, 512), profile=(4, 96), level="fused", report=(16, 384))
-QUICK = Settings(calibration=(10, 256), profile=(5, 64), level="block", report=(10, 256), method="mse")
+QUICK = Settings(calibration=(4, 128), profile=(3, 64), level="block", report=(8, 256), method="rtn")
 BITS = ("2", "3", "4", "6")
 BUDGETS = ("3.5", "4.5")
 
@@ -55,7 +55,9 @@ def run(line: str) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Fewer rows, coarser groups, no GPTQ: under 4 minutes, rougher figures.")
+@click.option(
+    "--quick", is_flag=True, help="Fewer rows, coarser groups, plain rounding: under 4 minutes, rougher figures."
+)
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Where to work; default demo or demo/quick.")
 def demo(quick: bool, directory: Path | None) -> None:
     """Build, profile, optimize, recompile and compare quantized variants of SmolLM2-135M-Instruct."""
