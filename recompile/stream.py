@@ -8,11 +8,13 @@ tables, which differ per layer type), so that any layer can be replayed from a s
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +30,23 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def default_dtype(device: str | torch.device) -> torch.dtype:
     """float32 on a CPU, where 16-bit arithmetic is slow and noisy; bfloat16 elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+@cache
+def _malloc_trim() -> Any:
+    """The C library's malloc_trim, where it has one (glibc)."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def release_free_memory() -> None:
+    """Give the pages of freed tensors back to the system. glibc keeps freed blocks of a few MiB, and layers that come
+    and go leave it holding many layers' worth of them, in pieces too small for the next one."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
@@ -249,6 +268,7 @@ class LayeredModel:
         """Send every parameter below `module` back to the meta device."""
         for name, value in list(module.named_parameters()):
             self.set_parameter(module, name, value.detach().to("meta"))
+        release_free_memory()
 
     @staticmethod
     def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
