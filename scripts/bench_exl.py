@@ -9,13 +9,7 @@ Encoding is timed once per K, compiled beforehand, over everything that `quantiz
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +18,7 @@ from typing import Any
 
 import numba
 import torch
+from bench_record import RESULTS, birth_certificate, keep
 from safetensors import safe_open
 from torch import Tensor
 
@@ -131,19 +126,9 @@ def bench_exl2_encode() -> dict[str, dict[str, float]]:
     return results
 
 
-def cpu_name() -> str:
-    """Model of the CPU where Linux tells it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench_results" / "exl.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "exl.json")
     parser.add_argument("--side", type=int, default=1024, help="decode this square matrix; a multiple of 128")
     parser.add_argument("--encode-side", type=int, default=512, help="encode this square matrix as EXL3")
     arguments = parser.parse_args()
@@ -151,14 +136,7 @@ def main() -> None:
     numba.set_num_threads(1)
 
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "scripts/bench_exl.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_1m": round(os.getloadavg()[0], 1),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "numba", "numpy")},
-        "threads": 1,
+        **birth_certificate(),
         "decode_m_weights_per_s": bench_decode(arguments.side),
         "exl3_encode": bench_exl3_encode(arguments.encode_side),
         "exl2_encode": bench_exl2_encode(),
@@ -168,9 +146,7 @@ def main() -> None:
     for section in ("exl3_encode", "exl2_encode"):
         for case, figures in result[section].items():
             print(f"{section} {case}: " + "  ".join(f"{name} {value}" for name, value in figures.items()))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {arguments.out}", file=sys.stderr)
+    keep(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,6 @@ fork's own encoder: its errors come with the vectors, its speeds (one thread, an
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from bench_record import RESULTS, birth_certificate, keep
 
 from recompile.formats import ik
 
@@ -77,19 +71,9 @@ def bench_encode(name: str, rows: int) -> dict[str, Any]:
     return found
 
 
-def cpu_name() -> str:
-    """Model of the CPU where Linux tells it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench_results" / "ik.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ik.json")
     parser.add_argument("--side", type=int, default=1024, help="decode this square matrix; a multiple of 256")
     parser.add_argument("--encode-rows", type=int, default=256, help="encode this many rows of 1024")
     arguments = parser.parse_args()
@@ -101,19 +85,10 @@ def main() -> None:
         types[name] = {"decode_m_weights_per_s": decode, "encode": bench_encode(name, arguments.encode_rows)}
         print(f"{name}: decode {decode} M weights/s  encode {types[name]['encode']}", flush=True)
     result = {
-        "command": shlex.join(["python", "scripts/bench_ik.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_1m": round(os.getloadavg()[0], 1),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "numba", "numpy")},
-        "threads": 1,
+        **birth_certificate(),
         "types": types,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {arguments.out}", file=sys.stderr)
+    keep(arguments.out, result)
 
 
 if __name__ == "__main__":
