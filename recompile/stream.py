@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -217,7 +217,7 @@ class LayeredModel:
         """
         source = source or self.source
         origin = self.origins[name]
-        wanted = self._meta_shape(name)
+        wanted = self._shapes[name]
         if origin.converter is None:
             return self._fit(source, origin.tensors[0], source.load(origin.tensors[0], device=self.device), wanted)
         converter = copy.deepcopy(origin.converter)
@@ -236,16 +236,9 @@ class LayeredModel:
         value = value[0] if isinstance(value, list) else value
         return self._fit(source, name, value, wanted)
 
-    def _meta_shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    @property
+    @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        cached = self.__dict__.get("_shape_cache")
-        if cached is None:
-            cached = {name: tuple(value.shape) for name, value in self.model.named_parameters(remove_duplicate=False)}
-            self.__dict__["_shape_cache"] = cached
-        return cached
+        return {name: tuple(value.shape) for name, value in self.model.named_parameters(remove_duplicate=False)}
 
     def _fit(self, source: WeightSource, name: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor:
         if tuple(value.shape) != wanted:
