@@ -495,6 +495,12 @@ def test_weights_that_are_not_finite_are_named(model: Path, value: float) -> Non
     assert ": model.layers.1.mlp.up_proj.weight holds 2 NaN or infinite values of 8192" in str(caught.value)
 
 
+def test_weights_whose_sum_overflows_are_still_finite(model: Path) -> None:
+    weight = torch.full((128, 64), 3e38, dtype=torch.bfloat16)
+    edit_tensors(model / "model.safetensors", model__layers__1__mlp__up_proj__weight=weight)
+    assert torch.equal(open_checkpoint(model).load("model.layers.1.mlp.up_proj.weight"), weight)
+
+
 def test_a_scale_that_is_not_finite_is_found_in_the_decoded_weight(tmp_path: Path) -> None:
     directory = tiny.copy_of(tiny.variants("llama-2", (3,))[3], tmp_path / "model")
     scale = load_file(directory / "model.safetensors")["model.layers.1.mlp.up_proj.weight_scale"]
