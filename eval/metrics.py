@@ -30,17 +30,24 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     """
     log_p = reference.float().log_softmax(-1)
     log_q = candidate.float().log_softmax(-1)
-    return _weighted_difference(log_p, log_q)
+    return _expectation(log_p, log_p - log_q)
 
 
-def _weighted_difference(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum over vocab of p (log p - log q); [..., vocab] -> [...]."""
+def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
+    """sum over vocab of p * values; [..., vocab] -> [...]. One pass over both, without their product in memory."""
     probability = log_p.exp()
-    total = (probability * (log_p - log_q)).sum(-1)
+    total = torch.einsum("...v,...v->...", probability, values)
     if not bool(torch.isfinite(total).all()):  # 0 * inf where a logit is -inf: such terms are 0 by definition
-        terms = torch.where(probability > 0, probability * (log_p - log_q), 0.0)
-        total = terms.sum(-1)
+        total = torch.where(probability > 0, probability * values, 0.0).sum(-1)
     return total
+
+
+def _equal_rows(left: Tensor, right: Tensor, likely: Tensor) -> Tensor:
+    """Which rows are equal to the last bit; only those that `likely` names are looked at. [tokens] bool."""
+    equal = torch.zeros_like(likely)
+    if bool(likely.any()):
+        equal[likely] = (left[likely] == right[likely]).all(-1)
+    return equal
 
 
 @dataclass(frozen=True)
@@ -96,16 +103,18 @@ def _block_metrics(reference: Tensor, candidate: Tensor, labels: Tensor, top_k: 
     no_label = labels < 0
     reference_nll = -log_p.gather(-1, target)[:, 0]
     candidate_nll = -log_q.gather(-1, target)[:, 0]
+    difference = log_p - log_q
+    kl = _expectation(log_p, difference)
     values = (
-        _weighted_difference(log_p, log_q),
-        _weighted_difference(log_q, log_p),
+        kl,
+        -_expectation(log_q, difference),
         top_p[:, 0].exp(),
         reference_nll.masked_fill(no_label, math.nan),
         candidate_nll.masked_fill(no_label, math.nan),
         ((order_p == target).cumsum(-1) > 0) & ~no_label[:, None],
         ((order_q == target).cumsum(-1) > 0) & ~no_label[:, None],
         (order_p == order_q).cumprod(-1).bool(),
-        (reference == candidate).all(-1),
+        _equal_rows(reference, candidate, kl == 0),
     )
     return TokenMetrics(*(value.cpu() for value in values))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from recompile.checkpoint import WeightSource, split_name
 from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
 
+FREE_BYTES_KEPT = 64 * 2**20  # of freed blocks that the allocator may hold on to
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,21 +33,33 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
+class _HeapFigures(ctypes.Structure):
+    """glibc's struct mallinfo2: ten sizes, the ninth of which is the bytes of freed blocks."""
+
+    _fields_ = [(f"field{number}", ctypes.c_size_t) for number in range(10)]
+
+
 @cache
-def _malloc_trim() -> Any:
-    """The C library's malloc_trim, where it has one (glibc)."""
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is a glibc that can count and give back freed memory."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _HeapFigures
+        library.malloc_trim.argtypes = [ctypes.c_size_t]
     except (AttributeError, OSError, TypeError):
         return None
+    return library
 
 
 def release_free_memory() -> None:
-    """Give the pages of freed tensors back to the system. glibc keeps freed blocks of a few MiB, and layers that come
-    and go leave it holding many layers' worth of them, in pieces too small for the next one."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    """Give the pages of freed tensors back to the system once they are many.
+
+    glibc keeps freed blocks of a few MiB, and layers that come and go leave it holding many layers' worth of them, in
+    pieces too small for the next one. A little is left to it: pages given back have to be asked for again.
+    """
+    glibc = _glibc()
+    if glibc is not None and glibc.mallinfo2().field8 > FREE_BYTES_KEPT:
+        glibc.malloc_trim(0)
 
 
 @contextmanager
