@@ -34,9 +34,9 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
 
 
 def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
-    """sum over vocab of p * values; [..., vocab] -> [...]. One pass over both, without their product in memory."""
+    """sum over vocab of p * values; [..., vocab] -> [...]."""
     probability = log_p.exp()
-    total = torch.einsum("...v,...v->...", probability, values)
+    total = (probability * values).sum(-1)  # a dot product would add up in one running float32 sum: 6e-5 off at 300 000
     if not bool(torch.isfinite(total).all()):  # 0 * inf where a logit is -inf: such terms are 0 by definition
         total = torch.where(probability > 0, probability * values, 0.0).sum(-1)
     return total
