@@ -20,6 +20,7 @@ EVERYTHING = [*LIBRARY, *(path for folder in ("tests", "scripts") for path in so
 ROOMS = (
     "errors",
     "formats",
+    "gguf",
     "checkpoint",
     "recipe",
     "tokens",
@@ -37,6 +38,7 @@ ROOMS = (
 # Recipes, plans, --dry-run and --help start at once.
 WITHOUT_TORCH = (
     "recompile.formats",
+    "recompile.gguf.container",
     "recompile.checkpoint",
     "recompile.recipe",
     "recompile.tokens",
