@@ -13,7 +13,11 @@ from recompile.cli.options import compute_device, many_values_command, output_op
 from recompile.errors import OutputError, RecompileError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from eval.diff import DiffReport
+    from recompile.checkpoint import Checkpoint
+    from recompile.costs import Profile
     from recompile.optimize.choose import Choice
 
 
@@ -42,6 +46,13 @@ if TYPE_CHECKING:
 @click.option("--pin", multiple=True, help="GLOB=ID: take these modules from source ID.")
 @click.option("--min", "minimum", multiple=True, help="GLOB=ID: no smaller than source ID.")
 @click.option("--max", "maximum", multiple=True, help="GLOB=ID: no larger than source ID.")
+@click.option("--ban", multiple=True, help="GLOB=ID: never from source ID.")
+@click.option("--tie", multiple=True, help="GLOB: all modules that it names from one source.")
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "sglang", "exllamav3", "llama.cpp", "transformers"]),
+    help="Only what this engine loads: modules that it fuses share a source, widths without a kernel are left out.",
+)
 @click.option(
     "--check",
     is_flag=True,
@@ -63,6 +74,9 @@ def main(
     pin: tuple[str, ...],
     minimum: tuple[str, ...],
     maximum: tuple[str, ...],
+    ban: tuple[str, ...],
+    tie: tuple[str, ...],
+    engine: str | None,
     check: bool,
     rows: int,
     length: int,
@@ -81,20 +95,24 @@ def main(
     """
     check_json_path(json_path)
     from recompile.costs import load_profile
-    from recompile.optimize.choose import Budget, Constraint, choose, make_recipe
+    from recompile.optimize.choose import Budget, Constraint, Rules, choose, make_recipe
     from recompile.recipe import dump_recipe
 
     if sum(given is not None for given in (bits, size, total_bpw)) != 1:
         raise RecompileError("give exactly one budget: -b 3.5, --size 4.2GiB or --total-bpw 4.0")
     budget = Budget(bits, total_bpw, parse_size(size) if size is not None else None)
-    constraints = [
+    constraints = tuple(
         Constraint.parse(kind, text)
-        for kind, given in (("pin", pin), ("min", minimum), ("max", maximum))
+        for kind, given in (("pin", pin), ("min", minimum), ("max", maximum), ("ban", ban))
         for text in given
-    ]
+    )
     profile = load_profile(profile_path)
-    chosen = choose(profile, budget, solver, constraints)
-    recipe, comments = make_recipe(chosen, {"made_by": f"model_optimize {profile_path.name}"})
+    checkpoints = _open_candidates(profile)
+    rules = Rules(constraints, tie, engine, _forms(checkpoints) if engine is not None else None)
+    chosen = choose(profile, budget, solver, rules)
+    recipe, comments = make_recipe(
+        chosen, {"made_by": f"model_optimize {profile_path.name}"}, _tensor_names(checkpoints)
+    )
     base = chosen.profile.header.candidate(chosen.profile.header.base).model_dir
     heading = (
         f"{chosen.bpw:.4f} bits per weight over quantized modules ({chosen.budget.describe()} asked for).\n"
@@ -109,6 +127,35 @@ def main(
         click.echo(_summary(chosen, out, base, measured))
     if json_path is not None:
         print_json(json_path, _report(chosen, measured))
+
+
+def _open_candidates(profile: Profile) -> dict[str, Checkpoint] | None:
+    """label -> checkpoint (headers only); None, with a word on stderr, where one is not at hand."""
+    from recompile.checkpoint import open_checkpoint
+
+    try:
+        return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
+    except (RecompileError, OSError) as error:
+        click.echo(f"Note: the sources are not at hand ({error}): a line for every module, nothing checked.", err=True)
+        return None
+
+
+def _tensor_names(checkpoints: Mapping[str, Checkpoint] | None) -> list[str] | None:
+    if checkpoints is None:
+        return None
+    return list(dict.fromkeys(name for checkpoint in checkpoints.values() for name in checkpoint.tensors))
+
+
+def _forms(checkpoints: Mapping[str, Checkpoint] | None) -> dict[str, dict[str, tuple[str, float]]] | None:
+    """label -> module -> (format, bits per weight of its codes)."""
+    from recompile.optimize.engines import width_of
+
+    if checkpoints is None:
+        return None
+    return {
+        label: {name: (module.format, width_of(module)) for name, module in checkpoint.modules.items()}
+        for label, checkpoint in checkpoints.items()
+    }
 
 
 def _write(path: Path, text: str) -> None:

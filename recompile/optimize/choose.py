@@ -5,16 +5,20 @@ Numbers and text only; nothing here opens a checkpoint.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recompile.costs import Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
+from recompile.optimize.compress import Line, compress
+from recompile.optimize.engines import Engine, find_engine, loaded_together, why_refused
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.greedy import solve_greedy
-from recompile.optimize.problem import Group, Option, Problem, Solution, at_least, at_most, pin, reachable_range
+from recompile.optimize.problem import Group, Option, Problem, Solution, at_least, at_most, merge, pin, reachable_range
 from recompile.recipe import Glob, Override, Recipe, Source, suggest
 
 SOLVERS: Mapping[str, Callable[[Problem, int], Solution]] = {"greedy": solve_greedy, "exact": solve_exact}
@@ -67,7 +71,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Constraint:
-    """`--pin/--min/--max GLOB=ID`: kind is "pin", "min" or "max"."""
+    """`--pin/--min/--max/--ban GLOB=ID`: kind is "pin", "min", "max" or "ban"."""
 
     kind: str
     glob: str
@@ -79,6 +83,21 @@ class Constraint:
         if not separator or not glob.strip() or not source.strip():
             raise RecompileError(f'--{kind} "{text}": wanted GLOB=ID, e.g. --{kind} "*.down_proj=4"')
         return Constraint(kind, glob.strip(), source.strip())
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a choice has to obey besides the budget."""
+
+    constraints: tuple[Constraint, ...] = ()
+    ties: tuple[str, ...] = ()  # globs; all groups that one names share a source
+    engine: str | None = None  # a key of engines.ENGINES
+    # candidate label -> module -> (format, bits per weight of its codes), for the engine's legal widths
+    forms: Mapping[str, Mapping[str, tuple[str, float]]] | None = None
+    max_step: int | None = None  # rungs between the same modules of neighbouring layers
+
+    def __bool__(self) -> bool:
+        return bool(self.constraints or self.ties or self.engine or self.max_step is not None)
 
 
 def make_problem(profile: Profile) -> Problem:
@@ -94,23 +113,103 @@ def make_problem(profile: Profile) -> Problem:
     return Problem(tuple(groups), profile.header.fixed_bits)
 
 
-def constrain(problem: Problem, groups: Sequence[ProfileGroup], constraints: Sequence[Constraint]) -> Problem:
+def constrain(problem: Problem, groups: Sequence[ProfileGroup], rules: Rules) -> Problem:
     """Narrow a problem. A glob names modules (or tensors); a group follows if any of its modules matches.
 
-    Pins come last, whatever the order given: "min" and "max" compare with a source that must still be offered.
-    Raises RecompileError where a glob matches nothing or a source is not offered.
+    Pins come after the other constraints, whatever the order given ("min" and "max" compare with a source that must
+    still be offered), ties and what the engine loads together after them all. max_step is not applied here.
+    Raises RecompileError where a glob matches nothing, a source is not offered, or nothing is left of a group.
     """
     narrow = {"pin": pin, "min": at_least, "max": at_most}
-    for constraint in sorted(constraints, key=lambda constraint: constraint.kind == "pin"):
-        glob = Glob.parse(constraint.glob)
-        matched = [g for g in groups if any(glob.matches(name) for m in g.modules for name in (m, f"{m}.weight"))]
-        if not matched:
-            near = suggest(constraint.glob, [module for group in groups for module in group.modules])
-            hint = f'; did you mean "{near}"?' if near else ""
-            raise RecompileError(f'--{constraint.kind} "{constraint.glob}" matches no profiled module{hint}')
+    engine = find_engine(rules.engine) if rules.engine is not None else None
+    if engine is not None and rules.forms is not None:
+        problem = _drop_refused(problem, groups, engine, rules.forms)
+    for constraint in sorted(rules.constraints, key=lambda constraint: constraint.kind == "pin"):
+        what = f'--{constraint.kind} "{constraint.glob}"'
+        matched = _matched_groups(groups, constraint.glob, what)
+        if constraint.kind == "ban":
+            problem = _ban(problem, matched, constraint.source, f"{what}={constraint.source}")
+            continue
         for group in matched:
             problem = narrow[constraint.kind](problem, group.name, constraint.source)
+    for glob in rules.ties:
+        matched = _matched_groups(groups, glob, f'--tie "{glob}"')
+        problem = _tie(problem, [group.name for group in matched], glob, f'--tie "{glob}"')
+    if engine is not None:
+        group_of = {module: group.name for group in groups for module in group.modules}
+        for members in loaded_together(engine, group_of):
+            names = list(dict.fromkeys(group_of[module] for module in members))
+            problem = _tie(
+                problem, names, _common(names), f"--engine {engine.name}: {members[0]} and others are loaded together"
+            )
     return problem
+
+
+def _matched_groups(groups: Sequence[ProfileGroup], pattern: str, what: str) -> list[ProfileGroup]:
+    glob = Glob.parse(pattern)
+    matched = [g for g in groups if any(glob.matches(name) for m in g.modules for name in (m, f"{m}.weight"))]
+    if not matched:
+        near = suggest(pattern, [module for group in groups for module in group.modules])
+        hint = f'; did you mean "{near}"?' if near else ""
+        raise RecompileError(f"{what} matches no profiled module{hint}")
+    return matched
+
+
+def _ban(problem: Problem, matched: Sequence[ProfileGroup], source: str, what: str) -> Problem:
+    names = {group.name for group in matched}
+    offered = {option.source for group in problem.groups if group.name in names for option in group.options}
+    if source not in offered:
+        raise RecompileError(f"{what}: none of the modules it names is offered {source}; offered: {', '.join(offered)}")
+    return _without(problem, {name: {source} for name in names}, what)
+
+
+def _without(problem: Problem, gone: Mapping[str, set[str]], what: str) -> Problem:
+    """A problem without some sources of some groups."""
+    groups = []
+    for group in problem.groups:
+        drop = gone.get(group.name, set())
+        kept = tuple(option for option in group.options if option.source not in drop)
+        if not kept:
+            raise RecompileError(f'{what}: leaves "{group.name}" no source; it offers {_labels(group)}')
+        groups.append(replace(group, options=kept))
+    return replace(problem, groups=tuple(groups))
+
+
+def _labels(group: Group) -> str:
+    return ", ".join(option.source for option in group.options)
+
+
+def _drop_refused(
+    problem: Problem,
+    groups: Sequence[ProfileGroup],
+    engine: Engine,
+    forms: Mapping[str, Mapping[str, tuple[str, float]]],
+) -> Problem:
+    gone: dict[str, set[str]] = {}
+    reasons: dict[str, None] = {}
+    for group in groups:
+        for label, stored in forms.items():
+            for module in group.modules:
+                refused = why_refused(engine, *stored[module]) if module in stored else None
+                if refused is not None:
+                    gone.setdefault(group.name, set()).add(label)
+                    reasons[refused] = None
+    return _without(problem, gone, f"--engine {engine.name}: {'; '.join(list(reasons)[:3])}") if gone else problem
+
+
+def _tie(problem: Problem, names: Sequence[str], name: str, what: str) -> Problem:
+    """Merge the groups that hold any of the names, ties made before included."""
+    wanted = set(names)
+    indexes = [at for at, group in enumerate(problem.groups) if not wanted.isdisjoint(group.members)]
+    return merge(problem, indexes, name, what)
+
+
+def _common(names: Sequence[str]) -> str:
+    """`model.layers.0.self_attn.q_proj`, `...k_proj` -> `model.layers.0.self_attn.q_proj+k_proj`."""
+    parent = names[0].rpartition(".")[0]
+    if all(name.rpartition(".")[0] == parent for name in names) and len(names) <= 4:
+        return f"{parent}.{'+'.join(name.rpartition('.')[2] for name in names)}"
+    return f"{names[0]} and {len(names) - 1} more"
 
 
 @dataclass(frozen=True)
@@ -136,7 +235,9 @@ class Choice:
         return (self.solution.bits + self.profile.header.other_bits) // 8
 
 
-def choose(profile: Profile, budget: Budget, solver: str = "greedy", constraints: Sequence[Constraint] = ()) -> Choice:
+def choose(
+    profile: Profile, budget: Budget, solver: str = "greedy", rules: Rules | Sequence[Constraint] = ()
+) -> Choice:
     """Solve for one budget.
 
     Raises BudgetError, with the reachable range in the budget's own unit, and RecompileError for a profile with holes.
@@ -149,14 +250,15 @@ def choose(profile: Profile, budget: Budget, solver: str = "greedy", constraints
             f"the profile is unfinished: {len(missing)} swaps are not measured, first {missing[0][0]} from "
             f"{missing[0][1]}; run the same model_profile command to go on"
         )
-    problem = constrain(make_problem(profile), profile.header.groups, constraints)
+    rules = rules if isinstance(rules, Rules) else Rules(tuple(rules))
+    problem = constrain(make_problem(profile), profile.header.groups, rules)
     bits = budget.bits(profile)
     fewest, most = reachable_range(problem)
     if not fewest <= bits <= most:
         wrong = "below what the cheapest sources take" if bits < fewest else "above what the dearest sources take"
         raise BudgetError(
             f"budget {budget.describe()} is {wrong}; reachable range: {budget.spell_range(fewest, most, profile)}"
-            + (" under these constraints" if constraints else "")
+            + (" under these constraints" if rules else "")
         )
     solution = SOLVERS[solver](problem, bits)
     mean, error = predict(profile, solution.choice)
@@ -179,32 +281,32 @@ def predict(profile: Profile, choice: Mapping[str, str]) -> tuple[float, float |
     return mean, math.sqrt(math.fsum((total - mean) ** 2 for total in totals) / (rows - 1) / rows)
 
 
-def make_recipe(choice: Choice, provenance: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
+def make_recipe(
+    choice: Choice, provenance: Mapping[str, Any], names: Iterable[str] | None = None
+) -> tuple[Recipe, dict[str, str]]:
     """The recipe of a choice, over the profile's base variant, and a comment for every line.
 
-    Every module that is not taken from the base has a line of its own, sorted by layer; so no two lines compete.
+    Lines are sorted, exceptions last. names: all tensor names of the base and the sources; with them, lines are
+    globs where that changes nothing (compress.py), else every module has a line of its own.
     """
     header = choice.profile.header
-    used: dict[str, None] = {}
-    overrides: list[Override] = []
-    comments: dict[str, str] = {}
-    for group in sorted(header.groups, key=lambda group: math.inf if group.layer is None else group.layer):
-        label = choice.solution.choice[group.name]
-        if label == header.base:
-            continue
-        used[label] = None
-        comment = _comment(choice, group, label)
-        for number, module in enumerate(group.modules):
-            key = f"{module}.*"
-            overrides.append(Override(key, header.candidate(label).id))
-            together = f" (with {group.modules[0].rpartition('.')[2]})" if number else ""
-            comments[key] = comment if not number else f"same group{together}"
-    labels = [candidate.label for candidate in header.candidates if candidate.label in used]
-    sources = tuple(Source(header.candidate(label).id, header.candidate(label).model_dir) for label in labels)
+    by_directory = {candidate.model_dir: candidate for candidate in header.candidates}
+    base = header.candidate(header.base).model_dir
+    group_of = {module: group for group in header.groups for module in group.modules}
+    assignment: dict[str, str | None] = {}
+    for module, group in group_of.items():
+        directory = header.candidate(choice.solution.choice[group.name]).model_dir
+        assignment[module] = None if directory == base else directory
+    lines = compress(assignment, names)
+    told: dict[str, str] = {}  # group -> the module whose line counts what the group saves
+    comments = {line.key: _comment(choice, line, group_of, told) for line in lines}
+    overrides = tuple(Override(line.key, by_directory[line.directory].id) for line in lines)
+    used = {line.directory for line in lines}
+    sources = tuple(Source(c.id, c.model_dir) for c in header.candidates if c.model_dir in used)
     recipe = Recipe(
         sources,
-        tuple(overrides),
-        base=header.candidate(header.base).model_dir,
+        overrides,
+        base=base,
         budget=choice.budget.describe(),
         provenance={
             **provenance,
@@ -214,6 +316,7 @@ def make_recipe(choice: Choice, provenance: Mapping[str, Any]) -> tuple[Recipe, 
             "predicted_kl_nats": round(choice.predicted_kl_nats, 6),
             "predicted_std_error": _rounded(choice.predicted_std_error),
             "profile": {
+                "sha256": profile_sha256(choice.profile),
                 "method": header.method,
                 "context": header.context,
                 "level": header.level,
@@ -228,16 +331,59 @@ def make_recipe(choice: Choice, provenance: Mapping[str, Any]) -> tuple[Recipe, 
     return recipe, comments
 
 
+def profile_sha256(profile: Profile) -> str:
+    """Hash of what was measured: fingerprints, rows, groups, bits and every KL; the order of the lines is no matter."""
+    header = profile.header
+    digest = hashlib.sha256()
+    digest.update(
+        json.dumps(
+            [
+                header.method,
+                header.context,
+                header.reference_fingerprint,
+                header.rows_sha256,
+                [(c.label, c.fingerprint) for c in header.candidates],
+                [(g.name, g.modules, sorted(g.bits.items())) for g in header.groups],
+                profile.control.kl_rows if profile.control is not None else None,
+            ]
+        ).encode()
+    )
+    for (group, source), found in sorted(profile.measurements.items()):
+        digest.update(json.dumps([group, source, found.kl_rows]).encode())
+    return digest.hexdigest()
+
+
 def _rounded(value: float | None) -> float | None:
     return round(value, 6) if value is not None else None
 
 
-def _comment(choice: Choice, group: ProfileGroup, label: str) -> str:
+def _comment(choice: Choice, line: Line, group_of: Mapping[str, ProfileGroup], told: dict[str, str]) -> str:
+    """What the groups of a line save and cost against the base; a group is counted on the first line that has any of
+    it."""
     profile = choice.profile
     base = profile.header.base
-    there, here = profile.cost(group.name, label), profile.cost(group.name, base)
-    bits = group.bits[label] - group.bits[base]
-    text = f"{bits / 1e6:+.3f} Mbit"
-    if there is not None and here is not None:
-        text = f"KL {there.kl_nats - here.kl_nats:+.6f}, {text}"
-    return text
+    counted: list[ProfileGroup] = []
+    with_others: set[str] = set()
+    for module in line.modules:
+        group = group_of[module]
+        if group.name not in told:
+            told[group.name] = module
+            counted.append(group)
+        elif group not in counted:
+            with_others.add(told[group.name])
+    parts = [f"{len(line.modules)} modules"] if len(line.modules) > 1 else []
+    if counted:
+        saved, bits, known = 0.0, 0, True
+        for group in counted:
+            label = choice.solution.choice[group.name]
+            there, here = profile.cost(group.name, label), profile.cost(group.name, base)
+            known &= there is not None and here is not None
+            if there is not None and here is not None:
+                saved += there.kl_nats - here.kl_nats
+            bits += group.bits[label] - group.bits[base]
+        parts += [f"KL {saved:+.6f}"] if known else []
+        parts.append(f"{bits / 1e6:+.3f} Mbit")
+    if with_others:
+        names = sorted({module.rpartition(".")[2] for module in with_others})
+        parts.append(f"same group (with {', '.join(names)})")
+    return ", ".join(parts)

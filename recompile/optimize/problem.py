@@ -214,7 +214,12 @@ def tie(problem: Problem, glob: str) -> Problem:
     (as for independent measurements). It stands where its first member stood and is called by the glob. One match
     changes nothing. Raises RecompileError where the groups share no source.
     """
-    matched = _matched(problem, glob)
+    return merge(problem, _matched(problem, glob), glob.strip(), f"tie {glob}")
+
+
+def merge(problem: Problem, indexes: Sequence[int], name: str, what: str) -> Problem:
+    """As tie, for groups by their numbers. what: who asks, for messages."""
+    matched = sorted(indexes)
     if len(matched) < 2:
         return problem
     tied = [problem.groups[index] for index in matched]
@@ -228,8 +233,8 @@ def tie(problem: Problem, glob: str) -> Problem:
             options.append(Option(source, bits, cost, math.hypot(*(option.std_error for option in same))))
     if not options:
         offers = "; ".join(f'"{group.name}" offers {_sources(group)}' for group in tied[:3])
-        raise RecompileError(f"tie {glob}: its {len(tied)} groups share no source: {offers}")
-    merged = Group(glob.strip(), tuple(options), tuple(member for group in tied for member in group.members))
+        raise RecompileError(f"{what}: its {len(tied)} groups share no source: {offers}")
+    merged = Group(name, tuple(options), tuple(member for group in tied for member in group.members))
     drop = set(matched[1:])
     groups = (
         merged if index == matched[0] else group for index, group in enumerate(problem.groups) if index not in drop

@@ -25,7 +25,7 @@ from recompile.costs import (
     layer_index,
 )
 from recompile.errors import BudgetError, RecompileError
-from recompile.optimize.choose import Budget, Choice, Constraint, choose, make_recipe, predict
+from recompile.optimize.choose import Budget, Choice, Constraint, choose, make_recipe, predict, profile_sha256
 from recompile.overlay import build_overlay
 from recompile.recipe import dump_recipe, load_recipe, parse_recipe
 
@@ -118,17 +118,24 @@ def chosen_bits(choice: Choice) -> int:
     share=st.floats(0, 1),
     solver=st.sampled_from(["greedy", "exact"]),
     context=st.sampled_from(["clean", "base"]),
+    known=st.booleans(),
 )
 def test_the_recipe_read_back_is_the_choice(
-    level: str, layers: int, seed: int, share: float, solver: str, context: str
+    level: str, layers: int, seed: int, share: float, solver: str, context: str, known: bool
 ) -> None:
     profile = make_profile(level, layers, seed, context=context)
     bpw = 2.1 + share * 3.7
     choice = choose(profile, Budget(bpw=bpw), solver)
-    recipe, comments = make_recipe(choice, {"made_by": "tests"})
+    others = ["model.layers.0.input_layernorm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+    modules = [module for group in profile.header.groups for module in group.modules]
+    names = [f"{module}.weight_packed" for module in modules] + others
+    recipe, comments = make_recipe(choice, {"made_by": "tests"}, names if known else None)
     text = dump_recipe(recipe, comments, "heading")
     again = parse_recipe(text)
     assert again.warnings == ()
+    assert again.unmatched(names) == []
+    assert again.shadowed(names) == []
+    assert len(again.overrides) <= len(modules)
     directory = {candidate.label: candidate.model_dir for candidate in profile.header.candidates}
     for group in profile.header.groups:
         label = choice.solution.choice[group.name]
@@ -136,7 +143,7 @@ def test_the_recipe_read_back_is_the_choice(
         for module in group.modules:
             for part in ("weight", "weight_packed", "weight_scale", "trellis", "bias"):
                 assert again.source_dir(f"{module}.{part}") == wanted
-    for other in ("model.layers.0.input_layernorm.weight", "lm_head.weight", "model.embed_tokens.weight"):
+    for other in others:
         assert again.source_dir(other) is None
     assert choice.bits == chosen_bits(choice) <= bpw * profile.counted_weights + 1e-6
     assert choice.bpw <= bpw + 1e-12
@@ -187,6 +194,33 @@ def test_every_line_says_what_it_saves_and_costs() -> None:
     assert again.provenance["profile"]["sources"] == {c.label: c.fingerprint for c in profile.header.candidates}
     assert again.base == "./3bpw"
     assert again.budget == "3.5 bpw over quantized modules"
+
+
+def test_globs_say_how_many_modules_they_decide_and_what_these_save_together() -> None:
+    profile = make_profile("tensor", 6)
+    pins = [Constraint("pin", "*.v_proj", "6"), Constraint("pin", "model.layers.2.self_attn.v_proj", "6")]
+    choice = choose(profile, Budget(bpw=3.9), "exact", pins)
+    modules = [module for group in profile.header.groups for module in group.modules]
+    recipe, comments = make_recipe(choice, {}, [f"{module}.weight" for module in modules])
+    assert len(recipe.overrides) < sum(source != "3" for source in choice.solution.choice.values())
+    key = "model.layers.*.self_attn.v_proj.*"
+    assert key in comments
+    found = [(profile.cost(m, "6"), profile.cost(m, "3")) for m in modules if m.endswith("v_proj")]
+    saved = math.fsum(there.kl_nats - here.kl_nats for there, here in found if there is not None and here is not None)
+    bits = sum(g.bits["6"] - g.bits["3"] for g in profile.header.groups if g.name.endswith("v_proj"))
+    assert comments[key] == f"6 modules, KL {saved:+.6f}, {bits / 1e6:+.3f} Mbit"
+
+
+def test_the_hash_of_a_profile_changes_with_every_figure() -> None:
+    profile = make_profile()
+    hashes = {profile_sha256(profile), profile_sha256(make_profile(seed=1)), profile_sha256(make_profile(rows=5))}
+    assert len(hashes) == 3
+    (key, measurement), *_ = profile.measurements.items()
+    other = dataclasses.replace(measurement, kl_rows=(*measurement.kl_rows[:-1], measurement.kl_rows[-1] + 1e-9))
+    changed = dataclasses.replace(profile, measurements={**profile.measurements, key: other})
+    assert profile_sha256(changed) not in hashes
+    again = dataclasses.replace(profile, measurements=dict(reversed(profile.measurements.items())))
+    assert profile_sha256(again) == profile_sha256(profile)
 
 
 def test_lines_are_sorted_by_layer() -> None:
