@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from recompile.checkpoint import (
     INDEX_NAME,
     Checkpoint,
+    GgufCheckpoint,
     StoredModule,
     TensorInfo,
     open_checkpoint,
@@ -629,6 +630,12 @@ def row_block(checkpoint: Checkpoint, module: StoredModule, first: int) -> Tenso
     assert module.shape is not None, module.name
     last = min(first + BLOCK_ROWS, module.shape[0])
     parts = module.parts
+    if isinstance(checkpoint, GgufCheckpoint):
+        place = checkpoint.places.get(module.dense_name)
+        if place is not None and place.heads:  # rows stand in another order in the file
+            return checkpoint.load(module.dense_name)[first:last]
+        if module.is_quantized:
+            return checkpoint.decode(module, {"weight": read_tensor(_rows_of(parts["weight"], first, last))})
     if not module.is_quantized:
         return read_tensor(_rows_of(parts["weight"], first, last))
     if module.format == "pack-quantized":

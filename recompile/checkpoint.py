@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, WEIGHT_PARTS, FormatSpec, format_of
+from recompile.formats.gguf_types import QUANTIZED_TYPES
+from recompile.gguf.config import config_of, heads_of
+from recompile.gguf.container import GgufFile, GgufTensor, find_gguf, is_gguf, open_gguf
+from recompile.gguf.names import ARCHITECTURES, Place, place_of, row_order, to_hf
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +38,7 @@ class TensorInfo:
     """One stored tensor: what its header says and where its bytes are."""
 
     name: str
-    dtype: str  # safetensors spelling: "BF16", "I32"
+    dtype: str  # safetensors spelling: "BF16", "I32"; a tensor type of GGUF files: "Q4_K"
     shape: tuple[int, ...]
     path: Path
     offset: int  # of the first byte, from the start of the file
@@ -199,6 +203,11 @@ class Checkpoint:
     _modules: dict[str, StoredModule] = field(default_factory=dict, repr=False, compare=False)
 
     # ---- what is stored -------------------------------------------------------------------------------------------
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """A second name of some tensors, by which recipes may call them as well."""
+        return {}
 
     @cached_property
     def modules(self) -> Mapping[str, StoredModule]:
@@ -414,24 +423,104 @@ def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:
                 done += count
     except OSError as error:
         raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
+    if info.dtype in QUANTIZED_TYPES:  # rows of bytes
+        buffer = buffer.view(*info.shape[:-1], -1)
+        return buffer if torch.device(device).type == "cpu" else buffer.to(device)
     dtype = TORCH_DTYPES[info.dtype]
     assert dtype is not None, "DTYPE_BYTES lists only dtypes that torch has"
     tensor = buffer.view(dtype).reshape(info.shape)
     return tensor if torch.device(device).type == "cpu" else tensor.to(device)
 
 
+@dataclass(frozen=True)
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file or its splits, under the names and conventions of Hugging Face checkpoints.
+
+    `tensors` have Hugging Face names and lie in the file as they are; each expert of a 3-D tensor is one of its own.
+    `read`, `load` and `decode` give values in Hugging Face's order of rows and without what GGUF adds to norms.
+    `path` is the (first) file.
+    """
+
+    file: GgufFile = field(kw_only=True, repr=False)
+    places: Mapping[str, Place] = field(kw_only=True, repr=False)
+
+    @cached_property
+    def aliases(self) -> Mapping[str, str]:
+        return {name: place.gguf for name, place in self.places.items()}
+
+    def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
+        value = super().read(tensor, device)
+        return value if self.tensors[tensor].dtype in QUANTIZED_TYPES else self._restore(tensor, value)
+
+    def decode(self, module: StoredModule, parts: Mapping[str, Tensor]) -> Tensor:
+        return self._restore(module.dense_name, super().decode(module, parts))
+
+    def _restore(self, tensor: str, value: Tensor) -> Tensor:
+        """Undo what conversion to GGUF did to a tensor's rows or values."""
+        place = self.places.get(tensor)
+        if place is None:
+            return value
+        if place.heads:
+            value = value[row_order(value.shape[0], place.heads, back=True)]
+        return value - place.offset if place.offset else value
+
+
+def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
+    """Open a GGUF file as a checkpoint: its config is made from its keys, or read from a config.json beside it.
+
+    An architecture without a table of names keeps GGUF's names: such a model can be merged, not run.
+
+    Raises CheckpointError as `open_gguf` does, and for a file of a known architecture that lacks what a model needs.
+    """
+    label = os.fspath(path)
+    file = open_gguf(path)
+    config, notes = config_of(file)
+    architecture = ARCHITECTURES.get(str(file.value("general.architecture")))
+    beside = file.path.parent / "config.json"
+    if beside.is_file() and architecture is not None:
+        found = read_json(beside)
+        if isinstance(found, dict) and found.get("model_type") in architecture.model_types:
+            config, notes = {key: value for key, value in found.items() if key != "quantization_config"}, []
+            config["tie_word_embeddings"] = "output.weight" not in file.tensors
+    tensors: dict[str, TensorInfo] = {}
+    places: dict[str, Place] = {}
+    for tensor in file.tensors.values():
+        experts = tensor.ne[2] if len(tensor.ne) == 3 else None
+        names = to_hf(architecture, tensor.name, experts)
+        for number, name in enumerate(names):
+            tensors[name] = _slice_of(tensor, name, number, experts if name != tensor.name else None)
+            place = place_of(architecture, name, heads_of(file)) if architecture is not None else None
+            if place is not None:
+                places[name] = place
+    return GgufCheckpoint(file.path, label, config, tensors, tuple(notes), file=file, places=places)
+
+
+def _slice_of(tensor: GgufTensor, name: str, number: int, count: int | None) -> TensorInfo:
+    """A tensor as it lies in the file, or its expert `number` of `count`."""
+    if count is None:
+        return TensorInfo(name, tensor.type.name, tensor.shape, tensor.path, tensor.offset, tensor.size_bytes)
+    size = tensor.size_bytes // count
+    return TensorInfo(name, tensor.type.name, tensor.shape[1:], tensor.path, tensor.offset + number * size, size)
+
+
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
-    """Open a model directory; reads config.json and the headers of the shards, no tensor.
+    """Open a model directory or a GGUF file; reads config.json and the headers of the shards, no tensor.
 
     Raises CheckpointError for a directory that is missing or incomplete, shards that are damaged, truncated, listed and
     absent, or hold a tensor twice, and for stray shards that the format's engine would load as well.
     """
     label = os.fspath(directory)
     path = Path(directory).expanduser()
+    if is_gguf(path):
+        return open_gguf_checkpoint(directory)
     if path.is_file():
-        raise CheckpointError(f"{label}: is a file; a model directory with config.json and *.safetensors is wanted")
+        raise CheckpointError(
+            f"{label}: is a file; a model directory with config.json and *.safetensors, or a GGUF file, is wanted"
+        )
     if not path.is_dir():
         raise CheckpointError(f"{label}: no such model directory")
+    if not any(path.glob("*.safetensors")) and (inside := find_gguf(path)) is not None:
+        return open_gguf_checkpoint(inside)
     config_path = path / "config.json"
     if not config_path.exists():
         what = "a directory half written by an earlier run" if label.endswith(".partial") else "not a model directory"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,6 +222,9 @@ def build_overlay(
     names = dict.fromkeys(base.tensors)
     for source in sources.values():
         names.update(dict.fromkeys(source.tensors))
+    aliases = {name: alias for checkpoint in (base, *sources.values()) for name, alias in checkpoint.aliases.items()}
+    if aliases:
+        recipe = replace(recipe, aliases=aliases)
     _check_keys(recipe, list(names), warnings, allow_unmatched)
     placements = {}
     modules = dict.fromkeys(base.modules)
@@ -259,7 +262,7 @@ def _check_keys(recipe: Recipe, names: list[str], warnings: list[str], allow_unm
     if unmatched:
         lines = []
         for override in unmatched:
-            near = suggest(override.key, names)
+            near = suggest(override.key, [*names, *recipe.aliases.values()])
             hint = f'; did you mean "{near}"?' if near else ""
             number = recipe.overrides.index(override)
             lines.append(
@@ -337,7 +340,9 @@ def check_same_model(base: Checkpoint, other: Checkpoint, where: str = "") -> No
     from recompile.tokens import tokenizer_sha256
 
     left_hash, right_hash = tokenizer_sha256(base.path), tokenizer_sha256(other.path)
-    if left_hash is not None and right_hash is not None and left_hash != right_hash:
+    if left_hash is None or right_hash is None or left_hash.startswith("gguf:") != right_hash.startswith("gguf:"):
+        return  # none, or one in a GGUF file and one beside: nothing to compare
+    if left_hash != right_hash:
         raise MismatchError(
             f"{where}{other.label} has another tokenizer than {base.label} (tokenizer hash {right_hash[:12]} against "
             f"{left_hash[:12]}); their token ids do not mean the same"

@@ -90,6 +90,8 @@ class Recipe:
     name: str = "<recipe>"  # what messages call it: the path as given
     other: Mapping[Any, Any] = field(default_factory=dict, hash=False)  # unknown top-level keys, carried through
     warnings: tuple[str, ...] = ()
+    # A second name of some tensors (GGUF's own), by which lines may call them as well.
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         known = {source.id for source in self.sources}
@@ -101,12 +103,14 @@ class Recipe:
 
     def source_dir(self, tensor_name: str) -> str | None:
         """The `model_dir`, as written, that holds this tensor; None for the base."""
-        return self._rules.source_dir(tensor_name)
+        if tensor_name not in self.aliases:
+            return self._rules.source_dir(tensor_name)
+        return self.explain(tensor_name).directory
 
     def explain(self, tensor_name: str) -> Decision:
         """Which line decides this tensor, and which lines match it but are beaten."""
         rules = self._rules
-        matching = rules.matching(tensor_name)
+        matching = self._matching(tensor_name)
         if not matching:
             return Decision(tensor_name, None, None, ())
         winner = rules.patterns[min(matching, key=rules.precedence)]
@@ -127,7 +131,7 @@ class Recipe:
         beaten_by: dict[int, Counter[int]] = {}
         deciding: set[int] = set()
         for name in names:
-            matching = rules.matching(name)
+            matching = self._matching(name)
             if not matching:
                 continue
             decider = rules.patterns[min(matching, key=rules.precedence)].decider
@@ -146,7 +150,7 @@ class Recipe:
         rules = self._rules
         matched: set[int] = set()
         for name in names:
-            for index in rules.matching(name):
+            for index in self._matching(name):
                 matched.update(rules.patterns[index].written)
         return [override for number, override in enumerate(self.overrides) if number not in matched]
 
@@ -158,6 +162,12 @@ class Recipe:
         if isinstance(line, Source):
             return str(_Place(self.name, line.line, f"sources[{self.sources.index(line)}]"))
         return str(_Place(self.name, line.line, f"overrides[{self.overrides.index(line)}]"))
+
+    def _matching(self, name: str) -> list[int]:
+        """Indices of the patterns that match a tensor by its name or by its alias."""
+        found = self._rules.matching(name)
+        alias = self.aliases.get(name)
+        return found if alias is None else list(dict.fromkeys([*found, *self._rules.matching(alias)]))
 
     @cached_property
     def _rules(self) -> _Rules:

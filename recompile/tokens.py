@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recompile.errors import CheckpointError, MismatchError, OutputError, RecompileError
+from recompile.gguf.container import is_gguf, open_gguf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -555,15 +556,19 @@ def _about_rows(text: str | None, count: int) -> dict[str, Any] | None:
 
 # ---------------------------------------------------------------- tokenizers
 
+GGUF_TOKEN_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def load_tokenizer(model_dir: Path | str) -> Any:
     """The tokenizer in a model's directory, from local files only, without running code that lies there."""
     folder = Path(model_dir)
+    gguf: dict[str, str] = {}
+    if is_gguf(folder):  # a tokenizer beside it is the original's; else transformers makes one from the file's keys
+        gguf, folder = ({} if _has_tokenizer(folder.parent) else {"gguf_file": folder.name}), folder.parent
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory, so no tokenizer")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not gguf and not _has_tokenizer(folder):
         raise CheckpointError(
             f"{folder}: no tokenizer here (none of {', '.join(TOKENIZER_FILES)}); "
             "copy tokenizer.json and tokenizer_config.json from the original model, or give token rows with --input-ids"
@@ -571,10 +576,16 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
     except Exception as error:  # transformers and tokenizers raise whatever their parsers meet
         reason = str(error).strip().split("\n", 1)[0]
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(
+            f"{folder / gguf.get('gguf_file', '')}: the tokenizer cannot be loaded: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
@@ -607,9 +618,14 @@ def tokenizer_sha256(model_dir: Path | str) -> str | None:
 
     It covers tokens, their ids and the merges, read from tokenizer.json, else vocab.json and merges.txt: blanks, key
     order, the two ways to write merges and the settings that tools add when they save again do not matter. Of other
-    files (tokenizer.model, ...) the bytes are hashed, so such a hash says nothing against one from tokenizer.json.
+    files (tokenizer.model, ...) the bytes are hashed, so such a hash says nothing against one from tokenizer.json. That
+    of a GGUF file covers its token keys, begins with "gguf:" and compares with other GGUF files only.
     """
     folder = Path(model_dir)
+    if is_gguf(folder):
+        file = open_gguf(folder)
+        records = b"".join(file.record(key) for key in GGUF_TOKEN_KEYS if key in file.keys)
+        return f"gguf:{hashlib.sha256(records).hexdigest()}" if records else None
     try:
         if (folder / "tokenizer.json").is_file():
             meaning = _token_meaning(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))

@@ -141,6 +141,8 @@ def read_rows(
 
 def _first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
     for directory in model_dirs:
+        if directory.suffix == ".gguf":
+            return directory
         if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             return directory
     return model_dirs[0]  # its error says what is missing

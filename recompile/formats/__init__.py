@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
+from recompile.formats.gguf_types import QUANTIZED_TYPES
+
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 DTYPE_BYTES: dict[str, int] = {
@@ -241,6 +243,7 @@ FORMATS: dict[str, FormatSpec] = {
             _awq_shape,
             readers={"awq": "awq", "auto-round": "auto_round", "intel/auto-round": "auto_round", "gptq": "gptq"},
         ),
+        FormatSpec("gguf", ("weight",), ("weight", QUANTIZED_TYPES), "gguf", _weight_shape, readers={"gguf": "gguf"}),
         FormatSpec("dense", (), ("weight", FLOAT_DTYPES), None, _weight_shape, unless=("weight_scale",)),
     )
 }

