@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +20,35 @@ if TYPE_CHECKING:
     from eval.diff import DiffReport
     from recompile.checkpoint import Checkpoint
     from recompile.costs import Profile
+    from recompile.optimize.budget import Pool
     from recompile.optimize.choose import Choice
 
 
 @many_values_command("model_optimize")
 @click.argument("profile_path", metavar="PROFILE", type=click.Path(path_type=Path))
-@click.option("-b", "--bits", type=float, help="Budget in bits per weight over quantized modules.")
-@click.option("--size", help="Budget for all tensors, e.g. 4.2GiB.")
+@click.option(
+    "-b",
+    "--bits",
+    "--target-bpw",
+    "bits",
+    type=float,
+    help="Budget in bits per weight over quantized modules (and the head, where the profile offers it).",
+)
+@click.option("--size", "--target-size", "size", help="Budget for all tensors, e.g. 4.2GiB.")
 @click.option(
     "--total-bpw", type=float, help="Budget in bits per weight over all weights, embedding and head included."
+)
+@click.option("--max-kl", type=float, help="The smallest size whose predicted KL is no more than this, nats per token.")
+@click.option("--max-ppl-increase", help="The same for a rise of perplexity, e.g. 2%: KL of ln(1.02).")
+@click.option(
+    "--active-bpw",
+    type=float,
+    help="Budget in bits per weight that takes part in a token: routed experts count by experts per token / experts.",
+)
+@click.option(
+    "--pool",
+    multiple=True,
+    help='NAME=GLOB,GLOB:SIZE, a budget of its own for some modules: --pool "gpu=*.self_attn.*:3GiB". Any number.',
 )
 @click.option(
     "-o",
@@ -47,6 +69,9 @@ if TYPE_CHECKING:
 @click.option("--min", "minimum", multiple=True, help="GLOB=ID: no smaller than source ID.")
 @click.option("--max", "maximum", multiple=True, help="GLOB=ID: no larger than source ID.")
 @click.option("--ban", multiple=True, help="GLOB=ID: never from source ID.")
+@click.option(
+    "--max-step", type=int, help="The same modules of neighbouring layers at most so many sources (by size) apart."
+)
 @click.option("--tie", multiple=True, help="GLOB: all modules that it names from one source.")
 @click.option(
     "--engine",
@@ -69,12 +94,17 @@ def main(
     bits: float | None,
     size: str | None,
     total_bpw: float | None,
+    max_kl: float | None,
+    max_ppl_increase: str | None,
+    active_bpw: float | None,
+    pool: tuple[str, ...],
     out: Path,
     solver: str,
     pin: tuple[str, ...],
     minimum: tuple[str, ...],
     maximum: tuple[str, ...],
     ban: tuple[str, ...],
+    max_step: int | None,
     tie: tuple[str, ...],
     engine: str | None,
     check: bool,
@@ -95,12 +125,10 @@ def main(
     """
     check_json_path(json_path)
     from recompile.costs import load_profile
-    from recompile.optimize.choose import Budget, Constraint, Rules, choose, make_recipe
+    from recompile.optimize.budget import Budget, parse_share
+    from recompile.optimize.choose import Constraint, Rules, choose, make_recipe
     from recompile.recipe import dump_recipe
 
-    if sum(given is not None for given in (bits, size, total_bpw)) != 1:
-        raise RecompileError("give exactly one budget: -b 3.5, --size 4.2GiB or --total-bpw 4.0")
-    budget = Budget(bits, total_bpw, parse_size(size) if size is not None else None)
     constraints = tuple(
         Constraint.parse(kind, text)
         for kind, given in (("pin", pin), ("min", minimum), ("max", maximum), ("ban", ban))
@@ -108,7 +136,17 @@ def main(
     )
     profile = load_profile(profile_path)
     checkpoints = _open_candidates(profile)
-    rules = Rules(constraints, tie, engine, _forms(checkpoints) if engine is not None else None)
+    rules = Rules(constraints, tie, engine, _forms(checkpoints) if engine is not None else None, max_step)
+    budget = Budget(
+        bits,
+        total_bpw,
+        parse_size(size) if size is not None else None,
+        max_kl,
+        parse_share(max_ppl_increase) if max_ppl_increase is not None else None,
+        active_bpw,
+        _active_share(checkpoints) if active_bpw is not None else Fraction(1),
+        tuple(_read_pool(text, profile, checkpoints) for text in pool),
+    )
     chosen = choose(profile, budget, solver, rules)
     recipe, comments = make_recipe(
         chosen, {"made_by": f"model_optimize {profile_path.name}"}, _tensor_names(checkpoints)
@@ -138,6 +176,28 @@ def _open_candidates(profile: Profile) -> dict[str, Checkpoint] | None:
     except (RecompileError, OSError) as error:
         click.echo(f"Note: the sources are not at hand ({error}): a line for every module, nothing checked.", err=True)
         return None
+
+
+def _active_share(checkpoints: Mapping[str, Checkpoint] | None) -> Fraction:
+    from recompile.optimize.budget import active_share
+
+    if checkpoints is None:
+        raise RecompileError("--active-bpw reads the number of experts from a config.json, and no source is at hand")
+    return active_share(next(iter(checkpoints.values())).config)
+
+
+def _read_pool(text: str, profile: Profile, checkpoints: Mapping[str, Checkpoint] | None) -> Pool:
+    """A pool, with what its globs name in the base besides the profiled modules (where the base is at hand)."""
+    from recompile.optimize.budget import Pool, split_pool
+
+    name, globs, size = split_pool(text)
+    pool = Pool(name, globs, parse_size(size))
+    if checkpoints is None:
+        return pool
+    profiled = {module for group in profile.header.groups for module in group.modules}
+    stored = checkpoints[profile.header.base].modules
+    others = [module for module in stored.values() if module.name not in profiled and pool.holds(module.name)]
+    return replace(pool, other_bits=8 * sum(module.size_bytes for module in others))
 
 
 def _tensor_names(checkpoints: Mapping[str, Checkpoint] | None) -> list[str] | None:

@@ -6,67 +6,38 @@ Numbers and text only; nothing here opens a checkpoint.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from recompile.costs import Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
+from recompile.optimize.budget import Budget
 from recompile.optimize.compress import Line, compress
 from recompile.optimize.engines import Engine, find_engine, loaded_together, why_refused
 from recompile.optimize.exact import solve_exact
+from recompile.optimize.frontier import lagrangian_path, solve_for_cost
 from recompile.optimize.greedy import solve_greedy
-from recompile.optimize.problem import Group, Option, Problem, Solution, at_least, at_most, merge, pin, reachable_range
+from recompile.optimize.problem import (
+    Group,
+    Option,
+    Problem,
+    Solution,
+    at_least,
+    at_most,
+    merge,
+    pin,
+    prepare,
+    reachable_range,
+)
+from recompile.optimize.rows import Row, solve_rows, step_rows
 from recompile.recipe import Glob, Override, Recipe, Source, suggest
 
 SOLVERS: Mapping[str, Callable[[Problem, int], Solution]] = {"greedy": solve_greedy, "exact": solve_exact}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A size, in the words it was asked in; exactly one field is set."""
-
-    bpw: float | None = None  # bits per weight over quantized modules
-    total_bpw: float | None = None  # over all weights, embedding, head and norms included
-    size_bytes: int | None = None  # of all tensors
-
-    def describe(self) -> str:
-        if self.bpw is not None:
-            return f"{self.bpw:g} bpw over quantized modules"
-        if self.total_bpw is not None:
-            return f"{self.total_bpw:g} bpw over all weights"
-        return f"{self.size_bytes} bytes"
-
-    def bits(self, profile: Profile) -> int:
-        """The budget in stored bits of quantized modules."""
-        header = profile.header
-        if self.bpw is not None:
-            return math.floor(self.bpw * profile.counted_weights + 1e-6)
-        if self.total_bpw is not None:
-            everything = profile.counted_weights + header.other_weights
-            return math.floor(self.total_bpw * everything + 1e-6) - header.other_bits
-        assert self.size_bytes is not None, "one field is set"
-        return 8 * self.size_bytes - header.other_bits
-
-    def spell_range(self, fewest: int, most: int, profile: Profile) -> str:
-        """A range of stored bits of quantized modules, in the words of this budget. Rounded inwards, so that both ends
-        can be asked for as they stand."""
-        header = profile.header
-        if self.size_bytes is not None:
-            ends = (-(-(fewest + header.other_bits) // 8), (most + header.other_bits) // 8)
-            return " to ".join(f"{size} bytes ({size / 2**30:.4f} GiB)" for size in ends)
-        weights, more = max(1, profile.counted_weights), 0
-        if self.total_bpw is not None:
-            weights, more = weights + header.other_weights, header.other_bits
-        low, high = (fewest + more) / weights, (most + more) / weights
-        for digits in range(4, 16):
-            lowest, highest = math.ceil(low * 10**digits), math.floor(high * 10**digits)
-            if lowest <= highest:
-                break
-        in_all = " in all" if self.total_bpw is not None else ""
-        return f"{lowest / 10**digits:.{digits}f} bpw to {highest / 10**digits:.{digits}f} bpw{in_all}"
 
 
 @dataclass(frozen=True)
@@ -238,31 +209,85 @@ class Choice:
 def choose(
     profile: Profile, budget: Budget, solver: str = "greedy", rules: Rules | Sequence[Constraint] = ()
 ) -> Choice:
-    """Solve for one budget.
+    """Solve for one budget (which may hold several limits).
 
-    Raises BudgetError, with the reachable range in the budget's own unit, and RecompileError for a profile with holes.
+    Raises BudgetError, with the reachable range in the budget's own unit and the limit that binds, and RecompileError
+    for a profile with holes.
     """
     if solver not in SOLVERS:
         raise RecompileError(f'solver "{solver}": wanted one of {", ".join(SOLVERS)}')
+    rules = rules if isinstance(rules, Rules) else Rules(tuple(rules))
+    problem = prepare(prepare_problem(profile, rules))
+    solution = solve(profile, problem, budget, solver, rules)
+    mean, error = predict(profile, solution.choice)
+    return Choice(solution, profile, budget, mean, error)
+
+
+def prepare_problem(profile: Profile, rules: Rules) -> Problem:
+    """The problem of a whole profile under rules. Raises RecompileError for a profile with holes."""
     missing = profile.missing()
     if missing:
         raise RecompileError(
             f"the profile is unfinished: {len(missing)} swaps are not measured, first {missing[0][0]} from "
             f"{missing[0][1]}; run the same model_profile command to go on"
         )
-    rules = rules if isinstance(rules, Rules) else Rules(tuple(rules))
-    problem = constrain(make_problem(profile), profile.header.groups, rules)
-    bits = budget.bits(profile)
-    fewest, most = reachable_range(problem)
-    if not fewest <= bits <= most:
-        wrong = "below what the cheapest sources take" if bits < fewest else "above what the dearest sources take"
-        raise BudgetError(
-            f"budget {budget.describe()} is {wrong}; reachable range: {budget.spell_range(fewest, most, profile)}"
-            + (" under these constraints" if rules else "")
-        )
-    solution = SOLVERS[solver](problem, bits)
-    mean, error = predict(profile, solution.choice)
-    return Choice(solution, profile, budget, mean, error)
+    return constrain(make_problem(profile), profile.header.groups, rules)
+
+
+def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules: Rules) -> Solution:
+    """Solve a prepared problem, whose costs need not be the profile's, within the limits of the budget."""
+    narrowed = " under these constraints" if rules else ""
+    steps = _steps(profile, problem, rules.max_step) if rules.max_step is not None else []
+    limits = budget.extra_rows(profile, problem)
+    if budget.max_kl is not None:
+        if steps or limits:
+            raise RecompileError(
+                "--max-kl and --max-ppl-increase stand alone: without --pool, --active-bpw, --max-step"
+            )
+        control = profile.control.mean if profile.control is not None else 0.0
+        try:
+            return solve_for_cost(problem, budget.max_kl - control, SOLVERS[solver])
+        except BudgetError:
+            path = lagrangian_path(problem)
+            least, most = (control + path.points[at].cost for at in (-1, 0))
+            raise BudgetError(
+                f"budget {budget.describe()} is below what the dearest sources reach; reachable range: {least:.6g} to "
+                f"{most:.6g} nats per token{narrowed}"
+            ) from None
+    if budget.has_primary:
+        bits = budget.bits(profile)
+        fewest, most_bits = reachable_range(problem)
+        if not fewest <= bits <= most_bits:
+            wrong = "below what the cheapest sources take" if bits < fewest else "above what the dearest sources take"
+            spelled = budget.spell_range(fewest, most_bits, profile)
+            raise BudgetError(f"budget {budget.describe()} is {wrong}; reachable range: {spelled}{narrowed}")
+        if not steps and not limits:
+            return SOLVERS[solver](problem, bits)
+        limits = [budget.primary_row(profile, problem), *limits]
+    if steps and solver == "greedy":
+        raise RecompileError("--max-step needs --solver exact")
+    solution = solve_rows(problem, [*limits, *steps], SOLVERS[solver])
+    return replace(solution, budget_bits=budget.bits(profile)) if budget.has_primary else solution
+
+
+def _steps(profile: Profile, problem: Problem, step: int) -> list[Row]:
+    """Rows between the same modules of one layer and of the next that has them."""
+    header = profile.header
+    place = {member: number for number, group in enumerate(problem.groups) for member in group.members}
+    whole = {c.label: sum(group.bits[c.label] for group in header.groups) for c in header.candidates}
+    rung = {label: sorted(set(whole.values())).index(bits) for label, bits in whole.items()}
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for group in header.groups:
+        if group.layer is not None:
+            kind = re.sub(rf"\.{group.layer}(?=\.|$)", ".*", group.name, count=1)
+            kinds.setdefault(kind, []).append((group.layer, place[group.name]))
+    pairs = {
+        (one, other)
+        for found in kinds.values()
+        for (_, one), (_, other) in itertools.pairwise(sorted(found))
+        if one != other
+    }
+    return step_rows(problem, sorted(pairs), rung, step)
 
 
 def predict(profile: Profile, choice: Mapping[str, str]) -> tuple[float, float | None]:

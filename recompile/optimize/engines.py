@@ -89,6 +89,11 @@ def find_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
+def is_routed_expert(module: str) -> bool:
+    """Whether only some tokens run through it; shared experts are no routed ones."""
+    return _EXPERT.match(module) is not None
+
+
 def loaded_together(engine: Engine, modules: Iterable[str]) -> list[tuple[str, ...]]:
     """Sets of modules that have to come from one source, each of two or more, in order of their first member."""
     sets: dict[str, list[str]] = {}

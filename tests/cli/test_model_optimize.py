@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from eval.profile import ProfileOptions, make_header
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.model_optimize import main
-from recompile.costs import Measurement, ProfileHeader, open_journal
+from recompile.costs import Measurement, ProfileHeader, load_profile, open_journal
 from recompile.overlay import Overlay, build_overlay
 from recompile.recipe import load_recipe
 
@@ -112,3 +112,71 @@ def test_an_engine_ties_what_it_fuses(profile: Path) -> None:
 def test_ties(profile: Path) -> None:
     chosen = sources_of(optimize(profile, "-b", "3.7", "--tie", "*.down_proj"))
     assert len({source for module, source in chosen.items() if module.endswith("down_proj")}) == 1
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_spellings_of_one_budget(profile: Path) -> None:
+    report = optimize(profile, "-b", "3.7")
+    for words in (["--bits", "3.7"], ["--target-bpw", "3.7"]):
+        assert optimize(profile, *words)["choice"] == report["choice"]
+    size = report["total_bytes"]
+    for words in (["--size", str(size)], ["--target-size", f"{size / 2**30:.12f}G"]):
+        assert optimize(profile, *words)["total_bytes"] <= size
+
+
+def test_pools_count_what_their_globs_name_besides(profile: Path) -> None:
+    header = load_profile(profile).header
+    base = open_checkpoint(header.candidate(header.base).model_dir)
+    embedding = base.modules["model.embed_tokens"].size_bytes
+    attention = [g for g in header.groups if "self_attn" in g.name]
+    room = sum(g.bits["4"] for g in attention) // 8
+    report = optimize(
+        profile,
+        *("--pool", f"gpu=*.self_attn.*,*.embed_tokens:{room + embedding}"),
+        *("--pool", "cpu=*.mlp.*:40KiB"),
+    )
+    used = sum(g.bits[report["choice"][g.name]] for g in attention) // 8
+    assert room - 2000 < used <= room
+    assert sum(g.bits[report["choice"][g.name]] for g in header.groups if ".mlp." in g.name) <= 8 * 40 * 1024
+
+
+def test_active_bits_of_a_moe(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.jsonl"
+    header = write_profile(profile, "qwen2-moe")
+    report = optimize(profile, "--active-bpw", "3.6")
+    bits = weights = 0.0
+    for group in header.groups:
+        share = 0.5 if ".experts." in group.name else 1.0  # 2 of 4 experts
+        bits += share * group.bits[report["choice"][group.name]]
+        weights += share * group.weights
+    assert 3.5 < bits / weights <= 3.6
+    refused = run(tmp_path / "profile.jsonl", "--active-bpw", "1")
+    assert refused.exit_code == 1
+    assert "--active-bpw 1 binds" in refused.output
+
+
+def test_limits_on_kl_and_perplexity(profile: Path) -> None:
+    report = optimize(profile, "--max-ppl-increase", "30%")
+    assert report["predicted_kl_nats"] <= 0.2623643
+    assert optimize(profile, "--max-kl", "0.26236426")["choice"] == report["choice"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give a budget"),
+        (["-b", "3", "--size", "1GiB"], "give one of"),
+        (["-b", "1"], "reachable range: 2."),
+        (["--pool", "gpu"], "wanted NAME=GLOB"),
+        (["--active-bpw", "3"], "config.json names no experts"),
+        (["--max-ppl-increase", "much"], "wanted a share"),
+        (["-b", "3.7", "--max-step", "1", "--solver", "greedy"], "--max-step needs --solver exact"),
+    ],
+)
+def test_budgets_that_cannot_be_read_or_met(profile: Path, words: list[str], says: str) -> None:
+    result = run(profile, "-o", profile.with_name("no.yaml"), *words)
+    assert result.exit_code == 1
+    assert says in result.output
+    assert not profile.with_name("no.yaml").exists()
