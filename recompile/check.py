@@ -39,6 +39,7 @@ from recompile.write import (
     default_workers,
     natural_key,
 )
+from recompile.write_gguf import HASHES_KEY, MAINLINE_ONLY, check_hashes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +95,8 @@ def verify(out: str | os.PathLike[str], on_step: Callable[[Step], None] | None =
     Raises CheckpointError if the directory cannot be opened or has no manifest of ours; contradictions are reported.
     """
     checkpoint = open_checkpoint(out)
+    if isinstance(checkpoint, GgufCheckpoint):
+        return _verify_gguf(checkpoint)
     manifest = _read_manifest(checkpoint)
     listed: Mapping[str, Mapping[str, Any]] = manifest["modules"]
     problems = check_checkpoint(out)
@@ -131,6 +134,35 @@ def verify(out: str | os.PathLike[str], on_step: Callable[[Step], None] | None =
         if on_step:
             on_step(Step(name, done, total))
     return VerifyReport(checkpoint.label, len(stored), total, len(originals), tuple(notes), tuple(problems))
+
+
+def _gguf_problems(checkpoint: GgufCheckpoint) -> list[Problem]:
+    """What engines make of the types in a file whose header is whole."""
+    kinds = {tensor.type.name: tensor.type for tensor in checkpoint.file.tensors.values()}
+    fork, mainline = sorted(name for name in kinds if kinds[name].fork), sorted(kinds.keys() & MAINLINE_ONLY)
+    if fork and mainline:
+        found = f"holds {', '.join(fork)} of ik_llama.cpp and {', '.join(mainline)} of llama.cpp: no engine has both"
+        return [Problem(checkpoint.label, found)]
+    quantized = any(kind.is_quantized for kind in kinds.values())
+    if quantized and "general.quantization_version" not in checkpoint.file.keys:
+        return [Problem(checkpoint.label, "has quantized tensors and no key general.quantization_version", "warning")]
+    return []
+
+
+def _verify_gguf(checkpoint: GgufCheckpoint) -> VerifyReport:
+    """A GGUF file against the hashes that a merge left in its keys."""
+    found = check_hashes(checkpoint.path)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint.label}: has no key {HASHES_KEY}, so there is nothing to verify it against; it was not merged "
+            f"by recompile (recompile --check reads any file)"
+        )
+    problems = [
+        Problem(name, "its bytes do not have the hash in the file's keys") for name, ok in found.items() if not ok
+    ]
+    note = "sources are compared when the file is written (recompile -i ... --verify)"
+    size = checkpoint.size_bytes
+    return VerifyReport(checkpoint.label, len(checkpoint.modules), size, 0, (note,), tuple(problems))
 
 
 def _short(entry: Mapping[str, Any]) -> str:
@@ -218,6 +250,8 @@ def check_checkpoint(directory: str | os.PathLike[str]) -> list[Problem]:
     except CheckpointError as error:
         return [Problem(label, str(error).removeprefix(f"{label}: "))]
     problems = [Problem(label, note.removeprefix(f"{label}: "), "warning") for note in checkpoint.notes]
+    if isinstance(checkpoint, GgufCheckpoint):
+        return problems + _gguf_problems(checkpoint)
     if (checkpoint.path / MARKER_NAME).exists() and not (checkpoint.path / MANIFEST_NAME).exists():
         problems.append(Problem(label, "is an unfinished output of recompile"))
     readers = [_general_problems]

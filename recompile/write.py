@@ -26,6 +26,7 @@ from recompile import __version__
 from recompile.checkpoint import (
     INDEX_NAME,
     Checkpoint,
+    GgufCheckpoint,
     StoredModule,
     TensorInfo,
     dense_dtype,
@@ -58,6 +59,10 @@ QUANTIZATION_FILES = frozenset(
     {"quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 )
 REWRITTEN_FILES = QUANTIZATION_FILES | {"config.json", MANIFEST_NAME, "made_by_recompile.json"}
+BESIDE_GGUF = frozenset(
+    {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    | {"vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"}
+)
 STALE_IN_MIXES = frozenset({"quantize_report.json"})  # true of a variant, not of a mix
 
 
@@ -174,7 +179,7 @@ def plan_write(
         modules,
         texts,
         other_files(overlay.base.path, skipped),
-        _recipe_text(overlay),
+        recipe_text(overlay),
         accounting,
         tuple(warnings),
     )
@@ -277,10 +282,12 @@ def _index(modules: Sequence[PlannedModule], shards: Sequence[PlannedShard]) -> 
 
 def other_files(directory: Path, skipped: frozenset[str] = REWRITTEN_FILES) -> tuple[Path, ...]:
     """Files that a new checkpoint takes over from the base as they are: tokenizer, generation config, licence, code."""
+    beside = directory.is_file()  # a GGUF file: only what is surely the model's own
     return tuple(
         path
-        for path in sorted(directory.iterdir())
+        for path in sorted((directory.parent if beside else directory).iterdir())
         if path.is_file()
+        and not (beside and path.name not in BESIDE_GGUF)
         and not path.name.startswith(".")
         and path.suffix.lower() not in WEIGHT_SUFFIXES
         and not path.name.endswith(".index.json")
@@ -288,7 +295,7 @@ def other_files(directory: Path, skipped: frozenset[str] = REWRITTEN_FILES) -> t
     )
 
 
-def _recipe_text(overlay: Overlay) -> str | None:
+def recipe_text(overlay: Overlay) -> str | None:
     """The recipe as written. Raises RecipeError if the file no longer says what was resolved."""
     recipe = overlay.recipe
     if recipe is None:
@@ -338,6 +345,10 @@ def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[
     wanted: list[list[_Wanted]] = []
     for placement in ordered:
         stored = placement.stored
+        if isinstance(placement.checkpoint, GgufCheckpoint):  # stored in GGUF's own order and convention
+            infos = [info for _, info in sorted(stored.parts.items()) if info.name in placement.checkpoint.places]
+            wanted.append([_Wanted(info.name, dtype, info.shape, None) for info in infos])
+            continue
         if not stored.is_quantized:
             wanted.append([_Wanted(i.name, i.dtype, i.shape, i) for _, i in sorted(stored.parts.items())])
             continue
@@ -729,6 +740,8 @@ class _OpenFiles:
     def _open_sources(self) -> None:
         wanted: dict[Path, list[TensorInfo]] = {}
         for module in self.plan.modules:
+            if isinstance(module.placement.checkpoint, GgufCheckpoint):
+                continue  # is decoded, which reads it as it is opened
             for info in module.placement.stored.parts.values():
                 wanted.setdefault(info.path, []).append(info)
         for path, infos in wanted.items():

@@ -34,6 +34,7 @@ from recompile.write import (
     natural_key,
     plan_write,
 )
+from recompile.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
 
 if TYPE_CHECKING:
     from recompile.check import Problem, VerifyReport
@@ -63,7 +64,7 @@ class RecompileReport:
 @command("recompile")
 @click.option("-i", "--in-dir", "--in_dir", "in_dir", metavar="DIR", help="The variant that is overridden.")
 @click.option(
-    "-o", "--out-dir", "--out_dir", "out_dir", type=click.Path(path_type=Path), metavar="DIR", help="What is written."
+    "-o", "--out-dir", "--out_dir", "out_dir", type=click.Path(path_type=Path), metavar="OUT", help="What is written."
 )
 @click.option("-or", "--override", "override", metavar="FILE", help="The override file (YAML); none: a plain copy.")
 @click.option(
@@ -71,10 +72,9 @@ class RecompileReport:
     "--shard-size",
     "--shard_size",
     "shard_size",
-    default=DEFAULT_SHARD_MB,
-    show_default=True,
+    type=int,
     metavar="MB",
-    help="Largest size of a safetensors file, in MiB.",
+    help=f"Largest size of a file, in MiB; default {DEFAULT_SHARD_MB}, and for GGUF one file.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop. Reads no weight.")
 @click.option("--all", "every", is_flag=True, help="With --dry-run: a line for every module.")
@@ -88,7 +88,7 @@ def main(
     in_dir: str | None,
     out_dir: Path | None,
     override: str | None,
-    shard_size: int,
+    shard_size: int | None,
     dry_run: bool,
     every: bool,
     verify_it: bool,
@@ -108,6 +108,7 @@ def main(
       recompile -i 3bpw -or overrides.yaml --dry-run
       recompile -i 3bpw -o mix -or overrides.yaml --verify
       recompile --check mix
+      recompile -i Q3_K.gguf -o MIX.gguf -or overrides.yaml --verify
     """
     check_json_path(json_path)
     if check_dir is not None:
@@ -120,9 +121,16 @@ def main(
     from recompile.checkpoint import open_checkpoint
 
     overlay = build_overlay(open_checkpoint(in_dir), override, allow_unmatched=allow_unmatched)
-    if out_dir is not None:
-        check_output(overlay, out_dir)
-    plan = plan_write(overlay, out_dir or Path(f"{in_dir}-mix"), shard_size, dense=dense)
+    gguf = is_gguf_mix(overlay) and not dense
+    plan: WritePlan | GgufPlan
+    if gguf:
+        plan = plan_gguf(overlay, out_dir or Path("mix.gguf"), shard_size)
+        check_gguf_output(plan)
+    else:
+        if out_dir is not None:
+            check_output(overlay, out_dir)
+        size = DEFAULT_SHARD_MB if shard_size is None else shard_size
+        plan = plan_write(overlay, out_dir or Path(f"{in_dir}-mix"), size, dense=dense)
     warnings = [*overlay.warnings, *plan.warnings]
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
@@ -133,20 +141,24 @@ def main(
             click.echo(resolved_table(overlay, every=every))
             click.echo()
             click.echo(_sizes(overlay, before, plan))
-        if out_dir is not None:
+        if out_dir is not None and not gguf:
             check_output(overlay, out_dir, plan.needed_bytes)
         _print_report(json_path, overlay, out_dir, plan, before, warnings)
         return
     assert out_dir is not None
-    check_output(overlay, out_dir, plan.needed_bytes)
+    if not gguf:
+        check_output(overlay, out_dir, plan.needed_bytes)
     lowest = None if no_probe else _probe(overlay)
     began = time.monotonic()
     doing = "decoding" if dense else "copying"
-    with closing(execute(plan)) as steps, progress(doing, plan.data_bytes, quiet=quiet) as bar:
+    steps_of = execute_gguf(plan) if isinstance(plan, GgufPlan) else execute(plan)
+    with closing(steps_of) as steps, progress(doing, plan.data_bytes, quiet=quiet) as bar:
         for step in steps:
             bar.update(step.done_bytes, step.module)
     seconds = time.monotonic() - began
-    report = _verify(str(out_dir), quiet) if verify_it else None
+    report = None
+    if verify_it:
+        report = _verify_gguf(plan, quiet) if isinstance(plan, GgufPlan) else _verify(str(out_dir), quiet)
     if human:
         click.echo(_sizes(overlay, before, plan))
         click.echo(_written(plan, seconds, report))
@@ -171,6 +183,15 @@ def _verify(directory: str, quiet: bool) -> VerifyReport:
 
     with progress("verifying", 1, quiet=quiet) as bar:
         return verify(directory, lambda step: bar.update(step.done_bytes, step.module, step.total_bytes))
+
+
+def _verify_gguf(plan: GgufPlan, quiet: bool) -> VerifyReport:
+    from recompile.check import Problem, VerifyReport
+
+    with progress("verifying", plan.data_bytes, quiet=quiet) as bar:
+        found = verify_gguf(plan, lambda step: bar.update(step.done_bytes, step.module))
+    problems = tuple(Problem(str(plan.out), problem) for problem in found.problems)
+    return VerifyReport(str(plan.out), len(plan.modules), plan.data_bytes, len(plan.modules), (), problems)
 
 
 def _check(directory: str, verify_it: bool, json_path: Path | None, quiet: bool) -> None:
@@ -281,7 +302,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def _sizes(overlay: Overlay, before: Accounting, plan: WritePlan) -> str:
+def _sizes(overlay: Overlay, before: Accounting, plan: WritePlan | GgufPlan) -> str:
     after = plan.accounting
 
     def row(what: str, figure: str, result: str) -> tuple[str, str, str]:
@@ -311,7 +332,7 @@ def _overridden(overlay: Overlay) -> dict[str, int]:
     return dict(Counter(p.source for p in overlay.placements.values() if p.source is not None))
 
 
-def _written(plan: WritePlan, seconds: float, report: VerifyReport | None) -> str:
+def _written(plan: WritePlan | GgufPlan, seconds: float, report: VerifyReport | None) -> str:
     rate = plan.data_bytes / max(seconds, 1e-9)
     out = shlex.quote(str(plan.out))
     lines = [
@@ -335,7 +356,7 @@ def _print_report(
     json_path: Path | None,
     overlay: Overlay,
     out: Path | None,
-    plan: WritePlan,
+    plan: WritePlan | GgufPlan,
     before: Accounting,
     warnings: Sequence[str],
     lowest: tuple[str, float] | None = None,

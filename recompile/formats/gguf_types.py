@@ -158,3 +158,15 @@ def find_type(name: str) -> GgufType:
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise FormatError(f"GGUF type: found {name!r}, which llama.cpp and ik_llama.cpp do not have{hint}")
     return found
+
+
+# `general.file_type` of a file that holds mostly this type: plain types, the "S" preset of K types (all tensors alike).
+# It is what listings show; engines load whatever the tensor infos say.
+FILE_TYPES: dict[str, int] = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9,
+    "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24,
+    "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38,
+    "Q6_0": 135, "IQ1_BN": 136, "IQ2_BN": 137, "IQ2_K": 138, "IQ3_K": 139, "IQ4_K": 140, "IQ5_K": 141, "IQ6_K": 142,
+    "IQ4_KS": 145, "IQ2_KS": 147, "IQ4_KSS": 148, "Q8_KV": 149, "IQ5_KS": 150, "IQ2_KT": 151, "IQ3_KT": 152,
+    "IQ4_KT": 153, "IQ3_KS": 154, "IQ2_KL": 155, "IQ1_KT": 156,
+}  # fmt: skip

@@ -8,76 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_models import KV, write_model
 
 from recompile.checkpoint import GgufCheckpoint, open_checkpoint
 from recompile.errors import RecipeError, UnsupportedError
-from recompile.formats.gguf_types import TYPES
-from recompile.gguf.container import NewTensor, encode_key, write_gguf
 from recompile.gguf.names import ARCHITECTURES, Heads, architecture_of, place_of, row_order, to_hf
 from recompile.overlay import build_overlay
 from recompile.recipe import parse_recipe
 from recompile.tokens import tokenizer_sha256
-
-HIDDEN, HEADS, KV, LAYERS = 64, 4, 2, 2
-
-
-def new_tensor(name: str, values: torch.Tensor, kind: str = "F32") -> NewTensor:
-    raw = values.float().contiguous().numpy().tobytes()
-    if kind != "F32":
-        raw = bytes(
-            np.random.default_rng(len(name)).integers(
-                0, 60, TYPES[kind].row_bytes(values.shape[-1]) * values[..., 0].numel(), dtype=np.uint8
-            )
-        )
-    return NewTensor(name, TYPES[kind], tuple(reversed(values.shape)), lambda: [raw])
-
-
-def write_model(path: Path, arch: str = "llama", kind: str = "Q8_0", seed: int = 0, experts: int = 0) -> Path:
-    """A small model with random weights; linear weights in `kind`, from random bytes."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    records = [
-        encode_key("general.architecture", arch),
-        encode_key(f"{arch}.block_count", LAYERS),
-        encode_key(f"{arch}.context_length", 128),
-        encode_key(f"{arch}.embedding_length", HIDDEN),
-        encode_key(f"{arch}.feed_forward_length", 96),
-        encode_key(f"{arch}.attention.head_count", HEADS),
-        encode_key(f"{arch}.attention.head_count_kv", KV),
-        encode_key(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5),
-        encode_key("tokenizer.ggml.tokens", [f"t{i}" for i in range(40)]),
-    ]
-    if experts:
-        records += [encode_key(f"{arch}.expert_count", experts), encode_key(f"{arch}.expert_used_count", 2)]
-    tensors = [new_tensor("token_embd.weight", random(40, HIDDEN)), new_tensor("output_norm.weight", random(HIDDEN))]
-    for layer in range(LAYERS):
-        blk = f"blk.{layer}"
-        tensors += [
-            new_tensor(f"{blk}.attn_norm.weight", random(HIDDEN)),
-            new_tensor(f"{blk}.ffn_norm.weight", random(HIDDEN)),
-            new_tensor(f"{blk}.attn_q.weight", random(HIDDEN, HIDDEN), kind),
-            new_tensor(f"{blk}.attn_k.weight", random(HIDDEN // 2, HIDDEN)),
-            new_tensor(f"{blk}.attn_v.weight", random(HIDDEN // 2, HIDDEN), kind),
-            new_tensor(f"{blk}.attn_output.weight", random(HIDDEN, HIDDEN), kind),
-        ]
-        if experts:
-            tensors += [
-                new_tensor(f"{blk}.ffn_gate_inp.weight", random(experts, HIDDEN)),
-                new_tensor(f"{blk}.ffn_gate_exps.weight", random(experts, 96, HIDDEN), kind),
-                new_tensor(f"{blk}.ffn_up_exps.weight", random(experts, 96, HIDDEN), kind),
-                new_tensor(f"{blk}.ffn_down_exps.weight", random(experts, HIDDEN, 96), kind),
-            ]
-        else:
-            tensors += [
-                new_tensor(f"{blk}.ffn_gate.weight", random(96, HIDDEN), kind),
-                new_tensor(f"{blk}.ffn_up.weight", random(96, HIDDEN), kind),
-                new_tensor(f"{blk}.ffn_down.weight", random(HIDDEN, 96), kind),
-            ]
-    write_gguf(path, records, tensors)
-    return path
 
 
 def test_row_order_by_hand() -> None:
@@ -158,8 +96,8 @@ def test_experts_are_modules_of_their_own(tmp_path: Path) -> None:
     whole = checkpoint.file.read("blk.1.ffn_up_exps.weight")
     infos = [checkpoint.tensors[f"model.layers.1.mlp.experts.{e}.up_proj.weight"] for e in range(3)]
     assert b"".join(map(checkpoint.read_bytes, infos)) == whole
-    assert infos[0].shape == (96, 64)
-    assert checkpoint.load("model.layers.1.mlp.experts.2.down_proj.weight").shape == (64, 96)
+    assert infos[0].shape == (128, 64)
+    assert checkpoint.load("model.layers.1.mlp.experts.2.down_proj.weight").shape == (64, 128)
     assert checkpoint.config["num_experts"] == 3
     assert checkpoint.size_bytes == checkpoint.file.size_bytes
 
