@@ -15,7 +15,6 @@ exactly 0. Heads that are not linear (soft caps), and swaps of the head itself, 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from recompile.costs import (
     open_journal,
 )
 from recompile.errors import MissingWeight, RecompileError
+from recompile.memory import format_mib, resident_bytes
 from recompile.overlay import account, check_same_model, quantizable, role_of
 from recompile.recipe import Glob, SourceId
 from recompile.stream import LayeredModel, check_same_skeleton
@@ -168,6 +168,8 @@ def make_header(
     *,
     rows_sha256: str = "",
     rows_source: str = "",
+    method: str = "exact",
+    settings: Mapping[str, Any] | None = None,
 ) -> ProfileHeader:
     """Everything that decides a profile, from headers alone. Raises MismatchError for sources of another model."""
     described = tuple(Candidate(source, c.label, c.fingerprint) for source, c in candidates)
@@ -181,7 +183,7 @@ def make_header(
     counted = quantizable(by_label.values())
     fixed = account((m for m in start.modules.values() if m.name not in grouped), counted)
     return ProfileHeader(
-        method="exact",
+        method=method,
         context=options.context,
         level=options.level,
         reference=reference.label,
@@ -200,6 +202,7 @@ def make_header(
         dtype=str(dtype).removeprefix("torch."),
         device=options.device,
         versions=versions(),
+        settings=dict(settings or {}),
     )
 
 
@@ -224,9 +227,9 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     smallest = process + states + working + state * max(len(g.bits) for g in header.groups)
     if cap_bytes is not None and smallest > cap_bytes:
         raise RecompileError(
-            f"--max-memory {_mib(cap_bytes)} is too little: this run needs {_mib(smallest)} "
-            f"({_mib(process)} program, {_mib(states)} hidden states, {_mib(working)} for one layer or the head, the "
-            f"rest for one group's swaps); use fewer or shorter rows"
+            f"--max-memory {format_mib(cap_bytes)} is too little: this run needs {format_mib(smallest)} "
+            f"({format_mib(process)} program, {format_mib(states)} hidden states, {format_mib(working)} for one layer "
+            f"or the head, the rest for one group's swaps); use fewer or shorter rows"
         )
     weights = (sum(per_layer) + head) * size
     swaps = max(len(g.bits) for g in header.groups)
@@ -235,19 +238,6 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     # layers are read again for every wave: let a wave be as large as fits, up to all swaps of a layer
     room = (cap_bytes - process - states - working) // state
     return MemoryPlan(process, states, working, 0, room * state, room)
-
-
-def resident_bytes() -> int:
-    """Bytes of memory that this process holds now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 400 * 2**20  # no /proc: about what Python with torch and transformers takes
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.0f} MiB"
 
 
 # ---- running -------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def id_of_directory(model_dir: str) -> SourceId:
 class ProfileHeader:
     """What was measured, with what; a journal is only continued by a run with an equal header."""
 
-    method: str  # "exact"
+    method: str  # "exact": swaps run one by one; "sketch", "diagonal", "hybrid": estimated by eval.sketch
     context: str  # "clean": swapped into the reference; "base": into the base variant
     level: str
     reference: str  # model directory
@@ -98,6 +98,7 @@ class ProfileHeader:
     device: str
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = JOURNAL_VERSION
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method: seed, draws, ...
 
     @property
     def group_weights(self) -> int:

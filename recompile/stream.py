@@ -383,6 +383,56 @@ class LayeredModel:
         return isinstance(head, nn.Linear) and torch.equal(self.logits(normed), head(normed))
 
 
+@dataclass(frozen=True)
+class LinearWeight:
+    """What one weight handed to `torch.nn.functional.linear` is: [out, in], or one expert's slice of a 3-D parameter.
+
+    modules: the checkpoint modules whose rows make it up, one after another along `out`
+    parameter: its full name in the model; expert: the slice, None for a 2-D parameter
+    """
+
+    modules: tuple[str, ...]
+    parameter: str
+    expert: int | None = None
+
+
+class LinearWeights:
+    """Tells, for one loaded layer, which checkpoint modules a weight belongs to, by its address.
+
+    Nothing here knows architectures. Experts that transformers keeps fused in one 3-D parameter are told apart by the
+    slice of it that a call reads (experts implementation "eager": one linear call an expert).
+    """
+
+    def __init__(self, model: LayeredModel, index: int) -> None:
+        self._whole: dict[int, LinearWeight] = {}  # address of a 2-D weight
+        self._slices: dict[int, tuple[int, list[LinearWeight]]] = {}  # address of a 3-D one: bytes a slice, experts
+        prefix = model.prefix_of_layer(index)
+        for name, parameter in model.layers[index].named_parameters():
+            full = f"{prefix}.{name}"
+            origin = model.origins[full]
+            modules = [split_name(tensor)[0] for tensor in origin.tensors]
+            if parameter.dim() == 2 and name.endswith("weight"):
+                self._whole[parameter.data_ptr()] = LinearWeight(tuple(modules), full)
+            elif parameter.dim() == 3 and origin.converter is not None and len(modules) % len(parameter) == 0:
+                by_pattern: dict[str | None, list[str]] = {}  # a fused parameter lists them pattern by pattern
+                for module, pattern in zip(modules, origin.patterns, strict=True):
+                    by_pattern.setdefault(pattern, []).append(module)
+                experts = [
+                    LinearWeight(tuple(found[e] for found in by_pattern.values()), full, e)
+                    for e in range(len(parameter))
+                ]
+                self._slices[parameter.data_ptr()] = (parameter[0].numel() * parameter.element_size(), experts)
+
+    def find(self, weight: Tensor) -> LinearWeight | None:
+        address = weight.data_ptr()
+        if address in self._whole:
+            return self._whole[address]
+        for start, (stride, experts) in self._slices.items():
+            if start <= address < start + stride * len(experts) and weight.dim() == 2:
+                return experts[(address - start) // stride]
+        return None
+
+
 def _skeleton(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 

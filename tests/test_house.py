@@ -19,6 +19,7 @@ EVERYTHING = [*LIBRARY, *(path for folder in ("tests", "scripts") for path in so
 # From the bottom up: a room may import those before it. A new one gets its place here.
 ROOMS = (
     "errors",
+    "memory",
     "formats",
     "gguf",
     "checkpoint",

@@ -1,0 +1,141 @@
+"""Cotangents whose covariance is the Fisher matrix of the next-token distribution: where a sketch of the KL starts.
+
+For a token with distribution p, a sample is
+
+    g = m^-1/2 sum over j of s_j (e_{y_j} - p),        E[g] = 0,  E[g g'] = F = diag(p) - p p',
+
+with m labels y_j, one from each of m strata of p, and random signs s_j. With m = 1 it is, but for the sign, the
+gradient of the cross-entropy for a label that the model draws itself. The strata average to p, so the covariance is F
+for every m; more draws cut the heavy tail of rare labels, and cost a gather of m rows of the head (W'g, for a linear
+head W, needs no product with the vocabulary but the one W'p that all samples share).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eval.adjoint import LOGIT_CHUNK_TOKENS
+from recompile.checkpoint import WeightSource
+from recompile.costs import ProfileGroup
+from recompile.overlay import role_of
+from recompile.stream import LayeredModel
+
+DRAWS = 4  # labels per token and sample
+
+
+@dataclass
+class FisherCotangents:
+    """Samples g_t of covariance F_t, pulled back to the post-norm states. The draws of a row depend on the seed, the
+    sweep and the row's number only, so that they are the same in any batch and on any machine."""
+
+    model: LayeredModel
+    candidates: Mapping[str, WeightSource]
+    groups: Sequence[ProfileGroup]
+    samples: int
+    seed: int = 0
+    sweep: int = 0
+    first_row: int = 0  # number of the pass's first row among all rows
+    draws: int = DRAWS
+
+    def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
+        """As `eval.adjoint.Cotangents.at_norm`."""
+        linear = self.model.head_is_linear(normed[:1, :2])
+        found: list[Tensor] = []
+        draws = [self._draw(rows.start + row, normed.shape[1]) for row in range(len(normed))]
+        labels: list[Tensor] = []
+        for states, (uniform, signs) in zip(normed, draws, strict=True):
+            pieces = []
+            for chunk in _chunks(len(states)):
+                made, drawn = self._chunk(
+                    states[chunk], uniform[:, chunk].to(states.device), signs[:, chunk].to(states.device), linear
+                )
+                pieces.append(made)
+                labels.append(drawn)
+            found.append(torch.cat(pieces, 1))
+        return torch.stack(found, 1), self._head_products(normed, labels, draws)
+
+    def _draw(self, row: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Uniform numbers that choose labels, and their signs over the square root of their number."""
+        shape = (self.samples, tokens, self.draws)
+        generator = row_generator(self.seed, self.sweep, self.first_row + row)
+        uniform = torch.rand(shape, generator=generator)
+        return uniform, torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1).mul_(self.draws**-0.5)
+
+    def _head_products(
+        self, normed: Tensor, labels: Sequence[Tensor], draws: Sequence[tuple[Tensor, Tensor]]
+    ) -> dict[tuple[str, str], Tensor]:
+        """g . dz of every candidate of the head, dz the true change of the logits; [rows, samples] each."""
+        model = self.model
+        products: dict[tuple[str, str], Tensor] = {}
+        for group in self.groups:
+            if group.layer is not None or role_of(group.modules[0]) != "head":
+                continue
+            kept = model.head.get_parameter("weight").data
+            for source in group.bits:
+                swapped = model.load_parameter(f"{model.prefix_of(model.head)}.weight", self.candidates[source])
+                total = torch.zeros(len(normed), self.samples)
+                drawn = iter(labels)
+                for row, states in enumerate(normed):
+                    for chunk in _chunks(len(states)):
+                        before = model.logits(states[None, chunk])[0].float()
+                        model.set_parameter(model.head, "weight", swapped)
+                        change = model.logits(states[None, chunk])[0].float() - before
+                        model.set_parameter(model.head, "weight", kept)
+                        mean = torch.linalg.vecdot(before.softmax(-1), change)  # [tokens]
+                        at = next(drawn)  # [samples, tokens, draws]
+                        rise = change.expand(len(at), -1, -1).gather(-1, at) - mean[:, None]
+                        signs = draws[row][1][:, chunk].to(rise.device)
+                        total[row] += (signs * rise).sum((1, 2)).cpu()
+                products[(group.name, source)] = total
+        return products
+
+    def _chunk(self, states: Tensor, uniform: Tensor, signs: Tensor, linear: bool) -> tuple[Tensor, Tensor]:
+        """Cotangents [samples, tokens, hidden] of one chunk of a row, and the labels drawn; states [tokens, hidden]."""
+        with torch.enable_grad():
+            leaf = states.detach().requires_grad_(not linear)
+            logits = self.model.logits(leaf[None])[0]
+        p = logits.detach().float().softmax(-1)
+        labels = draw_labels(p, uniform)  # [samples, tokens, draws]
+        if linear:
+            weight = self.model.head.get_parameter("weight")
+            mean = p.to(weight.dtype) @ weight  # [tokens, hidden]
+            flat = labels.flatten(0, 1)
+            drawn = nn.functional.embedding_bag(
+                flat, weight, per_sample_weights=signs.flatten(0, 1).to(weight.dtype), mode="sum"
+            ).reshape(*labels.shape[:2], -1)
+            return drawn - signs.sum(-1, keepdim=True).to(weight.dtype) * mean, labels
+        made = []
+        for label, sign in zip(labels, signs, strict=True):
+            g = -sign.sum(-1, keepdim=True) * p
+            g.scatter_add_(-1, label, sign)
+            made.append(torch.autograd.grad(logits, leaf, g.to(logits.dtype), retain_graph=True)[0])
+        return torch.stack(made), labels
+
+
+def _chunks(tokens: int) -> list[slice]:
+    return [slice(start, min(tokens, start + LOGIT_CHUNK_TOKENS)) for start in range(0, tokens, LOGIT_CHUNK_TOKENS)]
+
+
+def row_generator(seed: int, round_number: int, row: int) -> torch.Generator:
+    digest = hashlib.sha256(f"recompile sketch {seed} {round_number} {row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw_labels(p: Tensor, uniform: Tensor) -> Tensor:
+    """One label from each stratum of every token's distribution.
+
+    p: [tokens, vocab] float32 probabilities; uniform: [samples, tokens, draws] in [0, 1)
+    returns: int64 [samples, tokens, draws]; draw j of d comes from the part j/d .. (j+1)/d of the cumulated p
+    """
+    draws = uniform.shape[-1]
+    cumulated = p.cumsum(-1)
+    height = (torch.arange(draws, device=p.device) + uniform) / draws * cumulated[:, -1:]
+    samples, tokens, _ = uniform.shape
+    flat = height.transpose(0, 1).reshape(tokens, -1)  # [tokens, samples * draws]
+    found = torch.searchsorted(cumulated, flat, right=True).clamp_(max=p.shape[-1] - 1)
+    return found.reshape(tokens, samples, draws).transpose(0, 1)

@@ -1,0 +1,243 @@
+"""The sketch against the quadratic form computed densely, against exact swaps, and its promises about memory and rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eval.adjoint import AdjointPass, LayerBackward, SwapProducts, plan_pass
+from eval.fisher import FisherCotangents, draw_labels
+from eval.profile import ProfileOptions, make_groups
+from eval.sketch import Sketch, SketchOptions, SketchStarted, SweepDone, estimate, profile_sketch
+from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.costs import Profile, load_profile
+from recompile.errors import JournalError, RecompileError
+from recompile.stream import LayeredModel
+from tests import tiny
+
+BITS = (2, 4)
+
+
+def checkpoints(architecture: str) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    base = open_checkpoint(tiny.base(architecture))
+    return base, {str(b): open_checkpoint(d) for b, d in tiny.variants(architecture, BITS).items()}
+
+
+def products(
+    architecture: str, ids: Tensor, samples: int, *, seed: int = 0, level: str = "tensor", **plan: bool | int
+) -> dict[tuple[str, str], SwapProducts]:
+    base, candidates = checkpoints(architecture)
+    model = LayeredModel.of(base)
+    groups = make_groups(candidates, ProfileOptions(level=level))
+    made = plan_pass(model, groups, len(candidates), len(ids), ids.shape[1], samples)
+    if plan:
+        made = type(made)(**{**vars(made), **plan})
+    cotangents = FisherCotangents(model, candidates, groups, samples, seed)
+    found: dict[tuple[str, str], SwapProducts] = {}
+    for event in AdjointPass(model, base, candidates, groups, made).run(ids, cotangents):
+        if isinstance(event, LayerBackward):
+            found.update({(swap.group, swap.source): swap for swap in event.swaps})
+    return found
+
+
+def dense_changes(architecture: str, ids: Tensor) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
+    """The reference's logits, and d logits of every swap to first order, by central differences in float64."""
+    base, candidates = checkpoints(architecture)
+    model = tiny.plain_model(base.path).double()
+    reference = tiny.plain_logits(model, ids)
+    found = {}
+    step = 1e-4
+    for label, candidate in candidates.items():
+        for name, module in candidate.modules.items():
+            if module.is_quantized:
+                weight = model.get_parameter(f"{name}.weight")
+                kept = weight.data
+                change = candidate.load(f"{name}.weight").double() - kept
+                sides = []
+                for sign in (1, -1):
+                    weight.data = kept + sign * step * change
+                    sides.append(tiny.plain_logits(model, ids))
+                weight.data = kept
+                found[(name, label)] = (sides[0] - sides[1]) / (2 * step)
+    return reference, found
+
+
+def quadratic(logits: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """sum over tokens of dz' F dz / (2 tokens) of every row."""
+    p = logits.softmax(-1)
+    inner = (p * first * second).sum(-1) - (p * first).sum(-1) * (p * second).sum(-1)
+    return inner.mean(-1) / 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # gemma2: a soft cap after the head
+def test_samples_are_unbiased_for_the_quadratic_form_and_for_pairs(architecture: str) -> None:
+    ids, samples = tiny.rows(2, 12), 600
+    logits, changes = dense_changes(architecture, ids)
+    found = products(architecture, ids, samples)
+    assert set(found) == set(changes)
+    off = []
+    for swap, change in changes.items():
+        values = found[swap].products.double().square() / (2 * ids.shape[1])  # [rows, samples]
+        wanted = quadratic(logits, change, change)
+        error = values.std(1) / samples**0.5
+        off.append(((values.mean(1) - wanted) / error).numpy())
+    first, second = ("model.layers.0.mlp.up_proj", "2"), ("model.layers.1.self_attn.o_proj", "2")
+    for one, other in ((first, second), (first, ("model.layers.0.mlp.down_proj", "2"))):
+        values = found[one].products.double() * found[other].products.double() / (2 * ids.shape[1])
+        wanted = quadratic(logits, changes[one], changes[other])
+        off.append(((values.mean(1) - wanted) / (values.std(1) / samples**0.5)).numpy())
+    z = np.concatenate(off)  # standard normal if unbiased; those of one row share their samples
+    assert abs(z).max() < 4.5
+    assert abs(z.mean()) < 1
+
+
+def test_strata_average_to_the_distribution() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.0, 0.0, 1.0, 0.0]])
+    grid = (torch.arange(64) + 0.5) / 64
+    labels = draw_labels(p, grid[:, None, None].expand(64, 2, 4))  # every stratum evenly
+    shares = torch.nn.functional.one_hot(labels, 4).double().mean((0, 2))
+    torch.testing.assert_close(shares, p.double(), atol=0.01, rtol=0)
+    assert labels[:, 0, 0].max() == 0  # the first quarter lies in the first token's half
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
+def test_batches_scratch_files_and_decoding_again_change_nothing(architecture: str) -> None:
+    ids = tiny.rows(4, 16)
+    plain = products(architecture, ids, 6)
+    other = products(architecture, ids, 6, batch_rows=1, scratch=True, keep_deltas=False)
+    for swap, found in plain.items():
+        torch.testing.assert_close(found.products, other[swap].products, rtol=2e-3, atol=1e-4)
+        assert torch.equal(found.tokens, other[swap].tokens)
+
+
+def test_products_of_moe_groups_follow_the_dense_gradient() -> None:
+    """<G, dW> of every expert matrix, with G from a plain backward through transformers' own model."""
+    ids = tiny.rows(1, 24)
+    base, candidates = checkpoints("qwen3-moe")
+    model = LayeredModel.of(base)
+    level = "tensor"
+    groups = make_groups(candidates, ProfileOptions(level=level))
+    found = products("qwen3-moe", ids, 1)
+    plain = tiny.plain_model(base.path)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(True)
+    normed = plain.model(ids, use_cache=False).last_hidden_state
+    with torch.no_grad():
+        model.load(model.head, model.prefix_of(model.head))
+        cotangent, _ = FisherCotangents(model, candidates, groups, 1).at_norm(slice(0, 1), normed.detach())
+    normed.backward(cotangent[0])
+    for label, candidate in candidates.items():
+        model.source = candidate
+        for name in model.origins:
+            if ".layers." not in name or "norm" in name:
+                continue
+            gradient = plain.get_parameter(name).grad
+            change = model.load_parameter(name, candidate) - plain.get_parameter(name).detach()
+            modules = {m for m in model.modules_of_layer(int(name.split(".")[2])) if name in model.parameters_of(m)}
+            grouped = [m for m in modules if (m, label) in found]
+            if grouped and gradient is not None:
+                wanted = float((gradient * change).sum())
+                got = sum(float(found[(m, label)].products) for m in grouped)
+                assert got == pytest.approx(wanted, rel=2e-3, abs=2e-4), name
+
+
+def run(path: Path, architecture: str = "llama", rows: int = 6, level: str = "tensor", **settings: object) -> Profile:
+    base, candidates = checkpoints(architecture)
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    ids = tiny.rows(rows, 24)
+    options = SketchOptions(**settings)  # type: ignore[arg-type]
+    *_, profile = profile_sketch(base, 4, given, ids, path, ProfileOptions(level=level), options)
+    assert isinstance(profile, Profile)
+    return profile
+
+
+def test_a_profile_ranks_as_exact_swaps_do(tmp_path: Path) -> None:
+    from eval.profile import profile_exact
+
+    base, candidates = checkpoints("llama")
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    *_, exact = profile_exact(base, 4, given, tiny.rows(6, 24), tmp_path / "exact.jsonl", ProfileOptions(level="tensor"))
+    assert isinstance(exact, Profile)
+    sketch = run(tmp_path / "sketch.jsonl", samples=64)
+    plain = run(tmp_path / "plain.jsonl", samples=64, shrink=False)
+    diagonal = run(tmp_path / "diagonal.jsonl", samples=64, mode="diagonal")
+    assert load_profile(tmp_path / "sketch.jsonl").measurements == sketch.measurements
+    for profile, bound in ((sketch, 0.35), (plain, 0.35), (diagonal, 1.0)):
+        assert profile.is_complete
+        logs = [np.log(profile.measurements[swap].mean / found.mean) for swap, found in exact.measurements.items()]
+        assert abs(np.median(logs)) < bound
+        assert profile.header.method == ("diagonal" if profile is diagonal else "sketch")
+    scatter = [
+        np.std([np.log(p.measurements[swap].mean / found.mean) for swap, found in exact.measurements.items()])
+        for p in (sketch, plain)
+    ]
+    assert scatter[0] < scatter[1]  # shrinking takes noise away
+    cost = sketch.cost("model.layers.0.mlp.up_proj", "2")
+    assert cost is not None
+    assert 0 < cost.std_error < cost.kl_nats
+
+
+def test_an_interrupted_run_goes_on_to_the_same_profile(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole.jsonl", samples=24)
+    base, candidates = checkpoints("llama")
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    events = profile_sketch(
+        base, 4, given, tiny.rows(6, 24), tmp_path / "cut.jsonl", ProfileOptions(level="tensor"), SketchOptions(24)
+    )
+    for event in events:
+        if isinstance(event, SweepDone):
+            break
+    events.close()
+    again = profile_sketch(
+        base, 4, given, tiny.rows(6, 24), tmp_path / "cut.jsonl", ProfileOptions(level="tensor"), SketchOptions(24)
+    )
+    started = next(again)
+    assert isinstance(started, SketchStarted)
+    assert (started.sweeps, started.resumed) == (3, 1)
+    *_, profile = again
+    assert isinstance(profile, Profile)
+    assert profile.measurements == whole.measurements
+
+
+def test_sweeps_of_other_rows_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "p.jsonl", samples=8, rows=3)
+    (tmp_path / "p.jsonl").unlink()
+    with pytest.raises(JournalError, match="sweeps of another measurement"):
+        run(tmp_path / "p.jsonl", samples=8, rows=4)
+
+
+def test_pairs_are_kept_and_sum_to_a_group(tmp_path: Path) -> None:
+    """A group of two modules costs what its singles and their interaction cost."""
+    from eval.sketch import SweepStore
+
+    single = run(tmp_path / "single.jsonl", samples=8, shrink=False, keep_pairs=True)
+    fused = run(tmp_path / "fused.jsonl", samples=8, shrink=False, level="fused")
+    kept = SweepStore(tmp_path / "single.jsonl", single.header).load(1)
+    assert kept.pairs is not None
+    at = {swap: number for number, swap in enumerate(kept.swaps)}
+    gate, up = (kept.pairs[at[(f"model.layers.0.mlp.{leaf}", "2")]] for leaf in ("gate_proj", "up_proj"))
+    together = fused.measurements[("model.layers.0.mlp.gate_proj+up_proj", "2")]
+    rows = ((gate + up) ** 2).mean(1) / (2 * 24)
+    np.testing.assert_allclose(together.kl_rows, rows, rtol=1e-3)
+
+
+def test_shrinking_needs_samples_and_keeps_what_it_cannot_judge() -> None:
+    swaps = tuple((f"model.layers.{n}.mlp.up_proj", "2") for n in range(10))
+    values = np.ones((10, 3))
+    sketch = Sketch(swaps, values * 4, values * 16, values * 0, np.ones((10, 3), dtype=np.int64), 2)
+    np.testing.assert_array_equal(estimate(sketch, 5), estimate(sketch, 5, shrink=False))  # no scores to learn from
+
+
+def test_a_cap_that_cannot_be_kept_is_refused() -> None:
+    base, candidates = checkpoints("llama")
+    model = LayeredModel.of(base)
+    groups = make_groups(candidates, ProfileOptions(level="tensor"))
+    with pytest.raises(RecompileError, match="--max-memory 1 MiB is too little"):
+        plan_pass(model, groups, 2, 4, 16, 8, cap_bytes=2**20)
+    free = plan_pass(model, groups, 2, 4, 16, 8)
+    assert not free.scratch
+    assert free.keep_deltas
