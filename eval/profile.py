@@ -15,7 +15,7 @@ exactly 0. Heads that are not linear (soft caps), and swaps of the head itself, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -287,8 +287,8 @@ class ExactProfiler:
         self.batch = rows * min(most // rows, together) if rows <= most else most
 
     @torch.inference_mode()
-    def run(self, journal: Journal) -> Iterator[Measured]:
-        """Measure what the journal lacks, appending as it goes."""
+    def run(self, journal: Journal, only: Set[tuple[str, str]] | None = None) -> Iterator[Measured]:
+        """Measure what the journal lacks, appending as it goes. only: these (group, candidate) swaps."""
         total = sum(len(group.bits) for group in self.header.groups)
         if journal.profile.is_complete and journal.profile.control is not None:
             return
@@ -300,6 +300,8 @@ class ExactProfiler:
             self.context.load(self.context.head, self.context.prefix_of(self.context.head))
         self.context.load(self.context.norm, self.context.prefix_of(self.context.norm))
         todo = set(journal.profile.missing())
+        if only is not None:
+            todo &= only
         if self.header.context == "base" and journal.profile.control is not None:
             todo = {swap for swap in todo if swap[1] != self.header.base}
         done = total - len(todo)

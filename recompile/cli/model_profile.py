@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from recompile.cli.common import check_json_path, format_bytes, format_columns, print_json, progress
+from recompile.cli.common import (
+    check_json_path,
+    format_bytes,
+    format_columns,
+    format_seconds,
+    print_json,
+    progress,
+)
 from recompile.cli.options import (
     check_vocabulary,
     compute_device,
@@ -19,6 +27,7 @@ from recompile.cli.options import (
     read_rows,
     text_options,
 )
+from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
     from recompile.checkpoint import Checkpoint
@@ -52,6 +61,19 @@ if TYPE_CHECKING:
     show_default=True,
     help="Swap into the reference, or into the -i variant.",
 )
+@click.option(
+    "--mode",
+    type=click.Choice(["exact", "sketch", "hybrid", "diagonal"]),
+    default="exact",
+    show_default=True,
+    help="Run every swap; estimate all of them in a few passes; estimate, then run those that decide at -b; or the "
+    "plain squared-gradient score.",
+)
+@click.option("--samples", default=16, show_default=True, help="Random draws per row of the estimating modes.")
+@click.option("--minutes", type=float, help="Time for the draws; with --mode hybrid for the exact swaps, default 10.")
+@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@click.option("--pairs", is_flag=True, help="Keep every draw, from which interactions of pairs can be had.")
+@click.option("-b", "--bits", type=float, help="With --mode hybrid: the budget whose decisions are checked, in bpw.")
 @click.option("--match", multiple=True, help="Only modules that match a glob (* crosses dots).")
 @click.option("--skip", multiple=True, help="Not the modules that match a glob.")
 @click.option("--head", is_flag=True, help="The output head is a group too, where variants quantize it.")
@@ -67,6 +89,12 @@ def main(
     out: Path,
     level: str,
     context: str,
+    mode: str,
+    samples: int,
+    minutes: float | None,
+    seed: int,
+    pairs: bool,
+    bits: float | None,
     match: tuple[str, ...],
     skip: tuple[str, ...],
     head: bool,
@@ -85,10 +113,13 @@ def main(
     """Swap one group of modules at a time and measure the end-to-end KL(reference || swapped).
 
     \b
-    Example:
+    Examples:
       model_profile -mb base -i 3bpw -s 2bpw 4bpw 6bpw -o profile.jsonl
+      model_profile -mb base -i 3bpw -s 2bpw 4bpw 6bpw --level tensor --mode sketch -o profile.jsonl
     """
     check_json_path(json_path)
+    if mode == "hybrid" and bits is None:
+        raise RecompileError("--mode hybrid checks the decisions of one budget: give it, e.g. -b 3.5")
     from recompile.checkpoint import open_checkpoint
 
     cap = parse_size(max_memory) if max_memory is not None else None
@@ -102,8 +133,7 @@ def main(
         for note in checkpoint.notes:
             click.echo(f"Warning: {note}", err=True)
 
-    from eval.profile import Measured, ProfileOptions, Started, profile_exact
-    from recompile.costs import Profile
+    from eval.profile import ProfileOptions, profile_exact
 
     directories = [reference.path, *(checkpoint.path for _, checkpoint in candidates)]
     found, vocab = read_rows(directories, "choose", rows, length, text, dataset, input_ids)
@@ -119,40 +149,85 @@ def main(
         device=compute_device(device),
         max_memory_bytes=cap,
     )
-    events = profile_exact(
-        reference, base_id, candidates, found.ids, out, options, rows_sha256=found.sha256, rows_source=found.source
-    )
-    started = next(events)
-    assert isinstance(started, Started), "the plan comes first"
-    plan = started.plan
-    click.echo(
-        f"{started.total} swaps on {rows if input_ids is None else len(found.ids)} rows x {found.ids.shape[1]} tokens, "
-        f"{started.resumed} of them already in {out}; plan: {format_bytes(plan.total)} of memory at most, layers "
-        f"{'kept loaded' if plan.resident_weights else 'read again for every wave'}",
-        err=True,
-    )
+    about = {"rows_sha256": found.sha256, "rows_source": found.source}
+    events: Iterator[Any]
+    if mode == "exact":
+        events = profile_exact(reference, base_id, candidates, found.ids, out, options, **about)
+    else:
+        from eval.sketch import SketchOptions, profile_sketch
+
+        sketch = SketchOptions(samples, minutes if mode != "hybrid" else None, seed, keep_pairs=pairs, mode=mode)
+        if mode == "hybrid":
+            from eval.hybrid import HybridOptions, profile_hybrid
+            from recompile.optimize.choose import Budget
+
+            wanted = HybridOptions(Budget(bpw=bits), 10.0 if minutes is None else minutes)
+            events = profile_hybrid(reference, base_id, candidates, found.ids, out, options, sketch, wanted, **about)
+        else:
+            events = profile_sketch(reference, base_id, candidates, found.ids, out, options, sketch, **about)
+    click.echo(f"{len(found.ids)} rows x {found.ids.shape[1]} tokens", err=True)
     profile: Profile | None = None
     try:
-        with progress("profiling", started.total, unit="swaps", quiet=quiet) as bar:
-            bar.update(started.resumed)
-            for event in events:
-                if isinstance(event, Measured):
-                    swap = event.measurement
-                    bar.update(event.done, f"{swap.group or 'control'} from {swap.source or '-'}: {swap.mean:.5f}")
-                elif isinstance(event, Profile):
-                    profile = event
+        profile = _follow(events, out, quiet)
     except KeyboardInterrupt:
         from recompile.costs import load_profile
 
         click.echo(_ranking(load_profile(out)))
         click.echo(f"Interrupted; {out} holds what was measured, the same command goes on.", err=True)
         raise SystemExit(130) from None
-    assert profile is not None, "profile_exact ends with the profile"
+    assert profile is not None, "every profiler ends with the profile"
     if str(json_path) != "-":
         click.echo(_ranking(profile))
         click.echo(f"\nNext: model_optimize {out} -b 4.0 -o overrides.yaml")
     if json_path is not None:
         print_json(json_path, profile_summary(profile))
+
+
+def _follow(events: Iterator[Any], out: Path, quiet: bool) -> Profile | None:
+    """Draw the progress of a profiler; returns the Profile that it ends with."""
+    from eval.hybrid import HybridRound
+    from eval.profile import Measured, Started
+    from eval.sketch import SketchProgress, SketchStarted, SweepDone
+    from recompile.costs import Profile
+
+    profile: Profile | None = None
+    with progress("profiling", 1, unit="steps", quiet=quiet) as bar:
+        for event in events:
+            if isinstance(event, Started):
+                layers = "kept loaded" if event.plan.resident_weights else "read again for every wave"
+                _say(
+                    f"{event.total} swaps, {event.resumed} of them already in {out}; plan: "
+                    f"{format_bytes(event.plan.total)} of memory at most, layers {layers}"
+                )
+            elif isinstance(event, SketchStarted):
+                _say(f"{event.sweeps} sweeps, {event.resumed} of them done before; plan: {event.plan.describe()}")
+            elif isinstance(event, Measured):
+                swap = event.measurement
+                text = f"{swap.group or 'control'} from {swap.source or '-'}: {swap.mean:.5f}"
+                bar.update(event.done, text, event.total)
+            elif isinstance(event, SketchProgress):
+                bar.update(event.done, event.text, event.total)
+            elif isinstance(event, SweepDone):
+                _say(f"sweep {event.sweeps} took {format_seconds(event.seconds)}; dearest: {_dearest(event.profile)}")
+            elif isinstance(event, HybridRound):
+                _say(
+                    f"{event.swaps} swaps run after {format_seconds(event.seconds)}; the next decision is worth "
+                    f"{event.gain_nats:.2g} nats per token"
+                )
+            elif isinstance(event, Profile):
+                profile = event
+    return profile
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _dearest(profile: Profile, most: int = 3) -> str:
+    """The groups that cost most at the base variant's bits."""
+    costs = {group.name: profile.cost(group.name, profile.header.base) for group in profile.header.groups}
+    ranked = sorted(((c.kl_nats, name) for name, c in costs.items() if c is not None), reverse=True)
+    return ", ".join(f"{name} {kl:.4f}" for kl, name in ranked[:most])
 
 
 def _source(given: str) -> tuple[SourceId, str]:

@@ -1,4 +1,4 @@
-"""The sketch against the quadratic form computed densely, against exact swaps, and its promises about memory and rows."""
+"""The sketch against the dense quadratic form, against exact swaps, and what it promises of memory and rows."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ def test_a_profile_ranks_as_exact_swaps_do(tmp_path: Path) -> None:
 
     base, candidates = checkpoints("llama")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
-    *_, exact = profile_exact(base, 4, given, tiny.rows(6, 24), tmp_path / "exact.jsonl", ProfileOptions(level="tensor"))
+    *_, exact = profile_exact(
+        base, 4, given, tiny.rows(6, 24), tmp_path / "exact.jsonl", ProfileOptions(level="tensor")
+    )
     assert isinstance(exact, Profile)
     sketch = run(tmp_path / "sketch.jsonl", samples=64)
     plain = run(tmp_path / "plain.jsonl", samples=64, shrink=False)
@@ -241,3 +243,38 @@ def test_a_cap_that_cannot_be_kept_is_refused() -> None:
     free = plan_pass(model, groups, 2, 4, 16, 8)
     assert not free.scratch
     assert free.keep_deltas
+
+
+# ---- hybrid ----------------------------------------------------------------------------------------------------------
+
+
+def test_expected_gain_is_that_of_drawing() -> None:
+    from eval.hybrid import expected_gain
+
+    draws = np.random.default_rng(0).normal(0.3, 0.5, 400_000)
+    assert expected_gain(0.3, 0.5) == pytest.approx(np.maximum(-draws, 0).mean(), rel=0.02)
+    assert expected_gain(0.3, 0.0) == 0.0
+
+
+def test_hybrid_runs_the_swaps_that_decide_and_keeps_their_exact_cost(tmp_path: Path) -> None:
+    from eval.hybrid import HybridOptions, HybridRound, profile_hybrid
+    from eval.profile import profile_exact
+    from recompile.optimize.choose import Budget
+
+    base, candidates = checkpoints("llama")
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    ids, options = tiny.rows(4, 24), ProfileOptions(level="tensor")
+    *_, exact = profile_exact(base, 4, given, ids, tmp_path / "exact.jsonl", options)
+    assert isinstance(exact, Profile)
+    hybrid = HybridOptions(Budget(bpw=3.5), minutes=0.05, least_gain_nats=0.0)
+    events = list(profile_hybrid(base, 4, given, ids, tmp_path / "hybrid.jsonl", options, SketchOptions(8), hybrid))
+    profile = events[-1]
+    assert isinstance(profile, Profile)
+    rounds = [event for event in events if isinstance(event, HybridRound)]
+    kept = load_profile(tmp_path / "hybrid.jsonl.exact.jsonl").measurements
+    assert len(kept) == rounds[-1].swaps >= 8
+    for swap, found in kept.items():
+        assert found.kl_rows == pytest.approx(exact.measurements[swap].kl_rows, rel=1e-3, abs=1e-6)
+        assert profile.measurements[swap] == found
+    assert load_profile(tmp_path / "hybrid.jsonl").measurements == profile.measurements
+    assert profile.is_complete
