@@ -283,6 +283,8 @@ class ExactProfiler:
     def __post_init__(self) -> None:
         rows, most = len(self.ids), max(1, BATCH_TOKENS // self.ids.shape[1])
         together = max(len(group.bits) for group in self.header.groups)
+        if any(parameter.dim() == 3 for parameter in self.context.model.parameters()):
+            together = 1  # routed experts: how many tokens of a batch an expert gets decides how its sums are rounded
         # whole candidates where they fit, so that the swaps of one group fill batches without padding
         self.batch = rows * min(most // rows, together) if rows <= most else most
 
