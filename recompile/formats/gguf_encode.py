@@ -28,7 +28,6 @@ _INSTEAD = {
     "Q6_K": "Q8_0",
 }
 NEEDS_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})  # ggml's encoder has no other way
-WANTS_IMPORTANCE = NEEDS_IMPORTANCE | {
     "IQ1_M",
     "IQ2_S",
     "IQ3_XXS",
@@ -139,12 +138,7 @@ def _check_importance(row: GgufType, importance: Tensor | None, columns: int) ->
 def _quantize_q6_0(weight: Tensor, importance: Tensor | None) -> Tensor:
     """Q6_0: for each block of 32 the scale, of some around max / -32, whose rounding errs least (weighted)."""
     blocks = weight.view(-1, 32)
-    weights = torch.ones(32) if importance is None else importance.view(-1, 32).repeat(len(weight), 1)
-    weights = (
-        weights * (blocks.square() + blocks.square().mean(1, keepdim=True)).sqrt()
-        if importance is not None
-        else weights
-    )
+    weights = torch.ones(1, 32) if importance is None else importance.view(-1, 32).repeat(len(weight), 1)
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # [blocks, 1], with its sign
     best = torch.full((len(blocks), 1), torch.inf)
     scale = torch.zeros_like(largest)

@@ -16,8 +16,8 @@ libgguf = pytest.importorskip("libgguf")
 SLOW = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}  # seconds of tables on first use
 QUICK = sorted(ENCODABLE - SLOW - set(ik.TYPES))
 
-# Relative RMSE on few gaussian rows with importance of ones, a little above what ggml's encoders reach (GGUF format spec
-# and ik quants format spec give IQ4_XS 0.0756, Q4_K 0.0707, Q3_K 0.1446, Q2_K 0.2679).
+# Relative RMSE on few gaussian rows with importance of ones, a little above what ggml's encoders reach (the ik quants
+# format spec gives IQ4_XS 0.0756, Q4_K 0.0707, Q3_K 0.1446, Q2_K 0.2679).
 BARS = {
     "F32": 0, "F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.02, "Q6_0": 0.024, "Q5_K": 0.037, "Q5_1": 0.045,
     "Q5_0": 0.048, "Q4_K": 0.072, "Q4_1": 0.09, "Q4_0": 0.095, "IQ4_NL": 0.08, "IQ4_XS": 0.077, "MXFP4": 0.13,
