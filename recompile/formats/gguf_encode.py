@@ -28,11 +28,6 @@ _INSTEAD = {
     "Q6_K": "Q8_0",
 }
 NEEDS_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})  # ggml's encoder has no other way
-    "IQ1_M",
-    "IQ2_S",
-    "IQ3_XXS",
-    "IQ4_KSS",
-}  # llama-quantize refuses, or poor without
 # ggml encodes these as well; what is left can be copied only.
 ENCODABLE = (frozenset(DECODERS) - {"Q6_0"}) | frozenset(ik.TYPES) | {"F32", "F16", "BF16", "Q6_0"}
 
