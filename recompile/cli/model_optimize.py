@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -10,18 +11,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import check_json_path, follow_comparison, format_bytes, format_columns, print_json
-from recompile.cli.options import compute_device, many_values_command, output_options, parse_size, read_rows
+from recompile.cli.common import check_json_path, format_bytes, format_columns, print_json
+from recompile.cli.options import many_values_command, output_options, parse_size
+from recompile.cli.verify import RowOptions
 from recompile.errors import OutputError, RecompileError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eval.diff import DiffReport
+    from eval.guard import Verdict
     from recompile.checkpoint import Checkpoint
     from recompile.costs import Profile
     from recompile.optimize.budget import Pool
-    from recompile.optimize.choose import Choice
+    from recompile.optimize.choose import Choice, Rules
 
 
 @many_values_command("model_optimize")
@@ -79,12 +81,14 @@ if TYPE_CHECKING:
     help="Only what this engine loads: modules that it fuses share a source, widths without a kernel are left out.",
 )
 @click.option(
-    "--check",
-    is_flag=True,
-    help="Run the recipe and print the KL measured on rows that neither profiling nor reporting uses.",
+    "--check/--no-check",
+    default=None,
+    help="Measure the recipe beside uniform, hand-made and greedy mixes of its size, on rows that nothing else uses. "
+    "Default: where the models are at hand.",
 )
+@click.option("--no-guard", is_flag=True, help="Write the solver's recipe even where a simpler mix measures better.")
 @click.option("-r", "--rows", default=16, show_default=True, help="Rows for --check.")
-@click.option("-l", "--length", default=512, show_default=True, help="Tokens in a row for --check.")
+@click.option("-l", "--length", default=256, show_default=True, help="Tokens in a row for --check.")
 @click.option("-d", "--device", default="cpu", show_default=True, help="For --check.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text for --check, split as in model_profile.")
 @click.option("--dataset", help="Data set for --check.")
@@ -107,7 +111,8 @@ def main(
     max_step: int | None,
     tie: tuple[str, ...],
     engine: str | None,
-    check: bool,
+    check: bool | None,
+    no_guard: bool,
     rows: int,
     length: int,
     device: str,
@@ -126,8 +131,7 @@ def main(
     check_json_path(json_path)
     from recompile.costs import load_profile
     from recompile.optimize.budget import Budget, parse_share
-    from recompile.optimize.choose import Constraint, Rules, choose, make_recipe
-    from recompile.recipe import dump_recipe
+    from recompile.optimize.choose import Constraint, Rules, choose
 
     constraints = tuple(
         Constraint.parse(kind, text)
@@ -148,23 +152,96 @@ def main(
         tuple(_read_pool(text, profile, checkpoints) for text in pool),
     )
     chosen = choose(profile, budget, solver, rules)
-    recipe, comments = make_recipe(
-        chosen, {"made_by": f"model_optimize {profile_path.name}"}, _tensor_names(checkpoints)
-    )
+    names, made_by = _tensor_names(checkpoints), f"model_optimize {profile_path.name}"
+    _write_recipe(out, chosen, names, made_by, None)
+    verdict: Verdict | None = None
+    if check is not False:
+        where = RowOptions(rows, length, device, text, dataset)
+        try:
+            verdict = _verify(chosen, rules, checkpoints, where, quiet)
+        except (RecompileError, OSError) as error:
+            if check:
+                raise
+            click.echo(f"Note: the recipe is written but not verified: {error}", err=True)
+    final = chosen
+    if verdict is not None:
+        final = _guarded(chosen, rules, verdict) if not no_guard else chosen
+        _write_recipe(out, final, names, made_by, verdict)
+    if str(json_path) != "-":
+        click.echo(_summary(chosen, final, out, verdict))
+    if json_path is not None:
+        print_json(json_path, _report(chosen, final, verdict))
+
+
+def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: str, verdict: Verdict | None) -> None:
+    from recompile.optimize.choose import make_recipe
+    from recompile.recipe import dump_recipe
+
+    measured: dict[str, object] = {}
+    if verdict is not None:
+        found = next(c for c in verdict.contenders if dict(c.choice) == dict(chosen.solution.choice))
+        measured = {
+            "measured_kl_nats": round(found.kl.mean, 6),
+            "measured_std_error": round(found.kl.std_error, 6) if found.kl.std_error is not None else None,
+            "measured_on": f"{verdict.rows} rows x {verdict.row_tokens} tokens, sha256 {verdict.rows_sha256}",
+        }
+    recipe, comments = make_recipe(chosen, {"made_by": made_by, **measured}, names)
     base = chosen.profile.header.candidate(chosen.profile.header.base).model_dir
+    said = f", measured {measured['measured_kl_nats']:.6f}" if measured else ""
     heading = (
         f"{chosen.bpw:.4f} bits per weight over quantized modules ({chosen.budget.describe()} asked for).\n"
-        f"Predicted KL {chosen.predicted_kl_nats:.6f} nats per token.\n"
+        f"Predicted KL {chosen.predicted_kl_nats:.6f} nats per token{said}.\n"
         f"Apply to {base}:\n"
         f"  recompile -i {base} -o OUT -or {out.name}\n"
         f"After each line: KL and bits against the same modules taken from {base}."
     )
     _write(out, dump_recipe(recipe, comments, heading))
-    measured = _measure(chosen, out, rows, length, device, text, dataset, quiet) if check else None
-    if str(json_path) != "-":
-        click.echo(_summary(chosen, out, base, measured))
-    if json_path is not None:
-        print_json(json_path, _report(chosen, measured))
+
+
+def _verify(
+    chosen: Choice,
+    rules: Rules,
+    checkpoints: Mapping[str, Checkpoint] | None,
+    where: RowOptions,
+    quiet: bool,
+) -> Verdict:
+    """Measure the choice beside its rivals. Raises RecompileError where the models are not at hand."""
+    from recompile.checkpoint import open_checkpoint
+    from recompile.cli.verify import run_verification
+    from recompile.optimize.choose import choose, limits_of, prepare_problem
+    from recompile.optimize.problem import prepare
+    from recompile.optimize.rivals import make_rivals
+
+    profile, budget = chosen.profile, chosen.budget
+    reference = open_checkpoint(profile.header.reference)
+    if checkpoints is None:
+        checkpoints = {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
+    for found in profile.header.candidates:
+        if checkpoints[found.label].fingerprint != found.fingerprint:
+            raise RecompileError(
+                f"{found.model_dir} is not what the profile measured (another fingerprint); profile it again"
+            )
+    problem = prepare(prepare_problem(profile, rules))
+    others: dict[str, Mapping[str, str]] = {}
+    if rules.max_step is None:
+        others["greedy"] = choose(profile, budget, "greedy", rules).solution.choice
+    limits = limits_of(profile, problem, budget, rules, chosen.bits)
+    if budget.max_kl is not None:  # its greedy recipe may be larger than the size found
+        others.clear()
+    rivals = make_rivals(profile, problem, chosen.solution.choice, limits, others)
+    return run_verification(chosen, rivals, reference, checkpoints, where, quiet)
+
+
+def _guarded(chosen: Choice, rules: Rules, verdict: Verdict) -> Choice:
+    """The recipe, or the best measured mix within the limits where the recipe does not beat all of them."""
+    from recompile.optimize.choose import choice_of, prepare_problem
+    from recompile.optimize.problem import prepare
+
+    best = verdict.best
+    if not verdict.unbeaten or best is verdict.recipe:
+        return chosen
+    problem = prepare(prepare_problem(chosen.profile, rules))
+    return choice_of(chosen.profile, problem, best.choice, chosen.budget, best.name)
 
 
 def _open_candidates(profile: Profile) -> dict[str, Checkpoint] | None:
@@ -228,33 +305,12 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _measure(
-    chosen: Choice,
-    recipe: Path,
-    rows: int,
-    length: int,
-    device: str,
-    text: Path | None,
-    dataset: str | None,
-    quiet: bool,
-) -> DiffReport:
-    """The recipe's KL on rows of the role "accept"."""
-    from eval.diff import DiffOptions, compare
-    from recompile.checkpoint import open_checkpoint
-    from recompile.overlay import build_overlay
+def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None) -> str:
+    """solved: what the solver found; chosen: what was written."""
+    from recompile.cli.verify import describe_verdict
 
     header = chosen.profile.header
-    reference = open_checkpoint(header.reference)
-    overlay = build_overlay(open_checkpoint(header.candidate(header.base).model_dir), recipe)
-    found, vocab = read_rows([reference.path, overlay.base.path], "accept", rows, length, text, dataset, None)
-    options = DiffOptions(device=compute_device(device), vocab=vocab)
-    events = compare(overlay, reference, found.ids, options, rows_source=found.source, rows_sha256=found.sha256)
-    (report,) = follow_comparison(events, "checking", quiet=quiet)
-    return report
-
-
-def _summary(chosen: Choice, out: Path, base: str, measured: DiffReport | None) -> str:
-    header = chosen.profile.header
+    base = header.candidate(header.base).model_dir
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for group in header.groups:
@@ -267,6 +323,7 @@ def _summary(chosen: Choice, out: Path, base: str, measured: DiffReport | None) 
         for share in [weights[candidate.label] / max(1, header.group_weights)]
     ]
     spare = chosen.solution.budget_bits - chosen.solution.bits
+    gap = f", gap to the proven bound {chosen.solution.gap:.2g}" if math.isfinite(chosen.solution.gap) else ""
     error = f" ± {chosen.predicted_std_error:.6f}" if chosen.predicted_std_error is not None else ""
     lines = [
         format_columns(rows, ("source", "directory", "modules", "of the weights"), (2, 3)),
@@ -274,19 +331,37 @@ def _summary(chosen: Choice, out: Path, base: str, measured: DiffReport | None) 
         f"Size:         {chosen.bpw:.4f} bpw over quantized modules, {format_bytes(chosen.total_bytes)} in all; "
         f"{format_bytes(spare / 8)} of the budget left",
         f"Predicted KL: {chosen.predicted_kl_nats:.6f}{error} nats per token (swaps added up; "
-        f"solver {chosen.solution.solver}, gap to the proven bound {chosen.solution.gap:.2g})",
+        f"solver {chosen.solution.solver}{gap})",
     ]
-    if measured is not None:
-        ratio = measured.kl.mean / chosen.predicted_kl_nats if chosen.predicted_kl_nats > 0 else float("nan")
-        lines.append(
-            f"Measured KL:  {measured.kl} nats per token on {measured.rows} rows x {measured.row_tokens} tokens of its "
-            f"own; measured / predicted {ratio:.2f}"
-        )
+    if verdict is not None:
+        lines += ["", describe_verdict(verdict, chosen.profile)]
+        if solved is not chosen:
+            lines.append(f'Wrote the best of them instead: "{chosen.solution.solver}" (--no-guard keeps the recipe).')
+        elif verdict.unbeaten:
+            kept = "It measures best, and is kept." if verdict.best is verdict.recipe else "Kept, as --no-guard says."
+            lines.append(kept)
+        limit = chosen.budget.max_kl
+        if limit is not None and verdict.recipe.kl.mean > limit:
+            lines.append(
+                f"The measured KL is above the {limit:g} that was asked for: ask for less, or profile more rows."
+            )
+        lines.append("")
     lines += [f"Wrote {out}", "", f"Next: recompile -i {base} -o OUT -or {out}"]
     return "\n".join(lines)
 
 
-def _report(chosen: Choice, measured: DiffReport | None) -> dict[str, object]:
+def _report(solved: Choice, chosen: Choice, verdict: Verdict | None) -> dict[str, object]:
+    verified = None
+    if verdict is not None:
+        verified = {
+            "ratio": verdict.ratio,
+            "ppl_increase": verdict.ppl_increase,
+            "beats_all": not verdict.unbeaten,
+            "unbeaten": [contender.name for contender in verdict.unbeaten],
+            "best": verdict.best.name,
+            "wrote": "recipe" if solved is chosen else chosen.solution.solver,
+            **vars(verdict),
+        }
     return {
         "budget": chosen.budget.describe(),
         "budget_bits": chosen.solution.budget_bits,
@@ -297,6 +372,6 @@ def _report(chosen: Choice, measured: DiffReport | None) -> dict[str, object]:
         "gap": chosen.solution.gap,
         "predicted_kl_nats": chosen.predicted_kl_nats,
         "predicted_std_error": chosen.predicted_std_error,
-        "measured": measured,
+        "verdict": verified,
         "choice": dict(chosen.solution.choice),
     }

@@ -29,6 +29,7 @@ from recompile.optimize.problem import (
     Solution,
     at_least,
     at_most,
+    evaluate,
     merge,
     pin,
     prepare,
@@ -268,6 +269,29 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
         raise RecompileError("--max-step needs --solver exact")
     solution = solve_rows(problem, [*limits, *steps], SOLVERS[solver])
     return replace(solution, budget_bits=budget.bits(profile)) if budget.has_primary else solution
+
+
+def limits_of(profile: Profile, problem: Problem, budget: Budget, rules: Rules, bits: int) -> list[Row]:
+    """Every limit of a solved budget as a row of its own; bits: what was found, the limit where only KL was given."""
+    rows = budget.extra_rows(profile, problem)
+    if budget.has_primary:
+        rows.append(budget.primary_row(profile, problem))
+    elif budget.max_kl is not None:
+        use = {place: tuple(option.bits for option in group.options) for place, group in enumerate(problem.groups)}
+        rows.append(Row("size found", use, bits, problem.fixed_bits))
+    return rows + (_steps(profile, problem, rules.max_step) if rules.max_step is not None else [])
+
+
+def choice_of(profile: Profile, problem: Problem, choice: Mapping[str, str], budget: Budget, solver: str) -> Choice:
+    """A choice that no solver of the profile's own costs made, as they would hand it over; its gap is not known.
+
+    Raises RecompileError for a choice that the problem does not allow.
+    """
+    bits, cost = evaluate(problem, choice)
+    limit = budget.bits(profile) if budget.has_primary else bits
+    solution = Solution(dict(choice), bits, cost, -math.inf, math.inf, solver, limit)
+    mean, error = predict(profile, choice)
+    return Choice(solution, profile, budget, mean, error)
 
 
 def _steps(profile: Profile, problem: Problem, step: int) -> list[Row]:

@@ -21,9 +21,13 @@ from recompile.recipe import load_recipe
 
 
 def write_profile(
-    path: Path, architecture: str = "llama", bits: tuple[int, ...] = (3, 2, 4, 6), level: str = "tensor"
+    path: Path,
+    architecture: str = "llama",
+    bits: tuple[int, ...] = (3, 2, 4, 6),
+    level: str = "tensor",
+    wrong: bool = False,
 ) -> ProfileHeader:
-    """A whole journal; the first of `bits` is the base. Attention is dear, layer 0 most."""
+    """A whole journal; the first of `bits` is the base. Attention is dear, layer 0 most. wrong: more bits cost more."""
     checkpoints = [(n, open_checkpoint(directory)) for n, directory in tiny.variants(architecture, bits).items()]
     reference = open_checkpoint(tiny.base(architecture))
     options = ProfileOptions(level=level)
@@ -33,7 +37,7 @@ def write_profile(
         for number, group in enumerate(header.groups):
             dear = (3.0 if "self_attn" in group.name else 1.0) * (2.0 if ".0." in group.name else 1.0)
             for label in group.bits:
-                kl = (dear + 0.01 * number) * 4.0 ** -int(label)
+                kl = (dear + 0.01 * number) * 4.0 ** (int(label) - 9 if wrong else -int(label))
                 journal.append([Measurement(group.name, label, (kl, 1.1 * kl))])
     return header
 
@@ -45,7 +49,8 @@ def run(*words: str | Path) -> Result:
 def optimize(profile: Path, *words: str | Path) -> dict[str, Any]:
     """The JSON report; the recipe lies beside the profile as mix.yaml."""
     report = profile.with_name("report.json")
-    result = run(profile, "-o", profile.with_name("mix.yaml"), "--json", report, *words)
+    check = [] if "--check" in words else ["--no-check"]
+    result = run(profile, "-o", profile.with_name("mix.yaml"), "--json", report, *check, *words)
     assert result.exit_code == 0, result.output
     return dict(json.loads(report.read_text()))
 
@@ -180,3 +185,70 @@ def test_budgets_that_cannot_be_read_or_met(profile: Path, words: list[str], say
     assert result.exit_code == 1
     assert says in result.output
     assert not profile.with_name("no.yaml").exists()
+
+
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+FEW = ("--check", "-r", "4", "-l", "24")
+
+
+def test_a_recipe_is_measured_beside_its_rivals_at_no_fewer_bytes(profile: Path) -> None:
+    report = optimize(profile, "-b", "3.7", *FEW)
+    verdict = report["verdict"]
+    names = [contender["name"] for contender in verdict["contenders"]]
+    assert names[0] == "recipe"
+    for part in ("uniform 3", "uniform 4 (larger)", "attention +1", "first and last layers +2", "first layers +1"):
+        assert any(part in name for name in names), names
+    for contender in verdict["contenders"][1:]:
+        if contender["name"] != "uniform 3" and "within" not in contender["name"]:
+            assert contender["bits"] >= verdict["contenders"][0]["bits"]
+        difference = contender["difference"]["mean"]
+        rows = [a - b for a, b in zip(verdict["contenders"][0]["kl_rows"], contender["kl_rows"], strict=True)]
+        assert difference == pytest.approx(sum(rows) / len(rows), abs=1e-12)
+        assert contender["interval"][0] < difference < contender["interval"][1]
+    written = next(c for c in verdict["contenders"] if c["choice"] == report["choice"])
+    assert verdict["ratio"] == pytest.approx(verdict["contenders"][0]["kl"]["mean"] / verdict["predicted_kl_nats"])
+    assert written["name"] == verdict["wrote"]
+    header = load_profile(profile).header
+    from eval.diff import DiffOptions, DiffReport, compare
+    from recompile.cli.options import read_rows
+
+    overlay = overlay_of(profile, header)
+    reference = open_checkpoint(header.reference)
+    rows_, vocab = read_rows([reference.path], "accept", 4, 24, None, None, None)
+    *_, again = compare(overlay, reference, rows_.ids, DiffOptions(vocab=vocab))
+    assert isinstance(again, DiffReport)
+    assert again.kl.mean == written["kl"]["mean"], "what was measured is what was written, to the last bit"
+    assert load_recipe(profile.with_name("mix.yaml")).provenance["measured_kl_nats"] == round(again.kl.mean, 6)
+
+
+def test_a_recipe_worse_than_the_simple_mix_is_not_written(tmp_path: Path) -> None:
+    """A profile that has everything the wrong way round: the optimum of its costs is the smallest variant."""
+    profile = tmp_path / "profile.jsonl"
+    write_profile(profile, wrong=True)
+    result = run(profile, "-b", "4.6", "-o", tmp_path / "mix.yaml", *FEW, "--json", tmp_path / "report.json")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    verdict = report["verdict"]
+    assert verdict["beats_all"] is False
+    assert set(verdict["contenders"][0]["choice"].values()) == {"2"}
+    assert verdict["wrote"] == verdict["best"] != "recipe"
+    assert "does NOT beat" in result.output
+    assert "Wrote the best of them instead" in result.output
+    assert report["bits"] <= report["budget_bits"]
+    best = min((c for c in verdict["contenders"] if not c["is_over"]), key=lambda c: c["kl"]["mean"])
+    assert report["choice"] == best["choice"]
+    kept = optimize(profile, "-b", "4.6", *FEW, "--no-guard")
+    assert set(kept["choice"].values()) == {"2"}
+
+
+def test_models_that_changed_since_they_were_profiled_are_not_trusted(profile: Path, tmp_path: Path) -> None:
+    header = load_profile(profile).header
+    text = profile.read_text().replace(header.candidates[0].fingerprint, "0" * 16)
+    profile.write_text(text)
+    result = run(profile, "-b", "3.7", "-o", tmp_path / "mix.yaml", *FEW)
+    assert result.exit_code == 1
+    assert "is not what the profile measured" in result.output
+    quietly = run(profile, "-b", "3.7", "-o", tmp_path / "mix.yaml", "-r", "4", "-l", "24")
+    assert quietly.exit_code == 0
+    assert "written but not verified" in quietly.output
