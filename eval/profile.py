@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from recompile.costs import (
     ProfileHeader,
     check_candidates,
     group_name,
+    is_expert,
     layer_index,
     open_journal,
 )
@@ -46,6 +48,7 @@ from recompile.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
 BATCH_TOKENS = 2048
+FEW_EXPERTS = 4  # matrices of one or two experts: patched into the fused parameter; more: it is made anew
 
 
 @dataclass(frozen=True)
@@ -315,14 +318,15 @@ class ExactProfiler:
                 yield Measured(found, done, total)
         for index in range(self.context.depth):
             groups = [group for group in self.header.groups if group.layer == index]
+            with self._layer(index):
+                after = self._advance(index, states)
             for wave in self._waves(groups, todo):
-                together = self._measure_wave(index, states, wave)
+                together = self._measure_wave(index, states, after, wave)
                 journal.append(together)
                 for measurement in together:
                     done += 1
                     yield Measured(measurement, done, total)
-            with self._layer(index):
-                states = self._advance(index, states)
+            states = after
         if journal.profile.control is None:
             control = Measurement(None, None, self._kl_rows(states))
             journal.append([control])
@@ -397,20 +401,20 @@ class ExactProfiler:
         if wave:
             yield wave
 
-    def _measure_wave(self, index: int, states: Tensor, wave: Sequence[tuple[ProfileGroup, str]]) -> list[Measurement]:
-        swapped = []
+    def _measure_wave(
+        self, index: int, states: Tensor, after: Tensor, wave: Sequence[tuple[ProfileGroup, str]]
+    ) -> list[Measurement]:
+        """Swaps of one layer; `after`: what leaves the layer with nothing swapped."""
+        swapped, reached = [], []
         with self._layer(index) as layer:
             prefix = self.context.prefix_of_layer(index)
             for group, source in wave:
                 mixed = SwappedSource(self.context.source, group.modules, self.candidates[source])
-                names = {name for module in group.modules for name in self.context.parameters_of(module)}
-                kept = {name: layer.get_parameter(name.removeprefix(f"{prefix}.")) for name in names}
-                for name in names:
-                    value = self.context.load_parameter(name, mixed)
-                    self.context.set_parameter(layer, name.removeprefix(f"{prefix}."), value)
-                swapped.append(self._advance(index, states))
-                for name, value in kept.items():
-                    self.context.set_parameter(layer, name.removeprefix(f"{prefix}."), value.data)
+                with self._swapped(layer, prefix, group.modules, mixed) as differs:
+                    swapped.append(self._advance(index, states))
+                # experts alone: elsewhere a swap without effect is a finding, here it only says that none was asked
+                experts = all(is_expert(module) for module in group.modules)
+                reached.append(not (experts and differs and torch.equal(swapped[-1], after)))
         together = torch.cat(swapped)
         del swapped
         for later in range(index + 1, self.context.depth):
@@ -418,9 +422,43 @@ class ExactProfiler:
                 together = self._advance(later, together)
         rows = len(self.ids)
         return [
-            Measurement(group.name, source, self._kl_rows(together[n * rows : (n + 1) * rows]))
+            Measurement(group.name, source, self._kl_rows(together[n * rows : (n + 1) * rows]), reached[n])
             for n, (group, source) in enumerate(wave)
         ]
+
+    @contextmanager
+    def _swapped(
+        self, layer: torch.nn.Module, prefix: str, modules: Sequence[str], mixed: WeightSource
+    ) -> Iterator[bool]:
+        """A loaded layer with `modules` from another source inside the block; yields whether that changes them."""
+        places = [self.context.expert_of(module) for module in modules]
+        if len(modules) < FEW_EXPERTS and all(place is not None for place in places):
+            # slices of fused parameters: the other experts need not be read again
+            slices = {place for place in places if place is not None}
+            before = {}
+            for name, expert in sorted(slices):
+                memory = layer.get_parameter(name.removeprefix(f"{prefix}.")).data[expert]
+                before[name, expert] = memory, memory.clone()
+                memory.copy_(self.context.load_expert(name, expert, mixed))
+            try:
+                yield any(not torch.equal(memory, value) for memory, value in before.values())
+            finally:
+                for memory, value in before.values():
+                    memory.copy_(value)
+            return
+        names = sorted({name for module in modules for name in self.context.parameters_of(module)})
+        kept = {name: layer.get_parameter(name.removeprefix(f"{prefix}.")) for name in names}
+        for name in names:
+            value = self.context.load_parameter(name, mixed)
+            self.context.set_parameter(layer, name.removeprefix(f"{prefix}."), value)
+        try:
+            yield any(
+                not torch.equal(layer.get_parameter(name.removeprefix(f"{prefix}.")), value)
+                for name, value in kept.items()
+            )
+        finally:
+            for name, kept_value in kept.items():
+                self.context.set_parameter(layer, name.removeprefix(f"{prefix}."), kept_value.data)
 
     def _measure_embedding(self, group: ProfileGroup, todo: set[tuple[str, str]]) -> Iterator[Measurement]:
         for source in group.bits:

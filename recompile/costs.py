@@ -11,8 +11,10 @@ import json
 import math
 import os
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +23,7 @@ from recompile.overlay import role_of
 from recompile.recipe import SourceId
 
 JOURNAL_VERSION = 1
-LEVELS = ("layer", "block", "fused", "tensor")
+LEVELS = ("layer", "block", "fused", "expert", "tensor")
 
 # Projections that engines fuse into one matrix and that therefore share a scheme; read by the level "fused".
 FUSED_SETS = (
@@ -30,6 +32,7 @@ FUSED_SETS = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # never in one group with what they route to
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,15 @@ class ProfileHeader:
 
 @dataclass(frozen=True)
 class Measurement:
-    """KL(reference || context with one group swapped) of every row, nats per token. group None: nothing swapped."""
+    """KL(reference || context with one group swapped) of every row, nats per token. group None: nothing swapped.
+
+    reached False: an expert to which the router sent no token of these rows, so that kl_rows says nothing of its cost.
+    """
 
     group: str | None
     source: str | None  # candidate label
     kl_rows: tuple[float, ...]
+    reached: bool = True
 
     @property
     def mean(self) -> float:
@@ -123,10 +130,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a swap adds to the context's own KL: mean over rows and the standard error of it (paired by row)."""
+    """What a swap adds to the context's own KL: mean over rows and the standard error of it (paired by row).
+
+    is_prior: not measured, but guessed from the same projection of experts that tokens did reach.
+    """
 
     kl_nats: float
     std_error: float
+    is_prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,12 +147,41 @@ class Profile:
     measurements: Mapping[tuple[str, str], Measurement]  # (group, candidate label)
 
     def cost(self, group: str, source: str) -> Cost | None:
-        """The cost of a swap over the control; None where it was not measured."""
+        """The cost of a swap over the control; None where it was not measured.
+
+        An expert that no token reached has the prior of `prior`; without one it counts as not measured.
+        """
         found = self.measurements.get((group, source))
         if found is None:
             if self.header.context == "base" and source == self.header.base:
                 return Cost(0.0, 0.0)
             return None
+        return self._measured_cost(found) if found.reached else self.prior(group, source)
+
+    def prior(self, group: str, source: str) -> Cost | None:
+        """What an expert costs as far as its kin tell: the median over the experts of the same layer, projection and
+        candidate that tokens reached, else over those of all layers; as doubtful as they are spread, or as it is large.
+        """
+        kin = kin_of_expert(group)
+        for key in (kin, kin.rpartition(".")[2]):
+            costs = self._kin_costs.get((key, source))
+            if costs:
+                middle = statistics.median(costs)
+                return Cost(middle, max(statistics.pstdev(costs), abs(middle)), is_prior=True)
+        return None
+
+    @cached_property
+    def _kin_costs(self) -> Mapping[tuple[str, str], list[float]]:
+        """Measured costs of experts by (projection in its layer, candidate) and (projection anywhere, candidate)."""
+        found: dict[tuple[str, str], list[float]] = {}
+        for (group, source), measurement in self.measurements.items():
+            if measurement.reached and is_expert(group):
+                kin = kin_of_expert(group)
+                for key in (kin, kin.rpartition(".")[2]):
+                    found.setdefault((key, source), []).append(self._measured_cost(measurement).kl_nats)
+        return found
+
+    def _measured_cost(self, found: Measurement) -> Cost:
         base = self.control.kl_rows if self.control is not None else (0.0,) * len(found.kl_rows)
         differences = [value - zero for value, zero in zip(found.kl_rows, base, strict=True)]
         rows = len(differences)
@@ -150,6 +190,17 @@ class Profile:
             return Cost(mean, math.inf)
         variance = math.fsum((value - mean) ** 2 for value in differences) / (rows - 1)
         return Cost(mean, math.sqrt(variance / rows))
+
+    def unreached(self) -> list[str]:
+        """Groups that no token of the rows reached, in the order of the groups."""
+        return [
+            group.name
+            for group in self.header.groups
+            if any(
+                found is not None and not found.reached
+                for found in (self.measurements.get((group.name, source)) for source in group.bits)
+            )
+        ]
 
     @property
     def is_complete(self) -> bool:
@@ -161,7 +212,8 @@ class Profile:
             (group.name, source)
             for group in self.header.groups
             for source in group.bits
-            if self.cost(group.name, source) is None
+            if (group.name, source) not in self.measurements
+            and not (self.header.context == "base" and source == self.header.base)
         ]
 
     @property
@@ -177,8 +229,9 @@ def group_name(module: str, level: str) -> str:
     """The group that a module falls in at a level.
 
     layer:  model.layers.3
-    block:  model.layers.3.self_attn, model.layers.3.mlp; experts, shared experts apart
+    block:  model.layers.3.self_attn, model.layers.3.mlp; the experts of a layer, shared experts, routers each apart
     fused:  model.layers.3.self_attn.q_proj+k_proj+v_proj; the same projections of all experts of a layer together
+    expert: as fused, but every matrix of every expert by itself: model.layers.3.mlp.experts.7.up_proj
     tensor: the module itself
     """
     found = re.match(r"^(.*?\.\d+)\.(.+)$", module)
@@ -190,10 +243,24 @@ def group_name(module: str, level: str) -> str:
     names = tail.split(".")
     leaf = names[-1]
     block = ".".join(name for name in names[:-1] if not name.isdigit())
+    if level == "expert" and is_expert(module):
+        return module
+    if level == "block" and leaf in ROUTERS:
+        return module
     if level == "block":
         return f"{layer}.{block}" if block else f"{layer}.{leaf}"
     together = next((members for members in FUSED_SETS if leaf in members), (leaf,))
     return ".".join(filter(None, (layer, block, "+".join(together))))
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module belongs to one routed expert: `...experts.7.up_proj`, not `...shared_experts.up_proj`."""
+    return re.search(r"\.experts\.\d+(\.|$)", module) is not None
+
+
+def kin_of_expert(module: str) -> str:
+    """The same projection of any expert of the layer: `...experts.7.up_proj` -> `...experts.*.up_proj`."""
+    return re.sub(r"(\.experts)\.\d+(?=\.|$)", r"\1.*", module)
 
 
 def layer_index(name: str) -> int | None:
@@ -216,7 +283,8 @@ class Journal:
         """Add measurements; on disk when this returns. Raises JournalError where the disk refuses."""
         lines = b""
         for found in measurements:
-            lines += json.dumps({"group": found.group, "source": found.source, "kl_rows": found.kl_rows}).encode()
+            line = {"group": found.group, "source": found.source, "kl_rows": found.kl_rows}
+            lines += json.dumps(line if found.reached else {**line, "reached": False}).encode()
             lines += b"\n"
             if found.group is None or found.source is None:
                 self._control = found
@@ -332,7 +400,8 @@ def _parse_header(path: Path, line: bytes) -> ProfileHeader:
 def _parse_line(path: Path, number: int, line: bytes, rows: int) -> Measurement:
     try:
         content = json.loads(line)
-        measurement = Measurement(content["group"], content["source"], tuple(float(v) for v in content["kl_rows"]))
+        values = tuple(float(value) for value in content["kl_rows"])
+        measurement = Measurement(content["group"], content["source"], values, content.get("reached", True) is True)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise JournalError(f"{path}:{number}: not a measurement ({error}); the journal is damaged here") from error
     if len(measurement.kl_rows) != rows:

@@ -233,8 +233,14 @@ class LayeredModel:
         wanted = self._shapes[name]
         if origin.converter is None:
             return self._fit(source, origin.tensors[0], source.load(origin.tensors[0], device=self.device), wanted)
-        converter = copy.deepcopy(origin.converter)
-        for tensor, pattern in zip(origin.tensors, origin.patterns, strict=True):
+        return self._convert(name, list(zip(origin.tensors, origin.patterns, strict=True)), wanted, source)
+
+    def _convert(
+        self, name: str, tensors: list[tuple[str, str | None]], wanted: tuple[int, ...], source: WeightSource
+    ) -> Tensor:
+        """A parameter that transformers makes of several checkpoint tensors, or what some of them make of it."""
+        converter = copy.deepcopy(self.origins[name].converter)
+        for tensor, pattern in tensors:
             value = source.load(tensor, device=self.device).to(self.dtype)
             converter.add_tensor(name, tensor, pattern, value)
         try:
@@ -242,12 +248,45 @@ class LayeredModel:
         except (RuntimeError, ValueError) as error:
             label = getattr(source, "label", "the checkpoint")
             raise MismatchError(
-                f"{label}: the {len(origin.tensors)} tensors that make {name}, first {origin.tensors[0]}, do not fit "
+                f"{label}: the {len(tensors)} tensors that make {name}, first {tensors[0][0]}, do not fit "
                 f"together: {error}"
             ) from error
         value = made[name]
         value = value[0] if isinstance(value, list) else value
         return self._fit(source, name, value, wanted)
+
+    def expert_of(self, module: str) -> tuple[str, int] | None:
+        """(parameter, expert) of a checkpoint module that transformers keeps as one slice of a fused 3-D parameter.
+
+        None for a module that has a parameter of its own, or that is not told apart expert by expert.
+        """
+        return self._experts.get(module)
+
+    @cached_property
+    def _experts(self) -> dict[str, tuple[str, int]]:
+        found = {}
+        for name, origin in self.origins.items():
+            count = self._shapes[name][0] if origin.converter is not None and len(self._shapes[name]) == 3 else 0
+            counts = Counter(origin.patterns)
+            if count and all(number == count for number in counts.values()):
+                seen: Counter[str | None] = Counter()
+                for tensor, pattern in zip(
+                    origin.tensors, origin.patterns, strict=True
+                ):  # pattern by pattern, in order
+                    found[split_name(tensor)[0]] = (name, seen[pattern])
+                    seen[pattern] += 1
+        return found
+
+    def load_expert(self, name: str, expert: int, source: WeightSource | None = None) -> Tensor:
+        """`load_parameter(name, source)[expert]` of a fused parameter, reading that expert's tensors only."""
+        origin = self.origins[name]
+        seen: Counter[str | None] = Counter()
+        chosen = []
+        for tensor, pattern in zip(origin.tensors, origin.patterns, strict=True):
+            if seen[pattern] == expert:
+                chosen.append((tensor, pattern))
+            seen[pattern] += 1
+        return self._convert(name, chosen, (1, *self._shapes[name][1:]), source or self.source)[0]
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

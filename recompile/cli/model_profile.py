@@ -27,6 +27,7 @@ from recompile.cli.options import (
     read_rows,
     text_options,
 )
+from recompile.costs import LEVELS
 from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
@@ -49,10 +50,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--level",
-    type=click.Choice(["layer", "block", "fused", "tensor"]),
+    type=click.Choice(LEVELS),
     default="fused",
     show_default=True,
-    help="What is swapped together: a layer; attention or MLP; q,k,v and gate,up; one tensor.",
+    help="What is swapped together: a layer; attention or MLP (all experts of a layer); q,k,v and gate,up; expert: as "
+    "fused, and every matrix of every expert by itself; one tensor.",
 )
 @click.option(
     "--context",
@@ -243,9 +245,18 @@ def _source(given: str) -> tuple[SourceId, str]:
 def profile_summary(profile: Profile) -> dict[str, object]:
     """Per group and source the cost and the bits, for --json."""
     groups = []
+    unreached = set(profile.unreached())
     for group in profile.header.groups:
         costs = {source: profile.cost(group.name, source) for source in group.bits}
-        groups.append({"name": group.name, "weights": group.weights, "bits": dict(group.bits), "costs": costs})
+        groups.append(
+            {
+                "name": group.name,
+                "weights": group.weights,
+                "bits": dict(group.bits),
+                "costs": costs,
+                "reached": group.name not in unreached,
+            }
+        )
     control = profile.control.mean if profile.control is not None else None
     return {"header": profile.header, "control_kl_nats": control, "groups": groups}
 
@@ -268,10 +279,19 @@ def _ranking(profile: Profile, most: int = 20) -> str:
         cells = []
         for label in labels:
             cost = profile.cost(group.name, label)
-            cells.append("-" if cost is None else f"{cost.kl_nats:.5f} ± {cost.std_error:.5f}")
+            mark = " prior" if cost is not None and cost.is_prior else ""
+            cells.append("-" if cost is None else f"{cost.kl_nats:.5f} ± {cost.std_error:.5f}{mark}")
         rows.append((group.name, *cells))
     where = "the reference" if header.context == "clean" else f"the {header.base} variant"
     title = f"KL in nats per token of taking a group from each source, swapped into {where}"
     if len(order) > most:
         title += f" (the {most} dearest of {len(order)} groups)"
-    return f"{title}\n" + format_columns(rows, ("group", *labels), range(1, len(labels) + 1))
+    text = f"{title}\n" + format_columns(rows, ("group", *labels), range(1, len(labels) + 1))
+    unreached = profile.unreached()
+    if unreached:
+        text += (
+            f"\n{len(unreached)} of {len(header.groups)} groups are experts that no token of these rows reached, such "
+            f"as {unreached[0]}: unmeasured. Their prior is the median over the same projection of the other experts; "
+            f"more rows help."
+        )
+    return text

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recompile.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json, read_safetensors_header
+from recompile.costs import ROUTERS
 from recompile.errors import FormatError, OutputError
 from recompile.overlay import build_overlay, role_of
 from recompile.quantize.calibrate import InputCollector, InputStatistics
@@ -34,8 +35,6 @@ from recompile.write import execute, other_files, plan_write
 JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant is made whole
 REPORT = "quantize_report.json"
 BUILDING_SUFFIX = ".building"  # not write.py's ".partial", which the last step uses
-# Small maps that decide where tokens go; kept dense, since they take few bits and their errors are costly.
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 BATCH_TOKENS = 2048
 
 
@@ -333,7 +332,7 @@ class _Build:
         return shape is not None and len(shape) == 2
 
     def _why_dense(self, name: str) -> str | None:
-        if name.rpartition(".")[2] in ROUTERS:
+        if name.rpartition(".")[2] in ROUTERS:  # they take few bits and their errors are costly
             return "router, kept dense"
         shape = self._shape(name)
         return self.encoder.why_not(name, (shape[0], shape[1]))

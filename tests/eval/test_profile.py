@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from eval import profile as profile_module
 from eval.profile import Measured, ProfileOptions, Started, profile_exact
 from recompile.checkpoint import Checkpoint, open_checkpoint
-from recompile.costs import LEVELS, Profile, load_profile
+from recompile.costs import LEVELS, Cost, Profile, group_name, load_profile
 from recompile.errors import JournalError, MismatchError, MissingWeight, RecompileError
 
 BITS = (2, 3, 4)
@@ -92,6 +93,7 @@ class ByHand:
     [
         *(("llama", level) for level in LEVELS),
         *(("qwen2-moe", level) for level in ("fused", "block")),
+        ("qwen2-moe", "expert"),
         ("qwen3-moe", "tensor"),
         ("llama-tied", "block"),
         ("gemma2", "block"),
@@ -227,6 +229,86 @@ def test_groups_of_experts(tmp_path: Path) -> None:
     blocks = groups_of("qwen2-moe", "block", tmp_path)
     assert len(blocks[f"{mlp}.experts"]) == 12
     assert len(blocks[f"{mlp}.shared_expert"]) == 3
+
+
+def test_every_expert_matrix_is_a_group(tmp_path: Path) -> None:
+    """And what is no routed expert keeps the groups that engines fuse."""
+    mlp = "model.layers.1.mlp"
+    found = groups_of("qwen2-moe", "expert", tmp_path)
+    for n in range(4):
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            assert found[f"{mlp}.experts.{n}.{leaf}"] == (f"{mlp}.experts.{n}.{leaf}",)
+    others = {name for name in found if ".experts." not in name and ".layers.1." in name}
+    assert others == {
+        "model.layers.1.self_attn.q_proj+k_proj+v_proj",
+        "model.layers.1.self_attn.o_proj",
+        f"{mlp}.shared_expert.gate_proj+up_proj",
+        f"{mlp}.shared_expert.down_proj",
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "level", "group"),
+    [
+        ("model.layers.3.mlp.gate", "block", "model.layers.3.mlp.gate"),
+        ("model.layers.3.mlp.shared_expert_gate", "block", "model.layers.3.mlp.shared_expert_gate"),
+        ("model.layers.3.mlp.shared_experts.up_proj", "block", "model.layers.3.mlp.shared_experts"),
+        ("model.layers.3.mlp.shared_experts.up_proj", "expert", "model.layers.3.mlp.shared_experts.gate_proj+up_proj"),
+        ("model.layers.3.mlp.experts.11.w2", "expert", "model.layers.3.mlp.experts.11.w2"),
+        ("model.layers.3.mlp.experts.11.w1", "fused", "model.layers.3.mlp.experts.w1+w3"),
+        ("model.layers.3.block_sparse_moe.experts.0.w1", "block", "model.layers.3.block_sparse_moe.experts"),
+        ("model.layers.3.mlp.gate", "layer", "model.layers.3"),
+    ],
+)
+def test_names_of_groups_of_experts_and_routers(module: str, level: str, group: str) -> None:
+    assert group_name(module, level) == group
+
+
+@pytest.mark.parametrize("architecture", ["qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("context", ["clean", "base"])
+def test_experts_that_saw_no_token_are_unmeasured_and_get_a_prior(
+    architecture: str, context: str, tmp_path: Path
+) -> None:
+    """Two tokens, two of four experts each. Who saw one is asked of transformers' router."""
+    ids, path = tiny.rows(2, 1), tmp_path / "p.jsonl"
+    profile = measure(path, architecture, ids, ProfileOptions(level="expert", context=context))
+    model = tiny.plain_model(tiny.base(architecture))
+    if context == "base":
+        by_hand = ByHand(architecture, tiny.variants(architecture, BITS), context, ids)
+        model = by_hand.model
+    layers = [n for n in range(2) if hasattr(model.model.layers[n].mlp, "experts")]
+    with torch.inference_mode():
+        logits = model(input_ids=ids, output_router_logits=True).router_logits
+    seen = {n: set(one.topk(2).indices.flatten().tolist()) for n, one in zip(layers, logits, strict=True)}
+    unseen = [(n, expert) for n in layers for expert in range(4) if expert not in seen[n]]
+    assert unseen, "the test needs an idle expert"
+    wanted = {
+        f"model.layers.{n}.mlp.experts.{expert}.{leaf}"
+        for n, expert in unseen
+        for leaf in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert set(profile.unreached()) == wanted
+    assert load_profile(path) == profile, "the journal keeps it"
+    for n, expert in unseen:
+        cost = profile.cost(f"model.layers.{n}.mlp.experts.{expert}.up_proj", "2")
+        kin = [profile.cost(f"model.layers.{n}.mlp.experts.{other}.up_proj", "2") for other in sorted(seen[n])]
+        assert cost is not None
+        assert cost.is_prior
+        assert cost.kl_nats == pytest.approx(statistics.median(k.kl_nats for k in kin if k is not None))
+        assert cost.std_error >= abs(cost.kl_nats) > 0
+
+
+def test_a_swap_for_equal_weights_is_measured_as_zero_not_as_unreached(tmp_path: Path) -> None:
+    found = {3: tiny.base("qwen2-moe"), 4: tiny.variants("qwen2-moe", BITS)[4]}
+    profile = measure(tmp_path / "p.jsonl", "qwen2-moe", tiny.rows(4, 16), ProfileOptions(level="expert"), found)
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    assert profile.cost(name, "3") == Cost(0.0, 0.0)
+    assert profile.unreached() == []
+
+
+def test_old_journals_without_the_mark_load(finished: Path, tmp_path: Path) -> None:
+    assert "reached" not in finished.read_text(), "and where every token arrives the file is as it was"
+    assert all(measurement.reached for measurement in load_profile(finished).measurements.values())
 
 
 def test_match_and_skip(tmp_path: Path) -> None:
