@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -51,3 +51,23 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(make_base.build())
     except OutputError:  # no cache can be written here
         return Path(make_base.build(tmp_path_factory.mktemp("base") / make_base.MODEL_NAME))
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Two small trained models, "tiny-dense" (llama) and "tiny-moe" (qwen3_moe): read only, bf16.
+
+    Trained once a machine, in the user's cache (2 minutes on 2 cores); see scripts/make_tiny_models.py.
+    """
+    make_tiny_models = load_script("make_tiny_models")
+    root = make_tiny_models.default_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        writable = os.access(root, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable and not all(make_tiny_models.is_whole(root / name) for name in make_tiny_models.NAMES):
+        root = tmp_path_factory.mktemp("tiny-models")
+    built: Mapping[str, Path] = make_tiny_models.build(root)
+    assert set(built) == {"tiny-dense", "tiny-moe"}
+    return built
