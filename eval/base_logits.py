@@ -46,7 +46,10 @@ def exp_f32(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def log_sum_exp(logits: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """log of sum exp(logits - largest), added up in float64; float32 [positions, n_vocab], [positions] -> [positions]."""
+    """log of sum exp(logits - largest), added up in float64.
+
+    logits, largest: float32 [positions, n_vocab] and [positions]; returns float32 [positions]
+    """
     return np.log(exp_f32(logits - largest[:, None]).sum(1, dtype=np.float64)).astype(np.float32)
 
 

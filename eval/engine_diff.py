@@ -1,8 +1,8 @@
 """Two GGUF files in a real engine -> how far the candidate is from the reference, as the engine's own tool counts it.
 
 Both files are loaded, each in a process of its own, and go through the text chunk by chunk; of their logits only one
-block of positions is held. Chunks, positions and statistics are those of `llama-perplexity --kl-divergence`; beside them
-stand our own figures: KL from unclipped float32 logits, with chunks as the unit of its standard error.
+block of positions is held. Chunks, positions and statistics are those of `llama-perplexity --kl-divergence`. Beside
+them stand our own figures: KL from unclipped float32 logits, with chunks as the unit of its standard error.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.base_logits import CLIP_NATS, BaseLogits, BaseLogitsWriter, counted, decode, encode
-from eval.diff import versions
+from eval.diff import BATCH_TOKENS, versions
 from eval.engines.builds import Installed
 from eval.engines.process import Engine, EngineModel
 from eval.llama_kl import FEWEST_TOKENS, Tally, ToolStatistics
 from eval.metrics import Mean, Quantiles, kl_divergence, mean_over_rows, quantiles
+from recompile.checkpoint import WeightSource
 from recompile.errors import MismatchError, RecompileError
+from recompile.stream import LayeredModel, check_same_skeleton
 from recompile.tokens import TextSource, assign_roles
 
 
@@ -42,6 +44,20 @@ class KlFigures:
         """chunks: [positions] float32 KL values of each chunk."""
         values = torch.stack(chunks)
         return KlFigures(mean_over_rows(values), quantiles(values), tuple(float(row.double().mean()) for row in values))
+
+
+@dataclass(frozen=True)
+class TorchFigures:
+    """The same files and positions through our own float forward pass, where activations are never quantized.
+
+    The engine multiplies quantized weights with activations that it rounds to 8 bits; `engine_*` is what that (and its
+    f16 cache) does to one and the same file: KL(torch || engine).
+    """
+
+    kl: KlFigures  # KL(reference || candidate), both in torch
+    engine_candidate: KlFigures
+    engine_reference: KlFigures | None  # None where a base file stands for the reference's engine
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,7 @@ class EngineReport:
     tool: ToolStatistics
     tool_complete: bool  # False: fewer tokens than the tool prints final statistics for
     kl: KlFigures  # from the engine's logits, neither clipped nor rounded (against a base file: its clipped ones)
+    torch: TorchFigures | None
     versions: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +96,7 @@ EngineEvent: TypeAlias = "ChunkDone | EngineReport"
 
 
 def report_text(source: TextSource) -> str:
-    """The documents that nothing else uses (role "report"), one of each origin in turn, two empty lines between them."""
+    """The documents that nothing else uses (role "report"), one of each origin in turn, with empty lines between."""
     by_origin: dict[str, list[str]] = {}
     for document, role in zip(source.documents, assign_roles(source), strict=True):
         if role == "report":
@@ -117,6 +134,55 @@ def tokenize_with_engine(
     return cut_chunks(found, n_ctx, chunks)
 
 
+class TorchSide:
+    """Two models streamed layer by layer over all chunks at once; keeps the normed states of the counted positions.
+
+    ids: int64 [chunks, n_ctx]
+    """
+
+    def __init__(
+        self,
+        candidate: WeightSource,
+        reference: WeightSource,
+        ids: Tensor,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.models = tuple(LayeredModel.of(source, dtype=dtype, device=device) for source in (candidate, reference))
+        check_same_skeleton(self.models[1], self.models[0])
+        self.first, self.last = counted(ids.shape[1])
+        self.states = tuple(self._run(model, ids) for model in self.models)
+
+    def _run(self, model: LayeredModel, ids: Tensor) -> Tensor:
+        """[chunks, counted positions, hidden] after the last norm."""
+        with torch.inference_mode():
+            states = list(model.embed(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+            for index in range(model.depth):
+                with model.layer(index):
+                    states = [model.run_layer(index, state) for state in states]
+            with model.norm_loaded() as norm:
+                return torch.cat([norm(state[:, self.first : self.last]) for state in states])
+
+    def __enter__(self) -> TorchSide:
+        self._heads = ExitStack()
+        for model in self.models:
+            self._heads.enter_context(model.head_loaded())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._heads.close()
+
+    def logits(self, chunk: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Candidate's and reference's logits [positions, vocab], on the CPU; positions from the first counted one."""
+        with torch.inference_mode():
+            a, b = (
+                model.logits(state[chunk : chunk + 1, start:stop])[0].float().cpu()
+                for model, state in zip(self.models, self.states, strict=True)
+            )
+        return a, b
+
+
 def compare_with_engine(
     installed: Installed,
     candidate: Path | str,
@@ -125,6 +191,9 @@ def compare_with_engine(
     *,
     base: BaseLogits | None = None,
     save_base: Path | str | None = None,
+    sources: tuple[WeightSource, WeightSource] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
     text: str = "",
     threads: int | None = None,
 ) -> Iterator[EngineEvent]:
@@ -132,6 +201,7 @@ def compare_with_engine(
 
     reference: the base's file; None where `base`, an opened base-logits file, takes its place
     save_base: where to write the base's logits for llama-perplexity or for another run
+    sources:   candidate and reference opened as checkpoints, to run both in torch beside the engine
     Raises EngineError (missing, refused), MismatchError for files of different vocabularies.
     """
     chunks, n_ctx = tokens.shape
@@ -141,7 +211,8 @@ def compare_with_engine(
         raise RecompileError("one reference is needed: the base's GGUF file, or a file of its logits")
     first, last = counted(n_ctx)
     clip = CLIP_NATS[installed.engine]
-    tally, figures = Tally(), []
+    tally = Tally()
+    figures: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         engine_a = stack.enter_context(Engine(installed, threads=threads))
         model_a = engine_a.load(candidate, n_ctx)
@@ -157,6 +228,10 @@ def compare_with_engine(
         writer = None
         if save_base is not None:
             writer = stack.enter_context(BaseLogitsWriter(save_base, tokens, model_a.n_vocab))
+        side = None
+        if sources is not None:
+            ids = torch.tensor([with_bos(chunk, model_a) for chunk in tokens])
+            side = stack.enter_context(TorchSide(*sources, ids, device=device, dtype=dtype))
         for number, chunk in enumerate(tokens):
             run, labels = with_bos(chunk, model_a), chunk[first + 1 : last + 1]
             blocks_b = (
@@ -164,7 +239,7 @@ def compare_with_engine(
                 if engine_b is not None
                 else _records_in_blocks(base, number, model_a.batch_tokens)
             )
-            kl: list[Tensor] = []
+            kl: dict[str, list[Tensor]] = {}
             place = 0
             for block_a, block_b in _same_positions(engine_a.logits(run, first, last), blocks_b, last - first):
                 if block_b.dtype == np.uint16:
@@ -174,9 +249,17 @@ def compare_with_engine(
                 if writer is not None:
                     writer.append(records)
                 tally.add(block_a, records, labels[place : place + len(block_a)])
-                kl.append(kl_divergence(_tensor(logits_b), _tensor(block_a)))
+                found = {"engine": kl_divergence(_tensor(logits_b), _tensor(block_a))}
+                if side is not None:
+                    torch_a, torch_b = side.logits(number, place, place + len(block_a))
+                    found["torch"] = kl_divergence(torch_b, torch_a)
+                    found["engine a"] = kl_divergence(torch_a, _tensor(block_a))
+                    found["engine b"] = kl_divergence(torch_b, _tensor(logits_b))
+                for what, values in found.items():
+                    kl.setdefault(what, []).append(values)
                 place += len(block_a)
-            figures.append(torch.cat(kl))
+            for what, parts in kl.items():
+                figures.setdefault(what, []).append(torch.cat(parts))
             yield ChunkDone(number + 1, chunks, tally.statistics())
     label_b = str(reference if reference is not None else base.path if base else "")
     yield EngineReport(
@@ -191,7 +274,15 @@ def compare_with_engine(
         tokens_sha256=hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest(),
         tool=tally.statistics(),
         tool_complete=tally.tokens >= FEWEST_TOKENS,
-        kl=KlFigures.of(figures),
+        kl=KlFigures.of(figures["engine"]),
+        torch=None
+        if side is None
+        else TorchFigures(
+            kl=KlFigures.of(figures["torch"]),
+            engine_candidate=KlFigures.of(figures["engine a"]),
+            engine_reference=KlFigures.of(figures["engine b"]) if reference is not None else None,
+            dtype=str(side.models[0].dtype).removeprefix("torch."),
+        ),
         versions=versions(),
     )
 

@@ -71,7 +71,8 @@ class Tally:
         codes], and the next tokens int32 [positions]."""
         step = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
         for start in range(0, len(logits), step):
-            self._add(*(part[start : start + step] for part in (logits, records, labels)))
+            stop = start + step
+            self._add(logits[start:stop], records[start:stop], labels[start:stop])
 
     def _add(self, logits: NDArray[np.float32], records: NDArray[np.uint16], labels: NDArray[np.int32]) -> None:
         log_p = decode(records, logits.shape[1])
@@ -162,7 +163,10 @@ def _quantile(ordered: NDArray[np.float32], share: float) -> float:
     return float((np.float32(1) - part) * ordered[low] + part * ordered[min(low + 1, len(ordered) - 1)])
 
 
-CHUNK_HEADER = "chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence              Δp RMS            Same top p"
+CHUNK_HEADER = (
+    "chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence      "
+    "        Δp RMS            Same top p"
+)
 
 
 def chunk_line(chunk: int, s: ToolStatistics) -> str:

@@ -1,4 +1,4 @@
-"""The parent's side of an engine: a context manager that asks a worker process for logits, tokens and quantized files."""
+"""The parent's side of an engine: asks a worker process for logits, tokens and quantized files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Engine:
         self._log: IO[bytes] | None = None
 
     def __enter__(self) -> Engine:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        self._log = tempfile.TemporaryFile()
         environment = dict(os.environ)
         # A second pool of threads that spins while it waits costs more than it gives on a shared machine.
         environment |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(self.threads)}
@@ -129,7 +129,7 @@ class Engine:
     ) -> None:
         """The engine's own quantizer (`llama_model_quantize`; mainline only), e.g. ftype 15 for Q4_K_M.
 
-        tensor_types: (regex that is searched in the tensor name, ggml type), first match wins
+        tensor_types: (regex that is searched in the tensor name, ggml type), first match wins; without `pure` only
         importance:   tensor name -> [ne0] or [experts, ne0], per column
         """
         if self.installed.build is None or not self.installed.build.quantizes:
@@ -199,9 +199,8 @@ class Engine:
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         words = self._words()
-        return EngineError(
-            f"{self.installed.label}: the engine's process {how}" + (f"; it said: {words}" if words else "")
-        )
+        said = f"; it said: {words}" if words else ""
+        return EngineError(f"{self.installed.label}: the engine's process {how}{said}")
 
     def _words(self, lines: int = 2) -> str:
         """The engine's last complaints, else its last line."""

@@ -114,7 +114,7 @@ class Library:
             function = getattr(library, name, None)
             if function is not None:
                 function.restype, function.argtypes = _SIGNATURES[name]
-                return function  # type: ignore[no-any-return]
+                return function
         return None
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -152,7 +152,8 @@ class Model:
             raise EngineError(f"{path}: the engine made no context of {n_ctx} tokens")
 
     def _model_params(self) -> _Params:
-        return self.library.call("llama_model_default_params")  # type: ignore[no-any-return]
+        params: _Params = self.library.call("llama_model_default_params")
+        return params
 
     def about(self) -> dict[str, Any]:
         text = ctypes.create_string_buffer(256)
@@ -199,20 +200,14 @@ class Model:
                     batch.token[n], batch.pos[n] = token, start + n
                     batch.n_seq_id[n], batch.seq_id[n][0] = 1, 0
                     batch.logits[n] = 1 if first <= start + n < last else 0
-                wanted = [n for n in range(len(part)) if first <= start + n < last]
-                if self.library.layout.is_fork:  # with logits_all every position has its row
-                    rows = range(wanted[0], wanted[-1] + 1) if wanted else range(0)
-                else:
-                    rows = range(len(wanted))
-                    if not wanted:
-                        batch.logits[len(part) - 1] = 1  # some builds want one output a batch
+                rows = max(0, min(last, start + len(part)) - max(first, start))
+                if not rows:
+                    batch.logits[len(part) - 1] = 1  # some builds want one output a batch
                 code = self.library.call("llama_decode", self.context, batch)
                 if code != 0:
                     raise EngineError(f"the engine could not run tokens {start} to {start + len(part)} (code {code})")
-                if len(rows):
-                    address = ctypes.addressof(self.library.call("llama_get_logits", self.context).contents)
-                    size = 4 * self.n_vocab
-                    yield ctypes.string_at(address + rows[0] * size, len(rows) * size)
+                if rows:  # llama_get_logits has those of the marked positions only, one behind the other
+                    yield ctypes.string_at(self.library.call("llama_get_logits", self.context), rows * 4 * self.n_vocab)
         finally:
             self.library.call("llama_batch_free", batch)
 
@@ -259,7 +254,7 @@ def quantize(library: Library, request: Mapping[str, Any]) -> None:
     kept: list[Any] = []  # ctypes does not hold on to what a struct points at
     rules = request.get("tensor_types") or []
     if rules:
-        table = (_TensorType * (len(rules) + 1))(*((p.encode(), t) for p, t in rules), (None, 0))
+        table = (_TensorType * (len(rules) + 1))(*(_TensorType(p.encode(), t) for p, t in rules), _TensorType(None, 0))
         kept.append(table)
         struct.pack_into("<Q", params.raw, layout.tensor_types, ctypes.addressof(table))
     if request.get("importance"):
@@ -268,8 +263,8 @@ def quantize(library: Library, request: Mapping[str, Any]) -> None:
         entries = []
         for name, start, count in request["importance"]["entries"]:
             pointer = ctypes.cast(ctypes.addressof(buffer) + 4 * start, ctypes.POINTER(ctypes.c_float))
-            entries.append((name.encode(), pointer, count))
-        array = (_Importance * (len(entries) + 1))(*entries, (None, None, 0))
+            entries.append(_Importance(name.encode(), pointer, count))
+        array = (_Importance * (len(entries) + 1))(*entries, _Importance(None, None, 0))
         kept += [buffer, array]
         struct.pack_into("<Q", params.raw, layout.imatrix, ctypes.addressof(array))
     source, target = os.fsencode(request["source"]), os.fsencode(request["target"])

@@ -21,6 +21,7 @@ from recompile.cli.options import (
     compute_device,
     compute_dtype,
     device_options,
+    engine_options,
     output_options,
     read_rows,
     text_options,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @command("model_diff")
 @click.option("-ma", "--model-a", "--model_a", required=True, help="Model A, the candidate (a quantized build).")
-@click.option("-mb", "--model-b", "--model_b", required=True, help="Model B, the reference (the unquantized base).")
+@click.option("-mb", "--model-b", "--model_b", help="Model B, the reference (the unquantized base).")
 @click.option("-or", "--override", type=click.Path(path_type=Path), help="Recipe (YAML) to apply to model A in memory.")
 @text_options(rows=10, length=2048)
 @click.option(
@@ -71,11 +72,14 @@ if TYPE_CHECKING:
 )
 @click.option("-slb", "--save-logits-b", "--save_logits_b", type=click.Path(path_type=Path), help="Save B's logits.")
 @click.option("--allow-unmatched", is_flag=True, help="Go on where a key of the recipe matches no tensor.")
+@engine_options
 @device_options
 @output_options
+@click.pass_context
 def main(
+    ctx: click.Context,
     model_a: str,
-    model_b: str,
+    model_b: str | None,
     override: Path | None,
     rows: int,
     length: int,
@@ -90,6 +94,13 @@ def main(
     save_logits_a: Path | None,
     save_logits_b: Path | None,
     allow_unmatched: bool,
+    engine: str | None,
+    engine_lib: Path | None,
+    llama_chunks: int | None,
+    base_logits: Path | None,
+    save_base_logits: Path | None,
+    no_torch: bool,
+    threads: int | None,
     device: str,
     dtype: str | None,
     json_path: Path | None,
@@ -103,8 +114,37 @@ def main(
     Examples:
       model_diff -ma 3bpw -mb base -r 10
       model_diff -ma 3bpw -mb base -or overrides.yaml -r 10 --json diff.json
+      model_diff --engine llama.cpp -ma Q4_K_M.gguf -mb BF16.gguf --llama-chunks 20
     """
     check_json_path(json_path)
+    if engine is not None:
+        _check_engine_use(ctx)
+        from recompile.cli import engine_diff
+
+        run = engine_diff.EngineRun(
+            engine=engine,
+            library=engine_lib,
+            candidate=model_a,
+            reference=model_b,
+            chunks=llama_chunks,
+            n_ctx=length if _given(ctx, "length") else engine_diff.DEFAULT_N_CTX,
+            text=text,
+            dataset=dataset,
+            input_ids=input_ids,
+            base_logits=base_logits,
+            save_base_logits=save_base_logits,
+            with_torch=not no_torch,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+        )
+        engine_diff.show(run, json_path, quiet)
+        return
+    for name in ENGINE_ONLY:
+        if _given(ctx, name):
+            raise click.UsageError(f"{_flag(ctx, name)} goes with --engine")
+    if model_b is None:
+        raise click.UsageError("-mb is needed: model B, the reference")
     from recompile.checkpoint import open_checkpoint
     from recompile.overlay import build_overlay, check_same_model
 
@@ -143,6 +183,38 @@ def main(
         click.echo(_summary(report, overlay))
     if json_path is not None:
         print_json(json_path, {**report.as_dict(), "size": overlay.accounting.as_dict()})
+
+
+# What only the real engine takes, and what it cannot take.
+ENGINE_ONLY = ("engine_lib", "llama_chunks", "base_logits", "save_base_logits", "no_torch", "threads")
+NOT_WITH_ENGINE = (
+    "override",
+    "rows",
+    "keep_b",
+    "topk_max",
+    "batch_size",
+    "gen_prompt",
+    "save_input_ids",
+    "save_logits_a",
+    "save_logits_b",
+    "allow_unmatched",
+)
+
+
+def _given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _flag(ctx: click.Context, name: str) -> str:
+    return next(max(option.opts, key=len) for option in ctx.command.params if option.name == name)
+
+
+def _check_engine_use(ctx: click.Context) -> None:
+    wrong = [_flag(ctx, name) for name in NOT_WITH_ENGINE if _given(ctx, name)]
+    if wrong:
+        raise click.UsageError(
+            f"{', '.join(wrong)}: not with --engine, which runs finished GGUF files in chunks (--llama-chunks, -l)"
+        )
 
 
 def _with_chat_prompt(ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:

@@ -93,6 +93,42 @@ def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--engine` and what goes with it: the real engine's logits, counted as its own tool counts them."""
+    path = click.Path(path_type=Path)
+    for option in reversed(
+        (
+            click.option(
+                "--engine",
+                type=click.Choice(["llama.cpp", "ik_llama.cpp"]),
+                help="Run GGUF files in this engine and print llama-perplexity's KL statistics, beside our own.",
+            ),
+            click.option("--engine-lib", type=path, help="Your own libllama in place of the pinned wheel's."),
+            click.option(
+                "--llama-chunks",
+                type=click.IntRange(min=1),
+                help="With --engine: chunks of -l tokens (default 8 of 512), of which the second half counts.",
+            ),
+            click.option(
+                "--kl-divergence-base",
+                "base_logits",
+                type=path,
+                help="With --engine: a file of base logits in place of B's run; its tokens are used.",
+            ),
+            click.option(
+                "--save-all-logits",
+                "save_base_logits",
+                type=path,
+                help="With --engine: write B's logits as llama-perplexity's base file.",
+            ),
+            click.option("--no-torch", is_flag=True, help="With --engine: leave out our own forward pass beside it."),
+            click.option("--threads", type=click.IntRange(min=1), help="With --engine: its threads."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--json --quiet`."""
     function = click.option("--quiet", is_flag=True, help="No progress bar.")(function)
