@@ -263,6 +263,16 @@ def kin_of_expert(module: str) -> str:
     return re.sub(r"(\.experts)\.\d+(?=\.|$)", r"\1.*", module)
 
 
+def fused_sets(modules: Iterable[str]) -> list[tuple[str, ...]]:
+    """Modules that engines run as one matrix together; others alone."""
+    sets: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in modules:
+        parent, _, leaf = name.rpartition(".")
+        together = next((members for members in FUSED_SETS if leaf in members), (leaf,))
+        sets.setdefault((parent, together), []).append(name)
+    return [tuple(members) for members in sets.values()]
+
+
 def layer_index(name: str) -> int | None:
     found = re.match(r"^.*?\.(\d+)(\.|$)", name)
     return int(found[1]) if found and role_of(name) == "layer" else None

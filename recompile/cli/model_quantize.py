@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     required=True,
     help="Where the variants go: DIR/3bpw, DIR/4bpw, ...",
 )
-@click.option("-b", "--bits", multiple=True, type=float, required=True, help="Bitrates, any number: -b 2 3 4 6.")
+@click.option("-b", "--bits", multiple=True, type=float, help="Bitrates, any number: -b 2 3 4 6.")
+@click.option(
+    "--scheme",
+    "schemes",
+    multiple=True,
+    help="In place of -b, compressed-tensors schemes: --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4 ...",
+)
 @click.option(
     "--format",
     "format_name",
@@ -89,6 +95,7 @@ def main(
     in_dir: str,
     out_dir: Path,
     bits: tuple[float, ...],
+    schemes: tuple[str, ...],
     format_name: str,
     method: str,
     group_size: str,
@@ -115,8 +122,15 @@ def main(
     Examples:
       model_quantize -i base -o variants -b 2 3 4 6
       model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
+      model_quantize -i base -o variants --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4
     """
     check_json_path(json_path)
+    if not bits and not schemes:
+        raise click.UsageError("wanted -b with bitrates, or --scheme with names")
+    if schemes and (bits or format_name != "compressed-tensors" or engine != "own" or asym or head_bits):
+        raise click.UsageError(
+            "--scheme says all of the stored form; leave out -b, --format, --engine, --asym and --head-bits"
+        )
     if engine != "own":
         _run_engine(engine, in_dir, out_dir, format_name, bits, head_bits, rows, length, device, codebook, quiet)
         return
@@ -125,7 +139,11 @@ def main(
     base = open_checkpoint(in_dir)
     found, vocab = read_rows([base.path], "calibrate", rows, length, text, dataset, input_ids)
     check_vocabulary(base, vocab)
-    encoder, head = _encoder(format_name, bits, method, group_size, asym, importance, head_bits, codebook, found)
+    encoder: Encoder
+    if schemes:
+        encoder, head = _scheme_encoder(schemes, method, importance), False
+    else:
+        encoder, head = _encoder(format_name, bits, method, group_size, asym, importance, head_bits, codebook, found)
 
     from recompile.quantize.pipeline import LayerDone, quantize_model
 
@@ -207,6 +225,13 @@ def _encoder(
     if len(whole) != len(bits):
         raise FormatError("-b: compressed-tensors variants have whole bits, 2 to 8; mix them with a recipe")
     return IntEncoder(whole, size, not asym, method, importance, head_bits=head_bits), head_bits is not None
+
+
+def _scheme_encoder(schemes: tuple[str, ...], method: str, importance: bool) -> Encoder:
+    from recompile.formats.schemes import parse_scheme
+    from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+
+    return SchemeEncoder(tuple(uniform(parse_scheme(name), method) for name in schemes), importance)
 
 
 def _summary(report: QuantizeReport) -> str:

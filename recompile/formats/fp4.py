@@ -72,6 +72,35 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
     return values[codes.flatten(1).int()]
 
 
+def round_small_float(values: Tensor, mantissa: int, lowest_exponent: int, largest: float) -> Tensor:
+    """The nearest number of a small float type, ties to even, beyond the largest the largest; float32.
+
+    mantissa: stored bits; lowest_exponent: of normal numbers, below it the steps stay the same
+    """
+    values = values.clamp(-largest, largest)
+    exponent = torch.frexp(values).exponent - 1  # floor(log2 |x|); of 0 it is -1
+    step = torch.ldexp(torch.ones_like(values), exponent.clamp_(min=lowest_exponent) - mantissa)
+    return (values / step).round_().mul_(step)
+
+
+def round_e2m1(values: Tensor) -> Tensor:
+    return round_small_float(values, 1, 0, E2M1[-1])
+
+
+def pack_e2m1(levels: Tensor) -> Tensor:
+    """Codes of values that all are levels of E2M1, two a byte, low nibble first; -0 is stored as 0.
+
+    levels:  [O, 2n] float, each one of +-E2M1
+    returns: [O, n] uint8
+    """
+    index = torch.zeros(2 * int(E2M1[-1]) + 1, dtype=torch.uint8, device=levels.device)
+    index[torch.tensor([int(2 * value) for value in E2M1], device=levels.device)] = torch.arange(
+        len(E2M1), dtype=torch.uint8, device=levels.device
+    )
+    codes = index[(levels.abs() * 2).int()] | (levels < 0).to(torch.uint8) << 3
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
 def dequantize(parts: Mapping[str, Tensor], scheme: Nvfp4Scheme, module: str = "tensor") -> Tensor:
     """The dense weight [O, I] float32 of a module, computed in float32.
 

@@ -61,6 +61,21 @@ def unpack_e2m3(packed: Tensor) -> Tensor:
     return values[(words[..., None] >> shifts & 63).flatten(1)]
 
 
+def pack_e2m3(levels: Tensor) -> Tensor:
+    """The inverse of `unpack_e2m3` for values that all are levels of E2M3; -0 is stored as 0.
+
+    levels:  [O, 4n] float, each one of +-E2M3
+    returns: [O, 3n] uint8
+    """
+    index = torch.zeros(8 * 8, dtype=torch.int32, device=levels.device)
+    index[torch.tensor([int(8 * value) for value in E2M3], device=levels.device)] = torch.arange(
+        len(E2M3), dtype=torch.int32, device=levels.device
+    )
+    codes = index[(levels.abs() * 8).int()] | (levels < 0).int() << 5
+    words = codes[:, ::4] | codes[:, 1::4] << 6 | codes[:, 2::4] << 12 | codes[:, 3::4] << 18  # [O, n]
+    return torch.stack([words >> shift & 255 for shift in (0, 8, 16)], -1).flatten(1).to(torch.uint8)
+
+
 def _as_float32(weight: Tensor) -> Tensor:
     return weight.float()
 

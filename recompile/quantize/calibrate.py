@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +25,20 @@ class InputStatistics:
     modules: list[str]
     hessian: Tensor | None = None  # [in, in] float32, sum over tokens of x x^T
     tokens: int = 0
+    largest: Tensor | None = None  # [in] float32, largest |x| of every input
+
+    def add(self, inputs: Tensor) -> None:
+        """Count the inputs of a call, [..., in]."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if len(x) == 0:
+            return
+        self.tokens += len(x)
+        largest = torch.maximum(x.amax(0), -x.amin(0))
+        if self.hessian is None or self.largest is None:
+            self.hessian, self.largest = x.T @ x, largest
+        else:
+            self.hessian.addmm_(x.T, x)
+            self.largest = torch.maximum(self.largest, largest)
 
 
 @dataclass
@@ -72,9 +87,4 @@ class InputCollector(TorchFunctionMode):
         self._last = (inputs, group)
         if group.modules[0] != leader:
             return
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        group.tokens += len(x)
-        if group.hessian is None:
-            group.hessian = x.T @ x
-        else:
-            group.hessian.addmm_(x.T, x)
+        group.add(inputs)

@@ -78,12 +78,12 @@ def quantize_gptq(
         raise FormatError(f"act_order: found {act_order!r}, wanted 'off' or 'static'")
     if block < 1:
         raise FormatError(f"block: found {block}, wanted at least 1 column")
-    _check_inputs(weight, hessian, schemes)
+    check_inputs(weight, hessian, schemes)
     if not schemes:
         return []
     diagonal = hessian.diagonal().double() if hessian.device.type != "mps" else hessian.diagonal().float()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order == "static" else None
-    unit_upper = _factor(hessian, order, damping)
+    unit_upper = factor_hessian(hessian, order, damping)
     column_weight = normalise_importance(diagonal if importance else None, weight.shape[1], weight.device)
 
     rows_per_part = max(1, _STACK_WEIGHTS // (weight.shape[1] * len(schemes)))
@@ -250,7 +250,7 @@ def _fit_group(
         table.zero_point[group] = zero + table.scheme.code_min
 
 
-def _factor(hessian: Tensor, order: Tensor | None, damping: float) -> Tensor:
+def factor_hessian(hessian: Tensor, order: Tensor | None, damping: float) -> Tensor:
     """U [I, I] float32, unit upper triangular, with the damped H = U D U^T and D diagonal, in the order of rounding."""
     # float64: with 1 % damping the condition may reach 100 * I, too much for a float32 factor of a wide matrix.
     full = hessian.to(torch.float32 if hessian.device.type == "mps" else torch.float64, copy=True)
@@ -277,7 +277,7 @@ def _factor(hessian: Tensor, order: Tensor | None, damping: float) -> Tensor:
         damping = min(max(10 * damping, 1e-4), _MAX_DAMPING)
 
 
-def _check_inputs(weight: Tensor, hessian: Tensor, schemes: Sequence[IntScheme]) -> None:
+def check_inputs(weight: Tensor, hessian: Tensor, schemes: Sequence[IntScheme]) -> None:
     if weight.ndim != 2 or 0 in weight.shape:
         raise FormatError(f"weight: found shape {list(weight.shape)}, wanted [out, in]")
     in_features = weight.shape[1]

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recompile.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json, read_safetensors_header
-from recompile.costs import ROUTERS
+from recompile.costs import ROUTERS, fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.overlay import build_overlay, role_of
 from recompile.quantize.calibrate import InputCollector, InputStatistics
@@ -71,6 +71,22 @@ class Encoder(Protocol):
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]: ...
     def description(self) -> dict[str, Any]:
         """Everything that decides the output, for the journal."""
+        ...
+
+
+@runtime_checkable
+class ObservingEncoder(Protocol):
+    """An Encoder that also asks for the ranges of the inputs, and may keep a module dense in some variants only."""
+
+    def why_not_in(self, variant: int, module: str, shape: tuple[int, int]) -> str | None: ...
+    def encode_observed(
+        self,
+        weights: Mapping[str, Tensor],
+        hessian: Tensor | None,
+        biases: Mapping[str, Tensor],
+        largest: Tensor | None,
+    ) -> list[dict[str, Encoded]]:
+        """As Encoder.encode; largest: [in] the largest |x| of every input over the calibration rows."""
         ...
 
 
@@ -277,7 +293,7 @@ class _Build:
         reports: list[list[ModuleReport]] = [[] for _ in range(variants)]
         taken: set[str] = set()
         unseen = [name for name in names if self._is_linear(name) and not any(name in g.modules for g in groups)]
-        for group in [*groups, *(InputStatistics([name]) for name in unseen)]:
+        for group in [*groups, *(InputStatistics(list(members)) for members in fused_sets(unseen))]:
             weights: dict[str, Tensor] = {}
             biases: dict[str, Tensor] = {}
             for name in group.modules:
@@ -292,11 +308,16 @@ class _Build:
             if not weights:
                 continue
             power = {name: _output_power(weight, group.hessian) for name, weight in weights.items()}
-            for variant, encoded in enumerate(self.encoder.encode(weights, group.hessian, biases)):
-                for name, made in encoded.items():
+            for variant, encoded in enumerate(self._encode(weights, group, biases)):
+                for name, weight in weights.items():
+                    if name not in encoded:  # dense in this variant only
+                        tensors[variant].update(self._dense_tensors(self.base.modules[name]))
+                        reports[variant].append(self._dense_report(name, self._why_not_in(variant, name), group.tokens))
+                        continue
+                    made = encoded[name]
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
-                    reports[variant].append(_measure(name, weights[name], made, group, power[name]))
+                    reports[variant].append(_measure(name, weight, made, group, power[name]))
             taken.update(weights)
         for name in names:
             if name not in taken:
@@ -309,14 +330,25 @@ class _Build:
         stage = self.model.prefix_of_layer(number) if number < self.model.depth else "head"
         return LayerDone(number, len(self.stages), stage, False, found)
 
+    def _encode(
+        self, weights: Mapping[str, Tensor], group: InputStatistics, biases: Mapping[str, Tensor]
+    ) -> list[dict[str, Encoded]]:
+        if isinstance(self.encoder, ObservingEncoder):
+            return self.encoder.encode_observed(weights, group.hessian, biases, group.largest)
+        return self.encoder.encode(weights, group.hessian, biases)
+
+    def _why_not_in(self, variant: int, name: str) -> str:
+        assert isinstance(self.encoder, ObservingEncoder), "other encoders make every module in every variant"
+        shape = self._shape(name)
+        why = self.encoder.why_not_in(variant, name, (shape[0], shape[1]))
+        assert why is not None, f"{name}: left out without a reason"
+        return why
+
     def _quantize_head(self, states: list[Tensor]) -> LayerDone:
         statistics = InputStatistics([self._head_module()])
         with self.model.norm_loaded() as norm:
             for state in states:
-                x = norm(state).reshape(-1, state.shape[-1]).float()
-                statistics.tokens += len(x)
-                product = x.T @ x
-                statistics.hessian = product if statistics.hessian is None else statistics.hessian.add_(product)
+                statistics.add(norm(state))
         return self._quantize(self.model.depth, [], [statistics])
 
     def _weight_tensor(self, name: str) -> str:

@@ -1,0 +1,319 @@
+"""compressed-tensors variants of any scheme, or of several in one variant: what `model_quantize --scheme` makes.
+
+A variant is a list of rules: the first whose targets match a module says its scheme and method, as the modifiers of a
+recipe do. One Hessian per input serves all variants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recompile.costs import fused_sets
+from recompile.errors import FormatError
+from recompile.formats import FORMATS, packed_int
+from recompile.formats.compressed_tensors import merged_config
+from recompile.formats.packed_int import IntScheme
+from recompile.formats.schemes import Scheme
+from recompile.overlay import role_of
+from recompile.quantize.gptq import QuantizedWeight, quantize_gptq
+from recompile.quantize.gptq_levels import round_gptq
+from recompile.quantize.grids import GridMethod, fit_grid, normalise_importance, quantize_to_grid
+from recompile.quantize.levels import E2M1_MAX, E4M3_MAX, LevelGrid, fit_levels, global_scale
+from recompile.quantize.pipeline import Encoded, VariantReport
+
+METHODS = ("rtn", "mse", "gptq")
+PACKED, NVFP4 = "pack-quantized", "nvfp4-pack-quantized"
+
+
+@dataclass(frozen=True)
+class SchemeRule:
+    """Which modules get a scheme, and how their numbers are found. scheme None: they stay dense.
+
+    targets: globs over module names, `re:` patterns (matched from the start), or "Linear" for all
+    """
+
+    scheme: Scheme | None
+    method: str = "gptq"
+    targets: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise FormatError(f"method: found {self.method!r}, wanted one of {', '.join(METHODS)}")
+        for target in (*self.targets, *self.ignore):
+            _pattern(target)
+
+    def matches(self, module: str) -> bool:
+        return _any_matches(self.targets, module) and not _any_matches(self.ignore, module)
+
+
+@dataclass(frozen=True)
+class SchemeVariant:
+    """One directory. Modules that no rule matches stay dense."""
+
+    name: str
+    rules: tuple[SchemeRule, ...]
+
+    def rule_of(self, module: str) -> SchemeRule | None:
+        return next((rule for rule in self.rules if rule.matches(module)), None)
+
+
+def uniform(scheme: Scheme, method: str = "gptq") -> SchemeVariant:
+    """All linear maps of the layers in one scheme."""
+    return SchemeVariant(scheme.name, (SchemeRule(scheme, method),))
+
+
+@lru_cache(maxsize=1024)
+def _pattern(target: str) -> re.Pattern[str]:
+    if target.startswith("re:"):
+        try:
+            return re.compile(target[3:])
+        except re.error as error:
+            raise FormatError(f"target {target!r} is not a regular expression: {error}") from error
+    if target == "Linear":
+        target = "*"
+    return re.compile(".*".join(re.escape(piece) for piece in target.split("*")) + r"\Z")
+
+
+def _any_matches(targets: Sequence[str], module: str) -> bool:
+    return any(_pattern(target).match(module) for target in targets)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Modules of one input that one variant makes in one scheme."""
+
+    variant: int
+    scheme: Scheme
+    method: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SchemeEncoder:
+    """An Encoder (see pipeline.py) of compressed-tensors variants."""
+
+    variants: tuple[SchemeVariant, ...]
+    importance: bool = True
+    damping: float = 0.01
+    scale_dtype: torch.dtype = torch.bfloat16
+    head_scheme: Scheme | None = None  # of the output head in every variant, where it is quantized at all
+
+    def __post_init__(self) -> None:
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) != len(names):
+            raise FormatError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+
+    @property
+    def names(self) -> list[str]:
+        return [variant.name for variant in self.variants]
+
+    def rule_of(self, variant: int, module: str) -> SchemeRule | None:
+        found = self.variants[variant].rule_of(module)
+        if role_of(module) != "head":
+            return found
+        return SchemeRule(self.head_scheme, found.method if found else "gptq") if self.head_scheme else None
+
+    def why_not_in(self, variant: int, module: str, shape: tuple[int, int]) -> str | None:
+        """Why a module stays dense in one variant."""
+        rule = self.rule_of(variant, module)
+        if rule is None or rule.scheme is None:
+            return "no rule of the variant takes it, kept dense"
+        return rule.scheme.why_not(shape)
+
+    def why_not(self, module: str, shape: tuple[int, int]) -> str | None:
+        reasons = [self.why_not_in(number, module, shape) for number in range(len(self.variants))]
+        return next(iter(reasons)) if all(reasons) else None
+
+    def encode(
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, biases: Mapping[str, Tensor]
+    ) -> list[dict[str, Encoded]]:
+        return self.encode_observed(weights, hessian, biases, None)
+
+    def encode_observed(
+        self,
+        weights: Mapping[str, Tensor],
+        hessian: Tensor | None,
+        biases: Mapping[str, Tensor],
+        largest: Tensor | None,
+    ) -> list[dict[str, Encoded]]:
+        """As `encode`; largest: [in] the largest |x| of every input, for schemes that store a scale of their inputs.
+
+        A module that a variant keeps dense is missing from that variant's result."""
+        made: list[dict[str, Encoded]] = [{} for _ in self.variants]
+        jobs = [job for number in range(len(self.variants)) for job in self._jobs(number, weights)]
+        for modules in dict.fromkeys(job.modules for job in jobs):
+            mine = [job for job in jobs if job.modules == modules]
+            own = {name: weights[name] for name in modules}
+            for job, parts in zip(mine, self._parts(own, hessian, mine), strict=True):
+                for name, found in parts.items():
+                    made[job.variant][name] = _finish(name, found, job.scheme, biases.get(name), largest)
+        return made
+
+    def _jobs(self, variant: int, weights: Mapping[str, Tensor]) -> list[_Job]:
+        members: dict[tuple[str, str], list[str]] = {}
+        schemes: dict[str, Scheme] = {}
+        for name, weight in weights.items():
+            rule = self.rule_of(variant, name)
+            if (
+                rule is None
+                or rule.scheme is None
+                or self.why_not_in(variant, name, (weight.shape[0], weight.shape[1]))
+            ):
+                continue
+            schemes[rule.scheme.name] = rule.scheme
+            members.setdefault((rule.scheme.name, rule.method), []).append(name)
+        return [_Job(variant, schemes[name], method, tuple(found)) for (name, method), found in members.items()]
+
+    def _parts(
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, jobs: Sequence[_Job]
+    ) -> list[dict[str, dict[str, Tensor]]]:
+        """For every job, the stored parts of its modules, which are all of `weights`."""
+        stacked = torch.cat(list(weights.values())).float()
+        sizes = [len(weight) for weight in weights.values()]
+        made: list[dict[str, dict[str, Tensor]]] = [{} for _ in jobs]
+        integers = [n for n, job in enumerate(jobs) if job.scheme.format == PACKED]
+        for n, found in zip(
+            integers, self._quantize_integers(stacked, hessian, [jobs[n] for n in integers]), strict=True
+        ):
+            zeros = found.grid.zero_point
+            pieces = zip(
+                weights,
+                found.codes.split(sizes),
+                found.grid.scale.split(sizes),
+                zeros.split(sizes) if zeros is not None else [None] * len(sizes),
+                strict=True,
+            )
+            for name, codes, scale, zero in pieces:
+                made[n][name] = packed_int.pack(codes, scale, zero, found.scheme, self.scale_dtype)
+        others = [n for n, job in enumerate(jobs) if job.scheme.format != PACKED]
+        grids = [self._fit(weights, hessian, jobs[n]) for n in others]
+        with_gptq = [at for at, n in enumerate(others) if jobs[n].method == "gptq" and hessian is not None]
+        rounded: dict[int, Tensor] = {}
+        if hessian is not None and with_gptq:
+            joined = [_join(list(grids[at].values())) for at in with_gptq]
+            rounded = dict(zip(with_gptq, round_gptq(stacked, hessian, joined, self.damping), strict=True))
+        for at, n in enumerate(others):
+            levels = rounded[at].split(sizes) if at in rounded else None
+            for number, (name, grid) in enumerate(grids[at].items()):
+                made[n][name] = grid.pack(levels[number] if levels else grid.round(weights[name]))
+        return made
+
+    def _quantize_integers(
+        self, stacked: Tensor, hessian: Tensor | None, jobs: Sequence[_Job]
+    ) -> list[QuantizedWeight]:
+        schemes = [IntScheme.from_config(job.scheme.weights) for job in jobs]
+        with_gptq = [n for n, job in enumerate(jobs) if job.method == "gptq" and hessian is not None]
+        made: dict[int, QuantizedWeight] = {}
+        if hessian is not None and with_gptq:
+            found = quantize_gptq(
+                stacked,
+                hessian,
+                [schemes[n] for n in with_gptq],
+                damping=self.damping,
+                importance=self.importance,
+                act_order="static",
+                scale_dtype=self.scale_dtype,
+            )
+            made = dict(zip(with_gptq, found, strict=True))
+        diagonal = hessian.diagonal() if hessian is not None and self.importance else None
+        for n, job in enumerate(jobs):
+            if n not in made:
+                fit: GridMethod = "rtn" if job.method == "rtn" else "mse"
+                grid = fit_grid(stacked, schemes[n], fit, diagonal, self.scale_dtype)
+                made[n] = QuantizedWeight(quantize_to_grid(stacked, grid, schemes[n]), grid, schemes[n])
+        return [made[n] for n in range(len(jobs))]
+
+    def _fit(self, weights: Mapping[str, Tensor], hessian: Tensor | None, job: _Job) -> dict[str, LevelGrid]:
+        """A grid a module. Modules that engines fuse share nvfp4's global scale."""
+        first = next(iter(weights.values()))
+        diagonal = hessian.diagonal() if hessian is not None and self.importance else None
+        column_weight = normalise_importance(diagonal, first.shape[1], first.device)
+        whole: dict[str, Tensor] = {}
+        if job.scheme.format == NVFP4:
+            for members in fused_sets(weights):
+                whole |= dict.fromkeys(members, global_scale([weights[name] for name in members]))
+        return {
+            name: fit_levels(
+                weight,
+                job.scheme,
+                "rtn" if job.method == "rtn" else "mse",
+                column_weight,
+                self.scale_dtype,
+                whole.get(name),
+            )
+            for name, weight in weights.items()
+        }
+
+    def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
+        return stored
+
+    def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
+        quantized = [module.module for module in report.modules if module.quantized]
+        groups = {}
+        for name in quantized:
+            rule = self.rule_of(variant, name)
+            assert rule is not None, name
+            assert rule.scheme is not None, name
+            groups[name] = rule.scheme.group()
+        return merged_config({}, groups.items(), dense, [*quantized, *dense])
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "format": "compressed-tensors",
+            "variants": {
+                variant.name: [
+                    {
+                        "targets": list(rule.targets),
+                        "ignore": list(rule.ignore),
+                        "scheme": rule.scheme.name if rule.scheme else None,
+                        "method": rule.method,
+                    }
+                    for rule in variant.rules
+                ]
+                for variant in self.variants
+            },
+            "importance": self.importance,
+            "damping": self.damping,
+            "scale_dtype": str(self.scale_dtype),
+            "head_scheme": self.head_scheme.name if self.head_scheme else None,
+        }
+
+
+def _join(grids: Sequence[LevelGrid]) -> LevelGrid:
+    """One grid over the rows of several."""
+    return replace(grids[0], factor=torch.cat([grid.factor for grid in grids]), scales={})
+
+
+def _finish(
+    name: str, parts: dict[str, Tensor], scheme: Scheme, bias: Tensor | None, largest: Tensor | None
+) -> Encoded:
+    """The module as stored, with what a reader decodes it to."""
+    code = FORMATS[scheme.format].load_code()
+    dense = code.dequantize(parts, code.read_scheme(scheme.weights), module=name)
+    parts = {**parts, **_input_scales(name, scheme, largest)}
+    if bias is not None:
+        parts["bias"] = bias
+    return Encoded(parts, dense)
+
+
+def _input_scales(name: str, scheme: Scheme, largest: Tensor | None) -> dict[str, Tensor]:
+    """Stored scales of the inputs: one a tensor for static schemes, nvfp4's global one."""
+    inputs = scheme.input_activations
+    if inputs is None or inputs["dynamic"] is True:
+        return {}
+    if largest is None:
+        raise FormatError(
+            f"{name}: {scheme.name} stores a scale of the module's inputs, and no calibration row gave any"
+        )
+    top = largest.float().max().reshape(1).clamp(min=torch.finfo(torch.float32).tiny)
+    if inputs["strategy"] == "tensor_group":
+        return {"input_global_scale": E4M3_MAX * E2M1_MAX / top}
+    return {"input_scale": top / (E4M3_MAX if inputs["type"] == "float" else 127.5)}
