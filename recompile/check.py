@@ -8,6 +8,7 @@ check_same_weights  were the variants of an overlay made from the same weights?
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recompile import engines
 from recompile.checkpoint import (
     INDEX_NAME,
     Checkpoint,
@@ -36,6 +38,7 @@ from recompile.write import (
     MANIFEST_VERSION,
     MARKER_NAME,
     Step,
+    WritePlan,
     default_workers,
     natural_key,
 )
@@ -112,7 +115,7 @@ def verify(out: str | os.PathLike[str], on_step: Callable[[Step], None] | None =
     originals: dict[str, StoredModule] = {}
     for name in stored:
         source = listed[name].get("source")
-        if source not in sources or "decoded_from" in listed[name]:
+        if source not in sources or listed[name].keys() & {"decoded_from", "converted_from"}:
             continue
         if name in sources[source].modules:
             originals[name] = sources[source].modules[name]
@@ -307,6 +310,35 @@ def _head_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
         )
     if not heads and causal and checkpoint.config.get("tie_word_embeddings") is False:
         yield Problem("config.json", "tie_word_embeddings is false, and no output head is stored")
+
+
+# ---- engines ----
+
+
+def check_engine(directory: str | os.PathLike[str], engine: str) -> list[Problem]:
+    """What keeps vLLM, transformers or SGLang (see engines.py) from running a finished checkpoint. Raises nothing for
+    a damaged one: `check_checkpoint` names that."""
+    try:
+        checkpoint = open_checkpoint(directory)
+        return [_as_problem(finding) for finding in engines.findings(engine, checkpoint)]
+    except CheckpointError:
+        return []
+
+
+def check_plan(plan: WritePlan, engine: str) -> list[Problem]:
+    """The same for a merge that is planned."""
+    placed = {module.name: (module.placement.checkpoint, module.placement.stored) for module in plan.modules}
+    converted = {
+        module.name: engines.kind_of_group(module.conversion.format, module.conversion.group)
+        for module in plan.modules
+        if module.conversion is not None and module.conversion.group is not None
+    }
+    config = json.loads(plan.texts["config.json"])
+    return [_as_problem(finding) for finding in engines.findings_of(engine, placed, config, converted)]
+
+
+def _as_problem(finding: engines.Finding) -> Problem:
+    return Problem(finding.where, finding.message, finding.severity)
 
 
 # ---- compressed-tensors ----

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from recompile.checkpoint import Checkpoint, StoredModule
+from recompile.convert import Conversion, notes_of
 from recompile.costs import FUSED_SETS
 from recompile.errors import MismatchError, UnsupportedError
 from recompile.formats import FORMATS, compressed_tensors, exl2_config, exl3_config
@@ -37,12 +38,19 @@ def is_verbatim(overlay: Overlay) -> bool:
     return overlay.overridden == 0
 
 
-def merged_texts(overlay: Overlay) -> tuple[dict[str, str], list[str]]:
-    """The JSON files that say what the output holds, and warnings."""
+def merged_texts(
+    overlay: Overlay, conversions: Mapping[str, Conversion] | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """The JSON files that say what the output holds, and warnings.
+
+    conversions: modules that are stored in another form than their source's; see convert.py
+    """
+    conversions = conversions or {}
     families: dict[str, Placement] = {}
-    for placement in overlay.placements.values():
+    for name, placement in overlay.placements.items():
         if placement.stored.is_quantized:
-            families.setdefault(family_of(placement.checkpoint, placement.stored), placement)
+            family = family_of(placement.checkpoint, placement.stored)
+            families.setdefault(compressed_tensors.QUANT_METHOD if name in conversions else family, placement)
     if len(families) > 1:
         listed = " and ".join(f"{family} ({p.module} from {origin_of(p)})" for family, p in families.items())
         raise UnsupportedError(
@@ -61,9 +69,9 @@ def merged_texts(overlay: Overlay) -> tuple[dict[str, str], list[str]]:
     if family != compressed_tensors.QUANT_METHOD:
         raise UnsupportedError(
             f"{overlay.label}: {families[family].module} is stored as {family}; modules can be exchanged between "
-            f"dense, compressed-tensors, EXL2 and EXL3 checkpoints"
+            f"dense, compressed-tensors, GPTQ, AWQ, DeepSeek fp8, EXL2 and EXL3 checkpoints"
         )
-    return _compressed_texts(overlay)
+    return _compressed_texts(overlay, conversions)
 
 
 def origin_of(placement: Placement) -> str:
@@ -140,15 +148,16 @@ def _exl3_texts(overlay: Overlay) -> tuple[dict[str, str], list[str]]:
     return texts, exl3_config.expert_warnings(overlay.modules)
 
 
-def _compressed_texts(overlay: Overlay) -> tuple[dict[str, str], list[str]]:
+def _compressed_texts(overlay: Overlay, conversions: Mapping[str, Conversion]) -> tuple[dict[str, str], list[str]]:
     quantized: dict[str, Mapping[str, Any]] = {}
     dense = []
     for name, placement in overlay.placements.items():
         stored, checkpoint = placement.stored, placement.checkpoint
-        if stored.is_quantized:
-            compressed_tensors.weights_of(checkpoint, stored)  # refuses a module that no group covers
-            class_name = "Embedding" if role_of(name) == "embedding" else "Linear"
-            group = compressed_tensors.group_of(checkpoint.quantization_config, name, class_name) or {}
+        conversion = conversions.get(name)
+        if conversion is not None and conversion.group is not None:
+            quantized[name] = conversion.group
+        elif stored.is_quantized:
+            group = compressed_tensors.group_for(checkpoint, stored)  # refuses a module that no group covers
             quantized[name] = {**group, "format": group.get("format") or stored.format}
         elif is_linear(stored):
             dense.append(name)
@@ -165,10 +174,12 @@ def _compressed_texts(overlay: Overlay) -> tuple[dict[str, str], list[str]]:
             warnings.append(f"{checkpoint.label}: has another kv_cache_scheme than the base; the base's is written")
     if "lm_head" not in quantized and "lm_head" not in dense:
         dense.append("lm_head")  # tied: engines build the module all the same
-    merged = compressed_tensors.merged_config(
-        overlay.base.quantization_config, quantized.items(), dense, list(overlay.placements)
-    )
+    inherited = overlay.base.quantization_config
+    if inherited.get("quant_method") != compressed_tensors.QUANT_METHOD:
+        inherited = {}
+    merged = compressed_tensors.merged_config(inherited, quantized.items(), dense, list(overlay.placements))
     config = {**overlay.config, "quantization_config": merged}
+    warnings += notes_of(conversions)
     return {"config.json": dump_json(config)}, [*warnings, *_scheme_warnings(quantized, dense)]
 
 

@@ -31,8 +31,10 @@ from recompile.checkpoint import (
     TensorInfo,
     dense_dtype,
     read_safetensors_header,
+    read_tensor,
 )
 from recompile.configs import dump_json, is_verbatim, merged_texts, origin_of, without_quantization
+from recompile.convert import Conversion, is_expressible, plan_conversions
 from recompile.errors import CheckpointError, OutputError, RecipeError, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FORMATS
 from recompile.overlay import PADDING, Accounting, Overlay, Placement, account, quantizable
@@ -74,7 +76,7 @@ class PlannedTensor:
     """One tensor of the output and where its bytes come from."""
 
     info: TensorInfo  # in the output: path and offset as they will be under OUT
-    source: TensorInfo | None  # copied from here; None for a value that is decoded
+    source: TensorInfo | None  # copied from here; None for a value that is decoded or converted
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class PlannedModule:
     stored: StoredModule  # as the output holds it
     tensors: tuple[PlannedTensor, ...]
     shard: int
+    conversion: Conversion | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,18 @@ class Step:
 
 
 def plan_write(
-    overlay: Overlay, out: str | os.PathLike[str], shard_mb: int = DEFAULT_SHARD_MB, *, dense: bool = False
+    overlay: Overlay,
+    out: str | os.PathLike[str],
+    shard_mb: int = DEFAULT_SHARD_MB,
+    *,
+    dense: bool = False,
+    reencode: bool = False,
 ) -> WritePlan:
-    """Decide every byte range, config and file of the output; reads headers and small JSON files, no tensor.
+    """Decide every byte range, config and file of the output; reads headers and small JSON files, no tensor but the
+    group indices of GPTQ modules and the global scales of nvfp4 ones.
 
-    dense: decode every quantized module to the base's dense dtype (bf16 as a rule) and copy the rest; imports torch
+    dense:    decode every quantized module to the base's dense dtype (bf16 as a rule) and copy the rest; imports torch
+    reencode: give nvfp4 modules of a fused set from several sources one global scale
 
     Raises UnsupportedError for a mix that no engine loads (the message names `--dense` where that helps), MismatchError
     for sources with rotations of their own, FormatError for modules that their config does not describe, RecipeError
@@ -150,20 +160,20 @@ def plan_write(
         raise OutputError(f"--shard-size {shard_mb}: wanted at least 1 (MB)")
     out = Path(out)
     warnings: list[str] = []
+    conversions: dict[str, Conversion] = {}
     ordered = [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
     if dense:
         wanted = _dense_tensors(overlay, ordered)
         texts = {"config.json": dump_json(_dense_config(overlay))}
         prefix, with_index = "model", True
     else:
-        wanted = [
-            [_Wanted(info.name, info.dtype, info.shape, info) for _, info in sorted(p.stored.parts.items())]
-            for p in ordered
-        ]
-        texts, warnings = merged_texts(overlay)
+        if is_expressible([p.stored.format for p in ordered]):
+            conversions = plan_conversions(overlay, reencode=reencode)
+        wanted = [_copied(p) if p.module not in conversions else _converted(p, conversions) for p in ordered]
+        texts, warnings = merged_texts(overlay, conversions)
         exl2 = "exl2" in overlay.formats
         prefix, with_index = ("output", False) if exl2 else ("model", True)
-    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, prefix)
+    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, prefix, conversions)
     if with_index and len(shards) > 1:
         texts[INDEX_NAME] = dump_json(_index(modules, shards))
     if is_verbatim(overlay) and not dense:
@@ -202,13 +212,27 @@ class _Wanted:
         return size
 
 
+def _copied(placement: Placement) -> list[_Wanted]:
+    return [_Wanted(i.name, i.dtype, i.shape, i) for _, i in sorted(placement.stored.parts.items())]
+
+
+def _converted(placement: Placement, conversions: Mapping[str, Conversion]) -> list[_Wanted]:
+    parts = conversions[placement.module].parts
+    return [_Wanted(f"{placement.module}.{part}", dtype, shape, None) for part, (dtype, shape) in parts.items()]
+
+
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sorts layers.2 before layers.10."""
     return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in name.split(".")]
 
 
 def _lay_out(
-    out: Path, ordered: Sequence[Placement], wanted: Sequence[Sequence[_Wanted]], shard_bytes: int, prefix: str
+    out: Path,
+    ordered: Sequence[Placement],
+    wanted: Sequence[Sequence[_Wanted]],
+    shard_bytes: int,
+    prefix: str,
+    conversions: Mapping[str, Conversion],
 ) -> tuple[tuple[PlannedShard, ...], tuple[PlannedModule, ...]]:
     """Fill shards in the order of the modules; a module's tensors stay together, one larger than a shard alone."""
     members: list[list[int]] = []
@@ -244,14 +268,18 @@ def _lay_out(
                 )
                 for t in wanted[number]
             )
-            modules.append(PlannedModule(placement.module, placement, _stored(placement, planned), planned, shard))
+            conversion = conversions.get(placement.module)
+            stored = _stored(placement, planned, conversion)
+            modules.append(PlannedModule(placement.module, placement, stored, planned, shard, conversion))
     return tuple(shards), tuple(modules)
 
 
-def _stored(placement: Placement, tensors: Sequence[PlannedTensor]) -> StoredModule:
+def _stored(placement: Placement, tensors: Sequence[PlannedTensor], conversion: Conversion | None) -> StoredModule:
     """The module as the output holds it."""
     skip = len(placement.module) + 1
     parts = {tensor.info.name[skip:]: tensor.info for tensor in tensors}
+    if conversion is not None:
+        return StoredModule(placement.module, parts, placement.stored.shape, conversion.format)
     if all(tensor.source is not None for tensor in tensors):
         return StoredModule(placement.module, parts, placement.stored.shape, placement.stored.format)
     return StoredModule(placement.module, parts, parts["weight"].shape, "dense")
@@ -678,8 +706,11 @@ def _write_module(
     """Write one module and return the sha256 of its parts' bytes."""
     digest = hashlib.sha256()
     target = files.shards[module.shard]
+    made = _convert(module) if module.conversion is not None else {}
     for tensor in module.tensors:
-        if tensor.source is None:
+        if tensor.info.name in made:
+            chunks = _in_chunks(made[tensor.info.name])
+        elif tensor.source is None:
             chunks = _in_chunks(_decode(plan.overlay, module, tensor))
         else:
             chunks = files.read(tensor.source)
@@ -694,6 +725,21 @@ def _write_module(
             wrote(len(chunk))
         files.start_flush(module.shard, tensor.info)
     return digest.hexdigest()
+
+
+def _convert(module: PlannedModule) -> dict[str, memoryview]:
+    """The bytes of every tensor of a module that changes its form."""
+    import torch
+
+    assert module.conversion is not None, module.name
+    parts = {part: read_tensor(info) for part, info in module.placement.stored.parts.items()}
+    made = module.conversion.run(parts)
+    found = {}
+    for tensor in module.tensors:
+        value = made[tensor.info.name[len(module.name) + 1 :]].contiguous()
+        assert tuple(value.shape) == tensor.info.shape, f"{tensor.info.name} was planned as {tensor.info.shape}"
+        found[tensor.info.name] = memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return found
 
 
 def _in_chunks(data: memoryview) -> Iterator[memoryview]:
@@ -837,7 +883,9 @@ def make_manifest(plan: WritePlan, hashes: Mapping[str, str]) -> dict[str, Any]:
             "bits_per_weight": round(module.stored.bits_per_weight, 6),
             "sha256": hashes[module.name],
         }
-        if module.stored.format != module.placement.stored.format:
+        if module.conversion is not None:
+            entry["converted_from"] = module.placement.stored.format
+        elif module.stored.format != module.placement.stored.format:
             entry["decoded_from"] = module.placement.stored.format
         modules[module.name] = entry
     text = plan.recipe_text

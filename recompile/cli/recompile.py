@@ -24,7 +24,8 @@ from recompile.cli.common import (
     progress,
 )
 from recompile.cli.options import output_options
-from recompile.errors import CheckpointError
+from recompile.engines import ENGINES
+from recompile.errors import CheckpointError, UnsupportedError
 from recompile.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable, role_of
 from recompile.write import (
     DEFAULT_SHARD_MB,
@@ -83,6 +84,14 @@ class RecompileReport:
 @click.option("--allow-unmatched", is_flag=True, help="Go on where a key matches no tensor.")
 @click.option("--no-probe", is_flag=True, help="Do not test that the sources were made from the same weights.")
 @click.option("--check", "check_dir", metavar="DIR", help="Check a finished checkpoint of any origin; writes nothing.")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    help="Refuse to write what this engine does not run; with --check, ask whether it runs DIR.",
+)
+@click.option(
+    "--reencode", is_flag=True, help="Give nvfp4 projections that engines fuse, taken from several sources, one scale."
+)
 @output_options
 def main(
     in_dir: str | None,
@@ -96,6 +105,8 @@ def main(
     allow_unmatched: bool,
     no_probe: bool,
     check_dir: str | None,
+    engine: str | None,
+    reencode: bool,
     json_path: Path | None,
     quiet: bool,
 ) -> None:
@@ -107,14 +118,16 @@ def main(
     \b
       recompile -i 3bpw -or overrides.yaml --dry-run
       recompile -i 3bpw -o mix -or overrides.yaml --verify
-      recompile --check mix
+      recompile --check mix --engine vllm
       recompile -i Q3_K.gguf -o MIX.gguf -or overrides.yaml --verify
     """
     check_json_path(json_path)
     if check_dir is not None:
+        if verify_it and engine:
+            raise click.UsageError("--check DIR takes --verify or --engine, one after the other")
         if in_dir or out_dir or override:
             raise click.UsageError("--check DIR stands alone; leave out -i, -o and -or")
-        _check(check_dir, verify_it, json_path, quiet)
+        _check(check_dir, verify_it, json_path, quiet, engine)
         return
     if in_dir is None or (out_dir is None and not dry_run):
         raise click.UsageError("wanted -i DIR and -o DIR (or --dry-run, or --check DIR); -h explains")
@@ -130,8 +143,12 @@ def main(
         if out_dir is not None:
             check_output(overlay, out_dir)
         size = DEFAULT_SHARD_MB if shard_size is None else shard_size
-        plan = plan_write(overlay, out_dir or Path(f"{in_dir}-mix"), size, dense=dense)
+        plan = plan_write(overlay, out_dir or Path(f"{in_dir}-mix"), size, dense=dense, reencode=reencode)
     warnings = [*overlay.warnings, *plan.warnings]
+    if engine is not None and not dense:
+        if isinstance(plan, GgufPlan):
+            raise UnsupportedError(f"--engine {engine}: GGUF files are llama.cpp's; leave out --engine")
+        warnings += _legal(plan, engine)
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
     before = account(overlay.base.modules.values(), quantizable(overlay.checkpoints))
@@ -170,6 +187,21 @@ def main(
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
+def _legal(plan: WritePlan, engine: str) -> list[str]:
+    """What `engine` does not run of a planned merge: UnsupportedError for errors, the warnings as text."""
+    from recompile.check import check_plan
+
+    problems = check_plan(plan, engine)
+    errors = [f"{problem}" for problem in problems if problem.severity == "error"]
+    if errors:
+        more = f"; and {len(errors) - 4} more" if len(errors) > 4 else ""
+        raise UnsupportedError(
+            f"--engine {engine}: {'; '.join(errors[:4])}{more}. Nothing was written; take such modules from other "
+            f"variants (model_optimize --engine {engine} chooses among those that run)"
+        )
+    return [str(problem) for problem in problems]
+
+
 def _probe(overlay: Overlay) -> tuple[str, float] | None:
     if overlay.overridden == 0:
         return None
@@ -194,7 +226,7 @@ def _verify_gguf(plan: GgufPlan, quiet: bool) -> VerifyReport:
     return VerifyReport(str(plan.out), len(plan.modules), plan.data_bytes, len(plan.modules), (), problems)
 
 
-def _check(directory: str, verify_it: bool, json_path: Path | None, quiet: bool) -> None:
+def _check(directory: str, verify_it: bool, json_path: Path | None, quiet: bool, engine: str | None) -> None:
     from recompile.check import check_checkpoint
 
     problems: Sequence[Problem]
@@ -207,6 +239,10 @@ def _check(directory: str, verify_it: bool, json_path: Path | None, quiet: bool)
             click.echo(_verified(report))
     else:
         problems = check_checkpoint(directory)
+        if engine is not None:
+            from recompile.check import check_engine
+
+            problems = [*problems, *check_engine(directory, engine)]
         if json_path is not None:
             print_json(json_path, {"directory": directory, "problems": problems})
     if str(json_path) != "-":

@@ -60,6 +60,12 @@ def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> Any:
 
 def weights_of(checkpoint: Checkpoint, module: StoredModule) -> Mapping[str, Any]:
     """The `weights` entry of the config group that covers a module."""
+    weights: Mapping[str, Any] = group_for(checkpoint, module)["weights"]
+    return weights
+
+
+def group_for(checkpoint: Checkpoint, module: StoredModule) -> Mapping[str, Any]:
+    """The config group that covers a module. Raises FormatError where none does."""
     config = checkpoint.quantization_config
     is_embedding = module.name.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings")
     group = group_of(config, module.name, "Embedding" if is_embedding else "Linear")
@@ -68,7 +74,7 @@ def weights_of(checkpoint: Checkpoint, module: StoredModule) -> Mapping[str, Any
             f"{checkpoint.label}: {module.name} is stored as {module.format}, and no target of config_groups in "
             f"config.json matches it; engines would not know its bits"
         )
-    return group["weights"]
+    return group
 
 
 def merged_config(
