@@ -13,6 +13,7 @@ import click
 
 from recompile.cli.common import check_json_path, format_bytes, format_columns, print_json
 from recompile.cli.options import many_values_command, output_options, parse_size
+from recompile.cli.search import SEARCHES, Search, read_start
 from recompile.cli.verify import RowOptions
 from recompile.errors import OutputError, RecompileError
 
@@ -53,20 +54,31 @@ if TYPE_CHECKING:
     help='NAME=GLOB,GLOB:SIZE, a budget of its own for some modules: --pool "gpu=*.self_attn.*:3GiB". Any number.',
 )
 @click.option(
+    "--frontier",
+    metavar="LOW:HIGH:STEP",
+    help="A recipe for every budget of a grid (bits per weight), with table and plot; -o is then a folder.",
+)
+@click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("overrides.yaml"),
-    show_default=True,
-    help="The recipe to write.",
+    help="The recipe to write [default: overrides.yaml]; with --frontier a folder [default: frontier].",
 )
 @click.option(
     "--solver",
-    type=click.Choice(["greedy", "exact"]),
+    type=click.Choice(["greedy", "exact", "local"]),
     default="exact",
     show_default=True,
-    help="Best KL saved per bit first, with exchanges; or the proven optimum of the same costs.",
+    help="greedy: best KL saved per bit first; exact: the proven optimum of the same costs; local: from there (or from "
+    "--start) by exchanges that are measured with the models.",
 )
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path),
+    help="A recipe to start from, by hand or not; without a budget its own size is kept. Never made worse.",
+)
+@click.option("--steps", type=int, help="At most so many steps of a solver that measures.")
+@click.option("--minutes", type=float, help="At most so much time for a solver that measures.")
 @click.option("--pin", multiple=True, help="GLOB=ID: take these modules from source ID.")
 @click.option("--min", "minimum", multiple=True, help="GLOB=ID: no smaller than source ID.")
 @click.option("--max", "maximum", multiple=True, help="GLOB=ID: no larger than source ID.")
@@ -102,8 +114,12 @@ def main(
     max_ppl_increase: str | None,
     active_bpw: float | None,
     pool: tuple[str, ...],
-    out: Path,
+    frontier: str | None,
+    out: Path | None,
     solver: str,
+    start: Path | None,
+    steps: int | None,
+    minutes: float | None,
     pin: tuple[str, ...],
     minimum: tuple[str, ...],
     maximum: tuple[str, ...],
@@ -127,11 +143,12 @@ def main(
     Examples:
       model_optimize profile.jsonl -b 3.5 -o overrides.yaml
       model_optimize profile.jsonl --size 4.2GiB --pin "*.down_proj=6" --check
+      model_optimize profile.jsonl --frontier 2.5:6:0.25 -o frontier/
     """
     check_json_path(json_path)
     from recompile.costs import load_profile
     from recompile.optimize.budget import Budget, parse_share
-    from recompile.optimize.choose import Constraint, Rules, choose
+    from recompile.optimize.choose import SOLVERS, Constraint, Rules, choose
 
     constraints = tuple(
         Constraint.parse(kind, text)
@@ -141,6 +158,23 @@ def main(
     profile = load_profile(profile_path)
     checkpoints = _open_candidates(profile)
     rules = Rules(constraints, tie, engine, _forms(checkpoints) if engine is not None else None, max_step)
+    where = RowOptions(rows, length, device, text, dataset)
+    if frontier is not None:
+        others = (bits, size, total_bpw, max_kl, max_ppl_increase, active_bpw, start)
+        if pool or any(value is not None for value in others) or solver not in SOLVERS:
+            raise RecompileError(
+                "--frontier has its own budgets, and needs --solver exact or greedy; leave -b, --size and --start out"
+            )
+        folder = out or Path("frontier")
+        _frontier(folder, profile, frontier, solver, rules, checkpoints, where if check else None, json_path, quiet)
+        return
+    out = out or Path("overrides.yaml")
+    start_choice = read_start(start, profile, checkpoints) if start is not None else None
+    given = (bits, size, total_bpw, max_kl, max_ppl_increase, active_bpw)
+    if start_choice is not None and not pool and all(value is None for value in given):
+        header = profile.header
+        bits_of_start = header.fixed_bits + sum(g.bits[start_choice[g.name]] for g in header.groups)
+        size = str(-(-(bits_of_start + header.other_bits) // 8))
     budget = Budget(
         bits,
         total_bpw,
@@ -151,14 +185,15 @@ def main(
         _active_share(checkpoints) if active_bpw is not None else Fraction(1),
         tuple(_read_pool(text, profile, checkpoints) for text in pool),
     )
-    chosen = choose(profile, budget, solver, rules)
     names, made_by = _tensor_names(checkpoints), f"model_optimize {profile_path.name}"
+    chosen = choose(profile, budget, solver if solver in SOLVERS else "exact", rules)
+    if solver in SEARCHES:
+        chosen = _search(chosen, solver, start_choice, rules, checkpoints, where, steps, minutes, out, quiet)
     _write_recipe(out, chosen, names, made_by, None)
     verdict: Verdict | None = None
     if check is not False:
-        where = RowOptions(rows, length, device, text, dataset)
         try:
-            verdict = _verify(chosen, rules, checkpoints, where, quiet)
+            verdict = _verify(chosen, rules, checkpoints, where, start_choice, quiet)
         except (RecompileError, OSError) as error:
             if check:
                 raise
@@ -171,6 +206,55 @@ def main(
         click.echo(_summary(chosen, final, out, verdict))
     if json_path is not None:
         print_json(json_path, _report(chosen, final, verdict))
+
+
+def _frontier(
+    folder: Path,
+    profile: Profile,
+    grid: str,
+    solver: str,
+    rules: Rules,
+    checkpoints: Mapping[str, Checkpoint] | None,
+    where: RowOptions | None,
+    json_path: Path | None,
+    quiet: bool,
+) -> None:
+    from recompile.cli.frontier import describe_table, draw, make_table, measure_frontier, write_tables
+    from recompile.optimize.choose import profile_sha256
+    from recompile.optimize.sweep import parse_grid, solve_frontier
+
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; --frontier writes a folder")
+    found = solve_frontier(profile, parse_grid(grid), solver, rules)
+    names = _tensor_names(checkpoints)
+    folder.mkdir(parents=True, exist_ok=True)
+    for point in found.points:
+        path = folder / f"{point.choice.budget.bpw:g}bpw.yaml"
+        _write_recipe(path, point.choice, names, f"model_optimize --frontier {grid}", None)
+    measured: dict[str, tuple[float, float | None]] = {}
+    if where is not None:
+        if checkpoints is None:
+            raise RecompileError("--check: the sources are not at hand")
+        measured = measure_frontier(found, profile, checkpoints, where, quiet)
+    table = make_table(found, measured)
+    report = {
+        "profile_sha256": profile_sha256(profile),
+        "solver": solver,
+        "grid": grid,
+        "left_out_bpw": list(found.left_out),
+        "reachable_bpw": list(found.reachable),
+    }
+    write_tables(folder, table, report, _write)
+    draw(folder, table, f"{Path(profile.header.reference).name}: KL against size")
+    if str(json_path) != "-":
+        click.echo(describe_table(table))
+        if found.left_out:
+            low, high = found.reachable
+            left = ", ".join(f"{bpw:g}" for bpw in found.left_out)
+            click.echo(f"Out of reach and left out: {left} bpw; reachable range: {low:.4f} to {high:.4f} bpw")
+        click.echo(f"Wrote {len(found.points)} recipes, frontier.csv, .json and the plot in {folder}")
+    if json_path is not None:
+        print_json(json_path, {**report, "rows": table})
 
 
 def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: str, verdict: Verdict | None) -> None:
@@ -198,21 +282,12 @@ def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: s
     _write(out, dump_recipe(recipe, comments, heading))
 
 
-def _verify(
-    chosen: Choice,
-    rules: Rules,
-    checkpoints: Mapping[str, Checkpoint] | None,
-    where: RowOptions,
-    quiet: bool,
-) -> Verdict:
-    """Measure the choice beside its rivals. Raises RecompileError where the models are not at hand."""
+def _open_models(
+    profile: Profile, checkpoints: Mapping[str, Checkpoint] | None
+) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:
+    """The reference and the sources. Raises RecompileError where one is not at hand, or not what was profiled."""
     from recompile.checkpoint import open_checkpoint
-    from recompile.cli.verify import run_verification
-    from recompile.optimize.choose import choose, limits_of, prepare_problem
-    from recompile.optimize.problem import prepare
-    from recompile.optimize.rivals import make_rivals
 
-    profile, budget = chosen.profile, chosen.budget
     reference = open_checkpoint(profile.header.reference)
     if checkpoints is None:
         checkpoints = {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
@@ -221,6 +296,61 @@ def _verify(
             raise RecompileError(
                 f"{found.model_dir} is not what the profile measured (another fingerprint); profile it again"
             )
+    return reference, checkpoints
+
+
+def _search(
+    chosen: Choice,
+    solver: str,
+    start: Mapping[str, str] | None,
+    rules: Rules,
+    checkpoints: Mapping[str, Checkpoint] | None,
+    where: RowOptions,
+    steps: int | None,
+    minutes: float | None,
+    out: Path,
+    quiet: bool,
+) -> Choice:
+    """Run a solver that needs the models, from --start or else from the exact choice."""
+    from recompile.optimize.choose import choice_of, limits_of, prepare_problem
+    from recompile.optimize.problem import prepare
+
+    profile, budget = chosen.profile, chosen.budget
+    reference, checkpoints = _open_models(profile, checkpoints)
+    problem = prepare(prepare_problem(profile, rules))
+    search = Search(
+        profile=profile,
+        problem=problem,
+        budget_bits=chosen.solution.budget_bits,
+        limits=limits_of(profile, problem, budget, rules, chosen.bits),
+        start=start if start is not None else chosen.solution.choice,
+        reference=reference,
+        checkpoints=checkpoints,
+        where=where,
+        steps=steps,
+        minutes=minutes,
+        journal=out.with_name(f"{out.stem}.{solver}.jsonl"),
+        quiet=quiet,
+    )
+    return choice_of(profile, problem, SEARCHES[solver](search), budget, solver)
+
+
+def _verify(
+    chosen: Choice,
+    rules: Rules,
+    checkpoints: Mapping[str, Checkpoint] | None,
+    where: RowOptions,
+    start: Mapping[str, str] | None,
+    quiet: bool,
+) -> Verdict:
+    """Measure the choice beside its rivals. Raises RecompileError where the models are not at hand."""
+    from recompile.cli.verify import run_verification
+    from recompile.optimize.choose import choose, limits_of, prepare_problem
+    from recompile.optimize.problem import prepare
+    from recompile.optimize.rivals import make_rivals
+
+    profile, budget = chosen.profile, chosen.budget
+    reference, checkpoints = _open_models(profile, checkpoints)
     problem = prepare(prepare_problem(profile, rules))
     others: dict[str, Mapping[str, str]] = {}
     if rules.max_step is None:
@@ -228,7 +358,10 @@ def _verify(
     limits = limits_of(profile, problem, budget, rules, chosen.bits)
     if budget.max_kl is not None:  # its greedy recipe may be larger than the size found
         others.clear()
-    rivals = make_rivals(profile, problem, chosen.solution.choice, limits, others)
+    if chosen.solution.solver in SEARCHES:
+        others["exact"] = choose(profile, budget, "exact", rules).solution.choice
+    as_they_are = {"the start": start} if start is not None else {}
+    rivals = make_rivals(profile, problem, chosen.solution.choice, limits, others, as_they_are)
     return run_verification(chosen, rivals, reference, checkpoints, where, quiet)
 
 

@@ -34,16 +34,21 @@ def make_rivals(
     recipe: Mapping[str, str],
     limits: Sequence[Row],
     others: Mapping[str, Mapping[str, str]] | None = None,
+    as_they_are: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[Rival]:
     """The rivals of a recipe, each different from it and from the others.
 
     problem: as solved, constraints applied (rivals keep them). limits: all rows that the recipe keeps. others: further
-    choices by name, e.g. greedy's; they have to be within the limits.
+    choices by name, e.g. greedy's, raised to the recipe's size; they have to be within the limits. as_they_are: choices
+    that are measured as given, and do not compete where they are over the limits.
     """
     field = _Field(profile, problem, recipe, limits)
     rivals = [*field.uniform_ones(), *field.heuristics()]
     for name, choice in (others or {}).items():
         rivals.append(field.raised(name, field.numbers_of(choice)))
+    for name, choice in (as_they_are or {}).items():
+        bits = evaluate(problem, choice)[0]  # raises where it is no choice of this problem
+        rivals.append(Rival(name, choice, bits, choice if field.fits(field.numbers_of(choice)) else None))
     seen: list[Mapping[str, str]] = [dict(recipe)]
     found = []
     for rival in rivals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -252,3 +253,96 @@ def test_models_that_changed_since_they_were_profiled_are_not_trusted(profile: P
     quietly = run(profile, "-b", "3.7", "-o", tmp_path / "mix.yaml", "-r", "4", "-l", "24")
     assert quietly.exit_code == 0
     assert "written but not verified" in quietly.output
+
+
+# ---- frontier --------------------------------------------------------------------------------------------------------
+
+
+def test_a_frontier_is_a_folder_of_recipes_with_tables_and_plots(profile: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = profile.with_name("frontier")
+    result = run(profile, "--frontier", "3:4:0.5", "-o", folder, "--check", "-r", "2", "-l", "16")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in folder.iterdir()} == {
+        *("3bpw.yaml", "3.5bpw.yaml", "4bpw.yaml"),
+        *("frontier.csv", "frontier.json", "frontier.png", "frontier.svg"),
+    }
+    assert (folder / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (folder / "frontier.svg").read_text()
+    with (folder / "frontier.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows if row["recipe"]] == ["3bpw", "3.5bpw", "4bpw"]
+    assert {row["name"] for row in rows if not row["recipe"]} == {f"uniform {n}" for n in (2, 3, 4, 6)}
+    header = load_profile(profile).header
+    base = open_checkpoint(header.candidate(header.base).model_dir)
+    for row in rows:
+        assert float(row["measured_kl_nats"]) > 0
+        assert float(row["predicted_std_error"]) >= 0
+        if row["recipe"]:
+            overlay = build_overlay(base, load_recipe(folder / row["recipe"]))
+            assert overlay.accounting.total_bytes == int(row["total_bytes"])
+            assert overlay.accounting.bpw == float(row["bpw"]) <= float(row["budget_bpw"])
+    assert json.loads((folder / "frontier.json").read_text())["rows"][0]["name"] == rows[0]["name"]
+
+
+def test_a_frontier_takes_no_other_budget(profile: Path) -> None:
+    result = run(profile, "--frontier", "3:4:0.5", "-b", "3", "-o", profile.with_name("f"))
+    assert result.exit_code == 1
+    assert "--frontier has its own budgets" in result.output
+
+
+# ---- a start, and solvers that measure -------------------------------------------------------------------------------
+
+
+def by_hand(profile: Path, *lines: str) -> Path:
+    header = load_profile(profile).header
+    recipe = profile.with_name("by-hand.yaml")
+    sources = "".join(f"  - {{id: {c.id}, model_dir: {c.model_dir}}}\n" for c in header.candidates)
+    recipe.write_text(f"sources:\n{sources}overrides:\n" + "".join(f"  - {line}\n" for line in lines))
+    return recipe
+
+
+def test_a_recipe_by_hand_is_improved_at_its_own_size(profile: Path) -> None:
+    """The hand puts its bits on the wrong side: MLP up, attention down."""
+    header = load_profile(profile).header
+    recipe = by_hand(profile, '{key: "*.mlp.*", source: 6}', '{key: "*.self_attn.*", source: 2}')
+    report = optimize(profile, "--start", recipe, "--solver", "local", "--steps", "2", *FEW)
+    start = {module: ("6" if ".mlp." in module else "2") for group in header.groups for module in (group.name,)}
+    bits = header.fixed_bits + sum(group.bits[start[group.name]] for group in header.groups)
+    assert report["bits"] <= bits
+    verdict = report["verdict"]
+    measured = {contender["name"]: contender for contender in verdict["contenders"]}
+    assert measured["the start"]["choice"] == start
+    written = next(c for c in verdict["contenders"] if c["choice"] == report["choice"])
+    assert written["kl"]["mean"] <= measured["the start"]["kl"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (
+            ['{key: "model.layers.0.self_attn.q_proj.*", source: 6}'],
+            'group "model.layers.0.self_attn.q_proj+k_proj+v_proj" is split',
+        ),
+    ],
+)
+def test_a_start_that_splits_a_group_is_refused(tmp_path: Path, lines: list[str], says: str) -> None:
+    profile = tmp_path / "profile.jsonl"
+    write_profile(profile, level="fused")
+    result = run(profile, "--start", by_hand(profile, *lines), "-o", tmp_path / "mix.yaml")
+    assert result.exit_code == 1
+    assert says in result.output
+
+
+def test_a_start_from_elsewhere_or_too_large_is_refused(profile: Path, tmp_path: Path) -> None:
+    recipe = by_hand(profile, '{key: "*.mlp.*", source: 6}')
+    large = run(profile, "--start", recipe, "-b", "3", "--solver", "local", "-o", tmp_path / "mix.yaml", *FEW)
+    assert large.exit_code == 1
+    assert "the start takes" in large.output
+    (tmp_path / "elsewhere").mkdir()
+    recipe.write_text(
+        f'sources:\n  - {{id: 4, model_dir: {tmp_path}/elsewhere}}\noverrides:\n  - {{key: "*.mlp.*", source: 4}}\n'
+    )
+    result = run(profile, "--start", recipe, "-o", tmp_path / "mix.yaml")
+    assert result.exit_code == 1
+    assert "is no candidate of the profile" in result.output

@@ -133,13 +133,13 @@ def test_more_budget_never_costs_more_and_greedy_is_never_better(options, one_sh
         assert greedy.lower_bound <= solution.cost + rounding
 
 
-def test_twenty_thousand_groups(ladder_problem):
-    problem = ladder_problem(20_000)
+def test_fifty_thousand_groups(ladder_problem):
+    problem = ladder_problem(50_000)
     low, high = reachable_range(problem)
     budget = low + (high - low) * 3 // 10
     began = time.perf_counter()
     solution = solve_exact(problem, budget)
-    assert time.perf_counter() - began < 20  # 0.6 s on a free core
+    assert time.perf_counter() - began < 60  # 1.5 s on a free core
     assert solution.gap == 0.0
     assert solution.bits <= budget
     assert solution.cost <= solve_greedy(problem, budget).cost

@@ -1,0 +1,44 @@
+"""Whole choices measured on some rows: what the searches of recompile.optimize are handed as `measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from eval.diff import DiffOptions, DiffReport, compare_many
+from eval.guard import mix_of
+from recompile.checkpoint import Checkpoint, WeightSource
+from recompile.costs import ProfileHeader
+
+TOGETHER = 8  # mixes whose hidden states are held at the same time
+
+
+class ChoiceMeter:
+    """KL(reference || choice) of whole choices (group -> candidate label), row by row.
+
+    ids: int64 [rows, tokens]. Each call runs the reference and all its choices once over the rows asked for, layer by
+    layer; nothing is kept between calls.
+    """
+
+    def __init__(
+        self,
+        header: ProfileHeader,
+        checkpoints: Mapping[str, Checkpoint],
+        reference: WeightSource,
+        ids: Tensor,
+        options: DiffOptions | None = None,
+    ) -> None:
+        self.header, self.checkpoints, self.reference = header, checkpoints, reference
+        self.ids, self.options = ids, options
+
+    def __call__(self, choices: Sequence[Mapping[str, str]], rows: Sequence[int]) -> list[tuple[float, ...]]:
+        """KL of every choice at every one of these rows, nats per token."""
+        found: list[tuple[float, ...]] = []
+        ids = self.ids[list(rows)]
+        for start in range(0, len(choices), TOGETHER):
+            mixes = [mix_of(self.header, self.checkpoints, choice) for choice in choices[start : start + TOGETHER]]
+            for event in compare_many(mixes, self.reference, ids, self.options):
+                if isinstance(event, DiffReport):
+                    found.append(event.kl_rows)
+        return found

@@ -1,0 +1,128 @@
+"""Solvers that need the models: what they are handed, and how a command runs them.
+
+A solver is a function from a Search to a choice (group -> candidate label) within its limits; SEARCHES names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from recompile.cli.common import format_seconds
+from recompile.cli.options import compute_device
+from recompile.errors import RecompileError
+
+if TYPE_CHECKING:
+    from recompile.checkpoint import Checkpoint
+    from recompile.cli.verify import RowOptions
+    from recompile.costs import Profile
+    from recompile.optimize.problem import Problem
+    from recompile.optimize.rows import Row
+    from recompile.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Search:
+    """Everything a solver that needs models is handed."""
+
+    profile: Profile
+    problem: Problem  # prepared, constraints applied; its costs are the profile's
+    budget_bits: int  # of problem.fixed_bits and all groups; where only pools are limited, what they leave room for
+    limits: Sequence[Row]  # all limits, the size included; every choice has to keep them
+    start: Mapping[str, str]  # within the limits
+    reference: Checkpoint
+    checkpoints: Mapping[str, Checkpoint]  # candidate label -> source
+    where: RowOptions  # -r, -l, -d: rows of the role "choose" are the solver's
+    steps: int | None
+    minutes: float | None
+    journal: Path  # beside the recipe; a solver that resumes keeps its state here
+    quiet: bool
+
+
+def search_local(search: Search) -> Mapping[str, str]:
+    """Measured exchanges around the start (recompile.optimize.local)."""
+    from eval.diff import DiffOptions
+    from eval.meter import ChoiceMeter
+    from recompile.optimize.local import LocalOptions, LocalResult, search_local
+
+    directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
+    rows, vocab = search.where.read(directories, "choose")
+    device = compute_device(search.where.device)
+    meter = ChoiceMeter(
+        search.profile.header, search.checkpoints, search.reference, rows.ids, DiffOptions(device=device, vocab=vocab)
+    )
+    defaults = LocalOptions()
+    options = LocalOptions(
+        rounds=search.steps if search.steps is not None else defaults.rounds,
+        seconds=60 * search.minutes if search.minutes is not None else defaults.seconds,
+    )
+    result: LocalResult | None = None
+    for event in search_local(search.problem, search.limits, search.start, meter, len(rows.ids), options):
+        if isinstance(event, LocalResult):
+            result = event
+        elif not search.quiet:
+            said = f"{event.gain:.6f} better" if event.accepted is not None else "none better"
+            click.echo(
+                f"round {event.number}: {event.tried} moves, {said}; KL {event.kl:.6f} on the choosing rows, "
+                f"{format_seconds(event.seconds)}",
+                err=True,
+            )
+    assert result is not None, "search_local ends with its result"
+    return result.choice
+
+
+SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {"local": search_local}
+
+
+def read_start(path: Path, profile: Profile, checkpoints: Mapping[str, Checkpoint] | None) -> dict[str, str]:
+    """A recipe as a choice of the profile's candidates.
+
+    Raises RecompileError for a directory that is no candidate and a group whose modules come from several.
+    """
+    from recompile.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    header = profile.header
+    labels = {_real(candidate.model_dir): candidate.label for candidate in header.candidates}
+    of_directory: dict[str | None, str] = {
+        source.model_dir: _label_of(recipe, source.model_dir, labels, profile) for source in recipe.sources
+    }
+    has_base = isinstance(recipe.base, str)
+    of_directory[None] = _label_of(recipe, recipe.base, labels, profile) if has_base else header.base
+    choice = {}
+    for group in header.groups:
+        found: dict[str, str] = {}
+        for module in group.modules:
+            stored = checkpoints[header.base].modules.get(module) if checkpoints is not None else None
+            tensors = [part.name for part in stored.parts.values()] if stored is not None else [f"{module}.weight"]
+            for tensor in tensors:
+                found.setdefault(of_directory[recipe.source_dir(tensor)], tensor)
+        if len(found) > 1:
+            parts = "; ".join(f"{tensor} from {label}" for label, tensor in found.items())
+            raise RecompileError(
+                f'{path}: group "{group.name}" is split ({parts}), and the profile chooses it as one; profile at a'
+                f" finer --level, or edit the recipe"
+            )
+        (choice[group.name],) = found
+    return choice
+
+
+def _real(directory: str) -> str:
+    return str(Path(directory).resolve())
+
+
+def _label_of(recipe: Recipe, directory: str, labels: Mapping[str, str], profile: Profile) -> str:
+    from recompile.recipe import resolve_dir
+
+    real = _real(directory)
+    if real not in labels:  # as the reader of recipes finds it: here, or beside the recipe
+        found, _ = resolve_dir(recipe, directory)
+        real = _real(str(found))
+    if real not in labels:
+        known = ", ".join(candidate.model_dir for candidate in profile.header.candidates)
+        raise RecompileError(f"{recipe.name}: {directory} is no candidate of the profile; these are: {known}")
+    return labels[real]
