@@ -43,6 +43,11 @@ class Cotangents(Protocol):
     @property
     def samples(self) -> int: ...
 
+    @property
+    def gradients(self) -> int:
+        """How many of the samples, the first ones, are no random draws; `SwapProducts.squares` leaves them out."""
+        ...
+
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
         """normed: [rows, tokens, hidden] post-norm states of these rows; the context's head is loaded.
 
@@ -56,8 +61,8 @@ class SwapProducts:
     """What one swap does to every sample.
 
     products: [rows, samples] float32, sum over tokens of adjoint . change of output
-    squares: [rows] float32, mean over samples of the sum over tokens and outputs of (adjoint * change)^2; None for
-    the head and the embedding
+    squares: [rows] float32, mean over random samples of the sum over tokens and outputs of (adjoint * change)^2; None
+    for the head and the embedding
     tokens: [rows] int64, tokens that the group's modules saw (fewer than all only for routed experts)
     """
 
@@ -280,7 +285,7 @@ class AdjointPass:
             adjoints, head = self._head(states, len(ids), cotangents)
             yield LayerBackward(None, self.model.depth, tuple(head))
             for index in reversed(range(self.model.depth)):
-                found = self._backward(index, states, adjoints)
+                found = self._backward(index, states, adjoints, cotangents.gradients)
                 yield LayerBackward(index, self.model.depth, tuple(found))
             yield LayerBackward(None, self.model.depth, tuple(self._embedding(ids, states, adjoints)))
 
@@ -325,7 +330,7 @@ class AdjointPass:
         ]
         return torch.cat(pieces, 1), found_head
 
-    def _backward(self, index: int, states: _States, adjoints: Tensor) -> list[SwapProducts]:
+    def _backward(self, index: int, states: _States, adjoints: Tensor, gradients: int) -> list[SwapProducts]:
         """Products of this layer's swaps; `adjoints` of its output become those of its input, in place."""
         model = self.model
         groups = [group for group in self.groups if group.layer == index]
@@ -354,12 +359,12 @@ class AdjointPass:
                     ]
                     for number in range(len(calls)):
                         stacked = torch.stack([values[1 + number] for values in found])
-                        squares[number] += stacked.square().sum(0)
+                        squares[number] += stacked[max(0, gradients - start) :].square().sum(0)
                         swaps.add_products(changes[number], stacked, batch, block)
                     for sample, values in enumerate(found):  # last: an output's adjoint may be the cotangent itself
                         adjoints[start + sample, batch] = values[0]
                 for number, call in enumerate(calls):
-                    swaps.add_squares(changes[number], squares[number] / samples, batch)
+                    swaps.add_squares(changes[number], squares[number] / max(1, samples - gradients), batch)
                     swaps.count_tokens(call, batch)
                 del calls, changes, squares, out, hidden, tape
         return swaps.result()

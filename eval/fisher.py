@@ -41,6 +41,7 @@ class FisherCotangents:
     sweep: int = 0
     first_row: int = 0  # number of the pass's first row among all rows
     draws: int = DRAWS
+    gradients: int = 0
 
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
         """As `eval.adjoint.Cotangents.at_norm`."""

@@ -257,7 +257,7 @@ def profile_sketch(
                     if event.layer is not None:
                         step += 2 * model.depth - event.layer
                         yield SketchProgress(step, sweeps * 2 * model.depth, f"sweep {sweep + 1}, layer {event.layer}")
-            made = _collect(found, samples, wanted.keep_pairs)
+            made = collect(found, samples, wanted.keep_pairs)
             store.save(sweep, made)
             total = made if total is None else total + made
             now = time.monotonic()
@@ -272,7 +272,7 @@ def profile_sketch(
         yield journal.profile
 
 
-def _collect(found: Sequence[SwapProducts], samples: int, keep_pairs: bool) -> Sketch:
+def collect(found: Sequence[SwapProducts], samples: int, keep_pairs: bool) -> Sketch:
     products = torch.stack([swap.products for swap in found]).double()  # [swaps, rows, samples]
     squares = torch.stack(
         [

@@ -1,0 +1,88 @@
+"""Swap costs at a mix against finite differences of its true KL, and the KL of a mix against model_diff's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from eval.diff import DiffReport, compare
+from eval.profile import ProfileOptions, make_groups
+from eval.refine import Mix, MixOracle
+from recompile.checkpoint import open_checkpoint
+from recompile.optimize.problem import Group, Option, Problem
+from recompile.optimize.refine import refine
+from tests import tiny
+
+BITS = (2, 4, 8)
+
+
+def oracle(architecture: str, level: str = "tensor") -> MixOracle:
+    candidates = {str(b): open_checkpoint(d) for b, d in tiny.variants(architecture, BITS).items()}
+    groups = make_groups(candidates, ProfileOptions(level=level))
+    base = open_checkpoint(tiny.base(architecture))
+    rows = tiny.rows(12, 16)
+    return MixOracle(base, candidates["4"], candidates, groups, rows[:8], rows[8:], rows_per_step=4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gemma2"])
+def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
+    made = oracle(architecture)
+    choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.groups)}
+    model = made.linearise(choice, 0)
+    ids = made.pool[: made.rows_per_step]
+    mix = Mix.of(made.base, made.groups, made.candidates, choice)
+    dense = tiny.plain_model(tiny.base(architecture))
+    dense.set_experts_implementation("eager")  # the grouped product knows no float64
+    dense.double()
+    wanted = tiny.plain_logits(dense, ids)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            parameter.copy_(made._model.load_parameter(name, mix))
+    assert model.kl_nats == pytest.approx(float(tiny.plain_kl(wanted, tiny.plain_logits(dense, ids)).mean()), rel=1e-4)
+    step = 1e-3
+    checked = 0
+    for group in made.groups:
+        if "router" in group.name or group.name.endswith("mlp.gate"):
+            continue
+        names = made._model.parameters_of(group.modules[0])
+        for source in ("2", "8"):
+            if source == choice[group.name] or len(made._model.origins[names[0]].tensors) > 1:
+                continue
+            (name,) = names
+            parameter = dense.get_parameter(name)
+            kept = parameter.data
+            change = made._model.load_parameter(name, made.candidates[source]).double() - kept
+            sides = []
+            for sign in (1, -1):
+                parameter.data = kept + sign * step * change
+                sides.append(float(tiny.plain_kl(wanted, tiny.plain_logits(dense, ids)).mean()))
+            parameter.data = kept
+            slope = (sides[0] - sides[1]) / (2 * step)
+            assert model.linear[(group.name, source)] == pytest.approx(slope, rel=2e-3, abs=1e-4), (group.name, source)
+            checked += 1
+    assert checked >= 8
+    assert all(model.linear[(g, s)] == model.quadratic[(g, s)] == 0.0 for g, s in choice.items())
+
+
+def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
+    made = oracle("llama")
+    choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.groups)}
+    mix = Mix.of(made.base, made.groups, made.candidates, choice)
+    *_, report = compare(mix, made.reference, made.accept)
+    assert isinstance(report, DiffReport)
+    np.testing.assert_allclose(made.measure(choice), report.kl_rows, rtol=1e-4)
+
+
+def test_refining_a_real_model_lowers_its_kl_within_the_budget() -> None:
+    made = oracle("llama")
+    problem = Problem(
+        tuple(Group(g.name, tuple(Option(s, bits, float("nan")) for s, bits in g.bits.items())) for g in made.groups)
+    )
+    choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.groups)}
+    budget = sum(group.bits[choice[group.name]] for group in made.groups)
+    before = np.mean(made.measure(choice))
+    *_, last = refine(problem, budget, choice, made, steps=2)
+    assert last.bits <= budget
+    assert last.kl_nats == pytest.approx(np.mean(made.measure(last.choice)), rel=1e-6)
+    assert last.kl_nats < before
