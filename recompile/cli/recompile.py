@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from recompile.checkpoint import Checkpoint, GgufCheckpoint
 from recompile.cli.common import (
     check_json_path,
-    command,
     format_bpw,
     format_bytes,
     format_columns,
@@ -23,10 +23,11 @@ from recompile.cli.common import (
     print_json,
     progress,
 )
-from recompile.cli.options import output_options
+from recompile.cli.options import many_values_command, output_options
 from recompile.engines import ENGINES
-from recompile.errors import CheckpointError, UnsupportedError
+from recompile.errors import CheckpointError, RecipeError, UnsupportedError
 from recompile.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable, role_of
+from recompile.recipe import Recipe
 from recompile.write import (
     DEFAULT_SHARD_MB,
     WritePlan,
@@ -62,7 +63,7 @@ class RecompileReport:
     verified: VerifyReport | None
 
 
-@command("recompile")
+@many_values_command("recompile")
 @click.option("-i", "--in-dir", "--in_dir", "in_dir", metavar="DIR", help="The variant that is overridden.")
 @click.option(
     "-o", "--out-dir", "--out_dir", "out_dir", type=click.Path(path_type=Path), metavar="OUT", help="What is written."
@@ -76,6 +77,18 @@ class RecompileReport:
     type=int,
     metavar="MB",
     help=f"Largest size of a file, in MiB; default {DEFAULT_SHARD_MB}, and for GGUF one file.",
+)
+@click.option(
+    "--type-sources",
+    multiple=True,
+    metavar="TYPE=FILE",
+    help="With a recipe of GGUF types as -or: the files of each type, Q4_K=model-Q4_K.gguf ..., or their directory.",
+)
+@click.option(
+    "--emit",
+    "emit_as",
+    type=click.Choice(["llama-quantize", "ik-custom-q", "thireus"]),
+    help="Print the mix as a recipe of another tool (to OUT with -o), and stop. GGUF only.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop. Reads no weight.")
 @click.option("--all", "every", is_flag=True, help="With --dry-run: a line for every module.")
@@ -98,6 +111,8 @@ def main(
     out_dir: Path | None,
     override: str | None,
     shard_size: int | None,
+    type_sources: tuple[str, ...],
+    emit_as: str | None,
     dry_run: bool,
     every: bool,
     verify_it: bool,
@@ -120,6 +135,8 @@ def main(
       recompile -i 3bpw -o mix -or overrides.yaml --verify
       recompile --check mix --engine vllm
       recompile -i Q3_K.gguf -o MIX.gguf -or overrides.yaml --verify
+      recompile -i Q3_K.gguf -or overrides.yaml --emit llama-quantize
+      recompile -i Q3_K.gguf -o MIX.gguf -or custom-q.txt --type-sources IQ4_XS=IQ4_XS.gguf Q6_K=Q6_K.gguf
     """
     check_json_path(json_path)
     if check_dir is not None:
@@ -129,11 +146,18 @@ def main(
             raise click.UsageError("--check DIR stands alone; leave out -i, -o and -or")
         _check(check_dir, verify_it, json_path, quiet, engine)
         return
-    if in_dir is None or (out_dir is None and not dry_run):
+    if in_dir is None or (out_dir is None and not dry_run and emit_as is None):
         raise click.UsageError("wanted -i DIR and -o DIR (or --dry-run, or --check DIR); -h explains")
     from recompile.checkpoint import open_checkpoint
 
-    overlay = build_overlay(open_checkpoint(in_dir), override, allow_unmatched=allow_unmatched)
+    base = open_checkpoint(in_dir)
+    recipe = _type_recipe(base, override, type_sources, allow_unmatched)
+    overlay = build_overlay(base, recipe or override, allow_unmatched=allow_unmatched)
+    if emit_as is not None:
+        for warning in overlay.warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        _emit(overlay, emit_as, out_dir)
+        return
     gguf = is_gguf_mix(overlay) and not dense
     plan: WritePlan | GgufPlan
     if gguf:
@@ -182,6 +206,40 @@ def main(
     _print_report(json_path, overlay, out_dir, plan, before, warnings, lowest, seconds, report)
     if report is not None:
         _fail_on(report.problems, str(out_dir), "verify")
+
+
+def _type_recipe(
+    base: Checkpoint, override: str | None, type_sources: Sequence[str], allow_unmatched: bool
+) -> Recipe | None:
+    """The override file read as another tool's recipe of GGUF types, where it is one."""
+    from recompile.recipe_formats import as_recipe, load_type_recipe, looks_like_type_recipe, open_type_sources
+
+    if override is None or not (type_sources or looks_like_type_recipe(override)):
+        if type_sources:
+            raise click.UsageError("--type-sources goes with -or FILE, a recipe of GGUF types")
+        return None
+    if not isinstance(base, GgufCheckpoint):
+        raise RecipeError(f"{override}: names GGUF types, and {base.label} is no GGUF file")
+    if not type_sources:
+        raise RecipeError(
+            f"{override}: is a recipe of GGUF types; say which files hold them: --type-sources Q4_K=FILE.gguf ... "
+            f"(or a directory of such files)"
+        )
+    types = load_type_recipe(override)
+    return as_recipe(types, base.file, open_type_sources(type_sources), allow_unmatched=allow_unmatched)
+
+
+def _emit(overlay: Overlay, dialect: str, out: Path | None) -> None:
+    from recompile.recipe_formats import emit, types_of
+
+    comment = f"{overlay.label}, {format_bpw(overlay.accounting.bpw)} bpw over quantized modules"
+    text = emit(types_of(overlay), dialect, comment)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(out)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
