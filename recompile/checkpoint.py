@@ -498,7 +498,9 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
 def _slice_of(tensor: GgufTensor, name: str, number: int, count: int | None) -> TensorInfo:
     """A tensor as it lies in the file, or its expert `number` of `count`."""
     if count is None:
-        return TensorInfo(name, tensor.type.name, tensor.shape, tensor.path, tensor.offset, tensor.size_bytes)
+        # a map to one value is a matrix of one row in Hugging Face's files and a vector in GGUF
+        shape = (1, *tensor.shape) if name.endswith(".shared_expert_gate.weight") else tensor.shape
+        return TensorInfo(name, tensor.type.name, shape, tensor.path, tensor.offset, tensor.size_bytes)
     size = tensor.size_bytes // count
     return TensorInfo(name, tensor.type.name, tensor.shape[1:], tensor.path, tensor.offset + number * size, size)
 

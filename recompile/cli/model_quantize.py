@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,8 @@ from recompile.cli.options import (
 from recompile.errors import FormatError
 
 if TYPE_CHECKING:
+    from recompile.checkpoint import Checkpoint
+    from recompile.quantize.gguf import VariantsReport
     from recompile.quantize.pipeline import Encoder, ModuleReport, QuantizeReport
     from recompile.tokens import Rows
 
@@ -36,7 +41,9 @@ if TYPE_CHECKING:
     required=True,
     help="Where the variants go: DIR/3bpw, DIR/4bpw, ...",
 )
-@click.option("-b", "--bits", multiple=True, type=float, help="Bitrates, any number: -b 2 3 4 6.")
+@click.option(
+    "-b", "--bits", multiple=True, help="Bitrates, any number: -b 2 3 4 6; GGUF types: -b Q3_K_S Q4_K IQ4_KSS."
+)
 @click.option(
     "--scheme",
     "schemes",
@@ -46,7 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
+    type=click.Choice(["compressed-tensors", "exl2", "exl3", "gguf"]),
     default="compressed-tensors",
     show_default=True,
 )
@@ -82,6 +89,14 @@ if TYPE_CHECKING:
     "--codebook", type=click.Choice(["3inst", "mcg", "mul1"]), default="mul1", show_default=True, help="EXL3 codebook."
 )
 @click.option(
+    "--tokenizer-from",
+    metavar="X.gguf",
+    help="GGUF: the file whose tokenizer keys the outputs get; needed where the base is no GGUF file.",
+)
+@click.option(
+    "--converter", is_flag=True, help="GGUF: make the base file with llama.cpp's own converter, in its own environment."
+)
+@click.option(
     "--engine",
     type=click.Choice(["own", "exllamav2", "exllamav3"]),
     default="own",
@@ -94,7 +109,7 @@ if TYPE_CHECKING:
 def main(
     in_dir: str,
     out_dir: Path,
-    bits: tuple[float, ...],
+    bits: tuple[str, ...],
     schemes: tuple[str, ...],
     format_name: str,
     method: str,
@@ -103,6 +118,8 @@ def main(
     importance: bool,
     head_bits: int | None,
     codebook: str,
+    tokenizer_from: str | None,
+    converter: bool,
     engine: str,
     rows: int,
     length: int,
@@ -123,6 +140,7 @@ def main(
       model_quantize -i base -o variants -b 2 3 4 6
       model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
       model_quantize -i base -o variants --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4
+      model_quantize -i base -o gguf --format gguf -b Q3_K_S Q4_K Q6_K IQ4_KSS --tokenizer-from X.gguf
     """
     check_json_path(json_path)
     if not bits and not schemes:
@@ -131,8 +149,16 @@ def main(
         raise click.UsageError(
             "--scheme says all of the stored form; leave out -b, --format, --engine, --asym and --head-bits"
         )
+    if format_name == "gguf":
+        from recompile.checkpoint import open_checkpoint
+
+        base = open_checkpoint(_converted(in_dir, out_dir, quiet) if converter else in_dir)
+        make = partial(read_rows, [base.path], "calibrate", rows, length, text, dataset, input_ids)
+        _make_gguf(base, out_dir, bits, tokenizer_from, make if importance else None, device, dtype, json_path, quiet)
+        return
+    rates = _rates(bits)
     if engine != "own":
-        _run_engine(engine, in_dir, out_dir, format_name, bits, head_bits, rows, length, device, codebook, quiet)
+        _run_engine(engine, in_dir, out_dir, format_name, rates, head_bits, rows, length, device, codebook, quiet)
         return
     from recompile.checkpoint import open_checkpoint
 
@@ -143,7 +169,7 @@ def main(
     if schemes:
         encoder, head = _scheme_encoder(schemes, method, importance), False
     else:
-        encoder, head = _encoder(format_name, bits, method, group_size, asym, importance, head_bits, codebook, found)
+        encoder, head = _encoder(format_name, rates, method, group_size, asym, importance, head_bits, codebook, found)
 
     from recompile.quantize.pipeline import LayerDone, quantize_model
 
@@ -168,6 +194,87 @@ def main(
         click.echo(_summary(report))
     if json_path is not None:
         print_json(json_path, report)
+
+
+def _rates(bits: tuple[str, ...]) -> tuple[float, ...]:
+    try:
+        return tuple(float(rate) for rate in bits)
+    except ValueError:
+        raise FormatError(f"-b {' '.join(bits)}: wanted numbers (tensor types go with --format gguf)") from None
+
+
+def _converted(in_dir: str, out_dir: Path, quiet: bool) -> Path:
+    """The base as a GGUF file made by llama.cpp's own converter."""
+    from recompile.quantize.gguf_convert import convert
+
+    with progress("converting", 2, unit="steps", quiet=quiet) as bar:
+        return convert(Path(in_dir), out_dir, lambda step, what: bar.update(step, what))
+
+
+def _make_gguf(
+    base: Checkpoint,
+    out_dir: Path,
+    names: tuple[str, ...],
+    tokenizer_from: str | None,
+    make_rows: Callable[[], tuple[Rows, int | None]] | None,
+    device: str,
+    dtype: str | None,
+    json_path: Path | None,
+    quiet: bool,
+) -> None:
+    """One GGUF file for each type or preset. make_rows: the calibration rows; None: no importance."""
+    from recompile.gguf.container import open_gguf
+    from recompile.quantize.gguf import VariantsReport, build_variants, collect_importance, plan_variants
+
+    keys_of = open_gguf(tokenizer_from) if tokenizer_from is not None else None
+    plan = plan_variants(base, out_dir, names, tokenizer_from=keys_of)  # refuses what it must before the long work
+    if make_rows is not None:
+        found, vocab = make_rows()
+        check_vocabulary(base, vocab)
+        calibration = collect_importance(
+            base, found.ids, device=compute_device(device), dtype=compute_dtype(dtype), source=found.source
+        )
+        with progress("calibrating", 1, unit="layers", quiet=quiet) as bar:
+            while True:
+                try:
+                    step = next(calibration)
+                except StopIteration as stop:
+                    plan = replace(plan, importance=stop.value)
+                    break
+                bar.update(step.done, f"layer {step.done}", step.total)
+    report: VariantsReport | None = None
+    with progress("encoding", 1, quiet=quiet) as bar:
+        for event in build_variants(plan):
+            if isinstance(event, VariantsReport):
+                report = event
+            else:
+                bar.update(event.done_bytes, event.tensor, event.total_bytes)
+    assert report is not None, "build_variants ends with its report"
+    if str(json_path) != "-":
+        click.echo(_gguf_summary(report))
+    if json_path is not None:
+        print_json(json_path, report)
+
+
+def _gguf_summary(report: VariantsReport) -> str:
+    from recompile.quantize.gguf import counts_of
+
+    rows = []
+    for file, (_, made) in zip(report.files, report.tensors.items(), strict=True):
+        quantized = [entry for entry in made if entry.got not in ("F32",)]
+        size, weights = sum(entry.size_bytes for entry in made), sum(entry.weights for entry in made)
+        types = ", ".join(f"{count} {kind}" for kind, count in counts_of(made).items())
+        error = _mean([entry.relative_error for entry in quantized])
+        rows.append((file, format_bpw(8 * size / weights), format_bytes(size), f"{error:.4f}", types))
+    text = format_columns(rows, ("file", "bpw", "size", "rel. error", "tensors by type"), range(1, 4))
+    for preset, _ in report.tensors.items():
+        noted: dict[tuple[str, str, str], int] = {}
+        for entry in report.noted(preset):
+            key = (entry.asked, entry.got, entry.note)
+            noted[key] = noted.get(key, 0) + 1
+        for (asked, got, note), count in noted.items():
+            text += f"\n{preset}: {count} tensors asked to be {asked} are {got}: {note}"
+    return text
 
 
 def _run_engine(

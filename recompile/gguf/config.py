@@ -6,10 +6,12 @@ named where it is used.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from recompile.errors import CheckpointError
 from recompile.gguf.container import GgufFile
+from recompile.gguf.keys import llama3_factors
 from recompile.gguf.names import ARCHITECTURES, Heads
 
 # Gemma's largest models scale attention by hidden size / heads, all others by the head size; told apart by depth.
@@ -110,33 +112,22 @@ def _add_rope_scaling(file: GgufFile, arch: str, config: dict[str, Any]) -> list
 
 def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
     """The llama3 scaling whose factors are stored, if it has the constants that all Llama 3 models have."""
-    import math
-    import struct
-
     info = file.tensors["rope_freqs.weight"]
     if info.type.name != "F32":
         return None
     stored = struct.unpack(f"<{info.numel}f", file.read(info))
-    low, high, original, theta = 1.0, 4.0, 8192, config["rope_theta"]
-    factor = max(stored)
-    for i, found in enumerate(stored):
-        wavelength = 2 * math.pi * theta ** (i / len(stored))
-        if wavelength < original / high:
-            wanted = 1.0
-        elif wavelength > original / low:
-            wanted = factor
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            wanted = 1 / ((1 - smooth) / factor + smooth)
-        if abs(found - wanted) > 1e-4 * wanted:
-            return None
-    return {
+    scaling = {
         "rope_type": "llama3",
-        "factor": _short(factor),
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
+        "factor": _short(max(stored)),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }
+    wanted = llama3_factors({**config, "rope_scaling": scaling}) or []
+    same = len(wanted) == len(stored) and all(
+        abs(have - want) <= 1e-4 * want for have, want in zip(stored, wanted, strict=True)
+    )
+    return scaling if same else None
 
 
 def _add_gemma(arch: str, get: Any, config: dict[str, Any]) -> None:

