@@ -22,12 +22,14 @@ from eval.metrics import (
     METRICS_VERSION,
     ConfidenceBin,
     Drift,
+    Histogram,
     Mean,
     Quantiles,
     TokenMetrics,
     drift,
     kl_by_confidence,
     kl_divergence,
+    kl_histogram,
     mean_drift,
     mean_over_rows,
     quantiles,
@@ -101,6 +103,7 @@ class DiffReport:
     rows_source: str
     versions: dict[str, str]
     metrics_version: int = METRICS_VERSION
+    kl_histogram: Histogram | None = None  # tokens by KL(reference || candidate)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -294,6 +297,7 @@ class _Comparison:
             rows_sha256=self.rows_sha256,
             rows_source=self.rows_source,
             versions=versions(),
+            kl_histogram=kl_histogram(found.kl),
         )
 
 

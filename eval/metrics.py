@@ -205,6 +205,30 @@ def quantiles(values: Tensor) -> Quantiles:
     return Quantiles(at(0.5), at(0.9), at(0.99), float(ordered[-1]))
 
 
+HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_PER_DECADE = -8, 2, 5  # powers of ten of nats; five bins a decade
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Tokens by their KL, in bins of equal width on a logarithmic scale."""
+
+    edges_log10: tuple[float, float]  # log10 of the lowest and the highest edge, in nats
+    below: int  # tokens under the lowest edge: zero, rounding noise, and the reference against itself
+    counts: tuple[int, ...]  # bins from the lowest edge up
+    above: int
+
+
+def kl_histogram(kl: Tensor) -> Histogram:
+    """Count the finite values of `kl` (nats, any shape) by their logarithm; negative ones (rounding) count as below."""
+    values = kl[torch.isfinite(kl)].double().flatten()
+    bins = (HISTOGRAM_HIGH - HISTOGRAM_LOW) * HISTOGRAM_PER_DECADE
+    logs = values.clamp_min(1e-300).log10()
+    place = ((logs - HISTOGRAM_LOW) * HISTOGRAM_PER_DECADE).floor().clamp(-1, bins).long() + 1  # 0 below, last above
+    counts = torch.bincount(place, minlength=bins + 2).tolist()
+    edges = (float(HISTOGRAM_LOW), float(HISTOGRAM_HIGH))
+    return Histogram(edges, counts[0], tuple(counts[1:-1]), counts[-1])
+
+
 @dataclass(frozen=True)
 class ConfidenceBin:
     """KL of the tokens whose reference confidence (highest probability) lies in [low, high)."""

@@ -182,7 +182,13 @@ def main(
         click.echo(_layer_table(report.layers))
         click.echo(_summary(report, overlay))
     if json_path is not None:
-        print_json(json_path, {**report.as_dict(), "size": overlay.accounting.as_dict()})
+        print_json(json_path, {**report.as_dict(), "size": overlay.accounting.as_dict(), **_origin(overlay, override)})
+
+
+def _origin(overlay: Overlay, override: Path | None) -> dict[str, str | None]:
+    """What A was made of, so that a report can be set beside the profile that predicted it."""
+    text = override.read_text(encoding="utf-8") if override is not None else None
+    return {"candidate_dir": overlay.base.label, "recipe_name": override.name if override else None, "recipe": text}
 
 
 # What only the real engine takes, and what it cannot take.
