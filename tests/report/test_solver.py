@@ -32,7 +32,7 @@ SOLVE = """
 
 
 def random_problem(rng: random.Random, kind: str, groups: int) -> Problem:
-    """"ladder": falling costs at usual widths; "wild": any sizes and costs; "noise": costs around zero; "tied": small
+    """ "ladder": falling costs at usual widths; "wild": any sizes and costs; "noise": costs around zero; "tied": small
     whole numbers, so that equal sizes and equal costs are common."""
     labels = ["2", "3", "4", "q4_K", "Q4_K", '"4"', "\U0001d7da", "\uff12"]  # the last two: UTF-16 would swap them
     made = []

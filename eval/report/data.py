@@ -1,0 +1,347 @@
+"""What a report shows, as one value: a profile, what was measured beside it, and recipes to compare with.
+
+Reads JSON reports of `model_diff` and `model_optimize` and turns them into dataclasses. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recompile.checkpoint import open_checkpoint
+from recompile.costs import Profile, load_profile
+from recompile.errors import RecompileError
+from recompile.optimize.choose import predict
+from recompile.overlay import account, quantizable
+from recompile.recipe import Recipe, load_recipe, parse_recipe
+
+# Ends of tensor names, since keys match tensors and a profile names modules. One of the builds' kinds always fits.
+TENSOR_ENDINGS = ("weight", "weight_packed", "qweight", "q_weight", "trellis", "weight_scale", "bias")
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The hidden state after one stage, against the reference's."""
+
+    name: str
+    sqnr_db: float | None  # None: the states are equal
+    cosine_error: float | None
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One build or recipe whose KL was measured by running it."""
+
+    name: str
+    kl_nats: float  # KL(reference || candidate), nats per token
+    std_error: float | None
+    bpw: float | None  # over quantized modules; None where the report does not say
+    total_bytes: int | None
+    rows: int
+    row_tokens: int
+    rows_source: str
+    rows_sha256: str
+    perplexity: float | None
+    same_top_token: float | None  # share of tokens
+    quantiles: Mapping[str, float | None]
+    histogram: Mapping[str, Any] | None
+    confidence: tuple[Mapping[str, Any], ...]
+    drift: tuple[Drift, ...]
+    uniform: str | None = None  # candidate label, where this is one of the profile's candidates alone
+    choice: Mapping[str, str] | None = None  # group -> candidate label; None where it cannot be told
+    predicted_kl_nats: float | None = None
+    predicted_std_error: float | None = None
+    note: str = ""  # why there is no prediction
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe to compare with that nobody has measured here: predicted only."""
+
+    name: str
+    choice: Mapping[str, str]
+    bits: int
+    predicted_kl_nats: float
+    predicted_std_error: float | None
+
+
+@dataclass(frozen=True)
+class Build:
+    """A directory named by --variants: its size, from its headers."""
+
+    name: str
+    bpw: float
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class ReportData:
+    title: str
+    profile: Profile
+    profile_name: str
+    measured: tuple[Measured, ...] = ()
+    presets: tuple[Preset, ...] = ()
+    builds: tuple[Build, ...] = ()
+    start_bits: int = 0  # the budget that the explorer opens with, stored bits of quantized modules
+    notes: tuple[str, ...] = field(default=())
+
+    def bits_of(self, choice: Mapping[str, str]) -> int:
+        """Stored bits of quantized modules under a choice, what is in no group included."""
+        header = self.profile.header
+        return header.fixed_bits + sum(group.bits[choice[group.name]] for group in header.groups)
+
+    def bpw(self, bits: int) -> float:
+        return bits / max(1, self.profile.counted_weights)
+
+    def total_bytes(self, bits: int) -> int:
+        return (bits + self.profile.header.other_bits) // 8
+
+    def uniform(self, label: str) -> dict[str, str] | None:
+        """Every group from one candidate; None where a group does not offer it."""
+        groups = self.profile.header.groups
+        return {group.name: label for group in groups} if all(label in group.bits for group in groups) else None
+
+
+def gather(
+    profile_path: Path,
+    reports: Sequence[Path] = (),
+    variants: Sequence[Path] = (),
+    recipes: Sequence[Path] = (),
+    title: str | None = None,
+    start_bpw: float | None = None,
+) -> ReportData:
+    """Read everything that a report shows.
+
+    reports: files of `model_diff --json` or `model_optimize --json`. recipes: override files to show as predicted
+    points. Raises JournalError and RecompileError naming the file.
+    """
+    profile = load_profile(profile_path)
+    missing = profile.missing()
+    if missing:
+        raise RecompileError(
+            f"{profile_path}: the profile is unfinished: {len(missing)} swaps are not measured, first {missing[0][0]} "
+            f"from {missing[0][1]}; run the same model_profile command to go on"
+        )
+    if not profile.header.groups:
+        raise RecompileError(f"{profile_path}: the profile has no group; there is nothing to show")
+    builds = tuple(_build(path) for path in variants)
+    notes: list[str] = []
+    measured = []
+    for path in reports:
+        found = read_report(path, profile, builds)
+        if found is None:
+            notes.append(f"{path.name}: a recipe without a measured KL (model_optimize --check measures it)")
+        else:
+            measured.append(found)
+    if len({one.rows_sha256 for one in measured}) > 1:
+        notes.append("The measured builds did not all run on the same rows: compare their KL with care.")
+    presets = tuple(_preset(load_recipe(path), path.name, profile) for path in recipes)
+    reference = os.path.basename(os.path.normpath(profile.header.reference)) or profile.header.reference
+    data = ReportData(title or reference, profile, profile_path.name, tuple(measured), presets, builds, 0, tuple(notes))
+    return _with_start(data, start_bpw)
+
+
+def _with_start(data: ReportData, start_bpw: float | None) -> ReportData:
+    """Open with the asked size, or that of the first measured mix, or half way from the base to the next candidate."""
+    from dataclasses import replace
+
+    header = data.profile.header
+    fewest = header.fixed_bits + sum(min(group.bits.values()) for group in header.groups)
+    most = header.fixed_bits + sum(max(group.bits.values()) for group in header.groups)
+    if start_bpw is not None:
+        bits = math.floor(start_bpw * data.profile.counted_weights + 1e-6)
+        if not fewest <= bits <= most:
+            raise RecompileError(
+                f"-b {start_bpw:g}: out of reach; these sources make {data.bpw(fewest):.4f} to {data.bpw(most):.4f} bpw"
+            )
+        return replace(data, start_bits=bits)
+    mixes = [one.choice for one in data.measured if one.choice is not None and one.uniform is None]
+    if mixes:
+        return replace(data, start_bits=data.bits_of(mixes[0]))
+    uniforms = [data.uniform(candidate.label) for candidate in header.candidates]
+    sizes = sorted({data.bits_of(choice) for choice in uniforms if choice is not None})
+    base = data.uniform(header.base)
+    here = data.bits_of(base) if base is not None else fewest
+    above = [size for size in sizes if size > here]
+    return replace(data, start_bits=(here + above[0]) // 2 if above else (fewest + most) // 2)
+
+
+def _build(path: Path) -> Build:
+    checkpoint = open_checkpoint(path)
+    size = account(checkpoint.modules.values(), quantizable([checkpoint]))
+    return Build(os.path.basename(os.path.normpath(path)), size.bpw, size.total_bytes)
+
+
+# ---- JSON reports --------------------------------------------------------------------------------------------------
+
+
+def read_report(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> Measured | None:
+    """A report of `model_diff --json` or `model_optimize --check --json`; None for a recipe that was not measured.
+
+    Raises RecompileError for any other file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecompileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecompileError(f"{path}: is not JSON ({error}); wanted a report of model_diff --json") from error
+    if not isinstance(content, dict):
+        raise RecompileError(f"{path}: is not a report of model_diff --json or model_optimize --json")
+    try:
+        if "kl_by_confidence" in content:
+            return _read_diff(content, path, profile, builds)
+        if "choice" in content and "budget_bits" in content:
+            return _read_optimized(content, path, profile)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecompileError(f"{path}: an incomplete report, at {error}; make it again with --json") from error
+    raise RecompileError(f"{path}: is not a report of model_diff --json or model_optimize --json")
+
+
+def _read_optimized(content: Mapping[str, Any], path: Path, profile: Profile) -> Measured | None:
+    if content.get("measured") is None:
+        return None
+    choice = {str(group): str(source) for group, source in content["choice"].items()}
+    labels = {group.name: set(group.bits) for group in profile.header.groups}
+    if set(choice) != set(labels) or any(source not in labels[group] for group, source in choice.items()):
+        raise RecompileError(
+            f"{path}: its choice is not over the groups of this profile; give the profile it came from"
+        )
+    size = {"bpw": content["bpw"], "total_bytes": content["total_bytes"]}
+    return _measured(content["measured"], f"mix at {content['bpw']:.2f} bpw", size, choice, profile, "")
+
+
+def _read_diff(content: Mapping[str, Any], path: Path, profile: Profile, builds: Sequence[Build]) -> Measured:
+    label = str(content["candidate"])
+    directory = str(content.get("candidate_dir") or label)
+    base = _label_of(directory, profile)
+    size = content.get("size")
+    if size is None:
+        known = {build.name: {"bpw": build.bpw, "total_bytes": build.total_bytes} for build in builds}
+        size = known.get(os.path.basename(os.path.normpath(directory)))
+    choice, note = None, ""
+    if content.get("recipe"):
+        name = str(content.get("recipe_name") or "recipe")
+        if base is None:
+            note = f"{directory} is none of the profile's sources"
+        else:
+            try:
+                choice = choice_of(parse_recipe(content["recipe"], name), profile, base)
+            except RecompileError as error:
+                note = str(error)
+        name = Path(name).stem
+    else:
+        name = f"uniform {base}" if base is not None else os.path.basename(os.path.normpath(label)) or label
+        if base is not None:
+            choice = {group.name: base for group in profile.header.groups if base in group.bits}
+            choice = choice if len(choice) == len(profile.header.groups) else None
+        else:
+            note = f"{directory} is none of the profile's sources"
+    found = _measured(content, name, size, choice, profile, note)
+    if content.get("recipe") or base is None:
+        return found
+    from dataclasses import replace
+
+    return replace(found, uniform=base)
+
+
+def _measured(
+    report: Mapping[str, Any],
+    name: str,
+    size: Mapping[str, Any] | None,
+    choice: Mapping[str, str] | None,
+    profile: Profile,
+    note: str,
+) -> Measured:
+    mean, error = predict(profile, choice) if choice is not None else (None, None)
+    agree = report.get("top_k_agreement") or ()
+    return Measured(
+        name=name,
+        kl_nats=float(report["kl"]["mean"]),
+        std_error=report["kl"]["std_error"],
+        bpw=size["bpw"] if size else None,
+        total_bytes=int(size["total_bytes"]) if size else None,
+        rows=int(report["rows"]),
+        row_tokens=int(report["row_tokens"]),
+        rows_source=str(report["rows_source"]),
+        rows_sha256=str(report["rows_sha256"]),
+        perplexity=report["score_candidate"]["perplexity"],
+        same_top_token=agree[0]["mean"] if agree else None,
+        quantiles=dict(report["kl_quantiles"]),
+        histogram=report.get("kl_histogram"),
+        confidence=tuple(report["kl_by_confidence"]),
+        drift=tuple(
+            Drift(
+                str(layer["name"]),
+                layer["drift"]["sqnr_db"],
+                layer["drift"]["cosine_error"],
+                layer["drift"]["relative_error"],
+            )
+            for layer in report["layers"]
+        ),
+        choice=choice,
+        predicted_kl_nats=mean,
+        predicted_std_error=error,
+        note=note,
+    )
+
+
+# ---- recipes over the groups of a profile ----------------------------------------------------------------------------
+
+
+def _label_of(directory: str, profile: Profile) -> str | None:
+    """The candidate that a directory is: the same path as written, or the same last name where one only has it."""
+    candidates = profile.header.candidates
+    same = [one.label for one in candidates if os.path.normpath(one.model_dir) == os.path.normpath(directory)]
+    if not same:
+        last = os.path.basename(os.path.normpath(directory))
+        same = [one.label for one in candidates if os.path.basename(os.path.normpath(one.model_dir)) == last]
+    return same[0] if len(same) == 1 else None
+
+
+def choice_of(recipe: Recipe, profile: Profile, base: str) -> dict[str, str]:
+    """group -> candidate label, as the recipe over the candidate `base` decides.
+
+    Raises RecompileError for a directory that is no candidate, a group whose modules part, or a source that a group
+    does not offer: such a recipe cannot be predicted from this profile.
+    """
+    labels: dict[str | None, str | None] = {None: base}
+    choice: dict[str, str] = {}
+    for group in profile.header.groups:
+        found = {_directory(recipe, module) for module in group.modules}
+        for directory in found - labels.keys():
+            labels[directory] = _label_of(str(directory), profile)
+        sources = {labels[directory] for directory in found}
+        unknown = next((directory for directory in found if labels[directory] is None), None)
+        if unknown is not None:
+            raise RecompileError(f"{recipe.name}: {unknown} is none of the profile's sources; no prediction")
+        if len(sources) > 1:
+            raise RecompileError(
+                f"{recipe.name}: takes the modules of {group.name} from several sources; no prediction"
+            )
+        source = str(sources.pop())
+        if source not in group.bits:
+            raise RecompileError(f"{recipe.name}: {group.name} is not profiled from source {source}; no prediction")
+        choice[group.name] = source
+    return choice
+
+
+def _directory(recipe: Recipe, module: str) -> str | None:
+    found: Iterable[str | None] = (recipe.source_dir(f"{module}.{ending}") for ending in TENSOR_ENDINGS)
+    return next((directory for directory in found if directory is not None), None)
+
+
+def _preset(recipe: Recipe, name: str, profile: Profile) -> Preset:
+    base = profile.header.base
+    if isinstance(recipe.base, str):
+        base = _label_of(recipe.base, profile) or base
+    choice = choice_of(recipe, profile, base)
+    bits = profile.header.fixed_bits + sum(group.bits[choice[group.name]] for group in profile.header.groups)
+    mean, error = predict(profile, choice)
+    return Preset(Path(name).stem, choice, bits, mean, error)

@@ -1,0 +1,304 @@
+"""What goes into the page, the pictures and the card; hostile names; override files written and read by the page."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from made import write_diff, write_profile
+
+from eval.metrics import kl_histogram
+from eval.report.card import card
+from eval.report.data import choice_of, gather
+from eval.report.page import page_data, render
+from recompile.cli.model_report import main
+from recompile.costs import load_profile
+from recompile.errors import RecompileError
+from recompile.optimize.choose import predict
+from recompile.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = (
+    "</script><script>window.hacked = 1</script><b a=\"1\" c='2'>&amp;${window.hacked=2}`%{x}`"
+    "\u202e\u2028\U0001f600é" + "x" * 3000
+)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_profile(tmp_path_factory.mktemp("report") / "profile.jsonl")
+
+
+def test_histogram_of_known_values() -> None:
+    found = kl_histogram(torch.tensor([[0.0, 1e-9, 1.5e-8, 0.5], [0.5, 150.0, -1e-9, float("nan")]]))
+    assert (found.below, found.above, len(found.counts)) == (3, 1, 50)
+    assert found.counts[0] == 1  # 1.5e-8: the first fifth of the decade above 1e-8
+    assert found.counts[38] == 2  # log10(0.5) = -0.301: bin floor((8 - 0.301) * 5)
+    assert sum(found.counts) + found.below + found.above == 7  # NaN is left out
+
+
+def test_page_holds_every_number_of_the_profile(profile: Path) -> None:
+    data = gather(profile)
+    page = render(data)
+    packed = re.search(r'id="data">([^<]+)</script>', page)
+    assert packed
+    found = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    assert found == json.loads(json.dumps(page_data(data)))
+    costs = np.frombuffer(base64.b64decode(found["cost"]), "<f8")
+    loaded = load_profile(profile)
+    wanted = [loaded.cost(g.name, label) for g in loaded.header.groups for label in g.bits]
+    assert costs.tolist() == [cost.kl_nats for cost in wanted if cost is not None]
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page.split('id="plotly"')[0]), "nothing is loaded"
+    assert "default-src 'none'" in page
+
+
+def test_measured_builds_are_matched_with_their_prediction(profile: Path, tmp_path: Path) -> None:
+    recipe = 'sources: [{id: 6, model_dir: 6bpw}]\noverrides: [{key: "*.o_proj.*", source: 6}]\n'
+    reports = [
+        write_diff(tmp_path / "a.json", "3bpw", 0.5),
+        write_diff(tmp_path / "b.json", "./3bpw", 0.4, recipe),
+        write_diff(tmp_path / "c.json", "/elsewhere/awq", 0.3, size=None),
+    ]
+    data = gather(profile, reports)
+    uniform, mix, other = data.measured
+    loaded = load_profile(profile)
+    assert (uniform.name, uniform.uniform) == ("uniform 3", "3")
+    assert uniform.predicted_kl_nats == predict(loaded, dict.fromkeys((g.name for g in loaded.header.groups), "3"))[0]
+    assert mix.uniform is None
+    assert mix.choice is not None
+    assert {name for name, label in mix.choice.items() if label == "6"} == {
+        group.name for group in loaded.header.groups if group.name.endswith("o_proj")
+    }
+    assert data.start_bits == data.bits_of(mix.choice)
+    assert other.predicted_kl_nats is None
+    assert "none of the profile's sources" in other.note
+    assert other.bpw is None
+
+
+def test_a_recipe_that_cannot_be_predicted_says_why(profile: Path) -> None:
+    loaded = load_profile(profile)
+    for text, message in (
+        ('sources: [{id: a, model_dir: ./8bpw}]\noverrides: [{key: "*.o_proj.*", source: a}]', "8bpw is none of"),
+        ('sources: [{id: 6, model_dir: 6bpw}]\noverrides: [{key: "*.q_proj.*", source: 6}]', "from several sources"),
+    ):
+        with pytest.raises(RecompileError, match=message):
+            choice_of(parse_recipe(text), loaded, "3")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"kl_by_confidence": []}', '{"choice": {}, "budget_bits": 1, "measured": {}}']
+)
+def test_other_json_is_refused_with_its_name(profile: Path, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(content)
+    found = CliRunner().invoke(main, [str(profile), str(path), "-o", str(tmp_path / "r.html")])
+    assert found.exit_code == 1
+    assert "odd.json" in found.output
+    assert "Traceback" not in found.output
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_an_unfinished_profile_is_refused(profile: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(profile.read_text().splitlines(keepends=True)[:-3]))
+    with pytest.raises(RecompileError, match="unfinished: 3 swaps"):
+        gather(cut)
+
+
+# ---- hostile names -----------------------------------------------------------------------------------------------
+
+
+def test_hostile_names_are_no_markup(tmp_path: Path) -> None:
+    path = write_profile(tmp_path / "p.jsonl", 2, ids=(3, HOSTILE[:200]), prefix=f"{HOSTILE}.layers")
+    data = gather(path, [write_diff(tmp_path / "d.json", HOSTILE[:150], 0.3)], title=HOSTILE)
+    page = render(data)
+    assert "window.hacked" not in page.replace("window.hacked = 1&lt;/script&gt;", "").replace(
+        "${window.hacked=2}", ""
+    ), "only the escaped title names it"
+    assert "<b a=" not in page
+    text = card(data)
+    assert "<script>" not in text.split("### Recipe")[0].replace("\\<script\\>", "")
+    recipe = text[text.index("yaml\n") + 5 :]
+    recipe = recipe[: re.search(r"^`{3,}$", recipe, re.MULTILINE).start()]  # type: ignore[union-attr]
+    assert yaml.safe_load(recipe)["sources"][0]["id"] == HOSTILE[:200]
+
+
+# ---- the recipe module of the page against recompile.recipe ----------------------------------------------------------
+
+
+def test_the_page_writes_what_python_reads(node: Callable[[str, Any], Any]) -> None:
+    names = [
+        *(f"model.layers.{layer}.mlp.experts.{n}.up_proj" for layer in (0, 1) for n in range(12)),
+        'a.0."quoted\\".x',
+        "b.1.it's # no comment",
+        "c.2.{x: 1}, [y]",
+        "d.3.\u2028\u0085\ufefftab\there",
+        "e.4.\U0001f600é",
+        "model.layers.1.mlp.experts.gate",
+    ]
+    sources = ["b" if name.startswith("model.layers.0") or n % 3 == 0 else "a" for n, name in enumerate(names)]
+    ids: list[Any] = [
+        "a",
+        'x" y: {',
+    ]
+    lines = dump_recipe(Recipe(tuple(Source(one, f"dir {one}") for one in ids), ())).splitlines()
+    text = node(
+        "return load('recipe.js').write(input).join('\\n');",
+        {
+            "groups": [
+                {"modules": [name], "layer": n % 4, "source": "ab".index(source), "comment": f"KL\n: {name}"}
+                for n, (name, source) in enumerate(zip(names, sources, strict=True))
+            ],
+            "candidates": [
+                {"source_line": line, "id_yaml": json.dumps(one)} for line, one in zip(lines[1:], ids, strict=False)
+            ],
+            "base": 0,
+            "header": ["what\nfor: \u0085"],
+            "tail": ['base: "dir a"'],
+        },
+    )
+    recipe = parse_recipe(text)
+    assert recipe.base == "dir a"
+    assert 'experts.*.up_proj.*"' in text
+    assert len(recipe.overrides) < sources.count("b")
+    for name, source in zip(names, sources, strict=True):
+        assert recipe.source_dir(f"{name}.weight_packed") == (f"dir {ids[1]}" if source == "b" else None), name
+
+
+RESOLVE = """
+    const recipes = load('recipe.js');
+    return input.map(([text, names]) => {
+      try { return names.map(recipes.resolver(recipes.parse(text))); } catch (error) { return String(error.message); }
+    });
+"""
+
+
+def test_the_page_resolves_recipes_as_python_does(node: Callable[[str, Any], Any]) -> None:
+    names = [
+        f"model.layers.{layer}.{part}.weight_packed"
+        for layer in (0, 1, 2, 10, 11)
+        for part in (
+            "self_attn.q_proj",
+            "self_attn.o_proj",
+            "mlp.down_proj",
+            "mlp.experts.3.up_proj",
+            "mlp.shared_expert.up_proj",
+        )
+    ]
+    texts = [path.read_text() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    assert len(texts) >= 5
+    rng = random.Random(3)
+    pieces = [
+        "*",
+        "model.",
+        "layers.",
+        "1",
+        "0",
+        "self_attn",
+        "mlp",
+        ".q_proj",
+        ".o_proj",
+        ".weight_packed",
+        "*.",
+        ".*",
+        "experts.",
+    ]
+    for _ in range(150):
+        ids: list[Any] = rng.sample([4, "4", 4.5, True, "yes", None, "x y", "it's", "a#b"], 4)
+        sources = tuple(Source(one, f"./d{rng.randint(0, 2)}") for one in ids)
+        keys = ("*" + "".join(rng.choices(pieces, k=rng.randint(1, 3))) + "*" for _ in range(rng.randint(1, 8)))
+        overrides = tuple(Override(key, rng.choice(ids)) for key in keys)
+        texts.append(dump_recipe(Recipe(sources, overrides, base="./b"), {line.key: "why # not" for line in overrides}))
+    answers = node(RESOLVE, [[text, names] for text in texts])
+    assert sum(any(found for found in answer) for answer in answers) > 40
+    for text, answer in zip(texts, answers, strict=True):
+        recipe = parse_recipe(text)
+        assert answer == [recipe.source_dir(name) for name in names], text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "overrides"),
+        ("just words", "is not read here"),
+        ("overrides: &a []\n", "not read here"),
+        ("sources: [{id: 4, model_dir: x}]\noverrides: [{key: a, source: 5}]", "unknown source id 5"),
+        ('sources: []\noverrides:\n  - {key: "a, source: 4}', "quote that is not closed"),
+        ("sources: []\noverrides:\n  - {key: a", "not closed"),
+        ("sources: []\noverrides:\n  - {source: 4}", 'without "key"'),
+    ],
+)
+def test_the_page_refuses_what_it_cannot_read(node: Callable[[str, Any], Any], text: str, message: str) -> None:
+    (answer,) = node(RESOLVE, [[text, ["a"]]])
+    assert isinstance(answer, str)
+    assert message in answer
+
+
+# ---- pictures and card -------------------------------------------------------------------------------------------
+
+
+def test_pictures_and_card(profile: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib (extra: report)")
+    diff = write_diff(tmp_path / "d.json", "3bpw", 0.5)
+    call = [
+        str(profile),
+        str(diff),
+        "--png",
+        str(tmp_path / "png"),
+        "--svg",
+        str(tmp_path / "svg"),
+        "--card",
+        "-",
+        "-b",
+        "3.5",
+    ]
+    found = CliRunner().invoke(main, call)
+    assert found.exit_code == 0, found.output
+    names = {path.stem for path in (tmp_path / "svg").iterdir()}
+    assert names == {"frontier", "bit-map", "heat-map", "predicted-measured", "token-kl", "confidence", "drift"}
+    assert {path.stem for path in (tmp_path / "png").glob("*.png")} == names
+    svg = (tmp_path / "svg" / "frontier.svg").read_text()
+    assert "bits per weight over quantized modules" in svg
+    assert "uniform, measured" in svg
+    again = CliRunner().invoke(main, [*call[:2], "--svg", str(tmp_path / "again"), "-b", "3.5"])
+    assert again.exit_code == 0
+    assert (tmp_path / "again" / "frontier.svg").read_text() == svg
+    assert "| uniform 3 | 3.25 | 8.6 MiB | 0.5000 ± 0.0250 | 3.000 | 13.500 | 80.0 % |" in found.stdout
+    assert "| this recipe (predicted) | 3.4" in found.stdout or "| this recipe (predicted) | 3.5" in found.stdout
+    recipe = parse_recipe(found.stdout.split("```yaml\n")[1].split("```")[0])
+    data = gather(profile, [diff], start_bpw=3.5)
+    choice = choice_of(recipe, data.profile, "3")
+    assert data.bpw(data.bits_of(choice)) <= 3.5
+
+
+def test_nothing_asked_for_is_an_error(profile: Path) -> None:
+    found = CliRunner().invoke(main, [str(profile)])
+    assert found.exit_code == 1
+    assert "nothing to write" in found.output
+    found = CliRunner().invoke(main, [str(profile), "-b", "30", "--card", "-"])
+    assert found.exit_code == 1
+    assert "out of reach" in found.output
+
+
+def test_a_recipe_file_becomes_a_point(profile: Path, tmp_path: Path) -> None:
+    path = tmp_path / "peer.yaml"
+    path.write_text('sources: [{id: 6, model_dir: ./6bpw}]\noverrides: [{key: "*.down_proj.*", source: 6}]\n')
+    (preset,) = gather(profile, recipes=[path]).presets
+    loaded = load_profile(profile)
+    assert preset.choice == choice_of(load_recipe(path), loaded, "3")
+    assert (preset.predicted_kl_nats, preset.predicted_std_error) == predict(loaded, preset.choice)
+    assert replace(preset, name="x").bits == gather(profile).bits_of(preset.choice)
+    assert len(set(itertools.chain(preset.choice.values()))) == 2
