@@ -7,7 +7,7 @@ cotangent q - p and some Fisher samples of q gives the first- and second-order t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,51 +16,15 @@ from torch import Tensor
 from eval.adjoint import AdjointPass, LayerBackward, LayerForward, SwapProducts, plan_pass
 from eval.diff import BATCH_TOKENS, LOGIT_CHUNK_TOKENS
 from eval.fisher import FisherCotangents
+from eval.guard import mix_of
 from eval.metrics import kl_divergence
 from eval.sketch import collect, estimate
-from recompile.checkpoint import StoredModule, WeightSource, split_name
-from recompile.costs import ProfileGroup
+from recompile.checkpoint import Checkpoint, WeightSource
+from recompile.costs import ProfileHeader
 from recompile.optimize.refine import SwapModel
 from recompile.stream import LayeredModel
 
 SAMPLES = 2  # Fisher samples a row, beside the gradient
-
-
-@dataclass(frozen=True)
-class Mix:
-    """A weight source: the base variant with every group's modules from its chosen candidate."""
-
-    base: WeightSource
-    by_module: Mapping[str, WeightSource]
-    label: str = "mix"
-
-    @staticmethod
-    def of(
-        base: WeightSource,
-        groups: Sequence[ProfileGroup],
-        candidates: Mapping[str, WeightSource],
-        choice: Mapping[str, str],
-    ) -> Mix:
-        by_module = {module: candidates[choice[group.name]] for group in groups for module in group.modules}
-        return Mix(base, by_module)
-
-    @property
-    def config(self) -> Mapping[str, object]:
-        return self.base.config
-
-    @property
-    def modules(self) -> Mapping[str, StoredModule]:
-        chosen = {name: source.modules[name] for name, source in self.by_module.items()}
-        return {**self.base.modules, **chosen}
-
-    def _of(self, tensor: str) -> WeightSource:
-        return self.by_module.get(split_name(tensor)[0]) or self.by_module.get(tensor) or self.base
-
-    def has(self, tensor: str) -> bool:
-        return self._of(tensor).has(tensor)
-
-    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        return self._of(tensor).load(tensor, device=device)
 
 
 @dataclass
@@ -110,13 +74,12 @@ class MixOracle:
     """`recompile.optimize.refine.Oracle` over real models.
 
     pool: int64 [rows, tokens] for linearising, taken in turns of `rows_per_step`; accept: [rows, tokens] for measuring
-    progress: called with an OracleProgress now and then
+    progress: called after every layer of a linearisation
     """
 
+    header: ProfileHeader
+    checkpoints: Mapping[str, Checkpoint]  # by candidate label
     reference: WeightSource
-    base: WeightSource
-    candidates: Mapping[str, WeightSource]
-    groups: Sequence[ProfileGroup]
     pool: Tensor
     accept: Tensor
     rows_per_step: int = 12
@@ -125,15 +88,12 @@ class MixOracle:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     max_memory_bytes: int | None = None
-    progress: list[OracleProgress] = field(default_factory=list)
+    progress: Callable[[OracleProgress], None] = lambda event: None
 
     def __post_init__(self) -> None:
         self._reference = LayeredModel.of(self.reference, dtype=self.dtype, device=self.device)
-        self._model = LayeredModel.of(self.base, dtype=self.dtype, device=self.device)
+        self._model = LayeredModel.of(self.checkpoints[self.header.base], dtype=self.dtype, device=self.device)
         self._wanted_accept: Tensor | None = None
-
-    def _mix(self, choice: Mapping[str, str]) -> Mix:
-        return Mix.of(self.base, self.groups, self.candidates, choice)
 
     @torch.no_grad()
     def normed(self, model: LayeredModel, source: WeightSource, ids: Tensor) -> Tensor:
@@ -152,26 +112,26 @@ class MixOracle:
         count = min(self.rows_per_step, len(self.pool))
         first = (step * count) % len(self.pool)
         ids = torch.cat([self.pool, self.pool])[first : first + count]
-        mix = self._mix(choice)
+        mix = mix_of(self.header, self.checkpoints, choice)
         wanted = self.normed(self._reference, self.reference, ids)
         plan = plan_pass(
             self._model,
-            self.groups,
-            len(self.candidates),
+            self.header.groups,
+            len(self.checkpoints),
             rows=ids.shape[0],
             tokens=ids.shape[1],
             samples=self.samples + 1,
             cap_bytes=self.max_memory_bytes,
         )
         runner = AdjointPass(
-            self._model, mix, self.candidates, self.groups, plan, lambda group, source: choice[group] == source
+            self._model, mix, self.checkpoints, self.header.groups, plan, lambda group, source: choice[group] == source
         )
         found: list[SwapProducts] = []
         with torch.no_grad(), self._reference.head_loaded():
             cotangents = KlCotangents(
                 self._model,
-                self.candidates,
-                self.groups,
+                self.checkpoints,
+                self.header.groups,
                 self.samples,
                 self.seed,
                 sweep=step,
@@ -200,14 +160,14 @@ class MixOracle:
         return SwapModel(sum(cotangents.kl_rows) / len(cotangents.kl_rows), linear, quadratic, errors)
 
     def _note(self, text: str, done: int, total: int) -> None:
-        self.progress.append(OracleProgress(text, done, total))
+        self.progress(OracleProgress(text, done, total))
 
     @torch.no_grad()
     def measure(self, choice: Mapping[str, str]) -> list[float]:
         """KL(reference || mix) of every accepting row, nats per token."""
         if self._wanted_accept is None:
             self._wanted_accept = self.normed(self._reference, self.reference, self.accept)
-        return list(self.kl_rows(self._mix(choice), self.accept, self._wanted_accept))
+        return list(self.kl_rows(mix_of(self.header, self.checkpoints, choice), self.accept, self._wanted_accept))
 
     @torch.no_grad()
     def kl_rows(self, source: WeightSource, ids: Tensor, wanted: Tensor) -> Iterator[float]:

@@ -35,7 +35,8 @@ def work(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("-mb", base_model, "-i", work / "3bpw", "-s", *sources, "-o", work / "profile.jsonl"),
         *("--level", "layer", "-r", "2", "-l", "64"),
     )
-    run(model_optimize, work / "profile.jsonl", "-b", "3.5", "-o", work / "mix.yaml", "--no-guard", *ROWS)
+    chosen = ["-b", "3.5", "-o", work / "mix.yaml", "--no-guard", "--solver", "exact"]
+    run(model_optimize, work / "profile.jsonl", *chosen, *ROWS)
     run(recompile_command, "-i", work / "3bpw", "-o", work / "mix", "-or", work / "mix.yaml", "--verify")
     return work
 

@@ -66,11 +66,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--solver",
-    type=click.Choice(["greedy", "exact", "local"]),
-    default="exact",
-    show_default=True,
-    help="greedy: best KL saved per bit first; exact: the proven optimum of the same costs; local: from there (or from "
-    "--start) by exchanges that are measured with the models.",
+    type=click.Choice(["greedy", "exact", "local", "refine"]),
+    help="greedy: best KL saved per bit first; exact: the proven optimum of the same costs; refine: from there (or "
+    "from --start) by measuring all costs anew at the recipe itself; local: by exchanges that are measured one by one. "
+    "Default: refine where the models are at hand, for at most 10 minutes; exact without them and with --no-check.",
 )
 @click.option(
     "--start",
@@ -116,7 +115,7 @@ def main(
     pool: tuple[str, ...],
     frontier: str | None,
     out: Path | None,
-    solver: str,
+    solver: str | None,
     start: Path | None,
     steps: int | None,
     minutes: float | None,
@@ -157,6 +156,10 @@ def main(
     )
     profile = load_profile(profile_path)
     checkpoints = _open_candidates(profile)
+    if solver is None:
+        asked = check is not False and frontier is None and max_kl is None and max_ppl_increase is None
+        at_hand = asked and checkpoints is not None and _at_hand(profile, checkpoints)
+        solver, minutes = ("refine", 10.0 if minutes is None else minutes) if at_hand else ("exact", minutes)
     rules = Rules(constraints, tie, engine, _forms(checkpoints) if engine is not None else None, max_step)
     where = RowOptions(rows, length, device, text, dataset)
     if frontier is not None:
@@ -280,6 +283,12 @@ def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: s
         f"After each line: KL and bits against the same modules taken from {base}."
     )
     _write(out, dump_recipe(recipe, comments, heading))
+
+
+def _at_hand(profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> bool:
+    """Whether the reference and the sources that were profiled are still there."""
+    same = all(checkpoints[found.label].fingerprint == found.fingerprint for found in profile.header.candidates)
+    return same and Path(profile.header.reference).exists()
 
 
 def _open_models(

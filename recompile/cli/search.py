@@ -5,6 +5,7 @@ A solver is a function from a Search to a choice (group -> candidate label) with
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import format_seconds
+from recompile.cli.common import format_seconds, progress
 from recompile.cli.options import compute_device
 from recompile.errors import RecompileError
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from recompile.optimize.problem import Problem
     from recompile.optimize.rows import Row
     from recompile.recipe import Recipe
+
+REFINE_STEPS = 6
+REFINE_ROWS = 12  # linearised in a step, fresh ones each
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,62 @@ def search_local(search: Search) -> Mapping[str, str]:
     return result.choice
 
 
-SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {"local": search_local}
+def search_refine(search: Search) -> Mapping[str, str]:
+    """Steps of a trust region on the measured KL (recompile.optimize.refine); goes on from its journal."""
+    from eval.refine import MixOracle, OracleProgress
+    from recompile.cli.refine_journal import RefineJournal
+    from recompile.optimize.exact import solve_exact
+    from recompile.optimize.refine import refine
+    from recompile.optimize.rows import solve_rows
+
+    directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
+    steps = search.steps if search.steps is not None else REFINE_STEPS
+    accept = search.where.rows
+    count = accept + REFINE_ROWS * steps
+    try:
+        rows, _ = search.where.read(directories, "choose", count)
+    except RecompileError:  # a short text: its rows come again in later steps, with new draws
+        rows, _ = search.where.read(directories, "choose", accept + REFINE_ROWS)
+    began = time.monotonic()
+    with progress("refining", steps, unit="steps", quiet=search.quiet) as bar:
+
+        def follow(event: OracleProgress) -> None:
+            bar.update(journal.steps + event.done / event.total, event.text)
+
+        oracle = MixOracle(
+            search.profile.header,
+            search.checkpoints,
+            search.reference,
+            pool=rows.ids[accept:],
+            accept=rows.ids[:accept],
+            rows_per_step=REFINE_ROWS,
+            device=compute_device(search.where.device),
+            progress=follow,
+        )
+        with RefineJournal.open(search.journal, search, rows.sha256) as journal:
+            for step in refine(
+                search.problem,
+                search.budget_bits,
+                journal.choice,
+                oracle,
+                steps=max(0, steps - journal.steps),
+                first_step=journal.steps,
+                damping=journal.damping,
+                solve=lambda problem, bits: solve_rows(problem, search.limits, solve_exact),
+                out_of_time=lambda: search.minutes is not None and time.monotonic() - began > 60 * search.minutes,
+            ):
+                journal.append(step)
+                if not search.quiet:
+                    said = "taken" if step.accepted else "refused"
+                    click.echo(
+                        f"step {step.step + 1}: {step.moved} groups moved, KL {step.change_nats:+.5f} ± "
+                        f"{step.change_std_error:.5f}, {said}; now {step.kl_nats:.5f} on {accept} rows of its own",
+                        err=True,
+                    )
+            return journal.choice
+
+
+SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {"local": search_local, "refine": search_refine}
 
 
 def read_start(path: Path, profile: Profile, checkpoints: Mapping[str, Checkpoint] | None) -> dict[str, str]:

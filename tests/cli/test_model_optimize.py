@@ -227,7 +227,8 @@ def test_a_recipe_worse_than_the_simple_mix_is_not_written(tmp_path: Path) -> No
     """A profile that has everything the wrong way round: the optimum of its costs is the smallest variant."""
     profile = tmp_path / "profile.jsonl"
     write_profile(profile, wrong=True)
-    result = run(profile, "-b", "4.6", "-o", tmp_path / "mix.yaml", *FEW, "--json", tmp_path / "report.json")
+    words = ("-b", "4.6", "--solver", "exact", "-o", tmp_path / "mix.yaml", "--json", tmp_path / "report.json")
+    result = run(profile, *words, *FEW)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text())
     verdict = report["verdict"]
@@ -346,3 +347,44 @@ def test_a_start_from_elsewhere_or_too_large_is_refused(profile: Path, tmp_path:
     result = run(profile, "--start", recipe, "-o", tmp_path / "mix.yaml")
     assert result.exit_code == 1
     assert "is no candidate of the profile" in result.output
+
+
+def test_refine_is_what_runs_where_the_models_are_at_hand_and_goes_on_from_its_journal(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.jsonl"
+    header = write_profile(profile)
+    report = optimize(profile, "-b", "3.9", "--check", "--no-guard", "--steps", "2", *FEW)
+    assert report["solver"] == "refine"
+    budget = report["budget_bits"]
+    assert report["bits"] <= budget
+    journal = [json.loads(line) for line in (tmp_path / "mix.refine.jsonl").read_text().splitlines()]
+    assert journal[-1]["choice"] == dict(report["choice"])
+    steps = [line for line in journal[1:] if line["accepted"]]
+    assert all(line["change_nats"] < 0 for line in steps)
+    assert [line["kl_nats"] for line in steps] == sorted((line["kl_nats"] for line in steps), reverse=True)
+    overlay = overlay_of(profile, header)
+    assert overlay.accounting.quantized_bits <= budget
+    # cut off in the middle of a line: what is whole counts, and no step is done again
+    path = tmp_path / "mix.refine.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "tri')
+    again = optimize(profile, "-b", "3.9", "--check", "--no-guard", "--steps", "2", *FEW)
+    assert again["choice"] == report["choice"]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == journal
+
+
+def test_refine_never_makes_a_hand_made_start_worse(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.jsonl"
+    header = write_profile(profile)
+    by_hand = {group.name: ("6" if ".mlp." in group.name else "2") for group in header.groups}
+    lines = "".join(f'  - {{key: "{name}.*", source: {source}}}\n' for name, source in by_hand.items())
+    folders = {candidate.label: candidate.model_dir for candidate in header.candidates}
+    recipe = tmp_path / "hand.yaml"
+    recipe.write_text(
+        f"sources:\n  - {{id: 6, model_dir: {folders['6']}}}\n  - {{id: 2, model_dir: {folders['2']}}}\noverrides:\n"
+        + lines
+    )
+    report = optimize(profile, "--start", recipe, "--check", "--no-guard", "--steps", "2", *FEW)
+    journal = [json.loads(line) for line in (tmp_path / "mix.refine.jsonl").read_text().splitlines()]
+    assert report["solver"] == "refine"
+    taken = [line for line in journal[1:] if line["accepted"]]
+    assert taken, "a recipe without sense leaves something to gain"
+    assert report["bits"] <= header.fixed_bits + sum(group.bits[by_hand[group.name]] for group in header.groups)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from eval.diff import DiffReport, compare
-from eval.profile import ProfileOptions, make_groups
-from eval.refine import Mix, MixOracle
+from eval.guard import mix_of
+from eval.profile import ProfileOptions, make_header
+from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
 from recompile.optimize.problem import Group, Option, Problem
 from recompile.optimize.refine import refine
@@ -19,19 +20,20 @@ BITS = (2, 4, 8)
 
 def oracle(architecture: str, level: str = "tensor") -> MixOracle:
     candidates = {str(b): open_checkpoint(d) for b, d in tiny.variants(architecture, BITS).items()}
-    groups = make_groups(candidates, ProfileOptions(level=level))
     base = open_checkpoint(tiny.base(architecture))
     rows = tiny.rows(12, 16)
-    return MixOracle(base, candidates["4"], candidates, groups, rows[:8], rows[8:], rows_per_step=4)
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    header = make_header(base, "4", given, rows, ProfileOptions(level=level), torch.float32)
+    return MixOracle(header, candidates, base, rows[:8], rows[8:], rows_per_step=4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gemma2"])
 def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
     made = oracle(architecture)
-    choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.groups)}
+    choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.header.groups)}
     model = made.linearise(choice, 0)
     ids = made.pool[: made.rows_per_step]
-    mix = Mix.of(made.base, made.groups, made.candidates, choice)
+    mix = mix_of(made.header, made.checkpoints, choice)
     dense = tiny.plain_model(tiny.base(architecture))
     dense.set_experts_implementation("eager")  # the grouped product knows no float64
     dense.double()
@@ -42,7 +44,7 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
     assert model.kl_nats == pytest.approx(float(tiny.plain_kl(wanted, tiny.plain_logits(dense, ids)).mean()), rel=1e-4)
     step = 1e-3
     checked = 0
-    for group in made.groups:
+    for group in made.header.groups:
         if "router" in group.name or group.name.endswith("mlp.gate"):
             continue
         names = made._model.parameters_of(group.modules[0])
@@ -52,7 +54,7 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
             (name,) = names
             parameter = dense.get_parameter(name)
             kept = parameter.data
-            change = made._model.load_parameter(name, made.candidates[source]).double() - kept
+            change = made._model.load_parameter(name, made.checkpoints[source]).double() - kept
             sides = []
             for sign in (1, -1):
                 parameter.data = kept + sign * step * change
@@ -67,8 +69,8 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
 
 def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
     made = oracle("llama")
-    choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.groups)}
-    mix = Mix.of(made.base, made.groups, made.candidates, choice)
+    choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.header.groups)}
+    mix = mix_of(made.header, made.checkpoints, choice)
     *_, report = compare(mix, made.reference, made.accept)
     assert isinstance(report, DiffReport)
     np.testing.assert_allclose(made.measure(choice), report.kl_rows, rtol=1e-4)
@@ -77,10 +79,13 @@ def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
 def test_refining_a_real_model_lowers_its_kl_within_the_budget() -> None:
     made = oracle("llama")
     problem = Problem(
-        tuple(Group(g.name, tuple(Option(s, bits, float("nan")) for s, bits in g.bits.items())) for g in made.groups)
+        tuple(
+            Group(g.name, tuple(Option(s, bits, float("nan")) for s, bits in g.bits.items()))
+            for g in made.header.groups
+        )
     )
-    choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.groups)}
-    budget = sum(group.bits[choice[group.name]] for group in made.groups)
+    choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.header.groups)}
+    budget = sum(group.bits[choice[group.name]] for group in made.header.groups)
     before = np.mean(made.measure(choice))
     *_, last = refine(problem, budget, choice, made, steps=2)
     assert last.bits <= budget
