@@ -43,7 +43,8 @@ from recompile.costs import (
 from recompile.errors import MissingWeight, RecompileError
 from recompile.memory import format_mib, resident_bytes
 from recompile.overlay import account, check_same_model, quantizable, role_of
-from recompile.recipe import Glob, SourceId
+from recompile.quantize.made import MadeVariant
+from recompile.recipe import Glob, SourceId, describe_spec
 from recompile.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
@@ -161,6 +162,12 @@ def _matches(glob: Glob, module: str) -> bool:
     return glob.matches(module) or glob.matches(f"{module}.weight")
 
 
+def describe_candidate(source: SourceId, checkpoint: Checkpoint) -> Candidate:
+    if isinstance(checkpoint, MadeVariant):
+        return Candidate(source, describe_spec(checkpoint.spec), checkpoint.fingerprint, dict(checkpoint.spec))
+    return Candidate(source, checkpoint.label, checkpoint.fingerprint)
+
+
 def make_header(
     reference: Checkpoint,
     base: str,
@@ -175,7 +182,7 @@ def make_header(
     settings: Mapping[str, Any] | None = None,
 ) -> ProfileHeader:
     """Everything that decides a profile, from headers alone. Raises MismatchError for sources of another model."""
-    described = tuple(Candidate(source, c.label, c.fingerprint) for source, c in candidates)
+    described = tuple(describe_candidate(source, c) for source, c in candidates)
     check_candidates(described)
     by_label = {d.label: c for d, (_, c) in zip(described, candidates, strict=True)}
     for checkpoint in by_label.values():

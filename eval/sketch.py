@@ -44,7 +44,7 @@ from eval.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, Swa
 from eval.fisher import DRAWS, FisherCotangents
 from eval.profile import ProfileOptions, make_header
 from recompile.checkpoint import Checkpoint, WeightSource
-from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, open_journal
+from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, is_expert, open_journal
 from recompile.errors import JournalError, OutputError, RecompileError
 from recompile.recipe import SourceId
 from recompile.stream import LayeredModel
@@ -294,7 +294,11 @@ def collect(found: Sequence[SwapProducts], samples: int, keep_pairs: bool) -> Sk
 
 def _as_profile(header: ProfileHeader, sketch: Sketch, options: SketchOptions) -> Profile:
     values = estimate(sketch, header.row_tokens, diagonal=options.mode == "diagonal", shrink=options.shrink)
-    measured = {swap: Measurement(*swap, tuple(rows)) for swap, rows in zip(sketch.swaps, values.tolist(), strict=True)}
+    seen = sketch.tokens.sum(1) > 0  # an expert that no token reached is not free, it is unmeasured
+    measured = {
+        swap: Measurement(*swap, tuple(rows), bool(reached) or not is_expert(swap[0]))
+        for swap, rows, reached in zip(sketch.swaps, values.tolist(), seen, strict=True)
+    }
     return Profile(header, Measurement(None, None, (0.0,) * header.rows), measured)
 
 

@@ -53,6 +53,7 @@ class Candidate:
     id: SourceId
     model_dir: str
     fingerprint: str
+    spec: Mapping[str, Any] | None = None  # made on the fly: how, as in a recipe; model_dir then only describes it
 
     @property
     def label(self) -> str:

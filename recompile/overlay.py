@@ -245,6 +245,11 @@ def _open_sources(recipe: Recipe, base: Checkpoint, warnings: list[str]) -> dict
     for source in {source.id: source for source in recipe.sources}.values():  # a repeated id keeps the last directory
         if source.id not in used or source.model_dir in sources:
             continue
+        if source.spec is not None:
+            raise RecipeError(
+                f"{recipe.location(source)}: source {source.id!r} ({source.model_dir}) is not there yet: this recipe "
+                f"is for model_quantize -i BASE -o OUT -or {recipe.name}, which makes the mix in one pass"
+            )
         path, note = resolve_dir(recipe, source.model_dir)
         if note:
             warnings.append(note)

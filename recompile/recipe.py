@@ -33,7 +33,10 @@ from recompile.errors import RecipeError
 
 SourceId: TypeAlias = "str | int | float | bool | bytes | datetime.date | None"  # any YAML scalar; datetime is a date
 
-_SOURCE_KEYS = ("id", "model_dir", "note")
+# A source that is not there yet: model_quantize makes it. What each says is read by recompile/quantize/made.py.
+MADE_KINDS = ("bits", "type", "scheme")
+MADE_SETTINGS = ("group_size", "symmetric")
+_SOURCE_KEYS = ("id", "model_dir", "note", *MADE_KINDS, *MADE_SETTINGS)
 _OVERRIDE_KEYS = ("key", "source", "note")
 _TOP_KEYS = ("sources", "overrides", "base", "budget", "provenance")
 
@@ -52,9 +55,10 @@ class Source:
     """One line of `sources:`, a directory that modules may be taken from."""
 
     id: SourceId
-    model_dir: str  # as written; see resolve_dir
+    model_dir: str  # as written, see resolve_dir; "bits: 4" for a source that model_quantize is to make
     line: int = 0  # of the entry, from 1; 0 where no file was read
     note: str | None = None
+    spec: Mapping[str, Any] | None = field(default=None, hash=False)  # how to make it; None for a directory
 
 
 @dataclass(frozen=True)
@@ -706,7 +710,7 @@ def _parse(text: str, name: str, path: Path | None) -> Recipe:
     sources: list[Source] = []
     seen: dict[SourceId, Source] = {}
     for entry in top.entries("sources", _SOURCE_KEYS) if "sources" in data else ():
-        source = Source(entry.scalar("id"), entry.text("model_dir"), entry.at.line, entry.note())
+        source = _read_source(entry)
         if not source.model_dir.strip():
             raise entry.place("model_dir").error("is blank; wanted a directory")
         if source.id in seen:
@@ -739,6 +743,26 @@ def _parse(text: str, name: str, path: Path | None) -> Recipe:
         other={key: value for key, value in data.items() if key not in _TOP_KEYS},
         warnings=tuple(warnings),
     )
+
+
+def describe_spec(spec: Mapping[str, Any]) -> str:
+    """`bits: 4, group_size: 32`: what stands for the directory of a source that is to be made."""
+    return ", ".join(f"{key}: {_flow(value)}" for key, value in spec.items())
+
+
+def _read_source(entry: _Mapping) -> Source:
+    """A directory, or a source to be made. Raises RecipeError where an entry is both or neither."""
+    kinds = [key for key in MADE_KINDS if key in entry.value]
+    settings = {key: entry.value[key] for key in MADE_SETTINGS if key in entry.value}
+    if not kinds:
+        if settings:
+            raise entry.at.error(f'"{next(iter(settings))}" goes with "bits" (a source that model_quantize makes)')
+        return Source(entry.scalar("id"), entry.text("model_dir"), entry.at.line, entry.note())
+    if "model_dir" in entry.value or len(kinds) > 1:
+        both = ["model_dir", *kinds] if "model_dir" in entry.value else kinds
+        raise entry.at.error(f"{' and '.join(map(_quote, both))} exclude each other; a source is there or is made")
+    spec = {kinds[0]: entry.scalar(kinds[0]), **{key: entry.scalar(key) for key in settings}}
+    return Source(entry.scalar("id"), describe_spec(spec), entry.at.line, entry.note(), spec)
 
 
 def resolve_dir(recipe: Recipe, model_dir: str) -> tuple[Path, str | None]:
@@ -779,7 +803,8 @@ def dump_recipe(recipe: Recipe, comments: Mapping[str, str] | None = None, heade
 
     lines.append("sources:" if recipe.sources else "sources: []")
     for source in recipe.sources:
-        lines.append(f"  - {{id: {_flow(source.id)}, model_dir: {_flow(source.model_dir)}{_flow_note(source.note)}}}")
+        where = f"model_dir: {_flow(source.model_dir)}" if source.spec is None else describe_spec(source.spec)
+        lines.append(f"  - {{id: {_flow(source.id)}, {where}{_flow_note(source.note)}}}")
 
     lines.append("overrides:" if recipe.overrides else "overrides: []")
     rows = [

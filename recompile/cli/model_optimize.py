@@ -155,7 +155,7 @@ def main(
         for text in given
     )
     profile = load_profile(profile_path)
-    checkpoints = _open_candidates(profile)
+    checkpoints = _open_candidates(profile, profile_path)
     if solver is None:
         asked = check is not False and frontier is None and max_kl is None and max_ppl_increase is None
         at_hand = asked and checkpoints is not None and _at_hand(profile, checkpoints)
@@ -279,7 +279,7 @@ def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: s
         f"{chosen.bpw:.4f} bits per weight over quantized modules ({chosen.budget.describe()} asked for).\n"
         f"Predicted KL {chosen.predicted_kl_nats:.6f} nats per token{said}.\n"
         f"Apply to {base}:\n"
-        f"  recompile -i {base} -o OUT -or {out.name}\n"
+        f"  {_next_step(chosen.profile, out)}\n"
         f"After each line: KL and bits against the same modules taken from {base}."
     )
     _write(out, dump_recipe(recipe, comments, heading))
@@ -386,11 +386,23 @@ def _guarded(chosen: Choice, rules: Rules, verdict: Verdict) -> Choice:
     return choice_of(chosen.profile, problem, best.choice, chosen.budget, best.name)
 
 
-def _open_candidates(profile: Profile) -> dict[str, Checkpoint] | None:
+def _next_step(profile: Profile, recipe: Path) -> str:
+    """The command that makes the recipe's model."""
+    base = profile.header.candidate(profile.header.base)
+    if base.spec is not None:
+        return f"model_quantize -i {profile.header.reference} -o OUT -or {recipe}"
+    return f"recompile -i {base.model_dir} -o OUT -or {recipe}"
+
+
+def _open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint] | None:
     """label -> checkpoint (headers only); None, with a word on stderr, where one is not at hand."""
     from recompile.checkpoint import open_checkpoint
 
     try:
+        if any(candidate.spec is not None for candidate in profile.header.candidates):
+            from recompile.quantize.made import open_candidates
+
+            return open_candidates(profile, path)
         return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
     except (RecompileError, OSError) as error:
         click.echo(f"Note: the sources are not at hand ({error}): a line for every module, nothing checked.", err=True)
@@ -452,7 +464,6 @@ def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None)
     from recompile.cli.verify import describe_verdict
 
     header = chosen.profile.header
-    base = header.candidate(header.base).model_dir
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for group in header.groups:
@@ -488,7 +499,7 @@ def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None)
                 f"The measured KL is above the {limit:g} that was asked for: ask for less, or profile more rows."
             )
         lines.append("")
-    lines += [f"Wrote {out}", "", f"Next: recompile -i {base} -o OUT -or {out}"]
+    lines += [f"Wrote {out}", "", f"Next: {_next_step(chosen.profile, out)}"]
     return "\n".join(lines)
 
 

@@ -38,8 +38,21 @@ if TYPE_CHECKING:
 
 @many_values_command("model_profile")
 @click.option("-mb", "--model-b", "--model_b", required=True, help="The reference: the unquantized base.")
-@click.option("-i", "--in-dir", "--in_dir", required=True, help="The variant that recipes start from.")
-@click.option("-s", "--sources", multiple=True, required=True, help="Other variants, as DIR or ID=DIR; any number.")
+@click.option("-i", "--in-dir", "--in_dir", help="The variant that recipes start from; with --candidates its name.")
+@click.option("-s", "--sources", multiple=True, help="Other variants, as DIR or ID=DIR; any number.")
+@click.option(
+    "--candidates",
+    multiple=True,
+    help="Before any variant exists: make these on the fly, e.g. 2,3,4,6 bits, rounded on fitted grids without GPTQ.",
+)
+@click.option("-g", "--group-size", default="64", show_default=True, help="Of --candidates: 32, 64, 128 or channel.")
+@click.option("--asym", is_flag=True, help="--candidates have a zero point per group.")
+@click.option(
+    "--importance-rows",
+    default=16,
+    show_default=True,
+    help="--candidates: calibration rows by whose inputs errors are weighed on fitting grids; 0: all alike.",
+)
 @click.option(
     "-o",
     "--out",
@@ -86,8 +99,12 @@ if TYPE_CHECKING:
 @output_options
 def main(
     model_b: str,
-    in_dir: str,
+    in_dir: str | None,
     sources: tuple[str, ...],
+    candidates: tuple[str, ...],
+    group_size: str,
+    asym: bool,
+    importance_rows: int,
     out: Path,
     level: str,
     context: str,
@@ -118,6 +135,7 @@ def main(
     Examples:
       model_profile -mb base -i 3bpw -s 2bpw 4bpw 6bpw -o profile.jsonl
       model_profile -mb base -i 3bpw -s 2bpw 4bpw 6bpw --level tensor --mode sketch -o profile.jsonl
+      model_profile -mb base --candidates 2,3,4,6 -o profile.jsonl        # needs no variants
     """
     check_json_path(json_path)
     if mode == "hybrid" and bits is None:
@@ -126,18 +144,26 @@ def main(
 
     cap = parse_size(max_memory) if max_memory is not None else None
     reference = open_checkpoint(model_b)
-    base_id, base_dir = _source(in_dir)
-    candidates: list[tuple[SourceId, Checkpoint]] = [(base_id, open_checkpoint(base_dir))]
-    for given in sources:
-        source_id, directory = _source(given)
-        candidates.append((source_id, open_checkpoint(directory)))
-    for _, checkpoint in candidates:
+    if candidates:
+        if sources:
+            raise RecompileError("--candidates and -s exclude each other: candidates are made, sources are there")
+        offered = _made_candidates(reference, candidates, group_size, asym, importance_rows, text, dataset, device, out)
+        base_id = _named(in_dir, offered)
+    else:
+        if in_dir is None or not sources:
+            raise RecompileError("give -i VARIANT and -s VARIANT..., or --candidates 2,3,4,6 to make them on the fly")
+        base_id, base_dir = _source(in_dir)
+        offered = [(base_id, open_checkpoint(base_dir))]
+        for given in sources:
+            source_id, directory = _source(given)
+            offered.append((source_id, open_checkpoint(directory)))
+    for _, checkpoint in offered:
         for note in checkpoint.notes:
             click.echo(f"Warning: {note}", err=True)
 
     from eval.profile import ProfileOptions, profile_exact
 
-    directories = [reference.path, *(checkpoint.path for _, checkpoint in candidates)]
+    directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
     found, vocab = read_rows(directories, "choose", rows, length, text, dataset, input_ids)
     check_vocabulary(reference, vocab)
     options = ProfileOptions(
@@ -154,7 +180,7 @@ def main(
     about = {"rows_sha256": found.sha256, "rows_source": found.source}
     events: Iterator[Any]
     if mode == "exact":
-        events = profile_exact(reference, base_id, candidates, found.ids, out, options, **about)
+        events = profile_exact(reference, base_id, offered, found.ids, out, options, **about)
     else:
         from eval.sketch import SketchOptions, profile_sketch
 
@@ -164,9 +190,9 @@ def main(
             from recompile.optimize.choose import Budget
 
             wanted = HybridOptions(Budget(bpw=bits), 10.0 if minutes is None else minutes)
-            events = profile_hybrid(reference, base_id, candidates, found.ids, out, options, sketch, wanted, **about)
+            events = profile_hybrid(reference, base_id, offered, found.ids, out, options, sketch, wanted, **about)
         else:
-            events = profile_sketch(reference, base_id, candidates, found.ids, out, options, sketch, **about)
+            events = profile_sketch(reference, base_id, offered, found.ids, out, options, sketch, **about)
     click.echo(f"{len(found.ids)} rows x {found.ids.shape[1]} tokens", err=True)
     profile: Profile | None = None
     try:
@@ -230,6 +256,46 @@ def _dearest(profile: Profile, most: int = 3) -> str:
     costs = {group.name: profile.cost(group.name, profile.header.base) for group in profile.header.groups}
     ranked = sorted(((c.kl_nats, name) for name, c in costs.items() if c is not None), reverse=True)
     return ", ".join(f"{name} {kl:.4f}" for kl, name in ranked[:most])
+
+
+def _made_candidates(
+    reference: Checkpoint,
+    names: tuple[str, ...],
+    group_size: str,
+    asym: bool,
+    importance_rows: int,
+    text: Path | None,
+    dataset: str | None,
+    device: str,
+    out: Path,
+) -> list[tuple[SourceId, Checkpoint]]:
+    """The candidates of `--candidates`, which are made on the fly from the reference."""
+    from recompile.quantize.made import make_variant, parse_candidates, save_importance, spec_of
+
+    if group_size != "channel" and not group_size.isdigit():
+        raise RecompileError(f"--group-size {group_size}: wanted a number such as 64, or channel")
+    size = None if group_size == "channel" else int(group_size)
+    specs = [spec_of(name, group_size=size, symmetric=not asym) for name in parse_candidates(names)]
+    importance = None
+    if importance_rows:
+        from recompile.quantize.calibrate import input_power
+
+        found, vocab = read_rows([reference.path], "calibrate", importance_rows, 512, text, dataset, None)
+        check_vocabulary(reference, vocab)
+        importance = input_power(reference, found.ids, device=compute_device(device))
+        save_importance(importance, out)
+    return [(source_id, make_variant(reference, spec, importance)) for source_id, spec in specs]
+
+
+def _named(name: str | None, offered: list[tuple[SourceId, Checkpoint]]) -> SourceId:
+    """The candidate that recipes start from: the one named by -i, else the middle one."""
+    ids = [source_id for source_id, _ in offered]
+    if name is None:
+        return ids[(len(ids) - 1) // 2]
+    found = next((source_id for source_id in ids if str(source_id) == name), None)
+    if found is None:
+        raise RecompileError(f"-i {name}: with --candidates it names one of them: {', '.join(map(str, ids))}")
+    return found
 
 
 def _source(given: str) -> tuple[SourceId, str]:

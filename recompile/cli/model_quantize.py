@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,10 +23,12 @@ from recompile.cli.options import (
     text_options,
 )
 from recompile.errors import FormatError
+from recompile.overlay import HEAD_NAMES
 
 if TYPE_CHECKING:
     from recompile.checkpoint import Checkpoint
     from recompile.quantize.gguf import VariantsReport
+    from recompile.quantize.mix import MixEncoder
     from recompile.quantize.pipeline import Encoder, ModuleReport, QuantizeReport
     from recompile.tokens import Rows
 
@@ -49,6 +51,13 @@ if TYPE_CHECKING:
     "schemes",
     multiple=True,
     help="In place of -b, compressed-tensors schemes: --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4 ...",
+)
+@click.option(
+    "-or",
+    "--override",
+    "recipe_path",
+    type=click.Path(path_type=Path),
+    help="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}. OUT is then the mix's own directory.",
 )
 @click.option(
     "--format",
@@ -111,6 +120,7 @@ def main(
     out_dir: Path,
     bits: tuple[str, ...],
     schemes: tuple[str, ...],
+    recipe_path: Path | None,
     format_name: str,
     method: str,
     group_size: str,
@@ -141,13 +151,19 @@ def main(
       model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
       model_quantize -i base -o variants --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4
       model_quantize -i base -o gguf --format gguf -b Q3_K_S Q4_K Q6_K IQ4_KSS --tokenizer-from X.gguf
+      model_quantize -i base -o mix -or overrides.yaml           # straight to the mix, no variants
     """
     check_json_path(json_path)
-    if not bits and not schemes:
-        raise click.UsageError("wanted -b with bitrates, or --scheme with names")
-    if schemes and (bits or format_name != "compressed-tensors" or engine != "own" or asym or head_bits):
+    if not bits and not schemes and recipe_path is None:
+        raise click.UsageError("wanted -b with bitrates, --scheme with names, or -or RECIPE for one mix")
+    if schemes and (bits or recipe_path or format_name != "compressed-tensors" or engine != "own" or asym or head_bits):
         raise click.UsageError(
-            "--scheme says all of the stored form; leave out -b, --format, --engine, --asym and --head-bits"
+            "--scheme says all of the stored form; leave out -b, -or, --format, --engine, --asym and --head-bits"
+        )
+    if recipe_path is not None and (engine != "own" or head_bits is not None or format_name == "gguf"):
+        raise click.UsageError(
+            "-or goes with --engine own, without --format gguf (recompile -or merges GGUF files) and without -hb: "
+            "a line for lm_head.* says what the head is"
         )
     if format_name == "gguf":
         from recompile.checkpoint import open_checkpoint
@@ -168,8 +184,18 @@ def main(
     encoder: Encoder
     if schemes:
         encoder, head = _scheme_encoder(schemes, method, importance), False
-    else:
+    elif recipe_path is None:
         encoder, head = _encoder(format_name, rates, method, group_size, asym, importance, head_bits, codebook, found)
+    else:
+
+        def encoder_of(settings: Mapping[str, Any]) -> Encoder:
+            size, symmetric = settings.get("group_size", group_size), settings.get("symmetric", not asym)
+            size = "channel" if size is None else str(size)
+            rate = (float(settings["bits"]),)
+            return _encoder(format_name, rate, method, size, not symmetric, importance, None, codebook, found)[0]
+
+        encoder, head = mix_encoder(recipe_path, base, out_dir, rates, encoder_of)
+        out_dir = out_dir.parent
 
     from recompile.quantize.pipeline import LayerDone, quantize_model
 
@@ -339,6 +365,45 @@ def _scheme_encoder(schemes: tuple[str, ...], method: str, importance: bool) -> 
     from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 
     return SchemeEncoder(tuple(uniform(parse_scheme(name), method) for name in schemes), importance)
+
+
+def mix_encoder(
+    recipe_path: Path,
+    base: Checkpoint,
+    out: Path,
+    bits: Sequence[float],
+    encoder_of: Callable[[Mapping[str, Any]], Encoder],
+) -> tuple[MixEncoder, bool]:
+    """The encoder of a recipe's mix, named as `out`, and whether it quantizes the head.
+
+    bits: one bitrate for modules that no line names, where the recipe has no `base:`; encoder_of: of one source's spec.
+    """
+    from recompile.errors import RecipeError
+    from recompile.quantize.mix import MixEncoder, assign
+    from recompile.recipe import describe_spec, load_recipe
+
+    recipe = load_recipe(recipe_path)
+    for warning in recipe.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    if len(bits) > 1:
+        raise RecipeError("-or: -b gives the bitrate of what no line names, so one number")
+    unnamed: Mapping[str, Any] | None = recipe.base if isinstance(recipe.base, dict) else None
+    if bits:
+        unnamed = {"bits": bits[0]}
+    specs = {source.model_dir: source.spec for source in recipe.sources if source.spec is not None}
+    if unnamed is not None:
+        specs[describe_spec(unnamed)] = unnamed
+    head = next((name for name in HEAD_NAMES if name in base.modules), HEAD_NAMES[0])
+    assignment = assign(recipe, base, describe_spec(unnamed) if unnamed is not None else None, head)
+    for spec in specs.values():
+        if "bits" not in spec:
+            kind = next(iter(spec), "nothing")
+            raise RecipeError(f"{recipe.name}: a source given by {kind} cannot be made by model_quantize; wanted bits")
+    used = set(assignment.values())
+    encoders = {key: encoder_of(spec) for key, spec in specs.items() if key in used}
+    if not encoders:
+        raise RecipeError(f"{recipe.name}: quantizes nothing; give -b, a `base:` or a line that names a module")
+    return MixEncoder(out.name, encoders, assignment), head in assignment
 
 
 def _summary(report: QuantizeReport) -> str:

@@ -351,11 +351,11 @@ def make_recipe(
     comments = {line.key: _comment(choice, line, group_of, told) for line in lines}
     overrides = tuple(Override(line.key, by_directory[line.directory].id) for line in lines)
     used = {line.directory for line in lines}
-    sources = tuple(Source(c.id, c.model_dir) for c in header.candidates if c.model_dir in used)
+    sources = tuple(Source(c.id, c.model_dir, spec=c.spec) for c in header.candidates if c.model_dir in used)
     recipe = Recipe(
         sources,
         overrides,
-        base=base,
+        base=base if header.candidate(header.base).spec is None else dict(header.candidate(header.base).spec or {}),
         budget=choice.budget.describe(),
         provenance={
             **provenance,

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from recompile.checkpoint import Checkpoint
 from recompile.stream import LayeredModel, LinearWeights
+
+BATCH_TOKENS = 2048
 
 
 @dataclass
@@ -41,6 +44,17 @@ class InputStatistics:
             self.largest = torch.maximum(self.largest, largest)
 
 
+class InputPower(InputStatistics):
+    """The diagonal alone: `hessian` is [in], the summed squares of every input."""
+
+    def add(self, inputs: Tensor) -> None:
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if len(x):
+            self.tokens += len(x)
+            power = x.square().sum(0)
+            self.hessian = power if self.hessian is None else self.hessian.add_(power)
+
+
 @dataclass
 class InputCollector(TorchFunctionMode):
     """Context manager: inside it, linear calls of one loaded layer add to the Hessians of their inputs.
@@ -49,6 +63,7 @@ class InputCollector(TorchFunctionMode):
     """
 
     groups: list[InputStatistics] = field(default_factory=list)
+    statistics: type[InputStatistics] = InputStatistics
 
     def __init__(self, model: LayeredModel, index: int) -> None:
         super().__init__()
@@ -76,7 +91,7 @@ class InputCollector(TorchFunctionMode):
                 group = self._last[1]
                 group.modules += modules
             else:
-                group = InputStatistics(list(modules))
+                group = self.statistics(list(modules))
                 self.groups.append(group)
             for module in modules:
                 self._group_of[module] = group
@@ -88,3 +103,28 @@ class InputCollector(TorchFunctionMode):
         if group.modules[0] != leader:
             return
         group.add(inputs)
+
+
+@torch.inference_mode()
+def input_power(
+    base: Checkpoint, ids: Tensor, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Module -> [in] float32, the mean square of every input over calibration rows ids, int64 [rows, tokens].
+
+    Streams the model once; an expert's mean is over the tokens that the router sent to it, and one that got none is
+    left out.
+    """
+    model = LayeredModel.of(base, dtype=dtype, device=device)
+    model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
+    states = list(model.embed(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+    found: dict[str, Tensor] = {}
+    for index in range(model.depth):
+        with model.layer(index):
+            collector = InputCollector(model, index)
+            collector.statistics = InputPower
+            with collector:
+                states = [model.run_layer(index, state) for state in states]
+        for group in collector.groups:
+            if group.hessian is not None:
+                found |= dict.fromkeys(group.modules, group.hessian / group.tokens)
+    return found

@@ -71,8 +71,19 @@ class IntEncoder:
     ) -> list[dict[str, Encoded]]:
         stacked = torch.cat(list(weights.values()))
         schemes = self.schemes(role_of(next(iter(weights))))
+        return self._pack(self._quantize(stacked, hessian, schemes), weights, biases)
+
+    def round(self, module: str, weight: Tensor, importance: Tensor | None) -> list[Encoded]:
+        """For each variant, one module on fitted grids without GPTQ; importance [in] or None, as fit_grid takes it."""
+        rounded = self._round(weight, importance, self.schemes(role_of(module)))
+        return [made[module] for made in self._pack(rounded, {module: weight}, {})]
+
+    def _pack(
+        self, variants: Sequence[QuantizedWeight], weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]
+    ) -> list[dict[str, Encoded]]:
+        """The parts of the modules whose weights were stacked."""
         made = []
-        for quantized in self._quantize(stacked, hessian, schemes):
+        for quantized in variants:
             codes = _split_rows(quantized.codes, weights)
             scales = _split_rows(quantized.grid.scale, weights)
             zeros = quantized.grid.zero_point
@@ -101,6 +112,9 @@ class IntEncoder:
                 scale_dtype=self.scale_dtype,
             )
         diagonal = hessian.diagonal() if hessian is not None and self.importance else None
+        return self._round(stacked, diagonal, schemes)
+
+    def _round(self, stacked: Tensor, diagonal: Tensor | None, schemes: Sequence[IntScheme]) -> list[QuantizedWeight]:
         quantized = []
         for scheme in schemes:
             grid = fit_grid(stacked, scheme, "rtn" if self.method == "rtn" else "mse", diagonal, self.scale_dtype)
@@ -110,16 +124,17 @@ class IntEncoder:
     def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
         return stored
 
-    def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
-        groups = {
-            role: {
-                "format": "pack-quantized",
-                "weights": self.schemes(role)[variant].to_config(),
-                "input_activations": None,
-                "output_activations": None,
-            }
-            for role in ("layer", "head")
+    def config_group(self, role: str, variant: int) -> dict[str, Any]:
+        """The config group of modules of a role in one variant."""
+        return {
+            "format": "pack-quantized",
+            "weights": self.schemes(role)[variant].to_config(),
+            "input_activations": None,
+            "output_activations": None,
         }
+
+    def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
+        groups = {role: self.config_group(role, variant) for role in ("layer", "head")}
         quantized = [module.module for module in report.modules if module.quantized]
         schemes = [(name, groups["head" if role_of(name) == "head" else "layer"]) for name in quantized]
         return merged_config({}, schemes, dense, [*quantized, *dense])

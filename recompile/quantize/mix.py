@@ -1,0 +1,112 @@
+"""A mix straight from the base: every module in the form that a recipe gives it, in one calibrated pass.
+
+    sources:
+      - {id: 3, bits: 3}
+      - {id: 6, bits: 6}
+    overrides:
+      - {key: "*.v_proj.*", source: 6}
+    base: {bits: 3}
+
+What comes out equals, byte for byte, the mix of variants that were quantized on the same calibration rows: a module's
+codes depend on its own weights and the inputs of the unquantized model alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recompile.checkpoint import Checkpoint
+from recompile.errors import RecipeError
+from recompile.overlay import role_of
+from recompile.quantize.encoders import IntEncoder
+from recompile.recipe import Recipe, suggest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from recompile.quantize.pipeline import Encoded, Encoder, VariantReport
+
+
+@dataclass(frozen=True)
+class MixEncoder:
+    """An Encoder of one variant that asks another encoder for every module."""
+
+    name: str  # of the directory
+    encoders: Mapping[str, Encoder]  # of one variant each, by the name that `assignment` calls them
+    assignment: Mapping[str, str]  # module -> encoder; what is not in it stays dense
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name]
+
+    def why_not(self, module: str, shape: tuple[int, int]) -> str | None:
+        if module not in self.assignment:
+            return "no line of the recipe names it, and it has no base: kept dense"
+        return self.encoders[self.assignment[module]].why_not(module, shape)
+
+    def encode(
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, biases: Mapping[str, Tensor]
+    ) -> list[dict[str, Encoded]]:
+        made: dict[str, Encoded] = {}
+        for key in dict.fromkeys(self.assignment[name] for name in weights):
+            mine = {name: weight for name, weight in weights.items() if self.assignment[name] == key}
+            (encoded,) = self.encoders[key].encode(mine, hessian, biases)
+            made |= encoded
+        return [{name: made[name] for name in weights}]
+
+    def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
+        return next(iter(self.encoders.values())).dense_dtype(stored)
+
+    def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
+        first = next(iter(self.encoders.values()))
+        if not isinstance(first, IntEncoder):  # these say what a module is in the module itself
+            return {**first.quantization_config(0, report, dense), "bits": round(report.bpw, 2)}
+        from recompile.formats.compressed_tensors import merged_config
+
+        quantized = [module.module for module in report.modules if module.quantized]
+        schemes = []
+        for name in quantized:
+            encoder = self.encoders[self.assignment[name]]
+            assert isinstance(encoder, IntEncoder), "one format a mix"
+            schemes.append((name, encoder.config_group(role_of(name), 0)))
+        return merged_config({}, schemes, dense, [*quantized, *dense])
+
+    def description(self) -> dict[str, Any]:
+        lines = json.dumps(sorted(self.assignment.items()))
+        return {
+            "mix": {key: encoder.description() for key, encoder in self.encoders.items()},
+            "assignment": hashlib.sha256(lines.encode()).hexdigest(),
+        }
+
+
+def assign(recipe: Recipe, base: Checkpoint, unnamed: str | None, head: str) -> dict[str, str]:
+    """module -> the source (as the recipe describes it) of every linear module of `base`, and of the head.
+
+    unnamed: the source of modules that no line names; None: they stay dense. head: the output head's name, which takes
+    part only where a line names it.
+    Raises RecipeError for a source that is a directory, and for a line that names no module which can be quantized.
+    """
+    for source in recipe.sources:
+        if source.spec is None:
+            raise RecipeError(
+                f"{recipe.location(source)}: {source.model_dir} is a directory; a recipe for model_quantize has "
+                f"sources like {{id: 4, bits: 4}}. To merge directories: recompile -i BASE -o OUT -or {recipe.name}"
+            )
+    linear = [m.name for m in base.modules.values() if m.shape is not None and len(m.shape) == 2]
+    layers = [name for name in linear if role_of(name) == "layer" and ".layers." in f".{name}"]
+    names = [f"{name}.weight" for name in dict.fromkeys([*layers, head])]
+    for line in recipe.unmatched(names):
+        near = suggest(line.key, names)
+        hint = f'; did you mean "{near}"?' if near else f"; such as {names[0]}"
+        raise RecipeError(f'{recipe.location(line)}: key "{line.key}" matches no module to quantize{hint}')
+    found: dict[str, str] = {}
+    for name in names:
+        source_dir = recipe.source_dir(name) or (unnamed if name != f"{head}.weight" else None)
+        if source_dir is not None:
+            found[name.removesuffix(".weight")] = source_dir
+    return found
