@@ -1,0 +1,99 @@
+"""Costs that add up faster than linearly: a penalty on large errors, fitted to a few whole mixes.
+
+Swaps measured one at a time are taken to add up; whole mixes say otherwise, most of all where many groups sit on their
+lowest rung. The model here is one exponent and one scale,
+
+    KL(mix)  ~  scale * sum over groups of cost ** power,
+
+fitted by least squares of log KL over mixes that were measured as a whole (uniform variants are the natural ones). A
+power above 1 makes large costs dearer than small ones and keeps an optimum off the lowest rung; a power of 1 is the
+plain sum. The solvers take the transformed costs as they take any others. Numbers only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from recompile.errors import RecompileError
+from recompile.optimize.problem import Group, Option, Problem
+
+POWERS = (1.0, 4.0)  # looked for in between; below 1 small errors would be dearer than large ones
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class SuperAdditive:
+    """A fitted law."""
+
+    power: float
+    scale: float  # nats per token per (nats per token) ** power
+    log_error: float  # root mean square of log(predicted / measured) over the mixes it was fitted to
+    log_error_of_sum: float  # the same for the plain sum times its own best scale
+    mixes: int
+
+    def predict(self, problem: Problem, choice: Mapping[str, str]) -> float:
+        """KL of a whole choice, nats per token."""
+        return self.scale * math.fsum(_positive(cost) ** self.power for cost in costs_of(problem, choice))
+
+    def transform(self, problem: Problem) -> Problem:
+        """The problem with costs that add up. Order within a group is kept, but for costs of 0 or less (noise): 0."""
+        return replace(
+            problem,
+            groups=tuple(
+                Group(group.name, tuple(self._option(option) for option in group.options), group.members)
+                for group in problem.groups
+            ),
+        )
+
+    def _option(self, option: Option) -> Option:
+        if not math.isfinite(option.cost):
+            return option
+        return replace(option, cost=self.scale * _positive(option.cost) ** self.power)
+
+
+def fit(problem: Problem, measured: Sequence[tuple[Mapping[str, str], float]]) -> SuperAdditive:
+    """Fit power and scale to (choice, KL of the whole mix in nats per token), measured against the clean reference.
+
+    Raises RecompileError for fewer than two mixes of different sums, or a KL of 0 or less.
+    """
+    if any(not kl > 0 for _, kl in measured):
+        raise RecompileError("a whole mix measured a KL of 0 or less; mixes that differ from the reference are needed")
+    costs = [[_positive(cost) for cost in costs_of(problem, choice)] for choice, _ in measured]
+    sums = {round(math.log(total), 6) for found in costs if (total := math.fsum(found)) > 0}
+    if len(sums) < 2 or len(sums) < len({kl for _, kl in measured}):
+        raise RecompileError("fitting how costs add up needs at least two mixes of different predicted KL")
+    logs = [math.log(kl) for _, kl in measured]
+
+    def error(power: float) -> tuple[float, float]:
+        """(root mean square, log of the scale) of the best scale for a power."""
+        ratios = [log - math.log(math.fsum(c**power for c in found)) for log, found in zip(logs, costs, strict=True)]
+        middle = math.fsum(ratios) / len(ratios)
+        return math.sqrt(math.fsum((ratio - middle) ** 2 for ratio in ratios) / len(ratios)), middle
+
+    low, high = POWERS
+    while high - low > 1e-4:  # golden section: log of a sum of powers is convex in the power
+        inner, outer = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        if error(inner)[0] <= error(outer)[0]:
+            high = outer
+        else:
+            low = inner
+    power = min((POWERS[0], (low + high) / 2), key=lambda candidate: error(candidate)[0])
+    best, middle = error(power)
+    return SuperAdditive(power, math.exp(middle), best, error(1.0)[0], len(measured))
+
+
+def costs_of(problem: Problem, choice: Mapping[str, str]) -> list[float]:
+    """The cost of every group under a choice (member -> source). Raises RecompileError for a source not offered."""
+    costs = []
+    for group in problem.groups:
+        option = group.option(choice[group.members[0]])
+        if option is None:
+            raise RecompileError(f'group "{group.name}" does not offer source "{choice[group.members[0]]}"')
+        costs.append(option.cost)
+    return costs
+
+
+def _positive(cost: float) -> float:
+    return max(cost, 0.0)

@@ -1,0 +1,464 @@
+"""Which optimizer makes the best recipe at equal bytes: ours and the baselines that people use, one judge for all.
+
+    python scripts/bench_optimize.py --variants DIR --work DIR            # all methods, all budgets
+    python scripts/bench_optimize.py ... --budgets 3.4 --methods uniform exact local --report-rows 12
+
+DIR holds 2bpw, 3bpw, ... of one base. Profiles, scores and choices are kept in --work and not made again. Searches use
+rows of the role "choose"; the judge uses rows of the role "report" (three and more domains), which nothing else sees.
+Every choice is checked to be within its budget. Methods are functions from (Bench, budget in bits) to a choice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import click
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import bench_record  # noqa: E402
+
+from eval.diff import DiffReport, compare_many  # noqa: E402
+from eval.guard import mix_of  # noqa: E402
+from eval.meter import ChoiceMeter  # noqa: E402
+from eval.metrics import paired_difference  # noqa: E402
+from eval.profile import Measured, ProfileOptions, profile_exact  # noqa: E402
+from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
+from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from recompile.cli.options import read_rows  # noqa: E402
+from recompile.cli.search import SEARCHES, Search  # noqa: E402
+from recompile.cli.verify import RowOptions  # noqa: E402
+from recompile.costs import Profile  # noqa: E402
+from recompile.optimize.budget import Budget  # noqa: E402
+from recompile.optimize.choose import Rules, limits_of, make_problem, prepare_problem  # noqa: E402
+from recompile.optimize.exact import solve_exact  # noqa: E402
+from recompile.optimize.greedy import solve_greedy  # noqa: E402
+from recompile.optimize.problem import Group, Option, Problem, evaluate, prepare, reachable_range  # noqa: E402
+from recompile.optimize.rivals import make_rivals  # noqa: E402
+from recompile.optimize.rows import Row  # noqa: E402
+from recompile.optimize.superadditive import fit  # noqa: E402
+
+BITS_KEPT = 0.69  # exponent of a gain in exllamav3's choice: gain ** 0.69 per bit
+Choice = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    level: str
+    mode: str  # of the profile that greedy, exact, local and the others start from
+    search_rows: int
+    length: int
+    samples: int
+    minutes: float  # for every method that searches with the models
+
+
+class Bench:
+    """Checkpoints, rows and profiles, each made when first asked for and kept on disk."""
+
+    def __init__(self, base: Path, variants: Path, bits: Sequence[str], work: Path, settings: Settings) -> None:
+        self.work, self.settings, self.variants = work, settings, variants
+        self.reference = open_checkpoint(base)
+        self.checkpoints = {label: open_checkpoint(variants / f"{label}bpw") for label in bits}
+        self.base = "3" if "3" in self.checkpoints else next(iter(self.checkpoints))
+        work.mkdir(parents=True, exist_ok=True)
+
+    def rows(self, role: str, count: int) -> torch.Tensor:
+        found, _ = read_rows([self.reference.path], role, count, self.settings.length, None, None, None)
+        return found.ids
+
+    @cached_property
+    def search_ids(self) -> torch.Tensor:
+        return self.rows("choose", self.settings.search_rows)
+
+    def profile(
+        self,
+        mode: str,
+        context: str = "clean",
+        base: str | None = None,
+        checkpoints: Mapping[str, Checkpoint] | None = None,
+    ) -> Profile:
+        """A profile of all variants, from `<work>/profile-....jsonl` as far as it is there."""
+        checkpoints = checkpoints or self.checkpoints
+        base = base or self.base
+        kind = "" if checkpoints is self.checkpoints else "-other"
+        path = self.work / f"profile-{mode}-{context}-{base}-{self.settings.level}{kind}.jsonl"
+        options = ProfileOptions(level=self.settings.level, context=context)
+        candidates = [(int(label), checkpoint) for label, checkpoint in checkpoints.items()]
+        order = sorted(candidates, key=lambda entry: str(entry[0]) != base)
+        if mode == "exact":
+            events = profile_exact(self.reference, int(base), order, self.search_ids, path, options)
+        else:
+            sketch = SketchOptions(samples=self.settings.samples, mode=mode)
+            events = profile_sketch(self.reference, int(base), order, self.search_ids, path, options, sketch)  # type: ignore[assignment]
+        began, last = time.monotonic(), 0.0
+        found: object = None
+        for found in events:
+            if isinstance(found, Measured) and time.monotonic() - last > 20:
+                last = time.monotonic()
+                say(f"  {path.name}: {found.done} of {found.total} swaps, {last - began:.0f} s")
+        assert isinstance(found, Profile), "a profiler ends with the profile"
+        return found
+
+    @cached_property
+    def main(self) -> Profile:
+        return self.profile(self.settings.mode)
+
+    @cached_property
+    def problem(self) -> Problem:
+        return prepare(prepare_problem(self.main, Rules()))
+
+    @cached_property
+    def meter(self) -> ChoiceMeter:
+        return ChoiceMeter(self.main.header, self.checkpoints, self.reference, self.search_ids)
+
+    def with_costs(self, costs: Mapping[tuple[str, str], float]) -> Problem:
+        """The judge's sizes with costs of another origin."""
+        return Problem(
+            tuple(
+                Group(g.name, tuple(Option(o.source, o.bits, costs[g.name, o.source]) for o in g.options))
+                for g in self.problem.groups
+            ),
+            self.problem.fixed_bits,
+        )
+
+    def limits(self, bits: int) -> list[Row]:
+        budget = Budget(bpw=bits / max(1, self.main.counted_weights))
+        return limits_of(self.main, self.problem, budget, Rules(), bits)
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+def uniform(bench: Bench, bits: int) -> Choice:
+    """The largest variant within the budget."""
+    return _rival(bench, bits, lambda name: name.startswith("uniform") and "," not in name)
+
+
+def attention_plus_1(bench: Bench, bits: int) -> Choice:
+    """The largest variant, attention one rung up from the first layer on, then the rest."""
+    return _rival(bench, bits, lambda name: "attention" in name)
+
+
+def first_last(bench: Bench, bits: int) -> Choice:
+    return _rival(bench, bits, lambda name: "first and last" in name)
+
+
+def _rival(bench: Bench, bits: int, wanted: Callable[[str], bool]) -> Choice:
+    recipe = solve_exact(bench.problem, bits).choice
+    for rival in make_rivals(bench.main, bench.problem, recipe, bench.limits(bits)):
+        if rival.within is not None and wanted(rival.name):
+            return rival.within
+    return recipe  # the same mix as the recipe, which is why it is no rival
+
+
+def weight_error(bench: Bench, bits: int) -> Choice:
+    """Knapsack on the squared error of the weights, as AutoRound's and others' data-free scores."""
+    path = bench.work / f"weight-error-{bench.settings.level}.json"
+    if not path.exists():
+        found: dict[str, dict[str, float]] = {}
+        for group in bench.main.header.groups:
+            found[group.name] = dict.fromkeys(bench.checkpoints, 0.0)
+            for module in group.modules:
+                dense = bench.reference.load(f"{module}.weight").float()
+                for label, checkpoint in bench.checkpoints.items():
+                    error = checkpoint.load(f"{module}.weight").float() - dense
+                    found[group.name][label] += float(error.double().square().sum())
+        path.write_text(json.dumps(found))
+    table = json.loads(path.read_text())
+    costs = {(name, label): cost for name, of in table.items() for label, cost in of.items()}
+    return solve_exact(bench.with_costs(costs), bits).choice
+
+
+def exllamav3_greedy(bench: Bench, bits: int) -> Choice:
+    """exllamav3's way: what each swap gains in the smallest variant, best gain ** 0.69 per bit first, once through."""
+    smallest = min(bench.checkpoints, key=int)
+    profile = bench.profile("exact", "base", smallest)
+    problem = prepare(make_problem(profile))
+    choice = {group.name: smallest for group in problem.groups}
+    left = bits - evaluate(problem, choice)[0]
+    steps = []
+    for group in problem.groups:
+        here = group.option(smallest)
+        assert here is not None
+        for option in group.options:
+            gain, added = here.cost - option.cost, option.bits - here.bits
+            if gain > 0 and added > 0:
+                steps.append((gain**BITS_KEPT / added, group.name, option))
+    for _, name, option in sorted(steps, key=lambda step: -step[0]):
+        group = next(group for group in problem.groups if group.name == name)
+        now = group.option(choice[name])
+        assert now is not None
+        if option.bits > now.bits and option.cost < now.cost and option.bits - now.bits <= left:
+            left -= option.bits - now.bits
+            choice[name] = option.source
+    return choice
+
+
+def greedy(bench: Bench, bits: int) -> Choice:
+    return solve_greedy(bench.problem, bits).choice
+
+
+def exact(bench: Bench, bits: int) -> Choice:
+    return solve_exact(bench.problem, bits).choice
+
+
+def superadditive(bench: Bench, bits: int) -> Choice:
+    """The exact optimum of costs with a penalty on large errors, fitted to the uniform variants on the search rows."""
+    path = bench.work / "uniform-kl.json"
+    mixes = {label: {g.name: label for g in bench.main.header.groups} for label in bench.checkpoints}
+    if not path.exists():
+        found = bench.meter(list(mixes.values()), range(len(bench.search_ids)))
+        path.write_text(json.dumps({label: sum(kl) / len(kl) for label, kl in zip(mixes, found, strict=True)}))
+    measured = json.loads(path.read_text())
+    law = fit(bench.problem, [(mixes[label], measured[label]) for label in mixes])
+    say(
+        f"  super-additive: power {law.power:.3f}, log error {law.log_error:.3f} (plain sum {law.log_error_of_sum:.3f})"
+    )
+    return solve_exact(law.transform(bench.problem), bits).choice
+
+
+def squared_gradient(bench: Bench, bits: int) -> Choice:
+    """Knapsack on grad^2 x output-error^2, with the judge's quantizer."""
+    return solve_exact(prepare(make_problem(bench.profile("diagonal"))), bits).choice
+
+
+def squared_gradient_symmetric(bench: Bench, bits: int) -> Choice:
+    """The same score with a symmetric quantizer that spans max|w| with 2^(b-1) - 1 levels a side; the judge's sizes."""
+    made = {label: open_checkpoint(_symmetric(bench, label)) for label in bench.checkpoints}
+    profile = bench.profile("diagonal", checkpoints=made)
+    costs = {(g.name, label): cost.kl_nats for g in profile.header.groups for label in g.bits
+             if (cost := profile.cost(g.name, label)) is not None}  # fmt: skip
+    return solve_exact(bench.with_costs(costs), bits).choice
+
+
+def _symmetric(bench: Bench, label: str) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    from recompile.formats.packed_int import IntScheme, pack
+
+    source, out = bench.checkpoints[label], bench.work / f"symmetric-{label}bpw"
+    if out.exists():
+        return out
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source.path, partial)
+    (file,) = partial.glob("*.safetensors")
+    tensors = load_file(file)
+    for module in source.modules.values():
+        if not module.is_quantized:
+            continue
+        weight = bench.reference.load(f"{module.name}.weight").float()
+        groups = tensors[f"{module.name}.weight_scale"].shape[1]
+        scheme = IntScheme(int(label), weight.shape[1] // groups, True)
+        blocks = weight.reshape(weight.shape[0], groups, -1)
+        scale = (blocks.abs().amax(-1) / (2 ** (int(label) - 1) - 1)).clamp(min=1e-8).bfloat16()
+        codes = (blocks / scale.float()[..., None]).round().clamp(scheme.code_min, scheme.code_max)
+        parts = pack(codes.reshape(weight.shape).to(torch.int8), scale, None, scheme)
+        tensors |= {f"{module.name}.{part}": value for part, value in parts.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    partial.rename(out)
+    return out
+
+
+def evolutionary(bench: Bench, bits: int) -> Choice:
+    """Level-switch mutations, KL fitness on growing minibatches, from the exact choice: EvoPress's search, our rows."""
+    rng, limits = random.Random(0), bench.limits(bits)
+    problem, rows = bench.problem, len(bench.search_ids)
+    best = [next(n for n, o in enumerate(g.options) if o.source == source)
+            for g, source in zip(problem.groups, solve_exact(problem, bits).choice.values(), strict=True)]  # fmt: skip
+    sizes = [sorted(range(len(g.options)), key=lambda n: g.options[n].bits) for g in problem.groups]
+
+    def mutate() -> list[int]:
+        while True:
+            child = list(best)
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                for step in (1, -1):
+                    group = rng.randrange(len(child))
+                    at = sizes[group].index(child[group]) + step
+                    if 0 <= at < len(sizes[group]):
+                        child[group] = sizes[group][at]
+            if child != best and all(row.used(child) <= row.limit for row in limits):
+                return child
+
+    def named(numbers: Sequence[int]) -> Choice:
+        return {g.name: g.options[n].source for g, n in zip(problem.groups, numbers, strict=True)}
+
+    until = time.monotonic() + 60 * bench.settings.minutes
+    while time.monotonic() < until:
+        alive = [best, *(mutate() for _ in range(15))]
+        for keep, count in ((6, max(1, rows // 8)), (2, max(1, rows // 3)), (1, rows)):
+            found = bench.meter([named(child) for child in alive], rng.sample(range(rows), count))
+            order = sorted(range(len(alive)), key=lambda place: sum(found[place]))
+            alive = [alive[place] for place in order[:keep]]
+            if time.monotonic() > until:
+                return named(best)
+        best = alive[0]
+    return named(best)
+
+
+def by_search(name: str) -> Callable[[Bench, int], Choice]:
+    """A solver of the command that needs the models, given the same time and rows as the others."""
+
+    def run(bench: Bench, bits: int) -> Choice:
+        settings = bench.settings
+        budget = Budget(bpw=bits / max(1, bench.main.counted_weights))
+        return SEARCHES[name](
+            Search(
+                profile=bench.main,
+                problem=bench.problem,
+                budget_bits=bits,
+                limits=limits_of(bench.main, bench.problem, budget, Rules(), bits),
+                start=solve_exact(bench.problem, bits).choice,
+                reference=bench.reference,
+                checkpoints=bench.checkpoints,
+                where=RowOptions(settings.search_rows, settings.length, "cpu", None, None),
+                steps=None,
+                minutes=settings.minutes,
+                journal=bench.work / f"{name}-{bits}.jsonl",
+                quiet=True,
+            )
+        )
+
+    return run
+
+
+METHODS: dict[str, Callable[[Bench, int], Choice]] = {
+    "uniform": uniform,
+    "attention+1": attention_plus_1,
+    "first-last+2": first_last,
+    "weight-error": weight_error,
+    "exllamav3-greedy": exllamav3_greedy,
+    "greedy": greedy,
+    "exact": exact,
+    "superadditive": superadditive,
+    "squared-gradient": squared_gradient,
+    "squared-gradient-symmetric": squared_gradient_symmetric,
+    "evolutionary": evolutionary,
+    **{name: by_search(name) for name in SEARCHES},
+}
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+
+def judge(bench: Bench, choices: Mapping[str, Choice], ids: torch.Tensor) -> dict[str, DiffReport]:
+    """KL of every choice on rows that no search has seen."""
+    distinct: list[Choice] = []
+    for choice in choices.values():
+        if dict(choice) not in [dict(other) for other in distinct]:
+            distinct.append(choice)
+    reports: list[DiffReport] = []
+    for start in range(0, len(distinct), 6):
+        mixes = [mix_of(bench.main.header, bench.checkpoints, choice) for choice in distinct[start : start + 6]]
+        reports += [event for event in compare_many(mixes, bench.reference, ids) if isinstance(event, DiffReport)]
+    places = {name: next(n for n, d in enumerate(distinct) if dict(d) == dict(c)) for name, c in choices.items()}
+    return {name: reports[place] for name, place in places.items()}
+
+
+def say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--base", type=click.Path(path_type=Path), help="The dense model; default SmolLM2-135M-Instruct.")
+@click.option("--variants", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--bits", default="2 3 4 6", show_default=True, help="Variants to use, by their names.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("bench-optimize"), show_default=True)
+@click.option("--budgets", default="2.9 3.4 4.0 4.4 5.0", show_default=True, help="Bits per weight.")
+@click.option("--methods", default=" ".join(METHODS), show_default=True)
+@click.option("--level", type=click.Choice(["tensor", "fused", "block", "layer"]), default="tensor", show_default=True)
+@click.option("--mode", type=click.Choice(["exact", "sketch", "diagonal"]), default="sketch", show_default=True)
+@click.option("--samples", default=16, show_default=True)
+@click.option("--search-rows", default=12, show_default=True)
+@click.option("--report-rows", default=40, show_default=True)
+@click.option("--length", default=256, show_default=True)
+@click.option("--minutes", default=6.0, show_default=True, help="For every method that searches with the models.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Result file; default scripts/bench_results/optimize.json."
+)
+def main(
+    base: Path | None,
+    variants: Path,
+    bits: str,
+    work: Path,
+    budgets: str,
+    methods: str,
+    level: str,
+    mode: str,
+    samples: int,
+    search_rows: int,
+    report_rows: int,
+    length: int,
+    minutes: float,
+    out: Path | None,
+) -> None:
+    """Compare optimizers at equal bytes on one model."""
+    if base is None:
+        import make_base
+
+        base = Path(make_base.build())
+    result = bench_record.birth_certificate() | {"threads": torch.get_num_threads()}
+    bench = Bench(base, variants, bits.split(), work, Settings(level, mode, search_rows, length, samples, minutes))
+    report_ids = bench.rows("report", report_rows)
+    tables: dict[str, dict[str, dict[str, object]]] = {}
+    for bpw in budgets.split():
+        budget = math.floor(float(bpw) * bench.main.counted_weights + 1e-6)
+        low, high = reachable_range(bench.problem)
+        if not low <= budget <= high:
+            raise click.ClickException(f"{bpw} bpw is out of reach; {low} to {high} bits are reachable")
+        choices: dict[str, Choice] = {}
+        seconds: dict[str, float] = {}
+        for name in methods.split():
+            path = work / f"choice-{name}-{bpw}-{level}-{mode}.json"
+            if path.exists():
+                kept = json.loads(path.read_text())
+                choices[name], seconds[name] = kept["choice"], kept["seconds"]
+            else:
+                began = time.monotonic()
+                choices[name] = dict(METHODS[name](bench, budget))
+                seconds[name] = time.monotonic() - began
+                path.write_text(json.dumps({"choice": choices[name], "seconds": seconds[name]}))
+            size = evaluate(bench.problem, choices[name])[0]
+            assert size <= budget, f"{name} is over its budget: {size} > {budget} bits"
+            say(f"{bpw} bpw, {name}: {seconds[name]:.1f} s")
+        reports = judge(bench, choices, report_ids)
+        best = min(reports, key=lambda name: reports[name].kl.mean)
+        tables[bpw] = {}
+        for name, report in sorted(reports.items(), key=lambda entry: entry[1].kl.mean):
+            left, right = (torch.tensor(r.kl_rows, dtype=torch.float64) for r in (report, reports[best]))
+            difference, interval = paired_difference(left, right)
+            size = evaluate(bench.problem, choices[name])[0]
+            tables[bpw][name] = {
+                "kl": report.kl.mean,
+                "std_error": report.kl.std_error,
+                "bpw": size / bench.main.counted_weights,
+                "against_best": difference.mean,
+                "against_best_interval": list(interval),
+                "perplexity": report.score_candidate.perplexity,
+                "seconds": seconds[name],
+            }
+            click.echo(
+                f"{bpw} bpw  {name:28} KL {report.kl}  {size / bench.main.counted_weights:.4f} bpw  "
+                f"{difference.mean:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}] against {best}"
+            )
+    result |= {
+        "model": bench.reference.label.rsplit("/", 1)[-1],
+        "settings": vars(bench.settings) | {"report_rows": len(report_ids), "bits": bits},
+        "results": tables,
+    }
+    bench_record.keep(out or bench_record.RESULTS / "optimize.json", result)
+
+
+if __name__ == "__main__":
+    main()
