@@ -22,6 +22,7 @@ ROOMS = (
     "memory",
     "formats",
     "gguf",
+    "imatrix",
     "checkpoint",
     "recipe",
     "tokens",

@@ -102,6 +102,10 @@ class InputCollector(TorchFunctionMode):
         self._last = (inputs, group)
         if group.modules[0] != leader:
             return
+        self.accumulate(group, inputs)
+
+    def accumulate(self, group: InputStatistics, inputs: Tensor) -> None:
+        """Count the inputs of a call, [..., in]."""
         group.add(inputs)
 
 
