@@ -1,0 +1,123 @@
+"""model_auto: the whole way, resumed at every stage, and what it says of the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from click.testing import CliRunner, Result
+
+from recompile.checkpoint import open_checkpoint
+from recompile.cli import model_auto
+from recompile.costs import load_profile
+from recompile.recipe import load_recipe
+
+GROUP = tiny.GROUP_SIZE
+TEXT = "\n\n\n".join(f"Document {n}. " + " ".join(f"word{(n * k) % 97}" for k in range(120)) for n in range(60))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def arguments(base: Path, out: Path, text: Path, *more: object) -> list[str]:
+    given = ["-i", base, "-o", out, "-r", 3, "-l", 32, "--calibration-rows", 4, "--samples", 4, "--text", text]
+    return [str(argument) for argument in [*given, "--solver", "exact", "--quiet", *more]]
+
+
+def auto(*given: Any) -> Result:
+    return CliRunner().invoke(model_auto.main, arguments(*given))
+
+
+def made(*given: Any) -> Result:
+    result = auto(*given)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_one_command_makes_the_mix_and_measures_it(text: Path, tmp_path: Path) -> None:
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    result = made(base, out, text, "-b", 4.3, "--candidates", "3,4,6", "-g", GROUP, "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    mix, uniform = report["builds"]
+    recipe = load_recipe(tmp_path / "mix.work" / "overrides.yaml")
+    assert mix["bpw"] <= 4.3
+    assert mix["bpw"] == pytest.approx(recipe.provenance["bpw"], abs=1e-4)
+    assert mix["total_bytes"] == open_checkpoint(out).size_bytes
+    assert uniform["build"].endswith("3bpw"), "4 bits in groups of 32 are 4.5 bpw and would be larger"
+    assert uniform["total_bytes"] <= mix["total_bytes"]
+    assert 0 < mix["kl_nats"] < uniform["kl_nats"]
+    low, high = uniform["interval_95"]
+    assert low < uniform["mix_minus_this_nats"] < high
+    assert set(report["seconds"]) == {"profile", "recipe", "build", "verify"}
+    assert "mix - this" in result.output
+    assert not (tmp_path / "mix.work" / "uniform").exists(), "no variant stays on the disk"
+    assert {c.label for c in load_profile(tmp_path / "mix.work" / "profile.jsonl").header.candidates} == {"3", "4", "6"}
+
+
+def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in every stage in turn; no stage that was finished runs again."""
+    base, out, ran = tiny.base("llama-2"), tmp_path / "mix", []
+    options = (base, out, text, "-b", 4.3, "--candidates", "3,4", "-g", GROUP)
+    whole = model_auto.Stages.run
+    for number, stopped in enumerate(("profile", "recipe", "build", "verify")):
+
+        def run(self: Any, name: str, stage: Any, stopped: str = stopped) -> Any:
+            def counted() -> Any:
+                ran.append(name)
+                if name == stopped:
+                    raise KeyboardInterrupt
+                return stage()
+
+            return whole(self, name, counted)
+
+        monkeypatch.setattr(model_auto.Stages, "run", run)
+        assert auto(*options).exit_code == 130
+        monkeypatch.undo()
+        done = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]
+        assert len(done) == number
+    assert sorted(ran) == sorted(["profile", "recipe", "build", *("profile", "recipe", "build", "verify")])
+    made(*options)
+    again = made(*options)
+    assert again.output.count("done before") == 4
+
+
+def test_other_settings_are_not_mixed_in(text: Path, tmp_path: Path) -> None:
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    work = tmp_path / "mix.work"
+    work.mkdir()
+    (work / "auto.json").write_text(json.dumps({"settings": {"base": "another"}, "done": {}}))
+    result = auto(base, out, text, "-b", 4)
+    assert result.exit_code == 1
+    assert "begun with other settings (base, budget" in result.output
+
+
+def test_it_refuses_a_directory_that_it_did_not_make(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "mix").mkdir()
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4)
+    assert result.exit_code == 1
+    assert "was not made by model_auto" in result.output
+
+
+@pytest.mark.parametrize("more", [(), ("-b", 4, "--size", "1MiB"), ("-b", 4, "--variants", "x")])
+def test_what_is_missing_is_said_first(more: tuple[object, ...], text: Path, tmp_path: Path) -> None:
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, *more)
+    assert result.exit_code == 1
+    assert not (tmp_path / "mix.work").exists()
+
+
+def test_variants_are_merged(text: Path, tmp_path: Path) -> None:
+    found, out = tiny.variants("llama-2", (3, 4, 6)), tmp_path / "mix"
+    made(
+        tiny.base("llama-2"), out, text, "-b", 4.3, "--variants", *found.values(), "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [Path(entry["build"]).name for entry in report["builds"]] == ["mix", "3bpw", "4bpw", "6bpw"]
+    assert 3.5 < report["builds"][0]["bpw"] <= 4.3
+    assert report["builds"][0]["kl_nats"] < report["builds"][1]["kl_nats"]
