@@ -82,7 +82,7 @@ def demo(quick: bool, directory: Path | None) -> None:
     mixes = {}
     for budget in BUDGETS:
         recipe, out = work / f"{budget}bpw.yaml", work / f"mix-{budget}bpw"
-        run(f"model_optimize {profile} -b {budget} -o {recipe} -r 8 -l 128")
+        run(f"model_optimize {profile} -b {budget} -o {recipe} --solver exact -r 8 -l 128")
         if not (out / "recompile_manifest.json").exists():
             run(f"recompile -i {names['3']} -o {out} -or {recipe} --verify")
         mixes[budget] = str(out)
