@@ -205,6 +205,22 @@ def test_an_interrupted_run_goes_on_to_the_same_profile(tmp_path: Path) -> None:
     assert profile.measurements == whole.measurements
 
 
+def test_experts_without_tokens_are_unmeasured_as_in_the_exact_profile(tmp_path: Path) -> None:
+    from eval.profile import profile_exact
+
+    base, candidates = checkpoints("qwen3-moe")
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    ids, options = tiny.rows(1, 3), ProfileOptions(level="expert")
+    *_, exact = profile_exact(base, 4, given, ids, tmp_path / "exact.jsonl", options)
+    *_, sketch = profile_sketch(base, 4, given, ids, tmp_path / "sketch.jsonl", options, SketchOptions(4))
+    assert isinstance(exact, Profile)
+    assert isinstance(sketch, Profile)
+    assert sketch.unreached() == exact.unreached()
+    assert 0 < len(sketch.unreached()) < sum(".experts." in group.name for group in sketch.header.groups)
+    cost = sketch.cost(sketch.unreached()[0], "2")
+    assert cost is None or cost.is_prior
+
+
 def test_sweeps_of_other_rows_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "p.jsonl", samples=8, rows=3)
     (tmp_path / "p.jsonl").unlink()
