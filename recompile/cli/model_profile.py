@@ -78,11 +78,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--mode",
-    type=click.Choice(["exact", "sketch", "hybrid", "diagonal"]),
+    type=click.Choice(["exact", "sketch", "hybrid", "diagonal", "weights"]),
     default="exact",
     show_default=True,
-    help="Run every swap; estimate all of them in a few passes; estimate, then run those that decide at -b; or the "
-    "plain squared-gradient score.",
+    help="Run every swap; estimate all of them in a few passes; estimate, then run those that decide at -b; the "
+    "plain squared-gradient score; or weights: the error of every matrix alone, weighted by its inputs (no KL).",
+)
+@click.option(
+    "--importance/--no-importance",
+    default=True,
+    show_default=True,
+    help="With --mode weights: weigh errors by the inputs of the text, or all columns alike.",
 )
 @click.option("--samples", default=16, show_default=True, help="Random draws per row of the estimating modes.")
 @click.option("--minutes", type=float, help="Time for the draws; with --mode hybrid for the exact swaps, default 10.")
@@ -109,6 +115,7 @@ def main(
     level: str,
     context: str,
     mode: str,
+    importance: bool,
     samples: int,
     minutes: float | None,
     seed: int,
@@ -350,6 +357,8 @@ def _ranking(profile: Profile, most: int = 20) -> str:
         rows.append((group.name, *cells))
     where = "the reference" if header.context == "clean" else f"the {header.base} variant"
     title = f"KL in nats per token of taking a group from each source, swapped into {where}"
+    if header.method == "weights":
+        title = "Weighted relative error of the weights, times rows, of taking a group from each source (no nats)"
     if len(order) > most:
         title += f" (the {most} dearest of {len(order)} groups)"
     text = f"{title}\n" + format_columns(rows, ("group", *labels), range(1, len(labels) + 1))
