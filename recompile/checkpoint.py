@@ -216,13 +216,25 @@ class Checkpoint:
         for name, info in self.tensors.items():
             module, part = split_name(name)
             fused = _FUSED_PART.fullmatch(name)
-            if fused and f"{fused[1]}_packed" in self.tensors:  # all experts of a layer in 3-D tensors
-                grouped.setdefault(fused[1], {})[f"weight_{fused[2]}"] = info
+            if fused and (f"{fused[1]}_packed" in self.tensors or self._holds_fused_codes(fused[1])):
+                grouped.setdefault(fused[1], {})[f"weight_{fused[2]}"] = info  # all experts of a layer in 3-D tensors
+            elif self._holds_fused_codes(name):
+                grouped.setdefault(name, {})["weight"] = info
             elif part in WEIGHT_PARTS:
                 grouped.setdefault(module, {})[part] = info
             else:  # a parameter with a name of its own, such as `A_log`, or a fused expert tensor
                 grouped.setdefault(name, {})[""] = info
         return {name: self._stored(name, parts) for name, parts in grouped.items()}
+
+    def _holds_fused_codes(self, name: str) -> bool:
+        """Whether `name` holds 8-bit codes of all experts of a layer, with a `<name>_scale` beside it."""
+        info = self.tensors.get(name)
+        return (
+            info is not None
+            and _FUSED_EXPERTS.search(name) is not None
+            and info.dtype not in FLOAT_DTYPES
+            and f"{name}_scale" in self.tensors
+        )
 
     def _stored(self, name: str, parts: dict[str, TensorInfo]) -> StoredModule:
         spec = format_of(parts)
@@ -386,9 +398,9 @@ def _stack_experts(dequantize: Callable[..., Tensor], parts: Mapping[str, Tensor
     """Dense weights [experts, out, in] of parts that hold all experts; a part without that axis is common to all."""
     import torch
 
-    packed = parts["weight_packed"]
+    packed = parts["weight_packed"] if "weight_packed" in parts else parts["weight"]
     if packed.dim() != 3 or packed.shape[0] == 0:
-        raise FormatError(f"{module}_packed: found shape {list(packed.shape)}, wanted [experts, out, words]")
+        raise FormatError(f"{module}: found shape {list(packed.shape)}, wanted [experts, out, words]")
     experts = packed.shape[0]
     common = {"weight_shape": parts["weight_shape"].flatten()[-2:]} if "weight_shape" in parts else {}
     split = {name: part for name, part in parts.items() if name not in common}
