@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,8 +35,10 @@ from eval.metrics import (
     quantiles,
     token_metrics,
 )
+from recompile.activations import QuantizedInputs
 from recompile.checkpoint import WeightSource
 from recompile.errors import MismatchError, OutputError
+from recompile.overlay import Overlay
 from recompile.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
@@ -117,6 +119,7 @@ class DiffOptions:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     vocab: int | None = None  # true vocabulary where the model pads it
+    quantized_inputs: frozenset[int] = frozenset()  # candidates (Overlays) run with their inputs quantized as they say
     save_candidate_logits: Path | None = None
     save_reference_logits: Path | None = None
 
@@ -156,6 +159,8 @@ def compare_many(
     for candidate in candidates:
         model = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
         check_same_skeleton(model_b, model)
+        if len(models) in options.quantized_inputs:
+            model.model.set_experts_implementation("eager")  # one linear call an expert, which QuantizedInputs sees
         models.append(model)
     _check_ids(ids, model_b.vocab_size)
     yield from _Comparison(models, model_b, ids, options, rows_source, rows_sha256).run()
@@ -198,8 +203,8 @@ class _Comparison:
             with self.b.layer(index):
                 floor = self.b.run_layer(index, floor)
                 self._run_layer(self.b, index, states_b)
-            for model, states_a in zip(self.candidates, states, strict=True):
-                with model.layer(index):
+            for number, (model, states_a) in enumerate(zip(self.candidates, states, strict=True)):
+                with model.layer(index), self._inputs(number, index):
                     self._run_layer(model, index, states_a)
             yield from self._finish_stage(self.b.prefix_of_layer(index), states, states_b)
         with self.b.norm_loaded() as norm:
@@ -213,6 +218,14 @@ class _Comparison:
         floor_kl = yield from self._compare_logits(states, states_b, floor, pieces)
         for n, found in enumerate(pieces):
             yield self._report(n, TokenMetrics.cat(found).reshape(len(self.ids)), floor_kl)
+
+    def _inputs(self, number: int, index: int) -> AbstractContextManager[Any]:
+        """What a candidate's layer runs under: its inputs quantized, or as they are."""
+        if number not in self.options.quantized_inputs:
+            return nullcontext()
+        model = self.candidates[number]
+        assert isinstance(model.source, Overlay), "only a mix of checkpoints says how inputs are quantized"
+        return QuantizedInputs(model, model.source, index)
 
     @staticmethod
     def _run_layer(model: LayeredModel, index: int, states: list[Tensor]) -> None:

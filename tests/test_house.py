@@ -29,6 +29,7 @@ ROOMS = (
     "overlay",
     "recipe_formats",
     "stream",
+    "activations",
     "costs",
     "engines",
     "convert",

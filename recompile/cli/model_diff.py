@@ -26,6 +26,7 @@ from recompile.cli.options import (
     read_rows,
     text_options,
 )
+from recompile.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,11 @@ if TYPE_CHECKING:
 )
 @click.option("-slb", "--save-logits-b", "--save_logits_b", type=click.Path(path_type=Path), help="Save B's logits.")
 @click.option("--allow-unmatched", is_flag=True, help="Go on where a key of the recipe matches no tensor.")
+@click.option(
+    "--activations",
+    is_flag=True,
+    help="Also measure A with the inputs of its linear maps quantized as its schemes say (w8a8, fp8-dynamic ...).",
+)
 @engine_options
 @device_options
 @output_options
@@ -94,6 +100,7 @@ def main(
     save_logits_a: Path | None,
     save_logits_b: Path | None,
     allow_unmatched: bool,
+    activations: bool,
     engine: str | None,
     engine_lib: Path | None,
     llama_chunks: int | None,
@@ -154,8 +161,17 @@ def main(
         click.echo(f"Warning: {warning}", err=True)
     check_same_model(checkpoint_b, checkpoint_a)
 
-    from eval.diff import DiffOptions, compare
+    from eval.diff import DiffOptions, compare_many
     from recompile import tokens
+
+    if activations:
+        from recompile.activations import quantizes_inputs
+
+        if not quantizes_inputs(overlay):
+            raise UnsupportedError(
+                f"--activations: no module of {overlay.label} says how its inputs are quantized (input_activations in "
+                f"config.json); leave it out, or use a variant such as w8a8, fp8-dynamic or nvfp4-a4"
+            )
 
     found, vocab = read_rows(
         [checkpoint_b.path, checkpoint_a.path], "report", rows, length, text, dataset, input_ids, split_own_text=False
@@ -173,16 +189,23 @@ def main(
         dtype=compute_dtype(dtype),
         device=compute_device(device),
         vocab=vocab,
+        quantized_inputs=frozenset({1} if activations else ()),
         save_candidate_logits=save_logits_a,
         save_reference_logits=save_logits_b,
     )
-    events = compare(overlay, checkpoint_b, ids, options, rows_source=found.source, rows_sha256=found.sha256)
-    (report,) = follow_comparison(events, "comparing", quiet=quiet)
+    candidates = [overlay] * (2 if activations else 1)
+    events = compare_many(candidates, checkpoint_b, ids, options, rows_source=found.source, rows_sha256=found.sha256)
+    report, *others = follow_comparison(events, "comparing", len(candidates), quiet)
+    with_inputs: DiffReport | None = others[0] if others else None
     if str(json_path) != "-":
         click.echo(_layer_table(report.layers))
         click.echo(_summary(report, overlay))
+        if with_inputs is not None:
+            click.echo(_with_inputs(report, with_inputs))
     if json_path is not None:
-        print_json(json_path, {**report.as_dict(), "size": overlay.accounting.as_dict(), **_origin(overlay, override)})
+        more = {"with_activations": with_inputs.as_dict()} if with_inputs is not None else {}
+        size = overlay.accounting.as_dict()
+        print_json(json_path, {**report.as_dict(), "size": size, **_origin(overlay, override), **more})
 
 
 def _origin(overlay: Overlay, override: Path | None) -> dict[str, str | None]:
@@ -204,6 +227,7 @@ NOT_WITH_ENGINE = (
     "save_logits_a",
     "save_logits_b",
     "allow_unmatched",
+    "activations",
 )
 
 
@@ -293,6 +317,17 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         for bin in report.kl_by_confidence
     ]
     lines += ["", format_columns(bins, ("B's top probability", "of tokens", "mean KL", "median KL"), (1, 2, 3))]
+    return "\n".join(lines)
+
+
+def _with_inputs(report: DiffReport, with_inputs: DiffReport) -> str:
+    lines = [
+        "",
+        f"Weights alone:             KL(B || A) {report.kl.mean:.8f}{_error(report.kl.std_error)} nats (as above)",
+        f"Inputs quantized as well:  KL(B || A) {with_inputs.kl.mean:.8f}{_error(with_inputs.kl.std_error)} nats, "
+        f"perplexity {with_inputs.score_candidate.perplexity:.6f}, "
+        f"same top token {100 * with_inputs.top_k_agreement[0].mean:.1f} %",
+    ]
     return "\n".join(lines)
 
 

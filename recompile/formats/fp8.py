@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from recompile.checkpoint import Checkpoint, StoredModule
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+E4M3_MAX = 448.0
+
+
+def round_e4m3(values: Tensor) -> Tensor:
+    """The nearest 8-bit float (4 exponent, 3 mantissa bits), ties to even, beyond 448 that; same dtype."""
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(values.dtype)
 
 
 @dataclass(frozen=True)

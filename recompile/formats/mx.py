@@ -13,6 +13,7 @@ and scale encodings are those of the OCP Microscaling specification (1.0), names
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,19 @@ def pack_e2m3(levels: Tensor) -> Tensor:
     codes = index[(levels.abs() * 8).int()] | (levels < 0).int() << 5
     words = codes[:, ::4] | codes[:, 1::4] << 6 | codes[:, 2::4] << 12 | codes[:, 3::4] << 18  # [O, n]
     return torch.stack([words >> shift & 255 for shift in (0, 8, 16)], -1).flatten(1).to(torch.uint8)
+
+
+def shared_exponent(largest: Tensor, bits: int) -> Tensor:
+    """The lowest power of two at which the largest magnitude of a group still rounds to a number of the element type:
+    one more than its own where it lies half a step above the largest number. Groups of zeros get the lowest of all.
+
+    largest: any shape, float32, >= 0;  returns: int32 exponents, the same shape
+    """
+    top, mantissa = {4: (6.0, 1), 6: (7.5, 3), 8: (448.0, 3)}[bits]
+    top_exponent = math.floor(math.log2(top))
+    exponent = torch.frexp(largest).exponent - 1 - top_exponent
+    exponent = exponent + (torch.ldexp(largest, -exponent) >= top + 2.0 ** (top_exponent - mantissa) / 2)
+    return torch.where(largest > 0, exponent, -SCALE_BIAS)
 
 
 def _as_float32(weight: Tensor) -> Tensor:

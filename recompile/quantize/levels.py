@@ -17,9 +17,10 @@ from torch import Tensor
 from recompile.errors import FormatError
 from recompile.formats import fp4, mx
 from recompile.formats.fp4 import round_e2m1, round_small_float
+from recompile.formats.fp8 import E4M3_MAX, round_e4m3
 from recompile.formats.schemes import Scheme
 
-E4M3_MAX, E2M1_MAX, E2M3_MAX = 448.0, 6.0, 7.5
+E2M1_MAX, E2M3_MAX = 6.0, 7.5
 SMALLEST_NVFP4_SCALE = 0.125  # in place of 0; a group of zeros has it
 # Scales tried by "mse", as multiples of the one that the largest weight asks for. A small float loses little where the
 # largest weight is clipped, and next to nothing where it is not.
@@ -30,10 +31,6 @@ _CHUNK_WEIGHTS = 1 << 20
 
 def round_e2m3(values: Tensor) -> Tensor:
     return round_small_float(values, 3, 0, E2M3_MAX)
-
-
-def round_e4m3(values: Tensor) -> Tensor:
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(values.dtype)
 
 
 def round_int8(values: Tensor) -> Tensor:
@@ -223,15 +220,8 @@ def _fit_nvfp4(weight: Tensor, scheme: Scheme, method: str, column_weight: Tenso
 
 
 def _fit_mx(weight: Tensor, scheme: Scheme, method: str, column_weight: Tensor | None) -> LevelGrid:
-    levels = LEVELS[scheme.format]
     largest = weight.abs().unflatten(1, (-1, mx.GROUP_SIZE)).amax(2)  # [O, NG]
-    # The lowest power of two at which the largest weight still rounds to a level: the next one up where it is beyond
-    # half a step above the largest.
-    exponent = torch.frexp(largest).exponent - torch.frexp(torch.tensor(levels.largest)).exponent
-    mantissa = {4: 1, 6: 3, 8: 3}[scheme.bits]
-    step = 2.0 ** (torch.frexp(torch.tensor(levels.largest)).exponent - 1 - mantissa)
-    exponent += torch.ldexp(largest, -exponent) >= levels.largest + step / 2
-    exponent = torch.where(largest > 0, exponent, -mx.SCALE_BIAS)
+    exponent = mx.shared_exponent(largest, scheme.bits)
 
     def with_exponent(found: Tensor) -> LevelGrid:
         stored = (found + mx.SCALE_BIAS).clamp(0, 254).to(torch.uint8)

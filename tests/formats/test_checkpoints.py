@@ -376,3 +376,23 @@ def test_experts_stored_in_one_tensor(shape_has_experts: bool, tmp_path: Path) -
     assert module.format == "pack-quantized"
     assert module.shape == (tiny.EXPERTS, 2 * tiny.EXPERT_SIZE, tiny.HIDDEN)
     check_equal(packed, dense)
+
+
+@pytest.mark.parametrize("dotted", [True, False])
+def test_experts_in_one_tensor_of_8_bit_floats(dotted: bool, tmp_path: Path) -> None:
+    """`experts.gate_up_proj.weight` and `.weight_scale`, or `experts.gate_up_proj` and `_scale`."""
+    packer, quantization = CASES["fp8-channel, naive"]
+    packed, dense = write_pair(tiny.base("qwen3-moe"), tmp_path, lambda module: packer, quantization)
+    tensors = load_file(packed / "model.safetensors")
+    fused = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for prefix in sorted({name.rpartition(".experts.")[0] + ".experts" for name in tensors.keys() - fused.keys()}):
+        for part in ("weight", "weight_scale"):
+            gate, up, down = (
+                torch.stack([tensors[f"{prefix}.{expert}.{leaf}.{part}"] for expert in range(tiny.EXPERTS)])
+                for leaf in ("gate_proj", "up_proj", "down_proj")
+            )
+            suffix = f".{part}" if dotted else part.removeprefix("weight")
+            fused[f"{prefix}.gate_up_proj{suffix}"] = torch.cat([gate, up], 1)
+            fused[f"{prefix}.down_proj{suffix}"] = down
+    save_file(fused, packed / "model.safetensors")
+    check_equal(packed, dense)

@@ -1,0 +1,107 @@
+"""Quantized inputs: formulas by hand, the library's own forward, and both KLs by model_diff."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from eval.diff import DiffOptions, DiffReport, compare_many
+from recompile.activations import InputScheme, fake_quantize
+from recompile.checkpoint import open_checkpoint
+from recompile.cli.model_diff import main as model_diff
+from recompile.errors import FormatError
+from recompile.formats.schemes import parse_scheme
+from recompile.overlay import build_overlay
+from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+
+NAMES = ("w8a8", "fp8-dynamic", "fp8-static", "nvfp4-a4", "mxfp4-a4")
+
+
+def inputs_of(name: str) -> InputScheme:
+    entry = parse_scheme(name).input_activations
+    assert entry is not None
+    return InputScheme.from_config(entry)
+
+
+def test_int8_per_token_by_hand() -> None:
+    """One scale a row: 127.5 steps to the largest value."""
+    x = torch.tensor([[127.5, 1.4, -0.6], [0.0, 0.0, 0.0]])
+    assert fake_quantize(x, inputs_of("w8a8")).tolist() == [[127.0, 1.0, -1.0], [0.0, 0.0, 0.0]]
+
+
+def test_fp8_static_by_hand() -> None:
+    """150 lies between 144 and 160, 8.5 half-way between 8 and 9; 1000 is beyond 448."""
+    x = torch.tensor([[300.0, 2000.0, 17.0]])
+    assert fake_quantize(x, inputs_of("fp8-static"), torch.tensor([2.0])).tolist() == [[288.0, 896.0, 16.0]]
+    with pytest.raises(FormatError, match="not stored"):
+        fake_quantize(x, inputs_of("fp8-static"))
+
+
+def test_nvfp4_by_hand() -> None:
+    """The largest value is 6 levels of the group's scale."""
+    x = torch.zeros(1, 16)
+    x[0, :3] = torch.tensor([12.0, 5.1, -0.4])
+    made = fake_quantize(x, inputs_of("nvfp4-a4"), torch.tensor([1.0]))
+    assert made[0, :4].tolist() == [12.0, 6.0, 0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("activations")
+    encoder = SchemeEncoder(tuple(uniform(parse_scheme(name), "rtn") for name in NAMES))
+    for _ in quantize_model(open_checkpoint(tiny.base("llama-2")), out, encoder, tiny.rows(4, 32)):
+        pass
+    return out
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8-dynamic", "fp8-block-dynamic", "nvfp4-a4", "mxfp4-a4", "mxfp8-a8"])
+def test_values_are_the_librarys(name: str) -> None:
+    library = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0)) * 3
+    args = QuantizationArgs(**(parse_scheme(name).input_activations or {}))
+    whole = 448 * 6 / x.abs().max().reshape(1) if name == "nvfp4-a4" else None
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity(), global_scale=whole)
+    theirs = library.fake_quantize(x, scale, zero, args, global_scale=whole)
+    ours = fake_quantize(x, inputs_of(name), whole)
+    assert float((ours - x).norm()) > 0
+    assert float((ours - theirs).norm()) <= 1e-3 * float(theirs.norm())
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8-dynamic", "fp8-static"])
+def test_logits_are_the_librarys(name: str, built: Path, tmp_path: Path) -> None:
+    """transformers fake-quantizes the inputs of such checkpoints on every forward."""
+    pytest.importorskip("compressed_tensors")
+    overlay = build_overlay(open_checkpoint(built / name), None)
+    base = open_checkpoint(tiny.base("llama-2"))
+    ids = tiny.rows(2, 12)
+    plain, quantized = tmp_path / "plain", tmp_path / "quantized"
+    for number, file in ((0, plain), (1, quantized)):
+        options = DiffOptions(quantized_inputs=frozenset({0} if number else ()), save_candidate_logits=file)
+        reports = [e for e in compare_many([overlay], base, ids, options) if isinstance(e, DiffReport)]
+        assert reports[0].kl.mean > 0
+    ours, weights_only = load_file(quantized)["logits"], load_file(plain)["logits"]
+    theirs = tiny.plain_logits(tiny.plain_model(built / name), ids)
+    assert float((ours - theirs).norm()) < 1e-4 * float(theirs.norm())
+    assert float((weights_only - theirs).norm()) > 1e-3 * float(theirs.norm())
+
+
+def test_model_diff_prints_both(built: Path, tmp_path: Path) -> None:
+    save_file({"input_ids": tiny.rows(2, 12)}, tmp_path / "ids")
+    arguments = ["-mb", str(tiny.base("llama-2")), "--input-ids", str(tmp_path / "ids"), "--quiet", "--activations"]
+    ran = CliRunner().invoke(model_diff, ["-ma", str(built / "w8a8"), *arguments, "--json", str(tmp_path / "j")])
+    assert ran.exit_code == 0, ran.output
+    assert "Inputs quantized as well" in ran.output
+    found = json.loads((tmp_path / "j").read_text())
+    assert found["with_activations"]["kl"]["mean"] > found["kl"]["mean"]
+    refused = CliRunner().invoke(model_diff, ["-ma", str(tiny.base("llama-2")), *arguments])
+    assert (refused.exit_code, "input_activations" in refused.output) == (1, True)
