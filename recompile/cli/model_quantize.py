@@ -53,6 +53,11 @@ if TYPE_CHECKING:
     help="In place of -b, compressed-tensors schemes: --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4 ...",
 )
 @click.option(
+    "--modifiers",
+    type=click.Path(path_type=Path),
+    help="In place of -b, one variant by a recipe of modifiers (YAML), or of llm-compressor.",
+)
+@click.option(
     "-or",
     "--override",
     "recipe_path",
@@ -120,6 +125,7 @@ def main(
     out_dir: Path,
     bits: tuple[str, ...],
     schemes: tuple[str, ...],
+    modifiers: Path | None,
     recipe_path: Path | None,
     format_name: str,
     method: str,
@@ -154,11 +160,16 @@ def main(
       model_quantize -i base -o mix -or overrides.yaml           # straight to the mix, no variants
     """
     check_json_path(json_path)
-    if not bits and not schemes and recipe_path is None:
+    if not bits and not schemes and modifiers is None and recipe_path is None:
         raise click.UsageError("wanted -b with bitrates, --scheme with names, or -or RECIPE for one mix")
-    if schemes and (bits or recipe_path or format_name != "compressed-tensors" or engine != "own" or asym or head_bits):
+    if schemes and modifiers:
+        raise click.UsageError("--scheme and --modifiers: wanted one of them")
+    if (schemes or modifiers) and (
+        bits or recipe_path or format_name != "compressed-tensors" or engine != "own" or asym or head_bits
+    ):
         raise click.UsageError(
-            "--scheme says all of the stored form; leave out -b, -or, --format, --engine, --asym and --head-bits"
+            "--scheme and --modifiers say all of the stored form; leave out -b, -or, --format, --engine, --asym and "
+            "--head-bits"
         )
     if recipe_path is not None and (engine != "own" or head_bits is not None or format_name == "gguf"):
         raise click.UsageError(
@@ -182,8 +193,8 @@ def main(
     found, vocab = read_rows([base.path], "calibrate", rows, length, text, dataset, input_ids)
     check_vocabulary(base, vocab)
     encoder: Encoder
-    if schemes:
-        encoder, head = _scheme_encoder(schemes, method, importance), False
+    if schemes or modifiers:
+        encoder, head = _scheme_encoder(schemes, modifiers, method, importance), False
     elif recipe_path is None:
         encoder, head = _encoder(format_name, rates, method, group_size, asym, importance, head_bits, codebook, found)
     else:
@@ -360,10 +371,16 @@ def _encoder(
     return IntEncoder(whole, size, not asym, method, importance, head_bits=head_bits), head_bits is not None
 
 
-def _scheme_encoder(schemes: tuple[str, ...], method: str, importance: bool) -> Encoder:
+def _scheme_encoder(schemes: tuple[str, ...], modifiers: Path | None, method: str, importance: bool) -> Encoder:
     from recompile.formats.schemes import parse_scheme
+    from recompile.quantize.modifiers import load_modifiers
     from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 
+    if modifiers is not None:
+        variant, notes = load_modifiers(modifiers)
+        for note in notes:
+            click.echo(f"Note: {note}", err=True)
+        return SchemeEncoder((variant,), importance)
     return SchemeEncoder(tuple(uniform(parse_scheme(name), method) for name in schemes), importance)
 
 
