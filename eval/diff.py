@@ -155,7 +155,7 @@ def compare_many(
     of all of them."""
     options = options or DiffOptions()
     model_b = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
-    models = []
+    models: list[LayeredModel] = []
     for candidate in candidates:
         model = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
         check_same_skeleton(model_b, model)
