@@ -304,6 +304,9 @@ const RecompileReport = (() => {
     $("subtitle").textContent = `${view.groups.length} groups of modules, ${data.candidates.length} sources each; KL profile: ${header.method}, ${tokens}`;
     const list = view.byWidth.map((source) => short(nameOf(source), 24)).join(", ");
     $("lead").textContent = `There are ${data.candidates.length} quantized builds of this model (${list}). Every group of modules can come from any of them. Move the slider to the size you can afford: the page finds the mix whose predictions stay closest to the unquantized model. Closeness is the KL divergence in nats per token; 0 is identical.`;
+    if (header.method !== "exact") {
+      $("how-known").textContent = `Its KL is a prediction: the cost of every swap was estimated (method ${header.method}) and the costs are added up. Errors of several swaps can add more or cancel. Measure the recipe before you trust it:`;
+    }
     const about = [
       ["Reference", header.reference], ["Profile", `${data.profile_name}: method ${header.method}, context ${header.context}, level ${header.level}`],
       ["Measured on", `${tokens}, ${header.rows_source} (sha256 ${header.rows_sha256.slice(0, 16)}), ${header.dtype} on ${header.device}`],
@@ -699,7 +702,7 @@ const RecompileReport = (() => {
       groups, base, candidates: data.candidates,
       header: [
         `${digits(bpwOf(now.bits), 4)} bits per weight over quantized modules (${asked} asked for).`,
-        `Predicted KL ${digits(now.kl, 6)} nats per token: single swaps added up, not measured.`,
+        `Predicted KL ${digits(now.kl, 6)} nats per token (${data.header.method} profile, added up): not measured.`,
         `Apply to ${directory}:`,
         `  recompile -i ${shellWord(directory)} -o OUT -or overrides.yaml`,
         `After each line: KL and bits against the same modules taken from ${directory}.`,
