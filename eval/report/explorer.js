@@ -605,9 +605,9 @@ const RecompileReport = (() => {
   function paintHeat() {
     const values = new Map();
     for (const cell of view.heat.cells.values()) values.set(cell, heatValue(cell.value));
-    const real = [...values.values()].filter((found) => found && found.value > 0).map((found) => found.value);
-    const high = Math.max(...real, 1e-12);
-    const low = Math.max(Math.min(...real, high), high * 1e-4);
+    const real = [...values.values()].filter((found) => found && found.value > 0).map((found) => found.value).sort((a, b) => a - b);
+    const high = real[real.length - 1] ?? 1;
+    const low = Math.max(real[Math.floor(0.03 * real.length)] ?? high, high * 1e-4); // a few outliers shall not grey the rest
     const raw = $("heat-kind").value.startsWith("raw");
     const unit = raw ? "nats/token" : "nats/token per Mbit";
     view.heatUnit = unit;
@@ -624,7 +624,7 @@ const RecompileReport = (() => {
     $("heat-text").textContent = raw
       ? "KL that this source alone adds when one group is taken from it and all else stays as profiled. Bright: it hurts most here."
       : "KL that a million more bits save in each place. Bright: bits are best spent here. This ratio is what the solver sorts by.";
-    $("heat-scale").replaceChildren(klText(low), make("i", { style: `background:${gradient}`, "aria-hidden": "true" }), `${klText(high)} ${unit}, logarithmic; hatched: not above zero, i.e. noise`);
+    $("heat-scale").replaceChildren(`≤ ${klText(low)}`, make("i", { style: `background:${gradient}`, "aria-hidden": "true" }), `${klText(high)} ${unit}, logarithmic; hatched: not above zero, i.e. noise`);
     $("heat-detail").replaceChildren(make("p", { className: "quiet" }, "Point at a cell, or walk with the arrow keys, for its value and standard error."));
   }
 
