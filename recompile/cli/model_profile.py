@@ -188,6 +188,10 @@ def main(
     events: Iterator[Any]
     if mode == "exact":
         events = profile_exact(reference, base_id, offered, found.ids, out, options, **about)
+    elif mode == "weights":
+        from eval.weights_cost import profile_weights
+
+        events = profile_weights(reference, base_id, offered, found.ids, out, options, importance=importance, **about)
     else:
         from eval.sketch import SketchOptions, profile_sketch
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from eval.profile import Measured, ProfileOptions
 from eval.weights_cost import cosine_distance, profile_weights, relative_error, score_module, trimmed_mean
 from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.cli.model_profile import main
 from recompile.costs import Profile, load_profile
 from recompile.quantize.moments import collect_moments
 from recompile.stream import LayeredModel
@@ -98,3 +100,18 @@ def test_without_importance_no_text_is_run(tmp_path: Path, monkeypatch: pytest.M
     for key, found in plain.measurements.items():
         assert len(set(found.kl_rows)) == 1
         assert found.kl_rows != weighted.measurements[key].kl_rows
+
+
+def test_the_command_runs_this_and_not_a_sketch(tmp_path: Path) -> None:
+    base, variants = tiny.copy_of(tiny.base("llama"), tmp_path / "base"), tiny.variants("llama", (2, 4))
+    tiny.write_tokenizer(base)
+    out = tmp_path / "p.jsonl"
+    for flag, weighed in (("--importance", True), ("--no-importance", False)):
+        out.unlink(missing_ok=True)
+        where = ["-mb", str(base), "-i", f"2={variants[2]}", "-s", f"4={variants[4]}", "-o", str(out)]
+        result = CliRunner().invoke(main, [*where, "--mode", "weights", flag, "-r", "2", "-l", "16", "--quiet"])
+        assert result.exit_code == 0, result.output
+        assert "no nats" in result.output
+        header = load_profile(out).header
+        assert header.method == "weights"
+        assert header.settings["importance"] is weighed
