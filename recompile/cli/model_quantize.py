@@ -108,6 +108,10 @@ if TYPE_CHECKING:
     help="GGUF: the file whose tokenizer keys the outputs get; needed where the base is no GGUF file.",
 )
 @click.option(
+    "--imatrix", metavar="FILE", help="GGUF: importance from this imatrix file in place of a calibration pass."
+)
+@click.option("--save-imatrix", metavar="FILE", help="GGUF: also write the importance as an imatrix file.")
+@click.option(
     "--converter", is_flag=True, help="GGUF: make the base file with llama.cpp's own converter, in its own environment."
 )
 @click.option(
@@ -135,6 +139,8 @@ def main(
     head_bits: int | None,
     codebook: str,
     tokenizer_from: str | None,
+    imatrix: str | None,
+    save_imatrix: str | None,
     converter: bool,
     engine: str,
     rows: int,
@@ -181,7 +187,8 @@ def main(
 
         base = open_checkpoint(_converted(in_dir, out_dir, quiet) if converter else in_dir)
         make = partial(read_rows, [base.path], "calibrate", rows, length, text, dataset, input_ids)
-        _make_gguf(base, out_dir, bits, tokenizer_from, make if importance else None, device, dtype, json_path, quiet)
+        files = (tokenizer_from, imatrix, save_imatrix)
+        _make_gguf(base, out_dir, bits, files, make if importance else None, device, dtype, json_path, quiet)
         return
     rates = _rates(bits)
     if engine != "own":
@@ -252,20 +259,35 @@ def _make_gguf(
     base: Checkpoint,
     out_dir: Path,
     names: tuple[str, ...],
-    tokenizer_from: str | None,
+    files: tuple[str | None, str | None, str | None],
     make_rows: Callable[[], tuple[Rows, int | None]] | None,
     device: str,
     dtype: str | None,
     json_path: Path | None,
     quiet: bool,
 ) -> None:
-    """One GGUF file for each type or preset. make_rows: the calibration rows; None: no importance."""
-    from recompile.gguf.container import open_gguf
-    from recompile.quantize.gguf import VariantsReport, build_variants, collect_importance, plan_variants
+    """One GGUF file for each type or preset.
 
+    files: the GGUF file with the tokenizer's keys, the imatrix file to read and the one to write
+    make_rows: the calibration rows; None: no importance
+    """
+    from recompile.gguf.container import open_gguf
+    from recompile.imatrix import read_imatrix, write_imatrix
+    from recompile.quantize.gguf import (
+        VariantsReport,
+        build_variants,
+        collect_importance,
+        imatrix_of,
+        importance_from,
+        plan_variants,
+    )
+
+    tokenizer_from, imatrix, save_imatrix = files
     keys_of = open_gguf(tokenizer_from) if tokenizer_from is not None else None
     plan = plan_variants(base, out_dir, names, tokenizer_from=keys_of)  # refuses what it must before the long work
-    if make_rows is not None:
+    if imatrix is not None:
+        plan = replace(plan, importance=importance_from(read_imatrix(imatrix), plan.tensors, imatrix))
+    elif make_rows is not None:
         found, vocab = make_rows()
         check_vocabulary(base, vocab)
         calibration = collect_importance(
@@ -279,6 +301,8 @@ def _make_gguf(
                     plan = replace(plan, importance=stop.value)
                     break
                 bar.update(step.done, f"layer {step.done}", step.total)
+        if save_imatrix is not None and plan.importance is not None:
+            write_imatrix(save_imatrix, imatrix_of(plan.importance, plan.tensors, found.ids.shape[1]))
     report: VariantsReport | None = None
     with progress("encoding", 1, quiet=quiet) as bar:
         for event in build_variants(plan):

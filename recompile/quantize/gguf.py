@@ -28,6 +28,7 @@ from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
 from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, encode_key, lay_out
 from recompile.gguf.keys import heads_in, llama3_factors, model_records, tokenizer_records
 from recompile.gguf.names import ARCHITECTURES, Architecture, Place, architecture_of, place_of, row_order
+from recompile.imatrix import Imatrix, InputSums
 from recompile.quantize.calibrate import InputCollector
 from recompile.stream import LayeredModel
 from recompile.write_gguf import PROVENANCE, QUANTIZATION_VERSION
@@ -170,6 +171,45 @@ def collect_importance(
     for name in (model.prefix_of(model.head), model.prefix_of(model.embedding)):
         values[name], tokens[name] = total / max(1, count), count
     return Importance(values, tokens, source)
+
+
+def importance_from(imatrix: Imatrix, tensors: Sequence[BaseTensor], source: str) -> Importance:
+    """What an imatrix file says of these tensors: a column's importance is its summed squares over the tokens seen.
+
+    Raises MismatchError for sums of another width or another number of experts."""
+    values: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    for tensor in tensors:
+        sums = imatrix.entries.get(tensor.name)
+        if sums is None or tensor.plain:
+            continue
+        if sums.sum_squares.shape != (len(tensor.sources), tensor.ne[0]):
+            raise MismatchError(
+                f"{source}: {tensor.name} has sums {list(sums.sum_squares.shape)}, wanted "
+                f"{[len(tensor.sources), tensor.ne[0]]}; it is of another model"
+            )
+        for number, name in enumerate(tensor.sources):
+            count = float(sums.counts[number])
+            if count > 0:
+                module = name.rpartition(".")[0]
+                values[module] = torch.from_numpy(sums.sum_squares[number] / count)
+                tokens[module] = int(count)
+    return Importance(values, tokens, source)
+
+
+def imatrix_of(importance: Importance, tensors: Sequence[BaseTensor], row_tokens: int) -> Imatrix:
+    """The same as an imatrix file holds it, for llama-quantize and others. row_tokens: length of a calibration row."""
+    entries = {}
+    for tensor in tensors:
+        modules = [name.rpartition(".")[0] for name in tensor.sources]
+        if tensor.plain or not any(module in importance.values for module in modules):
+            continue
+        counts = torch.tensor([float(importance.tokens.get(module, 0)) for module in modules])
+        empty = torch.zeros(tensor.ne[0])
+        means = torch.stack([importance.values.get(module, empty).float() for module in modules])
+        entries[tensor.name] = InputSums((means * counts[:, None]).numpy(), counts.numpy())
+    most = max(importance.tokens.values(), default=0)
+    return Imatrix(entries, max(1, most // row_tokens), row_tokens, (importance.source or "unknown",))
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------

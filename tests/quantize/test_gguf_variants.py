@@ -269,6 +269,14 @@ def test_the_command(tmp_path: Path) -> None:
     ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
+    again = [value.replace("/out", "/again") for value in arguments]
+    again += ["--save-imatrix", str(tmp_path / "made.gguf")]
+    assert CliRunner().invoke(main, again).exit_code == 0
+    third = [value.replace("/out", "/third") for value in arguments] + ["--imatrix", str(tmp_path / "made.gguf")]
+    assert CliRunner().invoke(main, third).exit_code == 0
+    one, other = open_gguf(tmp_path / "out" / "hf-Q4_K.gguf"), open_gguf(tmp_path / "third" / "hf-Q4_K.gguf")
+    same = [one.read(name) == other.read(name) for name in one.tensors]
+    assert sum(same) > 0.9 * len(same)  # sums are divided and multiplied again, so a last bit may differ
     assert "tensors asked to be Q4_K are Q5_0: Q4_K has blocks of 256, its rows are 64" in result.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"hf-Q4_K.gguf", "hf-Q8_0.gguf"}
     result = CliRunner().invoke(main, ["-i", str(base), "-o", str(tmp_path / "o"), "-b", "Q4_K"])
