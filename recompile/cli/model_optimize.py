@@ -160,7 +160,7 @@ def main(
         asked = check is not False and frontier is None and max_kl is None and max_ppl_increase is None
         at_hand = asked and checkpoints is not None and _at_hand(profile, checkpoints)
         solver, minutes = ("refine", 10.0 if minutes is None else minutes) if at_hand else ("exact", minutes)
-    rules = Rules(constraints, tie, engine, _forms(checkpoints) if engine is not None else None, max_step)
+    rules = Rules(constraints, tie, engine, _refusals(engine, checkpoints), max_step)
     where = RowOptions(rows, length, device, text, dataset)
     if frontier is not None:
         others = (bits, size, total_bpw, max_kl, max_ppl_increase, active_bpw, start)
@@ -437,16 +437,11 @@ def _tensor_names(checkpoints: Mapping[str, Checkpoint] | None) -> list[str] | N
     return list(dict.fromkeys(name for checkpoint in checkpoints.values() for name in checkpoint.tensors))
 
 
-def _forms(checkpoints: Mapping[str, Checkpoint] | None) -> dict[str, dict[str, tuple[str, float]]] | None:
-    """label -> module -> (format, bits per weight of its codes)."""
-    from recompile.optimize.engines import width_of
+def _refusals(engine: str | None, checkpoints: Mapping[str, Checkpoint] | None) -> dict[str, dict[str, str]] | None:
+    """label -> module -> why the engine refuses it; None where there is no engine, or no source at hand to look at."""
+    from recompile.optimize.engines import refusals
 
-    if checkpoints is None:
-        return None
-    return {
-        label: {name: (module.format, width_of(module)) for name, module in checkpoint.modules.items()}
-        for label, checkpoint in checkpoints.items()
-    }
+    return refusals(engine, checkpoints) if engine is not None and checkpoints is not None else None
 
 
 def _write(path: Path, text: str) -> None:

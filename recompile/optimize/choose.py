@@ -18,7 +18,7 @@ from recompile.costs import Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget
 from recompile.optimize.compress import Line, compress
-from recompile.optimize.engines import Engine, find_engine, loaded_together, why_refused
+from recompile.optimize.engines import check_engine, loaded_together
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.frontier import lagrangian_path, solve_for_cost
 from recompile.optimize.greedy import solve_greedy
@@ -63,9 +63,8 @@ class Rules:
 
     constraints: tuple[Constraint, ...] = ()
     ties: tuple[str, ...] = ()  # globs; all groups that one names share a source
-    engine: str | None = None  # a key of engines.ENGINES
-    # candidate label -> module -> (format, bits per weight of its codes), for the engine's legal widths
-    forms: Mapping[str, Mapping[str, tuple[str, float]]] | None = None
+    engine: str | None = None  # one of engines.ENGINES
+    refused: Mapping[str, Mapping[str, str]] | None = None  # candidate label -> module -> why the engine refuses it
     max_step: int | None = None  # rungs between the same modules of neighbouring layers
 
     def __bool__(self) -> bool:
@@ -93,9 +92,11 @@ def constrain(problem: Problem, groups: Sequence[ProfileGroup], rules: Rules) ->
     Raises RecompileError where a glob matches nothing, a source is not offered, or nothing is left of a group.
     """
     narrow = {"pin": pin, "min": at_least, "max": at_most}
-    engine = find_engine(rules.engine) if rules.engine is not None else None
-    if engine is not None and rules.forms is not None:
-        problem = _drop_refused(problem, groups, engine, rules.forms)
+    engine = rules.engine
+    if engine is not None:
+        check_engine(engine)
+    if engine is not None and rules.refused is not None:
+        problem = _drop_refused(problem, groups, engine, rules.refused)
     for constraint in sorted(rules.constraints, key=lambda constraint: constraint.kind == "pin"):
         what = f'--{constraint.kind} "{constraint.glob}"'
         matched = _matched_groups(groups, constraint.glob, what)
@@ -112,7 +113,7 @@ def constrain(problem: Problem, groups: Sequence[ProfileGroup], rules: Rules) ->
         for members in loaded_together(engine, group_of):
             names = list(dict.fromkeys(group_of[module] for module in members))
             problem = _tie(
-                problem, names, _common(names), f"--engine {engine.name}: {members[0]} and others are loaded together"
+                problem, names, _common(names), f"--engine {engine}: {members[0]} and others are loaded together"
             )
     return problem
 
@@ -152,21 +153,17 @@ def _labels(group: Group) -> str:
 
 
 def _drop_refused(
-    problem: Problem,
-    groups: Sequence[ProfileGroup],
-    engine: Engine,
-    forms: Mapping[str, Mapping[str, tuple[str, float]]],
+    problem: Problem, groups: Sequence[ProfileGroup], engine: str, refused: Mapping[str, Mapping[str, str]]
 ) -> Problem:
     gone: dict[str, set[str]] = {}
     reasons: dict[str, None] = {}
     for group in groups:
-        for label, stored in forms.items():
+        for label, why in refused.items():
             for module in group.modules:
-                refused = why_refused(engine, *stored[module]) if module in stored else None
-                if refused is not None:
+                if module in why:
                     gone.setdefault(group.name, set()).add(label)
-                    reasons[refused] = None
-    return _without(problem, gone, f"--engine {engine.name}: {'; '.join(list(reasons)[:3])}") if gone else problem
+                    reasons[why[module]] = None
+    return _without(problem, gone, f"--engine {engine}: {'; '.join(list(reasons)[:3])}") if gone else problem
 
 
 def _tie(problem: Problem, names: Sequence[str], name: str, what: str) -> Problem:

@@ -13,7 +13,7 @@ from recompile.checkpoint import open_checkpoint
 from recompile.costs import Measurement, Profile
 from recompile.errors import RecompileError
 from recompile.optimize.choose import Budget, Constraint, Rules, choose
-from recompile.optimize.engines import ENGINES, find_engine, loaded_together, why_refused, width_of
+from recompile.optimize.engines import ENGINES, check_engine, loaded_together, refusals, why_refused
 
 
 def profile_of(architecture: str, bits: tuple[int, ...], level: str = "tensor") -> Profile:
@@ -80,57 +80,42 @@ def test_sets_of_a_dense_layer() -> None:
     names = [f"model.layers.0.{n}_proj" for n in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.up")]
     names += ["model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.q_a_proj", "lm_head"]
     names += ["model.layers.1.self_attn.kv_a_proj_with_mqa", "model.layers.1.self_attn.q_b_proj"]
-    assert loaded_together(ENGINES["vllm"], names) == [
+    assert loaded_together("vllm", names) == [
         tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"),
         ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"),
         ("model.layers.1.self_attn.q_a_proj", "model.layers.1.self_attn.kv_a_proj_with_mqa"),
     ]
-    assert loaded_together(ENGINES["exllamav3"], names) == []
+    assert loaded_together("exllamav3", names) == []
 
 
-@pytest.mark.parametrize(
-    ("engine", "form", "width", "says"),
-    [
-        ("vllm", "pack-quantized", 3, None),
-        ("vllm", "pack-quantized", 1, "vllm has no pack-quantized kernel for 1 bits"),
-        ("vllm", "gptq", 3, "vllm has no gptq kernel for 3 bits"),
-        ("vllm", "gptq", 4, None),
-        ("vllm", "exl3", 4, "vllm does not read exl3"),
-        ("vllm", "int-quantized", 8, "vllm does not read int-quantized"),
-        ("vllm", "dense", 16, None),
-        ("exllamav3", "exl3", 2.5, None),
-        ("exllamav3", "exl3", 0.5, "exllamav3 has no exl3 kernel for 0.5 bits"),
-        ("exllamav3", "pack-quantized", 4, "exllamav3 does not read pack-quantized"),
-        ("transformers", "gptq", 4, "transformers does not read gptq"),
-        ("llama.cpp", "anything", 4, None),
-    ],
-)
-def test_formats_and_widths(engine: str, form: str, width: float, says: str | None) -> None:
-    assert why_refused(ENGINES[engine], form, width) == says
-
-
-def test_widths_are_read_from_stored_sizes() -> None:
-    for bits, path in tiny.variants("llama", (2, 3, 4, 6, 8)).items():
-        module = open_checkpoint(path).modules["model.layers.0.mlp.down_proj"]
-        assert (module.format, width_of(module)) == ("pack-quantized", bits)
+def test_what_the_engine_refuses_is_told_from_the_files() -> None:
+    checkpoints = {str(n): open_checkpoint(path) for n, path in tiny.variants("llama", (3, 4)).items()}
+    module = checkpoints["4"].modules["model.layers.0.mlp.down_proj"]
+    for engine in ("vllm", "transformers", "llama.cpp"):
+        assert why_refused(engine, checkpoints["4"], module) is None
+        assert refusals(engine, checkpoints) == {"3": {}, "4": {}}
+    assert why_refused("exllamav3", checkpoints["4"], module) == "exllamav3 does not read pack-quantized"
+    refused = refusals("exllamav3", checkpoints)["3"]
+    assert "model.layers.0.mlp.down_proj" in refused
+    assert "model.norm" not in refused, "dense modules are read by all"
 
 
 def test_what_the_engine_refuses_is_not_chosen() -> None:
     profile = profile_of("llama", (2, 3, 4))
     modules = [module for group in profile.header.groups for module in group.modules]
-    forms = {label: dict.fromkeys(modules, ("gptq", float(label))) for label in ("2", "3", "4")}
-    forms["3"] = dict.fromkeys(modules, ("dense", 16.0))
-    choice = choose(profile, Budget(bpw=3.8), "exact", Rules(engine="vllm", forms=forms)).solution.choice
-    assert set(choice.values()) == {"3", "4"}
-    del forms["3"], forms["4"]
-    forms |= {label: dict.fromkeys(modules, ("exl3", 3.0)) for label in ("3", "4")}
-    with pytest.raises(RecompileError, match=r"--engine vllm: .*does not read exl3.*: leaves \"model.layers.0"):
-        choose(profile, Budget(bpw=3.8), "exact", Rules(engine="vllm", forms=forms))
+    refused = {"2": dict.fromkeys(modules, "no kernel for 2 bits"), "3": {modules[0]: "no kernel for it"}}
+    choice = choose(profile, Budget(bpw=4.2), "exact", Rules(engine="llama.cpp", refused=refused)).solution.choice
+    assert "2" not in choice.values()
+    assert "3" in choice.values()
+    assert sources_of(profile, dict(choice))[modules[0]] == "4"
+    refused["3"] = refused["4"] = dict.fromkeys(modules, "does not read it")
+    with pytest.raises(RecompileError, match=r"--engine vllm: .*does not read it.*: leaves \"model.layers.0"):
+        choose(profile, Budget(bpw=3.8), "exact", Rules(engine="vllm", refused=refused))
 
 
 def test_an_engine_that_nobody_knows() -> None:
     with pytest.raises(RecompileError, match='--engine "tgi": wanted one of vllm'):
-        find_engine("tgi")
+        check_engine("tgi")
 
 
 # ---- ties and bans -----------------------------------------------------------------------------------------------
