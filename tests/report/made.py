@@ -66,7 +66,8 @@ def write_profile(
         versions={"recompile": "0"},
     )
     with open_journal(path, header) as journal:
-        journal.append(found)
+        for start in range(0, len(found), 1000):  # one append joins its lines one by one: keep each short
+            journal.append(found[start : start + 1000])
     return path
 
 
