@@ -99,6 +99,14 @@ if TYPE_CHECKING:
 @click.option("--skip", multiple=True, help="Not the modules that match a glob.")
 @click.option("--head", is_flag=True, help="The output head is a group too, where variants quantize it.")
 @click.option("--embedding", is_flag=True, help="The embedding is a group too, where variants quantize it.")
+@click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value="local",
+    help="With --mode exact: spread the swaps over a Ray cluster at an address (auto, ray://HOST:10001), or over the "
+    "cores of this machine.",
+)
 @click.option("--max-memory", help="Never use more memory than this, e.g. 8GiB.")
 @text_options(rows=16, length=512)
 @device_options
@@ -125,6 +133,7 @@ def main(
     skip: tuple[str, ...],
     head: bool,
     embedding: bool,
+    ray_address: str | None,
     max_memory: str | None,
     rows: int,
     length: int,
@@ -186,7 +195,14 @@ def main(
     )
     about = {"rows_sha256": found.sha256, "rows_source": found.source}
     events: Iterator[Any]
-    if mode == "exact":
+    if ray_address is not None:
+        if mode != "exact":
+            raise RecompileError(f"--ray spreads exact swaps; --mode {mode} runs in one process")
+        from eval.cluster import profile_on_ray
+
+        where = None if ray_address == "local" else ray_address
+        events = profile_on_ray(reference, base_id, offered, found.ids, out, options, address=where, **about)
+    elif mode == "exact":
         events = profile_exact(reference, base_id, offered, found.ids, out, options, **about)
     elif mode == "weights":
         from eval.weights_cost import profile_weights

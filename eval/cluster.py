@@ -1,0 +1,174 @@
+"""The exact profile spread over the workers of a Ray cluster.
+
+A task is the swaps of one layer; a worker process keeps the reference's states from one task to the next. Batches have
+the shapes of a run in one process and every worker computes with as many threads as the driver, so that on equal
+processors the results are equal bit for bit. Ray starts the task of a worker that died again elsewhere; the journal
+stays with the driver, so whatever else happens costs only what had not come back yet.
+
+Workers open the checkpoints by the paths of the driver: they need the same file system, and this package.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.profile import ExactProfiler, Measured, MemoryPlan, ProfileOptions, Started, make_header, plan_memory
+from recompile.checkpoint import Checkpoint
+from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, open_journal
+from recompile.errors import RecompileError
+from recompile.recipe import SourceId
+from recompile.stream import LayeredModel, check_same_skeleton
+
+RETRIES = 3  # of a task whose worker died
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to measure any swap of one profile."""
+
+    reference: Checkpoint
+    candidates: Mapping[str, Checkpoint]
+    header: ProfileHeader
+    ids: Tensor
+    plan: MemoryPlan
+    dtype: torch.dtype
+    device: str
+    threads: int
+
+
+class _Swaps:
+    """A journal in memory that lacks just the swaps of one task."""
+
+    def __init__(self, header: ProfileHeader, swaps: Sequence[tuple[str, str]]) -> None:
+        wanted = set(swaps)
+        zero = (0.0,) * header.rows
+        others = {
+            (group.name, source): Measurement(group.name, source, zero)
+            for group in header.groups
+            for source in group.bits
+            if (group.name, source) not in wanted
+        }
+        self.control = None if ("", "") in wanted else Measurement(None, None, zero)
+        self.profile = Profile(header, self.control, others)
+        self.found: list[Measurement] = []
+
+    def append(self, measurements: Sequence[Measurement]) -> None:
+        self.found += measurements
+
+
+_profilers: dict[str, ExactProfiler] = {}  # of this worker process, by reference and rows
+
+
+def measure(job: Job, swaps: Sequence[tuple[str, str]]) -> list[Measurement]:
+    """The swaps (group, candidate label) of one task; ("", "") is the control. Runs in a worker."""
+    torch.set_num_threads(job.threads)
+    key = f"{job.header.reference_fingerprint} {job.header.rows_sha256} {job.header.context} {job.header.base}"
+    if key not in _profilers:
+        _profilers.clear()
+        model = LayeredModel.of(job.reference, dtype=job.dtype, device=job.device)
+        context = model
+        if job.header.context == "base":
+            context = LayeredModel.of(job.candidates[job.header.base], dtype=job.dtype, device=job.device)
+        _profilers[key] = ExactProfiler(model, context, job.candidates, job.header, job.ids, job.plan)
+    journal = _Swaps(job.header, swaps)
+    for _ in _profilers[key].run(journal):  # type: ignore[arg-type]
+        pass
+    return journal.found
+
+
+def profile_on_ray(
+    reference: Checkpoint,
+    base: SourceId,
+    candidates: Sequence[tuple[SourceId, Checkpoint]],
+    ids: Tensor,
+    path: Path,
+    options: ProfileOptions | None = None,
+    *,
+    address: str | None = None,
+    rows_sha256: str = "",
+    rows_source: str = "",
+) -> Iterator[Started | Measured | Profile]:
+    """`eval.profile.profile_exact` over a Ray cluster; the same arguments, events, journal and results.
+
+    address: of a running cluster ("auto", "ray://host:10001"); None: one on this machine, ended with the run. A cluster
+    that this process is connected to already is used as it is.
+    Raises RecompileError where Ray is not installed, the cluster is not reached, or a task fails again and again.
+    """
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError as error:
+        raise RecompileError("--ray: Ray is not installed; pip install 'recompile[ray]'") from error
+    options = options or ProfileOptions()
+    model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
+    by_label = {Candidate(source, "", "").label: checkpoint for source, checkpoint in candidates}
+    label = Candidate(base, "", "").label
+    header = make_header(
+        reference, label, candidates, ids, options, model.dtype, rows_sha256=rows_sha256, rows_source=rows_source
+    )
+    if options.context == "base":
+        check_same_skeleton(model, LayeredModel.of(by_label[label], dtype=model.dtype, device=options.device))
+    plan = plan_memory(model, header, options.max_memory_bytes)
+    job = Job(reference, by_label, header, ids, plan, model.dtype, options.device, torch.get_num_threads())
+    begun = not ray.is_initialized()
+    with open_journal(path, header) as journal:
+        missing = journal.profile.missing()
+        total = sum(len(group.bits) for group in header.groups)
+        yield Started(plan, total, total - len(missing))
+        tasks = _tasks(header, missing, journal.profile.control is None)
+        try:
+            if begun:
+                ray.init(
+                    address=address,
+                    include_dashboard=False if address is None else None,
+                    log_to_driver=False,
+                    runtime_env={"env_vars": {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": str(job.threads)}},
+                )
+            shared = ray.put(job)
+            remote: Any = ray.remote(max_retries=RETRIES)(measure)
+            waiting = [remote.remote(shared, swaps) for swaps in tasks]
+            done = total - len(missing)
+            while waiting:
+                (ready,), waiting = ray.wait(waiting, num_returns=1)
+                found: list[Measurement] = ray.get(ready)
+                journal.append(found)
+                for measurement in found:
+                    done += measurement.group is not None
+                    yield Measured(measurement, done, total)
+        except (RayError, ConnectionError) as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise RecompileError(
+                f"--ray: {type(error).__name__}: {reason}; {path} holds what came back, the same command goes on"
+            ) from error
+        finally:
+            if begun and ray.is_initialized():
+                ray.shutdown()
+        profile = journal.profile
+    if options.context == "clean" and profile.control is not None and any(profile.control.kl_rows):
+        raise RecompileError(f"{path}: the control (nothing swapped) has a KL above 0: workers do not compute alike")
+    yield profile
+
+
+def _tasks(header: ProfileHeader, missing: Sequence[tuple[str, str]], control: bool) -> list[list[tuple[str, str]]]:
+    """The swaps of every layer; what is in no layer, and the control, are tasks of their own."""
+    layer_of = {group.name: group.layer for group in header.groups}
+    by_layer: dict[int | None, list[tuple[str, str]]] = {}
+    for swap in missing:
+        by_layer.setdefault(layer_of[swap[0]], []).append(swap)
+    return [*by_layer.values(), *([[("", "")]] if control else [])]
+
+
+def _python_path() -> str:
+    """Where workers find this package, when it is run from its folder."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    installed = [folder for folder in sys.path if "site-packages" in folder]
+    return os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, given), *installed]))
