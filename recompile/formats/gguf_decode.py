@@ -78,7 +78,8 @@ def q4_1(x: Tensor) -> Tensor:
 
 def _fifth_bits(x: Tensor) -> Tensor:
     """Bit i of a 32-bit word as 16 at place i: uint8 [n, 4] -> [n, 32]."""
-    return torch.stack([(x << 4 - k if k < 4 else x >> k - 4) & 16 for k in range(8)], 2).flatten(1)
+    masks = (1 << table_of_shifts(8, 1, x.device)).to(torch.uint8)
+    return ((x.unsqueeze(-1) & masks) != 0).view(torch.uint8).mul_(16).flatten(1)
 
 
 def q5_0(x: Tensor) -> Tensor:
@@ -188,10 +189,17 @@ def table_of_shifts(count: int, step: int, device: torch.device) -> Tensor:
 # ---- ternary ---------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _powers(count: int, device: torch.device) -> Tensor:
+    """1, 3, 9 ...: uint8 [count, 1]."""
+    return torch.tensor([[3**power] for power in range(count)], dtype=torch.uint8, device=device)
+
+
 def _trits(packed: Tensor, powers: int) -> Tensor:
     """Digits 0, 1, 2 of bytes in base 3, the same digit of all bytes together: uint8 [n, k] -> int8 [n, powers * k]."""
-    rest = torch.stack([packed * 3**power for power in range(powers)], 1)  # uint8: wraps, which takes digits off
-    digits = (rest > 85).view(torch.int8) + (rest > 170).view(torch.int8)  # 3 * rest / 256, rounded down
+    # uint8 products wrap, which takes digits off; the digit is 3 * rest / 256, rounded down
+    rest = packed.unsqueeze(1) * _powers(powers, packed.device)
+    digits = (rest > 85).view(torch.int8).add_((rest > 170).view(torch.int8))
     return digits.sub_(1).flatten(1)
 
 
