@@ -292,17 +292,16 @@ class Journal:
 
     def append(self, measurements: Iterable[Measurement]) -> None:
         """Add measurements; on disk when this returns. Raises JournalError where the disk refuses."""
-        lines = b""
+        lines = []
         for found in measurements:
             line = {"group": found.group, "source": found.source, "kl_rows": found.kl_rows}
-            lines += json.dumps(line if found.reached else {**line, "reached": False}).encode()
-            lines += b"\n"
+            lines.append(json.dumps(line if found.reached else {**line, "reached": False}).encode() + b"\n")
             if found.group is None or found.source is None:
                 self._control = found
             else:
                 self._found[(found.group, found.source)] = found
         try:
-            self._file.write(lines)
+            self._file.write(b"".join(lines))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:

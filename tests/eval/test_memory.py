@@ -1,0 +1,131 @@
+"""--max-memory is kept while models of four times that size are profiled: peak memory of a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CAP_MIB = 768
+HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 1024, 4096, 48, 512
+
+JOB = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from eval.profile import ProfileOptions, profile_exact
+from eval.sketch import SketchOptions, profile_sketch
+from recompile.checkpoint import open_checkpoint
+mode, folder, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+base = open_checkpoint(folder / "base")
+candidates = [(bits, open_checkpoint(folder / f"{bits}bpw")) for bits in (4, 2, 3, 5, 6, 8)]
+ids = torch.zeros(2, 16, dtype=torch.int64)
+match = tuple(f"model.layers.{n}.*" for n in ((46, 47) if mode == "exact" else (0, 20, 47)))
+options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
+path = folder / f"{mode}.jsonl"
+if mode == "exact":
+    *_, profile = profile_exact(base, 4, candidates, ids, path, options)
+else:
+    *_, profile = profile_sketch(base, 4, candidates, ids, path, options, SketchOptions(2))
+assert profile.is_complete
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024)
+"""
+
+
+def write_sparse(directory: Path, tensors: dict[str, tuple[str, list[int], bytes | None]], config: object) -> None:
+    """A checkpoint whose weights are holes in a file. tensors: dtype, shape, bytes or None for zeros."""
+    widths = {"BF16": 2, "I32": 4, "I64": 8}
+    directory.mkdir()
+    header: dict[str, object] = {}
+    end = 0
+    filled: list[tuple[int, bytes]] = []
+    for name, (dtype, shape, content) in tensors.items():
+        size = widths[dtype]
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        if content is not None:
+            filled.append((end, content))
+        end += size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        start = file.tell()
+        for offset, content in filled:
+            file.seek(start + offset)
+            file.write(content)
+        file.truncate(start + end)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def shapes() -> dict[str, list[int]]:
+    """The 2-D weights of every layer."""
+    found = {}
+    for n in range(LAYERS):
+        layer = f"model.layers.{n}"
+        for leaf in "qkvo":
+            found[f"{layer}.self_attn.{leaf}_proj"] = [HIDDEN, HIDDEN]
+        for leaf in ("gate", "up"):
+            found[f"{layer}.mlp.{leaf}_proj"] = [INTERMEDIATE, HIDDEN]
+        found[f"{layer}.mlp.down_proj"] = [HIDDEN, INTERMEDIATE]
+    return found
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    norms = [f"model.layers.{n}.{kind}_layernorm" for n in range(LAYERS) for kind in ("input", "post_attention")]
+    common: dict[str, tuple[str, list[int], bytes | None]] = {
+        "model.embed_tokens.weight": ("BF16", [VOCAB, HIDDEN], None),
+        "lm_head.weight": ("BF16", [VOCAB, HIDDEN], None),
+        **{f"{name}.weight": ("BF16", [HIDDEN], None) for name in (*norms, "model.norm")},
+    }
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+    }
+    dense = {f"{name}.weight": ("BF16", shape, None) for name, shape in shapes().items()}
+    write_sparse(folder / "base", {**common, **dense}, config)
+    for bits in (2, 3, 4, 5, 6, 8):
+        tensors = dict(common)
+        for name, shape in shapes().items():
+            content = b"".join(length.to_bytes(8, "little") for length in shape)
+            tensors[f"{name}.weight_packed"] = ("I32", [shape[0], shape[1] * bits // 32], None)
+            tensors[f"{name}.weight_scale"] = ("BF16", [shape[0], shape[1] // 64], None)
+            tensors[f"{name}.weight_shape"] = ("I64", [2], content)
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+        group = {"targets": ["Linear"], "format": "pack-quantized", "weights": weights}
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
+        write_sparse(folder / f"{bits}bpw", tensors, {**config, "quantization_config": quantization})
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("mode", ["sketch", "exact"])
+def test_peak_memory_stays_under_the_cap_with_six_candidates(large: Path, mode: str) -> None:
+    weights = sum(rows * columns for rows, columns in shapes().values())
+    assert 4 * weights >= 4 * CAP_MIB * 2**20  # float32, as it is run on a CPU
+    words = [sys.executable, "-c", JOB, mode, str(large), str(CAP_MIB * 2**20)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) <= CAP_MIB * 2**20
