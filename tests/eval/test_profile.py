@@ -513,9 +513,9 @@ def test_reading_layers_again_changes_nothing(
     waves: list[int] = []
     run = profile_module.ExactProfiler._measure_wave
 
-    def note(self: Any, index: int, states: Tensor, wave: Sequence[Any]) -> Any:
+    def note(self: Any, index: int, states: Tensor, after: Tensor, wave: Sequence[Any]) -> Any:
         waves.append(len(wave))
-        return run(self, index, states, wave)
+        return run(self, index, states, after, wave)
 
     monkeypatch.setattr(profile_module.ExactProfiler, "_measure_wave", note)
     monkeypatch.setattr(profile_module, "resident_bytes", lambda: 0)
