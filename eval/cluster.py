@@ -1,9 +1,10 @@
-"""The exact profile spread over the workers of a Ray cluster.
+"""Profiles spread over the workers of a Ray cluster.
 
-A task is the swaps of one layer; a worker process keeps the reference's states from one task to the next. Batches have
-the shapes of a run in one process and every worker computes with as many threads as the driver, so that on equal
-processors the results are equal bit for bit. Ray starts the task of a worker that died again elsewhere; the journal
-stays with the driver, so whatever else happens costs only what had not come back yet.
+A task of the exact profile is the swaps of one layer (a worker process keeps the reference's states from one task to
+the next), a task of the sketch some rows of one sweep. Batches have the shapes of a run in one process and every worker
+computes with as many threads as the driver, so that on equal processors the results are equal bit for bit. Ray starts
+the task of a worker that died again elsewhere; the journal stays with the driver, so whatever else happens costs only
+what had not come back yet.
 
 Workers open the checkpoints by the paths of the driver: they need the same file system, and this package.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.adjoint import PassPlan
 from eval.profile import ExactProfiler, Measured, MemoryPlan, ProfileOptions, Started, make_header, plan_memory
+from eval.sketch import Sketch, SketchJob, SketchOptions, SketchProgress, join_rows, profile_sketch
 from recompile.checkpoint import Checkpoint
 from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, open_journal
 from recompile.errors import RecompileError
@@ -28,6 +32,7 @@ from recompile.recipe import SourceId
 from recompile.stream import LayeredModel, check_same_skeleton
 
 RETRIES = 3  # of a task whose worker died
+TASKS_PER_WORKER = 4  # of a sketch, where its rows give so many: the last ones to end are then short
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -103,11 +108,6 @@ def profile_on_ray(
     that this process is connected to already is used as it is.
     Raises RecompileError where Ray is not installed, the cluster is not reached, or a task fails again and again.
     """
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError as error:
-        raise RecompileError("--ray: Ray is not installed; pip install 'recompile[ray]'") from error
     options = options or ProfileOptions()
     model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
     by_label = {Candidate(source, "", "").label: checkpoint for source, checkpoint in candidates}
@@ -119,43 +119,131 @@ def profile_on_ray(
         check_same_skeleton(model, LayeredModel.of(by_label[label], dtype=model.dtype, device=options.device))
     plan = plan_memory(model, header, options.max_memory_bytes)
     job = Job(reference, by_label, header, ids, plan, model.dtype, options.device, torch.get_num_threads())
-    begun = not ray.is_initialized()
     with open_journal(path, header) as journal:
         missing = journal.profile.missing()
         total = sum(len(group.bits) for group in header.groups)
         yield Started(plan, total, total - len(missing))
+        done = total - len(missing)
         tasks = _tasks(header, missing, journal.profile.control is None)
-        try:
-            if begun:
-                ray.init(
-                    address=address,
-                    include_dashboard=False if address is None else None,
-                    log_to_driver=False,
-                    runtime_env={"env_vars": {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": str(job.threads)}},
-                )
-            shared = ray.put(job)
-            remote: Any = ray.remote(max_retries=RETRIES)(measure)
-            waiting = [remote.remote(shared, swaps) for swaps in tasks]
-            done = total - len(missing)
-            while waiting:
-                (ready,), waiting = ray.wait(waiting, num_returns=1)
-                found: list[Measurement] = ray.get(ready)
+        with _connected(address, path, job.threads) as ray:
+            for _, found in _as_they_come(ray, measure, job, tasks):
                 journal.append(found)
                 for measurement in found:
                     done += measurement.group is not None
                     yield Measured(measurement, done, total)
-        except (RayError, ConnectionError) as error:
-            reason = str(error).strip().split("\n")[-1]
-            raise RecompileError(
-                f"--ray: {type(error).__name__}: {reason}; {path} holds what came back, the same command goes on"
-            ) from error
-        finally:
-            if begun and ray.is_initialized():
-                ray.shutdown()
         profile = journal.profile
     if options.context == "clean" and profile.control is not None and any(profile.control.kl_rows):
         raise RecompileError(f"{path}: the control (nothing swapped) has a KL above 0: workers do not compute alike")
     yield profile
+
+
+def sketch_on_ray(
+    reference: Checkpoint,
+    base: SourceId,
+    candidates: Sequence[tuple[SourceId, Checkpoint]],
+    ids: Tensor,
+    path: Path,
+    options: ProfileOptions | None = None,
+    sketch_options: SketchOptions | None = None,
+    *,
+    address: str | None = None,
+    rows_sha256: str = "",
+    rows_source: str = "",
+) -> Iterator[object]:
+    """`eval.sketch.profile_sketch` over a Ray cluster; the same arguments, events, files and results.
+
+    Sweeps are kept by the driver, in their order, when the last of their rows has come back; address and errors as of
+    `profile_on_ray`."""
+
+    def sweeps(job: SketchJob, plan: PassPlan, first: int) -> Generator[SketchProgress | Sketch]:
+        with _connected(address, path, torch.get_num_threads()) as ray:
+            workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            tasks = _row_tasks(job, plan, first, workers)
+            waiting: dict[int, dict[int, Sketch]] = {}  # sweep -> first row -> what was sampled
+            blocks = len(tasks) // max(1, job.sweeps - first)
+            due, given = first, (job, plan, torch.get_num_threads())
+            for done, ((sweep, rows), found) in enumerate(_as_they_come(ray, sample, given, tasks), 1):
+                waiting.setdefault(sweep, {})[rows.start] = found
+                yield SketchProgress(done, len(tasks), f"sweep {sweep + 1}, rows {rows.start + 1} to {rows.stop}")
+                while len(waiting.get(due, ())) == blocks:
+                    parts = waiting.pop(due)
+                    yield join_rows([parts[start] for start in sorted(parts)])
+                    due += 1
+
+    return profile_sketch(
+        reference, base, candidates, ids, path, options, sketch_options,
+        rows_sha256=rows_sha256, rows_source=rows_source, sweeps=sweeps,
+    )  # fmt: skip
+
+
+_models: dict[str, LayeredModel] = {}  # of this worker process, by reference
+
+
+def sample(given: tuple[SketchJob, PassPlan, int], task: tuple[int, slice]) -> Sketch:
+    """Some rows of one sweep. Runs in a worker."""
+    (job, plan, threads), (sweep, rows) = given, task
+    torch.set_num_threads(threads)
+    key = f"{job.header.reference_fingerprint} {job.dtype} {job.device}"
+    if key not in _models:
+        _models.clear()
+        _models[key] = LayeredModel.of(job.reference, dtype=job.dtype, device=job.device)
+    *_, found = job.run(sweep, rows, _models[key], plan, None)
+    assert isinstance(found, Sketch), "what was sampled comes last"
+    return found
+
+
+def _row_tasks(job: SketchJob, plan: PassPlan, first: int, workers: int) -> list[tuple[int, slice]]:
+    """(sweep, rows) of all tasks. Rows come in whole batches of the run in one process, so that the shapes are its
+    own; several batches together share the decoding of candidates, as far as that leaves every worker a few tasks."""
+    rows, sweeps = len(job.ids), range(first, job.sweeps)
+    batches = -(-rows // plan.batch_rows)
+    together = max(1, batches * len(sweeps) // (TASKS_PER_WORKER * workers))
+    size = plan.batch_rows * together
+    return [(sweep, slice(start, min(rows, start + size))) for sweep in sweeps for start in range(0, rows, size)]
+
+
+@contextmanager
+def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
+    """The ray module, connected; a connection that is begun here ends with the block."""
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError as error:
+        raise RecompileError("--ray: Ray is not installed; pip install 'recompile[ray]'") from error
+    begun = not ray.is_initialized()
+    try:
+        if begun:
+            ray.init(
+                address=address,
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                runtime_env={"env_vars": {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": str(threads)}},
+            )
+        yield ray
+    except (RayError, ConnectionError) as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise RecompileError(
+            f"--ray: {type(error).__name__}: {reason}; {path} holds what came back, the same command goes on"
+        ) from error
+    finally:
+        if begun and ray.is_initialized():
+            ray.shutdown()
+
+
+def _as_they_come(
+    ray: Any, work: Callable[[Any, Any], Any], job: Any, tasks: Sequence[Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Run work(job, task) for all tasks on the workers; yields (task, result) in the order of their ends."""
+    shared = ray.put(job)
+    remote = ray.remote(max_retries=RETRIES)(work)
+    waiting = {remote.remote(shared, task): task for task in tasks}
+    try:
+        while waiting:
+            (ready,), _ = ray.wait(list(waiting), num_returns=1)
+            yield waiting.pop(ready), ray.get(ready)
+    finally:
+        for left in waiting:
+            ray.cancel(left)
 
 
 def _tasks(header: ProfileHeader, missing: Sequence[tuple[str, str]], control: bool) -> list[list[tuple[str, str]]]:

@@ -23,10 +23,10 @@ import torch
 from scipy.special import ndtr
 from torch import Tensor
 
-from eval.profile import ExactProfiler, Measured, ProfileOptions, plan_memory
-from eval.sketch import SketchOptions, SketchProgress, SketchStarted, SweepDone, profile_sketch
+from eval.profile import ExactProfiler, ProfileOptions, plan_memory
+from eval.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint import Checkpoint, WeightSource
-from recompile.costs import Candidate, Measurement, Profile, open_journal
+from recompile.costs import Candidate, Measurement, Profile, load_profile, open_journal
 from recompile.optimize.choose import Budget, make_problem
 from recompile.optimize.frontier import lagrangian_path
 from recompile.recipe import SourceId
@@ -65,36 +65,44 @@ def profile_hybrid(
     *,
     rows_sha256: str = "",
     rows_source: str = "",
-) -> Iterator[SketchStarted | SketchProgress | SweepDone | Measured | HybridRound | Profile]:
+    sketching: Iterator[object] | None = None,
+) -> Iterator[object]:
     """As `profile_sketch`, then exact swaps; yields Measured and HybridRound events too, and last the Profile.
 
-    Exact swaps are journaled in `<path>.exact.jsonl` and are not run again. Raises as both profilers do, and
-    BudgetError for a budget outside the reachable range.
+    sketching: the events of another sketch into `path`, of method "hybrid" and over the first of `ids`, in place of
+    `profile_sketch` over all of them (`eval.more_rows`). Exact swaps are journaled in `<path>.exact.jsonl` and are not
+    run again. Raises as both profilers do, and BudgetError for a budget outside the reachable range.
     """
     sketched: Profile | None = None
-    for event in profile_sketch(
-        reference,
-        base,
-        candidates,
-        ids,
-        path,
-        options,
-        replace(sketch_options, mode="hybrid"),
-        rows_sha256=rows_sha256,
-        rows_source=rows_source,
-    ):
+    if sketching is None:
+        sketching = profile_sketch(
+            reference,
+            base,
+            candidates,
+            ids,
+            path,
+            options,
+            replace(sketch_options, mode="hybrid"),
+            rows_sha256=rows_sha256,
+            rows_source=rows_source,
+        )
+    for event in sketching:
         if isinstance(event, Profile):
             sketched = event
         else:
             yield event
-    assert sketched is not None, "profile_sketch ends with the profile"
+    assert sketched is not None, "a sketch ends with its profile"
+    ids = ids[: sketched.header.rows]
     noise = math.sqrt(2 / (sketch_options.samples * len(ids)) + MISFIT**2)
     model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
     by_label: dict[str, WeightSource] = {Candidate(i, "", "").label: checkpoint for i, checkpoint in candidates}
     header = replace(sketched.header, method="exact", settings={})
     began = time.monotonic()
+    exact_path = path.with_name(f"{path.name}.exact.jsonl")
+    if exact_path.exists() and (before := load_profile(exact_path).header.rows) != header.rows:
+        exact_path.rename(path.with_name(f"{path.name}.exact-{before}-rows.jsonl"))  # swaps of fewer rows
     with (
-        open_journal(path.with_name(f"{path.name}.exact.jsonl"), header) as exact,
+        open_journal(exact_path, header) as exact,
         open_journal(path, sketched.header) as journal,
     ):
         profiler = ExactProfiler(

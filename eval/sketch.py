@@ -29,7 +29,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class SketchOptions:
     shrink: bool = True
     keep_pairs: bool = False  # keep every sample of every swap, from which interactions can be had
     mode: str = "sketch"  # or "diagonal": the squared-gradient score alone
+    first_row: int = 0  # number of the first row among all rows: the draws of a row depend on its number
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,27 @@ class Sketch:
             self.samples + other.samples,
             pairs,
         )
+
+
+def join_rows(parts: Sequence[Sketch]) -> Sketch:
+    """One sketch over the rows of all parts, one after another; sums of parts with more samples are scaled down."""
+    first, samples = parts[0], min(part.samples for part in parts)
+    assert all(part.swaps == first.swaps for part in parts), "of one profile"
+    shares = [samples / part.samples for part in parts]
+    pairs = [part.pairs[..., :samples] for part in parts if part.pairs is not None]
+
+    def joined(name: str) -> NDArray[np.float64]:
+        return np.concatenate([getattr(part, name) * share for part, share in zip(parts, shares, strict=True)], 1)
+
+    return Sketch(
+        first.swaps,
+        joined("products2"),
+        joined("products4"),
+        joined("squares"),
+        np.concatenate([part.tokens for part in parts], 1),
+        samples,
+        np.concatenate(pairs, 1) if len(pairs) == len(parts) else None,
+    )
 
 
 def estimate(sketch: Sketch, row_tokens: int, *, diagonal: bool = False, shrink: bool = True) -> NDArray[np.float64]:
@@ -187,6 +210,12 @@ def _shrunk_means(keys: Sequence[str], values: NDArray[np.float64], noise: float
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
+def sketch_settings(wanted: SketchOptions) -> dict[str, object]:
+    """What a header says of the draws."""
+    settings: dict[str, object] = {"seed": wanted.seed, "draws": DRAWS, "shrink": wanted.shrink}
+    return settings | ({"first_row": wanted.first_row} if wanted.first_row else {})
+
+
 def profile_sketch(
     reference: Checkpoint,
     base: SourceId,
@@ -198,12 +227,14 @@ def profile_sketch(
     *,
     rows_sha256: str = "",
     rows_source: str = "",
+    sweeps: Callable[[SketchJob, PassPlan, int], Generator[SketchProgress | Sketch]] | None = None,
 ) -> Iterator[SketchStarted | SketchProgress | SweepDone | Profile]:
     """Estimate every (group, candidate) swap into `path`; yields SketchStarted, progress, a SweepDone per sweep, and
     last the Profile.
 
-    ids: int64 [rows, tokens]. Sweeps are kept beside `path`, in `<path>.sweeps/`; a run that is started again with the
-    same settings goes on after the last whole one, also to more samples. Raises as `profile_exact` does.
+    ids: int64 [rows, tokens]; sweeps: who makes them (default `run_sweeps`, in this process). Sweeps are kept beside
+    `path`, in `<path>.sweeps/`; a run that is started again with the same settings goes on after the last whole one,
+    also to more samples. Raises as `profile_exact` does.
     """
     options, wanted = options or ProfileOptions(), sketch_options or SketchOptions()
     if options.context != "clean":
@@ -222,54 +253,103 @@ def profile_sketch(
         rows_sha256=rows_sha256,
         rows_source=rows_source,
         method=wanted.mode,
-        settings={"seed": wanted.seed, "draws": DRAWS, "shrink": wanted.shrink},
+        settings=sketch_settings(wanted),
     )
-    plan = plan_pass(
-        model,
-        header.groups,
-        len(by_label),
-        rows=ids.shape[0],
-        tokens=ids.shape[1],
-        samples=min(SWEEP_SAMPLES, wanted.samples),
-        cap_bytes=options.max_memory_bytes,
-    )
+    job = SketchJob(reference, by_label, header, ids, wanted, model.dtype, options.device, options.max_memory_bytes)
+    plan = job.plan(model)
     store = SweepStore(path, header)
     with open_journal(path, header) as journal:
-        sweeps = -(-wanted.samples // SWEEP_SAMPLES)
-        done = store.count()
-        yield SketchStarted(plan, sweeps, min(done, sweeps))
+        done = store.count(job.samples)
+        yield SketchStarted(plan, job.sweeps, min(done, job.sweeps))
         total = store.load(done) if done else None
-        started = time.monotonic()
-        for sweep in range(done, sweeps):
-            began = time.monotonic()
-            samples = min(SWEEP_SAMPLES, wanted.samples - sweep * SWEEP_SAMPLES)
-            runner = AdjointPass(model, reference, by_label, header.groups, plan, scratch_folder=path.parent)
-            cotangents = FisherCotangents(model, by_label, header.groups, samples, wanted.seed, sweep)
-            found: list[SwapProducts] = []
-            for event in runner.run(ids, cotangents):
-                step = sweep * 2 * model.depth
-                if isinstance(event, LayerForward):
-                    yield SketchProgress(
-                        step + event.layer + 1, sweeps * 2 * model.depth, f"sweep {sweep + 1}, forward"
-                    )
-                elif isinstance(event, LayerBackward):
-                    found += event.swaps
-                    if event.layer is not None:
-                        step += 2 * model.depth - event.layer
-                        yield SketchProgress(step, sweeps * 2 * model.depth, f"sweep {sweep + 1}, layer {event.layer}")
-            made = collect(found, samples, wanted.keep_pairs)
-            store.save(sweep, made)
-            total = made if total is None else total + made
-            now = time.monotonic()
-            yield SweepDone(sweep + 1, now - began, _as_profile(header, total, wanted))
-            if wanted.minutes is not None and (now - started) + (now - began) > 60 * wanted.minutes:
-                break
+        started = began = time.monotonic()
+        making = run_sweeps(job, plan, done, model, path.parent) if sweeps is None else sweeps(job, plan, done)
+        with closing(making):
+            for event in making:
+                if isinstance(event, SketchProgress):
+                    yield event
+                    continue
+                store.save(done, event)
+                total = event if total is None else total + event
+                done += 1
+                now = time.monotonic()
+                yield SweepDone(done, now - began, as_profile(header, total, wanted))
+                if wanted.minutes is not None and (now - started) + (now - began) > 60 * wanted.minutes:
+                    break
+                began = now
         assert total is not None, "at least one sweep is done"
-        profile = _as_profile(header, total, wanted)
+        profile = as_profile(header, total, wanted)
         control = profile.control
         assert control is not None, "made with the profile"
         journal.append([control, *profile.measurements.values()])
         yield journal.profile
+
+
+@dataclass(frozen=True)
+class SketchJob:
+    """What any process needs to sample any rows of any sweep of one profile."""
+
+    reference: Checkpoint
+    candidates: Mapping[str, WeightSource]  # by label
+    header: ProfileHeader
+    ids: Tensor  # int64 [rows, tokens]
+    wanted: SketchOptions
+    dtype: torch.dtype
+    device: str
+    max_memory_bytes: int | None
+
+    @property
+    def sweeps(self) -> int:
+        return -(-self.wanted.samples // SWEEP_SAMPLES)
+
+    def samples(self, sweep: int) -> int:
+        """Per row, of one sweep; 0 for sweeps that are not wanted."""
+        return max(0, min(SWEEP_SAMPLES, self.wanted.samples - sweep * SWEEP_SAMPLES))
+
+    def plan(self, model: LayeredModel) -> PassPlan:
+        """Of a pass over all rows. Raises RecompileError where the memory cap cannot be kept."""
+        return plan_pass(
+            model,
+            self.header.groups,
+            len(self.candidates),
+            rows=len(self.ids),
+            tokens=self.ids.shape[1],
+            samples=min(SWEEP_SAMPLES, self.wanted.samples),
+            cap_bytes=self.max_memory_bytes,
+        )
+
+    def run(
+        self, sweep: int, rows: slice, model: LayeredModel, plan: PassPlan, folder: Path | None
+    ) -> Iterator[LayerForward | LayerBackward | Sketch]:
+        """One pass over some rows; its own events, and last what it sampled. The draws are those of a pass over all."""
+        runner = AdjointPass(model, self.reference, self.candidates, self.header.groups, plan, scratch_folder=folder)
+        samples, first = self.samples(sweep), self.wanted.first_row + rows.start
+        cotangents = FisherCotangents(
+            model, self.candidates, self.header.groups, samples, self.wanted.seed, sweep, first
+        )
+        found: list[SwapProducts] = []
+        for event in runner.run(self.ids[rows], cotangents):
+            if isinstance(event, LayerBackward):
+                found += event.swaps
+            yield event
+        yield collect(found, samples, self.wanted.keep_pairs)
+
+
+def run_sweeps(
+    job: SketchJob, plan: PassPlan, first: int, model: LayeredModel, folder: Path | None
+) -> Generator[SketchProgress | Sketch]:
+    """The sweeps from `first` on in this process, each ending with its Sketch."""
+    depth = model.depth
+    total = job.sweeps * 2 * depth
+    for sweep in range(first, job.sweeps):
+        for event in job.run(sweep, slice(0, len(job.ids)), model, plan, folder):
+            if isinstance(event, LayerForward):
+                yield SketchProgress(sweep * 2 * depth + event.layer + 1, total, f"sweep {sweep + 1}, forward")
+            elif isinstance(event, Sketch):
+                yield event
+            elif event.layer is not None:
+                step = (sweep + 1) * 2 * depth - event.layer
+                yield SketchProgress(step, total, f"sweep {sweep + 1}, layer {event.layer}")
 
 
 def collect(found: Sequence[SwapProducts], samples: int, keep_pairs: bool) -> Sketch:
@@ -292,7 +372,8 @@ def collect(found: Sequence[SwapProducts], samples: int, keep_pairs: bool) -> Sk
     )
 
 
-def _as_profile(header: ProfileHeader, sketch: Sketch, options: SketchOptions) -> Profile:
+def as_profile(header: ProfileHeader, sketch: Sketch, options: SketchOptions) -> Profile:
+    """What all the samples so far say of every swap."""
     values = estimate(sketch, header.row_tokens, diagonal=options.mode == "diagonal", shrink=options.shrink)
     seen = sketch.tokens.sum(1) > 0  # an expert that no token reached is not free, it is unmeasured
     measured = {
@@ -323,7 +404,7 @@ class SweepStore:
     def _key(self) -> str:
         """What the samples depend on: not the mode, and not how they are read."""
         header = self.header
-        settings = {key: header.settings[key] for key in ("seed", "draws")}
+        settings = {key: header.settings[key] for key in ("seed", "draws", "first_row") if key in header.settings}
         groups = [(group.name, group.modules) for group in header.groups]
         candidates = [(candidate.label, candidate.fingerprint) for candidate in header.candidates]
         text = json.dumps([
@@ -332,10 +413,12 @@ class SweepStore:
         ])  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def count(self) -> int:
-        """Whole sweeps found from the first on. Raises JournalError for those of another measurement."""
+    def count(self, wanted: Callable[[int], int] = lambda sweep: 0) -> int:
+        """Whole sweeps found from the first on, up to one that has fewer samples than are wanted of it.
+
+        Raises JournalError for those of another measurement."""
         number = 0
-        while self._file(number).exists():
+        while self._file(number).exists() and self._samples(number) >= wanted(number):
             number += 1
         if number:
             with self._open(number - 1) as file:
@@ -347,23 +430,29 @@ class SweepStore:
                 )
         return number
 
+    def _samples(self, number: int) -> int:
+        with self._open(number) as file:
+            return int((file.metadata() or {}).get("samples", 0))
+
     def _open(self, number: int) -> safe_open:
         try:
             return safe_open(self._file(number), framework="pt")
         except (OSError, SafetensorError) as error:
             raise JournalError(f"{self._file(number)}: cannot be read: {error}; remove it to sample again") from error
 
+    def one(self, number: int) -> Sketch:
+        """A sweep."""
+        with self._open(number) as file:
+            about = file.metadata() or {}
+            values = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            swaps = tuple((group, source) for group, source in json.loads(about["swaps"]))
+            return Sketch(swaps, samples=int(about["samples"]), **values)
+
     def load(self, count: int) -> Sketch:
         """The sum of the first `count` sweeps."""
-        total: Sketch | None = None
-        for number in range(count):
-            with self._open(number) as file:
-                about = file.metadata() or {}
-                values = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-                swaps = tuple((group, source) for group, source in json.loads(about["swaps"]))
-                one = Sketch(swaps, samples=int(about["samples"]), **values)
-            total = one if total is None else total + one
-        assert total is not None, "asked for at least one"
+        total = self.one(0)
+        for number in range(1, count):
+            total += self.one(number)
         return total
 
     def save(self, number: int, sketch: Sketch) -> None:

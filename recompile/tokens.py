@@ -79,6 +79,11 @@ class Rows:
     role: str
     sha256: str
 
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows start .. stop - 1, with a hash of their own."""
+        rows = slice(start, stop)
+        return _rows(self.ids[rows], self.documents[rows], self.origins[rows], self.source, self.role)
+
 
 # ---------------------------------------------------------------- where text comes from
 

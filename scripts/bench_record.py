@@ -28,10 +28,11 @@ def cpu_name() -> str:
 
 
 def birth_certificate() -> dict[str, Any]:
-    """Taken before the work, so that the load is the machine's own."""
+    """Taken before the work, so that the load is the machine's own. Of absolute paths only the last name is told."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "numpy")}
     return {
-        "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *words]),
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

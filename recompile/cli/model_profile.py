@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from recompile.cli.common import (
     check_json_path,
@@ -31,9 +34,15 @@ from recompile.costs import LEVELS
 from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
+    from eval.more_rows import RowsDone
+    from eval.profile import ProfileOptions
+    from eval.sketch import SketchOptions
     from recompile.checkpoint import Checkpoint
     from recompile.costs import Profile
     from recompile.recipe import SourceId
+    from recompile.tokens import Rows
+
+DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
 
 
 @many_values_command("model_profile")
@@ -91,7 +100,19 @@ if TYPE_CHECKING:
     help="With --mode weights: weigh errors by the inputs of the text, or all columns alike.",
 )
 @click.option("--samples", default=16, show_default=True, help="Random draws per row of the estimating modes.")
-@click.option("--minutes", type=float, help="Time for the draws; with --mode hybrid for the exact swaps, default 10.")
+@click.option(
+    "--minutes",
+    type=float,
+    help="With --mode hybrid: time for the exact swaps, default 10. Else: as many rows as fit in this time (-r auto); "
+    "with a number of rows given, as many draws of them.",
+)
+@click.option(
+    "--rtol",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With -r auto: add rows until the standard error of the total cost, over documents, is below this share of it "
+    "for every candidate; default 0.05, or with --minutes what time allows.",
+)
+@click.option("--max-rows", default=256, show_default=True, help="With -r auto: never more rows than this.")
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
 @click.option("--pairs", is_flag=True, help="Keep every draw, from which interactions of pairs can be had.")
 @click.option("-b", "--bits", type=float, help="With --mode hybrid: the budget whose decisions are checked, in bpw.")
@@ -104,11 +125,11 @@ if TYPE_CHECKING:
     "ray_address",
     is_flag=False,
     flag_value="local",
-    help="With --mode exact: spread the swaps over a Ray cluster at an address (auto, ray://HOST:10001), or over the "
-    "cores of this machine.",
+    help="Spread the swaps of --mode exact, or the rows and sweeps of a sketch, over a Ray cluster at an address "
+    "(auto, ray://HOST:10001), or over the cores of this machine.",
 )
 @click.option("--max-memory", help="Never use more memory than this, e.g. 8GiB.")
-@text_options(rows=16, length=512)
+@text_options(rows=16, length=512, auto=True)
 @device_options
 @output_options
 def main(
@@ -135,7 +156,9 @@ def main(
     embedding: bool,
     ray_address: str | None,
     max_memory: str | None,
-    rows: int,
+    rtol: float | None,
+    max_rows: int,
+    rows: int | None,
     length: int,
     text: Path | None,
     dataset: str | None,
@@ -177,10 +200,15 @@ def main(
         for note in checkpoint.notes:
             click.echo(f"Warning: {note}", err=True)
 
-    from eval.profile import ProfileOptions, profile_exact
+    from eval.hybrid import HybridOptions, profile_hybrid
+    from eval.more_rows import RowLimits, profile_more_rows
+    from eval.profile import ProfileOptions
+    from eval.sketch import SketchOptions
+    from recompile.optimize.choose import Budget
 
+    auto = _wants_auto(mode, rows, rtol, minutes)
     directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
-    found, vocab = read_rows(directories, "choose", rows, length, text, dataset, input_ids)
+    found, vocab = read_rows(directories, "choose", None if auto else rows, length, text, dataset, input_ids)
     check_vocabulary(reference, vocab)
     options = ProfileOptions(
         level=level,
@@ -193,41 +221,28 @@ def main(
         device=compute_device(device),
         max_memory_bytes=cap,
     )
-    about = {"rows_sha256": found.sha256, "rows_source": found.source}
-    events: Iterator[Any]
-    if ray_address is not None:
-        if mode != "exact":
-            raise RecompileError(f"--ray spreads exact swaps; --mode {mode} runs in one process")
-        from eval.cluster import profile_on_ray
-
-        where = None if ray_address == "local" else ray_address
-        events = profile_on_ray(reference, base_id, offered, found.ids, out, options, address=where, **about)
-    elif mode == "exact":
-        events = profile_exact(reference, base_id, offered, found.ids, out, options, **about)
-    elif mode == "weights":
-        from eval.weights_cost import profile_weights
-
-        events = profile_weights(reference, base_id, offered, found.ids, out, options, importance=importance, **about)
+    for_draws = minutes if mode != "hybrid" and not auto else None
+    sketch = SketchOptions(samples, for_draws, seed, keep_pairs=pairs, mode=mode)
+    run = _profiler(reference, base_id, offered, options, sketch, importance, ray_address)
+    if auto:
+        found = found.part(0, min(max_rows, len(found.ids)))
+        for_rows = minutes if mode != "hybrid" else None
+        limits = RowLimits(DEFAULT_RTOL if rtol is None and for_rows is None else rtol, for_rows)
+        events = profile_more_rows(found, out, limits, run, None if mode == "exact" else sketch)
     else:
-        from eval.sketch import SketchOptions, profile_sketch
-
-        sketch = SketchOptions(samples, minutes if mode != "hybrid" else None, seed, keep_pairs=pairs, mode=mode)
-        if mode == "hybrid":
-            from eval.hybrid import HybridOptions, profile_hybrid
-            from recompile.optimize.choose import Budget
-
-            wanted = HybridOptions(Budget(bpw=bits), 10.0 if minutes is None else minutes)
-            events = profile_hybrid(reference, base_id, offered, found.ids, out, options, sketch, wanted, **about)
-        else:
-            events = profile_sketch(reference, base_id, offered, found.ids, out, options, sketch, **about)
-    click.echo(f"{len(found.ids)} rows x {found.ids.shape[1]} tokens", err=True)
+        events = run(found, 0, out)
+    click.echo(f"{'at most ' if auto else ''}{len(found.ids)} rows x {found.ids.shape[1]} tokens", err=True)
+    if mode == "hybrid":
+        wanted = HybridOptions(Budget(bpw=bits), 10.0 if minutes is None else minutes)
+        events = profile_hybrid(reference, base_id, offered, found.ids, out, options, sketch, wanted, sketching=events)
     profile: Profile | None = None
     try:
         profile = _follow(events, out, quiet)
     except KeyboardInterrupt:
         from recompile.costs import load_profile
 
-        click.echo(_ranking(load_profile(out)))
+        if out.exists():  # the first block of -r auto is not put together yet
+            click.echo(_ranking(load_profile(out)))
         click.echo(f"Interrupted; {out} holds what was measured, the same command goes on.", err=True)
         raise SystemExit(130) from None
     assert profile is not None, "every profiler ends with the profile"
@@ -238,9 +253,59 @@ def main(
         print_json(json_path, profile_summary(profile))
 
 
+def _wants_auto(mode: str, rows: int | None, rtol: float | None, minutes: float | None) -> bool:
+    """Whether the number of rows is found on the way. Raises RecompileError where options contradict each other."""
+    given = click.get_current_context().get_parameter_source("rows")
+    auto = rows is None or (minutes is not None and mode != "hybrid" and given is ParameterSource.DEFAULT)
+    if auto and mode == "weights":
+        raise RecompileError("--mode weights has no noise of rows; give a number of rows in place of -r auto")
+    if rtol is not None and not auto:
+        raise RecompileError(
+            f"--rtol adds rows until the error is small enough, and -r {rows} fixes them: give -r auto"
+        )
+    return auto
+
+
+def _profiler(
+    reference: Checkpoint,
+    base: SourceId,
+    offered: list[tuple[SourceId, Checkpoint]],
+    options: ProfileOptions,
+    sketch: SketchOptions,
+    importance: bool,
+    ray_address: str | None,
+) -> Callable[[Rows, int, Path], Iterator[Any]]:
+    """What profiles some rows into a journal: (rows, number of the first of them, path) -> events."""
+    from eval.profile import profile_exact
+    from eval.sketch import profile_sketch
+
+    mode = sketch.mode
+    if ray_address is not None and mode not in ("exact", "sketch", "diagonal"):
+        raise RecompileError(f"--ray spreads exact swaps, or rows of a sketch; --mode {mode} runs in one process")
+
+    profiler: Callable[..., Iterator[Any]] = profile_exact if mode == "exact" else profile_sketch
+    if ray_address is not None:
+        from eval.cluster import profile_on_ray, sketch_on_ray
+
+        address = None if ray_address == "local" else ray_address
+        profiler = partial(profile_on_ray if mode == "exact" else sketch_on_ray, address=address)
+    elif mode == "weights":
+        from eval.weights_cost import profile_weights
+
+        profiler = partial(profile_weights, importance=importance)
+
+    def run(rows: Rows, first_row: int, path: Path) -> Iterator[Any]:
+        settings = [] if mode in ("exact", "weights") else [replace(sketch, first_row=first_row)]
+        given = (reference, base, offered, rows.ids, path, options, *settings)
+        return profiler(*given, rows_sha256=rows.sha256, rows_source=rows.source)
+
+    return run
+
+
 def _follow(events: Iterator[Any], out: Path, quiet: bool) -> Profile | None:
     """Draw the progress of a profiler; returns the Profile that it ends with."""
     from eval.hybrid import HybridRound
+    from eval.more_rows import RowsDone
     from eval.profile import Measured, Started
     from eval.sketch import SketchProgress, SketchStarted, SweepDone
     from recompile.costs import Profile
@@ -269,9 +334,24 @@ def _follow(events: Iterator[Any], out: Path, quiet: bool) -> Profile | None:
                     f"{event.swaps} swaps run after {format_seconds(event.seconds)}; the next decision is worth "
                     f"{event.gain_nats:.2g} nats per token"
                 )
+            elif isinstance(event, RowsDone):
+                _say(_rows_done(event))
             elif isinstance(event, Profile):
                 profile = event
     return profile
+
+
+def _rows_done(state: RowsDone) -> str:
+    """How well the total is known, and what follows."""
+    text = f"{state.rows} rows of {state.documents} documents: standard error of the total {100 * state.error:.2g} %"
+    text += f" (candidate {state.candidate})"
+    if state.limits.rtol is not None:
+        text += f", wanted {100 * state.limits.rtol:.2g} %"
+    if state.reason is None:
+        return f"{text}; {state.next_rows} more rows, of at most {state.most}"
+    if state.limits.rtol is not None and not state.reached:
+        text += ", NOT reached"
+    return f"{text}; stopped: {state.reason}"
 
 
 def _say(text: str) -> None:

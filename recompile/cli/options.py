@@ -56,13 +56,30 @@ def many_values_command(name: str, **options: Any) -> Callable[[Callable[..., An
     return click.command(name, cls=ManyValuesCommand, context_settings=settings, **options)
 
 
-def text_options(rows: int, length: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`-r -l --text --dataset --input-ids`: where token rows come from."""
+class RowCount(click.ParamType):
+    """A number of rows, or "auto" (None): as many as an error asks for."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or isinstance(value, int):
+            return value
+        if value == "auto":
+            return None
+        if not re.fullmatch(r"[1-9]\d*", value):
+            self.fail(f'"{value}" is neither a number of rows nor "auto"', param, ctx)
+        return int(value)
+
+
+def text_options(rows: int, length: int, *, auto: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`-r -l --text --dataset --input-ids`: where token rows come from; `auto`: -r auto is a choice, given as None."""
+    row_type: Any = RowCount() if auto else int
+    row_help = "Rows of tokens; auto: as many as --rtol asks for." if auto else "Rows of tokens."
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(
             (
-                click.option("-r", "--rows", default=rows, show_default=True, help="Rows of tokens."),
+                click.option("-r", "--rows", type=row_type, default=rows, show_default=True, help=row_help),
                 click.option("-l", "--length", default=length, show_default=True, help="Tokens in a row."),
                 click.option(
                     "--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text."
@@ -143,7 +160,7 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def read_rows(
     model_dirs: Sequence[Path],
     role: str,
-    rows: int,
+    rows: int | None,
     length: int,
     text: Path | None,
     dataset: str | None,
@@ -151,7 +168,8 @@ def read_rows(
     *,
     split_own_text: bool = True,
 ) -> tuple[Rows, int | None]:
-    """Token rows as the options ask for, and the tokenizer's true vocabulary (None where no tokenizer was needed).
+    """Token rows as the options ask for (rows None: all there are), and the tokenizer's true vocabulary (None where no
+    tokenizer was needed).
 
     The tokenizer is that of the first directory that has one. `split_own_text`: whether the user's own text is split
     into roles as the default text is (else all of it is used in order).
