@@ -1,9 +1,10 @@
-"""The exact profile on a local Ray cluster of two workers equals that of one process, also when a worker is killed."""
+"""Profiles on a local Ray cluster of two workers equal those of one process, also when a worker is killed."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import pytest
 import tiny
 import torch
 
-from eval.cluster import profile_on_ray
+from eval.cluster import profile_on_ray, sketch_on_ray
 from eval.profile import Measured, ProfileOptions, profile_exact
-from recompile.checkpoint import open_checkpoint
+from eval.sketch import SketchOptions, SketchProgress, SweepDone, SweepStore, profile_sketch
+from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'recompile[ray]'")
+OPTIONS = ProfileOptions(level="tensor")
 
 
-def workers() -> list[int]:
-    """Processes of Ray that run `measure`, or wait for more of it."""
+def workers(task: str) -> list[int]:
+    """Processes of Ray that run a function, or wait for more of it."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -29,12 +32,13 @@ def workers() -> list[int]:
                 parents = (entry / "status").read_text()
             except OSError:
                 continue
-            if words.startswith("ray::measure") and f"Uid:\t{os.getuid()}" in parents:
+            if words.startswith(f"ray::{task}") and f"Uid:\t{os.getuid()}" in parents:
                 found.append(int(entry.name))
     return found
 
 
-def start_cluster() -> Any:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
     """Two workers; a busy machine may need a second try, Ray waits 30 seconds."""
     import ray
 
@@ -46,35 +50,67 @@ def start_cluster() -> Any:
     for attempt in range(3):
         try:
             ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
-            return ray
+            break
         except Exception as error:  # Ray's own startup raises nothing narrower
             ray.shutdown()
             if attempt == 2:
                 pytest.skip(f"no local Ray cluster starts on this machine: {error}")
-    raise AssertionError("unreachable")
+    yield ray
+    ray.shutdown()
 
 
-def test_a_killed_worker_costs_only_its_task_and_results_are_equal(tmp_path: Path) -> None:
+def models() -> tuple[Checkpoint, list[tuple[int, Checkpoint]]]:
     base = open_checkpoint(tiny.base("llama"))
-    candidates = [(bits, open_checkpoint(path)) for bits, path in tiny.variants("llama", (2, 3, 4)).items()]
-    ids, options = tiny.rows(3, 24), ProfileOptions(level="tensor")
-    *_, alone = profile_exact(base, 3, candidates, ids, tmp_path / "alone.jsonl", options)
-    assert isinstance(alone, Profile)
+    return base, [(bits, open_checkpoint(path)) for bits, path in tiny.variants("llama", (2, 3, 4)).items()]
 
-    ray = start_cluster()
+
+def kill_one(task: str) -> int | None:
+    """A worker of this cluster, or None where none is at it yet."""
+    alive = workers(task)
+    if not alive:
+        return None
+    os.kill(alive[0], signal.SIGKILL)
+    return alive[0]
+
+
+def test_a_killed_worker_costs_only_its_task_and_results_are_equal(tmp_path: Path, cluster: Any) -> None:
+    base, candidates = models()
+    ids = tiny.rows(3, 24)
+    *_, alone = profile_exact(base, 3, candidates, ids, tmp_path / "alone.jsonl", OPTIONS)  # type: ignore[arg-type]
+    assert isinstance(alone, Profile)
     killed = None
-    try:
-        for event in profile_on_ray(base, 3, candidates, ids, tmp_path / "spread.jsonl", options):
-            if isinstance(event, Measured) and killed is None and (alive := workers()):
-                killed = alive[0]
-                os.kill(killed, signal.SIGKILL)
-            if isinstance(event, Profile):
-                spread = event
-    finally:
-        ray.shutdown()
+    for event in profile_on_ray(base, 3, candidates, ids, tmp_path / "spread.jsonl", OPTIONS):  # type: ignore[arg-type]
+        if isinstance(event, Measured) and killed is None:
+            killed = kill_one("measure")
+        if isinstance(event, Profile):
+            spread = event
     assert killed is not None, "no worker was there to be killed"
     assert spread.is_complete
     assert dict(spread.measurements) == dict(alone.measurements)
     assert spread.control == alone.control
     assert load_profile(tmp_path / "spread.jsonl") == spread
     assert max(measurement.mean for measurement in spread.measurements.values()) > 1e-3
+
+
+def test_a_sketch_over_workers_is_that_of_one_process(tmp_path: Path, cluster: Any) -> None:
+    """Rows of 256 tokens come in batches of two, so 5 rows are 3 tasks a sweep, the last one of a short batch."""
+    base, candidates = models()
+    ids, wanted = tiny.rows(5, 256), SketchOptions(12, keep_pairs=True)
+    given = (base, 3, candidates, ids)
+    *_, alone = profile_sketch(*given, tmp_path / "alone.jsonl", OPTIONS, wanted)  # type: ignore[arg-type]
+    killed, tasks, sweeps = None, 0, 0
+    for event in sketch_on_ray(*given, tmp_path / "spread.jsonl", OPTIONS, wanted):  # type: ignore[arg-type]
+        if isinstance(event, SketchProgress):
+            tasks = event.total
+            killed = kill_one("sample") if killed is None else killed
+        sweeps += isinstance(event, SweepDone)
+        if isinstance(event, Profile):
+            spread = event
+    assert killed is not None, "no worker was there to be killed"
+    assert (tasks, sweeps) == (6, 2)
+    assert isinstance(alone, Profile)
+    assert spread == alone
+    pairs = [SweepStore(tmp_path / name, alone.header).load(2).pairs for name in ("alone.jsonl", "spread.jsonl")]
+    assert pairs[0] is not None
+    assert (pairs[0] == pairs[1]).all()
+    assert len({round(found.mean, 6) for found in spread.measurements.values()}) > 10
