@@ -237,4 +237,3 @@ def _publish_sweeps(
     for sweep in range(sweeps):
         target.save(sweep, join_rows([store.one(sweep) for store in stores]))
     return as_profile(header, target.load(sweeps), wanted)
-
