@@ -40,11 +40,12 @@ from recompile.costs import (
     layer_index,
     open_journal,
 )
-from recompile.errors import MissingWeight, RecompileError
+from recompile.errors import MismatchError, MissingWeight, RecompileError
 from recompile.memory import format_mib, resident_bytes
 from recompile.overlay import account, check_same_model, quantizable, role_of
 from recompile.quantize.made import MadeVariant
 from recompile.recipe import Glob, SourceId, describe_spec
+from recompile.scaling import read_scaled_sets
 from recompile.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
@@ -187,6 +188,12 @@ def make_header(
     by_label = {d.label: c for d, (_, c) in zip(described, candidates, strict=True)}
     for checkpoint in by_label.values():
         check_same_model(reference, checkpoint)
+        if read_scaled_sets(checkpoint.path):
+            raise MismatchError(
+                f"{checkpoint.label}: scales were moved between its modules (awq, smoothquant), so that none can be "
+                f"swapped by itself; profile variants made by rtn, mse or gptq. A recipe by hand may take whole "
+                f"layers, attentions or MLPs of it"
+            )
     groups = make_groups(by_label, options)
     start = by_label[base]
     grouped = {module for group in groups for module in group.modules}

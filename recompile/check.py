@@ -32,6 +32,7 @@ from recompile.configs import COMPRESSED_FORMATS, family_of, is_linear
 from recompile.errors import CheckpointError, FormatError, MismatchError
 from recompile.formats import FLOAT_DTYPES, FORMATS, exl2_config, exl3_config
 from recompile.overlay import Overlay, Placement, role_of
+from recompile.scaling import read_scaled_sets
 from recompile.write import (
     CHUNK_BYTES,
     MANIFEST_NAME,
@@ -593,7 +594,8 @@ def check_same_weights(overlay: Overlay, sample: int = PROBED_MODULES) -> ProbeR
     Vectors that both store unquantized (norms) must agree within the rounding of 16-bit floats; of at most `sample`
     overridden modules, spread over depth, kind and source, a block of rows must correlate with the base's. This catches
     another model, another random start, torn or permuted weights; it does not tell a fine-tune with the same norms from
-    its original. Modules that cannot be decoded here are left out.
+    its original. Modules that cannot be decoded here are left out, and those between which scales were moved (AWQ and
+    SmoothQuant variants of model_quantize), which `build_overlay` keeps together.
 
     Raises MismatchError with the module and the figure, CheckpointError for values that are not finite.
     """
@@ -621,9 +623,10 @@ def check_same_weights(overlay: Overlay, sample: int = PROBED_MODULES) -> ProbeR
 def _check_unquantized(base: Checkpoint, source: Checkpoint, label: str) -> int:
     """Compare every vector that both store dense; returns how many."""
     compared = 0
+    scaled = _scaled_modules(base, source)
     for name, module in base.modules.items():
         other = source.modules.get(name)
-        if other is None or other is module or module.is_quantized or other.is_quantized:
+        if other is None or other is module or module.is_quantized or other.is_quantized or name in scaled:
             continue
         left = module.parts.get("weight") or module.parts.get("")
         right = other.parts.get("weight") or other.parts.get("")
@@ -640,10 +643,17 @@ def _check_unquantized(base: Checkpoint, source: Checkpoint, label: str) -> int:
             raise MismatchError(
                 f"{label}: {right.name} differs from {base.label}'s by up to {float(apart.max()):.3g} (in "
                 f"{int(beyond.sum())} of {want.numel()} values by more than rounding), and both store it unquantized; "
-                f"they are not builds of the same weights (--no-probe skips this check)"
+                f"they are not builds of the same weights, or one has scales moved into its norms, as AWQ and "
+                f"SmoothQuant do, and its modules fit no other build (--no-probe skips this check)"
             )
         compared += 1
     return compared
+
+
+def _scaled_modules(*checkpoints: Checkpoint) -> frozenset[str]:
+    """Modules whose stored weights are scaled against the original's."""
+    sets = (entry for checkpoint in checkpoints for entry in read_scaled_sets(checkpoint.path))
+    return frozenset(name for entry in sets for name in entry.members)
 
 
 def _check_finite(value: Tensor, label: str, tensor: str) -> None:
@@ -654,9 +664,12 @@ def _check_finite(value: Tensor, label: str, tensor: str) -> None:
 def _sampled(overlay: Overlay, sample: int) -> list[Placement]:
     """At most about `sample` overridden modules: evenly from each source's, sorted by kind and then depth."""
     by_source: dict[str, list[Placement]] = {}
+    scaled = _scaled_modules(*overlay.checkpoints)
     for placement in overlay.placements.values():
         base = overlay.base.modules.get(placement.module)
-        if placement.source is not None and base is not None and _can_probe(base) and _can_probe(placement.stored):
+        if placement.source is None or base is None or placement.module in scaled:
+            continue
+        if _can_probe(base) and _can_probe(placement.stored):
             by_source.setdefault(placement.source, []).append(placement)
     chosen = []
     for placements in by_source.values():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from recompile.checkpoint import Checkpoint, StoredModule, TensorInfo, open_checkpoint, split_name
 from recompile.errors import MismatchError, MissingWeight, RecipeError
 from recompile.recipe import Override, Recipe, load_recipe, resolve_dir, suggest
+from recompile.scaling import ScaledSet, read_scaled_sets
 
 if TYPE_CHECKING:
     import torch
@@ -189,6 +190,17 @@ class Overlay:
     def accounting(self) -> Accounting:
         return account(self.modules.values(), quantizable(self.checkpoints))
 
+    @cached_property
+    def scaled_sets(self) -> tuple[ScaledSet, ...]:
+        """Sets of modules of the mix between which their checkpoint moved scales (AWQ, SmoothQuant)."""
+        found: dict[ScaledSet, None] = {}
+        for checkpoint in self.checkpoints:
+            for entry in read_scaled_sets(checkpoint.path):
+                placed = [self.placements[name] for name in entry.members if name in self.placements]
+                if placed and all(placement.checkpoint is checkpoint for placement in placed):
+                    found[entry] = None
+        return tuple(found)
+
     @property
     def overridden(self) -> int:
         return sum(placement.source is not None for placement in self.placements.values())
@@ -234,6 +246,7 @@ def build_overlay(
         placement = _place(name, base, recipe, sources)
         if placement is not None:
             placements[name] = placement
+    warnings += _keep_scaled_together(recipe, base, sources, placements)
     return Overlay(base, recipe, sources, placements, tuple(warnings))
 
 
@@ -316,6 +329,49 @@ def _place(name: str, base: Checkpoint, recipe: Recipe, sources: Mapping[str, Ch
     if stored is not None:
         check_shapes(name, stored, taken, base.label, origin)
     return Placement(name, taken, source, origin, override)
+
+
+def _keep_scaled_together(
+    recipe: Recipe, base: Checkpoint, sources: Mapping[str, Checkpoint], placements: dict[str, Placement]
+) -> list[str]:
+    """Let norms go where all their readers come from, and refuse what would be another function. Returns notes.
+
+    A norm that was scaled for its readers, or unscaled for others', is moved along unless a line of the recipe names
+    it; every other split of a scaled set is a MismatchError.
+    """
+    labels = {id(base): base.label} | {id(checkpoint): where for where, checkpoint in sources.items()}
+    moved: dict[str, list[str]] = {}
+    for checkpoint in {id(found): found for found in (base, *sources.values())}.values():
+        for entry in read_scaled_sets(checkpoint.path):
+            present = [name for name in entry.members if name in placements]
+            if all(placements[name].checkpoint is not checkpoint for name in present):
+                continue
+            readers = [placements[name] for name in entry.consumers if name in placements]
+            producer = placements.get(entry.producer)
+            origins = {id(reader.checkpoint) for reader in readers}
+            if producer is None or not readers or origins | {id(producer.checkpoint)} == {id(checkpoint)}:
+                continue
+            first, rest = readers[0], [reader for reader in readers if reader.checkpoint is not readers[0].checkpoint]
+            other = first.checkpoint.modules.get(entry.producer)
+            if not rest and producer.override is None and not producer.stored.is_quantized and other is not None:
+                placements[entry.producer] = replace(
+                    first, module=entry.producer, stored=other, checkpoint=first.checkpoint
+                )
+                moved.setdefault(labels[id(first.checkpoint)], []).append(entry.producer)
+                continue
+            apart = rest[0] if rest else producer
+            raise MismatchError(
+                f"{recipe.name}: {entry.producer} and the {len(readers)} maps that read it "
+                f"({', '.join(name.rpartition('.')[2] for name in entry.consumers[:4])}) belong together in "
+                f"{checkpoint.label}, which scaled them for each other (AWQ or SmoothQuant); the recipe takes "
+                f"{first.module} from {labels[id(first.checkpoint)]} and {apart.module} from "
+                f"{labels[id(apart.checkpoint)]}: take all of them from one source"
+            )
+    return [
+        f"{len(names)} norms come from {where} with all the maps that read them, whose scales they carry (first: "
+        f"{names[0]})"
+        for where, names in moved.items()
+    ]
 
 
 def _directories(recipe: Recipe, parts: Iterable[TensorInfo]) -> dict[str | None, list[str]]:

@@ -39,6 +39,7 @@ from recompile.errors import CheckpointError, OutputError, RecipeError, Unsuppor
 from recompile.formats import DTYPE_BYTES, FORMATS
 from recompile.overlay import PADDING, Accounting, Overlay, Placement, account, quantizable
 from recompile.recipe import dump_recipe, parse_recipe
+from recompile.scaling import SCALING_NAME, dump_scaled_sets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5
 QUANTIZATION_FILES = frozenset(
     {"quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 )
-REWRITTEN_FILES = QUANTIZATION_FILES | {"config.json", MANIFEST_NAME, "made_by_recompile.json"}
+REWRITTEN_FILES = QUANTIZATION_FILES | {"config.json", MANIFEST_NAME, "made_by_recompile.json", SCALING_NAME}
 BESIDE_GGUF = frozenset(
     {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
     | {"vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"}
@@ -176,6 +177,8 @@ def plan_write(
     shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, prefix, conversions)
     if with_index and len(shards) > 1:
         texts[INDEX_NAME] = dump_json(_index(modules, shards))
+    if overlay.scaled_sets:
+        texts[SCALING_NAME] = dump_scaled_sets(overlay.scaled_sets)
     if is_verbatim(overlay) and not dense:
         skipped = frozenset(REWRITTEN_FILES - QUANTIZATION_FILES | texts.keys())
     else:

@@ -64,7 +64,7 @@ def build(base: Path, work: Path, rows: int, length: int) -> dict[str, Path]:
 
 
 def optimize(profile: Path, bpw: float, recipe: Path) -> Path:
-    run("model_optimize", profile, "-b", f"{bpw:.6f}", "-o", recipe)
+    run("model_optimize", profile, "-b", f"{bpw:.6f}", "-o", recipe, "--solver", "exact", "--no-check")
     return recipe
 
 

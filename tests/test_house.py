@@ -20,6 +20,7 @@ EVERYTHING = [*LIBRARY, *(path for folder in ("tests", "scripts") for path in so
 ROOMS = (
     "errors",
     "memory",
+    "scaling",
     "formats",
     "gguf",
     "imatrix",

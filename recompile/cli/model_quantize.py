@@ -73,10 +73,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["rtn", "mse", "gptq"]),
     default="gptq",
     show_default=True,
-    help="Round to nearest; least squares grids; GPTQ on top of those.",
+    metavar="rtn|mse|gptq|awq|smoothquant|awq+gptq|...",
+    help="Round to nearest; least squares grids; GPTQ on top of those. With --scheme also awq and smoothquant: scales "
+    "of the inputs moved into norms and maps before them, then mse or, as awq+gptq, another rounding.",
 )
 @click.option(
     "-g", "--group-size", default="64", show_default=True, help="32, 64, 128 or channel (compressed-tensors)."
@@ -162,12 +163,18 @@ def main(
       model_quantize -i base -o variants -b 2 3 4 6
       model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
       model_quantize -i base -o variants --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4
+      model_quantize -i base -o awq --scheme w4a16-g64 --method awq
       model_quantize -i base -o gguf --format gguf -b Q3_K_S Q4_K Q6_K IQ4_KSS --tokenizer-from X.gguf
       model_quantize -i base -o mix -or overrides.yaml           # straight to the mix, no variants
     """
     check_json_path(json_path)
     if not bits and not schemes and modifiers is None and recipe_path is None:
         raise click.UsageError("wanted -b with bitrates, --scheme with names, or -or RECIPE for one mix")
+    if method not in ("rtn", "mse", "gptq") and not schemes:
+        raise click.UsageError(
+            f"--method {method}: wanted rtn, mse or gptq; with --scheme also awq, smoothquant, awq+gptq, ... "
+            f"(--modifiers says methods in its file)"
+        )
     if schemes and modifiers:
         raise click.UsageError("--scheme and --modifiers: wanted one of them")
     if (schemes or modifiers) and (

@@ -29,6 +29,7 @@ class InputStatistics:
     hessian: Tensor | None = None  # [in, in] float32, sum over tokens of x x^T
     tokens: int = 0
     largest: Tensor | None = None  # [in] float32, largest |x| of every input
+    absolute: Tensor | None = None  # [in] float32, sum over tokens of |x|
 
     def add(self, inputs: Tensor) -> None:
         """Count the inputs of a call, [..., in]."""
@@ -36,12 +37,13 @@ class InputStatistics:
         if len(x) == 0:
             return
         self.tokens += len(x)
-        largest = torch.maximum(x.amax(0), -x.amin(0))
-        if self.hessian is None or self.largest is None:
-            self.hessian, self.largest = x.T @ x, largest
+        size = x.abs()
+        if self.hessian is None or self.largest is None or self.absolute is None:
+            self.hessian, self.largest, self.absolute = x.T @ x, size.amax(0), size.sum(0)
         else:
             self.hessian.addmm_(x.T, x)
-            self.largest = torch.maximum(self.largest, largest)
+            self.largest = torch.maximum(self.largest, size.amax(0))
+            self.absolute += size.sum(0)
 
 
 class InputPower(InputStatistics):

@@ -2,13 +2,16 @@
 
     modifiers:
       - {method: gptq, scheme: w4a16-g64, targets: "*.self_attn.*"}
-      - {method: mse, scheme: fp8-channel, targets: "*.mlp.*", ignore: "*.0.mlp.*"}
+      - {method: awq, scheme: w4a16-g64, targets: "*.mlp.*", ignore: "*.0.mlp.*"}
+      - {method: smoothquant, strength: 0.8, targets: "*.0.mlp.*"}      # no scheme: scales only, a later one rounds
+      - {method: gptq, scheme: w8a8, targets: "*.0.mlp.*"}
 
-The first modifier that matches a module decides; what none matches stays dense. llm-compressor's own recipes
-(`X_stage: {Y_modifiers: {GPTQModifier: {...}, QuantizationModifier: {...}}}`) are read where they mean the same: their
-targets, ignore lists, presets and config groups; keys that only steer its search are named in a note. Every module is
-calibrated on the unquantized model's activations, so that one pass serves all modifiers and their order does not
-matter beyond which of them takes a module.
+The first modifier with a scheme that matches a module decides how it is stored, the first awq or smoothquant how its
+inputs are scaled; what none matches stays dense. "awq+gptq" scales and then rounds by GPTQ. Recipes of llm-compressor
+(`X_stage: {Y_modifiers: {SmoothQuantModifier: {...}, GPTQModifier: {...}}}`, also AWQModifier and QuantizationModifier)
+are read where they mean the same: their targets, ignore lists, presets and config groups; keys that only steer its
+search are named in a note. Every module is calibrated on the unquantized model's activations, so that one pass serves
+all modifiers and their order does not matter beyond which of them takes a module.
 """
 
 from __future__ import annotations
@@ -21,10 +24,18 @@ import yaml
 
 from recompile.errors import RecipeError, UnsupportedError
 from recompile.formats.schemes import Scheme, parse_scheme
-from recompile.quantize.scheme_encoder import METHODS, SchemeRule, SchemeVariant
+from recompile.quantize.scheme_encoder import (
+    METHODS,
+    SCALED_METHODS,
+    ScalingRule,
+    SchemeRule,
+    SchemeVariant,
+    split_method,
+)
+from recompile.quantize.smoothing import SCALINGS
 
-_OWN_KEYS = frozenset({"method", "scheme", "targets", "ignore"})
-_FOREIGN_METHODS = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn"}
+_OWN_KEYS = frozenset({"method", "scheme", "targets", "ignore", "strength"})
+_FOREIGN_METHODS = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn", "AWQModifier": "awq"}
 _READ_KEYS = frozenset({"targets", "scheme", "ignore", "config_groups"})
 # How llm-compressor searches; ours does it in its own way.
 _SEARCH_KEYS = frozenset(
@@ -36,6 +47,11 @@ _SEARCH_KEYS = frozenset(
         "sequential_update",
         "observer",
         "offload_hessians",
+        "num_calibration_steps",
+        "calibration_function",
+        "offload_device",
+        "duo_scaling",
+        "n_grid",
     }
 )
 _MADE_ELSEWHERE = "make that variant with llm-compressor, and give its directory to recipes as a source"
@@ -45,7 +61,7 @@ def load_modifiers(path: Path) -> tuple[SchemeVariant, list[str]]:
     """One variant, named like the file, and notes on keys that are not used.
 
     Raises RecipeError, naming file and place, for what is not a recipe of modifiers; UnsupportedError for methods that
-    are not made here (AWQ, SmoothQuant and others); FormatError for schemes that do not exist.
+    are not made here (SpinQuant and others); FormatError for schemes that do not exist.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -62,29 +78,52 @@ def load_modifiers(path: Path) -> tuple[SchemeVariant, list[str]]:
             raise RecipeError(f"{path}: {sorted(unknown)[0]!r} is not known; wanted modifiers and name")
         if not isinstance(content["modifiers"], list) or not content["modifiers"]:
             raise RecipeError(f"{path}: modifiers: wanted a list of {{method, scheme, targets}}")
-        rules = [_own_rule(entry, f"{path}: modifiers[{n}]") for n, entry in enumerate(content["modifiers"])]
+        found = [
+            rule
+            for n, entry in enumerate(content["modifiers"])
+            for rule in _own_rules(entry, f"{path}: modifiers[{n}]")
+        ]
     else:
-        rules = []
+        found = []
         for place, kind, body in _foreign(content, str(path)):
-            rules += _foreign_rules(kind, body, f"{path}: {place}", notes)
-    return SchemeVariant(str(content.get("name") or path.stem), tuple(rules)), notes
+            found += _foreign_rules(kind, body, f"{path}: {place}", notes)
+    rules = tuple(rule for rule in found if isinstance(rule, SchemeRule))
+    scalings = tuple(rule for rule in found if isinstance(rule, ScalingRule))
+    if not rules:
+        raise RecipeError(f"{path}: no modifier has a scheme, so nothing would be quantized")
+    return SchemeVariant(str(content.get("name") or path.stem), rules, scalings), notes
 
 
-def _own_rule(entry: Any, where: str) -> SchemeRule:
+def _own_rules(entry: Any, where: str) -> list[SchemeRule | ScalingRule]:
     if not isinstance(entry, Mapping):
         raise RecipeError(f"{where}: found {entry!r}, wanted {{method, scheme, targets}}")
     unknown = sorted(str(key) for key in entry.keys() - _OWN_KEYS)
     if unknown:
         raise RecipeError(f"{where}: {unknown[0]!r} is not known; known: {', '.join(sorted(_OWN_KEYS))}")
     method = str(entry.get("method", "gptq")).lower()
-    if method not in METHODS:
-        if method in ("awq", "smoothquant", "quip", "spinquant", "autoround"):
+    if method not in (*METHODS, *SCALED_METHODS):
+        if method in ("quip", "spinquant", "autoround"):
             raise UnsupportedError(f"{where}: method {method} is not made here; {_MADE_ELSEWHERE}")
-        raise RecipeError(f"{where}: method: found {method!r}, wanted {', '.join(METHODS)}")
-    if "scheme" not in entry:
+        raise RecipeError(f"{where}: method: found {method!r}, wanted {', '.join((*METHODS, *SCALED_METHODS))}")
+    scaling, rounding = split_method(method)
+    if "strength" in entry and scaling != "smoothquant":
+        raise RecipeError(f"{where}: strength is SmoothQuant's, the method is {method}")
+    targets, ignore = _names(entry.get("targets", "*"), where), _names(entry.get("ignore", ()), where)
+    found: list[SchemeRule | ScalingRule] = []
+    if scaling is not None:
+        found.append(ScalingRule(scaling, targets, ignore, _strength(entry.get("strength", 0.5), where)))
+    if "scheme" in entry:
+        scheme = None if entry["scheme"] in (None, "dense") else parse_scheme(str(entry["scheme"]))
+        found.append(SchemeRule(scheme, rounding, targets, ignore))
+    elif method not in SCALINGS:
         raise RecipeError(f"{where}: scheme is missing")
-    scheme = None if entry["scheme"] in (None, "dense") else parse_scheme(str(entry["scheme"]))
-    return SchemeRule(scheme, method, _names(entry.get("targets", "*"), where), _names(entry.get("ignore", ()), where))
+    return found
+
+
+def _strength(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise RecipeError(f"{where}: strength: found {value!r}, wanted a number from 0 to 1")
+    return float(value)
 
 
 def _names(value: Any, where: str) -> tuple[str, ...]:
@@ -105,27 +144,54 @@ def _foreign(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, str,
                 yield f"{stage}.{name}.{kind}", str(kind), body if isinstance(body, Mapping) else {}
 
 
-def _foreign_rules(kind: str, body: Mapping[str, Any], where: str, notes: list[str]) -> list[SchemeRule]:
+def _foreign_rules(kind: str, body: Mapping[str, Any], where: str, notes: list[str]) -> list[SchemeRule | ScalingRule]:
+    if kind == "SmoothQuantModifier":
+        return [_smoothquant(body, where, notes)]
     if kind not in _FOREIGN_METHODS:
         raise UnsupportedError(f"{where}: {kind} is not made here; {_MADE_ELSEWHERE}")
-    method, ignore = _FOREIGN_METHODS[kind], _names(body.get("ignore") or (), where)
-    for key in body.keys() - _READ_KEYS:
+    scaling, method = split_method(_FOREIGN_METHODS[kind])
+    ignore = _names(body.get("ignore") or (), where)
+    _check_mappings(body, where)
+    for key in body.keys() - _READ_KEYS - {"mappings"}:
         if key not in _SEARCH_KEYS:
             raise RecipeError(f"{where}: {key!r} is not known here, and may change what the recipe means")
         notes.append(f"{where}.{key}: steers llm-compressor's search and is not used")
     groups, scheme = body.get("config_groups"), body.get("scheme")
     if groups and scheme:
         raise RecipeError(f"{where}: has a scheme and config_groups; wanted one of them")
+    rules: list[SchemeRule]
     if isinstance(groups, Mapping):
-        return [
+        rules = [
             SchemeRule(_scheme_of_group(group, f"{where}.{key}"), method, _names(group.get("targets"), where), ignore)
             for key, group in groups.items()
         ]
-    if isinstance(scheme, Mapping):
-        return [SchemeRule(parse_scheme(str(k)), method, _names(v, where), ignore) for k, v in scheme.items()]
-    if not isinstance(scheme, str):
+    elif isinstance(scheme, Mapping):
+        rules = [SchemeRule(parse_scheme(str(k)), method, _names(v, where), ignore) for k, v in scheme.items()]
+    elif isinstance(scheme, str):
+        rules = [SchemeRule(parse_scheme(scheme), method, _names(body.get("targets") or "Linear", where), ignore)]
+    else:
         raise RecipeError(f"{where}: wanted a scheme or config_groups")
-    return [SchemeRule(parse_scheme(scheme), method, _names(body.get("targets") or "Linear", where), ignore)]
+    return [*([ScalingRule(scaling, rule.targets, ignore) for rule in rules] if scaling else []), *rules]
+
+
+def _check_mappings(body: Mapping[str, Any], where: str) -> None:
+    """Which maps read which norm is found by running the model; a list of our own choosing would mean the same only
+    where it says what is found."""
+    if body.get("mappings"):
+        raise UnsupportedError(
+            f"{where}: mappings are found here by running the model, and a list of them is not read; remove it, or "
+            f"{_MADE_ELSEWHERE}"
+        )
+
+
+def _smoothquant(body: Mapping[str, Any], where: str, notes: list[str]) -> ScalingRule:
+    _check_mappings(body, where)
+    for key in body.keys() - {"smoothing_strength", "ignore", "mappings"}:
+        if key not in _SEARCH_KEYS:
+            raise RecipeError(f"{where}: {key!r} is not known here, and may change what the recipe means")
+        notes.append(f"{where}.{key}: steers llm-compressor's search and is not used")
+    ignore = _names(body.get("ignore") or (), where)
+    return ScalingRule("smoothquant", ("*",), ignore, _strength(body.get("smoothing_strength", 0.5), where))
 
 
 def _scheme_of_group(group: Any, where: str) -> Scheme:

@@ -4,6 +4,10 @@ A layer is loaded once; running the calibration rows through it collects the Hes
 quantized to all bitrates from them and written out, and the rows go on through the unquantized layer. Memory is bounded
 by one layer, its Hessians and the rows' hidden states.
 
+An encoder may also ask for scales that move from a map's inputs into what makes them (AWQ, SmoothQuant; folds.py). They
+are folded exactly: a norm is stored rounded, and what its consumers are multiplied by is taken from the rounded value;
+where a tensor that stays unquantized changes, scales are powers of two.
+
 Every variant grows in `<name>.building`, a file a layer, and gets its name when whole. A run that was killed goes on
 after the last layer that all variants hold.
 """
@@ -14,8 +18,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +33,9 @@ from recompile.costs import ROUTERS, fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.overlay import build_overlay, role_of
 from recompile.quantize.calibrate import InputCollector, InputStatistics
+from recompile.quantize.folds import Fold, find_folds
+from recompile.quantize.smoothing import powers_of_two, scaled_statistics
+from recompile.scaling import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
 from recompile.stream import LayeredModel
 from recompile.write import execute, other_files, plan_write
 
@@ -88,6 +95,52 @@ class ObservingEncoder(Protocol):
     ) -> list[dict[str, Encoded]]:
         """As Encoder.encode; largest: [in] the largest |x| of every input over the calibration rows."""
         ...
+
+
+@runtime_checkable
+class ScalingEncoder(Protocol):
+    """An Encoder whose variants may scale inputs before they round."""
+
+    @property
+    def scales_inputs(self) -> bool: ...
+    def only(self, variants: Sequence[int]) -> Encoder:
+        """The encoder of some of its variants."""
+        ...
+
+    def scale_of(
+        self,
+        variant: int,
+        fold: Fold,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, InputStatistics],
+        finish: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """float32 [channels] that divides the producer's outputs in one variant, None for none.
+
+        weights: the consumers', unscaled; finish: turns a wanted scale into the nearest that can be stored exactly
+        """
+        ...
+
+
+@dataclass
+class _Scales:
+    """What scaling does to one layer of one variant. Rows and columns are of weights, float32."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)  # module -> [in], multiplies
+    rows: dict[str, Tensor] = field(default_factory=dict)  # module -> [out], divides
+    norms: dict[str, tuple[Tensor, float]] = field(default_factory=dict)  # module -> ([channels], offset), divides
+    sets: list[ScaledSet] = field(default_factory=list)
+
+    def weight(self, name: str, value: Tensor) -> Tensor:
+        """[out, in] float32."""
+        value = value * self.columns[name] if name in self.columns else value
+        return value / self.rows[name][:, None] if name in self.rows else value
+
+    def bias(self, name: str, value: Tensor) -> Tensor:
+        return (value.float() / self.rows[name].to(value.device)).to(value.dtype) if name in self.rows else value
+
+    def touches(self, names: Sequence[str]) -> bool:
+        return any(name in self.columns or name in self.rows for name in names)
 
 
 @dataclass(frozen=True)
@@ -208,10 +261,12 @@ class _Build:
                     self._advance(number, states)
                     yield self._resumed(number)
                     continue
+                row = states[0][:1].clone()
                 with InputCollector(self.model, number) as collector:
                     self._advance(number, states)
                 names = self.model.modules_of_layer(number)
-                yield self._quantize(number, names, collector.groups)
+                folds = find_folds(self.model, number, row) if self._scales_inputs else []
+                yield self._quantize(number, names, collector.groups, folds)
         if self.head:
             yield self._quantize_head(states)
         yield self._finish()
@@ -266,7 +321,14 @@ class _Build:
         name = self.model.prefix_of_layer(number) if number < self.model.depth else "head"
         return LayerDone(number, len(self.stages), name, True, {})
 
-    def _write_stage(self, number: int, variant: int, tensors: dict[str, Tensor], reports: list[ModuleReport]) -> None:
+    def _write_stage(
+        self,
+        number: int,
+        variant: int,
+        tensors: dict[str, Tensor],
+        reports: list[ModuleReport],
+        sets: Sequence[ScaledSet] = (),
+    ) -> None:
         if self.finals[variant].exists():
             return
         partial = self.partials[variant]
@@ -276,6 +338,7 @@ class _Build:
             save_file(tensors, temporary, {"format": "pt"})
             _sync(temporary)
             os.replace(temporary, shard)
+            _write_json(partial / _stage_sets(number), [asdict(found) for found in sets])
             _write_json(partial / _stage_report(number), [asdict(report) for report in reports])
         except (OSError, SafetensorError) as error:
             needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -287,8 +350,15 @@ class _Build:
 
     # ---- one layer ------------------------------------------------------------------------------------------------
 
-    def _quantize(self, number: int, names: Sequence[str], groups: Sequence[InputStatistics]) -> LayerDone:
+    @property
+    def _scales_inputs(self) -> bool:
+        return isinstance(self.encoder, ScalingEncoder) and self.encoder.scales_inputs
+
+    def _quantize(
+        self, number: int, names: Sequence[str], groups: Sequence[InputStatistics], folds: Sequence[Fold] = ()
+    ) -> LayerDone:
         variants = len(self.finals)
+        scales = self._choose_scales(folds, groups)
         tensors: list[dict[str, Tensor]] = [{} for _ in range(variants)]
         reports: list[list[ModuleReport]] = [[] for _ in range(variants)]
         taken: set[str] = set()
@@ -307,35 +377,123 @@ class _Build:
                     biases[name] = self.base.load(f"{name}.bias", device=self.model.device)
             if not weights:
                 continue
+            plain = [variant for variant in range(variants) if not scales[variant].touches(list(weights))]
+            found = self._encode(self._only(plain), weights, group, biases) if plain else []
+            made_of = dict(zip(plain, found, strict=True))
             power = {name: _output_power(weight, group.hessian) for name, weight in weights.items()}
-            for variant, encoded in enumerate(self._encode(weights, group, biases)):
-                for name, weight in weights.items():
+            for variant in range(variants):
+                if variant in made_of:
+                    encoded, own, statistics, own_power = made_of[variant], weights, group, power
+                else:
+                    encoded, own, statistics = self._encode_scaled(variant, scales[variant], weights, group, biases)
+                    own_power = {name: _output_power(weight, statistics.hessian) for name, weight in own.items()}
+                for name, weight in own.items():
                     if name not in encoded:  # dense in this variant only
-                        tensors[variant].update(self._dense_tensors(self.base.modules[name]))
+                        tensors[variant].update(self._dense_tensors(self.base.modules[name], scales[variant]))
                         reports[variant].append(self._dense_report(name, self._why_not_in(variant, name), group.tokens))
                         continue
                     made = encoded[name]
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
-                    reports[variant].append(_measure(name, weight, made, group, power[name]))
+                    reports[variant].append(_measure(name, weight, made, statistics, own_power[name]))
             taken.update(weights)
         for name in names:
             if name not in taken:
                 for variant in range(variants):
-                    tensors[variant].update(self._dense_tensors(self.base.modules[name]))
+                    tensors[variant].update(self._dense_tensors(self.base.modules[name], scales[variant]))
         for variant in range(variants):
-            self._write_stage(number, variant, tensors[variant], reports[variant])
+            self._write_stage(number, variant, tensors[variant], reports[variant], scales[variant].sets)
             self.reports[variant].update({report.module: report for report in reports[variant]})
-        found = {name: tuple(r) for name, r in zip(self.encoder.names, reports, strict=True)}
+        by_variant = {name: tuple(r) for name, r in zip(self.encoder.names, reports, strict=True)}
         stage = self.model.prefix_of_layer(number) if number < self.model.depth else "head"
-        return LayerDone(number, len(self.stages), stage, False, found)
+        return LayerDone(number, len(self.stages), stage, False, by_variant)
 
+    def _only(self, variants: Sequence[int]) -> Encoder:
+        if not self._scales_inputs or len(variants) == len(self.finals):
+            return self.encoder
+        assert isinstance(self.encoder, ScalingEncoder)
+        return self.encoder.only(variants)
+
+    @staticmethod
     def _encode(
-        self, weights: Mapping[str, Tensor], group: InputStatistics, biases: Mapping[str, Tensor]
+        encoder: Encoder, weights: Mapping[str, Tensor], group: InputStatistics, biases: Mapping[str, Tensor]
     ) -> list[dict[str, Encoded]]:
-        if isinstance(self.encoder, ObservingEncoder):
-            return self.encoder.encode_observed(weights, group.hessian, biases, group.largest)
-        return self.encoder.encode(weights, group.hessian, biases)
+        if isinstance(encoder, ObservingEncoder):
+            return encoder.encode_observed(weights, group.hessian, biases, group.largest)
+        return encoder.encode(weights, group.hessian, biases)
+
+    # ---- scaling ---------------------------------------------------------------------------------------------------
+
+    def _encode_scaled(
+        self,
+        variant: int,
+        scales: _Scales,
+        weights: Mapping[str, Tensor],
+        group: InputStatistics,
+        biases: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Encoded], dict[str, Tensor], InputStatistics]:
+        """One variant's encoding of weights with their scales folded in, those weights, and their inputs' statistics.
+
+        Modules that share an input share its scale.
+        """
+        own = {name: scales.weight(name, weight) for name, weight in weights.items()}
+        columns = [scales.columns[name] for name in weights if name in scales.columns]
+        statistics = scaled_statistics(group, columns[0]) if columns else group
+        shifted = {name: scales.bias(name, bias) for name, bias in biases.items()}
+        (encoded,) = self._encode(self._only([variant]), own, statistics, shifted)
+        return encoded, own, statistics
+
+    def _choose_scales(self, folds: Sequence[Fold], groups: Sequence[InputStatistics]) -> list[_Scales]:
+        """The scales of a layer in every variant."""
+        found = [_Scales() for _ in self.finals]
+        statistics = {name: group for group in groups for name in group.modules}
+        for fold in folds:
+            assert isinstance(self.encoder, ScalingEncoder)
+            seen = {name: statistics.get(name) or InputStatistics([name]) for name in fold.consumers}
+            weights = {
+                name: self.base.load(f"{name}.weight", device=self.model.device).float() for name in fold.consumers
+            }
+            for variant, scales in enumerate(found):
+                scale = self.encoder.scale_of(variant, fold, weights, seen, self._storable(variant, fold))
+                if scale is None or bool((scale == 1).all()):
+                    continue
+                for name in fold.consumers:
+                    scales.columns[name] = scale[fold.channels]
+                if fold.offset is None:
+                    scales.rows[fold.producer] = scale
+                else:
+                    scales.norms[fold.producer] = (scale, fold.offset)
+                scales.sets.append(ScaledSet(fold.producer, fold.consumers))
+        return found
+
+    def _storable(self, variant: int, fold: Fold) -> Callable[[Tensor], Tensor]:
+        """What turns a scale into the nearest one that leaves the function the same to float32's last bits."""
+        unquantized = [name for name in fold.consumers if self._is_dense_in(variant, name)]
+        has_bias = f"{fold.producer}.bias" in self.base.tensors
+        if fold.offset and (unquantized or has_bias):  # no power of two survives the rounding of weight - offset
+            return torch.ones_like
+        if unquantized or has_bias or (fold.offset is None and self._is_dense_in(variant, fold.producer)):
+            return powers_of_two
+        if fold.offset is None:
+            return lambda scale: scale
+        weight = self.base.load(f"{fold.producer}.weight", device=self.model.device)
+        dtype, offset = self.encoder.dense_dtype(weight.dtype), fold.offset
+
+        def take_back(scale: Tensor) -> Tensor:
+            factor = weight.double() + offset
+            stored = (factor / scale - offset).to(dtype).double() + offset
+            usable = (factor != 0) & (stored != 0) & stored.isfinite()
+            return torch.where(usable, factor / stored, torch.ones_like(factor)).float()
+
+        return take_back
+
+    def _is_dense_in(self, variant: int, name: str) -> bool:
+        if self._why_dense(name) is not None:
+            return True
+        shape = self._shape(name)
+        return isinstance(self.encoder, ObservingEncoder) and (
+            self.encoder.why_not_in(variant, name, (shape[0], shape[1])) is not None
+        )
 
     def _why_not_in(self, variant: int, name: str) -> str:
         assert isinstance(self.encoder, ObservingEncoder), "other encoders make every module in every variant"
@@ -381,12 +539,14 @@ class _Build:
         size = sum(value.numel() * value.element_size() for value in stored)
         return ModuleReport(name, math.prod(self._shape(name)), size, 0.0, None, 0.0, tokens, False, why)
 
-    def _dense_tensors(self, module: StoredModule) -> dict[str, Tensor]:
+    def _dense_tensors(self, module: StoredModule, scales: _Scales | None = None) -> dict[str, Tensor]:
         tensors = {}
-        for info in module.parts.values():
+        for part, info in module.parts.items():
             value = self.base.read(info.name)
             if value.is_floating_point():
                 wanted = self.encoder.dense_dtype(value.dtype)
+                if scales is not None:
+                    value = _scaled_value(module.name, part, value, scales)
                 cast = value.to(wanted)
                 if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(value).all()):
                     raise FormatError(
@@ -426,6 +586,11 @@ class _Build:
         config["quantization_config"] = self.encoder.quantization_config(variant, report, dense)
         _write_json(partial / "config.json", config)
         _write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal})
+        sets = [*read_scaled_sets(self.base.path)]
+        for number in range(self.model.depth):
+            sets += [ScaledSet(e["producer"], tuple(e["consumers"])) for e in read_json(partial / _stage_sets(number))]
+        if sets:
+            (partial / SCALING_NAME).write_text(dump_scaled_sets(sets), encoding="utf-8")
         for path in other_files(self.base.path):
             shutil.copyfile(path, partial / path.name)
         built = replace(open_checkpoint(partial), label=str(final))
@@ -441,6 +606,25 @@ def _stage_shard(number: int) -> str:
 
 def _stage_report(number: int) -> str:
     return f".stage-{number:05d}.json"
+
+
+def _stage_sets(number: int) -> str:
+    return f".scaled-{number:05d}.json"
+
+
+def _scaled_value(module: str, part: str, value: Tensor, scales: _Scales) -> Tensor:
+    """An unquantized tensor on the CPU with what scaling does to it, not yet rounded to what it is stored as."""
+    if module in scales.norms:
+        scale, offset = scales.norms[module]
+        shift = offset if part == "weight" else 0.0
+        return (value.double() + shift) / scale.cpu().double() - shift
+    if not scales.touches([module]):
+        return value
+    moved = _Scales(
+        {name: found.cpu() for name, found in scales.columns.items()},
+        {name: found.cpu() for name, found in scales.rows.items()},
+    )
+    return moved.bias(module, value) if part == "bias" else moved.weight(module, value.float())
 
 
 def _variant_report(name: str, modules: list[ModuleReport], partial: Path) -> VariantReport:

@@ -1,13 +1,14 @@
 """compressed-tensors variants of any scheme, or of several in one variant: what `model_quantize --scheme` makes.
 
 A variant is a list of rules: the first whose targets match a module says its scheme and method, as the modifiers of a
-recipe do. One Hessian per input serves all variants.
+recipe do. One Hessian per input serves all variants. Scaling rules (AWQ, SmoothQuant) act before the rounding, for all
+maps that read one norm or one other map at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,20 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recompile.costs import fused_sets
+from recompile.costs import ROUTERS, fused_sets
 from recompile.errors import FormatError
 from recompile.formats import FORMATS, packed_int
 from recompile.formats.compressed_tensors import merged_config
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
 from recompile.overlay import role_of
+from recompile.quantize.calibrate import InputStatistics
+from recompile.quantize.folds import Fold
 from recompile.quantize.gptq import QuantizedWeight, quantize_gptq
 from recompile.quantize.gptq_levels import round_gptq
-from recompile.quantize.grids import GridMethod, fit_grid, normalise_importance, quantize_to_grid
+from recompile.quantize.grids import (
+    GridMethod,
+    dequantize_codes,
+    fit_grid,
+    normalise_importance,
+    quantize_to_grid,
+)
 from recompile.quantize.levels import E2M1_MAX, E4M3_MAX, LevelGrid, fit_levels, global_scale
 from recompile.quantize.pipeline import Encoded, VariantReport
+from recompile.quantize.smoothing import SCALINGS, awq_scale, smoothquant_scale
 
 METHODS = ("rtn", "mse", "gptq")
+SCALED_METHODS = tuple(name for scaling in SCALINGS for name in (scaling, *(f"{scaling}+{how}" for how in METHODS)))
 PACKED, NVFP4 = "pack-quantized", "nvfp4-pack-quantized"
 
 
@@ -55,19 +66,60 @@ class SchemeRule:
 
 
 @dataclass(frozen=True)
+class ScalingRule:
+    """Which modules' inputs are scaled, and how. targets, ignore: as in SchemeRule.
+
+    strength: SmoothQuant's alpha; 0.5 as in the paper
+    """
+
+    method: str
+    targets: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ()
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.method not in SCALINGS:
+            raise FormatError(f"scaling: found {self.method!r}, wanted one of {', '.join(SCALINGS)}")
+        if not 0 <= self.strength <= 1:
+            raise FormatError(f"strength: found {self.strength}, wanted 0 to 1")
+        for target in (*self.targets, *self.ignore):
+            _pattern(target)
+
+    def matches(self, module: str) -> bool:
+        return _any_matches(self.targets, module) and not _any_matches(self.ignore, module)
+
+
+@dataclass(frozen=True)
 class SchemeVariant:
-    """One directory. Modules that no rule matches stay dense."""
+    """One directory. Modules that no rule matches stay dense; inputs that no scaling matches are not scaled."""
 
     name: str
     rules: tuple[SchemeRule, ...]
+    scalings: tuple[ScalingRule, ...] = ()
 
     def rule_of(self, module: str) -> SchemeRule | None:
         return next((rule for rule in self.rules if rule.matches(module)), None)
 
+    def scaling_of(self, module: str) -> ScalingRule | None:
+        return next((rule for rule in self.scalings if rule.matches(module)), None)
+
+
+def split_method(method: str) -> tuple[str | None, str]:
+    """(scaling, rounding) of a method's name: "gptq" -> (None, "gptq"), "awq" -> ("awq", "mse"), "awq+gptq"."""
+    scaling, _, rounding = method.rpartition("+")
+    if scaling in SCALINGS and rounding in METHODS:
+        return scaling, rounding
+    if method in SCALINGS:
+        return method, "mse"
+    if method in METHODS:
+        return None, method
+    raise FormatError(f"method: found {method!r}, wanted one of {', '.join((*METHODS, *SCALED_METHODS))}")
+
 
 def uniform(scheme: Scheme, method: str = "gptq") -> SchemeVariant:
     """All linear maps of the layers in one scheme."""
-    return SchemeVariant(scheme.name, (SchemeRule(scheme, method),))
+    scaling, rounding = split_method(method)
+    return SchemeVariant(scheme.name, (SchemeRule(scheme, rounding),), (ScalingRule(scaling),) if scaling else ())
 
 
 @lru_cache(maxsize=1024)
@@ -120,6 +172,65 @@ class SchemeEncoder:
         if role_of(module) != "head":
             return found
         return SchemeRule(self.head_scheme, found.method if found else "gptq") if self.head_scheme else None
+
+    @property
+    def scales_inputs(self) -> bool:
+        return any(variant.scalings for variant in self.variants)
+
+    def only(self, variants: Sequence[int]) -> SchemeEncoder:
+        return replace(self, variants=tuple(self.variants[number] for number in variants))
+
+    def scale_of(
+        self,
+        variant: int,
+        fold: Fold,
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, InputStatistics],
+        finish: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """float32 [channels] that divides what the fold's producer gives; None where no rule asks for one.
+
+        AWQ's is searched for the schemes that the consumers get; SmoothQuant scales what norms give only. Raises
+        FormatError where rules ask for different scalings of one norm's readers.
+        """
+        found = {name: self.variants[variant].scaling_of(name) for name in fold.consumers}
+        rules = {rule: name for name, rule in found.items() if rule is not None}
+        kinds = {(rule.method, rule.strength): name for rule, name in rules.items()}
+        if not kinds:
+            return None
+        if len(kinds) > 1:
+            listed = ", ".join(f"{method} for {name}" for (method, _), name in kinds.items())
+            raise FormatError(
+                f"{self.variants[variant].name}: maps that read {fold.producer} have one scale, and the recipe asks "
+                f"for several ({listed}); give all of them one modifier"
+            )
+        ((method, strength),) = kinds
+        if method == "smoothquant":
+            scale = smoothquant_scale(fold, weights, statistics, strength) if fold.from_norm else None
+            return None if scale is None else finish(scale)
+        rounded = {name: value for name, value in weights.items() if self._scheme_in(variant, name, value) is not None}
+        if not rounded:
+            return None
+        counted = replace(fold, consumers=tuple(rounded))
+        chosen = awq_scale(counted, rounded, statistics, lambda name, w: self._nearest(variant, name, w), finish)
+        return None if chosen is None or chosen.exponent == 0 else chosen.scale
+
+    def _scheme_in(self, variant: int, name: str, weight: Tensor) -> Scheme | None:
+        if name.rpartition(".")[2] in ROUTERS or self.why_not_in(variant, name, (weight.shape[0], weight.shape[1])):
+            return None
+        rule = self.rule_of(variant, name)
+        return rule.scheme if rule else None
+
+    def _nearest(self, variant: int, name: str, weight: Tensor) -> Tensor:
+        """A weight [out, in] rounded to nearest in its scheme, decoded."""
+        scheme = self._scheme_in(variant, name, weight)
+        assert scheme is not None, name
+        if scheme.format != PACKED:
+            grid = fit_levels(weight, scheme, "rtn", None, self.scale_dtype)
+            return grid.round(weight) * grid.spread(weight.shape[1])
+        integers = IntScheme.from_config(scheme.weights)
+        fitted = fit_grid(weight, integers, "rtn", None, self.scale_dtype)
+        return dequantize_codes(quantize_to_grid(weight, fitted, integers), fitted, integers)
 
     def why_not_in(self, variant: int, module: str, shape: tuple[int, int]) -> str | None:
         """Why a module stays dense in one variant."""
@@ -280,6 +391,24 @@ class SchemeEncoder:
                 ]
                 for variant in self.variants
             },
+            **(
+                {
+                    "scalings": {
+                        variant.name: [
+                            {
+                                "method": rule.method,
+                                "targets": list(rule.targets),
+                                "ignore": list(rule.ignore),
+                                "strength": rule.strength,
+                            }
+                            for rule in variant.scalings
+                        ]
+                        for variant in self.variants
+                    }
+                }
+                if self.scales_inputs
+                else {}
+            ),
             "importance": self.importance,
             "damping": self.damping,
             "scale_dtype": str(self.scale_dtype),

@@ -60,15 +60,46 @@ quant_stage:
     assert "dampening_frac" in notes[0]
 
 
+def test_scalings_of_ours_and_of_llm_compressor(tmp_path: Path) -> None:
+    """SmoothQuantModifier then GPTQModifier is its recipe for w8a8; AWQModifier rounds as well."""
+    variant, notes = load(
+        tmp_path,
+        """
+quant_stage:
+  quant_modifiers:
+    SmoothQuantModifier: {smoothing_strength: 0.8, ignore: ["re:.*mlp.*"]}
+    AWQModifier: {scheme: W4A16_ASYM, targets: ["re:.*mlp.*"], ignore: [lm_head], duo_scaling: true}
+    GPTQModifier: {scheme: W8A8, targets: Linear, ignore: [lm_head]}
+""",
+    )
+    assert ["duo_scaling" in note for note in notes] == [True]
+    scaling, rule = variant.scaling_of(ATTENTION), variant.rule_of(ATTENTION)
+    assert scaling is not None
+    assert rule is not None
+    assert rule.scheme is not None
+    assert (scaling.method, scaling.strength, rule.method, rule.scheme.name) == ("smoothquant", 0.8, "gptq", "w8a8")
+    scaling, rule = variant.scaling_of(DOWN), variant.rule_of(DOWN)
+    assert scaling is not None
+    assert rule is not None
+    assert rule.scheme is not None
+    assert (scaling.method, rule.method, rule.scheme.name) == ("awq", "mse", "w4a16-g128-asym")
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("modifiers: [{method: awq, scheme: w4a16}]", UnsupportedError, "llm-compressor"),
+        ("modifiers: [{method: spinquant, scheme: w4a16}]", UnsupportedError, "llm-compressor"),
+        ("modifiers: [{method: awq}]", RecipeError, "no modifier has a scheme"),
+        ("modifiers: [{method: awq+gptq}]", RecipeError, "scheme is missing"),
+        ("modifiers: [{method: awq, scheme: w4a16, strength: 0.5}]", RecipeError, "strength is SmoothQuant's"),
+        ("modifiers: [{method: smoothquant, scheme: w8a8, strength: 2}]", RecipeError, "from 0 to 1"),
         ("modifiers: [{method: rtm, scheme: w4a16}]", RecipeError, "wanted rtn"),
         ("modifiers: [{scheme: w4a16, target: x}]", RecipeError, "'target' is not known"),
         ("modifiers: [{scheme: w4b16}]", RecompileError, "did you mean"),
         ("modifiers: []", RecipeError, "a list"),
-        ("a_stage: {b_modifiers: {SmoothQuantModifier: {smoothing_strength: 0.8}}}", UnsupportedError, "SmoothQuant"),
+        ("a_stage: {b_modifiers: {SmoothQuantModifier: {smoothing_strength: 0.8}}}", RecipeError, "no modifier has"),
+        ("a_stage: {b_modifiers: {AWQModifier: {scheme: W4A16, mappings: [{}]}}}", UnsupportedError, "mappings"),
+        ("a_stage: {b_modifiers: {SpinQuantModifier: {rotations: [R1]}}}", UnsupportedError, "SpinQuant"),
         (
             "a_stage: {b_modifiers: {GPTQModifier: {scheme: W4A16, kv_cache_scheme: {}}}}",
             RecipeError,
