@@ -124,8 +124,11 @@ def plan_pass(
     tokens: int,
     samples: int,
     cap_bytes: int | None = None,
+    making: int = 0,
 ) -> PassPlan:
-    """Decide batch and places. Raises RecompileError where not even one row fits below the cap."""
+    """Decide batch and places. making: bytes that making a candidate on the fly takes (making_bytes).
+
+    Raises RecompileError where not even one row fits below the cap."""
     size, hidden = model.dtype.itemsize, model.hidden_size
     layers = [_LayerSizes.of(model, index) for index in range(model.depth)]
     head = model.vocab_size * hidden * size
@@ -141,7 +144,7 @@ def plan_pass(
         """(working, deltas) of a batch of so many rows."""
         graph = batch * tokens * (6 * hidden + 3 * largest.outputs + largest.attention * tokens) * size
         changes = batch * tokens * largest.outputs * (2 * candidates + 2 * SAMPLE_BLOCK) * size
-        decoding = 3 * largest.parameter * size
+        decoding = 3 * largest.parameter * size + making
         return max(largest.weights * size + graph + changes + decoding, with_head), (
             candidates * largest.weights * size if keep else 0
         )

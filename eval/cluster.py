@@ -28,6 +28,7 @@ from eval.sketch import Sketch, SketchJob, SketchOptions, SketchProgress, join_r
 from recompile.checkpoint import Checkpoint
 from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, open_journal
 from recompile.errors import RecompileError
+from recompile.quantize.made import making_bytes
 from recompile.recipe import SourceId
 from recompile.stream import LayeredModel, check_same_skeleton
 
@@ -117,7 +118,7 @@ def profile_on_ray(
     )
     if options.context == "base":
         check_same_skeleton(model, LayeredModel.of(by_label[label], dtype=model.dtype, device=options.device))
-    plan = plan_memory(model, header, options.max_memory_bytes)
+    plan = plan_memory(model, header, options.max_memory_bytes, making_bytes(by_label.values()))
     job = Job(reference, by_label, header, ids, plan, model.dtype, options.device, torch.get_num_threads())
     with open_journal(path, header) as journal:
         missing = journal.profile.missing()

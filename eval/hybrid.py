@@ -29,6 +29,7 @@ from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import Candidate, Measurement, Profile, load_profile, open_journal
 from recompile.optimize.choose import Budget, make_problem
 from recompile.optimize.frontier import lagrangian_path
+from recompile.quantize.made import making_bytes
 from recompile.recipe import SourceId
 from recompile.stream import LayeredModel
 
@@ -106,7 +107,12 @@ def profile_hybrid(
         open_journal(path, sketched.header) as journal,
     ):
         profiler = ExactProfiler(
-            model, model, by_label, header, ids, plan_memory(model, header, options.max_memory_bytes)
+            model,
+            model,
+            by_label,
+            header,
+            ids,
+            plan_memory(model, header, options.max_memory_bytes, making_bytes(by_label.values())),
         )
         per_swap: float | None = None
         while True:

@@ -43,7 +43,7 @@ from recompile.costs import (
 from recompile.errors import MismatchError, MissingWeight, RecompileError
 from recompile.memory import format_mib, resident_bytes
 from recompile.overlay import account, check_same_model, quantizable, role_of
-from recompile.quantize.made import MadeVariant
+from recompile.quantize.made import MadeVariant, making_bytes
 from recompile.recipe import Glob, SourceId, describe_spec
 from recompile.scaling import read_scaled_sets
 from recompile.stream import LayeredModel, check_same_skeleton
@@ -223,8 +223,10 @@ def make_header(
     )
 
 
-def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | None) -> MemoryPlan:
-    """Decide what stays in memory. Raises RecompileError if not even one swap fits below the cap."""
+def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | None, making: int = 0) -> MemoryPlan:
+    """Decide what stays in memory. making: bytes that making a candidate on the fly takes (making_bytes).
+
+    Raises RecompileError if not even one swap fits below the cap."""
     size = model.dtype.itemsize
     hidden = model.hidden_size
     per_layer = [
@@ -238,7 +240,7 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     activations = batch * (8 * hidden + 4 * widest) * size
     logits = 3 * min(LOGIT_CHUNK_TOKENS, header.row_tokens) * model.vocab_size * 4
     # a layer beside the stored and decoded copies of its largest weight, or the head beside its stored bytes
-    working = max(2 * max(per_layer) * size + activations, 2 * head * size + logits)
+    working = max(2 * max(per_layer) * size + activations, 2 * head * size + logits) + making
     states = 4 * state + 2 * batch * hidden * size
     process = resident_bytes()
     smallest = process + states + working + state * max(len(g.bits) for g in header.groups)
@@ -590,7 +592,7 @@ def profile_exact(
     if context_is_base:
         context = LayeredModel.of(by_id[base_label], dtype=model.dtype, device=options.device)
         check_same_skeleton(model, context)
-    plan = plan_memory(model, header, options.max_memory_bytes)
+    plan = plan_memory(model, header, options.max_memory_bytes, making_bytes(by_id.values()))
     with open_journal(path, header) as journal:
         total = sum(len(group.bits) for group in header.groups)
         yield Started(plan, total, total - len(journal.profile.missing()))

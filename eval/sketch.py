@@ -47,6 +47,7 @@ from eval.profile import ProfileOptions, make_header
 from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, is_expert, open_journal
 from recompile.errors import JournalError, OutputError, RecompileError
+from recompile.quantize.made import making_bytes
 from recompile.recipe import SourceId
 from recompile.stream import LayeredModel
 
@@ -316,6 +317,7 @@ class SketchJob:
             tokens=self.ids.shape[1],
             samples=min(SWEEP_SAMPLES, self.wanted.samples),
             cap_bytes=self.max_memory_bytes,
+            making=making_bytes(self.candidates.values()),
         )
 
     def run(

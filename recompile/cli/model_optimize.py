@@ -389,6 +389,9 @@ def _guarded(chosen: Choice, rules: Rules, verdict: Verdict) -> Choice:
 def _next_step(profile: Profile, recipe: Path) -> str:
     """The command that makes the recipe's model."""
     base = profile.header.candidate(profile.header.base)
+    if base.spec is not None and "type" in base.spec:
+        keys = "" if profile.header.reference.endswith(".gguf") else " --tokenizer-from MODEL.gguf"
+        return f"model_quantize -i {profile.header.reference} -o OUT.gguf -or {recipe}{keys}"
     if base.spec is not None:
         return f"model_quantize -i {profile.header.reference} -o OUT -or {recipe}"
     return f"recompile -i {base.model_dir} -o OUT -or {recipe}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ from recompile.costs import LEVELS
 from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from eval.more_rows import RowsDone
     from eval.profile import ProfileOptions
     from eval.sketch import SketchOptions
@@ -52,7 +54,8 @@ DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
 @click.option(
     "--candidates",
     multiple=True,
-    help="Before any variant exists: make these on the fly, e.g. 2,3,4,6 bits, rounded on fitted grids without GPTQ.",
+    help="Before any variant exists: make these on the fly: bits (2,3,4,6) and schemes (nvfp4) rounded on fitted grids "
+    "without GPTQ; GGUF types (Q2_K,IQ3_S,Q4_K,IQ4_KSS) by their encoders.",
 )
 @click.option("-g", "--group-size", default="64", show_default=True, help="Of --candidates: 32, 64, 128 or channel.")
 @click.option("--asym", is_flag=True, help="--candidates have a zero point per group.")
@@ -61,6 +64,9 @@ DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
     default=16,
     show_default=True,
     help="--candidates: calibration rows by whose inputs errors are weighed on fitting grids; 0: all alike.",
+)
+@click.option(
+    "--imatrix", metavar="FILE", help="--candidates of GGUF types: importance from this imatrix file instead."
 )
 @click.option(
     "-o",
@@ -140,6 +146,7 @@ def main(
     group_size: str,
     asym: bool,
     importance_rows: int,
+    imatrix: str | None,
     out: Path,
     level: str,
     context: str,
@@ -175,6 +182,7 @@ def main(
       model_profile -mb base -i 3bpw -s 2bpw 4bpw 6bpw -o profile.jsonl
       model_profile -mb base -i 3bpw -s 2bpw 4bpw 6bpw --level tensor --mode sketch -o profile.jsonl
       model_profile -mb base --candidates 2,3,4,6 -o profile.jsonl        # needs no variants
+      model_profile -mb base --candidates Q2_K,IQ3_S,Q4_K,IQ4_KSS,Q6_K --mode sketch -o profile.jsonl
     """
     check_json_path(json_path)
     if mode == "hybrid" and bits is None:
@@ -186,7 +194,9 @@ def main(
     if candidates:
         if sources:
             raise RecompileError("--candidates and -s exclude each other: candidates are made, sources are there")
-        offered = _made_candidates(reference, candidates, group_size, asym, importance_rows, text, dataset, device, out)
+        roles = frozenset(role for role, asked in (("head", head), ("embedding", embedding)) if asked)
+        make = Making(group_size, asym, importance_rows, imatrix, text, dataset, device, out, level, roles, quiet)
+        offered = _made_candidates(reference, candidates, make)
         base_id = _named(in_dir, offered)
     else:
         if in_dir is None or not sources:
@@ -365,33 +375,93 @@ def _dearest(profile: Profile, most: int = 3) -> str:
     return ", ".join(f"{name} {kl:.4f}" for kl, name in ranked[:most])
 
 
-def _made_candidates(
-    reference: Checkpoint,
-    names: tuple[str, ...],
-    group_size: str,
-    asym: bool,
-    importance_rows: int,
-    text: Path | None,
-    dataset: str | None,
-    device: str,
-    out: Path,
-) -> list[tuple[SourceId, Checkpoint]]:
-    """The candidates of `--candidates`, which are made on the fly from the reference."""
-    from recompile.quantize.made import make_variant, parse_candidates, save_importance, spec_of
+@dataclass(frozen=True)
+class Making:
+    """How candidates are made on the fly, as the options say it. roles: other than layers that are groups too."""
 
-    if group_size != "channel" and not group_size.isdigit():
-        raise RecompileError(f"--group-size {group_size}: wanted a number such as 64, or channel")
-    size = None if group_size == "channel" else int(group_size)
-    specs = [spec_of(name, group_size=size, symmetric=not asym) for name in parse_candidates(names)]
-    importance = None
-    if importance_rows:
+    group_size: str
+    asym: bool
+    importance_rows: int
+    imatrix: str | None
+    text: Path | None
+    dataset: str | None
+    device: str
+    out: Path
+    level: str
+    roles: frozenset[str]
+    quiet: bool
+
+
+def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making) -> list[tuple[SourceId, Checkpoint]]:
+    """The candidates of `--candidates`, which are made on the fly from the reference."""
+    from recompile.quantize.made import fallbacks_of, make_variants, parse_candidates, save_importance, spec_of
+
+    if make.group_size != "channel" and not make.group_size.isdigit():
+        raise RecompileError(f"--group-size {make.group_size}: wanted a number such as 64, or channel")
+    size = None if make.group_size == "channel" else int(make.group_size)
+    specs = [spec_of(name, group_size=size, symmetric=not make.asym) for name in parse_candidates(names)]
+    types = [source_id for source_id, spec in specs if "type" in spec]
+    if types:
+        _check_gguf_groups(reference, make)
+        if len(types) < len(specs):
+            _say("Note: GGUF types and compressed-tensors forms are never in one file: ban one kind in model_optimize.")
+    elif make.imatrix is not None:
+        raise RecompileError("--imatrix: goes with --candidates of GGUF types")
+    importance: Mapping[str, Tensor] | None = None
+    if types and (make.imatrix is not None or make.importance_rows):
+        importance = _gguf_importance(reference, make)
+    elif make.importance_rows:
         from recompile.quantize.calibrate import input_power
 
-        found, vocab = read_rows([reference.path], "calibrate", importance_rows, 512, text, dataset, None)
+        found, vocab = read_rows(
+            [reference.path], "calibrate", make.importance_rows, 512, make.text, make.dataset, None
+        )
         check_vocabulary(reference, vocab)
-        importance = input_power(reference, found.ids, device=compute_device(device))
-        save_importance(importance, out)
-    return [(source_id, make_variant(reference, spec, importance)) for source_id, spec in specs]
+        importance = input_power(reference, found.ids, device=compute_device(make.device))
+    offered = make_variants(reference, specs, importance, make.roles)
+    if importance is not None:
+        save_importance(importance, make.out)
+    for line in fallbacks_of(offered):
+        _say(line)
+    return list(offered)
+
+
+def _check_gguf_groups(reference: Checkpoint, make: Making) -> None:
+    """Raise RecompileError for groups that no GGUF file can tell apart, or whose swap the profilers do not run."""
+    from recompile.costs import is_expert
+
+    if make.level in ("expert", "tensor") and any(is_expert(name) for name in reference.modules):
+        raise RecompileError(
+            f"--level {make.level}: in GGUF all experts of a projection are one tensor of one type; use --level fused"
+        )
+    tied = reference.config.get("tie_word_embeddings") or "lm_head.weight" not in reference.tensors
+    if "embedding" in make.roles and tied:
+        raise RecompileError(
+            "--embedding: it is the output head as well here, and a swap of both at once is not measured; the -i "
+            "candidate says its type"
+        )
+
+
+def _gguf_importance(reference: Checkpoint, make: Making) -> Mapping[str, Tensor]:
+    """As `model_quantize --format gguf` gets it: of calibration rows, or of an imatrix file."""
+    from recompile.gguf.names import architecture_of
+    from recompile.imatrix import read_imatrix
+    from recompile.quantize.gguf import base_tensors, collect_importance, importance_from
+
+    if make.imatrix is not None:
+        tensors = base_tensors(reference, architecture_of(reference.config.get("model_type")))
+        return importance_from(read_imatrix(make.imatrix), tensors, make.imatrix).values
+    found, vocab = read_rows([reference.path], "calibrate", make.importance_rows, 512, make.text, make.dataset, None)
+    check_vocabulary(reference, vocab)
+    passing = collect_importance(reference, found.ids, device=compute_device(make.device), source=found.source)
+    with progress("calibrating", 1, unit="layers", quiet=make.quiet) as bar:
+        while True:
+            try:
+                step = next(passing)
+            except StopIteration as stop:
+                values: Mapping[str, Tensor] = stop.value.values
+                return values
+            bar.update(step.done, f"layer {step.done}", step.total)
 
 
 def _named(name: str | None, offered: list[tuple[SourceId, Checkpoint]]) -> SourceId:

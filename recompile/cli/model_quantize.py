@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from recompile.overlay import HEAD_NAMES
 
 if TYPE_CHECKING:
     from recompile.checkpoint import Checkpoint
-    from recompile.quantize.gguf import VariantsReport
+    from recompile.quantize.gguf import Mix, VariantsReport
     from recompile.quantize.mix import MixEncoder
     from recompile.quantize.pipeline import Encoder, ModuleReport, QuantizeReport
     from recompile.tokens import Rows
@@ -62,7 +63,8 @@ if TYPE_CHECKING:
     "--override",
     "recipe_path",
     type=click.Path(path_type=Path),
-    help="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}. OUT is then the mix's own directory.",
+    help="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}. OUT is then the mix's own directory; "
+    "with {id: Q4_K, type: Q4_K}, or llama-quantize's, --custom-q's or thireus's recipes, a GGUF file.",
 )
 @click.option(
     "--format",
@@ -109,7 +111,10 @@ if TYPE_CHECKING:
     help="GGUF: the file whose tokenizer keys the outputs get; needed where the base is no GGUF file.",
 )
 @click.option(
-    "--imatrix", metavar="FILE", help="GGUF: importance from this imatrix file in place of a calibration pass."
+    "--imatrix",
+    metavar="FILE",
+    help="GGUF: importance from this imatrix file, or a profile's .importance.safetensors, in place of a calibration "
+    "pass.",
 )
 @click.option("--save-imatrix", metavar="FILE", help="GGUF: also write the importance as an imatrix file.")
 @click.option(
@@ -166,6 +171,7 @@ def main(
       model_quantize -i base -o awq --scheme w4a16-g64 --method awq
       model_quantize -i base -o gguf --format gguf -b Q3_K_S Q4_K Q6_K IQ4_KSS --tokenizer-from X.gguf
       model_quantize -i base -o mix -or overrides.yaml           # straight to the mix, no variants
+      model_quantize -i base -o MIX.gguf -or overrides.yaml --tokenizer-from X.gguf
     """
     check_json_path(json_path)
     if not bits and not schemes and modifiers is None and recipe_path is None:
@@ -184,18 +190,23 @@ def main(
             "--scheme and --modifiers say all of the stored form; leave out -b, -or, --format, --engine, --asym and "
             "--head-bits"
         )
-    if recipe_path is not None and (engine != "own" or head_bits is not None or format_name == "gguf"):
-        raise click.UsageError(
-            "-or goes with --engine own, without --format gguf (recompile -or merges GGUF files) and without -hb: "
-            "a line for lm_head.* says what the head is"
-        )
-    if format_name == "gguf":
+    if recipe_path is not None and (engine != "own" or head_bits is not None):
+        raise click.UsageError("-or goes with --engine own and without -hb: a line for lm_head.* says what the head is")
+    gguf_mix = recipe_path is not None and _is_gguf_recipe(recipe_path)
+    if format_name == "gguf" or gguf_mix:
         from recompile.checkpoint import open_checkpoint
 
-        base = open_checkpoint(_converted(in_dir, out_dir, quiet) if converter else in_dir)
+        folder = out_dir if recipe_path is None else out_dir.parent
+        base = open_checkpoint(_converted(in_dir, folder, quiet) if converter else in_dir)
         make = partial(read_rows, [base.path], "calibrate", rows, length, text, dataset, input_ids)
         files = (tokenizer_from, imatrix, save_imatrix)
-        _make_gguf(base, out_dir, bits, files, make if importance else None, device, dtype, json_path, quiet)
+        names: Sequence[str | Mix] = bits
+        provenance: dict[str, str] = {}
+        if recipe_path is not None:
+            mix, provenance = gguf_mix_of(recipe_path, base, out_dir, bits)
+            names = [mix]
+        calibrate = make if importance else None
+        _make_gguf(base, folder, names, provenance, files, calibrate, device, dtype, json_path, quiet)
         return
     rates = _rates(bits)
     if engine != "own":
@@ -254,6 +265,42 @@ def _rates(bits: tuple[str, ...]) -> tuple[float, ...]:
         raise FormatError(f"-b {' '.join(bits)}: wanted numbers (tensor types go with --format gguf)") from None
 
 
+def _is_gguf_recipe(path: Path) -> bool:
+    """Whether a recipe is of GGUF types: ours with such sources, or another tool's."""
+    from recompile.quantize.gguf_mix import makes_gguf
+    from recompile.recipe import load_recipe
+    from recompile.recipe_formats import looks_like_type_recipe
+
+    return looks_like_type_recipe(path) or makes_gguf(load_recipe(path))
+
+
+def gguf_mix_of(path: Path, base: Checkpoint, out: Path, bits: Sequence[str]) -> tuple[Mix, dict[str, str]]:
+    """The types that a recipe, ours or another tool's, gives to the tensors of a file, and what its keys say of that.
+
+    bits: the type or preset of what no line names, at most one"""
+    import recompile
+    from recompile.gguf.names import architecture_of
+    from recompile.quantize.gguf import base_tensors
+    from recompile.quantize.gguf_mix import check_out, mix_of, mix_of_types
+    from recompile.recipe import load_recipe
+    from recompile.recipe_formats import load_type_recipe, looks_like_type_recipe
+
+    if len(bits) > 1:
+        raise FormatError("-or: -b gives the type of what no line names, so one type")
+    check_out(out)
+    unnamed = bits[0] if bits else None
+    tensors = base_tensors(base, architecture_of(base.config.get("model_type")))
+    if looks_like_type_recipe(path):
+        mix = mix_of_types(load_type_recipe(path), base, tensors, unnamed, out.name)
+    else:
+        recipe = load_recipe(path)
+        for warning in recipe.warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        mix = mix_of(recipe, base, tensors, unnamed, out.name)
+    source = json.dumps({"file": base.path.resolve().name, "fingerprint": base.fingerprint})
+    return mix, {"version": recompile.__version__, "base": source, "recipe": path.read_text(encoding="utf-8")}
+
+
 def _converted(in_dir: str, out_dir: Path, quiet: bool) -> Path:
     """The base as a GGUF file made by llama.cpp's own converter."""
     from recompile.quantize.gguf_convert import convert
@@ -265,7 +312,8 @@ def _converted(in_dir: str, out_dir: Path, quiet: bool) -> Path:
 def _make_gguf(
     base: Checkpoint,
     out_dir: Path,
-    names: tuple[str, ...],
+    names: Sequence[str | Mix],
+    provenance: Mapping[str, str],
     files: tuple[str | None, str | None, str | None],
     make_rows: Callable[[], tuple[Rows, int | None]] | None,
     device: str,
@@ -273,14 +321,16 @@ def _make_gguf(
     json_path: Path | None,
     quiet: bool,
 ) -> None:
-    """One GGUF file for each type or preset.
+    """One GGUF file for each type, preset or mix.
 
-    files: the GGUF file with the tokenizer's keys, the imatrix file to read and the one to write
+    provenance: keys for every file; files: the GGUF file with the tokenizer's keys, the imatrix file (or a profile's
+    importance) to read and the one to write
     make_rows: the calibration rows; None: no importance
     """
     from recompile.gguf.container import open_gguf
     from recompile.imatrix import read_imatrix, write_imatrix
     from recompile.quantize.gguf import (
+        Importance,
         VariantsReport,
         build_variants,
         collect_importance,
@@ -291,8 +341,13 @@ def _make_gguf(
 
     tokenizer_from, imatrix, save_imatrix = files
     keys_of = open_gguf(tokenizer_from) if tokenizer_from is not None else None
-    plan = plan_variants(base, out_dir, names, tokenizer_from=keys_of)  # refuses what it must before the long work
-    if imatrix is not None:
+    # refuses what it must before the long work
+    plan = plan_variants(base, out_dir, names, tokenizer_from=keys_of, provenance=provenance)
+    if imatrix is not None and imatrix.endswith(".safetensors"):
+        from recompile.quantize.made import read_importance
+
+        plan = replace(plan, importance=Importance(read_importance(Path(imatrix)), source=imatrix))
+    elif imatrix is not None:
         plan = replace(plan, importance=importance_from(read_imatrix(imatrix), plan.tensors, imatrix))
     elif make_rows is not None:
         found, vocab = make_rows()
@@ -341,7 +396,8 @@ def _gguf_summary(report: VariantsReport) -> str:
             key = (entry.asked, entry.got, entry.note)
             noted[key] = noted.get(key, 0) + 1
         for (asked, got, note), count in noted.items():
-            text += f"\n{preset}: {count} tensors asked to be {asked} are {got}: {note}"
+            what = f"tensors asked to be {asked} are {got}" if asked != got else f"{got} tensors"
+            text += f"\n{preset}: {count} {what}: {note}"
     return text
 
 

@@ -26,6 +26,7 @@ from recompile.cli.common import (
 from recompile.cli.options import many_values_command, output_options
 from recompile.engines import ENGINES
 from recompile.errors import CheckpointError, RecipeError, UnsupportedError
+from recompile.formats.gguf_types import TYPES
 from recompile.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable, role_of
 from recompile.recipe import Recipe
 from recompile.write import (
@@ -135,7 +136,7 @@ def main(
       recompile -i 3bpw -o mix -or overrides.yaml --verify
       recompile --check mix --engine vllm
       recompile -i Q3_K.gguf -o MIX.gguf -or overrides.yaml --verify
-      recompile -i Q3_K.gguf -or overrides.yaml --emit llama-quantize
+      recompile -i Q3_K.gguf -or overrides.yaml --emit llama-quantize      # or -i base, for a mix that is to be made
       recompile -i Q3_K.gguf -o MIX.gguf -or custom-q.txt --type-sources IQ4_XS=IQ4_XS.gguf Q6_K=Q6_K.gguf
     """
     check_json_path(json_path)
@@ -151,6 +152,9 @@ def main(
     from recompile.checkpoint import open_checkpoint
 
     base = open_checkpoint(in_dir)
+    if emit_as is not None and override is not None and not type_sources and _is_to_be_made(base, override):
+        _emit_made(base, override, emit_as, out_dir)
+        return
     recipe = _type_recipe(base, override, type_sources, allow_unmatched)
     overlay = build_overlay(base, recipe or override, allow_unmatched=allow_unmatched)
     if emit_as is not None:
@@ -229,11 +233,48 @@ def _type_recipe(
     return as_recipe(types, base.file, open_type_sources(type_sources), allow_unmatched=allow_unmatched)
 
 
+def _is_to_be_made(base: Checkpoint, override: str) -> bool:
+    """Whether a recipe is of GGUF types that model_quantize would make of a dense base."""
+    from recompile.quantize.gguf_mix import makes_gguf
+    from recompile.recipe import load_recipe
+    from recompile.recipe_formats import looks_like_type_recipe
+
+    if looks_like_type_recipe(override):
+        return not base.is_quantized and not isinstance(base, GgufCheckpoint)
+    return makes_gguf(load_recipe(override))
+
+
+def _emit_made(base: Checkpoint, override: str, dialect: str, out: Path | None) -> None:
+    """The types that `model_quantize -i BASE -or FILE` would give, as a recipe of another tool."""
+    from recompile.cli.model_quantize import gguf_mix_of
+    from recompile.gguf.names import architecture_of
+    from recompile.quantize.gguf import base_tensors
+    from recompile.quantize.gguf_mix import types_got
+    from recompile.recipe_formats import emit
+
+    mix, _ = gguf_mix_of(Path(override), base, Path("mix.gguf"), ())
+    tensors = base_tensors(base, architecture_of(base.config.get("model_type")))
+    types = types_got(mix.kinds, tensors)
+    _warn_of_forks_types(types, dialect)
+    _put(emit(types, dialect, f"{base.label} ({override})"), out)
+
+
 def _emit(overlay: Overlay, dialect: str, out: Path | None) -> None:
     from recompile.recipe_formats import emit, types_of
 
     comment = f"{overlay.label}, {format_bpw(overlay.accounting.bpw)} bpw over quantized modules"
-    text = emit(types_of(overlay), dialect, comment)
+    types = types_of(overlay)
+    _warn_of_forks_types(types, dialect)
+    _put(emit(types, dialect, comment), out)
+
+
+def _warn_of_forks_types(types: Mapping[str, str], dialect: str) -> None:
+    own = sorted({name for name in types.values() if TYPES[name].fork})
+    if own and dialect == "llama-quantize":
+        click.echo(f"Warning: {', '.join(own)}: ik_llama.cpp's own, which llama.cpp's llama-quantize refuses", err=True)
+
+
+def _put(text: str, out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint import Checkpoint, GgufCheckpoint
-from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError
-from recompile.formats.gguf_encode import NEEDS_IMPORTANCE, quantize_rows, resolve
+from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
+from recompile.formats.gguf_encode import ENCODABLE, NEEDS_IMPORTANCE, quantize_rows, resolve
 from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
 from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, encode_key, lay_out
 from recompile.gguf.keys import heads_in, llama3_factors, model_records, tokenizer_records
 from recompile.gguf.names import ARCHITECTURES, Architecture, Place, architecture_of, place_of, row_order
 from recompile.imatrix import Imatrix, InputSums
-from recompile.quantize.calibrate import InputCollector
+from recompile.quantize.calibrate import InputCollector, InputPower
 from recompile.stream import LayeredModel
 from recompile.write_gguf import PROVENANCE, QUANTIZATION_VERSION
 
@@ -76,6 +76,22 @@ class Preset:
             if _holds(where, layer, layers):
                 return kind
         return self.default
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The types that a recipe gives to every tensor, in the place of a preset.
+
+    name:  of the file
+    kinds: GGUF tensor -> type asked for, of all tensors that are not plain
+    """
+
+    name: str
+    kinds: Mapping[str, str] = field(repr=False)
+    file_type: int | None = None
+
+    def wanted(self, name: str, layers: int, tied: bool) -> str:
+        return self.kinds[name]
 
 
 def _holds(where: str, layer: int, layers: int) -> bool:
@@ -145,20 +161,23 @@ def collect_importance(
     base: Checkpoint, ids: Tensor, *, device: str = "cpu", dtype: torch.dtype | None = None, source: str = ""
 ) -> Generator[Calibrated, None, Importance]:
     """One pass of calibration rows (int64 [rows, tokens]) over the layers; returns what was collected. The head's
-    inputs are collected too, under its own name and the embedding's (which is the head where both are tied)."""
+    inputs are collected too, under the embedding's name where both are tied: then that is the head."""
     model = LayeredModel.of(base, dtype=dtype, device=device)
     model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
     values: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
     states = list(model.embed(ids, max(1, BATCH_TOKENS // ids.shape[1])))
     for number in range(model.depth):
-        with model.layer(number), InputCollector(model, number) as collector:
-            for n, state in enumerate(states):
-                states[n] = model.run_layer(number, state)
+        with model.layer(number):
+            collector = InputCollector(model, number)
+            collector.statistics = InputPower
+            with collector:
+                for n, state in enumerate(states):
+                    states[n] = model.run_layer(number, state)
         for group in collector.groups:
             if group.hessian is None:
                 continue
-            mean = (group.hessian.diagonal() / max(1, group.tokens)).cpu().clone()
+            mean = (group.hessian / max(1, group.tokens)).cpu()
             for name in group.modules:
                 values[name], tokens[name] = mean, group.tokens
         yield Calibrated(number + 1, model.depth)
@@ -168,7 +187,9 @@ def collect_importance(
             x = norm(state).reshape(-1, state.shape[-1]).float()
             total += x.square().sum(0).cpu()
             count += len(x)
-    for name in (model.prefix_of(model.head), model.prefix_of(model.embedding)):
+    head, embedding = model.prefix_of(model.head), model.prefix_of(model.embedding)
+    tied = base.config.get("tie_word_embeddings") or f"{head}.weight" not in base.tensors
+    for name in (head, embedding) if tied else (head,):
         values[name], tokens[name] = total / max(1, count), count
     return Importance(values, tokens, source)
 
@@ -249,7 +270,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Variant:
-    preset: Preset
+    preset: Preset | Mix
     path: Path
     kinds: tuple[GgufType, ...]
     layout: Layout = field(repr=False)
@@ -304,20 +325,23 @@ class VariantsReport:
 def plan_variants(
     base: Checkpoint,
     out_dir: Path,
-    names: Sequence[str],
+    names: Sequence[str | Mix],
     *,
     stem: str | None = None,
     tokenizer_from: GgufFile | None = None,
     importance: Importance | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> VariantPlan:
     """Decide every tensor of every file; reads headers and configs only.
 
-    names: presets or types; stem: file names are STEM-PRESET.gguf, default the base's name
+    names: presets or types; stem: file names are STEM-PRESET.gguf, default the base's name. A Mix has a file name of
+    its own; provenance: keys that go into every file, without their prefix
 
     Raises FormatError (an unknown or doubled type, a base that is quantized), UnsupportedError (an architecture without
     names), CheckpointError (no tokenizer keys), MismatchError (another model's tokenizer), OutputError (a file exists).
     """
-    if len(set(map(str.upper, names))) != len(names):
+    plain = [name.upper() for name in names if isinstance(name, str)]
+    if len(set(plain)) != len(plain):
         raise FormatError("-b: a type is given twice")
     if base.is_quantized:
         raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
@@ -354,18 +378,28 @@ def plan_variants(
     layers = int(base.config["num_hidden_layers"])
     variants = []
     for name in names:
-        preset = find_preset(name)
+        preset = find_preset(name) if isinstance(name, str) else name
         kinds = tuple(
             TYPES["F32"] if tensor.plain else resolve(preset.wanted(tensor.name, layers, tied), tensor.ne[0])
             for tensor in tensors
         ) + (TYPES["F32"],) * len(extra)
+        opaque = next((kind for kind in kinds if kind.name not in ENCODABLE), None)
+        if opaque is not None:
+            raise UnsupportedError(
+                f"{opaque.name}: has no encoder here; a tensor of this type can only be merged from a file that has it"
+            )
         head = dict(records)
         if preset.file_type is not None:
             head["general.file_type"] = encode_key("general.file_type", preset.file_type, "u32")
         head["general.quantization_version"] = encode_key("general.quantization_version", QUANTIZATION_VERSION, "u32")
+        for key, value in (provenance or {}).items():
+            head[f"{PROVENANCE}{key}"] = encode_key(f"{PROVENANCE}{key}", value)
         new = [NewTensor(t.name, kind, t.ne) for t, kind in zip(tensors, kinds, strict=False)]
         new += [NewTensor(key, TYPES["F32"], (len(value),)) for key, value in extra.items()]
-        path = out_dir / f"{stem or base.path.resolve().name.removesuffix('.gguf')}-{preset.name}.gguf"
+        if isinstance(preset, Mix):
+            path = out_dir / preset.name
+        else:
+            path = out_dir / f"{stem or base.path.resolve().name.removesuffix('.gguf')}-{preset.name}.gguf"
         variants.append(Variant(preset, path, kinds, lay_out(head.values(), new)))
     for variant in variants:
         if variant.path.exists():
@@ -465,7 +499,8 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
         weight = to_gguf(plan.base.load(source).float(), tensor.place)
         rows = weight.reshape(-1, tensor.ne[0])
         importance = _importance_of(plan, source, tensor)
-        unseen = unseen or (plan.importance is not None and importance is None and not tensor.plain)
+        looked_up = tensor.name == "token_embd.weight"  # unless it is the head too, it has no inputs to weigh errors by
+        unseen = unseen or (plan.importance is not None and importance is None and not tensor.plain and not looked_up)
         step = max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]

@@ -2,8 +2,9 @@
 
 A profile of such candidates says which mix to make before anything is quantized; `model_quantize -or` then makes just
 that mix in one calibrated pass. A weight goes through the grids and the scale search of model_quantize (method "mse",
-optionally with importance from calibration rows) without GPTQ, and is decoded at once: nothing is kept, so a run holds
-no more than the weights it asked for. Sizes are those of the stored form, to the bit.
+optionally with importance from calibration rows) without GPTQ, or through the encoder of a GGUF type, and is decoded at
+once: nothing is kept but encodings that several types fall back to, so a run holds little more than the weights it
+asked for. Sizes are those of the stored form, to the bit. How each kind is made is in `makers`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint import Checkpoint, StoredModule, TensorInfo, open_checkpoint, split_name
-from recompile.costs import ROUTERS, Profile
+from recompile.costs import Profile, candidate_label
 from recompile.errors import CheckpointError, FormatError, OutputError, UnsupportedError
 from recompile.overlay import role_of
 from recompile.recipe import SourceId
@@ -28,10 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recompile.quantize.encoders import IntEncoder
+    from recompile.quantize.makers import Maker, SharedEncodings
 
 Spec = Mapping[str, Any]  # how a candidate is made, as a source of a recipe says it: {"bits": 4, "group_size": 32}
 DEFAULTS: Mapping[str, Any] = {"group_size": 64, "symmetric": True}  # model_quantize's own
-NOWHERE = Path("(made on the fly)")
 
 
 def parse_candidates(texts: Sequence[str]) -> list[str]:
@@ -46,18 +48,57 @@ def parse_candidates(texts: Sequence[str]) -> list[str]:
 
 
 def spec_of(name: str, **settings: Any) -> tuple[SourceId, dict[str, Any]]:
-    """The id and the spec of a candidate as the user calls it: "4" -> (4, {"bits": 4}). Settings that are the default
-    are left out. Raises FormatError for a name that nothing here can make."""
-    if re.fullmatch(r"\d+", name) is None:
-        raise FormatError(
-            f"--candidates {name}: wanted whole bits from 2 to 8; other kinds of candidates cannot be made on the fly"
-        )
-    bits = int(name)
-    return bits, {"bits": bits, **{key: value for key, value in settings.items() if DEFAULTS[key] != value}}
+    """The id and the spec of a candidate as the user calls it: "4" -> (4, {"bits": 4}), "q4_k" -> ("Q4_K", {"type":
+    "Q4_K"}), "nvfp4" -> ("nvfp4", {"scheme": "nvfp4"}). Settings are those of integers; the default ones are left out.
+    mxfp4 and nvfp4 are both, told by their case: in capitals the GGUF type. Raises FormatError for a name that nothing
+    here can make."""
+    if re.fullmatch(r"\d+", name):
+        bits = int(name)
+        return bits, {"bits": bits, **{key: value for key, value in settings.items() if DEFAULTS[key] != value}}
+    from recompile.formats.gguf_types import find_type
+    from recompile.formats.schemes import parse_scheme
+
+    reasons = []
+    readers = (("type", find_type), ("scheme", parse_scheme))
+    for kind, read in readers[::-1] if name.islower() and name.upper() in ("MXFP4", "NVFP4") else readers:
+        try:
+            found = read(name).name
+        except FormatError as error:
+            reasons.append(str(error))
+            continue
+        return found, {kind: found}
+    raise FormatError(
+        f"--candidates {name}: wanted whole bits from 2 to 8, a GGUF type such as Q4_K, or a scheme such as w4a16-g64; "
+        f"{'; '.join(reasons)}"
+    )
+
+
+def maker_of(spec: Spec, literal: frozenset[str] = frozenset(), shared: SharedEncodings | None = None) -> Maker:
+    """How a spec's variants are made. literal, shared: of GGUF types, see GgufMaker.
+
+    Raises FormatError for a spec that asks for what no format has, or has no encoder here."""
+    from recompile.quantize.makers import GgufMaker, IntMaker, SchemeMaker, SharedEncodings
+
+    if "bits" in spec:
+        return IntMaker(encoder_of(spec))
+    kind = next(iter(spec), "")
+    if len(spec) != 1 or kind not in ("type", "scheme"):
+        raise FormatError(f"{dict(spec)}: wanted bits (and optionally {', '.join(DEFAULTS)}), a type or a scheme")
+    if kind == "scheme":
+        from recompile.formats.schemes import parse_scheme
+
+        return SchemeMaker(parse_scheme(str(spec["scheme"])))
+    from recompile.formats.gguf_encode import ENCODABLE
+    from recompile.quantize.gguf import find_preset
+
+    preset = find_preset(str(spec["type"]))
+    if preset.default not in ENCODABLE:
+        raise FormatError(f"{preset.name}: has no encoder here, it cannot be made; it can be merged from a file")
+    return GgufMaker(preset.name, literal, shared if shared is not None else SharedEncodings())
 
 
 def encoder_of(spec: Spec, method: str = "mse", importance: bool = True) -> IntEncoder:
-    """The encoder of one candidate. Raises FormatError for a spec that asks for what the format does not have."""
+    """The encoder of an integer candidate. Raises FormatError for what the format does not have."""
     from recompile.quantize.encoders import IntEncoder
 
     unknown = set(spec) - {"bits", *DEFAULTS}
@@ -74,103 +115,119 @@ class MadeVariant(Checkpoint):
     base: Checkpoint | None = None
     spec: Spec = field(default_factory=dict)
     importance: Mapping[str, Tensor] | None = None  # module -> [in], mean square of every input
-    made: frozenset[str] = frozenset()  # modules that are quantized
+    maker: Maker | None = None
+    forms: Mapping[str, str] = field(default_factory=dict)  # of the modules that are made
+    fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module -> type asked for, type it gets
+
+    @property
+    def made(self) -> frozenset[str]:
+        return frozenset(self.forms)
 
     @cached_property
     def modules(self) -> Mapping[str, StoredModule]:
         assert self.base is not None
-        return {name: self._made_module(module) for name, module in self.base.modules.items()}
-
-    def _made_module(self, module: StoredModule) -> StoredModule:
-        if module.name not in self.made:
-            return module
-        prefix = f"{module.name}."
-        parts = {
-            part: self.tensors[prefix + part]
-            for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "bias")
-            if prefix + part in self.tensors
-        }
-        return StoredModule(module.name, parts, module.shape, "pack-quantized")
+        parts: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.tensors.items():
+            owner, part = split_name(name)
+            parts.setdefault(owner, {})[part] = info
+        found = {}
+        for module in self.base.modules.values():
+            if module.name in self.forms:
+                found[module.name] = StoredModule(
+                    module.name, parts[module.name], module.shape, self.forms[module.name]
+                )
+            elif all(info.name in self.tensors for info in module.parts.values()):  # not a tied head stored once more
+                kept = {part: self.tensors[info.name] for part, info in module.parts.items()}
+                found[module.name] = StoredModule(module.name, kept, module.shape, module.format)
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the base, of how it is made, and of the importance."""
         assert self.base is not None
+        assert self.maker is not None
         digest = hashlib.sha256(f"{self.base.fingerprint} {json.dumps(dict(self.spec), sort_keys=True)}".encode())
-        digest.update(json.dumps(encoder_of(self.spec).description(), sort_keys=True).encode())
+        digest.update(json.dumps(self.maker.description(), sort_keys=True).encode())
         for name in sorted(self.importance or {}):
             digest.update(name.encode() + (self.importance or {})[name].cpu().numpy().tobytes())
         digest.update(" ".join(sorted(self.made)).encode())
         return digest.hexdigest()
 
+    @property
+    def working_bytes(self) -> int:
+        """Memory at most that making a weight takes, beside the weight as it is read and as it comes out: a float32
+        copy, one more for the error of a search, and what the maker keeps."""
+        assert self.maker is not None
+        largest = max((module.numel for name, module in self.modules.items() if name in self.forms), default=0)
+        return 8 * largest + self.maker.kept_bytes
+
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
         assert self.base is not None
-        if split_name(tensor)[0] in self.made and not tensor.endswith(".bias"):
+        if split_name(tensor)[0] in self.forms and not tensor.endswith(".bias"):
             raise UnsupportedError(f"{self.label}: {tensor} is made on the fly and stored nowhere")
         return self.base.read(tensor, device)
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
         """As Checkpoint.load; the weight of a made module is rounded here and now, on `device`."""
         assert self.base is not None
+        assert self.maker is not None
         value = self.base.load(tensor, device=device)
         name, part = split_name(tensor)
-        if name not in self.made or part != "weight":
+        if name not in self.forms or part != "weight":
             return value
-        diagonal = (self.importance or {}).get(name)
-        if diagonal is not None:
-            diagonal = diagonal.to(value.device)
-        (encoded,) = encoder_of(self.spec).round(name, value.float(), diagonal)
-        return encoded.dense
+        return self.maker.round(self.base, name, value, self.importance)
 
 
-def make_variant(base: Checkpoint, spec: Spec, importance: Mapping[str, Tensor] | None = None) -> MadeVariant:
+def make_variant(
+    base: Checkpoint, spec: Spec, importance: Mapping[str, Tensor] | None = None, maker: Maker | None = None
+) -> MadeVariant:
     """The variant of a dense base that `spec` describes: what model_quantize would quantize is, all else is the base's.
 
-    Raises FormatError where the base is quantized already, or where nothing would be.
+    maker: of the spec, where it is not the plain one. Raises FormatError where the base is quantized already, or where
+    nothing would be; UnsupportedError for a GGUF type of a model that has no names in GGUF.
     """
     if base.is_quantized:
         raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
-    encoder = encoder_of(spec)
-    made: dict[str, StoredModule] = {}
-    reason = "it has no linear layers"
-    for module in base.modules.values():
-        linear = ".layers." in f".{module.name}" and module.shape is not None and len(module.shape) == 2
-        if not linear or role_of(module.name) != "layer" or module.name.rpartition(".")[2] in ROUTERS:
-            continue
-        assert module.shape is not None
-        why = encoder.why_not(module.name, (module.shape[0], module.shape[1]))
-        if why is None:
-            made[module.name] = module
-        else:
-            reason = f"{module.name}: {why}"
-    if not made:
-        raise FormatError(f"{base.label}: nothing would be quantized; {reason}")
-    tensors: dict[str, TensorInfo] = {}
-    shapes: dict[tuple[int, ...], dict[str, tuple[str, tuple[int, ...], int]]] = {}
-    for name, info in base.tensors.items():
-        owner, part = split_name(name)
-        if owner not in made or part != "weight":
-            tensors[name] = info
-            continue
-        if info.shape not in shapes:
-            shapes[info.shape] = _stored_parts(encoder, info.shape)
-        for stored, (dtype, shape, size) in shapes[info.shape].items():
-            tensors[f"{owner}.{stored}"] = TensorInfo(f"{owner}.{stored}", dtype, shape, NOWHERE, 0, size)
+    maker = maker or maker_of(spec)
+    stored = maker.store(base)
     label = f"{base.label} ({', '.join(f'{key}: {value}' for key, value in spec.items())})"
-    return MadeVariant(base.path, label, base.config, tensors, (), {}, base, spec, importance, frozenset(made))
+    return MadeVariant(
+        base.path, label, base.config, stored.tensors, (), {}, base, spec, importance, maker, stored.formats,
+        stored.fallbacks,
+    )  # fmt: skip
 
 
-def _stored_parts(encoder: IntEncoder, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """part -> (dtype, shape, bytes) of a matrix of this shape: that of an empty one, made and looked at."""
-    import torch
-    from safetensors.torch import _TYPES as TORCH_DTYPES
+def make_variants(
+    base: Checkpoint,
+    specs: Sequence[tuple[SourceId, Spec]],
+    importance: Mapping[str, Tensor] | None = None,
+    literal: frozenset[str] = frozenset(),
+) -> list[tuple[SourceId, MadeVariant]]:
+    """The candidates of one run; what several of their types fall back to is encoded once. literal: see GgufMaker."""
+    from recompile.quantize.makers import SharedEncodings
 
-    spelled = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    (encoded,) = encoder.round("model.layers.0.x", torch.zeros(shape), None)
-    return {
-        part: (spelled[value.dtype], tuple(value.shape), value.numel() * value.element_size())
-        for part, value in encoded.parts.items()
-    }
+    shared = SharedEncodings()
+    return [
+        (source_id, make_variant(base, spec, importance, maker_of(spec, literal, shared))) for source_id, spec in specs
+    ]
+
+
+def making_bytes(candidates: Iterable[object]) -> int:
+    """Memory at most that making candidates takes, one weight at a time; 0 for those on disk."""
+    return max((found.working_bytes for found in candidates if isinstance(found, MadeVariant)), default=0)
+
+
+def fallbacks_of(candidates: Iterable[tuple[SourceId, Checkpoint]]) -> list[str]:
+    """What types become where their blocks do not divide a row, a line for each that is so anywhere."""
+    lines = []
+    for source_id, found in candidates:
+        if not isinstance(found, MadeVariant):
+            continue
+        for (asked, got), count in Counter(found.fallbacks.values()).items():
+            lines.append(
+                f"{candidate_label(source_id)}: {count} of {len(found.forms)} matrices asked to be {asked} get {got}"
+            )
+    return lines
 
 
 # ---- importance beside a profile -------------------------------------------------------------------------------------
@@ -198,26 +255,28 @@ def save_importance(importance: Mapping[str, Tensor], profile: Path) -> None:
 
 def load_importance(profile: Path) -> dict[str, Tensor] | None:
     """None where the candidates of the profile were made without."""
+    path = importance_file(profile)
+    return read_importance(path) if path.exists() else None
+
+
+def read_importance(path: Path) -> dict[str, Tensor]:
+    """Module -> [in] float32, as a profile left it. Raises CheckpointError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = importance_file(profile)
     try:
-        return load_file(path) if path.exists() else None
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; remove it and profile again") from error
 
 
 def open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint]:
     """label -> variant of a profile's candidates: opened, or made anew where they are made on the fly."""
-    reference: Checkpoint | None = None
-    importance: Mapping[str, Tensor] | None = None
-    found: dict[str, Checkpoint] = {}
-    for candidate in profile.header.candidates:
-        if candidate.spec is None:
-            found[candidate.label] = open_checkpoint(candidate.model_dir)
-            continue
-        if reference is None:
-            reference, importance = open_checkpoint(profile.header.reference), load_importance(path)
-        found[candidate.label] = make_variant(reference, candidate.spec, importance)
-    return found
+    header = profile.header
+    found: dict[str, Checkpoint] = {c.label: open_checkpoint(c.model_dir) for c in header.candidates if c.spec is None}
+    specs = [(candidate.id, candidate.spec) for candidate in header.candidates if candidate.spec is not None]
+    if specs:
+        roles = frozenset(role_of(module) for group in header.groups for module in group.modules)
+        made = make_variants(open_checkpoint(header.reference), specs, load_importance(path), roles - {"layer"})
+        found |= {candidate_label(source_id): variant for source_id, variant in made}
+    return {candidate.label: found[candidate.label] for candidate in header.candidates}

@@ -23,15 +23,19 @@ from eval.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint import open_checkpoint
 mode, folder, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 base = open_checkpoint(folder / "base")
-candidates = [(bits, open_checkpoint(folder / f"{bits}bpw")) for bits in (4, 2, 3, 5, 6, 8)]
-ids = torch.zeros(2, 16, dtype=torch.int64)
-match = tuple(f"model.layers.{n}.*" for n in ((46, 47) if mode == "exact" else (0, 20, 47)))
-options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
-path = folder / f"{mode}.jsonl"
-if mode == "exact":
-    *_, profile = profile_exact(base, 4, candidates, ids, path, options)
+if made := sys.argv[4:]:
+    from recompile.quantize.made import make_variants, spec_of
+    first, candidates = made[0], make_variants(base, [spec_of(name) for name in made])
 else:
-    *_, profile = profile_sketch(base, 4, candidates, ids, path, options, SketchOptions(2))
+    first, candidates = 4, [(bits, open_checkpoint(folder / f"{bits}bpw")) for bits in (4, 2, 3, 5, 6, 8)]
+ids = torch.zeros(2, 16, dtype=torch.int64)
+match = tuple(f"model.layers.{n}.*" for n in ((47,) if made else (46, 47) if mode == "exact" else (0, 20, 47)))
+options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
+path = folder / f"{mode}{len(candidates)}.jsonl"
+if mode == "exact":
+    *_, profile = profile_exact(base, first, candidates, ids, path, options)
+else:
+    *_, profile = profile_sketch(base, first, candidates, ids, path, options, SketchOptions(2))
 assert profile.is_complete
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)
@@ -121,11 +125,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("mode", ["sketch", "exact"])
-def test_peak_memory_stays_under_the_cap_with_six_candidates(large: Path, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "made"), [("sketch", ()), ("exact", ()), ("exact", ("Q8_0", "Q6_K"))])
+def test_peak_memory_stays_under_the_cap(large: Path, mode: str, made: tuple[str, ...]) -> None:
+    """Six candidates on disk; GGUF types made on the fly."""
+    if made:
+        pytest.importorskip("libgguf")
     weights = sum(rows * columns for rows, columns in shapes().values())
     assert 4 * weights >= 4 * CAP_MIB * 2**20  # float32, as it is run on a CPU
-    words = [sys.executable, "-c", JOB, mode, str(large), str(CAP_MIB * 2**20)]
+    words = [sys.executable, "-c", JOB, mode, str(large), str(CAP_MIB * 2**20), *made]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) <= CAP_MIB * 2**20

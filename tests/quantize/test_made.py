@@ -19,11 +19,13 @@ from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.costs import Profile, load_profile
 from recompile.errors import FormatError, RecipeError, UnsupportedError
+from recompile.formats.schemes import parse_scheme
 from recompile.overlay import build_overlay
 from recompile.quantize.calibrate import input_power
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.made import make_variant, parse_candidates, spec_of
 from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from recompile.write import execute, plan_write
 
@@ -238,3 +240,50 @@ def test_profile_optimize_quantize_without_any_variant(tiny_models: Mapping[str,
     assert report["variant"]["bpw"] == pytest.approx(promised["bpw"], abs=1e-4)
     assert 2.9 < promised["bpw"] <= 3
     assert open_checkpoint(tmp_path / "out").size_bytes == pytest.approx(promised["total_bytes"], rel=1e-6)
+
+
+# ---- schemes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["w4a16-g32", "fp8-channel", "nvfp4", "mxfp4"])
+def test_a_made_scheme_is_the_variant_on_disk(name: str, tmp_path: Path) -> None:
+    """Bytes and values of what model_quantize writes by method mse; nvfp4's scale is one for q, k and v."""
+    base = open_checkpoint(tiny.base("llama-bias"))
+    encoder = SchemeEncoder((uniform(parse_scheme(name), "mse"),), importance=False)
+    for _ in quantize_model(base, tmp_path, encoder, tiny.rows(1, 4)):
+        pass
+    written = open_checkpoint(tmp_path / name)
+    source_id, made_spec = spec_of(name)
+    made = make_variant(base, made_spec)
+    assert (source_id, made_spec) == (name, {"scheme": name})
+    assert set(made.modules) == set(written.modules)
+    for module, stored in written.modules.items():
+        assert made.modules[module].format == stored.format
+        assert made.modules[module].size_bytes == stored.size_bytes, module
+        tensor = f"{module}.weight"
+        assert torch.equal(made.load(tensor).float(), written.load(tensor).float()), tensor
+
+
+def test_names_that_schemes_and_types_share_are_told_by_case() -> None:
+    assert spec_of("MXFP4") == ("MXFP4", {"type": "MXFP4"})
+    assert spec_of("mxfp4") == ("mxfp4", {"scheme": "mxfp4"})
+    assert spec_of("q4_k") == ("Q4_K", {"type": "Q4_K"})
+    assert spec_of("W4A16-G32") == ("w4a16-g32", {"scheme": "w4a16-g32"})
+
+
+def test_kinds_of_candidates_are_told_apart(tmp_path: Path) -> None:
+    """Bits, schemes and GGUF types in one profile: a table of costs, with the word that no file holds all of them."""
+    ids = save_ids(tiny.rows(2, 16), tmp_path / "ids.safetensors")
+    profile = tmp_path / "p.jsonl"
+    names = ("4", "nvfp4", "q8_0")
+    output = run(
+        model_profile, "-mb", tiny.base("llama"), "--candidates", *names, "--importance-rows", 0, "--level", "layer",
+        "-g", GROUP, "-o", profile, "--input-ids", ids, "--quiet",
+    )  # fmt: skip
+    assert "never in one file" in output
+    found = load_profile(profile)
+    assert [candidate.label for candidate in found.header.candidates] == ["4", "nvfp4", "Q8_0"]
+    bits = found.header.groups[0].bits
+    assert bits["nvfp4"] < bits["Q8_0"]
+    costs = [found.measurements[found.header.groups[0].name, label].mean for label in ("4", "nvfp4", "Q8_0")]
+    assert min(costs) == costs[2] > 0

@@ -1,0 +1,120 @@
+"""A mix of GGUF types straight from a dense base: which type a recipe gives to every tensor.
+
+    sources:
+      - {id: Q4_K, type: Q4_K}
+      - {id: Q6_K, type: Q6_K}
+    overrides:
+      - {key: "*.down_proj.*", source: Q6_K}        # or GGUF's own names, blk.*.ffn_down.*
+    base: {type: Q4_K}
+
+Recipes of other tools (llama-quantize, --custom-q, thireus) say the same in their words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from recompile.checkpoint import Checkpoint
+from recompile.errors import FormatError, RecipeError
+from recompile.formats.gguf_encode import resolve
+from recompile.formats.gguf_types import TYPES, find_type
+from recompile.gguf.container import NewTensor
+from recompile.quantize.gguf import BaseTensor, Mix, Preset, find_preset
+from recompile.recipe import Recipe, suggest
+from recompile.recipe_formats import TypeRecipe
+from recompile.write_gguf import file_type_of
+
+
+def makes_gguf(recipe: Recipe) -> bool:
+    """Whether a recipe's sources, or what it begins with, are GGUF types to be made."""
+    specs: list[Mapping[str, Any]] = [source.spec for source in recipe.sources if source.spec is not None]
+    if isinstance(recipe.base, dict):
+        specs.append(recipe.base)
+    return any("type" in spec for spec in specs)
+
+
+def mix_of(recipe: Recipe, base: Checkpoint, tensors: Sequence[BaseTensor], unnamed: str | None, name: str) -> Mix:
+    """The types of a recipe whose sources are types. Lines name tensors by Hugging Face's names or by GGUF's.
+
+    unnamed: the type or preset of what no line names; None: the recipe's own `base:`, else it stays as the base has it
+    Raises RecipeError for sources that are no types, lines that name nothing to quantize, experts of one tensor that
+    are given several types; FormatError for unknown types.
+    """
+    types: dict[str, str] = {}
+    for source in recipe.sources:
+        if source.spec is None or "type" not in source.spec:
+            what = (
+                f"{source.model_dir} is a directory" if source.spec is None else f"{source.model_dir} is no GGUF type"
+            )
+            raise RecipeError(
+                f"{recipe.location(source)}: {what}; a GGUF mix that is to be made has sources like "
+                f"{{id: Q4_K, type: Q4_K}}, and only such"
+            )
+        try:
+            types[source.model_dir] = find_type(str(source.spec["type"])).name
+        except FormatError as error:
+            raise RecipeError(f"{recipe.location(source)}: {error}") from error
+    if unnamed is None and isinstance(recipe.base, dict):
+        if "type" not in recipe.base:
+            raise RecipeError(f"{recipe.name}: base: {recipe.base}: wanted a GGUF type, as its sources are")
+        unnamed = str(recipe.base["type"])
+    weighty = [tensor for tensor in tensors if not tensor.plain]
+    recipe = replace(recipe, aliases={source: t.name for t in weighty for source in t.sources})
+    names = [source for tensor in weighty for source in tensor.sources]
+    for line in recipe.unmatched(names):
+        near = suggest(line.key, [*names, *recipe.aliases.values()])
+        hint = f'; did you mean "{near}"?' if near else f"; such as {names[0]}"
+        raise RecipeError(f'{recipe.location(line)}: key "{line.key}" matches no tensor to quantize{hint}')
+    kinds: dict[str, str] = {}
+    for tensor in weighty:
+        found = {recipe.source_dir(source) for source in tensor.sources}
+        if len(found) > 1:
+            raise RecipeError(
+                f"{recipe.name}: {tensor.name} holds {len(tensor.sources)} experts and has one type, the recipe gives "
+                f"them {', '.join(sorted(str(types.get(directory or '', unnamed)) for directory in found))}"
+            )
+        (directory,) = found
+        if directory is not None:
+            kinds[tensor.name] = types[directory]
+    return _finish(kinds, base, weighty, unnamed, name)
+
+
+def mix_of_types(
+    types: TypeRecipe, base: Checkpoint, tensors: Sequence[BaseTensor], unnamed: str | None, name: str
+) -> Mix:
+    """The same of another tool's recipe. Raises RecipeError for rules that match no tensor."""
+    stray = types.unmatched([tensor.name for tensor in tensors])
+    if stray:
+        said = "; ".join(f'{types.name}:{rule.line}: "{rule.pattern}" is found in no tensor name' for rule in stray)
+        raise RecipeError(said)
+    weighty = [tensor for tensor in tensors if not tensor.plain]
+    return _finish(types.resolve(tensor.name for tensor in weighty), base, weighty, unnamed, name)
+
+
+def _finish(
+    kinds: dict[str, str], base: Checkpoint, weighty: Sequence[BaseTensor], unnamed: str | None, name: str
+) -> Mix:
+    preset: Preset | None = find_preset(unnamed) if unnamed is not None else None
+    layers = int(base.config["num_hidden_layers"])
+    tied = not any(tensor.name == "output.weight" for tensor in weighty)
+    for tensor in weighty:
+        if tensor.name not in kinds:
+            stored = base.tensors[tensor.sources[0]].dtype
+            kinds[tensor.name] = preset.wanted(tensor.name, layers, tied) if preset is not None else stored
+    got = types_got(kinds, weighty)
+    new = [NewTensor(tensor.name, TYPES[got[tensor.name]], tensor.ne) for tensor in weighty]
+    return Mix(name, {tensor.name: kinds[tensor.name] for tensor in weighty}, file_type_of(new))
+
+
+def types_got(kinds: Mapping[str, str], tensors: Sequence[BaseTensor]) -> dict[str, str]:
+    """GGUF tensor -> the type that it really gets, F32 for those that are never quantized."""
+    return {t.name: "F32" if t.plain else resolve(kinds[t.name], t.ne[0]).name for t in tensors}
+
+
+def check_out(out: Path) -> None:
+    """Raises RecipeError where the name given for a mix is no GGUF file's."""
+    if out.suffix != ".gguf":
+        raise RecipeError(f"-o {out}: a GGUF mix is one file; give it a name that ends in .gguf")
