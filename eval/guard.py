@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, Event, compare_many
 from eval.metrics import Mean, paired_difference
+from recompile.activations import quantizes_inputs
 from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
 from recompile.errors import MissingWeight
@@ -58,6 +59,7 @@ class Verdict:
     rows_sha256: str
     rows_source: str
     noise_floor: float
+    activations: bool = False  # whether the mixes ran with quantized inputs
 
     @property
     def recipe(self) -> Contender:
@@ -116,11 +118,15 @@ def verify(
     *,
     rows_source: str = "",
     rows_sha256: str = "",
+    activations: bool = False,
 ) -> Iterator[Event | Verdict]:
     """Measure a recipe and its rivals over `ids` (int64 [rows, tokens]); yields the events of the comparison, last a
     Verdict. Where a rival that is over the limits is not beaten, its form within them is measured in a second pass.
+
+    activations: run every mix with the inputs of its maps quantized as their schemes say
     """
-    reports = yield from _measure(header, checkpoints, reference, [recipe, *(r.choice for r in rivals)], ids, options)
+    choices: list[Mapping[str, str]] = [recipe, *(r.choice for r in rivals)]
+    reports = yield from _measure(header, checkpoints, reference, choices, ids, options, activations)
     contenders = [_contender(RECIPE, recipe, bits, False, True, reports[0], None)]
     for rival, report in zip(rivals, reports[1:], strict=True):
         competes = rival.within is not None
@@ -138,7 +144,7 @@ def verify(
     again = [rival for rival in again if rival.within is not None and dict(rival.within) not in known]
     if again:
         choices = [rival.within for rival in again if rival.within is not None]
-        more = yield from _measure(header, checkpoints, reference, choices, ids, options)
+        more = yield from _measure(header, checkpoints, reference, choices, ids, options, activations)
         for rival, choice, report in zip(again, choices, more, strict=True):
             smaller = header.fixed_bits + sum(group.bits[choice[group.name]] for group in header.groups)
             name = f"{rival.name} (within the limits)"
@@ -152,6 +158,7 @@ def verify(
         rows_sha256,
         rows_source,
         reports[0].noise_floor,
+        activations,
     )
 
 
@@ -162,8 +169,12 @@ def _measure(
     choices: Sequence[Mapping[str, str]],
     ids: Tensor,
     options: DiffOptions | None,
+    activations: bool,
 ) -> Generator[Event, None, list[DiffReport]]:
     mixes = [mix_of(header, checkpoints, choice) for choice in choices]
+    if activations:
+        quantized = frozenset(number for number, mix in enumerate(mixes) if quantizes_inputs(mix))
+        options = replace(options or DiffOptions(), quantized_inputs=quantized)
     reports: list[DiffReport] = []
     for event in compare_many(mixes, reference, ids, options):
         if isinstance(event, DiffReport):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from eval.diff import versions
 from eval.metrics import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, kl_divergence
+from recompile.activations import QuantizedInputs, quantizes_inputs
 from recompile.checkpoint import Checkpoint, StoredModule, WeightSource, split_name
 from recompile.costs import (
     Candidate,
@@ -42,7 +43,7 @@ from recompile.costs import (
 )
 from recompile.errors import MismatchError, MissingWeight, RecompileError
 from recompile.memory import format_mib, resident_bytes
-from recompile.overlay import account, check_same_model, quantizable, role_of
+from recompile.overlay import account, build_overlay, check_same_model, quantizable, role_of
 from recompile.quantize.made import MadeVariant, making_bytes
 from recompile.recipe import Glob, SourceId, describe_spec
 from recompile.scaling import read_scaled_sets
@@ -64,6 +65,7 @@ class ProfileOptions:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     max_memory_bytes: int | None = None
+    activations: bool = False  # swapped modules also see their inputs quantized as their schemes say (exact mode)
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,7 @@ class ExactProfiler:
     header: ProfileHeader
     ids: Tensor
     plan: MemoryPlan
+    activations: bool = False  # swapped modules see their inputs as their candidate's scheme quantizes them
     batch: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -426,7 +429,10 @@ class ExactProfiler:
             prefix = self.context.prefix_of_layer(index)
             for group, source in wave:
                 mixed = SwappedSource(self.context.source, group.modules, self.candidates[source])
-                with self._swapped(layer, prefix, group.modules, mixed) as differs:
+                with (
+                    self._swapped(layer, prefix, group.modules, mixed) as differs,
+                    self._quantized_inputs(index, group, source),
+                ):
                     swapped.append(self._advance(index, states))
                 # experts alone: elsewhere a swap without effect is a finding, here it only says that none was asked
                 experts = all(is_expert(module) for module in group.modules)
@@ -441,6 +447,12 @@ class ExactProfiler:
             Measurement(group.name, source, self._kl_rows(together[n * rows : (n + 1) * rows]), reached[n])
             for n, (group, source) in enumerate(wave)
         ]
+
+    def _quantized_inputs(self, index: int, group: ProfileGroup, source: str) -> AbstractContextManager[Any]:
+        candidate = self.candidates[source]
+        if not self.activations or not isinstance(candidate, Checkpoint) or isinstance(candidate, MadeVariant):
+            return nullcontext()
+        return QuantizedInputs(self.context, build_overlay(candidate, None), index, group.modules)
 
     @contextmanager
     def _swapped(
@@ -555,6 +567,23 @@ class _Resident:
         return
 
 
+def check_activations(options: ProfileOptions, candidates: Sequence[tuple[SourceId, Checkpoint]]) -> None:
+    """Raise RecompileError where swaps cannot be run with quantized inputs, or no candidate quantizes any."""
+    if options.context != "clean":
+        raise RecompileError("--activations measures one group's inputs at a time: it needs --context clean")
+    if options.head or options.embedding:
+        raise RecompileError(
+            "--activations: inputs of the head are never quantized here; leave out --head, --embedding"
+        )
+    if not any(
+        quantizes_inputs(build_overlay(found, None)) for _, found in candidates if not isinstance(found, MadeVariant)
+    ):
+        raise RecompileError(
+            f"--activations: none of {', '.join(found.label for _, found in candidates)} says how inputs are quantized "
+            f"(input_activations in its config groups); leave it out"
+        )
+
+
 def profile_exact(
     reference: Checkpoint,
     base: SourceId,
@@ -587,8 +616,12 @@ def profile_exact(
         model.dtype,
         rows_sha256=rows_sha256,
         rows_source=rows_source,
+        settings={"activations": True} if options.activations else None,
     )
     context = model
+    if options.activations:
+        check_activations(options, candidates)
+        model.model.set_experts_implementation("eager")  # one linear call an expert, which QuantizedInputs sees
     if context_is_base:
         context = LayeredModel.of(by_id[base_label], dtype=model.dtype, device=options.device)
         check_same_skeleton(model, context)
@@ -596,7 +629,7 @@ def profile_exact(
     with open_journal(path, header) as journal:
         total = sum(len(group.bits) for group in header.groups)
         yield Started(plan, total, total - len(journal.profile.missing()))
-        profiler = ExactProfiler(model, context, by_id, header, ids, plan)
+        profiler = ExactProfiler(model, context, by_id, header, ids, plan, options.activations)
         yield from profiler.run(journal)
         profile = journal.profile
     if options.context == "clean" and profile.control is not None and any(v != 0.0 for v in profile.control.kl_rows):

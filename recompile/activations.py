@@ -8,7 +8,7 @@ running). Values are quantized and decoded again in the compute dtype's float32,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,10 +154,12 @@ class QuantizedInputs(TorchFunctionMode):
     """Context manager: inside it, linear calls of one loaded layer see their inputs as their schemes quantize them.
 
     The model must run experts one by one (`set_experts_implementation("eager")`), as `of` arranges.
+    only: these modules alone; None: all
     """
 
-    def __init__(self, model: LayeredModel, overlay: Overlay, index: int) -> None:
+    def __init__(self, model: LayeredModel, overlay: Overlay, index: int, only: Collection[str] | None = None) -> None:
         super().__init__()
+        self._only = only
         self._weights = LinearWeights(model, index)
         self._overlay, self._device = overlay, model.device
         self._inputs: dict[str, _Input | None] = {}
@@ -178,6 +180,8 @@ class QuantizedInputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _of(self, module: str) -> _Input | None:
+        if self._only is not None and module not in self._only:
+            return None
         if module not in self._inputs:
             placement = self._overlay.placements.get(module)
             self._inputs[module] = (

@@ -97,6 +97,12 @@ if TYPE_CHECKING:
     help="Measure the recipe beside uniform, hand-made and greedy mixes of its size, on rows that nothing else uses. "
     "Default: where the models are at hand.",
 )
+@click.option(
+    "--activations",
+    is_flag=True,
+    help="--check measures with the inputs of maps quantized as the schemes say (w8a8, fp8-dynamic ...), and what is "
+    "written is the best of those mixes. Solvers go by the profile, which model_profile --activations makes alike.",
+)
 @click.option("--no-guard", is_flag=True, help="Write the solver's recipe even where a simpler mix measures better.")
 @click.option("-r", "--rows", default=16, show_default=True, help="Rows for --check.")
 @click.option("-l", "--length", default=256, show_default=True, help="Tokens in a row for --check.")
@@ -127,6 +133,7 @@ def main(
     tie: tuple[str, ...],
     engine: str | None,
     check: bool | None,
+    activations: bool,
     no_guard: bool,
     rows: int,
     length: int,
@@ -161,7 +168,9 @@ def main(
         at_hand = asked and checkpoints is not None and _at_hand(profile, checkpoints)
         solver, minutes = ("refine", 10.0 if minutes is None else minutes) if at_hand else ("exact", minutes)
     rules = Rules(constraints, tie, engine, _refusals(engine, checkpoints), max_step)
-    where = RowOptions(rows, length, device, text, dataset)
+    where = RowOptions(rows, length, device, text, dataset, activations)
+    if activations:
+        _check_activations(check, checkpoints)
     if frontier is not None:
         others = (bits, size, total_bpw, max_kl, max_ppl_increase, active_bpw, start)
         if pool or any(value is not None for value in others) or solver not in SOLVERS:
@@ -209,6 +218,19 @@ def main(
         click.echo(_summary(chosen, final, out, verdict))
     if json_path is not None:
         print_json(json_path, _report(chosen, final, verdict))
+
+
+def _check_activations(check: bool | None, checkpoints: Mapping[str, Checkpoint] | None) -> None:
+    from recompile.activations import quantizes_inputs
+    from recompile.overlay import build_overlay
+
+    if check is False or checkpoints is None:
+        raise RecompileError("--activations is about --check, which needs the models of the profile at hand")
+    if not any(quantizes_inputs(build_overlay(checkpoint, None)) for checkpoint in checkpoints.values()):
+        raise RecompileError(
+            f"--activations: none of {', '.join(checkpoints)} says how inputs are quantized (input_activations in its "
+            f"config groups); leave it out"
+        )
 
 
 def _frontier(

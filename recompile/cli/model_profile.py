@@ -124,6 +124,11 @@ DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
 @click.option("-b", "--bits", type=float, help="With --mode hybrid: the budget whose decisions are checked, in bpw.")
 @click.option("--match", multiple=True, help="Only modules that match a glob (* crosses dots).")
 @click.option("--skip", multiple=True, help="Not the modules that match a glob.")
+@click.option(
+    "--activations",
+    is_flag=True,
+    help="With --mode exact: swapped modules also see their inputs quantized as their schemes say (w8a8, ...).",
+)
 @click.option("--head", is_flag=True, help="The output head is a group too, where variants quantize it.")
 @click.option("--embedding", is_flag=True, help="The embedding is a group too, where variants quantize it.")
 @click.option(
@@ -159,6 +164,7 @@ def main(
     bits: float | None,
     match: tuple[str, ...],
     skip: tuple[str, ...],
+    activations: bool,
     head: bool,
     embedding: bool,
     ray_address: str | None,
@@ -185,6 +191,8 @@ def main(
       model_profile -mb base --candidates Q2_K,IQ3_S,Q4_K,IQ4_KSS,Q6_K --mode sketch -o profile.jsonl
     """
     check_json_path(json_path)
+    if activations and (mode != "exact" or ray_address is not None):
+        raise RecompileError("--activations runs swaps one by one: it needs --mode exact, without --ray")
     if mode == "hybrid" and bits is None:
         raise RecompileError("--mode hybrid checks the decisions of one budget: give it, e.g. -b 3.5")
     from recompile.checkpoint import open_checkpoint
@@ -230,6 +238,7 @@ def main(
         dtype=compute_dtype(dtype),
         device=compute_device(device),
         max_memory_bytes=cap,
+        activations=activations,
     )
     for_draws = minutes if mode != "hybrid" and not auto else None
     sketch = SketchOptions(samples, for_draws, seed, keep_pairs=pairs, mode=mode)

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """`-r -l -d --text --dataset`: the rows of a role and where models run."""
+    """`-r -l -d --text --dataset`: the rows of a role and where models run. activations: with inputs quantized, too."""
 
     rows: int
     length: int
     device: str
     text: Path | None
     dataset: str | None
+    activations: bool = False
 
     def read(self, directories: Sequence[Path], role: str, rows: int | None = None) -> tuple[Rows, int | None]:
         return read_rows(directories, role, rows or self.rows, self.length, self.text, self.dataset, None)
@@ -61,6 +62,7 @@ def run_verification(
         DiffOptions(device=compute_device(options.device), vocab=vocab),
         rows_source=found.source,
         rows_sha256=found.sha256,
+        activations=options.activations,
     )
     for event in _shown(events, len(rivals) + 1, quiet):
         if isinstance(event, Verdict):
@@ -95,10 +97,11 @@ def describe_verdict(verdict: Verdict, profile: Profile) -> str:
         rows.append(
             (contender.name, f"{contender.bits / weights:.4f}", str(contender.kl), difference, _mark(contender))
         )
+    inputs = ", inputs quantized as the schemes say" if verdict.activations else ""
     header = ("mix", "bpw", "measured KL", "recipe - mix, 95 % interval", "")
     return (
         f"Measured on {verdict.rows} rows x {verdict.row_tokens} tokens that nothing else uses (KL in nats per token, "
-        f"paired by row):\n" + format_columns(rows, header, (1, 2, 3)) + "\n" + verdict_line(verdict)
+        f"paired by row{inputs}):\n" + format_columns(rows, header, (1, 2, 3)) + "\n" + verdict_line(verdict)
     )
 
 

@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from eval.diff import DiffOptions, DiffReport, compare_many
+from eval.guard import mix_of
 from recompile.activations import InputScheme, fake_quantize
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
+from recompile.cli.model_optimize import main as model_optimize
+from recompile.cli.model_profile import main as model_profile
+from recompile.cli.options import read_rows
+from recompile.costs import load_profile
 from recompile.errors import FormatError
 from recompile.formats.schemes import parse_scheme
 from recompile.overlay import build_overlay
@@ -105,3 +110,61 @@ def test_model_diff_prints_both(built: Path, tmp_path: Path) -> None:
     assert found["with_activations"]["kl"]["mean"] > found["kl"]["mean"]
     refused = CliRunner().invoke(model_diff, ["-ma", str(tiny.base("llama-2")), *arguments])
     assert (refused.exit_code, "input_activations" in refused.output) == (1, True)
+
+
+def profile(built: Path, out: Path, *more: str) -> Result:
+    rows = ["-r", "2", "-l", "16", "--quiet", "--mode", "exact", "--level", "fused", "-o", str(out)]
+    variants = ["-i", str(built / "fp8-static"), "-s", str(built / "w8a8")]
+    return CliRunner().invoke(model_profile, ["-mb", str(tiny.base("llama-2")), *variants, *rows, *more])
+
+
+def test_a_profile_with_activations_is_a_diff_of_one_swap(built: Path, tmp_path: Path) -> None:
+    """Its figure for one group is the KL of the base with that group swapped and its inputs quantized."""
+    found = profile(built, tmp_path / "p.jsonl", "--activations")
+    assert found.exit_code == 0, found.output
+    with_inputs = load_profile(tmp_path / "p.jsonl")
+    assert profile(built, tmp_path / "plain.jsonl").exit_code == 0
+    weights_only = load_profile(tmp_path / "plain.jsonl")
+    group = "model.layers.1.mlp.down_proj"
+    everywhere = {found.name: "fp8-static" for found in with_inputs.header.groups}
+    costs = [made.cost(group, "w8a8") for made in (with_inputs, weights_only)]
+    base, swapped = open_checkpoint(tiny.base("llama-2")), open_checkpoint(built / "w8a8")
+    rows, _ = read_rows([base.path], "choose", 2, 16, None, None, None)
+    mix = mix_of(with_inputs.header, {"fp8-static": base, "w8a8": swapped}, {**everywhere, group: "w8a8"})
+    for cost, quantized in zip(costs, (frozenset({0}), frozenset[int]()), strict=True):
+        options = DiffOptions(quantized_inputs=quantized)
+        (report,) = (e for e in compare_many([mix], base, rows.ids, options) if isinstance(e, DiffReport))
+        assert cost is not None
+        assert cost.kl_nats == pytest.approx(report.kl.mean, rel=0.01)  # 3e-5 nats in float32
+    assert costs[0].kl_nats > 1.05 * costs[1].kl_nats
+
+
+def test_what_activations_cannot_be_measured_for(built: Path, tmp_path: Path) -> None:
+    for more, message in (
+        (["--mode", "sketch"], "needs --mode exact"),
+        (["--context", "base"], "needs --context clean"),
+    ):
+        refused = profile(built, tmp_path / "p.jsonl", "--activations", *more)
+        assert (refused.exit_code, message in refused.output) == (1, True), refused.output
+
+
+def test_model_optimize_measures_its_mixes_with_quantized_inputs(built: Path, tmp_path: Path) -> None:
+    """4-bit floats as inputs cost far more than 4-bit weights alone: the same recipe, measured both ways."""
+    variants = ["-i", str(built / "nvfp4-a4"), "-s", str(built / "w8a8")]
+    rows = ["-r", "2", "-l", "16", "--quiet"]
+    made = CliRunner().invoke(
+        model_profile, ["-mb", str(tiny.base("llama-2")), *variants, "-o", str(tmp_path / "p.jsonl"), *rows]
+    )
+    assert made.exit_code == 0, made.output
+    found = []
+    for more in ([], ["--activations"]):
+        arguments = [str(tmp_path / "p.jsonl"), "-b", "6.5", "-o", str(tmp_path / "o.yaml"), "--solver", "exact"]
+        ran = CliRunner().invoke(
+            model_optimize, [*arguments, "--check", "--no-guard", *rows, *more, "--json", str(tmp_path / "j")]
+        )
+        assert ran.exit_code == 0, ran.output
+        assert ("inputs quantized as the schemes say" in ran.output) == bool(more)
+        found.append(json.loads((tmp_path / "j").read_text())["verdict"]["contenders"][0]["kl"]["mean"])
+    assert found[1] > 1.2 * found[0]
+    refused = CliRunner().invoke(model_optimize, [*arguments, "--no-check", "--activations"])
+    assert (refused.exit_code, "about --check" in refused.output) == (1, True)
