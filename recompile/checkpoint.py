@@ -373,7 +373,7 @@ class Checkpoint:
         try:
             code, scheme = spec.load_code(), self.scheme(module)
             if not _FUSED_EXPERTS.search(module.name):
-                return code.dequantize(parts, scheme, module=module.name)
+                return _with_input_scale(code.dequantize(parts, scheme, module=module.name), parts, module.name)
             return _stack_experts(code.dequantize, parts, scheme, module.name)
         except FormatError as error:
             raise FormatError(f"{self.label}: {str(error).removeprefix(f'{self.label}: ')}") from error
@@ -392,6 +392,18 @@ class Checkpoint:
                 f"which goes with {' or '.join(spec.readers)}"
             ) from None
         return None if reader is None else reader.scheme_of(self, module)
+
+
+def _with_input_scale(dense: Tensor, parts: Mapping[str, Tensor], module: str) -> Tensor:
+    """ModelOpt's AWQ keeps a scale a column that multiplies the module's inputs: the map is W diag(pre_quant_scale)."""
+    scale = parts.get("pre_quant_scale")
+    if scale is None:
+        return dense
+    if scale.numel() != dense.shape[1]:
+        raise FormatError(
+            f"{module}.pre_quant_scale: found {list(scale.shape)}, wanted a number for each of {dense.shape[1]} columns"
+        )
+    return dense * scale.float().reshape(-1)
 
 
 def _stack_experts(dequantize: Callable[..., Tensor], parts: Mapping[str, Tensor], scheme: Any, module: str) -> Tensor:

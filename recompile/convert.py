@@ -1,9 +1,11 @@
 """Modules that a merge stores in another form than their source: planned from headers, carried out when written.
 
-GPTQ, AWQ and AutoRound modules become compressed-tensors `pack-quantized`, and DeepSeek-style fp8 becomes
-`float-quantized`, where that is exact: the same codes, zero points and scales, so that every decoded weight is the same
-to the last bit. Where it is not exact it is refused with the reason. `--reencode` also gives nvfp4 modules of a fused
-set one global scale, which is not exact and is said so.
+GPTQ, AWQ and AutoRound modules become compressed-tensors `pack-quantized`, DeepSeek-style and ModelOpt fp8 become
+`float-quantized` and ModelOpt's nvfp4 `nvfp4-pack-quantized`, where that is exact: the same codes, zero points and
+scales, so that every decoded weight is the same to the last bit. Where it is not exact it is refused with the reason.
+ModelOpt's nvfp4 multiplies by a scale a tensor where compressed-tensors divides, and few floats have a reciprocal that
+does the same to the last bit: `--reencode` takes the nearest. It also gives nvfp4 modules of a fused set one global
+scale. Neither is exact, and the result says so.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Parts = Mapping[str, "Tensor"]
-CONVERTIBLE = frozenset({"gptq", "awq", "fp8-scale-inv"})  # besides what compressed-tensors has itself
+# Besides what compressed-tensors has itself; ModelOpt's fp8 is stored like its own and told by the config.
+CONVERTIBLE = frozenset({"gptq", "awq", "fp8-scale-inv", "nvfp4-modelopt"})
+MODELOPT = "modelopt"
+SIGNIFICANDS = tuple(1 + n / 8 for n in range(8))  # of 8-bit float scales; powers of two change nothing
 GLOBAL_PARTS = ("weight_global_scale", "input_global_scale")
 
 
@@ -57,9 +62,13 @@ def plan_conversions(overlay: Overlay, *, reencode: bool = False) -> dict[str, C
         return {}
     found: dict[str, Conversion] = {}
     for name, placement in overlay.placements.items():
-        if placement.stored.format in CONVERTIBLE:
+        if placement.stored.format == "nvfp4-modelopt":
+            found[name] = _modelopt_nvfp4(placement.checkpoint, placement.stored, reencode)
+        elif _is_modelopt_fp8(placement):
+            found[name] = _modelopt_fp8(placement.checkpoint, placement.stored)
+        elif placement.stored.format in CONVERTIBLE:
             found[name] = plan_conversion(placement.checkpoint, placement.stored)
-    return found | _one_global_scale(overlay, reencode)
+    return found | _one_global_scale(overlay, reencode, found)
 
 
 def plan_conversion(checkpoint: Checkpoint, module: StoredModule) -> Conversion:
@@ -160,12 +169,137 @@ def _fp8(checkpoint: Checkpoint, module: StoredModule, scheme: Any) -> Conversio
     )
 
 
+# ---- ModelOpt --------------------------------------------------------------------------------------------------------
+
+
+def _is_modelopt_fp8(placement: Placement) -> bool:
+    return (
+        placement.stored.format == "float-quantized"
+        and placement.checkpoint.quantization_config.get("quant_method") == MODELOPT
+    )
+
+
+def _check_modelopt_parts(checkpoint: Checkpoint, module: StoredModule, known: frozenset[str]) -> None:
+    unknown = sorted(module.parts.keys() - known - {"weight", "weight_scale", "input_scale", "bias"})
+    if unknown:
+        raise UnsupportedError(
+            f"{checkpoint.label}: {module.name} has {unknown[0]} (ModelOpt), which compressed-tensors lacks; "
+            f"take it from another variant, or write a decoded copy with --dense"
+        )
+
+
+def _modelopt_fp8(checkpoint: Checkpoint, module: StoredModule) -> Conversion:
+    """The same codes and scales; a static scale of the inputs comes along."""
+    _check_modelopt_parts(checkpoint, module, frozenset())
+    if module.parts["weight_scale"].numel != 1:
+        raise UnsupportedError(
+            f"{checkpoint.label}: {module.name}.weight_scale is {list(module.parts['weight_scale'].shape)}, and "
+            f"ModelOpt's fp8 is read here with one scale a tensor; write a decoded copy with --dense"
+        )
+    static = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    group = _group("float-quantized", static)
+    if "input_scale" in module.parts:
+        group["input_activations"] = dict(static)
+    scales = {"weight_scale", "input_scale"}
+    return Conversion(
+        "float-quantized",
+        {part: (info.dtype, (1,) if part in scales else info.shape) for part, info in sorted(module.parts.items())},
+        group,
+        lambda stored: {part: value.reshape(1) if part in scales else value for part, value in stored.items()},
+        note="fp8 modules of ModelOpt are re-expressed as compressed-tensors float-quantized, exactly",
+    )
+
+
+def _modelopt_nvfp4(checkpoint: Checkpoint, module: StoredModule, reencode: bool) -> Conversion:
+    """weight_global_scale divides where weight_scale_2 multiplies."""
+    _check_modelopt_parts(checkpoint, module, frozenset({"weight_scale_2"}))
+    scale = _stored_scalar(module, "weight_scale_2")
+    assert scale is not None, module.name
+    divisor, exact = reciprocal(scale)
+    if not exact and not reencode:
+        raise UnsupportedError(
+            f"{checkpoint.label}: {module.name} is nvfp4 of ModelOpt, whose weight_scale_2 ({scale:.9g}) multiplies; "
+            f"compressed-tensors divides by a global scale, and no float32 divides to the same weights to the last "
+            f"bit; take the nearest (weights change by less than 1e-6 of themselves) with --reencode, or write a "
+            f"decoded copy with --dense"
+        )
+    rows, half = module.parts["weight"].shape
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight_packed": ("U8", (rows, half)),
+        "weight_scale": (module.parts["weight_scale"].dtype, module.parts["weight_scale"].shape),
+        "weight_global_scale": ("F32", (1,)),
+    }
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    group = _group("nvfp4-pack-quantized", weights | {"dynamic": False, "scale_dtype": "torch.float8_e4m3fn"})
+    inputs = _stored_scalar(module, "input_scale")
+    if inputs is not None:
+        parts["input_global_scale"] = ("F32", (1,))
+        group["input_activations"] = weights | {"dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"}
+    if "bias" in module.parts:
+        parts["bias"] = (module.parts["bias"].dtype, module.parts["bias"].shape)
+
+    def run(stored: Parts) -> dict[str, Tensor]:
+        import torch
+
+        made = {"weight_packed": stored["weight"], "weight_scale": stored["weight_scale"]}
+        made["weight_global_scale"] = torch.tensor([divisor], dtype=torch.float32)
+        if inputs is not None:
+            made["input_global_scale"] = torch.tensor([reciprocal(inputs)[0]], dtype=torch.float32)
+        return made | ({"bias": stored["bias"]} if "bias" in stored else {})
+
+    how = (
+        "exactly"
+        if exact
+        else "with the nearest global scale (--reencode): weights may change by less than 1e-6 of themselves"
+    )
+    return Conversion(
+        "nvfp4-pack-quantized",
+        dict(sorted(parts.items())),
+        group,
+        run,
+        exact=exact,
+        note=f"nvfp4 modules of ModelOpt are re-expressed as compressed-tensors nvfp4-pack-quantized, {how}",
+    )
+
+
+def reciprocal(scale: float) -> tuple[float, bool]:
+    """The float32 g near 1 / scale for which s / g equals s * scale in float32 for every 8-bit float scale s; and
+    whether there is one. Without one, the g nearest to 1 / scale. scale: a float32 above 0."""
+    import torch
+
+    multiplier = torch.tensor(scale, dtype=torch.float32)
+    values = torch.tensor(SIGNIFICANDS, dtype=torch.float32)
+    nearest = (1 / multiplier.double()).float()
+    below = torch.nextafter(nearest, torch.zeros_like(nearest))
+    above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+    for divisor in (nearest, below, above):
+        if torch.equal(values / divisor, values * multiplier):
+            return float(divisor), True
+    return float(nearest), False
+
+
+def _stored_scalar(module: StoredModule, part: str) -> float | None:
+    info = module.parts.get(part)
+    if info is None:
+        return None
+    from recompile.checkpoint import read_tensor
+
+    return float(read_tensor(info).float().reshape(-1)[0])
+
+
 # ---- nvfp4 -----------------------------------------------------------------------------------------------------------
 
 
-def _one_global_scale(overlay: Overlay, reencode: bool) -> dict[str, Conversion]:
-    """Conversions that give the nvfp4 modules of every fused set one global scale."""
-    nvfp4 = [name for name, p in overlay.placements.items() if p.stored.format == "nvfp4-pack-quantized"]
+def _one_global_scale(overlay: Overlay, reencode: bool, converted: Mapping[str, Conversion]) -> dict[str, Conversion]:
+    """Conversions that give the nvfp4 modules of every fused set one global scale.
+
+    converted: modules that become nvfp4 of compressed-tensors
+    """
+    nvfp4 = [
+        name
+        for name, p in overlay.placements.items()
+        if (converted[name].format if name in converted else p.stored.format) == "nvfp4-pack-quantized"
+    ]
     found: dict[str, Conversion] = {}
     for members in fused_sets(nvfp4):
         placements = [overlay.placements[name] for name in members]
@@ -189,27 +323,28 @@ def _one_global_scale(overlay: Overlay, reencode: bool) -> dict[str, Conversion]
         for name, placement in zip(members, placements, strict=True):
             own = {part: _scalar(placement, part) for part in common}
             if any(own[part] is not None and own[part] != value for part, value in common.items()):
-                found[name] = _reencoding(placement, common)
+                found[name] = _reencoding(placement, common, converted.get(name))
     return found
 
 
 def _scalar(placement: Placement, part: str) -> float | None:
-    info = placement.stored.parts.get(part)
-    if info is None:
-        return None
-    from recompile.checkpoint import read_tensor
+    """A global scale as compressed-tensors has it: it divides."""
+    if placement.stored.format != "nvfp4-modelopt":
+        return _stored_scalar(placement.stored, part)
+    name = "weight_scale_2" if part == "weight_global_scale" else "input_scale"
+    multiplier = _stored_scalar(placement.stored, name)
+    return None if multiplier is None else reciprocal(multiplier)[0]
 
-    return float(read_tensor(info).float().reshape(-1)[0])
 
-
-def _reencoding(placement: Placement, common: Mapping[str, float]) -> Conversion:
+def _reencoding(placement: Placement, common: Mapping[str, float], before: Conversion | None) -> Conversion:
+    """before: what makes the module compressed-tensors in the first place"""
     parts = {part: (info.dtype, info.shape) for part, info in sorted(placement.stored.parts.items())}
     name = placement.module
     return Conversion(
-        placement.stored.format,
-        parts,
-        None,
-        lambda stored: _with_global_scale(stored, common, name),
+        "nvfp4-pack-quantized",
+        parts if before is None else before.parts,
+        None if before is None else before.group,
+        lambda stored: _with_global_scale(stored if before is None else before.run(stored), common, name),
         exact=False,
         note="nvfp4 modules were re-encoded with the global scale of their fused set (--reencode): they are not byte "
         "for byte their source's, and model_diff -or measures them as the source has them",

@@ -252,7 +252,7 @@ FORMATS: dict[str, FormatSpec] = {
 WEIGHT_PARTS = frozenset(
     {"weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
     | {"weight_global_scale", "input_scale", "input_global_scale", "weight_scale_inv", "weight_scale_2"}
-    | {"input_zero_point", "output_scale"}
+    | {"input_zero_point", "output_scale", "pre_quant_scale"}
     | {"q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "q_perm"}
     | {"trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "signs"}
     | {"qweight", "qzeros", "scales", "g_idx"}

@@ -66,6 +66,14 @@ def test_modelopt_files_are_told_by_their_parts(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.modules["a.b"].shape == (1, 32)
     assert torch.equal(checkpoint.load("a.b.weight"), dequantize(parts, SCHEME))
+    # its AWQ multiplies the inputs first, which is the same as multiplying the columns
+    scale = torch.linspace(0.5, 2, 32)
+    save_file(stored | {"a.b.pre_quant_scale": scale.bfloat16()}, tmp_path / "model.safetensors")
+    found = open_checkpoint(tmp_path).load("a.b.weight")
+    assert torch.equal(found, dequantize(parts, SCHEME) * scale.bfloat16().float())
+    save_file(stored | {"a.b.pre_quant_scale": scale[:31].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"pre_quant_scale: found \[31\]"):
+        open_checkpoint(tmp_path).load("a.b.weight")
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,18 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_checkpoints import CASES, GPTQ, Packer, awq, compressed, fp8, gptq, nvfp4, streamed_logits, write_pair
 
 from recompile.check import check_checkpoint, check_plan
 from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.recompile import main as recompile_command
+from recompile.convert import reciprocal
 from recompile.engines import findings, kind_of_scheme, tied_sets, why_not
 from recompile.errors import UnsupportedError
+from recompile.formats.fp4 import pack_e2m1, round_e2m1
 from recompile.formats.schemes import parse_scheme
 from recompile.overlay import build_overlay
 from recompile.write import execute, plan_write
@@ -196,3 +200,111 @@ def test_findings_on_finished_checkpoints(tmp_path: Path) -> None:
     rules = GPTQ | {"dynamic": {r"+:.*\.down_proj$": {"bits": 8}}}
     assert "dynamic" in errors("transformers", variant(tmp_path, "rules", awq, rules))
     assert "drops the global scale" in errors("transformers", case(tmp_path, "nvfp4", "qwen3-moe"))
+
+
+# ---- ModelOpt --------------------------------------------------------------------------------------------------------
+
+
+def modelopt(folder: Path, name: str, packer: Packer) -> Path:
+    return variant(folder, name, packer, {"quant_method": "modelopt", "quant_algo": name})
+
+
+def modelopt_fp8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Scalars without axes, as ModelOpt writes them."""
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.03)}, codes.float() * scale
+
+
+def test_fp8_of_modelopt_merges_exactly_with_its_input_scale(tmp_path: Path) -> None:
+    source = modelopt(tmp_path, "FP8", modelopt_fp8)
+    made, overlay = merge(tmp_path, case(tmp_path, "nvfp4"), {"*.down_proj.*": source})
+    for name, module in overlay.modules.items():
+        if module.is_quantized:
+            assert torch.equal(made.load(f"{name}.weight"), overlay.load(f"{name}.weight")), name
+    down = made.modules["model.layers.1.mlp.down_proj"]
+    assert (down.format, down.parts["weight_scale"].shape, down.parts["input_scale"].shape) == (
+        "float-quantized",
+        (1,),
+        (1,),
+    )
+    groups = made.quantization_config["config_groups"].values()
+    (inputs,) = (group["input_activations"] for group in groups if group["format"] == "float-quantized")
+    assert inputs == {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    assert check_checkpoint(tmp_path / "out") == []
+
+
+def modelopt_nvfp4(global_scale: float | None) -> Packer:
+    """weight_scale_2 = max|w| / 2688 as ModelOpt has it, or a number given."""
+
+    def packer(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        whole = weight.abs().max() / 2688 if global_scale is None else torch.tensor(global_scale)
+        groups = weight.unflatten(1, (-1, 16))
+        scale = (groups.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
+        step = scale.float() * whole
+        levels = round_e2m1(groups / step[..., None])
+        parts = {"weight": pack_e2m1(levels.flatten(1)), "weight_scale": scale, "weight_scale_2": whole}
+        return parts | {"input_scale": torch.tensor(0.01)}, (levels * step[..., None]).flatten(1)
+
+    return packer
+
+
+def test_nvfp4_of_modelopt_merges_exactly_or_only_when_asked(tmp_path: Path) -> None:
+    """2^-12 has an exact reciprocal; what max|w| / 2688 comes to has none, as a rule."""
+    exact = modelopt(tmp_path, "NVFP4", modelopt_nvfp4(2.0**-12))
+    base = case(tmp_path, "fp8-channel, naive")
+    made, overlay = merge(tmp_path, base, {"*.mlp.*": exact, "*.self_attn.*": exact})
+    for name, module in overlay.modules.items():
+        if module.is_quantized:
+            assert torch.equal(made.load(f"{name}.weight"), overlay.load(f"{name}.weight")), name
+    down = "model.layers.0.mlp.down_proj"
+    assert made.modules[down].format == "nvfp4-pack-quantized"
+    assert made.read(f"{down}.weight_global_scale").tolist() == [4096.0]
+    assert made.read(f"{down}.input_global_scale").tolist() == pytest.approx([100.0])
+    assert check_checkpoint(tmp_path / "out") == []
+
+    rounded = modelopt(tmp_path, "NVFP4-own-scale", modelopt_nvfp4(None))
+    (tmp_path / "out").rename(tmp_path / "first")
+    with pytest.raises(UnsupportedError, match=r"weight_scale_2 .* multiplies.*--reencode"):
+        merge(tmp_path, base, {"*.down_proj.*": rounded, "*.o_proj.*": rounded})
+    made, overlay = merge(tmp_path, base, {"*.down_proj.*": rounded, "*.o_proj.*": rounded}, reencode=True)
+    for name in (down, "model.layers.1.self_attn.o_proj"):
+        found, wanted = made.load(f"{name}.weight"), overlay.load(f"{name}.weight")
+        assert float((found - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max())
+    assert any(
+        "nearest global scale" in warning for warning in plan_write(overlay, tmp_path / "x", reencode=True).warnings
+    )
+
+
+def test_nvfp4_of_modelopt_beside_compressed_tensors_in_one_fused_set(tmp_path: Path) -> None:
+    """q from one, k and v from the other: engines run them as one matrix with one scale."""
+    source = modelopt(tmp_path, "NVFP4", modelopt_nvfp4(2.0**-12))
+    base = case(tmp_path, "nvfp4")
+    with pytest.raises(UnsupportedError, match="different weight_global_scale"):
+        merge(tmp_path, base, {"*.q_proj.*": source})
+    made, overlay = merge(tmp_path, base, {"*.q_proj.*": source}, reencode=True)
+    layer = "model.layers.0.self_attn"
+    assert len({float(made.read(f"{layer}.{leaf}_proj.weight_global_scale")) for leaf in "qkv"}) == 1
+    for leaf in "qkv":
+        found, wanted = (source.load(f"{layer}.{leaf}_proj.weight") for source in (made, overlay))
+        assert float((found - wanted).norm()) < 0.1 * float(wanted.norm())
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.floats(2.0**-60, 2.0**60, width=32))
+def test_reciprocals_are_exact_or_next_to_it(scale: float) -> None:
+    divisor, exact = reciprocal(scale)
+    every = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    divided, multiplied = every / torch.tensor(divisor), every * torch.tensor(scale)
+    assert torch.equal(divided, multiplied) == exact
+    assert bool(((divided - multiplied).abs() <= 3e-7 * multiplied).all())
+
+
+def test_parts_that_compressed_tensors_lacks_are_named(tmp_path: Path) -> None:
+    def packer(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        parts, dense = modelopt_nvfp4(2.0**-12)(weight)
+        return parts | {"pre_quant_scale": torch.ones(weight.shape[1])}, dense
+
+    source = modelopt(tmp_path, "NVFP4_AWQ", packer)
+    with pytest.raises(UnsupportedError, match="pre_quant_scale"):
+        merge(tmp_path, case(tmp_path, "nvfp4"), {"*.down_proj.*": source})
