@@ -59,6 +59,12 @@ if TYPE_CHECKING:
     help="In place of -b, one variant by a recipe of modifiers (YAML), or of llm-compressor.",
 )
 @click.option(
+    "--independent",
+    is_flag=True,
+    help="With --modifiers: calibrate every module on the unquantized model, as variants are, in place of what the "
+    "quantized layers before it give.",
+)
+@click.option(
     "-or",
     "--override",
     "recipe_path",
@@ -136,6 +142,7 @@ def main(
     bits: tuple[str, ...],
     schemes: tuple[str, ...],
     modifiers: Path | None,
+    independent: bool,
     recipe_path: Path | None,
     format_name: str,
     method: str,
@@ -181,6 +188,8 @@ def main(
             f"--method {method}: wanted rtn, mse or gptq; with --scheme also awq, smoothquant, awq+gptq, ... "
             f"(--modifiers says methods in its file)"
         )
+    if independent and modifiers is None:
+        raise click.UsageError("--independent goes with --modifiers; variants are always calibrated so")
     if schemes and modifiers:
         raise click.UsageError("--scheme and --modifiers: wanted one of them")
     if (schemes or modifiers) and (
@@ -246,6 +255,7 @@ def main(
             device=compute_device(device),
             dtype=compute_dtype(dtype),
             rows_sha256=found.sha256,
+            sequential=modifiers is not None and not independent,
         ):
             if isinstance(event, LayerDone):
                 bar.update(event.index + 1, event.name + (" (done before)" if event.resumed else ""), event.total)

@@ -10,8 +10,8 @@ The first modifier with a scheme that matches a module decides how it is stored,
 inputs are scaled; what none matches stays dense. "awq+gptq" scales and then rounds by GPTQ. Recipes of llm-compressor
 (`X_stage: {Y_modifiers: {SmoothQuantModifier: {...}, GPTQModifier: {...}}}`, also AWQModifier and QuantizationModifier)
 are read where they mean the same: their targets, ignore lists, presets and config groups; keys that only steer its
-search are named in a note. Every module is calibrated on the unquantized model's activations, so that one pass serves
-all modifiers and their order does not matter beyond which of them takes a module.
+search are named in a note. One pass serves all modifiers; their order does not matter beyond which of them takes a
+module. See `quantize_model` for what layers are calibrated on.
 """
 
 from __future__ import annotations

@@ -201,12 +201,17 @@ def quantize_model(
     dtype: torch.dtype | None = None,
     rows_sha256: str = "",
     shard_mb: int = 8192,
+    sequential: bool = False,
 ) -> Iterator[LayerDone | QuantizeReport]:
     """Quantize `base` to every variant of `encoder`; yields a LayerDone per layer and last the QuantizeReport.
 
     ids: int64 [rows, tokens] calibration rows. `head` also quantizes the output head.
+    sequential: calibrate every layer on what the quantized layers before it give, in place of the base's activations;
+    for one variant. A run that was killed starts anew, and the modules fit that variant better than a merge.
     Variants that the same run finished before are kept. Raises OutputError if a directory belongs to another run.
     """
+    if sequential and len(encoder.names) != 1:
+        raise FormatError(f"{len(encoder.names)} variants: one at a time can be calibrated on its own activations")
     if base.is_quantized:
         raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
     linear = [m for m in base.modules.values() if ".layers." in f".{m.name}" and m.shape and len(m.shape) == 2]
@@ -214,7 +219,22 @@ def quantize_model(
     if reasons and all(reasons.values()):
         name = next(iter(reasons))
         raise FormatError(f"{base.label}: nothing would be quantized; {name}: {reasons[name]}")
-    yield from _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb).run()
+    yield from _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb, sequential).run()
+
+
+class _QuantizedLayer:
+    """A weight source: the base with one layer's tensors as a variant decodes them."""
+
+    def __init__(self, base: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+        self._base, self._tensors = base, tensors
+        self.config, self.modules = base.config, base.modules
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._tensors or self._base.has(tensor)
+
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        found = self._tensors.get(tensor)
+        return self._base.load(tensor, device=device) if found is None else found.to(device)
 
 
 class _Build:
@@ -229,7 +249,10 @@ class _Build:
         dtype: torch.dtype | None,
         rows_sha256: str,
         shard_mb: int,
+        sequential: bool,
     ) -> None:
+        self.sequential = sequential
+        self.decoded: dict[str, Tensor] = {}  # of the layer just quantized, where later ones are calibrated on it
         self.base, self.encoder, self.ids, self.head, self.shard_mb = base, encoder, ids, head, shard_mb
         self.model = LayeredModel.of(base, dtype=dtype, device=device)
         self.model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
@@ -242,6 +265,7 @@ class _Build:
             "head": head,
             "dtype": str(self.model.dtype),
             "encoder": encoder.description(),
+            **({"sequential": True} if sequential else {}),
         }
         self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
         self.stages = [*range(self.model.depth), *(["head"] if head else [])]
@@ -263,10 +287,19 @@ class _Build:
                     continue
                 row = states[0][:1].clone()
                 with InputCollector(self.model, number) as collector:
-                    self._advance(number, states)
+                    if self.sequential:
+                        for state in states:
+                            self.model.run_layer(number, state)
+                    else:
+                        self._advance(number, states)
                 names = self.model.modules_of_layer(number)
                 folds = find_folds(self.model, number, row) if self._scales_inputs else []
-                yield self._quantize(number, names, collector.groups, folds)
+                done = self._quantize(number, names, collector.groups, folds)
+            if self.sequential:
+                with self.model.layer(number, _QuantizedLayer(self.base, self.decoded)):
+                    self._advance(number, states)
+                self.decoded = {}
+            yield done
         if self.head:
             yield self._quantize_head(states)
         yield self._finish()
@@ -305,6 +338,8 @@ class _Build:
         except OSError as error:
             raise OutputError(f"{error.filename}: cannot be written: {error.strerror or error}") from error
         first = min(done)
+        if self.sequential and first < len(self.stages):
+            first = 0  # what the layers before it gave is not kept
         for report, final, partial in zip(self.reports, self.finals, self.partials, strict=True):
             for number in range(0 if final.exists() else first):
                 for entry in read_json(partial / _stage_report(number)):
@@ -393,6 +428,8 @@ class _Build:
                         reports[variant].append(self._dense_report(name, self._why_not_in(variant, name), group.tokens))
                         continue
                     made = encoded[name]
+                    if self.sequential:
+                        self.decoded[f"{name}.weight"] = made.dense
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
                     reports[variant].append(_measure(name, weight, made, statistics, own_power[name]))
@@ -401,6 +438,8 @@ class _Build:
             if name not in taken:
                 for variant in range(variants):
                     tensors[variant].update(self._dense_tensors(self.base.modules[name], scales[variant]))
+        if self.sequential:
+            self.decoded = tensors[0] | self.decoded
         for variant in range(variants):
             self._write_stage(number, variant, tensors[variant], reports[variant], scales[variant].sets)
             self.reports[variant].update({report.module: report for report in reports[variant]})

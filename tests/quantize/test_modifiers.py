@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import mixes
 import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from recompile.errors import RecipeError, RecompileError, UnsupportedError
+from recompile.checkpoint import open_checkpoint
+from recompile.cli.model_quantize import main as model_quantize
+from recompile.errors import FormatError, RecipeError, RecompileError, UnsupportedError
+from recompile.formats.schemes import parse_scheme
+from recompile.overlay import build_overlay
+from recompile.quantize.calibrate import InputCollector
 from recompile.quantize.modifiers import load_modifiers
+from recompile.quantize.pipeline import LayerDone, quantize_model
+from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+from recompile.scaling import read_scaled_sets
+from recompile.stream import LayeredModel
+from recompile.write import execute, plan_write
 
 ATTENTION, DOWN, UP = (f"model.layers.3.{leaf}_proj" for leaf in ("self_attn.q", "mlp.down", "mlp.up"))
 
@@ -111,3 +129,108 @@ quant_stage:
 def test_what_is_refused(text: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=message):
         load(tmp_path, text)
+
+
+# ---- one pass, sequentially or independently -------------------------------------------------------------------------
+
+SEEN: dict[str, Tensor] = {}
+
+
+class Recording(SchemeEncoder):
+    """Keeps the Hessian that every module was made with."""
+
+    def encode_observed(self, weights, hessian, biases, largest):
+        SEEN.update(dict.fromkeys(weights, hessian.clone()))
+        return super().encode_observed(weights, hessian, biases, largest)
+
+
+def hessians_of(directory: Path, ids: Tensor) -> dict[str, Tensor]:
+    model = LayeredModel.of(open_checkpoint(directory))
+    found = {}
+    with torch.inference_mode():
+        states = list(model.embed(ids, len(ids)))
+        for index in range(model.depth):
+            with model.layer(index), InputCollector(model, index) as collector:
+                states = [model.run_layer(index, state) for state in states]
+            found |= {name: group.hessian for group in collector.groups for name in group.modules}
+    return found
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_what_layers_are_calibrated_on(sequential: bool, method: str, tmp_path: Path) -> None:
+    """Sequentially: the inputs that the finished variant itself gives its layers, but for what a layer does to its own
+    later maps; independently: those of the base."""
+    base, ids = tiny.base("llama-2"), tiny.rows(4, 16)
+    encoder = Recording((replace(uniform(parse_scheme("w3a16-g32"), method), name="mix"),))
+    SEEN.clear()
+    for _ in quantize_model(open_checkpoint(base), tmp_path, encoder, ids, sequential=sequential):
+        pass
+    name = "model.layers.1.self_attn.q_proj"
+    of_base, of_mix = hessians_of(base, ids)[name], hessians_of(tmp_path / "mix", ids)[name]
+    scaled = name in {reader for entry in read_scaled_sets(tmp_path / "mix") for reader in entry.consumers}
+    assert scaled == (method == "awq")
+    if method == "gptq":
+        near, far = (of_mix, of_base) if sequential else (of_base, of_mix)
+        assert torch.allclose(SEEN[name], near, rtol=1e-4, atol=1e-3)
+        assert not torch.allclose(SEEN[name], far, rtol=1e-2)
+    elif sequential:
+        assert torch.allclose(SEEN[name], of_mix, rtol=1e-3, atol=1e-2)
+
+
+def test_a_sequential_run_that_was_killed_starts_anew(tmp_path: Path) -> None:
+    base, ids = tiny.base("llama-2"), tiny.rows(4, 16)
+    encoder = SchemeEncoder((replace(uniform(parse_scheme("w3a16-g32")), name="mix"),))
+
+    def run(out: Path) -> Iterator[object]:
+        return quantize_model(open_checkpoint(base), out, encoder, ids, sequential=True)
+
+    list(run(tmp_path / "whole"))
+    killed = run(tmp_path / "killed")
+    next(killed)
+    killed.close()
+    assert not any(event.resumed for event in run(tmp_path / "killed") if isinstance(event, LayerDone))
+    one, two = (load_file(tmp_path / name / "mix" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    two_variants = SchemeEncoder((uniform(parse_scheme("w3a16-g32")), uniform(parse_scheme("w8a16"))))
+    with pytest.raises(FormatError, match="one at a time"):
+        list(quantize_model(open_checkpoint(base), tmp_path / "two", two_variants, ids, sequential=True))
+
+
+def test_independent_modifiers_make_the_merge_of_their_variants(tmp_path: Path) -> None:
+    """By the commands; without --independent the second layer is calibrated on other inputs."""
+    base, ids = tiny.base("llama-2"), tmp_path / "ids.safetensors"
+    save_file({"input_ids": tiny.rows(4, 16)}, ids)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        'modifiers:\n- {method: gptq, scheme: w4a16-g32, targets: "*.self_attn.*"}\n- {method: mse, scheme: nvfp4}\n'
+    )
+
+    def run(out: str, *more: str) -> Path:
+        arguments = ["-i", str(base), "-o", str(tmp_path / out), "--input-ids", str(ids), "--quiet", *more]
+        result = CliRunner().invoke(model_quantize, arguments)
+        assert result.exit_code == 0, result.output
+        return tmp_path / out
+
+    gptq, mse = run("gptq", "--scheme", "w4a16-g32"), run("mse", "--scheme", "nvfp4", "--method", "mse")
+    mix = mixes.recipe(tmp_path / "mix.yaml", {"*.self_attn.*": gptq / "w4a16-g32"})
+    overlay = build_overlay(open_checkpoint(mse / "nvfp4"), mix)
+    for _ in execute(plan_write(overlay, tmp_path / "merged")):
+        pass
+    merged, alone, one_after_another = (
+        load_file(path / "model.safetensors")
+        for path in (
+            tmp_path / "merged",
+            run("independent", "--modifiers", str(recipe), "--independent") / "recipe",
+            run("sequential", "--modifiers", str(recipe)) / "recipe",
+        )
+    )
+    assert merged.keys() == alone.keys() == one_after_another.keys()
+    different = [
+        name for name in merged if not torch.equal(merged[name].view(torch.uint8), alone[name].view(torch.uint8))
+    ]
+    assert different == []
+    packed = "model.layers.1.self_attn.q_proj.weight_packed"
+    assert not torch.equal(merged[packed], one_after_another[packed])
+    refused = CliRunner().invoke(model_quantize, ["-i", str(base), "-o", "x", "-b", "4", "--independent"])
+    assert (refused.exit_code, "goes with --modifiers" in refused.output) == (2, True)
