@@ -36,6 +36,7 @@ from recompile.errors import JournalError, OutputError
 from recompile.tokens import Rows
 
 FIRST_ROWS = 8
+TIMING_ROWS = 2  # of the first block where time is short: what a row costs is learnt from it
 SMALLEST_BLOCK = 4
 
 
@@ -73,27 +74,30 @@ def profile_more_rows(
     limits: RowLimits,
     block: Callable[[Rows, int, Path], Iterator[object]],
     sketch: SketchOptions | None = None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[object]:
     """Measure blocks of rows until a limit is reached; yields the events of every block's profiler, a RowsDone after
     each, and last the Profile of all rows measured, which is then at `path`.
 
     rows: the most that may be used; block: profiles some rows into a journal, given the number of the first of them
     sketch: the settings of a profiler that samples; None for exact swaps
+    clock: seconds by which a limit of time is kept
     Raises JournalError where `path` holds another measurement, and what the profiler raises.
     """
     folder = path.with_name(f"{path.name}.rows")
-    started, parts, done = time.monotonic(), list[Profile](), 0
-    wanted = min(len(rows.ids), limits.first)
+    started, parts, done = clock(), list[Profile](), 0
+    wanted = min(len(rows.ids), limits.first if limits.minutes is None else min(limits.first, TIMING_ROWS))
     while True:
         stop = min(_kept(folder, done) or done + wanted, len(rows.ids))
         part_path = folder / f"{done:05d}-{stop:05d}.jsonl"
-        began = time.monotonic()
+        began = clock()
         for event in block(rows.part(done, stop), done, part_path):
             if isinstance(event, Profile):
                 parts.append(event)
             else:
                 yield event
-        now = time.monotonic()
+        now = clock()
         together = publish(path, folder, rows.part(0, stop), parts, sketch)
         state = _judge(together, rows, limits, now - started, (now - began) / (stop - done))
         yield state

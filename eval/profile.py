@@ -50,7 +50,9 @@ from recompile.scaling import read_scaled_sets
 from recompile.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
-BATCH_TOKENS = 2048
+HEAD_TOKENS = 512  # of one product with the head: fewer read its weights too often
+BATCH_TOKENS = 512  # a CPU's cache keeps the activations of so many; a layer of more is slower by a sixth
+DEVICE_BATCH_TOKENS = 4096
 FEW_EXPERTS = 4  # matrices of one or two experts: patched into the fused parameter; more: it is made anew
 
 
@@ -225,6 +227,11 @@ def make_header(
     )
 
 
+def batch_rows(model: LayeredModel, row_tokens: int) -> int:
+    """Rows that run through a layer together."""
+    return max(1, (BATCH_TOKENS if model.device.type == "cpu" else DEVICE_BATCH_TOKENS) // row_tokens)
+
+
 def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | None, making: int = 0) -> MemoryPlan:
     """Decide what stays in memory. making: bytes that making a candidate on the fly takes (making_bytes).
 
@@ -237,7 +244,7 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     ]
     head = model.vocab_size * hidden
     state = header.rows * header.row_tokens * hidden * size
-    batch = max(1, BATCH_TOKENS // header.row_tokens) * header.row_tokens
+    batch = batch_rows(model, header.row_tokens) * header.row_tokens
     widest = max(max(p.shape) for n, p in model.model.named_parameters() if ".layers." in n)
     activations = batch * (8 * hidden + 4 * widest) * size
     logits = 3 * min(LOGIT_CHUNK_TOKENS, header.row_tokens) * model.vocab_size * 4
@@ -277,16 +284,40 @@ class ReferenceTail:
     projected: Tensor | None = None
 
 
-def log_sum_exp(logits: Tensor) -> Tensor:
-    """[tokens, vocab] -> [tokens] float64. The sum is taken below the maximum, so its error is float32's of the
-    logarithm of a number near 1, not of the logits' size; in blocks that stay in a core's cache."""
-    budget = CPU_BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    block = max(1, budget // (4 * logits.shape[-1]))
+def log_sum_exp(head: torch.nn.Linear, states: Tensor) -> Tensor:
+    """The logarithm of the sum of the exponentials of head(states); [rows, tokens, hidden] -> [rows, tokens] float64.
+
+    Logits are made a slice of the vocabulary at a time, which stays in a core's cache and is never held as a whole.
+    Each sum is taken below its maximum, so its error is float32's of the logarithm of a number near 1, not of the
+    logits' size; slices are put together in float64."""
+    return torch.cat([_log_sum_exp(head, piece) for piece in states.flatten(0, 1).split(HEAD_TOKENS)]).reshape(
+        states.shape[:2]
+    )
+
+
+def _log_sum_exp(head: torch.nn.Linear, states: Tensor) -> Tensor:
     parts = []
-    for rows in logits.float().split(block):
-        top = rows.amax(-1, keepdim=True)
-        parts.append(top[:, 0].double() + (rows - top).exp_().sum(-1).double().log())
-    return torch.cat(parts)
+    for weight, bias in _head_slices(head, len(states)):
+        logits = torch.nn.functional.linear(states, weight, bias).float()
+        top = logits.amax(-1, keepdim=True)
+        parts.append(top[:, 0].double() + (logits - top).exp_().sum(-1).double().log())
+    return torch.stack(parts).logsumexp(0)
+
+
+def _mean_head_row(head: torch.nn.Linear, states: Tensor, lse: Tensor) -> Tensor:
+    """W'p of every token, p the softmax of head(states) and lse what `log_sum_exp` says; [tokens, hidden]."""
+    total = torch.zeros_like(states)
+    for weight, bias in _head_slices(head, len(states)):
+        logits = torch.nn.functional.linear(states, weight, bias).float()
+        total += (logits - lse[:, None].float()).exp_().to(states.dtype) @ weight
+    return total
+
+
+def _head_slices(head: torch.nn.Linear, tokens: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    budget = CPU_BLOCK_BYTES // 2 if head.weight.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    step = max(1, budget // (4 * tokens))
+    for start in range(0, len(head.weight), step):
+        yield head.weight[start : start + step], None if head.bias is None else head.bias[start : start + step]
 
 
 @dataclass
@@ -303,7 +334,7 @@ class ExactProfiler:
     batch: int = field(init=False)
 
     def __post_init__(self) -> None:
-        rows, most = len(self.ids), max(1, BATCH_TOKENS // self.ids.shape[1])
+        rows, most = len(self.ids), batch_rows(self.context, self.ids.shape[1])
         together = max(len(group.bits) for group in self.header.groups)
         if any(parameter.dim() == 3 for parameter in self.context.model.parameters()):
             together = 1  # routed experts: how many tokens of a batch an expert gets decides how its sums are rounded
@@ -388,20 +419,14 @@ class ExactProfiler:
             with model.layer(index):
                 states = self._advance(index, states, model)
         with model.norm_loaded() as norm, model.head_loaded() as head:
-            # row by row in the chunks that _kl_rows uses, so that equal states give equal bits
+            # row by row, and by the head in the shapes that _kl_rows uses, so that equal states give equal bits
             normed = torch.stack([norm(state) for state in states])
             tail = ReferenceTail(normed)
             if model.head_is_linear(normed[:1, :2]):
-                lse, projected = [], []
-                for row in normed:
-                    for chunk in row.split(LOGIT_CHUNK_TOKENS):
-                        logits = head(chunk)
-                        lse.append(log_sum_exp(logits))
-                        probability = (logits.float() - lse[-1][:, None].float()).exp_()
-                        projected.append(probability.to(chunk.dtype) @ head.weight)
-                tail = ReferenceTail(
-                    normed, torch.cat(lse).reshape(normed.shape[:2]), torch.cat(projected).reshape(normed.shape)
-                )
+                assert isinstance(head, torch.nn.Linear), "as a linear head is"
+                lse = torch.cat([log_sum_exp(head, some) for some in self._head_batches(normed)])
+                projected = [_mean_head_row(head, row, sums) for row, sums in zip(normed, lse, strict=True)]
+                tail = ReferenceTail(normed, lse, torch.stack(projected))
         return tail
 
     # ---- measuring -------------------------------------------------------------------------------------------------
@@ -514,12 +539,19 @@ class ExactProfiler:
             return self._kl_rows_plain(states, None)
         result = []
         with self._head() as head:
-            for row, state in enumerate(states):
-                normed = self.context.norm(state)
-                lse = torch.cat([log_sum_exp(head(chunk)) for chunk in normed.split(LOGIT_CHUNK_TOKENS)])
-                moved = torch.linalg.vecdot(tail.projected[row].float(), (normed - tail.normed[row]).float()).double()
-                result.append(float((lse - tail.lse[row] - moved).mean()))
+            assert isinstance(head, torch.nn.Linear), "as the reference's is"
+            for wanted, wanted_lse, projected, found in zip(
+                *map(self._head_batches, (tail.normed, tail.lse, tail.projected, states)), strict=True
+            ):
+                normed = torch.stack([self.context.norm(state) for state in found])
+                moved = torch.linalg.vecdot(projected.float(), (normed - wanted).float()).double()
+                result += (log_sum_exp(head, normed) - wanted_lse - moved).mean(1).tolist()
         return tuple(result)
+
+    @staticmethod
+    def _head_batches(rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows of about HEAD_TOKENS tokens together; [rows, tokens, ...] each."""
+        return rows.split(max(1, HEAD_TOKENS // rows.shape[1]))
 
     def _kl_rows_plain(self, states: Tensor, head_weight: Tensor | None) -> tuple[float, ...]:
         """The same through both models' logits; `head_weight` takes the place of the context's head."""

@@ -17,17 +17,23 @@ variance of about 2 / samples whatever the model. Rows (documents) are the unit 
 
 Shrinking. The same pass gives the squared-gradient score (`--mode diagonal`): squares of the products of single tokens
 and outputs, added up as if independent. It is biased (tokens and outputs are not independent) but has hardly any noise,
-and its bias is much alike for modules of one type and candidates of one width. So the logarithm of estimate / score is
-shrunk towards the mean of its type and candidate, and towards the mean of its group's candidates, in proportion to its
-noise (empirical Bayes for a normal hierarchy: Efron and Morris, "Stein's estimation rule and its competitors", JASA 68,
-1973). `shrink=False` leaves the plain estimates.
+and its bias is much alike for modules of one type and candidates of one width. So an estimate is the score times a
+ratio, and the ratio of estimate to score is taken apart into levels (overall, type, candidate, type x candidate, group,
+swap), each shrunk by the share of its variance that is no noise. That share is the covariance of the level between
+halves of the rows, which have no draws and no documents in common, over its variance (reliability by split halves:
+Spearman and Brown, 1910; shrinking by it: Efron and Morris, "Stein's estimation rule and its competitors", JASA 68,
+1973). So two or three draws of a row are enough, and time is better spent on rows. `shrink=False` leaves the plain
+estimates.
+
+Rows are weighed by one over the root of their total: a few documents with many times the KL of others would decide
+alone what groups cost relative to each other. Half way to documents that count alike, ranks hardly change, and recipes
+of few rows lose half as much. The total of all swaps stays what it was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -52,6 +58,8 @@ from recompile.recipe import SourceId
 from recompile.stream import LayeredModel
 
 SWEEP_SAMPLES = 8  # per row and sweep; a sweep is the unit that is kept when a run is interrupted
+FEWEST_SWAPS = 8  # of which a ratio of estimate to score can be learnt
+HALVINGS = 8
 
 
 @dataclass(frozen=True)
@@ -144,68 +152,108 @@ def join_rows(parts: Sequence[Sketch]) -> Sketch:
     )
 
 
-def estimate(sketch: Sketch, row_tokens: int, *, diagonal: bool = False, shrink: bool = True) -> NDArray[np.float64]:
-    """KL of every swap and row, nats per token: [swaps, rows]."""
+def estimate(
+    sketch: Sketch, row_tokens: int, *, diagonal: bool = False, shrink: bool = True, weigh: bool = False
+) -> NDArray[np.float64]:
+    """KL of every swap and row, nats per token: [swaps, rows]. weigh: rows by one over the root of their total."""
     scores = sketch.squares / (2 * row_tokens * sketch.samples)
     plain = sketch.products2 / (2 * row_tokens * sketch.samples)
     if diagonal:
         return scores
-    return plain * shrink_factors(sketch, plain, scores)[:, None] if shrink else plain
+    if not shrink:
+        return plain
+    if weigh:
+        totals = scores.sum(0)  # as plain.sum(0), with less noise
+        if (totals > 0).all():
+            weights = totals**-0.5
+            weights *= totals.sum() / (weights * totals).sum()
+            scores, plain = scores * weights, plain * weights
+    return plain * shrink_factors(sketch.swaps, plain, scores)[:, None]
 
 
-def shrink_factors(sketch: Sketch, plain: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def shrink_factors(
+    swaps: Sequence[tuple[str, str]], plain: NDArray[np.float64], scores: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Shrunk mean / plain mean of every swap (1 where there is nothing to learn from); [swaps].
 
     plain, scores: [swaps, rows], estimates and squared-gradient scores, nats per token
     """
     means, bases = plain.mean(1), scores.mean(1)
     factors = np.ones(len(means))
-    usable = (means > 0) & (bases > 0)
-    if usable.sum() < 8 or sketch.samples < 2:
+    usable = (means > 0) & (bases > 0) & (plain != scores).any(1)  # equal: there is no score of its own
+    if usable.sum() < FEWEST_SWAPS:
         return factors
-    noise = _relative_noise(sketch, usable)
-    log_ratio = np.full(len(means), np.nan)
-    log_ratio[usable] = np.log(means[usable] / bases[usable]) + noise / 2  # E[log x] is below log E[x] by half of it
-    kinds = [(_type_of(group), label) for group, label in sketch.swaps]
-    centre = _means_by(kinds, log_ratio)
-    rest = log_ratio - centre
-    groups = [group for group, _ in sketch.swaps]
-    common = _shrunk_means(groups, rest, noise)
-    own = rest - common
-    spread = max(0.0, float(np.nanvar(own)) - noise)
-    wanted = centre + common + own * spread / (spread + noise)
-    factors[usable] = np.exp(wanted[usable] + np.log(bases[usable])) / means[usable]
+    table = _RatioTable(swaps)
+    every = np.arange(plain.shape[1])
+    overall, levels = table.levels(plain, scores, every, usable)
+    shares = table.reliabilities(plain, scores, levels, usable)
+    ratios = overall * np.maximum(1 + sum(share * level for share, level in zip(shares, levels, strict=True)), 0.1)
+    factors[usable] = (ratios * bases)[usable] / means[usable]
     return factors
 
 
-def _relative_noise(sketch: Sketch, usable: NDArray[np.bool_]) -> float:
-    """Variance of an estimate, relative to its square, from how samples of one row scatter: the median over swaps."""
-    count, rows = sketch.samples, sketch.products2.shape[1]
-    second, fourth = sketch.products2[usable] / count, sketch.products4[usable] / count
-    variance = np.maximum(fourth - second**2, 0) * count / (count - 1)  # of one sample's square, per row
-    relative = variance.mean(1) / (rows * count) / second.mean(1) ** 2
-    return float(np.median(relative))
+class _RatioTable:
+    """Ratios of estimate to score, taken apart by type, candidate, type x candidate, group and swap."""
+
+    def __init__(self, swaps: Sequence[tuple[str, str]]) -> None:
+        kinds: list[list[object]] = [
+            [_type_of(group) for group, _ in swaps],
+            [label for _, label in swaps],
+            [(_type_of(group), label) for group, label in swaps],
+            [group for group, _ in swaps],
+            list(swaps),
+        ]
+        self._keys = [np.unique(list(map(str, kind)), return_inverse=True)[1] for kind in kinds]
+
+    def levels(
+        self,
+        plain: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        rows: NDArray[np.int64],
+        usable: NDArray[np.bool_],
+    ) -> tuple[float, list[NDArray[np.float64]]]:
+        """The overall ratio of these rows, and relative to it the deviation of every level; [swaps] each."""
+        bases = scores[:, rows].mean(1)
+        valid = usable & (bases > 0)
+        ratio = np.divide(plain[:, rows].mean(1), bases, out=np.zeros(len(bases)), where=valid)
+        overall = float(ratio[valid].mean()) if valid.any() else 0.0
+        rest = np.where(valid, ratio / overall - 1, 0.0) if overall > 0 else np.zeros(len(bases))
+        levels = []
+        for keys in self._keys:
+            counts = np.bincount(keys, valid)[keys]
+            level = np.bincount(keys, rest)[keys] / np.maximum(counts, 1)
+            level[~valid] = 0.0
+            levels.append(level)
+            rest = rest - level
+        return overall, levels
+
+    def reliabilities(
+        self,
+        plain: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        levels: Sequence[NDArray[np.float64]],
+        usable: NDArray[np.bool_],
+    ) -> list[float]:
+        """The share of each level's variance that halves of the rows have in common; 0 for a single row."""
+        count = plain.shape[1]
+        if count < 2:
+            return [0.0] * len(levels)
+        generator = np.random.default_rng(0)  # halves of equal rows are equal in every run
+        common = np.zeros(len(levels))
+        for _ in range(HALVINGS):
+            order = generator.permutation(count)
+            _, one = self.levels(plain, scores, order[: count // 2], usable)
+            _, other = self.levels(plain, scores, order[count // 2 :], usable)
+            common += [float((a * b).mean()) / HALVINGS for a, b in zip(one, other, strict=True)]
+        variances = [float((level**2).mean()) for level in levels]
+        return [
+            min(1.0, max(0.0, shared / variance)) if variance > 0 else 0.0
+            for shared, variance in zip(common.tolist(), variances, strict=True)
+        ]
 
 
 def _type_of(group: str) -> str:
     return ".".join(part for part in group.split(".") if not part.isdigit())
-
-
-def _means_by(keys: Sequence[object], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    sums: dict[object, list[float]] = {}
-    for key, value in zip(keys, values.tolist(), strict=True):
-        sums.setdefault(key, []).append(value)
-    means = {key: float(np.nanmean(found)) if np.isfinite(found).any() else math.nan for key, found in sums.items()}
-    return np.array([means[key] for key in keys])
-
-
-def _shrunk_means(keys: Sequence[str], values: NDArray[np.float64], noise: float) -> NDArray[np.float64]:
-    """The mean of each key's values, shrunk towards 0 by its noise."""
-    means = _means_by(keys, values)
-    count = len(keys) / len(set(keys))  # candidates per group
-    spread = max(0.0, float(np.nanvar(means)) - noise / count)
-    shrunk: NDArray[np.float64] = means * spread / (spread + noise / count)
-    return shrunk
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -376,7 +424,8 @@ def collect(found: Sequence[SwapProducts], samples: int, keep_pairs: bool) -> Sk
 
 def as_profile(header: ProfileHeader, sketch: Sketch, options: SketchOptions) -> Profile:
     """What all the samples so far say of every swap."""
-    values = estimate(sketch, header.row_tokens, diagonal=options.mode == "diagonal", shrink=options.shrink)
+    diagonal = options.mode == "diagonal"
+    values = estimate(sketch, header.row_tokens, diagonal=diagonal, shrink=options.shrink, weigh=options.shrink)
     seen = sketch.tokens.sum(1) > 0  # an expert that no token reached is not free, it is unmeasured
     measured = {
         swap: Measurement(*swap, tuple(rows), bool(reached) or not is_expert(swap[0]))

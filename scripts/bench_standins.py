@@ -69,7 +69,6 @@ def main(variants: Path, work: Path | None, budgets: Sequence[float], rows: int,
     ladders: dict[str, list[tuple[Any, Checkpoint]]] = {
         REAL: [(bits, open_checkpoint(variants / f"{bits}bpw")) for bits in BITS],
         "stand-ins": [(bits, make_variant(base, {"bits": bits}, power)) for bits in BITS],
-        "stand-ins without importance": [(bits, make_variant(base, {"bits": bits})) for bits in BITS],
     }
     profiles: dict[str, Profile] = {}
     for name, offered in ladders.items():

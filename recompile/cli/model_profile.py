@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from recompile.tokens import Rows
 
 DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
+FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were better, down to two or three
 
 
 @many_values_command("model_profile")
@@ -105,7 +106,11 @@ DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
     show_default=True,
     help="With --mode weights: weigh errors by the inputs of the text, or all columns alike.",
 )
-@click.option("--samples", default=16, show_default=True, help="Random draws per row of the estimating modes.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=2),
+    help="Random draws per row of the estimating modes; default 16, or 3 where --minutes are filled with rows.",
+)
 @click.option(
     "--minutes",
     type=float,
@@ -157,7 +162,7 @@ def main(
     context: str,
     mode: str,
     importance: bool,
-    samples: int,
+    samples: int | None,
     minutes: float | None,
     seed: int,
     pairs: bool,
@@ -241,6 +246,8 @@ def main(
         activations=activations,
     )
     for_draws = minutes if mode != "hybrid" and not auto else None
+    if samples is None:
+        samples = FILLING_SAMPLES if auto and minutes is not None and mode != "hybrid" else 16
     sketch = SketchOptions(samples, for_draws, seed, keep_pairs=pairs, mode=mode)
     run = _profiler(reference, base_id, offered, options, sketch, importance, ray_address)
     if auto:

@@ -250,6 +250,47 @@ def test_shrinking_needs_samples_and_keeps_what_it_cannot_judge() -> None:
     np.testing.assert_array_equal(estimate(sketch, 5), estimate(sketch, 5, shrink=False))  # no scores to learn from
 
 
+def made_sketch(rows: int, samples: int, seed: int) -> tuple[Sketch, np.ndarray]:
+    """A sketch of swaps whose true costs are known, [swaps]: the score times a ratio of type, candidate and group, in
+    rows of very different size; samples of a normal of that variance."""
+    rng = np.random.default_rng(seed)
+    kinds = [(layer, leaf, label) for layer in range(30) for leaf in ("up", "down", "o") for label in ("2", "3", "4")]
+    swaps = tuple((f"model.layers.{layer}.{leaf}_proj", label) for layer, leaf, label in kinds)
+    own = {layer_leaf: rng.lognormal(0, 0.15) for layer_leaf in {kind[:2] for kind in kinds}}
+    ratio = np.array([{"up": 0.8, "down": 1.3, "o": 1.1}[leaf] * own[layer, leaf] for layer, leaf, _ in kinds])
+    score = rng.lognormal(0, 1, len(kinds))
+    sizes = rng.lognormal(0, 1, rows)
+    sizes /= sizes.mean()
+    scores = score[:, None] * sizes * rng.lognormal(0, 0.1, (len(kinds), rows))
+    draws = rng.normal(size=(len(kinds), rows, samples)) ** 2 * (scores * ratio[:, None])[..., None]
+    tokens = np.ones((len(kinds), rows), dtype=np.int64)
+    # T = 1/2, so that sums of squares are costs
+    return Sketch(swaps, draws.sum(2), (draws**2).sum(2), scores * samples, tokens, samples), score * ratio
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(4, 2), (10, 2), (20, 3), (6, 32)])
+def test_a_shrunk_estimate_is_nearer_the_truth_than_its_two_sources(rows: int, samples: int) -> None:
+    errors: dict[str, list[float]] = {"shrunk": [], "plain": [], "score": []}
+    for seed in range(5):
+        sketch, truth = made_sketch(rows, samples, seed)
+        for name, settings in (("shrunk", {}), ("plain", {"shrink": False}), ("score", {"diagonal": True})):
+            found = estimate(sketch, 0.5, **settings).mean(1)  # type: ignore[arg-type]
+            errors[name].append(float(np.log(found / truth / np.median(found / truth)).std()))
+    means = {name: float(np.mean(values)) for name, values in errors.items()}
+    assert means["shrunk"] < means["score"], means
+    assert means["shrunk"] < means["plain"], means
+    if samples * rows >= 40:
+        assert means["shrunk"] < 0.75 * means["score"], means  # it has learnt the types
+
+
+def test_weighed_rows_keep_the_total_and_let_no_document_decide_alone() -> None:
+    sketch, _ = made_sketch(8, 4, 0)
+    plain, weighed = (estimate(sketch, 0.5, weigh=weigh) for weigh in (False, True))  # type: ignore[arg-type]
+    assert weighed.sum() == pytest.approx(plain.sum(), rel=0.1)
+    shares = [values.sum(0) / values.sum() for values in (plain, weighed)]
+    assert shares[1].max() < 0.8 * shares[0].max()
+
+
 def test_a_cap_that_cannot_be_kept_is_refused() -> None:
     base, candidates = checkpoints("llama")
     model = LayeredModel.of(base)
