@@ -2,23 +2,32 @@
 
 .venv/bin/python scripts/bench_profile.py VARIANTS    # a folder with 2bpw 3bpw 4bpw 6bpw of SmolLM2-135M-Instruct
 
+The part "rows", on 4 rows of 128 tokens:
+
 naive     one full forward a swap (timed on a sample of the swaps)
-exact     model_profile --mode exact: only the layers after the swap, candidates together
+exact     model_profile --mode exact: only the layers after the swap
 sketch    --mode sketch, 16 samples a row. Goals: 12x faster than exact, Spearman >= 0.97 at 3, 4 and 6 bits, recipes
           within 2 % of exact's; at most 1.25x the time of 16 plain forward and backward passes
 diagonal  --mode diagonal: the squared-gradient score, 2 samples a row
 
-Then sketch, diagonal and exact once more at equal wall time: as many rows as the time allows. Everything on one thread.
-Writes scripts/bench_results/profile.json.
+The part "time": sketch, diagonal and exact at equal time, sketch and diagonal by what --minutes does: as many rows as
+the time allows. Everything on one thread; seconds are those of that thread, so that other load counts little.
+
+Writes scripts/bench_results/profile.json; what is in it of the parts not asked for stays. With --work FOLDER, a run
+that was stopped goes on (also an unfinished exact profile, whose seconds add up).
 """
 
 from __future__ import annotations
 
+import json
 import random
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +43,24 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import make_base  # noqa: E402
 from bench_record import birth_certificate, keep  # noqa: E402
 
+from eval.more_rows import RowLimits, profile_more_rows  # noqa: E402
 from eval.profile import ProfileOptions, profile_exact  # noqa: E402
 from eval.refine import MixOracle  # noqa: E402
 from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from recompile.cli.model_profile import FILLING_SAMPLES  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
-from recompile.costs import Profile  # noqa: E402
+from recompile.costs import Profile, load_profile  # noqa: E402
 from recompile.optimize.choose import Budget, make_problem  # noqa: E402
 from recompile.optimize.exact import solve_exact  # noqa: E402
+from recompile.tokens import Rows  # noqa: E402
 
 BITS = (2, 3, 4, 6)
 BUDGETS = (3.4, 4.4)
 LEVEL = "fused"
 TOKENS = 128
 NAIVE_SAMPLE = 6
+MOST_ROWS = 128  # of a mode that fills its time
 
 
 def say(text: str) -> None:
@@ -56,22 +69,39 @@ def say(text: str) -> None:
 
 @click.command()
 @click.argument("variants", type=click.Path(exists=True, path_type=Path))
+@click.option("--part", "parts", type=click.Choice(["rows", "time"]), multiple=True, help="Default: both.")
 @click.option("--rows", default=4, show_default=True, help="Rows of 128 tokens that all modes share.")
 @click.option("--judge", default=16, show_default=True, help="Rows of 256 tokens that recipes are judged on.")
-@click.option("--seconds", default=(60.0, 300.0), multiple=True, help="Equal wall times.")
-def main(variants: Path, rows: int, judge: int, seconds: tuple[float, ...]) -> None:
+@click.option("--seconds", default=(60.0, 300.0), multiple=True, help="Equal times.")
+@click.option("--work", type=click.Path(path_type=Path), help="Where what is measured is kept; default: nowhere.")
+def main(
+    variants: Path, parts: tuple[str, ...], rows: int, judge: int, seconds: tuple[float, ...], work: Path | None
+) -> None:
     torch.set_num_threads(1)
-    result = birth_certificate()
-    bench = Bench(variants, rows, judge)
-    exact, exact_s = bench.exact(bench.ids)
-    sketch, sketch_s = bench.sketch(bench.ids, "sketch", 16)
-    diagonal, diagonal_s = bench.sketch(bench.ids, "diagonal", 2)
-    naive_s = bench.naive_seconds()
-    plain_s = bench.plain_passes(16)
-    judged = {"exact": bench.judge(exact), "sketch": bench.judge(sketch), "diagonal": bench.judge(diagonal)}
-    uniform = {str(b): bench.kl({group.name: str(b) for group in exact.header.groups}) for b in (3, 4)}
-    result |= {
-        "rows": rows,
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that seconds spent are kept
+    certificate = birth_certificate()
+    bench = Bench(variants, rows, judge, work)
+    result: dict[str, Any] = json.loads(bench.results.read_text()) if bench.results.exists() else {}
+    if "time" in parts or not parts:
+        result["equal_time"] = {**certificate, "judged_rows": judge}
+        for limit in seconds:
+            result["equal_time"][f"{limit:.0f} s"] = equal_time(bench, limit)
+            keep(bench.results, result)
+    if "rows" in parts or not parts:
+        result["same_rows"] = certificate | {"judged_rows": judge} | same_rows(bench)
+        keep(bench.results, result)
+
+
+def same_rows(bench: Bench) -> dict[str, Any]:
+    """Every mode on the rows that they share."""
+    exact, exact_s = bench.exact("exact", bench.ids)
+    sketch, sketch_s = bench.sketch("sketch", bench.ids, "sketch", 16)
+    diagonal, diagonal_s = bench.sketch("diagonal", bench.ids, "diagonal", 2)
+    naive_s, plain_s = bench.once("naive", bench.naive_seconds), bench.once("plain", lambda: bench.plain_passes(16))
+    profiles = {"exact": exact, "sketch": sketch, "diagonal": diagonal}
+    judged = {name: bench.judge(name, profile) for name, profile in profiles.items()}
+    return {
+        "rows": len(bench.ids),
         "tokens": TOKENS,
         "level": LEVEL,
         "swaps": len(exact.measurements),
@@ -82,70 +112,96 @@ def main(variants: Path, rows: int, judge: int, seconds: tuple[float, ...]) -> N
         "naive_over_exact": naive_s / exact_s,
         "sketch_over_plain_16_passes": sketch_s / plain_s,
         "ranking": {name: ranking(exact, p) for name, p in (("sketch", sketch), ("diagonal", diagonal))},
-        "judged_rows": judge,
-        "uniform": {bits: describe(values) for bits, values in uniform.items()},
         "recipes": compare(judged, "exact"),
-        "equal_time": {},
     }
-    keep(bench.results, result)
-    for limit in seconds:
-        found = {}
-        for name, per_row in (
-            ("exact", exact_s / rows),
-            ("sketch", sketch_s / rows / 2),
-            ("diagonal", diagonal_s / rows),
-        ):
-            count = max(1, int(limit / per_row))
-            tokens = TOKENS
-            if count * per_row > limit:  # not even one row: a shorter one
-                count, tokens = 2, max(16, int(TOKENS * limit / per_row / 2))
-            ids = bench.more_rows(count, tokens)
-            samples = 8 if name == "sketch" else 2
-            profile, took = bench.exact(ids) if name == "exact" else bench.sketch(ids, name, samples)
-            found[name] = {"seconds": took, "rows": len(ids), "tokens": tokens, "recipes": bench.judge(profile)}
-            say(f"{limit:.0f} s: {name} {took:.0f} s")
-        recipes = compare({name: entry.pop("recipes") for name, entry in found.items()}, "sketch")
-        result["equal_time"][f"{limit:.0f}"] = {"runs": found, "recipes": recipes}
-        keep(bench.results, result)
+
+
+def equal_time(bench: Bench, limit: float) -> dict[str, Any]:
+    """Every mode with as many rows as it can have in so many seconds."""
+    runs, judged = {}, {}
+    for name, samples in (("sketch", FILLING_SAMPLES), ("diagonal", 2), ("exact", 0)):
+        if name == "exact":
+            ids = bench.rows_of(2, max(16, int(limit / (2 * bench.exact_seconds_per_token()))))
+            profile, took = bench.exact(f"exact-{limit:.0f}", ids)
+        else:
+            profile, took = bench.filled(f"{name}-{limit:.0f}", name, samples, limit)
+        header = profile.header
+        runs[name] = {"seconds": took, "rows": header.rows, "tokens": header.row_tokens, "samples": samples or None}
+        judged[name] = bench.judge(f"{name}-{limit:.0f}", profile)
+        say(f"{limit:.0f} s: {name} took {took:.0f} s for {header.rows} rows x {header.row_tokens}")
+    return {"runs": runs, "recipes": compare(judged, "sketch")}
 
 
 class Bench:
     results = ROOT / "scripts" / "bench_results" / "profile.json"
 
-    def __init__(self, variants: Path, rows: int, judge: int) -> None:
+    def __init__(self, variants: Path, rows: int, judge: int, work: Path | None) -> None:
         self.base = open_checkpoint(make_base.build())
         self.candidates: list[tuple[int, Checkpoint]] = [(b, open_checkpoint(variants / f"{b}bpw")) for b in BITS]
-        self.ids = self.more_rows(rows, TOKENS)
+        self.ids = self.rows_of(rows, TOKENS)
         self.report = read_rows([self.base.path], "report", judge, 256, None, None, None)[0].ids
-        self.folder = Path(tempfile.mkdtemp(prefix="bench-profile-"))
-        self.count = 0
+        self.folder = Path(tempfile.mkdtemp(prefix="bench-profile-")) if work is None else work
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.oracle: MixOracle | None = None
 
-    def more_rows(self, rows: int, tokens: int) -> torch.Tensor:
+    def rows_of(self, rows: int, tokens: int) -> torch.Tensor:
         return read_rows([self.base.path], "choose", rows, tokens, None, None, None)[0].ids
 
-    def _path(self) -> Path:
-        self.count += 1
-        return self.folder / f"{self.count}.jsonl"
+    def once(self, name: str, measure: Callable[[], float]) -> float:
+        """A number that is measured once a work folder."""
+        path = self.folder / f"{name}.seconds"
+        if not path.exists():
+            path.write_text(str(measure()))
+        return float(path.read_text())
 
-    def exact(self, ids: torch.Tensor) -> tuple[Profile, float]:
-        began = time.perf_counter()
-        *_, profile = profile_exact(self.base, 3, self.candidates, ids, self._path(), ProfileOptions(level=LEVEL))
-        took = time.perf_counter() - began
-        say(f"exact: {took:.0f} s")
-        assert isinstance(profile, Profile), "the profile comes last"
-        return profile, took
+    def timed(self, name: str, make: Callable[[Path], Iterator[object]]) -> tuple[Profile, float]:
+        """The profile that a profiler leaves at a path, and the seconds of all runs at it so far."""
+        path, spent = self.folder / f"{name}.jsonl", self.folder / f"{name}.seconds"
+        done = self.folder / f"{name}.done"
+        if not done.exists():
+            before = float(spent.read_text()) if spent.exists() else 0.0
+            began = time.process_time()
+            try:
+                for _ in make(path):
+                    pass
+            finally:
+                spent.write_text(str(before + time.process_time() - began))
+            done.touch()
+        say(f"{name}: {float(spent.read_text()):.0f} s")
+        return load_profile(path), float(spent.read_text())
 
-    def sketch(self, ids: torch.Tensor, mode: str, samples: int) -> tuple[Profile, float]:
-        began = time.perf_counter()
-        options = SketchOptions(samples, mode=mode)
-        *_, profile = profile_sketch(
-            self.base, 3, self.candidates, ids, self._path(), ProfileOptions(level=LEVEL), options
-        )
-        took = time.perf_counter() - began
-        say(f"{mode}, {samples} samples: {took:.0f} s")
-        assert isinstance(profile, Profile), "the profile comes last"
-        return profile, took
+    def exact(self, name: str, ids: torch.Tensor) -> tuple[Profile, float]:
+        options = ProfileOptions(level=LEVEL)
+        return self.timed(name, lambda path: profile_exact(self.base, 3, self.candidates, ids, path, options))
+
+    def exact_seconds_per_token(self) -> float:
+        """Of a whole exact profile, from the swaps of two layers whose mean is the middle."""
+        middle = ProfileOptions(level=LEVEL, match=("model.layers.7.*", "model.layers.22.*"))
+        ids = self.rows_of(2, 64)
+        run = partial(profile_exact, self.base, 3, self.candidates, ids, options=middle)
+        profile, took = self.timed("middle", lambda path: run(path=path))
+        return took * self.layers / 2 / profile.header.rows / profile.header.row_tokens
+
+    @property
+    def layers(self) -> int:
+        return int(self.base.config["num_hidden_layers"])
+
+    def sketch(self, name: str, ids: torch.Tensor, mode: str, samples: int) -> tuple[Profile, float]:
+        run = partial(profile_sketch, self.base, 3, self.candidates, ids)
+        options, settings = ProfileOptions(level=LEVEL), SketchOptions(samples, mode=mode)
+        return self.timed(name, lambda path: run(path, options, settings))
+
+    def filled(self, name: str, mode: str, samples: int, limit: float) -> tuple[Profile, float]:
+        """What --minutes does."""
+        rows = read_rows([self.base.path], "choose", MOST_ROWS, TOKENS, None, None, None)[0]
+        settings, limits = SketchOptions(samples, mode=mode), RowLimits(None, limit / 60)
+
+        def block(some: Rows, first: int, path: Path) -> Iterator[object]:
+            options, own = ProfileOptions(level=LEVEL), replace(settings, first_row=first)
+            return profile_sketch(self.base, 3, self.candidates, some.ids, path, options, own, rows_sha256=some.sha256)
+
+        clock = time.process_time
+        return self.timed(name, lambda path: profile_more_rows(rows, path, limits, block, settings, clock=clock))
 
     def plain(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -162,14 +218,14 @@ class Bench:
         swaps = 4 * len({self._group(name) for name in names})
         with torch.inference_mode():
             reference = model(self.ids).logits
-            began = time.perf_counter()
+            began = time.process_time()
             for name in random.sample(names, NAIVE_SAMPLE):
                 weight = model.get_parameter(f"{name}.weight")
                 kept = weight.data
                 weight.data = random.choice(self.candidates)[1].load(f"{name}.weight").float()
                 kl_divergence(reference, model(self.ids).logits).mean(1)
                 weight.data = kept
-            return (time.perf_counter() - began) * swaps / NAIVE_SAMPLE
+            return (time.process_time() - began) * swaps / NAIVE_SAMPLE
 
     @staticmethod
     def _group(module: str) -> str:
@@ -182,29 +238,29 @@ class Bench:
         model = self.plain()
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(count):
             logits = model(self.ids).logits
             with torch.no_grad():
                 labels = torch.distributions.Categorical(logits=logits).sample()
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
             model.zero_grad()
-        return time.perf_counter() - began
+        return time.process_time() - began
 
-    def kl(self, choice: Mapping[str, str]) -> np.ndarray:
-        """KL of every judging row."""
-        assert self.oracle is not None, "made with the first recipe"
-        return np.array(self.oracle.measure(choice))
+    def judge(self, name: str, profile: Profile) -> dict[float, np.ndarray]:
+        """KL of every judging row of the recipes that a profile gives, by budget."""
+        kept = {budget: self.folder / f"{name}-{len(self.report)}-rows-{budget}.npy" for budget in BUDGETS}
+        for budget, path in kept.items():
+            if not path.exists():
+                np.save(path, self.kl_of_recipe(profile, budget))
+        return {budget: np.load(path) for budget, path in kept.items()}
 
-    def judge(self, profile: Profile) -> dict[float, np.ndarray]:
+    def kl_of_recipe(self, profile: Profile, budget: float) -> np.ndarray:
         if self.oracle is None:
             by_label = {str(b): checkpoint for b, checkpoint in self.candidates}
             self.oracle = MixOracle(profile.header, by_label, self.base, self.report, self.report)
-        problem = make_problem(profile)
-        found = {}
-        for budget in BUDGETS:
-            found[budget] = self.kl(solve_exact(problem, Budget(bpw=budget).bits(profile)).choice)
-        return found
+        choice = solve_exact(make_problem(profile), Budget(bpw=budget).bits(profile)).choice
+        return np.array(self.oracle.measure(choice))
 
 
 def ranking(exact: Profile, other: Profile) -> dict[str, dict[str, float]]:
