@@ -137,7 +137,8 @@ def plan_pass(
     adjoints = samples * rows * tokens * hidden * size
     chunk = min(LOGIT_CHUNK_TOKENS, tokens)
     # the stored head beside its decoded value, and logits, probabilities and their sums of a chunk
-    with_head = 2 * head + 5 * chunk * model.vocab_size * 4 + (samples + 4) * tokens * hidden * size
+    swapped_head = 2 if any(group.layer is None for group in groups) else 0  # another one, as read and decoded
+    with_head = (2 + swapped_head) * head + 5 * chunk * model.vocab_size * 4 + (samples + 4) * tokens * hidden * size
     largest = max(layers, key=lambda sizes: sizes.weights)
 
     def working(batch: int, keep: bool) -> tuple[int, int]:
@@ -286,11 +287,13 @@ class AdjointPass:
             for index in self._forward(ids, states):
                 yield LayerForward(index, self.model.depth)
             adjoints, head = self._head(states, len(ids), cotangents)
-            yield LayerBackward(None, self.model.depth, tuple(head))
+            modules = {group.name: group.modules[0] for group in self.groups}
+            tied = {(s.group, s.source): s.products for s in head if role_of(modules[s.group]) != "head"}
+            yield LayerBackward(None, self.model.depth, tuple(s for s in head if (s.group, s.source) not in tied))
             for index in reversed(range(self.model.depth)):
                 found = self._backward(index, states, adjoints, cotangents.gradients)
                 yield LayerBackward(index, self.model.depth, tuple(found))
-            yield LayerBackward(None, self.model.depth, tuple(self._embedding(ids, states, adjoints)))
+            yield LayerBackward(None, self.model.depth, tuple(self._embedding(ids, states, adjoints, tied)))
 
     def _batches(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.plan.batch_rows):
@@ -372,7 +375,10 @@ class AdjointPass:
                 del calls, changes, squares, out, hidden, tape
         return swaps.result()
 
-    def _embedding(self, ids: Tensor, states: _States, adjoints: Tensor) -> Iterator[SwapProducts]:
+    def _embedding(
+        self, ids: Tensor, states: _States, adjoints: Tensor, tied: Mapping[tuple[str, str], Tensor]
+    ) -> Iterator[SwapProducts]:
+        """tied: what the same swaps do as the head, where the embedding is the head as well."""
         for group in self.groups:
             if group.layer is not None or role_of(group.modules[0]) == "head":
                 continue
@@ -384,6 +390,7 @@ class AdjointPass:
                         change = (embedded - states.get(0, rows, self.model.device)).float().flatten(1)  # [rows, t*h]
                         along = adjoints[:, rows].float().flatten(2)  # [samples, rows, t*h]
                         products[rows] = torch.einsum("srn,rn->rs", along, change).cpu()
+                products += tied.get((group.name, source), 0)
                 yield SwapProducts(group.name, source, products, None, torch.full((len(ids),), ids.shape[1]))
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from eval.adjoint import LOGIT_CHUNK_TOKENS
 from recompile.checkpoint import WeightSource
 from recompile.costs import ProfileGroup
-from recompile.overlay import role_of
 from recompile.stream import LayeredModel
 
 DRAWS = 4  # labels per token and sample
@@ -74,7 +73,7 @@ class FisherCotangents:
         model = self.model
         products: dict[tuple[str, str], Tensor] = {}
         for group in self.groups:
-            if group.layer is not None or role_of(group.modules[0]) != "head":
+            if group.layer is not None or not model.is_head(group.modules[0]):
                 continue
             kept = model.head.get_parameter("weight").data
             for source in group.bits:

@@ -249,7 +249,9 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     activations = batch * (8 * hidden + 4 * widest) * size
     logits = 3 * min(LOGIT_CHUNK_TOKENS, header.row_tokens) * model.vocab_size * 4
     # a layer beside the stored and decoded copies of its largest weight, or the head beside its stored bytes
-    working = max(2 * max(per_layer) * size + activations, 2 * head * size + logits) + making
+    swapped_head = 2 if any(group.layer is None for group in header.groups) else 0  # another one, as read and decoded
+    with_head = (2 + swapped_head) * head * size + logits
+    working = max(2 * max(per_layer) * size + activations, with_head) + making
     states = 4 * state + 2 * batch * hidden * size
     process = resident_bytes()
     smallest = process + states + working + state * max(len(g.bits) for g in header.groups)
@@ -521,7 +523,11 @@ class ExactProfiler:
                 for index in range(self.context.depth):
                     with self._layer(index):
                         states = self._advance(index, states)
-                yield Measurement(group.name, source, self._kl_rows(states))
+                if not self.context.is_head(group.modules[0]):
+                    yield Measurement(group.name, source, self._kl_rows(states))
+                    continue
+                head = self.context.load_parameter(f"{self.context.prefix_of(self.context.head)}.weight", mixed)
+                yield Measurement(group.name, source, self._kl_rows_plain(states, head))
 
     def _measure_head(self, group: ProfileGroup, states: Tensor, todo: set[tuple[str, str]]) -> Iterator[Measurement]:
         (module,) = group.modules

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recompile.checkpoint import WeightSource, split_name
 from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
+from recompile.overlay import role_of
 
 FREE_BYTES_KEPT = 64 * 2**20  # of freed blocks that the allocator may hold on to
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -348,6 +349,11 @@ class LayeredModel:
     def parameters_of(self, module: str) -> list[str]:
         """Names of the parameters that the checkpoint module `module` takes part in."""
         return [n for n, origin in self.origins.items() if any(split_name(t)[0] == module for t in origin.tensors)]
+
+    def is_head(self, module: str) -> bool:
+        """Whether the output head is made of the checkpoint module `module`: it is the head, or an embedding tied to
+        it."""
+        return role_of(module) == "head" or f"{self.prefix_of(self.head)}.weight" in self.parameters_of(module)
 
     # ---- running --------------------------------------------------------------------------------------------------
 

@@ -443,18 +443,12 @@ def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making
 
 
 def _check_gguf_groups(reference: Checkpoint, make: Making) -> None:
-    """Raise RecompileError for groups that no GGUF file can tell apart, or whose swap the profilers do not run."""
+    """Raise RecompileError for groups that no GGUF file can tell apart."""
     from recompile.costs import is_expert
 
     if make.level in ("expert", "tensor") and any(is_expert(name) for name in reference.modules):
         raise RecompileError(
             f"--level {make.level}: in GGUF all experts of a projection are one tensor of one type; use --level fused"
-        )
-    tied = reference.config.get("tie_word_embeddings") or "lm_head.weight" not in reference.tensors
-    if "embedding" in make.roles and tied:
-        raise RecompileError(
-            "--embedding: it is the output head as well here, and a swap of both at once is not measured; the -i "
-            "candidate says its type"
         )
 
 

@@ -30,7 +30,9 @@ pytest.importorskip("libgguf")
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "gemma2", "gemma3_text")
 
 
-def write_hf(folder: Path, model_type: str, *, hidden: int = 64, inner: int = 96, layers: int = 2) -> Path:
+def write_hf(
+    folder: Path, model_type: str, *, hidden: int = 64, inner: int = 96, layers: int = 2, tied: bool | None = None
+) -> Path:
     """A random model of transformers' own making, with every feature of its architecture."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -45,6 +47,8 @@ def write_hf(folder: Path, model_type: str, *, hidden: int = 64, inner: int = 96
         fields = {key: value for key, value in fields.items() if "expert" not in key and "moe" not in key}
     if model_type == "qwen2_moe":
         fields["norm_topk_prob"] = False  # as in the released models; the engine knows no other
+    if tied is not None:
+        fields["tie_word_embeddings"] = tied
     if model_type == "mistral":
         fields["sliding_window"] = None
     torch.manual_seed(3)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from gguf_models import VOCAB, write_model
+from gguf_models import VOCAB
 from safetensors.torch import save_file
 from test_gguf_variants import tokenizer_file, write_hf
 
-from eval.profile import ProfileOptions, profile_exact
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from eval.metrics import kl_divergence
+from eval.profile import ProfileOptions, SwappedSource, profile_exact
+from eval.sketch import SketchOptions, profile_sketch
+from recompile.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
@@ -30,6 +32,7 @@ from recompile.quantize.gguf_mix import makes_gguf, mix_of, types_got
 from recompile.quantize.made import MadeVariant, fallbacks_of, make_variant, make_variants, making_bytes, spec_of
 from recompile.recipe import load_recipe, parse_recipe
 from recompile.recipe_formats import parse_type_recipe
+from recompile.stream import LayeredModel
 from recompile.write_gguf import execute_gguf, plan_gguf
 
 pytest.importorskip("libgguf")
@@ -283,9 +286,6 @@ def test_what_the_commands_refuse(tmp_path: Path) -> None:
     assert "did you mean Q4_K" in said
     said = failing(model_profile, "-mb", path, "--candidates", "2,4", "--imatrix", "x", *given)
     assert "goes with --candidates of GGUF types" in said
-    tied = write_model(tmp_path / "tied.gguf", kind="F32")
-    said = failing(model_profile, "-mb", tied, "--candidates", "Q4_0,Q8_0", "--embedding", *given)
-    assert "it is the output head as well" in said
     (tmp_path / "r.yaml").write_text("sources: [{id: Q4_0, type: Q4_0}]\noverrides: []\nbase: {type: Q8_0}\n")
     common = ("-i", path, "-or", tmp_path / "r.yaml", "--tokenizer-from", tokenizer_file(tmp_path / "t.gguf"))
     assert "give it a name that ends in .gguf" in failing(model_quantize, *common, "-o", tmp_path / "mix")
@@ -312,3 +312,40 @@ def test_the_head_is_a_group_where_it_is_asked_for(tmp_path: Path) -> None:
         plain.tensors["model.embed_tokens.weight"].dtype == named.tensors["model.embed_tokens.weight"].dtype == "Q4_0"
     )
     assert plain.fingerprint != named.fingerprint
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_tied_embedding_is_swapped_at_both_ends(model_type: str, tmp_path: Path) -> None:
+    """Exact: the KL of the model with that tensor in all its places. Sketch: near to it where the swap is small."""
+    base = open_checkpoint(write_hf(tmp_path / "hf", model_type, tied=True))
+    ids = torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5))
+    roles = frozenset({"embedding"})
+    candidates = make_variants(base, [spec_of(name) for name in ("Q4_0", "Q8_0")], None, roles)
+    options = ProfileOptions(level="tensor", embedding=True, match=("model.embed_tokens",))
+    *_, exact = profile_exact(base, "Q4_0", candidates, ids, tmp_path / "e", options)
+    assert isinstance(exact, Profile)
+    *_, sketch = profile_sketch(base, "Q4_0", candidates, ids, tmp_path / "s", options, SketchOptions(256))
+    assert isinstance(sketch, Profile)
+    reference = logits_of(base, ids)
+    for name, variant in candidates:
+        swapped = SwappedSource(base, ["model.embed_tokens"], variant)
+        wanted = kl_divergence(reference, logits_of(swapped, ids)).mean().item()
+        cost, estimate = (found.cost("model.embed_tokens", str(name)) for found in (exact, sketch))
+        assert cost is not None
+        assert estimate is not None
+        assert cost.kl_nats == pytest.approx(wanted, rel=1e-4)
+        if name == "Q8_0":
+            assert estimate.kl_nats == pytest.approx(wanted, rel=0.3)
+
+
+def logits_of(source: WeightSource, ids: torch.Tensor) -> torch.Tensor:
+    model = LayeredModel.of(source, dtype=torch.float32)
+    with torch.inference_mode():
+        (state,) = list(model.embed(ids, len(ids)))
+        for number in range(model.depth):
+            with model.layer(number):
+                state = model.run_layer(number, state)
+        with model.norm_loaded() as norm:
+            state = norm(state)
+        with model.head_loaded():
+            return model.logits(state)
