@@ -316,11 +316,11 @@ def test_the_head_is_a_group_where_it_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_a_tied_embedding_is_swapped_at_both_ends(model_type: str, tmp_path: Path) -> None:
-    """Exact: the KL of the model with that tensor in all its places. Sketch: near to it where the swap is small."""
+    """Exact: the KL of the model with that tensor in all its places. Sketch: near to it."""
     base = open_checkpoint(write_hf(tmp_path / "hf", model_type, tied=True))
     ids = torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5))
     roles = frozenset({"embedding"})
-    candidates = make_variants(base, [spec_of(name) for name in ("Q4_0", "Q8_0")], None, roles)
+    candidates = make_variants(base, [spec_of(name) for name in ("Q4_0", "Q5_0")], None, roles)
     options = ProfileOptions(level="tensor", embedding=True, match=("model.embed_tokens",))
     *_, exact = profile_exact(base, "Q4_0", candidates, ids, tmp_path / "e", options)
     assert isinstance(exact, Profile)
@@ -334,8 +334,8 @@ def test_a_tied_embedding_is_swapped_at_both_ends(model_type: str, tmp_path: Pat
         assert cost is not None
         assert estimate is not None
         assert cost.kl_nats == pytest.approx(wanted, rel=1e-4)
-        if name == "Q8_0":
-            assert estimate.kl_nats == pytest.approx(wanted, rel=0.3)
+        if model_type == "llama":  # the input's share alone would be 0.6 of it; gemma's draws scatter more than that
+            assert estimate.kl_nats == pytest.approx(wanted, rel=0.15)
 
 
 def logits_of(source: WeightSource, ids: torch.Tensor) -> torch.Tensor:
