@@ -26,7 +26,7 @@ from recompile.errors import OutputError, RecompileError
 if TYPE_CHECKING:
     from eval.diff import DiffReport
     from recompile.checkpoint import Checkpoint
-    from recompile.costs import Profile
+    from recompile.costs import Candidate, Profile
 
 STATE = "auto.json"
 
@@ -37,7 +37,12 @@ STATE = "auto.json"
 @click.option("-b", "--bits", type=float, help="Budget: bits per weight over quantized modules.")
 @click.option("--total-bpw", type=float, help="Budget: bits per weight over everything.")
 @click.option("--size", help="Budget: size of the weights, e.g. 4.2GiB.")
-@click.option("--candidates", multiple=True, help="Bits on offer, made on the fly. [default: 2,3,4,5,6,8]")
+@click.option(
+    "--candidates",
+    multiple=True,
+    help="Bits on offer, made on the fly [default: 2,3,4,5,6,8]; or GGUF types: Q3_K,IQ4_XS,Q6_K, with -o MIX.gguf.",
+)
+@click.option("--tokenizer-from", metavar="X.gguf", help="GGUF: the file whose tokenizer keys the mix gets.")
 @click.option(
     "--variants",
     multiple=True,
@@ -66,6 +71,7 @@ def main(
     total_bpw: float | None,
     size: str | None,
     candidates: tuple[str, ...],
+    tokenizer_from: str | None,
     variants: tuple[Path, ...],
     group_size: str,
     asym: bool,
@@ -91,6 +97,7 @@ def main(
     Examples:
       model_auto -i base -o mix -b 3.5
       model_auto -i base -o mix --size 4.2GiB --variants 3bpw 2bpw 4bpw 6bpw
+      model_auto -i base -o MIX.gguf -b 4.5 --candidates Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K --tokenizer-from X.gguf
     """
     check_json_path(json_path)
     budget = _arguments({"-b": bits, "--total-bpw": total_bpw, "--size": size})
@@ -104,6 +111,7 @@ def main(
 
     base = open_checkpoint(in_dir)
     offered = list(candidates) or ["2,3,4,5,6,8"]
+    gguf = not variants and _are_gguf_types(offered, out)
     settings: dict[str, Any] = {
         "base": base.fingerprint,
         "budget": budget,
@@ -113,19 +121,21 @@ def main(
         "solver": [solver, minutes],
         "rows": [rows, length, calibration_rows, str(text), dataset],
         "dtype": dtype,
+        **({"tokenizer_from": open_checkpoint(tokenizer_from).fingerprint} if tokenizer_from else {}),
     }
     work = out.with_name(f"{out.name}.work")
     stages = Stages(work, settings, out)
     profile, recipe = work / "profile.jsonl", work / "overrides.yaml"
     texts = _arguments({"--text": text, "--dataset": dataset})
     running = ["-d", device, *(["--quiet"] if quiet else [])]
-    rounding = ["-g", group_size, *(["--asym"] if asym else [])]
+    rounding = ["-g", group_size, *(["--asym"] if asym else [])] if not gguf else []
 
     def make_profile() -> None:
         from recompile.cli.model_profile import main as command
 
         start, *others = variants or (None,)
-        there = ["-i", start, "-s", *others] if variants else ["--candidates", *offered, *rounding]
+        weighed = ["--importance-rows", calibration_rows] if gguf else []
+        there = ["-i", start, "-s", *others] if variants else ["--candidates", *offered, *rounding, *weighed]
         measure = ["--mode", "sketch", "--samples", samples, "--level", level, "-r", rows, "-l", length]
         more = _arguments({"--dtype": dtype, "--max-memory": max_memory})
         _run(command, ["-mb", in_dir, *there, *measure, *more, "-o", profile, *texts, *running])
@@ -149,6 +159,10 @@ def main(
         from recompile.cli.model_quantize import main as command
 
         shape = ["-r", calibration_rows, "-l", length, *_arguments({"--dtype": dtype})]
+        if gguf:  # with the importance that the candidates were made with
+            from recompile.quantize.made import importance_file
+
+            shape += [*_arguments({"--tokenizer-from": tokenizer_from}), "--imatrix", importance_file(profile)]
         _run(command, ["-i", in_dir, *what, *rounding, *shape, *texts, *running])
 
     def measure() -> dict[str, Any]:
@@ -158,9 +172,10 @@ def main(
         rivals: list[Checkpoint] = [open_checkpoint(path) for path in variants]
         mix = open_checkpoint(out)
         if verify and not variants:
-            rate = uniform_bits(found, mix.size_bytes)
-            quantize(["-o", work / "uniform", "-b", rate])
-            rivals = [open_checkpoint(work / "uniform" / f"{rate}bpw")]
+            rate = uniform_candidate(found, mix.size_bytes).label
+            quantize(["-o", work / "uniform", "-b", rate, *(["--format", "gguf"] if gguf else [])])
+            name = f"{base.path.resolve().name.removesuffix('.gguf')}-{rate}.gguf" if gguf else f"{rate}bpw"
+            rivals = [open_checkpoint(work / "uniform" / name)]
         result = compare_builds(base, mix, rivals, rows, length, text, dataset, device, quiet)
         shutil.rmtree(work / "uniform", ignore_errors=True)
         return result
@@ -238,17 +253,33 @@ def _run(command: click.Command, arguments: Sequence[object]) -> None:
         raise SystemExit(code)
 
 
-def uniform_bits(profile: Profile, size_bytes: int) -> int:
-    """The widest uniform candidate that takes no more than `size_bytes`, or the narrowest there is."""
+def uniform_candidate(profile: Profile, size_bytes: int) -> Candidate:
+    """The largest uniform candidate that takes no more than `size_bytes`, or the smallest there is."""
     header = profile.header
-    fitting, every = [], []
-    for candidate in header.candidates:
-        total = header.fixed_bits + header.other_bits + sum(group.bits[candidate.label] for group in header.groups)
-        bits = int((candidate.spec or {})["bits"])
-        every.append(bits)
-        if total <= 8 * size_bytes:
-            fitting.append(bits)
-    return max(fitting, default=min(every))
+    totals = {
+        candidate.label: header.fixed_bits
+        + header.other_bits
+        + sum(group.bits[candidate.label] for group in header.groups)
+        for candidate in header.candidates
+    }
+    fitting = [label for label, total in totals.items() if total <= 8 * size_bytes]
+    return header.candidate(max(fitting, key=lambda x: totals[x]) if fitting else min(totals, key=lambda x: totals[x]))
+
+
+def _are_gguf_types(offered: Sequence[str], out: Path) -> bool:
+    """Whether candidates are GGUF types. Raises RecompileError where some are and some are not, or `out` is no file's
+    name."""
+    from recompile.quantize.gguf_mix import check_out
+    from recompile.quantize.made import parse_candidates, spec_of
+
+    kinds = {next(iter(spec_of(name)[1])) for name in parse_candidates(offered)}
+    if "scheme" in kinds:
+        raise RecompileError("--candidates: schemes are not mixed in one pass yet; make variants of them (--variants)")
+    if len(kinds) > 1:
+        raise RecompileError("--candidates: bits and GGUF types are never in one build; give one kind")
+    if "type" in kinds:
+        check_out(out)
+    return "type" in kinds
 
 
 def compare_builds(

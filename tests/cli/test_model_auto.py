@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from recompile.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
+from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.recipe import load_recipe
 
 GROUP = tiny.GROUP_SIZE
@@ -121,3 +122,32 @@ def test_variants_are_merged(text: Path, tmp_path: Path) -> None:
     assert [Path(entry["build"]).name for entry in report["builds"]] == ["mix", "3bpw", "4bpw", "6bpw"]
     assert 3.5 < report["builds"][0]["bpw"] <= 4.3
     assert report["builds"][0]["kl_nats"] < report["builds"][1]["kl_nats"]
+
+
+def test_gguf_types_make_one_file(text: Path, tmp_path: Path) -> None:
+    """The mix beside the largest uniform file that is no larger, both with the importance of the profile."""
+    pytest.importorskip("libgguf")
+    base, out = tiny.base("llama-2"), tmp_path / "MIX.gguf"
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    tokens = tmp_path / "tokens.gguf"
+    records = [encode_key("tokenizer.ggml.model", "gpt2"), encode_key("tokenizer.ggml.tokens", ["x"] * vocabulary)]
+    write_gguf(tokens, records, [])
+    options = (text, "-b", 5.1, "--candidates", "Q4_0,Q5_0,Q8_0", "--tokenizer-from", tokens, "--level", "tensor")
+    made(base, out, *options, "--json", tmp_path / "r.json")
+    mix, uniform = json.loads((tmp_path / "r.json").read_text())["builds"]
+    types = {tensor.type.name for tensor in open_gguf(out).tensors.values()}
+    assert len(types & {"Q4_0", "Q5_0", "Q8_0"}) >= 2
+    assert uniform["build"].endswith("-Q4_0.gguf")
+    assert 4.9 < mix["bpw"] <= 5.1
+    assert uniform["total_bytes"] <= mix["total_bytes"] == open_checkpoint(out).size_bytes
+    assert 0 < mix["kl_nats"] < uniform["kl_nats"]
+    assert made(base, out, *options).output.count("done before") == 4
+
+    for names, where, message in (
+        ("Q4_0,Q8_0", tmp_path / "mix", "ends in .gguf"),
+        ("4,Q8_0", tmp_path / "x.gguf", "never in one build"),
+        ("nvfp4,w4a16-g32", tmp_path / "mix", "make variants of them"),
+    ):
+        result = auto(base, where, text, "-b", 5, "--candidates", names)
+        assert result.exit_code == 1
+        assert message in result.output
