@@ -425,27 +425,33 @@ class _Deltas:
         for number, call in enumerate(calls):
             by_parameter.setdefault(call.weight.parameter, []).append(number)
         for parameter, numbers in by_parameter.items():
-            found: dict[tuple[int, str], tuple[slice, list[str], list[Tensor]]] = {}
+            asked = [(number, module, share) for number in numbers for module, share in self._modules(calls[number])]
+            found: dict[tuple[int, str], tuple[tuple[str, ...], Tensor]] = {}
+            for number, module, share in asked:
+                group = self._group_of[module]
+                labels = tuple(
+                    label
+                    for label in self._owner.candidates
+                    if label in group.bits and not self._owner.current(group.name, label)
+                )
+                inputs = calls[number].inputs
+                shape = (len(labels), inputs.shape[:-1].numel(), share.stop - share.start)
+                found[number, module] = labels, inputs.new_empty(shape)
             for label in self._owner.candidates:
-                asked = [
-                    (number, module, rows_out)
-                    for number in numbers
-                    for module, rows_out in self._modules(calls[number])
-                    if label in self._group_of[module].bits
-                    and not self._owner.current(self._group_of[module].name, label)
-                ]
-                if not asked:
-                    continue
-                delta = self._delta(parameter, label)
-                for number, module, rows_out in asked:
+                delta: Tensor | None = None
+                for number, module, share in asked:
+                    labels, values = found[number, module]
+                    if label not in labels:
+                        continue
+                    if delta is None:
+                        delta = self._delta(parameter, label)
                     weight = delta if calls[number].weight.expert is None else delta[calls[number].weight.expert]
-                    change = nn.functional.linear(calls[number].inputs, weight[rows_out]).reshape(rows, -1)
-                    entry = found.setdefault((number, module), (rows_out, [], []))
-                    entry[1].append(label)
-                    entry[2].append(change)
-            for (number, module), (rows_out, labels, values) in found.items():
-                group = self._group_of[module].name
-                made[number].append(_Change(group, tuple(labels), rows_out, torch.stack(values, 1)))
+                    torch.mm(calls[number].inputs.flatten(0, -2), weight[share].T, out=values[labels.index(label)])
+            for (number, module), (labels, values) in found.items():
+                if labels:
+                    per_row = values.reshape(len(labels), rows, -1).transpose(0, 1)
+                    share = next(share for n, name, share in asked if (n, name) == (number, module))
+                    made[number].append(_Change(self._group_of[module].name, labels, share, per_row))
         return made
 
     def _modules(self, call: _LinearCall) -> list[tuple[str, slice]]:

@@ -44,20 +44,24 @@ class FisherCotangents:
 
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
         """As `eval.adjoint.Cotangents.at_norm`."""
-        linear = self.model.head_is_linear(normed[:1, :2])
         found: list[Tensor] = []
         draws = [self._draw(rows.start + row, normed.shape[1]) for row in range(len(normed))]
         labels: list[Tensor] = []
-        for states, (uniform, signs) in zip(normed, draws, strict=True):
+        for row, (states, (uniform, signs)) in enumerate(zip(normed, draws, strict=True)):
             pieces = []
-            for chunk in _chunks(len(states)):
-                made, drawn = self._chunk(
-                    states[chunk], uniform[:, chunk].to(states.device), signs[:, chunk].to(states.device), linear
+            for chunk in chunks_of(len(states)):
+                output = self.output(rows.start + row, chunk, states[chunk])
+                made, drawn = self._samples(
+                    output, uniform[:, chunk].to(states.device), signs[:, chunk].to(states.device)
                 )
                 pieces.append(made)
                 labels.append(drawn)
             found.append(torch.cat(pieces, 1))
         return torch.stack(found, 1), self._head_products(normed, labels, draws)
+
+    def output(self, row: int, chunk: slice, states: Tensor) -> HeadOutput:
+        """What the head makes of some tokens of a row; states: [tokens, hidden]. Called once for each of them."""
+        return HeadOutput.of(self.model, states)
 
     def _draw(self, row: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Uniform numbers that choose labels, and their signs over the square root of their number."""
@@ -81,7 +85,7 @@ class FisherCotangents:
                 total = torch.zeros(len(normed), self.samples)
                 drawn = iter(labels)
                 for row, states in enumerate(normed):
-                    for chunk in _chunks(len(states)):
+                    for chunk in chunks_of(len(states)):
                         before = model.logits(states[None, chunk])[0].float()
                         model.set_parameter(model.head, "weight", swapped)
                         change = model.logits(states[None, chunk])[0].float() - before
@@ -94,30 +98,61 @@ class FisherCotangents:
                 products[(group.name, source)] = total
         return products
 
-    def _chunk(self, states: Tensor, uniform: Tensor, signs: Tensor, linear: bool) -> tuple[Tensor, Tensor]:
-        """Cotangents [samples, tokens, hidden] of one chunk of a row, and the labels drawn; states [tokens, hidden]."""
-        with torch.enable_grad():
-            leaf = states.detach().requires_grad_(not linear)
-            logits = self.model.logits(leaf[None])[0]
-        p = logits.detach().float().softmax(-1)
-        labels = draw_labels(p, uniform)  # [samples, tokens, draws]
-        if linear:
+    def _samples(self, output: HeadOutput, uniform: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        """Cotangents [samples, tokens, hidden] of one chunk of a row, and the labels drawn."""
+        labels = draw_labels(output.p, uniform)  # [samples, tokens, draws]
+        if output.mean is not None:
             weight = self.model.head.get_parameter("weight")
-            mean = p.to(weight.dtype) @ weight  # [tokens, hidden]
             flat = labels.flatten(0, 1)
             drawn = nn.functional.embedding_bag(
                 flat, weight, per_sample_weights=signs.flatten(0, 1).to(weight.dtype), mode="sum"
             ).reshape(*labels.shape[:2], -1)
-            return drawn - signs.sum(-1, keepdim=True).to(weight.dtype) * mean, labels
+            return drawn - signs.sum(-1, keepdim=True).to(weight.dtype) * output.mean, labels
         made = []
         for label, sign in zip(labels, signs, strict=True):
-            g = -sign.sum(-1, keepdim=True) * p
+            g = -sign.sum(-1, keepdim=True) * output.p
             g.scatter_add_(-1, label, sign)
-            made.append(torch.autograd.grad(logits, leaf, g.to(logits.dtype), retain_graph=True)[0])
+            made.append(output.pull_back(g))
         return torch.stack(made), labels
 
 
-def _chunks(tokens: int) -> list[slice]:
+@dataclass(frozen=True)
+class HeadOutput:
+    """Logits of some tokens, and the way back from them.
+
+    states: [tokens, hidden]; logits: [tokens, vocab]; p: their softmax, float32
+    mean: W'p, [tokens, hidden], of a linear head W; None where the logits are no linear map of the states
+    """
+
+    states: Tensor
+    logits: Tensor
+    p: Tensor
+    mean: Tensor | None
+
+    @staticmethod
+    def of(model: LayeredModel, states: Tensor, mean: bool = True) -> HeadOutput:
+        """mean: False where it is not asked for; it costs as much as the logits."""
+        linear = model.head_is_linear(states[None, :2])
+        with torch.enable_grad():
+            leaf = states.detach().requires_grad_(not linear)
+            logits = model.logits(leaf[None])[0]
+        p = logits.detach().float().softmax(-1)
+        weight = model.head.get_parameter("weight") if linear and mean else None
+        return HeadOutput(leaf, logits, p, p.to(weight.dtype) @ weight if weight is not None else None)
+
+    def pull_back(self, cotangent: Tensor) -> Tensor:
+        """The cotangent [tokens, vocab] of the logits as one of the states, through the graph of a head that is no
+        linear map; [tokens, hidden]."""
+        return torch.autograd.grad(self.logits, self.states, cotangent.to(self.logits.dtype), retain_graph=True)[0]
+
+    @property
+    def log_total(self) -> Tensor:
+        """log sum exp of the logits, float32 [tokens]: from the most probable label, whose p is least rounded."""
+        top = self.logits.detach().float().max(-1, keepdim=True)
+        return (top.values - self.p.gather(-1, top.indices).log())[:, 0]
+
+
+def chunks_of(tokens: int) -> list[slice]:
     return [slice(start, min(tokens, start + LOGIT_CHUNK_TOKENS)) for start in range(0, tokens, LOGIT_CHUNK_TOKENS)]
 
 

@@ -7,15 +7,15 @@ cotangent q - p and some Fisher samples of q gives the first- and second-order t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from eval.adjoint import AdjointPass, LayerBackward, LayerForward, SwapProducts, plan_pass
-from eval.diff import BATCH_TOKENS, LOGIT_CHUNK_TOKENS
-from eval.fisher import FisherCotangents
+from eval.diff import BATCH_TOKENS
+from eval.fisher import FisherCotangents, HeadOutput, chunks_of
 from eval.guard import mix_of
 from eval.metrics import kl_divergence
 from eval.sketch import collect, estimate
@@ -27,39 +27,87 @@ from recompile.stream import LayeredModel
 SAMPLES = 2  # Fisher samples a row, beside the gradient
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What is kept of the reference's distributions p over some tokens.
+
+    Through a linear head W, with hidden states h of another model under the same head,
+
+        KL(p || q) = sum of p log p - (W'p) . h + log sum exp(W h),
+
+    so nothing the size of the vocabulary has to be kept or made twice.
+
+    normed: [tokens, hidden] the reference's post-norm states
+    mean: [tokens, hidden] W'p; negative_entropy: float32 [tokens]; both None for a head that is no linear map
+    """
+
+    normed: Tensor
+    mean: Tensor | None = None
+    negative_entropy: Tensor | None = None
+
+    @staticmethod
+    def of(model: LayeredModel, normed: Tensor) -> Goal:
+        """normed: [tokens, hidden]; the head of the reference must be loaded."""
+        if not model.head_is_linear(normed[None, :2]):
+            return Goal(normed)
+        means, entropies = [], []
+        for chunk in chunks_of(len(normed)):
+            output = HeadOutput.of(model, normed[chunk])
+            assert output.mean is not None, "asked above"
+            means.append(output.mean)
+            expected = torch.linalg.vecdot(output.mean.float(), normed[chunk].float())
+            entropies.append(expected - output.log_total)
+        return Goal(normed, torch.cat(means), torch.cat(entropies))
+
+    def through(self, reference: LayeredModel, other: LayeredModel) -> Goal:
+        """What of it holds for the head of another model; both heads must be loaded."""
+        own, its = (model.head.get_parameter("weight") for model in (reference, other))
+        if self.mean is None or (own.shape == its.shape and torch.equal(own, its)):
+            return self
+        return Goal(self.normed)
+
+    def kl(self, chunk: slice, output: HeadOutput, reference: LayeredModel) -> Tensor:
+        """KL of the tokens of a chunk to what another model makes of them, float32 [tokens]."""
+        if self.mean is None or self.negative_entropy is None:
+            return kl_divergence(reference.logits(self.normed[None, chunk])[0], output.logits.detach())
+        expected = torch.linalg.vecdot(self.mean[chunk].float(), output.states.float())
+        return (self.negative_entropy[chunk] - expected + output.log_total).clamp(min=0)
+
+    def gradient(self, chunk: slice, output: HeadOutput, reference: LayeredModel) -> Tensor:
+        """The gradient q - p of that KL with respect to the other model's states, [tokens, hidden]."""
+        if self.mean is None or output.mean is None:
+            goal = reference.logits(self.normed[None, chunk])[0]
+            return output.pull_back(output.p - goal.float().softmax(-1))
+        return output.mean - self.mean[chunk]
+
+
 @dataclass
 class KlCotangents(FisherCotangents):
     """The gradient of KL(reference || mix) first, then Fisher samples of the mix.
 
-    wanted: [rows, tokens, hidden] post-norm states of the reference; reference: its model with its head loaded
+    goals: one a row; reference: its model with its head loaded
     """
 
     reference: LayeredModel | None = None
-    wanted: Tensor | None = None
-    kl_rows: list[float] = field(default_factory=list)
+    goals: Sequence[Goal] = ()
+    kl_rows: dict[int, float] = field(default_factory=dict)
+    _gradients: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def output(self, row: int, chunk: slice, states: Tensor) -> HeadOutput:
+        assert self.reference is not None, "given by MixOracle"
+        found = super().output(row, chunk, states)
+        goal = self.goals[row].through(self.reference, self.model)
+        share = float(goal.kl(chunk, found, self.reference).double().sum()) / len(goal.normed)
+        self.kl_rows[row] = self.kl_rows.get(row, 0.0) + share
+        self._gradients.setdefault(row, []).append(goal.gradient(chunk, found, self.reference))
+        return found
 
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
-        assert self.reference is not None, "given by MixOracle"
-        assert self.wanted is not None, "given by MixOracle"
         pieces, products = super().at_norm(rows, normed)
-        gradients = []
-        for row, states in enumerate(normed):
-            parts, total = [], 0.0
-            for start in range(0, len(states), LOGIT_CHUNK_TOKENS):
-                chunk = slice(start, start + LOGIT_CHUNK_TOKENS)
-                goal = self.reference.logits(self.wanted[rows.start + row, chunk].to(states.device)[None])[0]
-                with torch.enable_grad():
-                    leaf = states[chunk].detach().requires_grad_(True)
-                    logits = self.model.logits(leaf[None])[0]
-                total += float(kl_divergence(goal, logits.detach()).double().sum())
-                change = logits.detach().float().softmax(-1) - goal.float().softmax(-1)
-                parts.append(torch.autograd.grad(logits, leaf, change.to(logits.dtype))[0])
-            self.kl_rows.append(total / len(states))
-            gradients.append(torch.cat(parts))
-        with_gradient = torch.cat([torch.stack(gradients)[None], pieces])
+        gradients = torch.stack([torch.cat(self._gradients.pop(row)) for row in range(rows.start, rows.stop)])
         # a swapped head is measured by its Fisher samples alone; its gradient sample is left at zero
         padded = {s: torch.cat([torch.zeros(len(v), 1), v], 1) for s, v in products.items()}
-        return with_gradient, padded
+        return torch.cat([gradients[None], pieces]), padded
 
 
 @dataclass(frozen=True)
@@ -93,7 +141,7 @@ class MixOracle:
     def __post_init__(self) -> None:
         self._reference = LayeredModel.of(self.reference, dtype=self.dtype, device=self.device)
         self._model = LayeredModel.of(self.checkpoints[self.header.base], dtype=self.dtype, device=self.device)
-        self._wanted_accept: Tensor | None = None
+        self._accept_goals: list[Goal] | None = None
 
     @torch.no_grad()
     def normed(self, model: LayeredModel, source: WeightSource, ids: Tensor) -> Tensor:
@@ -113,7 +161,7 @@ class MixOracle:
         first = (step * count) % len(self.pool)
         ids = torch.cat([self.pool, self.pool])[first : first + count]
         mix = mix_of(self.header, self.checkpoints, choice)
-        wanted = self.normed(self._reference, self.reference, ids)
+        goals = self.goals(ids)
         plan = plan_pass(
             self._model,
             self.header.groups,
@@ -137,7 +185,7 @@ class MixOracle:
                 sweep=step,
                 gradients=1,
                 reference=self._reference,
-                wanted=wanted,
+                goals=goals,
             )
             for event in runner.run(ids, cotangents):
                 if isinstance(event, LayerBackward):
@@ -157,26 +205,35 @@ class MixOracle:
         sketch = collect(away, self.samples, keep_pairs=False)
         curvature = estimate(sketch, tokens).mean(1).tolist()
         quadratic = dict.fromkeys(linear, 0.0) | dict(zip(sketch.swaps, curvature, strict=True))
-        return SwapModel(sum(cotangents.kl_rows) / len(cotangents.kl_rows), linear, quadratic, errors)
+        return SwapModel(sum(cotangents.kl_rows.values()) / len(cotangents.kl_rows), linear, quadratic, errors)
 
     def _note(self, text: str, done: int, total: int) -> None:
         self.progress(OracleProgress(text, done, total))
 
     @torch.no_grad()
-    def measure(self, choice: Mapping[str, str]) -> list[float]:
-        """KL(reference || mix) of every accepting row, nats per token."""
-        if self._wanted_accept is None:
-            self._wanted_accept = self.normed(self._reference, self.reference, self.accept)
-        return list(self.kl_rows(mix_of(self.header, self.checkpoints, choice), self.accept, self._wanted_accept))
+    def goals(self, ids: Tensor) -> list[Goal]:
+        """What the reference makes of rows [rows, tokens]."""
+        wanted = self.normed(self._reference, self.reference, ids)
+        with self._reference.head_loaded():
+            return [Goal.of(self._reference, states) for states in wanted]
 
     @torch.no_grad()
-    def kl_rows(self, source: WeightSource, ids: Tensor, wanted: Tensor) -> Iterator[float]:
+    def measure(self, choice: Mapping[str, str]) -> list[float]:
+        """KL(reference || mix) of every accepting row, nats per token."""
+        if self._accept_goals is None:
+            self._accept_goals = self.goals(self.accept)
+        mix = mix_of(self.header, self.checkpoints, choice)
+        return list(self.kl_rows(mix, self.accept, self._accept_goals))
+
+    @torch.no_grad()
+    def kl_rows(self, source: WeightSource, ids: Tensor, goals: Sequence[Goal]) -> Iterator[float]:
+        """KL to the model with the weights of `source`, a row at a time."""
         found = self.normed(self._model, source, ids)
         with self._reference.head_loaded(), self._model.head_loaded(source):
-            for goal, states in zip(wanted, found, strict=True):
+            for goal, states in zip(goals, found, strict=True):
+                there = goal.through(self._reference, self._model)
                 total = 0.0
-                for start in range(0, len(states), LOGIT_CHUNK_TOKENS):
-                    chunk = slice(start, start + LOGIT_CHUNK_TOKENS)
-                    logits = self._reference.logits(goal[None, chunk])[0]
-                    total += float(kl_divergence(logits, self._model.logits(states[None, chunk])[0]).double().sum())
+                for chunk in chunks_of(len(states)):
+                    output = HeadOutput.of(self._model, states[chunk], mean=False)
+                    total += float(there.kl(chunk, output, self._reference).double().sum())
                 yield total / len(states)
