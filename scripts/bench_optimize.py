@@ -10,6 +10,7 @@ Every choice is checked to be within its budget. Methods are functions from (Ben
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -29,11 +30,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import bench_record  # noqa: E402
 
-from eval.diff import DiffReport, compare_many  # noqa: E402
-from eval.guard import mix_of  # noqa: E402
 from eval.meter import ChoiceMeter  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
 from eval.profile import Measured, ProfileOptions, profile_exact  # noqa: E402
+from eval.refine import MixOracle  # noqa: E402
 from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
@@ -58,6 +58,7 @@ class Settings:
     level: str
     mode: str  # of the profile that greedy, exact, local and the others start from
     search_rows: int
+    gradient_rows: int  # of the squared-gradient score, which is quick: more rows in about the time of the sketch
     length: int
     samples: int
     minutes: float  # for every method that searches with the models
@@ -68,6 +69,7 @@ class Bench:
 
     def __init__(self, base: Path, variants: Path, bits: Sequence[str], work: Path, settings: Settings) -> None:
         self.work, self.settings, self.variants = work, settings, variants
+        self._oracle: MixOracle | None = None
         self.reference = open_checkpoint(base)
         self.checkpoints = {label: open_checkpoint(variants / f"{label}bpw") for label in bits}
         self.base = "3" if "3" in self.checkpoints else next(iter(self.checkpoints))
@@ -76,6 +78,9 @@ class Bench:
     def rows(self, role: str, count: int) -> torch.Tensor:
         found, _ = read_rows([self.reference.path], role, count, self.settings.length, None, None, None)
         return found.ids
+
+    def rows_of(self, mode: str) -> torch.Tensor:
+        return self.rows("choose", self.settings.gradient_rows) if mode == "diagonal" else self.search_ids
 
     @cached_property
     def search_ids(self) -> torch.Tensor:
@@ -97,10 +102,10 @@ class Bench:
         candidates = [(int(label), checkpoint) for label, checkpoint in checkpoints.items()]
         order = sorted(candidates, key=lambda entry: str(entry[0]) != base)
         if mode == "exact":
-            events = profile_exact(self.reference, int(base), order, self.search_ids, path, options)
+            events = profile_exact(self.reference, int(base), order, self.rows_of(mode), path, options)
         else:
             sketch = SketchOptions(samples=self.settings.samples, mode=mode)
-            events = profile_sketch(self.reference, int(base), order, self.search_ids, path, options, sketch)  # type: ignore[assignment]
+            events = profile_sketch(self.reference, int(base), order, self.rows_of(mode), path, options, sketch)  # type: ignore[assignment]
         began, last = time.monotonic(), 0.0
         found: object = None
         for found in events:
@@ -131,6 +136,11 @@ class Bench:
             ),
             self.problem.fixed_bits,
         )
+
+    def oracle(self, ids: torch.Tensor) -> MixOracle:
+        if self._oracle is None:
+            self._oracle = MixOracle(self.main.header, self.checkpoints, self.reference, ids, ids)
+        return self._oracle
 
     def limits(self, bits: int) -> list[Row]:
         budget = Budget(bpw=bits / max(1, self.main.counted_weights))
@@ -352,18 +362,19 @@ METHODS: dict[str, Callable[[Bench, int], Choice]] = {
 # ---- the judge -------------------------------------------------------------------------------------------------------
 
 
-def judge(bench: Bench, choices: Mapping[str, Choice], ids: torch.Tensor) -> dict[str, DiffReport]:
-    """KL of every choice on rows that no search has seen."""
-    distinct: list[Choice] = []
-    for choice in choices.values():
-        if dict(choice) not in [dict(other) for other in distinct]:
-            distinct.append(choice)
-    reports: list[DiffReport] = []
-    for start in range(0, len(distinct), 6):
-        mixes = [mix_of(bench.main.header, bench.checkpoints, choice) for choice in distinct[start : start + 6]]
-        reports += [event for event in compare_many(mixes, bench.reference, ids) if isinstance(event, DiffReport)]
-    places = {name: next(n for n, d in enumerate(distinct) if dict(d) == dict(c)) for name, c in choices.items()}
-    return {name: reports[place] for name, place in places.items()}
+def judge(bench: Bench, choices: Mapping[str, Choice], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """KL of every choice on rows that no search has seen: float64 [rows], nats per token."""
+    known: dict[str, torch.Tensor] = {}
+    found = {}
+    for name, choice in choices.items():
+        key = json.dumps(dict(choice), sort_keys=True)
+        if key not in known:
+            path = bench.work / f"judged-{hashlib.sha256((key + str(ids.tolist())).encode()).hexdigest()[:16]}.json"
+            if not path.exists():
+                path.write_text(json.dumps(bench.oracle(ids).measure(choice)))
+            known[key] = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
+        found[name] = known[key]
+    return found
 
 
 def say(text: str) -> None:
@@ -381,6 +392,7 @@ def say(text: str) -> None:
 @click.option("--mode", type=click.Choice(["exact", "sketch", "diagonal"]), default="sketch", show_default=True)
 @click.option("--samples", default=16, show_default=True)
 @click.option("--search-rows", default=12, show_default=True)
+@click.option("--gradient-rows", default=24, show_default=True, help="Rows of the squared-gradient scores.")
 @click.option("--report-rows", default=40, show_default=True)
 @click.option("--length", default=256, show_default=True)
 @click.option("--minutes", default=6.0, show_default=True, help="For every method that searches with the models.")
@@ -398,6 +410,7 @@ def main(
     mode: str,
     samples: int,
     search_rows: int,
+    gradient_rows: int,
     report_rows: int,
     length: int,
     minutes: float,
@@ -409,7 +422,9 @@ def main(
 
         base = Path(make_base.build())
     result = bench_record.birth_certificate() | {"threads": torch.get_num_threads()}
-    bench = Bench(base, variants, bits.split(), work, Settings(level, mode, search_rows, length, samples, minutes))
+    bench = Bench(
+        base, variants, bits.split(), work, Settings(level, mode, search_rows, gradient_rows, length, samples, minutes)
+    )
     report_ids = bench.rows("report", report_rows)
     tables: dict[str, dict[str, dict[str, object]]] = {}
     for bpw in budgets.split():
@@ -433,23 +448,23 @@ def main(
             assert size <= budget, f"{name} is over its budget: {size} > {budget} bits"
             say(f"{bpw} bpw, {name}: {seconds[name]:.1f} s")
         reports = judge(bench, choices, report_ids)
-        best = min(reports, key=lambda name: reports[name].kl.mean)
+        best = min(reports, key=lambda name: float(reports[name].mean()))
         tables[bpw] = {}
-        for name, report in sorted(reports.items(), key=lambda entry: entry[1].kl.mean):
-            left, right = (torch.tensor(r.kl_rows, dtype=torch.float64) for r in (report, reports[best]))
-            difference, interval = paired_difference(left, right)
+        for name, rows in sorted(reports.items(), key=lambda entry: float(entry[1].mean())):
+            difference, interval = paired_difference(rows, reports[best])
             size = evaluate(bench.problem, choices[name])[0]
+            error = float(rows.std()) / len(rows) ** 0.5
             tables[bpw][name] = {
-                "kl": report.kl.mean,
-                "std_error": report.kl.std_error,
+                "kl": float(rows.mean()),
+                "std_error": error,
                 "bpw": size / bench.main.counted_weights,
                 "against_best": difference.mean,
                 "against_best_interval": list(interval),
-                "perplexity": report.score_candidate.perplexity,
                 "seconds": seconds[name],
             }
             click.echo(
-                f"{bpw} bpw  {name:28} KL {report.kl}  {size / bench.main.counted_weights:.4f} bpw  "
+                f"{bpw} bpw  {name:28} KL {float(rows.mean()):.4f} ± {error:.4f}  "
+                f"{size / bench.main.counted_weights:.4f} bpw  "
                 f"{difference.mean:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}] against {best}"
             )
     result |= {

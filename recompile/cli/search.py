@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from recompile.optimize.rows import Row
     from recompile.recipe import Recipe
 
-REFINE_STEPS = 6
-REFINE_ROWS = 12  # linearised in a step, fresh ones each
+REFINE_STEPS = 24
+REFINE_ROWS = 4  # linearised in a step, fresh ones each: many short steps go further than a few long ones
 
 
 @dataclass(frozen=True)
