@@ -115,10 +115,12 @@ def refine(
         remembered = (model, origin)
         for tried in range(1, TRIES + 1):
             solution = solve(priced(problem, model, damping), budget_bits)
-            moved = sum(origin[name] != source for name, source in solution.choice.items())
+            while tried == 1 and dict(solution.choice) == incumbent and damping > LEAST_DAMPING:  # too timid
+                damping = max(LEAST_DAMPING, damping / CLOSE)
+                solution = solve(priced(problem, model, damping), budget_bits)
             if dict(solution.choice) == incumbent:
-                damping = max(LEAST_DAMPING, damping / CLOSE)  # too timid: the next step looks further
                 break
+            moved = sum(origin[name] != source for name, source in solution.choice.items())
             found = list(oracle.measure(solution.choice))
             mean, error = _mean_and_error(found, rows)
             accepted = mean < 0 or over
