@@ -40,7 +40,8 @@ STATE = "auto.json"
 @click.option(
     "--candidates",
     multiple=True,
-    help="Bits on offer, made on the fly [default: 2,3,4,5,6,8]; or GGUF types: Q3_K,IQ4_XS,Q6_K, with -o MIX.gguf.",
+    help="Bits and schemes on offer, made on the fly [default: 2,3,4,5,6,8]; or GGUF types: Q3_K,IQ4_XS,Q6_K, with "
+    "-o MIX.gguf.",
 )
 @click.option("--tokenizer-from", metavar="X.gguf", help="GGUF: the file whose tokenizer keys the mix gets.")
 @click.option(
@@ -172,9 +173,12 @@ def main(
         rivals: list[Checkpoint] = [open_checkpoint(path) for path in variants]
         mix = open_checkpoint(out)
         if verify and not variants:
-            rate = uniform_candidate(found, mix.size_bytes).label
-            quantize(["-o", work / "uniform", "-b", rate, *(["--format", "gguf"] if gguf else [])])
-            name = f"{base.path.resolve().name.removesuffix('.gguf')}-{rate}.gguf" if gguf else f"{rate}bpw"
+            uniform = uniform_candidate(found, mix.size_bytes)
+            rate, scheme = uniform.label, "scheme" in (uniform.spec or {})
+            how = ["--scheme", rate] if scheme else ["-b", rate, *(["--format", "gguf"] if gguf else [])]
+            quantize(["-o", work / "uniform", *how])
+            stem = base.path.resolve().name.removesuffix(".gguf")
+            name = f"{stem}-{rate}.gguf" if gguf else rate if scheme else f"{rate}bpw"
             rivals = [open_checkpoint(work / "uniform" / name)]
         result = compare_builds(base, mix, rivals, rows, length, text, dataset, device, quiet)
         shutil.rmtree(work / "uniform", ignore_errors=True)
@@ -273,10 +277,8 @@ def _are_gguf_types(offered: Sequence[str], out: Path) -> bool:
     from recompile.quantize.made import parse_candidates, spec_of
 
     kinds = {next(iter(spec_of(name)[1])) for name in parse_candidates(offered)}
-    if "scheme" in kinds:
-        raise RecompileError("--candidates: schemes are not mixed in one pass yet; make variants of them (--variants)")
-    if len(kinds) > 1:
-        raise RecompileError("--candidates: bits and GGUF types are never in one build; give one kind")
+    if "type" in kinds and len(kinds) > 1:
+        raise RecompileError("--candidates: GGUF types and other forms are never in one build; give one kind")
     if "type" in kinds:
         check_out(out)
     return "type" in kinds

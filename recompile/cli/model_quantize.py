@@ -234,6 +234,8 @@ def main(
     else:
 
         def encoder_of(settings: Mapping[str, Any]) -> Encoder:
+            if "scheme" in settings:
+                return _scheme_source(str(settings["scheme"]), format_name, method, importance)
             size, symmetric = settings.get("group_size", group_size), settings.get("symmetric", not asym)
             size = "channel" if size is None else str(size)
             rate = (float(settings["bits"]),)
@@ -468,6 +470,17 @@ def _encoder(
     return IntEncoder(whole, size, not asym, method, importance, head_bits=head_bits), head_bits is not None
 
 
+def _scheme_source(name: str, format_name: str, method: str, importance: bool) -> Encoder:
+    """The encoder of a recipe's source that is a scheme; for the head as well, where a line names it."""
+    from recompile.formats.schemes import parse_scheme
+    from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+
+    if format_name != "compressed-tensors":
+        raise FormatError(f"scheme {name}: is stored as compressed-tensors; leave out --format {format_name}")
+    scheme = parse_scheme(name)
+    return SchemeEncoder((uniform(scheme, method),), importance, head_scheme=scheme)
+
+
 def _scheme_encoder(schemes: tuple[str, ...], modifiers: Path | None, method: str, importance: bool) -> Encoder:
     from recompile.formats.schemes import parse_scheme
     from recompile.quantize.modifiers import load_modifiers
@@ -510,9 +523,11 @@ def mix_encoder(
     head = next((name for name in HEAD_NAMES if name in base.modules), HEAD_NAMES[0])
     assignment = assign(recipe, base, describe_spec(unnamed) if unnamed is not None else None, head)
     for spec in specs.values():
-        if "bits" not in spec:
+        if "bits" not in spec and "scheme" not in spec:
             kind = next(iter(spec), "nothing")
-            raise RecipeError(f"{recipe.name}: a source given by {kind} cannot be made by model_quantize; wanted bits")
+            raise RecipeError(
+                f"{recipe.name}: a source given by {kind} cannot be made by model_quantize; wanted bits or a scheme"
+            )
     used = set(assignment.values())
     encoders = {key: encoder_of(spec) for key, spec in specs.items() if key in used}
     if not encoders:

@@ -3,6 +3,7 @@
     sources:
       - {id: 3, bits: 3}
       - {id: 6, bits: 6}
+      - {id: nvfp4, scheme: nvfp4}
     overrides:
       - {key: "*.v_proj.*", source: 6}
     base: {bits: 3}
@@ -23,6 +24,7 @@ from recompile.checkpoint import Checkpoint
 from recompile.errors import RecipeError
 from recompile.overlay import role_of
 from recompile.quantize.encoders import IntEncoder
+from recompile.quantize.scheme_encoder import SchemeEncoder
 from recompile.recipe import Recipe, suggest
 
 if TYPE_CHECKING:
@@ -49,13 +51,30 @@ class MixEncoder:
             return "no line of the recipe names it, and it has no base: kept dense"
         return self.encoders[self.assignment[module]].why_not(module, shape)
 
+    def why_not_in(self, variant: int, module: str, shape: tuple[int, int]) -> str | None:
+        return self.why_not(module, shape)
+
     def encode(
         self, weights: Mapping[str, Tensor], hessian: Tensor | None, biases: Mapping[str, Tensor]
     ) -> list[dict[str, Encoded]]:
+        return self.encode_observed(weights, hessian, biases, None)
+
+    def encode_observed(
+        self,
+        weights: Mapping[str, Tensor],
+        hessian: Tensor | None,
+        biases: Mapping[str, Tensor],
+        largest: Tensor | None,
+    ) -> list[dict[str, Encoded]]:
+        """As ObservingEncoder's: schemes may store a scale of their inputs."""
         made: dict[str, Encoded] = {}
         for key in dict.fromkeys(self.assignment[name] for name in weights):
             mine = {name: weight for name, weight in weights.items() if self.assignment[name] == key}
-            (encoded,) = self.encoders[key].encode(mine, hessian, biases)
+            encoder = self.encoders[key]
+            if isinstance(encoder, SchemeEncoder):
+                (encoded,) = encoder.encode_observed(mine, hessian, biases, largest)
+            else:
+                (encoded,) = encoder.encode(mine, hessian, biases)
             made |= encoded
         return [{name: made[name] for name in weights}]
 
@@ -64,7 +83,7 @@ class MixEncoder:
 
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
         first = next(iter(self.encoders.values()))
-        if not isinstance(first, IntEncoder):  # these say what a module is in the module itself
+        if not isinstance(first, (IntEncoder, SchemeEncoder)):  # these say what a module is in the module itself
             return {**first.quantization_config(0, report, dense), "bits": round(report.bpw, 2)}
         from recompile.formats.compressed_tensors import merged_config
 
@@ -72,6 +91,9 @@ class MixEncoder:
         schemes = []
         for name in quantized:
             encoder = self.encoders[self.assignment[name]]
+            if isinstance(encoder, SchemeEncoder):
+                schemes.append((name, encoder.config_group(name, 0)))
+                continue
             assert isinstance(encoder, IntEncoder), "one format a mix"
             schemes.append((name, encoder.config_group(role_of(name), 0)))
         return merged_config({}, schemes, dense, [*quantized, *dense])

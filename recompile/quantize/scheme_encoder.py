@@ -366,14 +366,16 @@ class SchemeEncoder:
     def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
         return stored
 
+    def config_group(self, module: str, variant: int) -> dict[str, Any]:
+        """The config group of a quantized module in one variant."""
+        rule = self.rule_of(variant, module)
+        assert rule is not None, module
+        assert rule.scheme is not None, module
+        return rule.scheme.group()
+
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
         quantized = [module.module for module in report.modules if module.quantized]
-        groups = {}
-        for name in quantized:
-            rule = self.rule_of(variant, name)
-            assert rule is not None, name
-            assert rule.scheme is not None, name
-            groups[name] = rule.scheme.group()
+        groups = {name: self.config_group(name, variant) for name in quantized}
         return merged_config({}, groups.items(), dense, [*quantized, *dense])
 
     def description(self) -> dict[str, Any]:

@@ -146,8 +146,17 @@ def test_gguf_types_make_one_file(text: Path, tmp_path: Path) -> None:
     for names, where, message in (
         ("Q4_0,Q8_0", tmp_path / "mix", "ends in .gguf"),
         ("4,Q8_0", tmp_path / "x.gguf", "never in one build"),
-        ("nvfp4,w4a16-g32", tmp_path / "mix", "make variants of them"),
     ):
         result = auto(base, where, text, "-b", 5, "--candidates", names)
         assert result.exit_code == 1
         assert message in result.output
+
+
+def test_bits_and_schemes_on_offer(text: Path, tmp_path: Path) -> None:
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    names = f"3,w4a16-g{GROUP},fp8-channel"
+    made(base, out, text, "-b", 5.5, "--candidates", names, "-g", GROUP, "--json", tmp_path / "r.json")
+    mix, uniform = json.loads((tmp_path / "r.json").read_text())["builds"]
+    assert uniform["build"].endswith(f"w4a16-g{GROUP}")
+    assert {module.format for module in open_checkpoint(out).modules.values()} >= {"pack-quantized", "float-quantized"}
+    assert 0 < mix["kl_nats"] < uniform["kl_nats"]

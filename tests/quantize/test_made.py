@@ -196,7 +196,7 @@ def test_a_mix_is_made_again_only_where_the_recipe_changed(tmp_path: Path) -> No
         (MIX.replace("bits: 6,", "model_dir: ./6bpw, bits: 6,"), '"model_dir" and "bits" exclude each other'),
         ("sources: [{id: 4, model_dir: x}]\noverrides: [{key: '*', source: 4}]", "x is a directory"),
         (MIX.replace("*.v_proj.*", "*.v_prj.*"), "matches no module to quantize"),
-        (MIX.replace("bits: 6, group_size", "scheme: W4A16, group_size"), "given by scheme cannot be made"),
+        (MIX.replace(f"bits: 6, group_size: {GROUP}", "scheme: w9a16"), "2 to 8"),
         ("sources: [{id: 4, group_size: 32, model_dir: x}]\noverrides: []", '"group_size" goes with "bits"'),
     ],
 )
@@ -287,3 +287,42 @@ def test_kinds_of_candidates_are_told_apart(tmp_path: Path) -> None:
     assert bits["nvfp4"] < bits["Q8_0"]
     costs = [found.measurements[found.header.groups[0].name, label].mean for label in ("4", "nvfp4", "Q8_0")]
     assert min(costs) == costs[2] > 0
+
+
+SCHEMES = f"""
+sources:
+  - {{id: nvfp4, scheme: nvfp4}}
+  - {{id: 3, bits: 3, group_size: {GROUP}}}
+  - {{id: w8a8, scheme: w8a8-static}}
+overrides:
+  - {{key: "*.self_attn.*", source: nvfp4}}
+  - {{key: "model.layers.1.mlp.*", source: 3}}
+  - {{key: "model.layers.0.mlp.down_proj.*", source: w8a8}}
+base: {{scheme: w4a16-g{GROUP}}}
+"""
+
+
+def test_a_mix_of_schemes_in_one_pass_is_the_merge_of_the_variants(tmp_path: Path) -> None:
+    """Bits and schemes in one recipe: scales of inputs, nvfp4's shared scale, the config groups."""
+    ids = save_ids(tiny.rows(4, 24), tmp_path / "ids.safetensors")
+    base, names = tiny.base("llama"), ("nvfp4", "w8a8-static", f"w4a16-g{GROUP}")
+    common = ("-i", base, "--input-ids", ids, "--quiet")
+    run(model_quantize, *common, "-o", tmp_path / "v", "--scheme", *names)
+    run(model_quantize, *common, "-o", tmp_path / "v", "-b", 3, "-g", GROUP)
+    (tmp_path / "mix.yaml").write_text(SCHEMES)
+    run(model_quantize, *common, "-o", tmp_path / "mix", "-or", tmp_path / "mix.yaml")
+    directories = {"nvfp4": names[0], 3: "3bpw", "w8a8": names[1]}
+    sources = tuple(Source(key, str(tmp_path / "v" / name)) for key, name in directories.items())
+    recipe = Recipe(sources, load_recipe(tmp_path / "mix.yaml").overrides)
+    overlay = build_overlay(open_checkpoint(tmp_path / "v" / names[2]), recipe)
+    for _ in execute(plan_write(overlay, tmp_path / "merged")):
+        pass
+    made, merged = tensors_of(tmp_path / "mix"), tensors_of(tmp_path / "merged")
+    assert made.keys() == merged.keys()
+    assert any(name.endswith("input_scale") for name in made)
+    for name, value in merged.items():
+        assert torch.equal(made[name].view(torch.uint8), value.view(torch.uint8)), name
+    one, other = open_checkpoint(tmp_path / "mix"), open_checkpoint(tmp_path / "merged")
+    for name, module in one.modules.items():
+        assert module.format == other.modules[name].format
+        assert not module.is_quantized or str(one.scheme(module)) == str(other.scheme(other.modules[name])), name
