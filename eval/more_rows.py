@@ -86,20 +86,21 @@ def profile_more_rows(
     Raises JournalError where `path` holds another measurement, and what the profiler raises.
     """
     folder = path.with_name(f"{path.name}.rows")
-    started, parts, done = clock(), list[Profile](), 0
+    started, parts, done, timed = clock(), list[Profile](), 0, list[tuple[int, float]]()
     wanted = min(len(rows.ids), limits.first if limits.minutes is None else min(limits.first, TIMING_ROWS))
     while True:
         stop = min(_kept(folder, done) or done + wanted, len(rows.ids))
         part_path = folder / f"{done:05d}-{stop:05d}.jsonl"
-        began = clock()
+        began, found = clock(), part_path.exists()
         for event in block(rows.part(done, stop), done, part_path):
             if isinstance(event, Profile):
                 parts.append(event)
             else:
                 yield event
         now = clock()
+        timed += [] if found else [(stop - done, now - began)]
         together = publish(path, folder, rows.part(0, stop), parts, sketch)
-        state = _judge(together, rows, limits, now - started, (now - began) / (stop - done))
+        state = _judge(together, rows, limits, now - started, timed)
         yield state
         done, wanted = stop, state.next_rows
         if state.reason is not None:
@@ -113,7 +114,24 @@ def _kept(folder: Path, start: int) -> int | None:
     return max((int(found[1]) for found in stops if found is not None), default=None)
 
 
-def _judge(profile: Profile, rows: Rows, limits: RowLimits, seconds: float, per_row: float) -> RowsDone:
+def affordable_rows(timed: Sequence[tuple[int, float]], left: float) -> int:
+    """Rows of a block that ends in `left` seconds. timed: (rows, seconds) of the blocks so far.
+
+    A block costs something of its own (candidates are decoded for it) and something a row: told apart by two blocks of
+    unlike sizes; until then all of it is taken for the rows', which ends too early rather than too late."""
+    if not timed:
+        return TIMING_ROWS if left > 0 else 0
+    rows, seconds = timed[-1]
+    own, per_row = 0.0, seconds / rows
+    other = next(((r, s) for r, s in timed if r != rows), None)
+    if other is not None and (slope := (seconds - other[1]) / (rows - other[0])) > 0:
+        per_row, own = slope, max(0.0, seconds - slope * rows)
+    return max(0, int((left - own) / per_row)) if per_row > 0 else len(timed) * rows
+
+
+def _judge(
+    profile: Profile, rows: Rows, limits: RowLimits, seconds: float, timed: Sequence[tuple[int, float]]
+) -> RowsDone:
     done, most = profile.header.rows, len(rows.ids)
     documents = rows.documents[:done]
     error, candidate = worst_total(profile, documents)
@@ -125,14 +143,13 @@ def _judge(profile: Profile, rows: Rows, limits: RowLimits, seconds: float, per_
     elif limits.rtol is not None and math.isfinite(error):
         wanted = min(done, math.ceil(done * (error / limits.rtol) ** 2) - done)
     if reason is None and limits.minutes is not None:
-        left = 60 * limits.minutes - seconds
-        affordable = int(left / per_row) if per_row > 0 else most
-        if limits.rtol is None:
-            wanted = affordable
-        if affordable < min(SMALLEST_BLOCK, most - done):
+        affordable = affordable_rows(timed, 60 * limits.minutes - seconds)
+        if affordable < 1:
             reason = "the time is spent"
-        wanted = min(wanted, affordable)
-    wanted = min(max(wanted, SMALLEST_BLOCK), most - done)
+        wanted = affordable if limits.rtol is None else min(max(wanted, SMALLEST_BLOCK), affordable)
+    else:
+        wanted = max(wanted, SMALLEST_BLOCK)
+    wanted = min(wanted, most - done)
     counted = len(set(documents))
     return RowsDone(done, counted, most, error, candidate, limits, seconds, reason, 0 if reason else wanted)
 

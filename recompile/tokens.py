@@ -633,8 +633,8 @@ def tokenizer_sha256(model_dir: Path | str) -> str | None:
         return f"gguf:{hashlib.sha256(records).hexdigest()}" if records else None
     try:
         if (folder / "tokenizer.json").is_file():
-            meaning = _token_meaning(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        elif (folder / "vocab.json").is_file():
+            return _tokenizer_json_sha256((folder / "tokenizer.json").read_bytes())
+        if (folder / "vocab.json").is_file():
             meaning = _vocab_files_meaning(folder)
         else:
             for name in TOKENIZER_FILES:
@@ -643,8 +643,22 @@ def tokenizer_sha256(model_dir: Path | str) -> str | None:
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer's files cannot be read: {error}") from error
+    return _meaning_sha256(meaning)
+
+
+def _meaning_sha256(meaning: Mapping[str, Any]) -> str:
     canonical = json.dumps(meaning, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+_seen: dict[bytes, str] = {}  # variants of one model have equal files, and reading one takes most of a second
+
+
+def _tokenizer_json_sha256(raw: bytes) -> str:
+    key = hashlib.sha256(raw).digest()
+    if key not in _seen:
+        _seen[key] = _meaning_sha256(_token_meaning(json.loads(raw.decode("utf-8"))))
+    return _seen[key]
 
 
 def _token_meaning(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,31 @@ def test_time_is_kept(tmp_path: Path) -> None:
     assert states[-1].rows == 20  # what five minutes would allow is more than there is
 
 
+@pytest.mark.parametrize(
+    ("minutes", "own", "per_row"), [(1.0, 9.0, 5.5), (5.0, 9.0, 5.5), (1.0, 0.1, 2.0), (2.0, 20, 1)]
+)
+def test_time_is_filled_with_rows_and_not_overrun(tmp_path: Path, minutes: float, own: float, per_row: float) -> None:
+    """A clock that ticks `own` seconds a block and `per_row` a row."""
+    now = 0.0
+
+    def ticking(some: Rows, first_row: int, path: Path) -> Iterator[object]:
+        nonlocal now
+        yield from block("diagonal", some, first_row, path)
+        now += own + per_row * len(some.ids)
+
+    limits, settings = RowLimits(rtol=None, minutes=minutes), SketchOptions(4, mode="diagonal")
+    pool = rows(100)
+    states = [
+        event
+        for event in profile_more_rows(pool, tmp_path / "p.jsonl", limits, ticking, settings, clock=lambda: now)
+        if isinstance(event, RowsDone)
+    ]
+    assert now <= 60 * minutes
+    best = min(100, int((60 * minutes - own) / per_row))  # all rows in one block
+    assert states[-1].rows > 0.5 * best  # what a block costs of its own is learnt from the second one
+    assert states[-1].reason in ("the time is spent", "no more rows are there")
+
+
 def test_an_interrupted_run_goes_on_with_its_blocks(tmp_path: Path) -> None:
     path, limits = tmp_path / "p.jsonl", RowLimits(rtol=1e-4, first=4)
     events = profile_more_rows(rows(8), path, limits, partial(block, "sketch"), SketchOptions(4))
