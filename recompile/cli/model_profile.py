@@ -208,7 +208,7 @@ def main(
         if sources:
             raise RecompileError("--candidates and -s exclude each other: candidates are made, sources are there")
         roles = frozenset(role for role, asked in (("head", head), ("embedding", embedding)) if asked)
-        make = Making(group_size, asym, importance_rows, imatrix, text, dataset, device, out, level, roles, quiet)
+        make = Making(group_size, asym, importance_rows, imatrix, text, dataset, device, out, level, roles, cap, quiet)
         offered = _made_candidates(reference, candidates, make)
         base_id = _named(in_dir, offered)
     else:
@@ -405,12 +405,14 @@ class Making:
     out: Path
     level: str
     roles: frozenset[str]
+    cap_bytes: int | None
     quiet: bool
 
 
 def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making) -> list[tuple[SourceId, Checkpoint]]:
     """The candidates of `--candidates`, which are made on the fly from the reference."""
     from recompile.quantize.made import fallbacks_of, make_variants, parse_candidates, save_importance, spec_of
+    from recompile.quantize.makers import KEEP_BYTES
 
     if make.group_size != "channel" and not make.group_size.isdigit():
         raise RecompileError(f"--group-size {make.group_size}: wanted a number such as 64, or channel")
@@ -434,7 +436,7 @@ def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making
         )
         check_vocabulary(reference, vocab)
         importance = input_power(reference, found.ids, device=compute_device(make.device))
-    offered = make_variants(reference, specs, importance, make.roles)
+    offered = make_variants(reference, specs, importance, make.roles, KEEP_BYTES if make.cap_bytes is None else 0)
     if importance is not None:
         save_importance(importance, make.out)
     for line in fallbacks_of(offered):

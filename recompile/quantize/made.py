@@ -202,11 +202,13 @@ def make_variants(
     specs: Sequence[tuple[SourceId, Spec]],
     importance: Mapping[str, Tensor] | None = None,
     literal: frozenset[str] = frozenset(),
+    keep_bytes: int = 0,
 ) -> list[tuple[SourceId, MadeVariant]]:
-    """The candidates of one run; what several of their types fall back to is encoded once. literal: see GgufMaker."""
+    """The candidates of one run; what several of their types fall back to is encoded once. literal: see GgufMaker;
+    keep_bytes: of encodings of GGUF types that may stay in memory."""
     from recompile.quantize.makers import SharedEncodings
 
-    shared = SharedEncodings()
+    shared = SharedEncodings(keep_bytes)
     return [
         (source_id, make_variant(base, spec, importance, maker_of(spec, literal, shared))) for source_id, spec in specs
     ]
@@ -272,11 +274,14 @@ def read_importance(path: Path) -> dict[str, Tensor]:
 
 def open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint]:
     """label -> variant of a profile's candidates: opened, or made anew where they are made on the fly."""
+    from recompile.quantize.makers import KEEP_BYTES
+
     header = profile.header
     found: dict[str, Checkpoint] = {c.label: open_checkpoint(c.model_dir) for c in header.candidates if c.spec is None}
     specs = [(candidate.id, candidate.spec) for candidate in header.candidates if candidate.spec is not None]
     if specs:
         roles = frozenset(role_of(module) for group in header.groups for module in group.modules)
-        made = make_variants(open_checkpoint(header.reference), specs, load_importance(path), roles - {"layer"})
+        base, importance = open_checkpoint(header.reference), load_importance(path)
+        made = make_variants(base, specs, importance, roles - {"layer"}, KEEP_BYTES)
         found |= {candidate_label(source_id): variant for source_id, variant in made}
     return {candidate.label: found[candidate.label] for candidate in header.candidates}

@@ -36,7 +36,8 @@ from recompile.quantize.scheme_encoder import NVFP4, PACKED, SchemeEncoder, unif
 NOWHERE = Path("(made on the fly)")
 SCALE_DTYPE = torch.bfloat16
 Importances = Mapping[str, Tensor]  # module -> [in] float32, mean square of every input; None: not calibrated
-SHARED_BYTES = 64 << 20  # of encodings kept because several candidates fall back to one type
+SHARED_BYTES = 64 << 20  # of encodings kept for a while because several candidates fall back to one type
+KEEP_BYTES = 1 << 30  # of encodings kept where no memory cap is given
 
 
 @dataclass(frozen=True)
@@ -198,33 +199,44 @@ def _store_linear(base: Checkpoint, format_name: str, why_not: Any, parts_of: An
 
 @dataclass
 class SharedEncodings:
-    """Encodings that several candidates ask for: of a type that more than one of them falls back to.
-
-    Kept until SHARED_BYTES are full, then the oldest go.
+    """Encodings of one run's candidates that are kept: those of a type that several of them fall back to, until
+    SHARED_BYTES are full and the oldest go; and `keep_bytes` of any, for good: encoders are slow, and a sweep or a step
+    that measures a whole mix asks for every weight again.
     """
 
+    keep_bytes: int = 0
     asked: dict[tuple[str, str], int] = field(default_factory=dict)  # (module, type) -> candidates that want it
+    _all_bytes: int = 0  # of all that is asked for, once
     _kept: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
-    _size: int = 0
+    _kept_bytes: int = 0
+    _passing: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+    _passing_bytes: int = 0
 
-    def ask(self, kinds: Mapping[str, GgufType]) -> None:
-        for module, kind in kinds.items():
-            self.asked[module, kind.name] = self.asked.get((module, kind.name), 0) + 1
+    def ask(self, module: str, kind: GgufType, size_bytes: int) -> None:
+        """Say that a candidate will want this encoding."""
+        self._all_bytes += size_bytes if (module, kind.name) not in self.asked else 0
+        self.asked[module, kind.name] = self.asked.get((module, kind.name), 0) + 1
 
     def get(self, module: str, kind: GgufType) -> Tensor | None:
-        return self._kept.get((module, kind.name))
+        key = (module, kind.name)
+        return self._kept[key] if key in self._kept else self._passing.get(key)
 
     def put(self, module: str, kind: GgufType, packed: Tensor) -> None:
-        if self.asked.get((module, kind.name), 0) < 2 or packed.numel() > SHARED_BYTES:
-            return
-        self._kept[module, kind.name] = packed
-        self._size += packed.numel()
-        while self._size > SHARED_BYTES:
-            self._size -= self._kept.pop(next(iter(self._kept))).numel()
+        key, size = (module, kind.name), packed.numel()
+        if self._kept_bytes + size <= self.keep_bytes:
+            self._kept[key] = packed
+            self._kept_bytes += size
+        elif self.asked.get(key, 0) > 1 and size <= SHARED_BYTES:
+            self._passing[key] = packed
+            self._passing_bytes += size
+            while self._passing_bytes > SHARED_BYTES:
+                self._passing_bytes -= self._passing.pop(next(iter(self._passing))).numel()
 
     @property
     def most_bytes(self) -> int:
-        return SHARED_BYTES if any(count > 1 for count in self.asked.values()) else 0
+        if self._all_bytes <= self.keep_bytes:
+            return self._all_bytes
+        return self.keep_bytes + (SHARED_BYTES if any(count > 1 for count in self.asked.values()) else 0)
 
 
 @dataclass(frozen=True)
@@ -260,10 +272,10 @@ class GgufMaker:
                     continue
                 module = split_name(source)[0]
                 self._kinds[module] = got
+                self.shared.ask(module, got, tensors[source].size_bytes)
                 formats[module] = "gguf" if got.is_quantized else "dense"
                 if asked != got.name:
                     fallbacks[module] = (asked, got.name)
-        self.shared.ask(self._kinds)
         return Stored(tensors, formats, fallbacks)
 
     def round(self, base: Checkpoint, module: str, weight: Tensor, importance: Importances | None) -> Tensor:

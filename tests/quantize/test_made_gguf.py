@@ -122,7 +122,33 @@ def test_what_several_types_fall_back_to_is_encoded_once(tmp_path: Path, monkeyp
     for layer in range(2):
         for leaf in "qo":
             made["IQ4_XS"].load(f"model.layers.{layer}.self_attn.{leaf}_proj.weight")
-    assert [module.rpartition(".")[2] for module, _ in kept.shared._kept] == ["q_proj", "o_proj"]
+    assert [module.rpartition(".")[2] for module, _ in kept.shared._passing] == ["q_proj", "o_proj"]
+
+
+def test_encodings_are_kept_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second sweep encodes nothing that fitted, and the plan counts what is kept."""
+    base = open_checkpoint(write_hf(tmp_path / "hf", "llama"))
+    calls: list[str] = []
+
+    def counted(kind: makers.GgufType, *arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(kind.name)
+        return gguf_encode.quantize_rows(kind, *arguments)
+
+    monkeypatch.setattr(makers, "quantize_rows", counted)
+    specs = [spec_of(name) for name in ("Q4_0", "Q8_0")]
+    size = 64 * 36  # of a q_proj as Q4_0
+    name = "model.layers.{}.self_attn.q_proj.weight"
+    for room, wanted in ((1 << 20, 2), (size, 3), (0, 4)):
+        calls.clear()
+        made = dict(make_variants(base, specs, None, frozenset(), room))
+        for _ in range(2):
+            for layer in range(2):
+                made["Q4_0"].load(name.format(layer))
+        assert len(calls) == wanted
+        # the head is Q8_0 in both, so that it is kept once, and for a while where the room is spent
+        stored = sum(v.modules[m].size_bytes for v in made.values() for m in v.made) - VOCAB * 64 // 32 * 34
+        kept = stored if stored <= room else room + makers.SHARED_BYTES
+        assert making_bytes(made.values()) == 8 * 64 * 96 + kept
 
 
 def test_a_profile_of_made_types_is_that_of_the_files(tmp_path: Path) -> None:
