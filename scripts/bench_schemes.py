@@ -1,18 +1,21 @@
 """Measured mixes of schemes against hand recipes and single schemes at equal stored bytes, on SmolLM2-135M-Instruct.
 
-    .venv/bin/python scripts/bench_schemes.py --work DIR                   # about an hour on 2 quiet cores
+    .venv/bin/python scripts/bench_schemes.py --work DIR --load            # about half an hour on one quiet core
     .venv/bin/python scripts/bench_schemes.py --work DIR --report-rows 8   # coarser
 
-DIR keeps variants, profile and recipes: an interrupted run goes on. Writes scripts/bench_results/schemes.json.
+DIR keeps variants, profile, recipes and what was measured: an interrupted run goes on. Writes
+scripts/bench_results/schemes.json.
 
-Candidates w4a16-g64, w8a16, fp8-channel, nvfp4 and mxfp4 from one calibration pass; a profile of every fused set; the
-optimizer at 4.75 and 5.5 stored bits per weight and at the bytes of the hand recipe "down_proj at 8 bits, the rest at
-4" (int8 and fp8). KL on report rows, every pair compared on the same rows. With --load, the mixes are written and their
-logits in transformers compared with ours.
+Candidates w4a16-g64, w8a16, fp8-channel, nvfp4 and mxfp4 from one calibration pass by GPTQ; a profile of every fused
+set; the optimizer at 4.75 and 5.5 stored bits per weight and at the bytes of the hand recipes "down_proj at 8 bits, the
+rest at 4" (int8 and fp8; the rest w4a16-g64 or nvfp4). Beside them w4a16-g64 by other methods: RTN, AWQ, AWQ with GPTQ.
+KL on report rows, every pair compared on the same rows. With --load, the mixes are written and their logits in
+transformers compared with ours.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -27,7 +30,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 SCHEMES = ("w4a16-g64", "nvfp4", "mxfp4", "w8a16", "fp8-channel")
 BASE_SCHEME = "w4a16-g64"
 BUDGETS = (4.75, 5.5)
-HAND = {"hand: down_proj int8": "w8a16", "hand: down_proj fp8": "fp8-channel"}
+HAND = {  # name -> schemes of down_proj and of the rest
+    "hand: down_proj int8": ("w8a16", "w4a16-g64"),
+    "hand: down_proj fp8": ("fp8-channel", "w4a16-g64"),
+    "hand: down_proj int8, rest nvfp4": ("w8a16", "nvfp4"),
+}
+METHODS = ("rtn", "awq", "awq+gptq")  # of w4a16-g64, besides GPTQ
+BATCH = 4  # builds measured between two saves
 
 
 def run(command: str, *arguments: str | Path) -> None:
@@ -41,6 +50,15 @@ def hand_recipe(path: Path, eight: Path) -> Path:
         f"sources:\n  - {{id: 8, model_dir: {eight}}}\noverrides:\n  - {{key: '*.down_proj.*', source: 8}}\n"
     )
     return path
+
+
+def build_method(base: Path, work: Path, method: str, rows: int, length: int) -> Path:
+    """BASE_SCHEME by another method than GPTQ."""
+    made = work / f"variants-{method}" / BASE_SCHEME
+    if not made.exists():
+        settings = ("--scheme", BASE_SCHEME, "--method", method, "-r", str(rows), "-l", str(length))
+        run("model_quantize", "-i", base, "-o", made.parent, *settings)
+    return made
 
 
 def build(base: Path, work: Path, rows: int, length: int) -> dict[str, Path]:
@@ -68,8 +86,11 @@ def optimize(profile: Path, bpw: float, recipe: Path) -> Path:
     return recipe
 
 
-def measure(base: Path, candidates: Mapping[str, Any], rows: int, length: int) -> dict[str, Any]:
-    """KL, bits and bytes of every candidate (Overlays), and each mix against all others on the same rows."""
+def measure(base: Path, candidates: Mapping[str, Any], rows: int, length: int, kept: Path) -> dict[str, Any]:
+    """KL, bits and bytes of every candidate (Overlays), and each mix against all others on the same rows.
+
+    kept: a file of what was measured before, by the candidate's placements and the rows
+    """
     import torch
 
     from eval.diff import DiffOptions, DiffReport, compare_many
@@ -78,23 +99,37 @@ def measure(base: Path, candidates: Mapping[str, Any], rows: int, length: int) -
     from recompile.cli.options import read_rows
 
     found, vocab = read_rows([base], "report", rows, length, None, None, None)
-    events = compare_many(
-        list(candidates.values()),
-        open_checkpoint(base),
-        found.ids,
-        DiffOptions(vocab=vocab),
-        rows_source=found.source,
-        rows_sha256=found.sha256,
-    )
-    reports = dict(zip(candidates, [e for e in events if isinstance(e, DiffReport)], strict=True))
+    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    keys = {name: f"{found.sha256} {_identity(overlay)}" for name, overlay in candidates.items()}
+    missing = [name for name, key in keys.items() if key not in known]
+    for start in range(0, len(missing), BATCH):
+        names = missing[start : start + BATCH]
+        events = compare_many(
+            [candidates[name] for name in names],
+            open_checkpoint(base),
+            found.ids,
+            DiffOptions(vocab=vocab),
+            rows_source=found.source,
+            rows_sha256=found.sha256,
+        )
+        for name, report in zip(names, (e for e in events if isinstance(e, DiffReport)), strict=True):
+            known[keys[name]] = {
+                "kl": report.kl.mean,
+                "kl_std_error": report.kl.std_error,
+                "kl_rows": list(report.kl_rows),
+                "perplexity": report.score_candidate.perplexity,
+                "same_top_token": report.top_k_agreement[0].mean,
+            }
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(known))
+        partial.replace(kept)
+        click.echo(f"measured {', '.join(names)}", err=True)
+    measured = {name: known[key] for name, key in keys.items()}
     table = {
         name: {
             "bpw": overlay.accounting.bpw,
             "total_bytes": overlay.accounting.total_bytes,
-            "kl": reports[name].kl.mean,
-            "kl_std_error": reports[name].kl.std_error,
-            "perplexity": reports[name].score_candidate.perplexity,
-            "same_top_token": reports[name].top_k_agreement[0].mean,
+            **{key: value for key, value in measured[name].items() if key != "kl_rows"},
         }
         for name, overlay in candidates.items()
     }
@@ -103,13 +138,13 @@ def measure(base: Path, candidates: Mapping[str, Any], rows: int, length: int) -
         for other in candidates:
             if other == mix:
                 continue
-            left, right = (torch.tensor(reports[name].kl_rows) for name in (mix, other))
+            left, right = (torch.tensor(measured[name]["kl_rows"]) for name in (mix, other))
             difference, interval = paired_difference(left, right)
             pairs.append(
                 {
                     "mix": mix,
                     "against": other,
-                    "ratio": reports[mix].kl.mean / reports[other].kl.mean,
+                    "ratio": measured[mix]["kl"] / measured[other]["kl"],
                     "difference_nats": difference.mean,
                     "interval_95": list(interval),
                     "no_more_bytes": table[mix]["total_bytes"] <= table[other]["total_bytes"],
@@ -122,6 +157,12 @@ def measure(base: Path, candidates: Mapping[str, Any], rows: int, length: int) -
         "builds": table,
         "pairs": pairs,
     }
+
+
+def _identity(overlay: Any) -> str:
+    """What an overlay is made of."""
+    lines = [f"{name} {p.checkpoint.fingerprint}" for name, p in sorted(overlay.placements.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def load_in_transformers(base: Path, overlay: Any, out: Path, tokens: int = 64) -> float:
@@ -199,15 +240,19 @@ def main(
         "model_profile", "-mb", base, "-i", variants[BASE_SCHEME], "-s", *others, "-o", profile,
         "--mode", "sketch", "--samples", str(samples), "-r", str(profile_rows), "-l", str(length),
     )  # fmt: skip
-    four = open_checkpoint(variants[BASE_SCHEME])
-    candidates = {name: build_overlay(open_checkpoint(path), None) for name, path in variants.items()}
-    for number, (name, eight) in enumerate(HAND.items()):
-        candidates[name] = build_overlay(four, hand_recipe(work / f"hand-{number}.yaml", variants[eight]))
-    hand_bpw = min(candidates[name].accounting.bpw for name in HAND)
-    for bpw in (*BUDGETS, hand_bpw):
+    opened = {name: open_checkpoint(path) for name, path in variants.items()}
+    four = opened[BASE_SCHEME]
+    candidates = {name: build_overlay(checkpoint, None) for name, checkpoint in opened.items()}
+    for method in METHODS:
+        made = build_method(base, work, method, calibration_rows, length)
+        candidates[f"{BASE_SCHEME} by {method}"] = build_overlay(open_checkpoint(made), None)
+    for number, (name, (eight, rest)) in enumerate(HAND.items()):
+        candidates[name] = build_overlay(opened[rest], hand_recipe(work / f"hand-{number}.yaml", variants[eight]))
+    sizes = {round(candidates[name].accounting.bpw, 3): candidates[name].accounting.bpw for name in HAND}
+    for bpw in (*BUDGETS, *sizes.values()):
         recipe = optimize(profile, bpw, work / f"measured-{bpw:.3f}.yaml")
         candidates[f"measured mix for {bpw:.2f}"] = build_overlay(four, recipe)
-    result = measure(base, candidates, report_rows, length)
+    result = measure(base, candidates, report_rows, length, work / "measured.json")
     if load:
         result["transformers"] = {
             name: load_in_transformers(base, overlay, work / name.replace(" ", "-"))
