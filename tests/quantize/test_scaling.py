@@ -247,17 +247,14 @@ def test_awq_is_better_than_rounding_on_a_trained_model(tiny_models: Mapping[str
     text, tokenizer = default_text(), load_tokenizer(base)
     calibrate, report = (make_rows(text, tokenizer, 8, 64, role).ids for role in ("calibrate", "report"))
     scheme = parse_scheme("w3a16-g128")
-    names = ("rtn", "mse", "awq", "awq+rtn")
-    made = build(base, tmp_path, [replace(uniform(scheme, name), name=name) for name in names], calibrate)
+    made = build(base, tmp_path, [replace(uniform(scheme, name), name=name) for name in ("rtn", "awq")], calibrate)
     found = {path.name: kl(base, path, report) for path in made}
-    print(found)
-    assert found["awq+rtn"] < 0.9 * found["rtn"]
-    assert found["awq"] < found["mse"]
+    assert found["awq"] < 0.85 * found["rtn"]  # 0.69
 
 
-def test_activations_of_a_smoothed_model_round_better(tmp_path: Path) -> None:
-    """One input channel 40 times as large as others makes int8 inputs of all coarse; SmoothQuant evens it out."""
-    base = tiny.copy_of(tiny.base("llama-2"), tmp_path / "base")
+def with_a_large_channel(folder: Path) -> Path:
+    """The same function as its original, with one input channel 40 times as large as the others in every layer."""
+    base = tiny.copy_of(tiny.base("llama-2"), folder / "base")
     tensors = load_file(base / "model.safetensors")
     for name, value in tensors.items():
         if name.endswith("layernorm.weight"):
@@ -265,7 +262,20 @@ def test_activations_of_a_smoothed_model_round_better(tmp_path: Path) -> None:
         elif name.rpartition(".")[0].endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
             value[:, 7] /= 40
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    scheme, ids = parse_scheme("w8a8-static"), tiny.rows(4, 32)
+    return base
+
+
+def test_awq_keeps_small_weights_of_large_inputs(tmp_path: Path) -> None:
+    """Rounded to nearest, columns 40 times as small as their group come out as next to nothing."""
+    base, scheme = with_a_large_channel(tmp_path), parse_scheme("w4a16-g32")
+    variants = [replace(uniform(scheme, name), name=name) for name in ("rtn", "awq+rtn")]
+    found = {path.name: kl(base, path, tiny.rows(2, 24)) for path in build(base, tmp_path, variants, tiny.rows(4, 32))}
+    assert found["awq+rtn"] < 0.5 * found["rtn"]
+
+
+def test_activations_of_a_smoothed_model_round_better(tmp_path: Path) -> None:
+    """A large channel makes int8 inputs of all others coarse; SmoothQuant evens it out."""
+    base, scheme, ids = with_a_large_channel(tmp_path), parse_scheme("w8a8-static"), tiny.rows(4, 32)
     variants = [replace(uniform(scheme, name), name=name) for name in ("mse", "smoothquant")]
     found = {}
     for path in build(base, tmp_path, variants, ids):
