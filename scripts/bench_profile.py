@@ -13,6 +13,8 @@ diagonal  --mode diagonal: the squared-gradient score, 2 samples a row
 The part "time": sketch, diagonal and exact at equal time, sketch and diagonal by what --minutes does: as many rows as
 the time allows. Everything on one thread; seconds are those of that thread, so that other load counts little.
 
+The part "speed": seconds a swap of exact and naive alone, exact's of two layers whose mean is that of all.
+
 Writes scripts/bench_results/profile.json; what is in it of the parts not asked for stays. With --work FOLDER, a run
 that was stopped goes on (also an unfinished exact profile, whose seconds add up).
 """
@@ -44,7 +46,7 @@ import make_base  # noqa: E402
 from bench_record import birth_certificate, keep  # noqa: E402
 
 from eval.more_rows import RowLimits, profile_more_rows  # noqa: E402
-from eval.profile import ProfileOptions, profile_exact  # noqa: E402
+from eval.profile import Measured, ProfileOptions, profile_exact  # noqa: E402
 from eval.refine import MixOracle  # noqa: E402
 from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
@@ -69,7 +71,7 @@ def say(text: str) -> None:
 
 @click.command()
 @click.argument("variants", type=click.Path(exists=True, path_type=Path))
-@click.option("--part", "parts", type=click.Choice(["rows", "time"]), multiple=True, help="Default: both.")
+@click.option("--part", "parts", type=click.Choice(["rows", "time", "speed"]), multiple=True, help="Default: all.")
 @click.option("--rows", default=4, show_default=True, help="Rows of 128 tokens that all modes share.")
 @click.option("--judge", default=16, show_default=True, help="Rows of 256 tokens that recipes are judged on.")
 @click.option("--seconds", default=(60.0, 300.0), multiple=True, help="Equal times.")
@@ -87,6 +89,9 @@ def main(
         for limit in seconds:
             result["equal_time"][f"{limit:.0f} s"] = equal_time(bench, limit)
             keep(bench.results, result)
+    if "speed" in parts or not parts:
+        result["seconds_a_swap"] = certificate | seconds_a_swap(bench)
+        keep(bench.results, result)
     if "rows" in parts or not parts:
         result["same_rows"] = certificate | {"judged_rows": judge} | same_rows(bench)
         keep(bench.results, result)
@@ -114,6 +119,22 @@ def same_rows(bench: Bench) -> dict[str, Any]:
         "ranking": {name: ranking(exact, p) for name, p in (("sketch", sketch), ("diagonal", diagonal))},
         "recipes": compare(judged, "exact"),
     }
+
+
+def seconds_a_swap(bench: Bench) -> dict[str, Any]:
+    """Exact: 4 candidates of 4 groups in layers 7 and 22, without what a run does once. The first wave is left out."""
+    ends: list[tuple[int, float]] = []  # (layer, when a swap of it was done)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ProfileOptions(level=LEVEL, match=tuple(f"model.layers.{layer}.*" for layer in (7, 22)))
+        for event in profile_exact(bench.base, 3, bench.candidates, bench.ids, Path(folder) / "p.jsonl", options):
+            if isinstance(event, Measured) and event.measurement.group is not None:
+                ends.append((int(event.measurement.group.split(".")[2]), time.process_time()))
+    first, last = ends[0][1], dict(ends)
+    early = [when for layer, when in ends if layer == 7 and when - first > 0.1]  # swaps of one wave end together
+    late = [when for layer, when in ends if layer == 22]
+    per_layer = ((last[7] - first) / len(early), (last[22] - last[7]) / len(late))
+    exact, naive = sum(per_layer) / 2, bench.naive_seconds() / 480
+    return {"exact": exact, "naive": naive, "naive_over_exact": naive / exact, "exact_by_layer": per_layer}
 
 
 def equal_time(bench: Bench, limit: float) -> dict[str, Any]:
