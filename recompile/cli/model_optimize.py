@@ -201,6 +201,11 @@ def main(
     chosen = choose(profile, budget, solver if solver in SOLVERS else "exact", rules)
     if solver in SEARCHES:
         chosen = _search(chosen, solver, start_choice, rules, checkpoints, where, steps, minutes, out, quiet)
+    if checkpoints is not None and not constraints and profile.header.candidate(profile.header.base).spec is not None:
+        from recompile.quantize.made import plainly_named
+
+        plain = plainly_named(chosen.solution.choice, profile.header.groups, checkpoints)
+        chosen = replace(chosen, solution=replace(chosen.solution, choice=plain))  # the same tensors and bits
     _write_recipe(out, chosen, names, made_by, None)
     verdict: Verdict | None = None
     if check is not False:

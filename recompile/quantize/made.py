@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint import Checkpoint, StoredModule, TensorInfo, open_checkpoint, split_name
-from recompile.costs import Profile, candidate_label
+from recompile.costs import Profile, ProfileGroup, candidate_label
 from recompile.errors import CheckpointError, FormatError, OutputError, UnsupportedError
 from recompile.overlay import role_of
 from recompile.recipe import SourceId
@@ -230,6 +230,26 @@ def fallbacks_of(candidates: Iterable[tuple[SourceId, Checkpoint]]) -> list[str]
                 f"{candidate_label(source_id)}: {count} of {len(found.forms)} matrices asked to be {asked} get {got}"
             )
     return lines
+
+
+def plainly_named(
+    choice: Mapping[str, str], groups: Iterable[ProfileGroup], candidates: Mapping[str, Checkpoint]
+) -> dict[str, str]:
+    """The same choice, group -> candidate label, where a type falls back from the candidate that is called what its
+    matrices get: IQ4_NL where IQ3_S would become that, if IQ4_NL is offered."""
+    named = dict(choice)
+    for group in groups:
+        variant = candidates[choice[group.name]]
+        if not isinstance(variant, MadeVariant) or not any(module in variant.fallbacks for module in group.modules):
+            continue
+        got = [variant.tensors[f"{module}.weight"].dtype for module in group.modules]
+        for label, other in candidates.items():
+            if isinstance(other, MadeVariant) and not any(module in other.fallbacks for module in group.modules):
+                there = [other.tensors.get(f"{module}.weight") for module in group.modules]
+                if [info.dtype for info in there if info is not None] == got and "type" in other.spec:
+                    named[group.name] = label
+                    break
+    return named
 
 
 # ---- importance beside a profile -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.recompile import main as recompile
-from recompile.costs import Profile, load_profile
+from recompile.costs import Profile, ProfileGroup, load_profile
 from recompile.errors import FormatError, RecipeError, UnsupportedError
 from recompile.formats import gguf_encode
 from recompile.gguf.container import open_gguf
@@ -29,7 +29,15 @@ from recompile.overlay import build_overlay
 from recompile.quantize import makers
 from recompile.quantize.gguf import Importance, base_tensors, build_variants, collect_importance, plan_variants
 from recompile.quantize.gguf_mix import makes_gguf, mix_of, types_got
-from recompile.quantize.made import MadeVariant, fallbacks_of, make_variant, make_variants, making_bytes, spec_of
+from recompile.quantize.made import (
+    MadeVariant,
+    fallbacks_of,
+    make_variant,
+    make_variants,
+    making_bytes,
+    plainly_named,
+    spec_of,
+)
 from recompile.recipe import load_recipe, parse_recipe
 from recompile.recipe_formats import parse_type_recipe
 from recompile.stream import LayeredModel
@@ -123,6 +131,18 @@ def test_what_several_types_fall_back_to_is_encoded_once(tmp_path: Path, monkeyp
         for leaf in "qo":
             made["IQ4_XS"].load(f"model.layers.{layer}.self_attn.{leaf}_proj.weight")
     assert [module.rpartition(".")[2] for module, _ in kept.shared._passing] == ["q_proj", "o_proj"]
+
+
+def test_a_choice_is_called_what_it_becomes(tmp_path: Path) -> None:
+    base = open_checkpoint(write_hf(tmp_path / "hf", "llama", inner=256))
+    made = {str(name): found for name, found in make_variants(base, [spec_of(n) for n in ("IQ3_S", "Q4_K", "IQ4_NL")])}
+    modules = {"q": "model.layers.0.self_attn.q_proj", "down": "model.layers.0.mlp.down_proj"}
+    groups = [ProfileGroup(name, (module,), 1, dict.fromkeys(made, 1), 0) for name, module in modules.items()]
+    assert plainly_named({"q": "IQ3_S", "down": "IQ3_S"}, groups, made) == {"q": "IQ4_NL", "down": "IQ3_S"}
+    assert plainly_named({"q": "Q4_K", "down": "Q4_K"}, groups, made) == {
+        "q": "Q4_K",
+        "down": "Q4_K",
+    }  # no Q5_0 offered
 
 
 def test_encodings_are_kept_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
