@@ -11,8 +11,8 @@ comparison is of the choice of types alone. KL(BF16 || file) is from the engine'
 used, each file paired with the mix chunk by chunk.
 
 The base comes from a Q4_1 file, so that its linear weights lie on a grid of 4 bits with a minimum for every 32: Q4_1
-and Q5_1 are nearly lossless there and prove nothing. They are no candidates and no presets here; --grid-types adds
-them to both.
+and Q5_1 are nearly lossless there and prove nothing. They are no candidates and no presets here, though presets of K
+types hold some Q5_1, since that is what Q5_K becomes on rows of 576; the mix may not. --grid-types adds them to both.
 """
 
 from __future__ import annotations
@@ -101,8 +101,11 @@ def measure(work: Path, reference: Path, files: dict[str, Path], chunks: int) ->
 @click.option("--chunks", default=24, show_default=True, help="Of 512 tokens, half of which count.")
 @click.option("--profile-rows", default=12, show_default=True)
 @click.option("--samples", default=16, show_default=True)
+@click.option("--preset", "chosen", multiple=True, type=click.Choice([*PRESETS]), help="Only these, any number.")
 @click.option("--grid-types", is_flag=True, help="Q4_1 and Q5_1 as candidates, Q4_1 as a preset.")
-def main(base: Path, work: Path, chunks: int, profile_rows: int, samples: int, grid_types: bool) -> None:
+def main(
+    base: Path, work: Path, chunks: int, profile_rows: int, samples: int, chosen: tuple[str, ...], grid_types: bool
+) -> None:
     """The mix at 4.75 bits per weight against presets of no fewer bytes."""
     import torch
     from bench_record import RESULTS, birth_certificate, keep
@@ -126,12 +129,15 @@ def main(base: Path, work: Path, chunks: int, profile_rows: int, samples: int, g
             "model_profile", "-mb", base, "--candidates", ",".join(names), "-i", "Q4_0", "--imatrix", imatrix,
             "--level", "tensor", "--mode", "sketch", "--samples", samples, "-r", profile_rows, "-l", 256, "-o", profile,
         )  # fmt: skip
-        run("model_optimize", profile, "--target-bpw", BPW, "-o", recipe, "--solver", "exact", "--no-check")
+        # Q5_K is Q5_1 where its blocks do not fit: one of the grid types
+        ban = () if grid_types else ("--ban", "*=Q5_K")
+        run("model_optimize", profile, "--target-bpw", BPW, "-o", recipe, "--solver", "exact", "--no-check", *ban)
         run(
             "model_quantize", "-i", base, "-o", mix, "-or", recipe, "--tokenizer-from", find_gguf(), "--imatrix",
             imatrix, "--quiet",
         )  # fmt: skip
-    presets = make_presets(work, reference, imatrix, {**PRESETS, **(GRID_PRESETS if grid_types else {})})
+    asked = {name: number for name, number in PRESETS.items() if not chosen or name in chosen}
+    presets = make_presets(work, reference, imatrix, {**asked, **(GRID_PRESETS if grid_types else {})})
     size = mix.stat().st_size
     larger = {name: path for name, path in presets.items() if path.stat().st_size >= size}
     nearest = min(larger, key=lambda name: larger[name].stat().st_size)
