@@ -406,3 +406,16 @@ def test_commands_on_a_scaled_variant(awq_and_plain: tuple[Path, Path], tmp_path
     result = runner.invoke(model_profile, [*map(str, profile), "--mode", "sketch", "--quiet"])
     assert result.exit_code == 1
     assert "scales were moved between its modules" in result.output
+
+
+def test_a_scaled_variant_loads_in_transformers_with_our_logits(
+    awq_and_plain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Scales are folded into stored tensors, so a loader need not know of them."""
+    pytest.importorskip("compressed_tensors")
+    awq, ids = awq_and_plain[0], tiny.rows(2, 12)
+    wanted = tiny.plain_logits(
+        tiny.plain_model(tiny.dense_copy(open_checkpoint(awq), tmp_path / "dense", tiny.base("llama"))), ids
+    )
+    found = tiny.plain_logits(tiny.plain_model(awq), ids)
+    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.max() - wanted.min())
