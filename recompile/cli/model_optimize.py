@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", type=int, help="At most so many steps of a solver that measures.")
 @click.option("--minutes", type=float, help="At most so much time for a solver that measures.")
+@click.option("--max-memory", help="For --solver refine: never use more memory than this, e.g. 8GiB.")
 @click.option("--pin", multiple=True, help="GLOB=ID: take these modules from source ID.")
 @click.option("--min", "minimum", multiple=True, help="GLOB=ID: no smaller than source ID.")
 @click.option("--max", "maximum", multiple=True, help="GLOB=ID: no larger than source ID.")
@@ -125,6 +126,7 @@ def main(
     start: Path | None,
     steps: int | None,
     minutes: float | None,
+    max_memory: str | None,
     pin: tuple[str, ...],
     minimum: tuple[str, ...],
     maximum: tuple[str, ...],
@@ -200,7 +202,8 @@ def main(
     names, made_by = _tensor_names(checkpoints), f"model_optimize {profile_path.name}"
     chosen = choose(profile, budget, solver if solver in SOLVERS else "exact", rules)
     if solver in SEARCHES:
-        chosen = _search(chosen, solver, start_choice, rules, checkpoints, where, steps, minutes, out, quiet)
+        cap = parse_size(max_memory) if max_memory is not None else None
+        chosen = _search(chosen, solver, start_choice, rules, checkpoints, where, steps, minutes, cap, out, quiet)
     if checkpoints is not None and not constraints and profile.header.candidate(profile.header.base).spec is not None:
         from recompile.quantize.made import plainly_named
 
@@ -344,6 +347,7 @@ def _search(
     where: RowOptions,
     steps: int | None,
     minutes: float | None,
+    max_memory_bytes: int | None,
     out: Path,
     quiet: bool,
 ) -> Choice:
@@ -367,6 +371,7 @@ def _search(
         minutes=minutes,
         journal=out.with_name(f"{out.stem}.{solver}.jsonl"),
         quiet=quiet,
+        max_memory_bytes=max_memory_bytes,
     )
     return choice_of(profile, problem, SEARCHES[solver](search), budget, solver)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REFINE_STEPS = 24
 REFINE_ROWS = 4  # linearised in a step, fresh ones each: many short steps go further than a few long ones
+ACCEPT_ROWS = 12  # measured after every move, always the same; enough for the moves that pay
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Search:
     minutes: float | None
     journal: Path  # beside the recipe; a solver that resumes keeps its state here
     quiet: bool
+    max_memory_bytes: int | None = None  # for solvers that run a backward pass
 
 
 def search_local(search: Search) -> Mapping[str, str]:
@@ -89,7 +91,7 @@ def search_refine(search: Search) -> Mapping[str, str]:
 
     directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
     steps = search.steps if search.steps is not None else REFINE_STEPS
-    accept = search.where.rows
+    accept = min(search.where.rows, ACCEPT_ROWS)
     count = accept + REFINE_ROWS * steps
     try:
         rows, _ = search.where.read(directories, "choose", count)
@@ -109,6 +111,7 @@ def search_refine(search: Search) -> Mapping[str, str]:
             accept=rows.ids[:accept],
             rows_per_step=REFINE_ROWS,
             device=compute_device(search.where.device),
+            max_memory_bytes=search.max_memory_bytes,
             progress=follow,
         )
         with RefineJournal.open(search.journal, search, rows.sha256) as journal:

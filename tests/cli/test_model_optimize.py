@@ -374,7 +374,9 @@ def test_refine_is_what_runs_where_the_models_are_at_hand_and_goes_on_from_its_j
 def test_refine_never_makes_a_hand_made_start_worse(tmp_path: Path) -> None:
     profile = tmp_path / "profile.jsonl"
     header = write_profile(profile)
-    by_hand = {group.name: ("6" if ".mlp." in group.name else "2") for group in header.groups}
+    by_hand = {
+        group.name: ("6" if "down_proj" in group.name or "q_proj" in group.name else "2") for group in header.groups
+    }
     lines = "".join(f'  - {{key: "{name}.*", source: {source}}}\n' for name, source in by_hand.items())
     folders = {candidate.label: candidate.model_dir for candidate in header.candidates}
     recipe = tmp_path / "hand.yaml"
@@ -382,9 +384,21 @@ def test_refine_never_makes_a_hand_made_start_worse(tmp_path: Path) -> None:
         f"sources:\n  - {{id: 6, model_dir: {folders['6']}}}\n  - {{id: 2, model_dir: {folders['2']}}}\noverrides:\n"
         + lines
     )
-    report = optimize(profile, "--start", recipe, "--check", "--no-guard", "--steps", "2", *FEW)
+    report = optimize(profile, "--start", recipe, "--check", "--no-guard", "--steps", "6", "-r", "8", "-l", "64")
     journal = [json.loads(line) for line in (tmp_path / "mix.refine.jsonl").read_text().splitlines()]
     assert report["solver"] == "refine"
     taken = [line for line in journal[1:] if line["accepted"]]
     assert taken, "a recipe without sense leaves something to gain"
     assert report["bits"] <= header.fixed_bits + sum(group.bits[by_hand[group.name]] for group in header.groups)
+
+
+def test_refine_says_before_it_starts_what_memory_it_needs(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.jsonl"
+    write_profile(profile)
+    result = run(
+        profile, "-b", "3.9", "-o", tmp_path / "mix.yaml", "--solver", "refine", "--max-memory", "1MiB", "--steps", "1",
+        "--no-check", *FEW,
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "--max-memory 1 MiB is too little" in " ".join(result.output.split())
+    assert not (tmp_path / "mix.yaml").exists()
