@@ -425,34 +425,31 @@ class _Deltas:
         for number, call in enumerate(calls):
             by_parameter.setdefault(call.weight.parameter, []).append(number)
         for parameter, numbers in by_parameter.items():
-            asked = [(number, module, share) for number in numbers for module, share in self._modules(calls[number])]
-            found: dict[tuple[int, str], tuple[tuple[str, ...], Tensor]] = {}
-            for number, module, share in asked:
-                group = self._group_of[module]
-                labels = tuple(
-                    label
-                    for label in self._owner.candidates
-                    if label in group.bits and not self._owner.current(group.name, label)
-                )
+            found: dict[tuple[int, str], tuple[slice, tuple[str, ...], Tensor]] = {}
+            for number in numbers:
                 inputs = calls[number].inputs
-                shape = (len(labels), inputs.shape[:-1].numel(), share.stop - share.start)
-                found[number, module] = labels, inputs.new_empty(shape)
+                for module, share in self._modules(calls[number]):
+                    labels = self._labels(self._group_of[module])
+                    shape = (len(labels), inputs.shape[:-1].numel(), share.stop - share.start)
+                    found[number, module] = share, labels, inputs.new_empty(shape)
             for label in self._owner.candidates:
-                delta: Tensor | None = None
-                for number, module, share in asked:
-                    labels, values = found[number, module]
-                    if label not in labels:
-                        continue
-                    if delta is None:
-                        delta = self._delta(parameter, label)
+                asked = [(number, *entry) for (number, _), entry in found.items() if label in entry[1]]
+                if not asked:
+                    continue
+                delta = self._delta(parameter, label)
+                for number, share, labels, values in asked:
                     weight = delta if calls[number].weight.expert is None else delta[calls[number].weight.expert]
                     torch.mm(calls[number].inputs.flatten(0, -2), weight[share].T, out=values[labels.index(label)])
-            for (number, module), (labels, values) in found.items():
+            for (number, module), (share, labels, values) in found.items():
                 if labels:
                     per_row = values.reshape(len(labels), rows, -1).transpose(0, 1)
-                    share = next(share for n, name, share in asked if (n, name) == (number, module))
                     made[number].append(_Change(self._group_of[module].name, labels, share, per_row))
         return made
+
+    def _labels(self, group: ProfileGroup) -> tuple[str, ...]:
+        """Candidates that would change the group."""
+        owner = self._owner
+        return tuple(c for c in owner.candidates if c in group.bits and not owner.current(group.name, c))
 
     def _modules(self, call: _LinearCall) -> list[tuple[str, slice]]:
         """The call's modules that are in a group, each with its share of the output features."""

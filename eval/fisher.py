@@ -47,10 +47,11 @@ class FisherCotangents:
         found: list[Tensor] = []
         draws = [self._draw(rows.start + row, normed.shape[1]) for row in range(len(normed))]
         labels: list[Tensor] = []
+        linear = self.model.head_is_linear(normed[:1, :2])
         for row, (states, (uniform, signs)) in enumerate(zip(normed, draws, strict=True)):
             pieces = []
             for chunk in chunks_of(len(states)):
-                output = self.output(rows.start + row, chunk, states[chunk])
+                output = self.output(rows.start + row, chunk, states[chunk], linear)
                 made, drawn = self._samples(
                     output, uniform[:, chunk].to(states.device), signs[:, chunk].to(states.device)
                 )
@@ -59,9 +60,9 @@ class FisherCotangents:
             found.append(torch.cat(pieces, 1))
         return torch.stack(found, 1), self._head_products(normed, labels, draws)
 
-    def output(self, row: int, chunk: slice, states: Tensor) -> HeadOutput:
+    def output(self, row: int, chunk: slice, states: Tensor, linear: bool) -> HeadOutput:
         """What the head makes of some tokens of a row; states: [tokens, hidden]. Called once for each of them."""
-        return HeadOutput.of(self.model, states)
+        return HeadOutput.of(self.model, states, linear)
 
     def _draw(self, row: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Uniform numbers that choose labels, and their signs over the square root of their number."""
@@ -130,9 +131,9 @@ class HeadOutput:
     mean: Tensor | None
 
     @staticmethod
-    def of(model: LayeredModel, states: Tensor, mean: bool = True) -> HeadOutput:
-        """mean: False where it is not asked for; it costs as much as the logits."""
-        linear = model.head_is_linear(states[None, :2])
+    def of(model: LayeredModel, states: Tensor, linear: bool, mean: bool = True) -> HeadOutput:
+        """linear: what the model's head_is_linear says; mean: False where it is not asked for, for it costs as much as
+        the logits."""
         with torch.enable_grad():
             leaf = states.detach().requires_grad_(not linear)
             logits = model.logits(leaf[None])[0]

@@ -52,19 +52,16 @@ class Goal:
             return Goal(normed)
         means, entropies = [], []
         for chunk in chunks_of(len(normed)):
-            output = HeadOutput.of(model, normed[chunk])
+            output = HeadOutput.of(model, normed[chunk], linear=True)
             assert output.mean is not None, "asked above"
             means.append(output.mean)
             expected = torch.linalg.vecdot(output.mean.float(), normed[chunk].float())
             entropies.append(expected - output.log_total)
         return Goal(normed, torch.cat(means), torch.cat(entropies))
 
-    def through(self, reference: LayeredModel, other: LayeredModel) -> Goal:
-        """What of it holds for the head of another model; both heads must be loaded."""
-        own, its = (model.head.get_parameter("weight") for model in (reference, other))
-        if self.mean is None or (own.shape == its.shape and torch.equal(own, its)):
-            return self
-        return Goal(self.normed)
+    def under_head(self, same: bool) -> Goal:
+        """What of it holds for a model whose head is the reference's, or another."""
+        return self if same else Goal(self.normed)
 
     def kl(self, chunk: slice, output: HeadOutput, reference: LayeredModel) -> Tensor:
         """KL of the tokens of a chunk to what another model makes of them, float32 [tokens]."""
@@ -81,6 +78,12 @@ class Goal:
         return output.mean - self.mean[chunk]
 
 
+def same_head(reference: LayeredModel, model: LayeredModel) -> bool:
+    """Whether two heads, both loaded, hold the same weights."""
+    own, its = (each.head.get_parameter("weight") for each in (reference, model))
+    return own.shape == its.shape and torch.equal(own, its)
+
+
 @dataclass
 class KlCotangents(FisherCotangents):
     """The gradient of KL(reference || mix) first, then Fisher samples of the mix.
@@ -92,11 +95,14 @@ class KlCotangents(FisherCotangents):
     goals: Sequence[Goal] = ()
     kl_rows: dict[int, float] = field(default_factory=dict)
     _gradients: dict[int, list[Tensor]] = field(default_factory=dict)
+    _same: bool | None = None  # known with the first row, when both heads are loaded
 
-    def output(self, row: int, chunk: slice, states: Tensor) -> HeadOutput:
+    def output(self, row: int, chunk: slice, states: Tensor, linear: bool) -> HeadOutput:
         assert self.reference is not None, "given by MixOracle"
-        found = super().output(row, chunk, states)
-        goal = self.goals[row].through(self.reference, self.model)
+        if self._same is None:
+            self._same = same_head(self.reference, self.model)
+        found = super().output(row, chunk, states, linear)
+        goal = self.goals[row].under_head(self._same)
         share = float(goal.kl(chunk, found, self.reference).double().sum()) / len(goal.normed)
         self.kl_rows[row] = self.kl_rows.get(row, 0.0) + share
         self._gradients.setdefault(row, []).append(goal.gradient(chunk, found, self.reference))
@@ -230,10 +236,11 @@ class MixOracle:
         """KL to the model with the weights of `source`, a row at a time."""
         found = self.normed(self._model, source, ids)
         with self._reference.head_loaded(), self._model.head_loaded(source):
+            same, linear = same_head(self._reference, self._model), self._model.head_is_linear(found[:1, :2])
             for goal, states in zip(goals, found, strict=True):
-                there = goal.through(self._reference, self._model)
+                there = goal.under_head(same)
                 total = 0.0
                 for chunk in chunks_of(len(states)):
-                    output = HeadOutput.of(self._model, states[chunk], mean=False)
+                    output = HeadOutput.of(self._model, states[chunk], linear, mean=False)
                     total += float(there.kl(chunk, output, self._reference).double().sum())
                 yield total / len(states)
