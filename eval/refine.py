@@ -22,6 +22,7 @@ from eval.sketch import collect, estimate
 from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
 from recompile.optimize.refine import SwapModel
+from recompile.quantize.made import making_bytes
 from recompile.stream import LayeredModel
 
 SAMPLES = 2  # Fisher samples a row, beside the gradient
@@ -176,6 +177,7 @@ class MixOracle:
             tokens=ids.shape[1],
             samples=self.samples + 1,
             cap_bytes=self.max_memory_bytes,
+            making=making_bytes(self.checkpoints.values()),
         )
         runner = AdjointPass(
             self._model, mix, self.checkpoints, self.header.groups, plan, lambda group, source: choice[group] == source

@@ -11,6 +11,7 @@ from eval.guard import mix_of
 from eval.profile import ProfileOptions, make_header
 from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
+from recompile.errors import RecompileError
 from recompile.optimize.problem import Group, Option, Problem
 from recompile.optimize.refine import refine
 from tests import tiny
@@ -91,3 +92,13 @@ def test_refining_a_real_model_lowers_its_kl_within_the_budget() -> None:
     assert last.bits <= budget
     assert last.kl_nats == pytest.approx(np.mean(made.measure(last.choice)), rel=1e-6)
     assert last.kl_nats < before
+
+
+def test_making_candidates_counts_in_the_memory_that_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = oracle("llama")
+    made.max_memory_bytes = 64 * 2**30
+    choice = dict.fromkeys((group.name for group in made.header.groups), made.header.base)
+    made.linearise(choice, 0)
+    monkeypatch.setattr("eval.refine.making_bytes", lambda candidates: 64 * 2**30)
+    with pytest.raises(RecompileError, match="--max-memory 65536 MiB is too little"):
+        made.linearise(choice, 0)
