@@ -31,6 +31,10 @@ class BudgetError(RecompileError):
     """A size budget that no choice can meet; the message gives the reachable range."""
 
 
+class FitError(RecompileError):
+    """Measurements that do not determine the law that was to be fitted to them."""
+
+
 class JournalError(RecompileError):
     """A profile journal that belongs to another measurement, or that is damaged before its last line."""
 

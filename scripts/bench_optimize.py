@@ -38,6 +38,7 @@ from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
 from recompile.cli.search import SEARCHES, Search  # noqa: E402
+from recompile.cli.starts import better_start  # noqa: E402
 from recompile.cli.verify import RowOptions  # noqa: E402
 from recompile.costs import Profile  # noqa: E402
 from recompile.optimize.budget import Budget  # noqa: E402
@@ -47,7 +48,6 @@ from recompile.optimize.greedy import solve_greedy  # noqa: E402
 from recompile.optimize.problem import Group, Option, Problem, evaluate, prepare, reachable_range  # noqa: E402
 from recompile.optimize.rivals import make_rivals  # noqa: E402
 from recompile.optimize.rows import Row  # noqa: E402
-from recompile.optimize.superadditive import fit  # noqa: E402
 
 BITS_KEPT = 0.69  # exponent of a gain in exllamav3's choice: gain ** 0.69 per bit
 Choice = Mapping[str, str]
@@ -223,21 +223,6 @@ def exact(bench: Bench, bits: int) -> Choice:
     return solve_exact(bench.problem, bits).choice
 
 
-def superadditive(bench: Bench, bits: int) -> Choice:
-    """The exact optimum of costs with a penalty on large errors, fitted to the uniform variants on the search rows."""
-    path = bench.work / "uniform-kl.json"
-    mixes = {label: {g.name: label for g in bench.main.header.groups} for label in bench.checkpoints}
-    if not path.exists():
-        found = bench.meter(list(mixes.values()), range(len(bench.search_ids)))
-        path.write_text(json.dumps({label: sum(kl) / len(kl) for label, kl in zip(mixes, found, strict=True)}))
-    measured = json.loads(path.read_text())
-    law = fit(bench.problem, [(mixes[label], measured[label]) for label in mixes])
-    say(
-        f"  super-additive: power {law.power:.3f}, log error {law.log_error:.3f} (plain sum {law.log_error_of_sum:.3f})"
-    )
-    return solve_exact(law.transform(bench.problem), bits).choice
-
-
 def squared_gradient(bench: Bench, bits: int) -> Choice:
     """Knapsack on grad^2 x output-error^2, with the judge's quantizer."""
     return solve_exact(prepare(make_problem(bench.profile("diagonal"))), bits).choice
@@ -323,22 +308,22 @@ def by_search(name: str) -> Callable[[Bench, int], Choice]:
     def run(bench: Bench, bits: int) -> Choice:
         settings = bench.settings
         budget = Budget(bpw=bits / max(1, bench.main.counted_weights))
-        return SEARCHES[name](
-            Search(
-                profile=bench.main,
-                problem=bench.problem,
-                budget_bits=bits,
-                limits=limits_of(bench.main, bench.problem, budget, Rules(), bits),
-                start=solve_exact(bench.problem, bits).choice,
-                reference=bench.reference,
-                checkpoints=bench.checkpoints,
-                where=RowOptions(settings.search_rows, settings.length, "cpu", None, None),
-                steps=None,
-                minutes=settings.minutes,
-                journal=bench.work / f"{name}-{bits}.jsonl",
-                quiet=True,
-            )
+        search = Search(
+            profile=bench.main,
+            problem=bench.problem,
+            budget_bits=bits,
+            limits=limits_of(bench.main, bench.problem, budget, Rules(), bits),
+            start=solve_exact(bench.problem, bits).choice,
+            reference=bench.reference,
+            checkpoints=bench.checkpoints,
+            where=RowOptions(settings.search_rows, settings.length, "cpu", None, None),
+            steps=None,
+            minutes=settings.minutes,
+            journal=bench.work / f"{name}-{bits}.jsonl",
+            measured=bench.work / f"mixes-{settings.level}-{settings.mode}.json",
+            quiet=True,
         )
+        return SEARCHES[name](better_start(search) if name == "refine" else search)
 
     return run
 
@@ -351,7 +336,6 @@ METHODS: dict[str, Callable[[Bench, int], Choice]] = {
     "exllamav3-greedy": exllamav3_greedy,
     "greedy": greedy,
     "exact": exact,
-    "superadditive": superadditive,
     "squared-gradient": squared_gradient,
     "squared-gradient-symmetric": squared_gradient_symmetric,
     "evolutionary": evolutionary,

@@ -14,6 +14,7 @@ import click
 from recompile.cli.common import check_json_path, format_bytes, format_columns, print_json
 from recompile.cli.options import many_values_command, output_options, parse_size
 from recompile.cli.search import SEARCHES, Search, read_start
+from recompile.cli.starts import better_start
 from recompile.cli.verify import RowOptions
 from recompile.errors import OutputError, RecompileError
 
@@ -66,10 +67,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--solver",
-    type=click.Choice(["greedy", "exact", "local", "refine"]),
-    help="greedy: best KL saved per bit first; exact: the proven optimum of the same costs; refine: from there (or "
-    "from --start) by measuring all costs anew at the recipe itself; local: by exchanges that are measured one by one. "
-    "Default: refine where the models are at hand, for at most 10 minutes; exact without them and with --no-check.",
+    type=click.Choice(["greedy", "exact", "superadditive", "local", "refine"]),
+    help="greedy: best KL saved per bit first; exact: the proven optimum of the same costs; superadditive: of costs "
+    "that add up faster than linearly, as some whole mixes measure; refine: from the better of these (or from --start) "
+    "by measuring all costs anew at the recipe itself; local: by exchanges that are measured one by one. Default: "
+    "refine where the models are at hand, for at most 10 minutes; exact without them and with --no-check.",
 )
 @click.option(
     "--start",
@@ -351,7 +353,7 @@ def _search(
     out: Path,
     quiet: bool,
 ) -> Choice:
-    """Run a solver that needs the models, from --start or else from the exact choice."""
+    """Run a solver that needs the models, from --start or else from the exact choice; refine from the better start."""
     from recompile.optimize.choose import choice_of, limits_of, prepare_problem
     from recompile.optimize.problem import prepare
 
@@ -370,9 +372,12 @@ def _search(
         steps=steps,
         minutes=minutes,
         journal=out.with_name(f"{out.stem}.{solver}.jsonl"),
+        measured=out.with_name(f"{out.stem}.mixes.json"),
         quiet=quiet,
         max_memory_bytes=max_memory_bytes,
     )
+    if solver == "refine" and start is None:
+        search = better_start(search)
     return choice_of(profile, problem, SEARCHES[solver](search), budget, solver)
 
 

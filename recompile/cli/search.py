@@ -15,6 +15,7 @@ import click
 
 from recompile.cli.common import format_seconds, progress
 from recompile.cli.options import compute_device
+from recompile.cli.starts import search_superadditive
 from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Search:
     steps: int | None
     minutes: float | None
     journal: Path  # beside the recipe; a solver that resumes keeps its state here
+    measured: Path  # beside the recipe; KLs of whole mixes, measured once (recompile.cli.starts)
     quiet: bool
     max_memory_bytes: int | None = None  # for solvers that run a backward pass
 
@@ -137,7 +139,11 @@ def search_refine(search: Search) -> Mapping[str, str]:
             return journal.choice
 
 
-SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {"local": search_local, "refine": search_refine}
+SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {
+    "superadditive": search_superadditive,
+    "local": search_local,
+    "refine": search_refine,
+}
 
 
 def read_start(path: Path, profile: Profile, checkpoints: Mapping[str, Checkpoint] | None) -> dict[str, str]:

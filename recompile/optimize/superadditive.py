@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from recompile.errors import RecompileError
+from recompile.errors import FitError, RecompileError
 from recompile.optimize.problem import Group, Option, Problem
 
 POWERS = (1.0, 4.0)  # looked for in between; below 1 small errors would be dearer than large ones
@@ -56,14 +56,14 @@ class SuperAdditive:
 def fit(problem: Problem, measured: Sequence[tuple[Mapping[str, str], float]]) -> SuperAdditive:
     """Fit power and scale to (choice, KL of the whole mix in nats per token), measured against the clean reference.
 
-    Raises RecompileError for fewer than two mixes of different sums, or a KL of 0 or less.
+    Raises FitError for fewer than two mixes of different sums, or a KL of 0 or less.
     """
     if any(not kl > 0 for _, kl in measured):
-        raise RecompileError("a whole mix measured a KL of 0 or less; mixes that differ from the reference are needed")
+        raise FitError("a whole mix measured a KL of 0 or less; mixes that differ from the reference are needed")
     costs = [[_positive(cost) for cost in costs_of(problem, choice)] for choice, _ in measured]
     sums = {round(math.log(total), 6) for found in costs if (total := math.fsum(found)) > 0}
     if len(sums) < 2 or len(sums) < len({kl for _, kl in measured}):
-        raise RecompileError("fitting how costs add up needs at least two mixes of different predicted KL")
+        raise FitError("fitting how costs add up needs at least two mixes of different predicted KL")
     logs = [math.log(kl) for _, kl in measured]
 
     def error(power: float) -> tuple[float, float]:
@@ -82,6 +82,22 @@ def fit(problem: Problem, measured: Sequence[tuple[Mapping[str, str], float]]) -
     power = min((POWERS[0], (low + high) / 2), key=lambda candidate: error(candidate)[0])
     best, middle = error(power)
     return SuperAdditive(power, math.exp(middle), best, error(1.0)[0], len(measured))
+
+
+def uniform_mixes(problem: Problem, start: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Source -> the mix (member -> source) that takes it wherever it is offered, and elsewhere what `start` has.
+
+    Under pins and bans these are what is left of the uniform variants; none is named twice.
+    """
+    mixes: dict[str, dict[str, str]] = {}
+    for source in dict.fromkeys(option.source for group in problem.groups for option in group.options):
+        mix: dict[str, str] = {}
+        for group in problem.groups:
+            label = source if group.option(source) is not None else start[group.members[0]]
+            mix |= dict.fromkeys(group.members, label)
+        if mix not in mixes.values():
+            mixes[source] = mix
+    return mixes
 
 
 def costs_of(problem: Problem, choice: Mapping[str, str]) -> list[float]:

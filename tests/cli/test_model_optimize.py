@@ -14,9 +14,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from eval.profile import ProfileOptions, make_header
+from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.model_optimize import main
-from recompile.costs import Measurement, ProfileHeader, load_profile, open_journal
+from recompile.costs import Measurement, Profile, ProfileHeader, load_profile, open_journal
 from recompile.overlay import Overlay, build_overlay
 from recompile.recipe import load_recipe
 
@@ -402,3 +403,82 @@ def test_refine_says_before_it_starts_what_memory_it_needs(tmp_path: Path) -> No
     assert result.exit_code == 1
     assert "--max-memory 1 MiB is too little" in " ".join(result.output.split())
     assert not (tmp_path / "mix.yaml").exists()
+
+
+# ---- costs that add up faster than linearly --------------------------------------------------------------------------
+
+
+def made_up_kl(monkeypatch: pytest.MonkeyPatch, profile: Path, power: float) -> list[Mapping[str, str]]:
+    """Mixes measure 3 x the sum of cost ** power in place of running models; returns the list of what was measured."""
+    costs = load_profile(profile)
+    measured: list[Mapping[str, str]] = []
+
+    def measure(self: MixOracle, choice: Mapping[str, str]) -> list[float]:
+        measured.append(dict(choice))
+        return [law(costs, choice, power)] * len(self.accept)
+
+    monkeypatch.setattr(MixOracle, "measure", measure)
+    return measured
+
+
+def law(profile: Profile, choice: Mapping[str, str], power: float) -> float:
+    costs = [profile.cost(group, label) for group, label in choice.items()]
+    return 3 * sum(cost.kl_nats**power for cost in costs if cost is not None)
+
+
+def test_the_superadditive_choice_is_better_where_costs_add_up_faster(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = made_up_kl(monkeypatch, profile, 1.6)
+    words = ("-b", "3.3", "-r", "4", "-l", "16")
+    exact = optimize(profile, "--solver", "exact", *words)
+    report = optimize(profile, "--solver", "superadditive", *words)
+    costs = load_profile(profile)
+    assert report["solver"] == "superadditive"
+    assert report["bits"] <= report["budget_bits"]
+    assert law(costs, report["choice"], 1.6) < law(costs, exact["choice"], 1.6)
+    assert report["predicted_kl_nats"] > exact["predicted_kl_nats"], "it gives up some of the plain sum for it"
+    assert len(measured) == 5, "the exact choice and the uniform variants"
+    # another budget measures its own exact choice only, and other rows measure everything again
+    optimize(profile, "--solver", "superadditive", "-b", "3.6", *words[2:])
+    assert len(measured) == 6
+    result = run(profile, "--solver", "superadditive", "--no-check", *words, "-o", profile.with_name("mix.yaml"))
+    assert "super-additive: power 1.600, log error 0.000 over 5 whole mixes (plain sum " in result.output
+    assert len(measured) == 6
+    optimize(profile, "--solver", "superadditive", "-b", "3.3", "-r", "3", "-l", "16")
+    assert len(measured) == 11
+
+
+@pytest.mark.parametrize(("power", "wanted"), [(1.6, "super-additive"), (1.0, "exact")])
+def test_refine_starts_from_what_measures_better(
+    profile: Path, monkeypatch: pytest.MonkeyPatch, power: float, wanted: str
+) -> None:
+    made_up_kl(monkeypatch, profile, power)
+    words = ("-b", "3.3", "-r", "4", "-l", "16", "--no-check", "-o", profile.with_name("mix.yaml"))
+    result = run(profile, "--solver", "refine", "--steps", "0", "--json", "-", *words)
+    assert result.exit_code == 0, result.output
+    assert f"the search starts from the {wanted} one" in result.stderr
+    by_itself = "superadditive" if wanted == "super-additive" else "exact"
+    assert json.loads(result.stdout)["choice"] == optimize(profile, "--solver", by_itself, *words[:6])["choice"]
+
+
+def test_a_start_by_hand_is_not_replaced(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = made_up_kl(monkeypatch, profile, 1.6)
+    recipe = by_hand(profile, '{key: "*.mlp.*", source: 4}')
+    words = ("--solver", "refine", "--steps", "0", "-r", "4", "-l", "16")
+    start = {group.name: "4" if ".mlp." in group.name else "3" for group in load_profile(profile).header.groups}
+    assert optimize(profile, "--start", recipe, *words)["choice"] == start
+    assert measured == [start]
+
+
+def test_differences_from_the_base_have_no_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tmp_path / "profile.jsonl"
+    write_profile(profile)
+    profile.write_text(profile.read_text().replace('"context": "clean"', '"context": "base"'))
+    words = ("-b", "3.3", "-r", "2", "-l", "16", "--no-check", "-o", tmp_path / "mix.yaml")
+    refused = run(profile, "--solver", "superadditive", *words)
+    assert refused.exit_code == 1
+    assert "profile with --context clean" in refused.output
+    result = run(profile, "--solver", "refine", "--steps", "0", *words)
+    assert result.exit_code == 0, result.output
+    assert "Note: the search starts from the exact choice" in result.output

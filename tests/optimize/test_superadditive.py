@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from recompile.errors import RecompileError
+from recompile.errors import FitError, RecompileError
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.problem import Group, Option, Problem, evaluate
-from recompile.optimize.superadditive import fit
+from recompile.optimize.superadditive import fit, uniform_mixes
 
 
 def make_problem(groups: int = 30, seed: int = 0) -> Problem:
@@ -67,13 +67,27 @@ def test_noise_below_zero_costs_nothing_and_order_is_kept() -> None:
     assert costs[3] != costs[3]
 
 
+def test_uniform_mixes_keep_to_what_is_offered() -> None:
+    options = tuple(Option(label, 8 * int(label), 0.1) for label in "234")
+    problem = Problem((Group("a", options), Group("tie", options[1:], ("b", "c")), Group("pinned", options[2:])))
+    start = {"a": "2", "b": "3", "c": "3", "pinned": "4"}
+    assert uniform_mixes(problem, start) == {
+        "2": {"a": "2", "b": "3", "c": "3", "pinned": "4"},
+        "3": {"a": "3", "b": "3", "c": "3", "pinned": "4"},
+        "4": {"a": "4", "b": "4", "c": "4", "pinned": "4"},
+    }
+    assert list(uniform_mixes(problem, start | {"b": "4", "c": "4"})) == ["2", "3", "4"]
+    alike = Problem((Group("a", options[:1]), Group("pinned", options[2:])))
+    assert list(uniform_mixes(alike, {"a": "2", "pinned": "4"})) == ["2"], "no mix is named twice"
+
+
 def test_what_cannot_be_fitted() -> None:
     problem = make_problem()
     one = uniform(problem)[0]
     for wrong in ([], [(one, 0.5)], [(one, 0.5), (one, 0.6)]):
-        with pytest.raises(RecompileError, match="at least two mixes"):
+        with pytest.raises(FitError, match="at least two mixes"):
             fit(problem, wrong)
-    with pytest.raises(RecompileError, match="KL of 0 or less"):
+    with pytest.raises(FitError, match="KL of 0 or less"):
         fit(problem, [(one, 0.5), (uniform(problem)[1], 0.0)])
     with pytest.raises(RecompileError, match="does not offer"):
         fit(problem, [(dict.fromkeys(one, "9"), 0.5), (one, 0.4)])
