@@ -40,7 +40,7 @@ def test_rivals_are_as_large_and_keep_the_rules(seed: int, share: float, level: 
     if level in ("block", "layer") and rules.constraints:
         rules = Rules()
     profile = make_profile(level, 4, seed)
-    budget = Budget(bpw=3.1 + 2.7 * share if rules.constraints else 2.1 + 3.7 * share)
+    budget = Budget(bpw=3.1 + 2.3 * share if rules.constraints else 2.1 + 3.7 * share)
     chosen, rivals = rivals_of(profile, budget, rules)
     problem = prepare_problem(profile, rules)
     limits = limits_of(profile, problem, budget, rules, chosen.bits)
