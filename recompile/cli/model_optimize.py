@@ -21,10 +21,11 @@ from recompile.errors import OutputError, RecompileError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eval.guard import Verdict
+    from eval.guard import Contender, Verdict
     from recompile.checkpoint import Checkpoint
+    from recompile.cli.hold import Held
     from recompile.costs import Profile
-    from recompile.optimize.budget import Pool
+    from recompile.optimize.budget import Budget, Pool
     from recompile.optimize.choose import Choice, Rules
 
 
@@ -42,7 +43,11 @@ if TYPE_CHECKING:
 @click.option(
     "--total-bpw", type=float, help="Budget in bits per weight over all weights, embedding and head included."
 )
-@click.option("--max-kl", type=float, help="The smallest size whose predicted KL is no more than this, nats per token.")
+@click.option(
+    "--max-kl",
+    type=float,
+    help="The smallest size whose KL is no more than this, nats per token: measured, where the models are at hand.",
+)
 @click.option("--max-ppl-increase", help="The same for a rise of perplexity, e.g. 2%: KL of ln(1.02).")
 @click.option(
     "--active-bpw",
@@ -202,10 +207,20 @@ def main(
         tuple(_read_pool(text, profile, checkpoints) for text in pool),
     )
     names, made_by = _tensor_names(checkpoints), f"model_optimize {profile_path.name}"
-    chosen = choose(profile, budget, solver if solver in SOLVERS else "exact", rules)
+    by_costs = solver if solver in SOLVERS else "exact"
+    held: Held | None = None
+    if budget.max_kl is not None and check is not False and checkpoints is not None and _at_hand(profile, checkpoints):
+        held = _hold(profile, budget, by_costs, rules, checkpoints, where, out, quiet)
+    elif budget.max_kl is not None:
+        why = "--no-check" if check is False else "the models are not at hand"
+        click.echo(f"Note: {why}: the limit on KL is kept by what the profile predicts, nothing is measured.", err=True)
+    chosen = choose(profile, budget, by_costs, rules) if held is None else held.choice
     if solver in SEARCHES:
         cap = parse_size(max_memory) if max_memory is not None else None
         chosen = _search(chosen, solver, start_choice, rules, checkpoints, where, steps, minutes, cap, out, quiet)
+        if held is not None and not held.keeps(chosen.solution.choice):
+            click.echo(f"Note: what {solver} found is above the limit on KL; the {by_costs} recipe is kept.", err=True)
+            chosen = held.choice
     if checkpoints is not None and not constraints and profile.header.candidate(profile.header.base).spec is not None:
         from recompile.quantize.made import plainly_named
 
@@ -215,19 +230,46 @@ def main(
     verdict: Verdict | None = None
     if check is not False:
         try:
-            verdict = _verify(chosen, rules, checkpoints, where, start_choice, quiet)
+            verdict = _verify(chosen, rules, checkpoints, where, start_choice, held, quiet)
         except (RecompileError, OSError) as error:
             if check:
                 raise
             click.echo(f"Note: the recipe is written but not verified: {error}", err=True)
     final = chosen
     if verdict is not None:
-        final = _guarded(chosen, rules, verdict) if not no_guard else chosen
+        final = _guarded(chosen, rules, verdict, held) if not no_guard else chosen
         _write_recipe(out, final, names, made_by, verdict)
     if str(json_path) != "-":
-        click.echo(_summary(chosen, final, out, verdict))
+        click.echo(_summary(chosen, final, out, verdict, held))
     if json_path is not None:
-        print_json(json_path, _report(chosen, final, verdict))
+        print_json(json_path, _report(chosen, final, verdict, held))
+
+
+def _hold(
+    profile: Profile,
+    budget: Budget,
+    solver: str,
+    rules: Rules,
+    checkpoints: Mapping[str, Checkpoint],
+    where: RowOptions,
+    out: Path,
+    quiet: bool,
+) -> Held:
+    from recompile.cli.hold import hold_limit
+
+    if where.activations:
+        raise RecompileError(
+            "--activations: a limit on KL is kept for the weights alone; leave it out, or give a size in place of "
+            "--max-kl and --max-ppl-increase"
+        )
+    reference, checkpoints = _open_models(profile, checkpoints)
+    measured = _measured_file(out)
+    return hold_limit(profile, budget, solver, rules, reference, checkpoints, where, measured, quiet)
+
+
+def _measured_file(out: Path) -> Path:
+    """Beside the recipe: KLs of whole mixes, measured once."""
+    return out.with_name(f"{out.stem}.mixes.json")
 
 
 def _check_activations(check: bool | None, checkpoints: Mapping[str, Checkpoint] | None) -> None:
@@ -298,7 +340,7 @@ def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: s
 
     measured: dict[str, object] = {}
     if verdict is not None:
-        found = next(c for c in verdict.contenders if dict(c.choice) == dict(chosen.solution.choice))
+        found = _written(chosen, verdict)
         measured = {
             "measured_kl_nats": round(found.kl.mean, 6),
             "measured_std_error": round(found.kl.std_error, 6) if found.kl.std_error is not None else None,
@@ -372,7 +414,7 @@ def _search(
         steps=steps,
         minutes=minutes,
         journal=out.with_name(f"{out.stem}.{solver}.jsonl"),
-        measured=out.with_name(f"{out.stem}.mixes.json"),
+        measured=_measured_file(out),
         quiet=quiet,
         max_memory_bytes=max_memory_bytes,
     )
@@ -387,6 +429,7 @@ def _verify(
     checkpoints: Mapping[str, Checkpoint] | None,
     where: RowOptions,
     start: Mapping[str, str] | None,
+    held: Held | None,
     quiet: bool,
 ) -> Verdict:
     """Measure the choice beside its rivals. Raises RecompileError where the models are not at hand."""
@@ -404,20 +447,23 @@ def _verify(
     limits = limits_of(profile, problem, budget, rules, chosen.bits)
     if budget.max_kl is not None:  # its greedy recipe may be larger than the size found
         others.clear()
-    if chosen.solution.solver in SEARCHES:
+    if held is not None:
+        others[held.choice.solution.solver] = held.choice.solution.choice
+    elif chosen.solution.solver in SEARCHES:
         others["exact"] = choose(profile, budget, "exact", rules).solution.choice
     as_they_are = {"the start": start} if start is not None else {}
     rivals = make_rivals(profile, problem, chosen.solution.choice, limits, others, as_they_are)
-    return run_verification(chosen, rivals, reference, checkpoints, where, quiet)
+    role = "accept" if held is None else "report"  # the size was found with the accepting rows
+    return run_verification(chosen, rivals, reference, checkpoints, where, quiet, role)
 
 
-def _guarded(chosen: Choice, rules: Rules, verdict: Verdict) -> Choice:
+def _guarded(chosen: Choice, rules: Rules, verdict: Verdict, held: Held | None) -> Choice:
     """The recipe, or the best measured mix within the limits where the recipe does not beat all of them."""
     from recompile.optimize.choose import choice_of, prepare_problem
     from recompile.optimize.problem import prepare
 
     best = verdict.best
-    if not verdict.unbeaten or best is verdict.recipe:
+    if not verdict.unbeaten or best is verdict.recipe or (held is not None and not held.keeps(best.choice)):
         return chosen
     problem = prepare(prepare_problem(chosen.profile, rules))
     return choice_of(chosen.profile, problem, best.choice, chosen.budget, best.name)
@@ -494,7 +540,7 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None) -> str:
+def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None, held: Held | None) -> str:
     """solved: what the solver found; chosen: what was written."""
     from recompile.cli.verify import describe_verdict
 
@@ -526,19 +572,29 @@ def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None)
         if solved is not chosen:
             lines.append(f'Wrote the best of them instead: "{chosen.solution.solver}" (--no-guard keeps the recipe).')
         elif verdict.unbeaten:
-            kept = "It measures best, and is kept." if verdict.best is verdict.recipe else "Kept, as --no-guard says."
-            lines.append(kept)
-        limit = chosen.budget.max_kl
-        if limit is not None and verdict.recipe.kl.mean > limit:
-            lines.append(
-                f"The measured KL is above the {limit:g} that was asked for: ask for less, or profile more rows."
-            )
+            lines.append(_why_kept(verdict, held))
+        if held is not None:
+            lines.append(held.describe(chosen.solution.choice, _written(chosen, verdict).kl))
         lines.append("")
     lines += [f"Wrote {out}", "", f"Next: {_next_step(chosen.profile, out)}"]
     return "\n".join(lines)
 
 
-def _report(solved: Choice, chosen: Choice, verdict: Verdict | None) -> dict[str, object]:
+def _why_kept(verdict: Verdict, held: Held | None) -> str:
+    """Why a recipe that does not beat all others was written."""
+    if verdict.best is verdict.recipe:
+        return "It measures best, and is kept."
+    if held is not None and not held.keeps(verdict.best.choice):
+        return f'Kept: "{verdict.best.name}" is above the limit on KL on the rows that the size was found with.'
+    return "Kept, as --no-guard says."
+
+
+def _written(chosen: Choice, verdict: Verdict) -> Contender:
+    """What was measured of a choice that the verdict compared."""
+    return next(c for c in verdict.contenders if dict(c.choice) == dict(chosen.solution.choice))
+
+
+def _report(solved: Choice, chosen: Choice, verdict: Verdict | None, held: Held | None) -> dict[str, object]:
     verified = None
     if verdict is not None:
         verified = {
@@ -560,6 +616,15 @@ def _report(solved: Choice, chosen: Choice, verdict: Verdict | None) -> dict[str
         "gap": chosen.solution.gap,
         "predicted_kl_nats": chosen.predicted_kl_nats,
         "predicted_std_error": chosen.predicted_std_error,
+        "limit": None
+        if held is None
+        else {
+            "max_kl_nats": held.max_kl_nats,
+            "measured_kl_nats": held.kl(chosen.solution.choice),
+            "rows": len(held.kls.rows.ids),
+            "rows_sha256": held.kls.rows.sha256,
+            "tried": [(tried.solution.bits, tried.kl_nats) for tried in held.tried],
+        },
         "verdict": verified,
         "choice": dict(chosen.solution.choice),
     }

@@ -7,20 +7,16 @@ measured is kept in a file beside the recipe: an interrupted run or another budg
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import progress
+from recompile.cli.mix_kls import MixKls
 from recompile.cli.options import compute_device
-from recompile.errors import FitError, JournalError
+from recompile.errors import FitError
 
 if TYPE_CHECKING:
     from recompile.cli.search import Search
@@ -33,7 +29,7 @@ Mix = Mapping[str, str]  # member of a group -> source
 
 def search_superadditive(search: Search) -> Mix:
     """The super-additive choice, whether or not it measures better than the start. Raises as `fit_law` does."""
-    law = fit_law(search, MixKls(search))
+    law = fit_law(search, _kls(search))
     click.echo(_describe(law), err=True)
     return _solve(search, law)
 
@@ -42,7 +38,7 @@ def better_start(search: Search) -> Search:
     """The search from its start, the exact choice, or from the super-additive one where that measures better on the
     same rows; with the time that is left. Where no law can be fitted it says why and keeps the start."""
     began = time.monotonic()
-    kls = MixKls(search)
+    kls = _kls(search)
     try:
         law = fit_law(search, kls)
     except FitError as error:
@@ -51,12 +47,19 @@ def better_start(search: Search) -> Search:
     choice = _solve(search, law)
     plain, other = kls.measure([search.start, choice])
     click.echo(
-        f"{_describe(law)}; on {kls.rows} choosing rows its choice has KL {other:.6f}, the exact one {plain:.6f}: the "
-        f"search starts from the {'super-additive' if other < plain else 'exact'} one",
+        f"{_describe(law)}; on {len(kls.rows.ids)} choosing rows its choice has KL {other:.6f}, the exact one "
+        f"{plain:.6f}: the search starts from the {'super-additive' if other < plain else 'exact'} one",
         err=True,
     )
     left = None if search.minutes is None else max(0.0, search.minutes - (time.monotonic() - began) / 60)
     return replace(search, start=choice if other < plain else search.start, minutes=left)
+
+
+def _kls(search: Search) -> MixKls:
+    directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
+    rows, _ = search.where.read(directories, "choose", min(search.where.rows, FIT_ROWS))
+    device = compute_device(search.where.device)
+    return MixKls(search.profile, search.reference, search.checkpoints, rows, device, search.measured, search.quiet)
 
 
 def fit_law(search: Search, kls: MixKls) -> SuperAdditive:
@@ -85,58 +88,3 @@ def _describe(law: SuperAdditive) -> str:
         f"super-additive: power {law.power:.3f}, log error {law.log_error:.3f} over {law.mixes} whole mixes (plain sum "
         f"{law.log_error_of_sum:.3f})"
     )
-
-
-class MixKls:
-    """Mean KL of whole mixes on a few rows of the role "choose", each measured once and kept in `search.measured`."""
-
-    def __init__(self, search: Search) -> None:
-        from recompile.optimize.choose import profile_sha256
-
-        self._search = search
-        directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
-        found, _ = search.where.read(directories, "choose", min(search.where.rows, FIT_ROWS))
-        self._ids, self.rows = found.ids, len(found.ids)
-        self._key = _sha256([profile_sha256(search.profile), found.sha256])
-        self._known = self._load()
-
-    def measure(self, mixes: Sequence[Mix]) -> list[float]:
-        """Nats per token, in the order of `mixes`. Raises JournalError where they cannot be kept."""
-        names = [_sha256(sorted(mix.items())) for mix in mixes]
-        missing = {name: mix for name, mix in zip(names, mixes, strict=True) if name not in self._known}
-        if missing:
-            from eval.refine import MixOracle
-
-            search = self._search
-            device = compute_device(search.where.device)
-            oracle = MixOracle(
-                search.profile.header, search.checkpoints, search.reference, self._ids, self._ids, device=device
-            )
-            with progress("measuring mixes", len(missing), unit="mixes", quiet=search.quiet) as bar:
-                for done, (name, mix) in enumerate(missing.items(), 1):
-                    self._known[name] = math.fsum(oracle.measure(mix)) / self.rows
-                    self._save()
-                    bar.update(done, "")
-        return [self._known[name] for name in names]
-
-    def _load(self) -> dict[str, float]:
-        """What the file holds of this profile and these rows; of others it is made anew."""
-        path = self._search.measured
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise JournalError(f"{path}: cannot be read: {error}; remove it") from error
-        return dict(kept["mixes"]) if kept.get("key") == self._key else {}
-
-    def _save(self) -> None:
-        path = self._search.measured
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            partial.write_text(json.dumps({"key": self._key, "mixes": self._known}) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise JournalError(f"{path}: cannot be written: {error}; choose another -o, or remove it") from error
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

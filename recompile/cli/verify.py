@@ -43,13 +43,14 @@ def run_verification(
     checkpoints: Mapping[str, Checkpoint],
     options: RowOptions,
     quiet: bool,
+    role: str = "accept",
 ) -> Verdict:
-    """Measure on rows of the role "accept"."""
+    """Measure on rows of a role that has chosen nothing."""
     from eval.diff import DiffOptions
     from eval.guard import Verdict, verify
 
     directories = [reference.path, *(checkpoint.path for checkpoint in checkpoints.values())]
-    found, vocab = options.read(directories, "accept")
+    found, vocab = options.read(directories, role)
     events = verify(
         chosen.profile.header,
         checkpoints,

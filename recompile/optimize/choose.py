@@ -238,10 +238,7 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
     steps = _steps(profile, problem, rules.max_step) if rules.max_step is not None else []
     limits = budget.extra_rows(profile, problem)
     if budget.max_kl is not None:
-        if steps or limits:
-            raise RecompileError(
-                "--max-kl and --max-ppl-increase stand alone: without --pool, --active-bpw, --max-step"
-            )
+        check_kl_alone(budget, rules)
         control = profile.control.mean if profile.control is not None else 0.0
         try:
             return solve_for_cost(problem, budget.max_kl - control, SOLVERS[solver])
@@ -266,6 +263,12 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
         raise RecompileError("--max-step needs --solver exact")
     solution = solve_rows(problem, [*limits, *steps], SOLVERS[solver])
     return replace(solution, budget_bits=budget.bits(profile)) if budget.has_primary else solution
+
+
+def check_kl_alone(budget: Budget, rules: Rules) -> None:
+    """Raise RecompileError where a limit on KL stands beside limits that it cannot be solved with."""
+    if budget.pools or budget.active_bpw is not None or rules.max_step is not None:
+        raise RecompileError("--max-kl and --max-ppl-increase stand alone: without --pool, --active-bpw, --max-step")
 
 
 def limits_of(profile: Profile, problem: Problem, budget: Budget, rules: Rules, bits: int) -> list[Row]:

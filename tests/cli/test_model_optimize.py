@@ -168,6 +168,78 @@ def test_limits_on_kl_and_perplexity(profile: Path) -> None:
     report = optimize(profile, "--max-ppl-increase", "30%")
     assert report["predicted_kl_nats"] <= 0.2623643
     assert optimize(profile, "--max-kl", "0.26236426")["choice"] == report["choice"]
+    assert report["limit"] is None, "--no-check: predicted only"
+
+
+def test_a_limit_on_kl_holds_for_what_is_measured(profile: Path) -> None:
+    """The size that the made-up profile predicts measures more than the limit."""
+    predicted = optimize(profile, "--max-kl", "0.1")
+    output = profile.with_name("report.json")
+    words = ("--max-kl", "0.1", "-r", "6", "-l", "24", "-o", profile.with_name("mix.yaml"), "--json", output)
+    result = run(profile, *words, "--no-guard")
+    assert result.exit_code == 0, result.output
+    report = json.loads(output.read_text())
+    limit, verdict = report["limit"], report["verdict"]
+    assert limit["tried"][0][0] == predicted["bits"]
+    assert limit["tried"][0][1] > 0.1 >= limit["measured_kl_nats"]
+    assert limit["tried"][-1] == [report["bits"], limit["measured_kl_nats"]]
+    assert verdict["rows_sha256"] != limit["rows_sha256"], "reported on rows that found nothing"
+    assert f"{limit['measured_kl_nats']:.6f} on the 6 rows that the size was found with" in result.output
+    # what was measured is what is written
+    from eval.diff import DiffOptions, DiffReport, compare
+    from recompile.cli.options import read_rows
+
+    header = load_profile(profile).header
+    reference = open_checkpoint(header.reference)
+    rows, vocab = read_rows([reference.path], "accept", 6, 24, None, None, None)
+    assert rows.sha256 == limit["rows_sha256"]
+    *_, again = compare(overlay_of(profile, header), reference, rows.ids, DiffOptions(vocab=vocab))
+    assert isinstance(again, DiffReport)
+    assert again.kl.mean == pytest.approx(limit["measured_kl_nats"], rel=1e-3)  # two ways to sum float32 logits
+
+
+def test_a_limit_out_of_reach_names_what_is_measured(profile: Path) -> None:
+    result = run(profile, "--max-kl", "1e-7", "-r", "4", "-l", "16", "-o", profile.with_name("no.yaml"))
+    assert result.exit_code == 1
+    assert "is out of reach: the best that these sources reach measures 0." in result.output
+    assert not profile.with_name("no.yaml").exists()
+
+
+def test_a_limit_without_models_is_said_to_be_predicted(profile: Path) -> None:
+    header = load_profile(profile).header
+    profile.write_text(profile.read_text().replace(header.candidates[0].fingerprint, "0" * 16))
+    result = run(profile, "--max-kl", "0.2", "-o", profile.with_name("mix.yaml"), "-r", "4", "-l", "16")
+    assert result.exit_code == 0, result.output
+    assert "Note: the models are not at hand: the limit on KL is kept by what the profile predicts" in result.output
+    assert profile.with_name("mix.yaml").exists()
+
+
+def test_a_limit_is_for_the_weights_alone(profile: Path) -> None:
+    result = run(profile, "--max-kl", "0.2", "--activations", "-o", profile.with_name("no.yaml"))
+    assert result.exit_code == 1
+    assert "--activations" in result.output
+
+
+def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that leaves the limit is not followed; one that lowers KL at the size found is."""
+    from recompile.cli import model_optimize as command
+
+    labels = [candidate.label for candidate in load_profile(profile).header.candidates]
+    words = ("--max-kl", "0.3", "--solver", "local", "-r", "4", "-l", "16", "-o", profile.with_name("mix.yaml"))
+    words = (*words, "--json", profile.with_name("report.json"), "--no-guard")
+    found = {}
+    for name, pick in {
+        "worse": lambda search: dict.fromkeys(search.start, min(labels)),
+        "same": lambda s: s.start,
+    }.items():
+        monkeypatch.setattr(command, "SEARCHES", {"local": pick})
+        result = run(profile, *words)
+        assert result.exit_code == 0, result.output
+        found[name] = result.output, json.loads(profile.with_name("report.json").read_text())
+    assert "what local found is above the limit on KL; the exact recipe is kept" in found["worse"][0]
+    assert found["worse"][1]["solver"] == "exact"
+    assert found["same"][1]["solver"] == "local"
+    assert found["same"][1]["choice"] == found["worse"][1]["choice"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""`--max-kl` and `--max-ppl-increase` where the models are at hand: the limit holds for the measured KL.
+
+The size is searched with rows of the role "accept"; what was found is then verified on rows of the role "report".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from recompile.cli.mix_kls import MixKls
+from recompile.cli.options import compute_device
+
+if TYPE_CHECKING:
+    from eval.metrics import Mean
+    from recompile.checkpoint import Checkpoint
+    from recompile.cli.verify import RowOptions
+    from recompile.costs import Profile
+    from recompile.optimize.budget import Budget
+    from recompile.optimize.choose import Choice, Rules
+    from recompile.optimize.measured import Tried
+
+
+@dataclass(frozen=True)
+class Held:
+    """A limit that was kept by measuring."""
+
+    max_kl_nats: float
+    choice: Choice  # the smallest that was found
+    tried: tuple[Tried, ...]
+    kls: MixKls  # on the accepting rows
+
+    def kl(self, choice: Mapping[str, str]) -> float:
+        """Measured on the accepting rows, nats per token."""
+        (kl,) = self.kls.measure([choice])
+        return kl
+
+    def keeps(self, choice: Mapping[str, str]) -> bool:
+        return self.kl(choice) <= self.max_kl_nats
+
+    def describe(self, choice: Mapping[str, str], reported: Mean) -> str:
+        """How a choice keeps the limit; reported: its KL on the rows of the verification."""
+        said = ""
+        if reported.std_error is not None:
+            low, high = (reported.mean + side * 1.96 * reported.std_error for side in (-1, 1))
+            said = f", 95 % {max(low, 0):.6f} to {high:.6f}"
+        there = "above" if reported.mean > self.max_kl_nats else "within"
+        rows = len(self.kls.rows.ids)
+        return (
+            f"Limit:        KL {self.max_kl_nats:g} at most; {self.kl(choice):.6f} on the {rows} rows that the size "
+            f"was found with ({len(self.tried)} sizes measured); {reported.mean:.6f} on those above{said}: {there} it"
+        )
+
+
+def hold_limit(
+    profile: Profile,
+    budget: Budget,
+    solver: str,
+    rules: Rules,
+    reference: Checkpoint,
+    checkpoints: Mapping[str, Checkpoint],
+    where: RowOptions,
+    path: Path,
+    quiet: bool,
+) -> Held:
+    """The smallest choice whose measured KL keeps the budget's limit. path: holds what was measured.
+
+    Raises BudgetError where the limit is out of reach.
+    """
+    from recompile.optimize.choose import Choice
+    from recompile.optimize.measured import hold_kl
+
+    assert budget.max_kl is not None, "asked for"
+    rows, _ = where.read([reference.path, *(source.path for source in checkpoints.values())], "accept")
+    kls = MixKls(profile, reference, checkpoints, rows, compute_device(where.device), path, quiet)
+    weights = max(1, profile.counted_weights)
+    tried: list[Tried] = []
+    said = f"{rows.ids.shape[0]} rows x {rows.ids.shape[1]} tokens"
+    for event in hold_kl(profile, budget, solver, rules, lambda choice: kls.measure([choice])[0], said):
+        if isinstance(event, Choice):
+            return Held(budget.max_kl, event, tuple(tried), kls)
+        tried.append(event)
+        if not quiet:
+            kept = "within" if event.holds else "above"
+            click.echo(
+                f"{event.solution.bits / weights:.4f} bpw: KL {event.kl_nats:.6f} measured, {kept} the limit", err=True
+            )
+    raise AssertionError("hold_kl ends with a Choice")

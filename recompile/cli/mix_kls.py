@@ -1,0 +1,85 @@
+"""KLs of whole mixes, each measured once: kept in a file beside the recipe, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recompile.cli.common import progress
+from recompile.errors import JournalError
+
+if TYPE_CHECKING:
+    from eval.refine import MixOracle
+    from recompile.checkpoint import Checkpoint
+    from recompile.costs import Profile
+    from recompile.tokens import Rows
+
+
+class MixKls:
+    """Mean KL of whole mixes (group -> candidate label) of a profile, on some rows.
+
+    path: holds what was measured, of any rows and profiles
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        reference: Checkpoint,
+        checkpoints: Mapping[str, Checkpoint],
+        rows: Rows,
+        device: str,
+        path: Path,
+        quiet: bool,
+    ) -> None:
+        from recompile.optimize.choose import profile_sha256
+
+        self.rows = rows
+        self._header, self._reference, self._checkpoints = profile.header, reference, checkpoints
+        self._device, self._path, self._quiet = device, path, quiet
+        self._key = _sha256([profile_sha256(profile), rows.sha256])
+        self._oracle: MixOracle | None = None
+        self._file = self._load()
+        self._known: dict[str, float] = self._file.setdefault(self._key, {})
+
+    def measure(self, mixes: Sequence[Mapping[str, str]]) -> list[float]:
+        """Nats per token, in the order of `mixes`. Raises JournalError where they cannot be kept."""
+        names = [_sha256(sorted(mix.items())) for mix in mixes]
+        missing = {name: mix for name, mix in zip(names, mixes, strict=True) if name not in self._known}
+        if missing:
+            with progress("measuring mixes", len(missing), unit="mixes", quiet=self._quiet) as bar:
+                for done, (name, mix) in enumerate(missing.items(), 1):
+                    self._known[name] = math.fsum(self._open().measure(mix)) / len(self.rows.ids)
+                    self._save()
+                    bar.update(done, "")
+        return [self._known[name] for name in names]
+
+    def _open(self) -> MixOracle:
+        """The models, once one has to be measured; the reference runs once."""
+        if self._oracle is None:
+            from eval.refine import MixOracle
+
+            ids = self.rows.ids
+            self._oracle = MixOracle(self._header, self._checkpoints, self._reference, ids, ids, device=self._device)
+        return self._oracle
+
+    def _load(self) -> dict[str, dict[str, float]]:
+        try:
+            return dict(json.loads(self._path.read_text(encoding="utf-8"))) if self._path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise JournalError(f"{self._path}: cannot be read: {error}; remove it") from error
+
+    def _save(self) -> None:
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        try:
+            partial.write_text(json.dumps(self._file) + "\n", encoding="utf-8")
+            partial.replace(self._path)
+        except OSError as error:
+            raise JournalError(f"{self._path}: cannot be written: {error}; choose another -o") from error
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
