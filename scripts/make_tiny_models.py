@@ -6,10 +6,14 @@
     tiny-moe    qwen3_moe: 4 layers, hidden 256, 8 experts of 256 of which 2 see a token, no shared expert (that
                 architecture has none); tensors are named expert by expert, as released checkpoints are
 
-Both share a byte-level BPE tokenizer of 2,048 tokens. Tokenizer and weights see documents of the role `calibrate` only
+Both share a byte-level BPE tokenizer of 512 tokens. Tokenizer and weights see documents of the role `calibrate` only
 (recompile.tokens), so rows of the other roles are held out. Seeded: the same processor and torch give the same files.
 
-    scripts/make_tiny_models.py                 makes what is missing (2 minutes on 2 cores), prints both directories
+A minute of one core is no time to learn a language from nothing. So embedding and head begin as the best guess from one
+token alone, fitted to the counts of neighbours, which takes a second; every layer begins by adding nothing to that, and
+attention in the first by looking a few tokens back. What is left to learn is what the context says.
+
+    scripts/make_tiny_models.py                 makes what is missing (80 seconds on 2 cores), prints both directories
     scripts/make_tiny_models.py --root DIR      default: ~/.cache/recompile/tiny-models-HASH, a hash of this file
 """
 
@@ -36,11 +40,19 @@ from recompile.errors import OutputError, RecompileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-VOCAB = 2048
-ROW_TOKENS = 128
+VOCAB = 512  # few: tokens that are seen often enough, and a small head
+ROW_TOKENS = 64
 BATCH_ROWS = 8
-HELD_OUT_ROWS = 16
-RATE = 4e-3
+HELD_OUT_ROWS, HELD_OUT_TOKENS = 32, 128
+RATE = 6e-3
+ENDS_RATE = 3e-4  # of embedding and head, which begin well
+BALANCE = 0.02  # of the loss that keeps experts in use, a layer
+PAIR_STEPS = 300
+PAIR_RATE = 0.03
+PRIOR = 2.0  # tokens, spread as all text is, that count as seen after each token
+BIAS = 4.0  # the first number of every token's embedding: gives the head a bias, and attention something to look for
+LOOKS_BACK = 4  # heads of the first layer begin by looking 1, 2, ... so many tokens back
+SHARPNESS = 1.5  # of that look
 RECORD = "made_by_recompile.json"  # written last: a directory that has it is whole
 NAMES = ("tiny-dense", "tiny-moe")
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +82,7 @@ class Spec:
 
 SPECS = {
     "tiny-dense": Spec(
-        "Llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 512, "mlp_bias": False}, 220
+        "Llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 512, "mlp_bias": False}, 520
     ),
     "tiny-moe": Spec(
         "Qwen3Moe",
@@ -83,10 +95,10 @@ SPECS = {
             "moe_intermediate_size": 256,
             "decoder_sparse_step": 1,
             "norm_topk_prob": True,
-            "router_aux_loss_coef": 0.02,  # keeps every expert in use
+            "router_aux_loss_coef": BALANCE,
             "mlp_only_layers": [],
         },
-        220,
+        450,
     ),
 }
 
@@ -154,9 +166,10 @@ def make_model(name: str, root: Path) -> None:
     text = tokens.default_text()
     tokenizer = train_tokenizer([d.text for d in tokens._of_role(text, "calibrate")], partial)
     ids = tokens.make_rows(text, tokenizer, None, ROW_TOKENS, "calibrate").ids
-    held_out = tokens.make_rows(text, tokenizer, HELD_OUT_ROWS, ROW_TOKENS, "report").ids
+    held_out = tokens.make_rows(text, tokenizer, HELD_OUT_ROWS, HELD_OUT_TOKENS, "report").ids
     model = train(SPECS[name], ids, seed=NAMES.index(name))
-    report = {"name": name, "training_tokens": SPECS[name].steps * BATCH_ROWS * ROW_TOKENS, **judge(model, held_out)}
+    report = {"name": name, "training_tokens": SPECS[name].steps * BATCH_ROWS * ROW_TOKENS}
+    report |= judge(model, ids, held_out)
     save(model, partial)
     report["seconds"] = round(time.monotonic() - started, 1)
     (partial / RECORD).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -187,46 +200,133 @@ def train_tokenizer(texts: list[str], folder: Path) -> Any:
 
 
 def train(spec: Spec, ids: Tensor, seed: int) -> Any:
-    """A model trained on rows of ids, int64 [rows, tokens]: AdamW."""
+    """A model trained on rows of ids, int64 [rows, tokens]: fitted to pairs of tokens, then AdamW on whole rows."""
     import torch
     import transformers
+    from torch.nn.functional import cross_entropy
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config_class = getattr(transformers, f"{spec.architecture}Config")
         model = getattr(transformers, f"{spec.architecture}ForCausalLM")(config_class(**COMMON, **spec.config)).float()
         model.train()
-        moe = "num_experts" in spec.config
-        if moe:
+        options = router_options(model)
+        if options:
             model.set_experts_implementation("eager")  # the quickest on a CPU
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.05)]
-        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        fit_pairs(model, ids)
+        begin_layers(model)
+        ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        inner = [parameter for parameter in model.parameters() if not any(parameter is end for end in ends)]
+        groups = [{"params": inner, "lr": RATE, "weight_decay": 0.05}, {"params": ends, "lr": ENDS_RATE}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(  # warm up; cool the last two thirds
+            optimizer, lambda step: min(1.0, (step + 1) / 20, 1.5 * (1 - step / spec.steps))
+        )
         for step in range(spec.steps):
             rows = ids[torch.randint(len(ids), (BATCH_ROWS,))]
-            options = {"output_router_logits": True} if moe else {}
-            loss = model(input_ids=rows, labels=rows, use_cache=False, **options).loss
-            loss.backward()
+            found = model(input_ids=rows, use_cache=False, **options)
+            loss = cross_entropy(found.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+            uneven = [unevenness(logits, model.config.num_experts_per_tok) for logits in found.get("router_logits", ())]
+            (loss + BALANCE * sum(uneven)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scale = min(1.0, (step + 1) / 20) * min(1.0, 3 * (1 - step / spec.steps))  # warm up; cool the last third
-            for optimizer, base in zip(optimizers, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = rate * scale
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
             if os.environ.get("TINY_MODELS_VERBOSE") and step % 20 == 0:
-                print(step, round(float(loss), 3), file=sys.stderr, flush=True)
+                print(step, round(float(loss.detach()), 3), file=sys.stderr, flush=True)
     return model.eval()
 
 
-def judge(model: Any, rows: Tensor) -> dict[str, Any]:
-    """Cross entropy on held-out rows in nats per token, and how evenly experts are used."""
+def router_options(model: Any) -> dict[str, bool]:
+    return {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
+
+
+def unevenness(router_logits: Tensor, chosen: int) -> Tensor:
+    """How unevenly a layer uses its experts, 1 where it uses all alike. router_logits: [tokens, experts]; the loss of
+    the Switch Transformer (Fedus et al., 2021). The one in transformers adds up all layers first, so that each may
+    settle on experts of its own."""
+    from torch.nn.functional import one_hot
+
+    experts = router_logits.shape[-1]
+    tokens = one_hot(router_logits.topk(chosen, -1).indices, experts).float().mean((0, 1))  # share of each expert
+    return experts * (tokens * router_logits.softmax(-1).mean(0)).sum()
+
+
+def fit_pairs(model: Any, ids: Tensor) -> None:
+    """Fit embedding and head so that, with nothing between them, each token predicts what follows it in rows of ids."""
+    import torch
+    from torch.nn.functional import rms_norm
+
+    share = pair_shares(ids)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight  # [vocab, hidden]
+    with torch.no_grad():
+        embedding.normal_()
+        embedding[:, 0] = BIAS
+        head[:, 0] = share.sum(0).log() / BIAS
+    optimizer = torch.optim.Adam([embedding, head])
+    for step in range(PAIR_STEPS):
+        optimizer.param_groups[0]["lr"] = PAIR_RATE * (1 - step / PAIR_STEPS)
+        logits = rms_norm(embedding, embedding.shape[1:]) @ head.T
+        optimizer.zero_grad()
+        (-(share * logits.log_softmax(-1)).sum()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        embedding.copy_(rms_norm(embedding, embedding.shape[1:]))
+
+
+def pair_shares(ids: Tensor) -> Tensor:
+    """Of all neighbours in rows of ids the share that are (token, next token), float32 [vocab, vocab], none of it 0."""
     import torch
 
+    counts = torch.bincount((ids[:, :-1] * VOCAB + ids[:, 1:]).flatten(), minlength=VOCAB**2).view(VOCAB, VOCAB)
+    frequency = counts.sum(0) + 0.5
+    smooth = counts + PRIOR * frequency / frequency.sum()
+    return smooth / smooth.sum()
+
+
+def begin_layers(model: Any) -> None:
+    """Let every layer begin by adding nothing, and the heads of the first by looking 1 to LOOKS_BACK tokens back.
+
+    Rotary positions turn the numbers (i, i + half) of queries and keys by an angle that grows with the position. A
+    query that begins turned back by some tokens meets its like there. Only pairs that turn fast tell neighbours apart.
+    """
+    import torch
+
+    half = model.config.head_dim // 2
+    turns = model.config.rope_parameters["rope_theta"] ** -(torch.arange(half) / half)  # radians a token
+    fast = SHARPNESS * (torch.arange(half) < half // 4)
+    with torch.no_grad():
+        mean = model.get_input_embeddings().weight.mean(0)
+        for name, weight in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                weight.zero_()
+        attention = model.model.layers[0].self_attn
+        for projection, backs in ((attention.q_proj, range(1, LOOKS_BACK + 1)), (attention.k_proj, (0,))):
+            for number, rows in enumerate(projection.weight.split(2 * half)):  # a head each, [head, hidden]
+                angles = backs[number % len(backs)] * turns
+                looks = torch.cat([fast * angles.cos(), -fast * angles.sin()])
+                rows += torch.outer(looks, mean / mean.square().sum())  # for what all tokens have in common
+
+
+def judge(model: Any, ids: Tensor, rows: Tensor) -> dict[str, Any]:
+    """Cross entropy on held-out rows in nats per token, and how evenly experts are used.
+
+    Beside the model's stands that of guesses from counts in the rows `ids` that it was trained on: from frequencies
+    (unigram) and from the token before (bigram).
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    options = router_options(model)
     with torch.inference_mode():
-        options = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
-        found = model(input_ids=rows, labels=rows, use_cache=False, **options)
-        loss = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    report: dict[str, Any] = {"held_out_nats": round(float(loss), 4), "uniform_nats": round(math.log(VOCAB), 4)}
+        found = model(input_ids=rows, use_cache=False, **options)
+    before, after, share = rows[:, :-1].flatten(), rows[:, 1:].flatten(), pair_shares(ids)
+    report: dict[str, Any] = {
+        "held_out_nats": round(float(cross_entropy(found.logits[:, :-1].flatten(0, 1), after)), 4),
+        "bigram_nats": round(float(cross_entropy(share.log()[before], after)), 4),
+        "unigram_nats": round(float(-share.sum(0).log()[after].mean()), 4),
+        "uniform_nats": round(math.log(VOCAB), 4),
+    }
     if options:
         chosen = [logits.topk(model.config.num_experts_per_tok, dim=-1).indices for logits in found.router_logits]
         counts = [torch.bincount(c.flatten(), minlength=model.config.num_experts) for c in chosen]

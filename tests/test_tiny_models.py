@@ -1,40 +1,83 @@
-"""The trained tiny models: whole, learnt something, named as released checkpoints are."""
+"""The trained tiny models: whole, learnt what context says, hurt by rounding, named as released checkpoints are."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from eval.diff import DiffReport, compare
 from recompile.checkpoint import open_checkpoint
+from recompile.overlay import build_overlay
+from recompile.quantize.made import make_variant
 from recompile.tokens import default_text, load_tokenizer, make_rows
 
+both = pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 
-def record_of(folder: Path) -> dict[str, object]:
+
+def record_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "made_by_recompile.json").read_text()))
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
-def test_it_predicts_held_out_text_far_better_than_chance(tiny_models: Mapping[str, Path], name: str) -> None:
+def rows_of(folder: Path, role: str, count: int | None) -> Tensor:
+    return make_rows(default_text(), load_tokenizer(folder), count, 128, role).ids
+
+
+def nats(folder: Path, ids: Tensor) -> Tensor:
+    """Cross entropy of every token after the first, [rows, tokens - 1]."""
     from transformers import AutoModelForCausalLM
 
-    folder = tiny_models[name]
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    ids = make_rows(default_text(), load_tokenizer(folder), 8, 128, "report").ids
     with torch.inference_mode():
-        logits = model(input_ids=ids).logits
-    found = float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-    frequency = torch.bincount(ids.flatten(), minlength=2048).double()
-    unigram = (
-        -float((frequency[frequency > 0] * (frequency[frequency > 0] / frequency.sum()).log()).sum()) / ids.numel()
-    )
-    # it sees the context: better than the frequencies of these very rows would be on new text (that is what + 0.5 is
-    # for: 1,024 tokens fit themselves far too well), and far below the 7.62 nats of chance
-    assert found < min(unigram + 0.5, 6.2)
-    assert found == pytest.approx(float(str(record_of(folder)["held_out_nats"])), abs=0.4)  # other rows, bf16 weights
+        return cross_entropy(model(input_ids=ids).logits[:, :-1].mT, ids[:, 1:], reduction="none")
+
+
+# Bounds leave room for other processors, whose training takes another path; in brackets what was found where the models
+# were devised: dense, MoE.
+
+
+@both
+def test_it_predicts_held_out_text_better_than_counts_can(tiny_models: Mapping[str, Path], name: str) -> None:
+    folder = tiny_models[name]
+    ids, record = rows_of(folder, "report", 32), record_of(folder)
+    found = float(nats(folder, ids).mean())
+    assert found == pytest.approx(record["held_out_nats"], abs=0.02)  # the same rows; the weights are bf16 now
+    shares = torch.bincount(ids.flatten()) / ids.numel()
+    # not even the frequencies of these very rows come near (5.32 - 3.42, 5.32 - 3.50)
+    assert found < float(torch.special.entr(shares).sum()) - 1.6
+    # nor does what follows each token in the text it learnt from (4.10 - 3.42, 4.10 - 3.50)
+    assert found < record["bigram_nats"] - 0.4
+
+
+@both
+@pytest.mark.parametrize(("own", "lost_nats"), [(1, 0.5), (4, 0.08)])
+def test_it_uses_its_context(tiny_models: Mapping[str, Path], name: str, own: int, lost_nats: float) -> None:
+    """With the last tokens alone its own, and another text's before them, the next one is harder to tell."""
+    folder = tiny_models[name]
+    pieces = rows_of(folder, "report", 32).unfold(1, 32, 8).flatten(0, 1)  # [pieces, 32]
+    foreign = pieces.roll(len(pieces) // 2, 0)
+    foreign[:, -1 - own :] = pieces[:, -1 - own :]
+    lost = nats(folder, foreign)[:, -1] - nats(folder, pieces)[:, -1]
+    assert float(lost.mean()) > lost_nats  # one: 1.20, 0.98; four: 0.20, 0.24; each known to a tenth or better
+
+
+@both
+def test_two_bits_cost_far_more_than_four(tiny_models: Mapping[str, Path], name: str) -> None:
+    base = open_checkpoint(tiny_models[name])
+    kl = {}
+    for bits in (2, 4):
+        made = build_overlay(make_variant(base, {"bits": bits}), None)
+        *_, report = compare(made, base, rows_of(base.path, "report", 4))
+        assert isinstance(report, DiffReport)
+        kl[bits] = report.kl.mean
+    assert kl[2] > 0.05  # 0.153, 0.117
+    assert kl[2] > 8 * kl[4]  # 22, 20 times
 
 
 def test_dense_widths_are_multiples_of_256(tiny_models: Mapping[str, Path]) -> None:
@@ -44,7 +87,7 @@ def test_dense_widths_are_multiples_of_256(tiny_models: Mapping[str, Path]) -> N
     assert all(size % 256 == 0 for shape in shapes for size in shape)
 
 
-def test_experts_are_stored_one_by_one_and_most_are_used(tiny_models: Mapping[str, Path]) -> None:
+def test_experts_are_stored_one_by_one_and_all_are_used(tiny_models: Mapping[str, Path]) -> None:
     folder = tiny_models["tiny-moe"]
     names = set(open_checkpoint(folder).modules)
     for layer in range(4):
@@ -52,7 +95,6 @@ def test_experts_are_stored_one_by_one_and_most_are_used(tiny_models: Mapping[st
             for projection in ("gate_proj", "up_proj", "down_proj"):
                 assert f"model.layers.{layer}.mlp.experts.{expert}.{projection}" in names
     counts = record_of(folder)["expert_tokens"]
-    assert isinstance(counts, list)
-    for layer_counts in counts:
-        used = [count for count in layer_counts if count > sum(layer_counts) / 100]
-        assert len(used) >= 5, "a router that sends everything to a few experts would make a poor test"
+    assert [len(layer_counts) for layer_counts in counts] == [8] * 4
+    for layer_counts in counts:  # an even share is 12.5 %
+        assert min(layer_counts) > 0.04 * sum(layer_counts), "a router that spares some experts would make a poor test"

@@ -249,7 +249,7 @@ def test_awq_is_better_than_rounding_on_a_trained_model(tiny_models: Mapping[str
     scheme = parse_scheme("w3a16-g128")
     made = build(base, tmp_path, [replace(uniform(scheme, name), name=name) for name in ("rtn", "awq")], calibrate)
     found = {path.name: kl(base, path, report) for path in made}
-    assert found["awq"] < 0.85 * found["rtn"]  # 0.69
+    assert found["awq"] < 0.85 * found["rtn"]  # 0.60
 
 
 def with_a_large_channel(folder: Path) -> Path:
