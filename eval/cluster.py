@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eval.adjoint import PassPlan
-from eval.profile import ExactProfiler, Measured, MemoryPlan, ProfileOptions, Started, make_header, plan_memory
+from eval.profile import ExactProfiler, Measured, MemoryPlan, ProfileJob, Started
 from eval.sketch import Sketch, SketchJob, SketchOptions, SketchProgress, join_rows, profile_sketch
-from recompile.checkpoint import Checkpoint
-from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, open_journal
+from recompile.costs import Measurement, Profile, ProfileHeader, open_journal
 from recompile.errors import RecompileError
-from recompile.quantize.made import making_bytes
-from recompile.recipe import SourceId
-from recompile.stream import LayeredModel, check_same_skeleton
+from recompile.stream import LayeredModel
 
 RETRIES = 3  # of a task whose worker died
 TASKS_PER_WORKER = 4  # of a sketch, where its rows give so many: the last ones to end are then short
@@ -38,16 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Job:
+class SwapsJob:
     """What a worker needs to measure any swap of one profile."""
 
-    reference: Checkpoint
-    candidates: Mapping[str, Checkpoint]
+    job: ProfileJob
     header: ProfileHeader
-    ids: Tensor
     plan: MemoryPlan
-    dtype: torch.dtype
-    device: str
     threads: int
 
 
@@ -74,95 +66,68 @@ class _Swaps:
 _profilers: dict[str, ExactProfiler] = {}  # of this worker process, by reference and rows
 
 
-def measure(job: Job, swaps: Sequence[tuple[str, str]]) -> list[Measurement]:
+def measure(given: SwapsJob, swaps: Sequence[tuple[str, str]]) -> list[Measurement]:
     """The swaps (group, candidate label) of one task; ("", "") is the control. Runs in a worker."""
-    torch.set_num_threads(job.threads)
-    key = f"{job.header.reference_fingerprint} {job.header.rows_sha256} {job.header.context} {job.header.base}"
+    torch.set_num_threads(given.threads)
+    header = given.header
+    key = f"{header.reference_fingerprint} {header.rows_sha256} {header.context} {header.base}"
     if key not in _profilers:
         _profilers.clear()
-        model = LayeredModel.of(job.reference, dtype=job.dtype, device=job.device)
-        context = model
-        if job.header.context == "base":
-            context = LayeredModel.of(job.candidates[job.header.base], dtype=job.dtype, device=job.device)
-        _profilers[key] = ExactProfiler(model, context, job.candidates, job.header, job.ids, job.plan)
-    journal = _Swaps(job.header, swaps)
+        model = given.job.model()
+        _profilers[key] = ExactProfiler(given.job, model, given.job.context(model), header, given.plan)
+    journal = _Swaps(header, swaps)
     for _ in _profilers[key].run(journal):  # type: ignore[arg-type]
         pass
     return journal.found
 
 
-def profile_on_ray(
-    reference: Checkpoint,
-    base: SourceId,
-    candidates: Sequence[tuple[SourceId, Checkpoint]],
-    ids: Tensor,
-    path: Path,
-    options: ProfileOptions | None = None,
-    *,
-    address: str | None = None,
-    rows_sha256: str = "",
-    rows_source: str = "",
-) -> Iterator[Started | Measured | Profile]:
-    """`eval.profile.profile_exact` over a Ray cluster; the same arguments, events, journal and results.
+def profile_on_ray(job: ProfileJob, *, address: str | None = None) -> Iterator[Started | Measured | Profile]:
+    """`eval.profile.profile_exact` over a Ray cluster; the same events, journal and results.
 
     address: of a running cluster ("auto", "ray://host:10001"); None: one on this machine, ended with the run. A cluster
     that this process is connected to already is used as it is.
     Raises RecompileError where Ray is not installed, the cluster is not reached, or a task fails again and again.
     """
-    options = options or ProfileOptions()
-    model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
-    by_label = {Candidate(source, "", "").label: checkpoint for source, checkpoint in candidates}
-    label = Candidate(base, "", "").label
-    header = make_header(
-        reference, label, candidates, ids, options, model.dtype, rows_sha256=rows_sha256, rows_source=rows_source
-    )
-    if options.context == "base":
-        check_same_skeleton(model, LayeredModel.of(by_label[label], dtype=model.dtype, device=options.device))
-    plan = plan_memory(model, header, options.max_memory_bytes, making_bytes(by_label.values()))
-    job = Job(reference, by_label, header, ids, plan, model.dtype, options.device, torch.get_num_threads())
-    with open_journal(path, header) as journal:
+    model = job.model()
+    header = job.header(model.dtype)
+    job.context(model)  # raises here what each worker would
+    plan = job.plan(model, header)
+    given = SwapsJob(job, header, plan, torch.get_num_threads())
+    with open_journal(job.path, header) as journal:
         missing = journal.profile.missing()
         total = sum(len(group.bits) for group in header.groups)
         yield Started(plan, total, total - len(missing))
         done = total - len(missing)
         tasks = _tasks(header, missing, journal.profile.control is None)
-        with _connected(address, path, job.threads) as ray:
-            for _, found in _as_they_come(ray, measure, job, tasks):
+        with _connected(address, job.path, given.threads) as ray:
+            for _, found in _as_they_come(ray, measure, given, tasks):
                 journal.append(found)
                 for measurement in found:
                     done += measurement.group is not None
                     yield Measured(measurement, done, total)
         profile = journal.profile
-    if options.context == "clean" and profile.control is not None and any(profile.control.kl_rows):
-        raise RecompileError(f"{path}: the control (nothing swapped) has a KL above 0: workers do not compute alike")
+    if job.options.context == "clean" and profile.control is not None and any(profile.control.kl_rows):
+        raise RecompileError(
+            f"{job.path}: the control (nothing swapped) has a KL above 0: workers do not compute alike"
+        )
     yield profile
 
 
 def sketch_on_ray(
-    reference: Checkpoint,
-    base: SourceId,
-    candidates: Sequence[tuple[SourceId, Checkpoint]],
-    ids: Tensor,
-    path: Path,
-    options: ProfileOptions | None = None,
-    sketch_options: SketchOptions | None = None,
-    *,
-    address: str | None = None,
-    rows_sha256: str = "",
-    rows_source: str = "",
+    job: ProfileJob, sketch_options: SketchOptions | None = None, *, address: str | None = None
 ) -> Iterator[object]:
-    """`eval.sketch.profile_sketch` over a Ray cluster; the same arguments, events, files and results.
+    """`eval.sketch.profile_sketch` over a Ray cluster; the same events, files and results.
 
     Sweeps are kept by the driver, in their order, when the last of their rows has come back; address and errors as of
     `profile_on_ray`."""
 
-    def sweeps(job: SketchJob, plan: PassPlan, first: int) -> Generator[SketchProgress | Sketch]:
-        with _connected(address, path, torch.get_num_threads()) as ray:
+    def sweeps(sketch: SketchJob, plan: PassPlan, first: int) -> Generator[SketchProgress | Sketch]:
+        with _connected(address, job.path, torch.get_num_threads()) as ray:
             workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
-            tasks = _row_tasks(job, plan, first, workers)
+            tasks = _row_tasks(sketch, plan, first, workers)
             waiting: dict[int, dict[int, Sketch]] = {}  # sweep -> first row -> what was sampled
-            blocks = len(tasks) // max(1, job.sweeps - first)
-            due, given = first, (job, plan, torch.get_num_threads())
+            blocks = len(tasks) // max(1, sketch.sweeps - first)
+            due, given = first, (sketch, plan, torch.get_num_threads())
             for done, ((sweep, rows), found) in enumerate(_as_they_come(ray, sample, given, tasks), 1):
                 waiting.setdefault(sweep, {})[rows.start] = found
                 yield SketchProgress(done, len(tasks), f"sweep {sweep + 1}, rows {rows.start + 1} to {rows.stop}")
@@ -171,10 +136,7 @@ def sketch_on_ray(
                     yield join_rows([parts[start] for start in sorted(parts)])
                     due += 1
 
-    return profile_sketch(
-        reference, base, candidates, ids, path, options, sketch_options,
-        rows_sha256=rows_sha256, rows_source=rows_source, sweeps=sweeps,
-    )  # fmt: skip
+    return profile_sketch(job, sketch_options, sweeps=sweeps)
 
 
 _models: dict[str, LayeredModel] = {}  # of this worker process, by reference
@@ -182,21 +144,21 @@ _models: dict[str, LayeredModel] = {}  # of this worker process, by reference
 
 def sample(given: tuple[SketchJob, PassPlan, int], task: tuple[int, slice]) -> Sketch:
     """Some rows of one sweep. Runs in a worker."""
-    (job, plan, threads), (sweep, rows) = given, task
+    (sketch, plan, threads), (sweep, rows) = given, task
     torch.set_num_threads(threads)
-    key = f"{job.header.reference_fingerprint} {job.dtype} {job.device}"
+    key = f"{sketch.header.reference_fingerprint} {sketch.header.dtype} {sketch.header.device}"
     if key not in _models:
         _models.clear()
-        _models[key] = LayeredModel.of(job.reference, dtype=job.dtype, device=job.device)
-    *_, found = job.run(sweep, rows, _models[key], plan, None)
+        _models[key] = sketch.job.model()
+    *_, found = sketch.run(sweep, rows, _models[key], plan, None)
     assert isinstance(found, Sketch), "what was sampled comes last"
     return found
 
 
-def _row_tasks(job: SketchJob, plan: PassPlan, first: int, workers: int) -> list[tuple[int, slice]]:
+def _row_tasks(sketch: SketchJob, plan: PassPlan, first: int, workers: int) -> list[tuple[int, slice]]:
     """(sweep, rows) of all tasks. Rows come in whole batches of the run in one process, so that the shapes are its
     own; several batches together share the decoding of candidates, as far as that leaves every worker a few tasks."""
-    rows, sweeps = len(job.ids), range(first, job.sweeps)
+    rows, sweeps = sketch.header.rows, range(first, sketch.sweeps)
     batches = -(-rows // plan.batch_rows)
     together = max(1, batches * len(sweeps) // (TASKS_PER_WORKER * workers))
     size = plan.batch_rows * together

@@ -15,23 +15,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from scipy.special import ndtr
-from torch import Tensor
 
-from eval.profile import ExactProfiler, ProfileOptions, plan_memory
+from eval.profile import ExactProfiler, ProfileJob
 from eval.sketch import SketchOptions, profile_sketch
-from recompile.checkpoint import Checkpoint, WeightSource
-from recompile.costs import Candidate, Measurement, Profile, load_profile, open_journal
+from recompile.costs import Measurement, Profile, load_profile, open_journal
 from recompile.optimize.choose import Budget, make_problem
 from recompile.optimize.frontier import lagrangian_path
-from recompile.quantize.made import making_bytes
-from recompile.recipe import SourceId
-from recompile.stream import LayeredModel
 
 FIRST_ROUND = 8  # swaps, from which the time of one is learnt
 MISFIT = 0.1  # relative scatter of a sketch without noise around the exact swap, on real models
@@ -55,65 +49,40 @@ class HybridRound:
 
 
 def profile_hybrid(
-    reference: Checkpoint,
-    base: SourceId,
-    candidates: Sequence[tuple[SourceId, Checkpoint]],
-    ids: Tensor,
-    path: Path,
-    options: ProfileOptions,
+    job: ProfileJob,
     sketch_options: SketchOptions,
     hybrid: HybridOptions,
     *,
-    rows_sha256: str = "",
-    rows_source: str = "",
     sketching: Iterator[object] | None = None,
 ) -> Iterator[object]:
     """As `profile_sketch`, then exact swaps; yields Measured and HybridRound events too, and last the Profile.
 
-    sketching: the events of another sketch into `path`, of method "hybrid" and over the first of `ids`, in place of
-    `profile_sketch` over all of them (`eval.more_rows`). Exact swaps are journaled in `<path>.exact.jsonl` and are not
-    run again. Raises as both profilers do, and BudgetError for a budget outside the reachable range.
+    sketching: the events of another sketch into the same journal, of method "hybrid" and over the first of the rows,
+    in place of `profile_sketch` over all of them (`eval.more_rows`). Exact swaps are journaled in `<path>.exact.jsonl`
+    and are not run again. Raises as both profilers do, and BudgetError for a budget outside the reachable range.
     """
     sketched: Profile | None = None
     if sketching is None:
-        sketching = profile_sketch(
-            reference,
-            base,
-            candidates,
-            ids,
-            path,
-            options,
-            replace(sketch_options, mode="hybrid"),
-            rows_sha256=rows_sha256,
-            rows_source=rows_source,
-        )
+        sketching = profile_sketch(job, replace(sketch_options, mode="hybrid"))
     for event in sketching:
         if isinstance(event, Profile):
             sketched = event
         else:
             yield event
     assert sketched is not None, "a sketch ends with its profile"
-    ids = ids[: sketched.header.rows]
-    noise = math.sqrt(2 / (sketch_options.samples * len(ids)) + MISFIT**2)
-    model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
-    by_label: dict[str, WeightSource] = {Candidate(i, "", "").label: checkpoint for i, checkpoint in candidates}
+    job = replace(job, ids=job.ids[: sketched.header.rows])
+    noise = math.sqrt(2 / (sketch_options.samples * len(job.ids)) + MISFIT**2)
+    model = job.model()
     header = replace(sketched.header, method="exact", settings={})
     began = time.monotonic()
-    exact_path = path.with_name(f"{path.name}.exact.jsonl")
+    exact_path = job.path.with_name(f"{job.path.name}.exact.jsonl")
     if exact_path.exists() and (before := load_profile(exact_path).header.rows) != header.rows:
-        exact_path.rename(path.with_name(f"{path.name}.exact-{before}-rows.jsonl"))  # swaps of fewer rows
+        exact_path.rename(job.path.with_name(f"{job.path.name}.exact-{before}-rows.jsonl"))  # swaps of fewer rows
     with (
         open_journal(exact_path, header) as exact,
-        open_journal(path, sketched.header) as journal,
+        open_journal(job.path, sketched.header) as journal,
     ):
-        profiler = ExactProfiler(
-            model,
-            model,
-            by_label,
-            header,
-            ids,
-            plan_memory(model, header, options.max_memory_bytes, making_bytes(by_label.values())),
-        )
+        profiler = ExactProfiler(job, model, model, header, job.plan(model, header))
         per_swap: float | None = None
         while True:
             merged = merge(sketched, exact.profile.measurements)

@@ -14,10 +14,10 @@ exactly 0. Heads that are not linear (soft caps), and swaps of the head itself, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from recompile.costs import (
     Profile,
     ProfileGroup,
     ProfileHeader,
+    candidate_label,
     check_candidates,
     group_name,
     is_expert,
@@ -48,6 +49,7 @@ from recompile.quantize.made import MadeVariant, making_bytes
 from recompile.recipe import Glob, SourceId, describe_spec
 from recompile.scaling import read_scaled_sets
 from recompile.stream import LayeredModel, check_same_skeleton
+from recompile.tokens import Rows
 
 LOGIT_CHUNK_TOKENS = 256
 HEAD_TOKENS = 512  # of one product with the head: fewer read its weights too often
@@ -173,58 +175,96 @@ def describe_candidate(source: SourceId, checkpoint: Checkpoint) -> Candidate:
     return Candidate(source, checkpoint.label, checkpoint.fingerprint)
 
 
-def make_header(
-    reference: Checkpoint,
-    base: str,
-    candidates: Sequence[tuple[SourceId, Checkpoint]],
-    ids: Tensor,
-    options: ProfileOptions,
-    dtype: torch.dtype,
-    *,
-    rows_sha256: str = "",
-    rows_source: str = "",
-    method: str = "exact",
-    settings: Mapping[str, Any] | None = None,
-) -> ProfileHeader:
-    """Everything that decides a profile, from headers alone. Raises MismatchError for sources of another model."""
-    described = tuple(describe_candidate(source, c) for source, c in candidates)
-    check_candidates(described)
-    by_label = {d.label: c for d, (_, c) in zip(described, candidates, strict=True)}
-    for checkpoint in by_label.values():
-        check_same_model(reference, checkpoint)
-        if read_scaled_sets(checkpoint.path):
-            raise MismatchError(
-                f"{checkpoint.label}: scales were moved between its modules (awq, smoothquant), so that none can be "
-                f"swapped by itself; profile variants made by rtn, mse or gptq. A recipe by hand may take whole "
-                f"layers, attentions or MLPs of it"
-            )
-    groups = make_groups(by_label, options)
-    start = by_label[base]
-    grouped = {module for group in groups for module in group.modules}
-    counted = quantizable(by_label.values())
-    fixed = account((m for m in start.modules.values() if m.name not in grouped), counted)
-    return ProfileHeader(
-        method=method,
-        context=options.context,
-        level=options.level,
-        reference=reference.label,
-        reference_fingerprint=reference.fingerprint,
-        base=base,
-        candidates=described,
-        groups=groups,
-        fixed_bits=fixed.quantized_bits,
-        fixed_weights=fixed.quantized_weights,
-        other_bits=fixed.total_bits - fixed.quantized_bits,
-        other_weights=fixed.total_weights - fixed.quantized_weights,
-        rows=len(ids),
-        row_tokens=ids.shape[1],
-        rows_sha256=rows_sha256,
-        rows_source=rows_source,
-        dtype=str(dtype).removeprefix("torch."),
-        device=options.device,
-        versions=versions(),
-        settings=dict(settings or {}),
-    )
+@dataclass(frozen=True, eq=False)
+class ProfileJob:
+    """What a profile is of: which swaps of which models, on which rows, and where it is kept.
+
+    base:        the id of the base variant, one of `candidates`
+    candidates:  (id, checkpoint) each
+    ids:         int64 [rows, tokens]; rows_sha256 and rows_source say in the header where they come from
+    path:        the journal
+    """
+
+    reference: Checkpoint
+    base: SourceId
+    candidates: Sequence[tuple[SourceId, Checkpoint]]
+    ids: Tensor
+    path: Path
+    options: ProfileOptions = ProfileOptions()
+    rows_sha256: str = ""
+    rows_source: str = ""
+
+    @cached_property
+    def by_label(self) -> dict[str, Checkpoint]:
+        return {candidate_label(source): checkpoint for source, checkpoint in self.candidates}
+
+    def over(self, rows: Rows, path: Path) -> ProfileJob:
+        """The same of other rows, kept elsewhere."""
+        return replace(self, ids=rows.ids, rows_sha256=rows.sha256, rows_source=rows.source, path=path)
+
+    def model(self) -> LayeredModel:
+        """The reference, with no weights loaded."""
+        return LayeredModel.of(self.reference, dtype=self.options.dtype, device=self.options.device)
+
+    def context(self, model: LayeredModel) -> LayeredModel:
+        """The model that groups are swapped into: the reference itself, or the base variant.
+
+        Raises MismatchError where the two are not built alike, RecompileError for an unknown context.
+        """
+        if self.options.context == "clean":
+            return model
+        if self.options.context != "base":
+            raise RecompileError(f'context: found "{self.options.context}", wanted clean or base')
+        base = self.by_label[candidate_label(self.base)]
+        context = LayeredModel.of(base, dtype=model.dtype, device=self.options.device)
+        check_same_skeleton(model, context)
+        return context
+
+    def header(
+        self, dtype: torch.dtype, *, method: str = "exact", settings: Mapping[str, Any] | None = None
+    ) -> ProfileHeader:
+        """Everything that decides a profile, from headers alone. Raises MismatchError for sources of another model."""
+        described = tuple(describe_candidate(source, checkpoint) for source, checkpoint in self.candidates)
+        check_candidates(described)
+        for checkpoint in self.by_label.values():
+            check_same_model(self.reference, checkpoint)
+            if read_scaled_sets(checkpoint.path):
+                raise MismatchError(
+                    f"{checkpoint.label}: scales were moved between its modules (awq, smoothquant), so that none can "
+                    f"be swapped by itself; profile variants made by rtn, mse or gptq. A recipe by hand may take whole "
+                    f"layers, attentions or MLPs of it"
+                )
+        groups = make_groups(self.by_label, self.options)
+        base = candidate_label(self.base)
+        grouped = {module for group in groups for module in group.modules}
+        counted = quantizable(self.by_label.values())
+        fixed = account((m for m in self.by_label[base].modules.values() if m.name not in grouped), counted)
+        return ProfileHeader(
+            method=method,
+            context=self.options.context,
+            level=self.options.level,
+            reference=self.reference.label,
+            reference_fingerprint=self.reference.fingerprint,
+            base=base,
+            candidates=described,
+            groups=groups,
+            fixed_bits=fixed.quantized_bits,
+            fixed_weights=fixed.quantized_weights,
+            other_bits=fixed.total_bits - fixed.quantized_bits,
+            other_weights=fixed.total_weights - fixed.quantized_weights,
+            rows=len(self.ids),
+            row_tokens=self.ids.shape[1],
+            rows_sha256=self.rows_sha256,
+            rows_source=self.rows_source,
+            dtype=str(dtype).removeprefix("torch."),
+            device=self.options.device,
+            versions=versions(),
+            settings=dict(settings or {}),
+        )
+
+    def plan(self, model: LayeredModel, header: ProfileHeader) -> MemoryPlan:
+        """Of exact swaps. Raises RecompileError if not even one swap fits below the cap."""
+        return plan_memory(model, header, self.options.max_memory_bytes, making_bytes(self.by_label.values()))
 
 
 def batch_rows(model: LayeredModel, row_tokens: int) -> int:
@@ -324,18 +364,17 @@ def _head_slices(head: torch.nn.Linear, tokens: int) -> Iterator[tuple[Tensor, T
 
 @dataclass
 class ExactProfiler:
-    """Measures swaps. `context` is the model that groups are swapped into; `candidates` by label."""
+    """Measures the swaps of a job. `context` is the model that groups are swapped into."""
 
+    job: ProfileJob
     reference: LayeredModel
     context: LayeredModel
-    candidates: Mapping[str, WeightSource]
     header: ProfileHeader
-    ids: Tensor
     plan: MemoryPlan
-    activations: bool = False  # swapped modules see their inputs as their candidate's scheme quantizes them
     batch: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.ids, self.candidates = self.job.ids, self.job.by_label
         rows, most = len(self.ids), batch_rows(self.context, self.ids.shape[1])
         together = max(len(group.bits) for group in self.header.groups)
         if any(parameter.dim() == 3 for parameter in self.context.model.parameters()):
@@ -477,7 +516,7 @@ class ExactProfiler:
 
     def _quantized_inputs(self, index: int, group: ProfileGroup, source: str) -> AbstractContextManager[Any]:
         candidate = self.candidates[source]
-        if not self.activations or not isinstance(candidate, Checkpoint) or isinstance(candidate, MadeVariant):
+        if not self.job.options.activations or isinstance(candidate, MadeVariant):
             return nullcontext()
         return QuantizedInputs(self.context, build_overlay(candidate, None), index, group.modules)
 
@@ -622,59 +661,28 @@ def check_activations(options: ProfileOptions, candidates: Sequence[tuple[Source
         )
 
 
-def profile_exact(
-    reference: Checkpoint,
-    base: SourceId,
-    candidates: Sequence[tuple[SourceId, Checkpoint]],
-    ids: Tensor,
-    path: Path,
-    options: ProfileOptions | None = None,
-    *,
-    rows_sha256: str = "",
-    rows_source: str = "",
-) -> Iterator[Started | Measured | Profile]:
-    """Measure every (group, candidate) swap into `path`; yields Started, a Measured per swap, and last the Profile.
+def profile_exact(job: ProfileJob) -> Iterator[Started | Measured | Profile]:
+    """Measure every (group, candidate) swap; yields Started, a Measured per swap, and last the Profile.
 
-    candidates: (id, checkpoint), the base variant among them; `base` is its id. An interrupted run goes on.
+    An interrupted run goes on from the job's journal.
     Raises JournalError, MismatchError, MissingWeight, RecompileError (a memory cap that cannot be kept).
     """
-    options = options or ProfileOptions()
-    context_is_base = options.context == "base"
-    if options.context not in ("clean", "base"):
-        raise RecompileError(f'context: found "{options.context}", wanted clean or base')
-    model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
-    by_id = {Candidate(source, "", "").label: checkpoint for source, checkpoint in candidates}
-    base_label = Candidate(base, "", "").label
-    header = make_header(
-        reference,
-        base_label,
-        candidates,
-        ids,
-        options,
-        model.dtype,
-        rows_sha256=rows_sha256,
-        rows_source=rows_source,
-        settings={"activations": True} if options.activations else None,
-    )
-    context = model
+    options, model = job.options, job.model()
+    header = job.header(model.dtype, settings={"activations": True} if options.activations else None)
     if options.activations:
-        check_activations(options, candidates)
+        check_activations(options, job.candidates)
         model.model.set_experts_implementation("eager")  # one linear call an expert, which QuantizedInputs sees
-    if context_is_base:
-        context = LayeredModel.of(by_id[base_label], dtype=model.dtype, device=options.device)
-        check_same_skeleton(model, context)
-    plan = plan_memory(model, header, options.max_memory_bytes, making_bytes(by_id.values()))
-    with open_journal(path, header) as journal:
+    context = job.context(model)
+    plan = job.plan(model, header)
+    with open_journal(job.path, header) as journal:
         total = sum(len(group.bits) for group in header.groups)
         yield Started(plan, total, total - len(journal.profile.missing()))
-        profiler = ExactProfiler(model, context, by_id, header, ids, plan, options.activations)
-        yield from profiler.run(journal)
+        yield from ExactProfiler(job, model, context, header, plan).run(journal)
         profile = journal.profile
     if options.context == "clean" and profile.control is not None and any(v != 0.0 for v in profile.control.kl_rows):
         worst = max(abs(v) for v in profile.control.kl_rows)
         raise RecompileError(
-            f"{path}: the control (nothing swapped) has KL {worst:.3g} instead of 0: this device's arithmetic is not "
-            f"repeatable, and small swaps cannot be told from noise"
+            f"{job.path}: the control (nothing swapped) has KL {worst:.3g} instead of 0: this device's arithmetic is "
+            f"not repeatable, and small swaps cannot be told from noise"
         )
-    assert math.isfinite(total)
     yield profile

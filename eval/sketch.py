@@ -35,7 +35,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from eval.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
 from eval.fisher import DRAWS, FisherCotangents
-from eval.profile import ProfileOptions, make_header
-from recompile.checkpoint import Checkpoint, WeightSource
-from recompile.costs import Candidate, Measurement, Profile, ProfileHeader, is_expert, open_journal
+from eval.profile import ProfileJob
+from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, open_journal
 from recompile.errors import JournalError, OutputError, RecompileError
 from recompile.quantize.made import making_bytes
-from recompile.recipe import SourceId
 from recompile.stream import LayeredModel
 
 SWEEP_SAMPLES = 8  # per row and sweep; a sweep is the unit that is kept when a run is interrupted
@@ -266,53 +263,34 @@ def sketch_settings(wanted: SketchOptions) -> dict[str, object]:
 
 
 def profile_sketch(
-    reference: Checkpoint,
-    base: SourceId,
-    candidates: Sequence[tuple[SourceId, Checkpoint]],
-    ids: Tensor,
-    path: Path,
-    options: ProfileOptions | None = None,
+    job: ProfileJob,
     sketch_options: SketchOptions | None = None,
     *,
-    rows_sha256: str = "",
-    rows_source: str = "",
     sweeps: Callable[[SketchJob, PassPlan, int], Generator[SketchProgress | Sketch]] | None = None,
 ) -> Iterator[SketchStarted | SketchProgress | SweepDone | Profile]:
-    """Estimate every (group, candidate) swap into `path`; yields SketchStarted, progress, a SweepDone per sweep, and
-    last the Profile.
+    """Estimate every (group, candidate) swap; yields SketchStarted, progress, a SweepDone per sweep, and last the
+    Profile.
 
-    ids: int64 [rows, tokens]; sweeps: who makes them (default `run_sweeps`, in this process). Sweeps are kept beside
-    `path`, in `<path>.sweeps/`; a run that is started again with the same settings goes on after the last whole one,
-    also to more samples. Raises as `profile_exact` does.
+    sweeps: who makes them (default `run_sweeps`, in this process). They are kept beside the journal, in
+    `<path>.sweeps/`; a run that is started again with the same settings goes on after the last whole one, also to more
+    samples. Raises as `profile_exact` does.
     """
-    options, wanted = options or ProfileOptions(), sketch_options or SketchOptions()
-    if options.context != "clean":
+    wanted = sketch_options or SketchOptions()
+    if job.options.context != "clean":
         raise RecompileError(f"--mode {wanted.mode} measures around the reference; use --context clean")
     if wanted.samples < 2:
         raise RecompileError(f"--samples {wanted.samples}: wanted at least 2, or no noise can be told")
-    model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
-    by_label: dict[str, WeightSource] = {Candidate(i, "", "").label: checkpoint for i, checkpoint in candidates}
-    header = make_header(
-        reference,
-        Candidate(base, "", "").label,
-        candidates,
-        ids,
-        options,
-        model.dtype,
-        rows_sha256=rows_sha256,
-        rows_source=rows_source,
-        method=wanted.mode,
-        settings=sketch_settings(wanted),
-    )
-    job = SketchJob(reference, by_label, header, ids, wanted, model.dtype, options.device, options.max_memory_bytes)
-    plan = job.plan(model)
-    store = SweepStore(path, header)
-    with open_journal(path, header) as journal:
-        done = store.count(job.samples)
-        yield SketchStarted(plan, job.sweeps, min(done, job.sweeps))
+    model = job.model()
+    header = job.header(model.dtype, method=wanted.mode, settings=sketch_settings(wanted))
+    sketch = SketchJob(job, header, wanted)
+    plan = sketch.plan(model)
+    store = SweepStore(job.path, header)
+    with open_journal(job.path, header) as journal:
+        done = store.count(sketch.samples)
+        yield SketchStarted(plan, sketch.sweeps, min(done, sketch.sweeps))
         total = store.load(done) if done else None
         started = began = time.monotonic()
-        making = run_sweeps(job, plan, done, model, path.parent) if sweeps is None else sweeps(job, plan, done)
+        making = run_sweeps(sketch, plan, done, model) if sweeps is None else sweeps(sketch, plan, done)
         with closing(making):
             for event in making:
                 if isinstance(event, SketchProgress):
@@ -338,14 +316,9 @@ def profile_sketch(
 class SketchJob:
     """What any process needs to sample any rows of any sweep of one profile."""
 
-    reference: Checkpoint
-    candidates: Mapping[str, WeightSource]  # by label
+    job: ProfileJob
     header: ProfileHeader
-    ids: Tensor  # int64 [rows, tokens]
     wanted: SketchOptions
-    dtype: torch.dtype
-    device: str
-    max_memory_bytes: int | None
 
     @property
     def sweeps(self) -> int:
@@ -360,25 +333,24 @@ class SketchJob:
         return plan_pass(
             model,
             self.header.groups,
-            len(self.candidates),
-            rows=len(self.ids),
-            tokens=self.ids.shape[1],
+            len(self.job.candidates),
+            rows=self.header.rows,
+            tokens=self.header.row_tokens,
             samples=min(SWEEP_SAMPLES, self.wanted.samples),
-            cap_bytes=self.max_memory_bytes,
-            making=making_bytes(self.candidates.values()),
+            cap_bytes=self.job.options.max_memory_bytes,
+            making=making_bytes(self.job.by_label.values()),
         )
 
     def run(
         self, sweep: int, rows: slice, model: LayeredModel, plan: PassPlan, folder: Path | None
     ) -> Iterator[LayerForward | LayerBackward | Sketch]:
         """One pass over some rows; its own events, and last what it sampled. The draws are those of a pass over all."""
-        runner = AdjointPass(model, self.reference, self.candidates, self.header.groups, plan, scratch_folder=folder)
+        job, candidates = self.job, self.job.by_label
+        runner = AdjointPass(model, job.reference, candidates, self.header.groups, plan, scratch_folder=folder)
         samples, first = self.samples(sweep), self.wanted.first_row + rows.start
-        cotangents = FisherCotangents(
-            model, self.candidates, self.header.groups, samples, self.wanted.seed, sweep, first
-        )
+        cotangents = FisherCotangents(model, candidates, self.header.groups, samples, self.wanted.seed, sweep, first)
         found: list[SwapProducts] = []
-        for event in runner.run(self.ids[rows], cotangents):
+        for event in runner.run(job.ids[rows], cotangents):
             if isinstance(event, LayerBackward):
                 found += event.swaps
             yield event
@@ -386,13 +358,13 @@ class SketchJob:
 
 
 def run_sweeps(
-    job: SketchJob, plan: PassPlan, first: int, model: LayeredModel, folder: Path | None
+    sketch: SketchJob, plan: PassPlan, first: int, model: LayeredModel
 ) -> Generator[SketchProgress | Sketch]:
     """The sweeps from `first` on in this process, each ending with its Sketch."""
     depth = model.depth
-    total = job.sweeps * 2 * depth
-    for sweep in range(first, job.sweeps):
-        for event in job.run(sweep, slice(0, len(job.ids)), model, plan, folder):
+    total = sketch.sweeps * 2 * depth
+    for sweep in range(first, sketch.sweeps):
+        for event in sketch.run(sweep, slice(0, sketch.header.rows), model, plan, sketch.job.path.parent):
             if isinstance(event, LayerForward):
                 yield SketchProgress(sweep * 2 * depth + event.layer + 1, total, f"sweep {sweep + 1}, forward")
             elif isinstance(event, Sketch):

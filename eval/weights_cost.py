@@ -16,18 +16,16 @@ Without importance s = 1 and m = 0: the plain squared error, and no text is run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eval.profile import Measured, ProfileOptions, make_header
-from recompile.checkpoint import Checkpoint, WeightSource
-from recompile.costs import Candidate, Measurement, Profile, ProfileGroup, open_journal
+from eval.profile import Measured, ProfileJob
+from recompile.checkpoint import WeightSource
+from recompile.costs import Measurement, Profile, ProfileGroup, open_journal
 from recompile.errors import RecompileError
 from recompile.overlay import role_of
 from recompile.quantize.moments import InputMoments, collect_moments
-from recompile.recipe import SourceId
 from recompile.stream import LayeredModel
 
 SAMPLED_WEIGHTS = 1 << 20  # of each matrix
@@ -38,56 +36,34 @@ FACTORS = {"down_proj": 6.0, "w2": 6.0, "v_proj": 1.25}  # by the last part of a
 HEAD_FACTOR, TIED_FACTOR = 3.0, 2.5
 
 
-def profile_weights(
-    reference: Checkpoint,
-    base: SourceId,
-    candidates: Sequence[tuple[SourceId, Checkpoint]],
-    ids: Tensor,
-    path: Path,
-    options: ProfileOptions | None = None,
-    *,
-    importance: bool = True,
-    rows_sha256: str = "",
-    rows_source: str = "",
-) -> Iterator[Measured | Profile]:
-    """Score every (group, candidate) into the journal `path`; yields a Measured per swap and last the Profile.
+def profile_weights(job: ProfileJob, *, importance: bool = True) -> Iterator[Measured | Profile]:
+    """Score every (group, candidate); yields a Measured per swap and last the Profile.
 
-    ids: int64 [rows, tokens], the text whose inputs weigh the errors; each row gives a score of its own, so that the
-    costs have standard errors. Without importance the rows are not run and all scores of a swap are equal.
+    The inputs that the job's rows give weigh the errors; each row gives a score of its own, so that the costs have
+    standard errors. Without importance the rows are not run and all scores of a swap are equal.
     A journal that is there goes on where it was, and serves any number of budgets. Raises as `profile_exact` does.
     """
-    options = options or ProfileOptions()
-    if options.context != "clean":
+    if job.options.context != "clean":
         raise RecompileError("--mode weights compares with the reference's weights; use --context clean")
-    model = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
-    sources: dict[str, WeightSource] = {Candidate(i, "", "").label: checkpoint for i, checkpoint in candidates}
-    header = make_header(
-        reference,
-        Candidate(base, "", "").label,
-        candidates,
-        ids,
-        options,
-        model.dtype,
-        rows_sha256=rows_sha256,
-        rows_source=rows_source,
-        method="weights",
-        settings={"importance": importance, "sampled_weights": SAMPLED_WEIGHTS},
-    )
-    with open_journal(path, header) as journal:
+    model, reference, device = job.model(), job.reference, job.options.device
+    settings = {"importance": importance, "sampled_weights": SAMPLED_WEIGHTS}
+    header = job.header(model.dtype, method="weights", settings=settings)
+    with open_journal(job.path, header) as journal:
         todo: dict[str, list[str]] = {}
         for name, label in journal.profile.missing():
             todo.setdefault(name, []).append(label)
         total = sum(len(group.bits) for group in header.groups)
         done = total - sum(map(len, todo.values()))
-        rows = len(ids)
+        rows = header.rows
         if journal.profile.control is None:
             journal.append([Measurement(None, None, (0.0,) * rows)])
         groups = [group for group in header.groups if group.name in todo]
-        for group, moments in _with_moments(model, ids, groups, importance):
+        for group, moments in _with_moments(model, job.ids, groups, importance):
             for label in todo[group.name]:
                 scores = torch.zeros(rows, dtype=torch.float64)
+                candidate = job.by_label[label]
                 for module in group.modules:
-                    scores += score_module(reference, sources[label], module, moments.get(module), rows, options.device)
+                    scores += score_module(reference, candidate, module, moments.get(module), rows, device)
                 found = Measurement(group.name, label, tuple(scores.tolist()))
                 journal.append([found])
                 done += 1

@@ -227,7 +227,7 @@ def bench_profile(work: Path, rows: int, length: int, variants: Path) -> dict[st
     import torch
     from transformers import AutoModelForCausalLM
 
-    from eval.profile import Measured, ProfileOptions, profile_exact
+    from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact
     from recompile.checkpoint import open_checkpoint
     from recompile.costs import Profile
     from recompile.tokens import default_text, load_tokenizer, make_rows
@@ -243,7 +243,7 @@ def bench_profile(work: Path, rows: int, length: int, variants: Path) -> dict[st
 
     def ours() -> None:
         journal.unlink(missing_ok=True)
-        for event in profile_exact(reference, 3, candidates, ids, journal, ProfileOptions(match=match)):
+        for event in profile_exact(ProfileJob(reference, 3, candidates, ids, journal, ProfileOptions(match=match))):
             if isinstance(event, Profile):
                 profile[:] = [event]
             else:

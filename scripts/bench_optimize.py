@@ -32,7 +32,7 @@ import bench_record  # noqa: E402
 
 from eval.meter import ChoiceMeter  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
-from eval.profile import Measured, ProfileOptions, profile_exact  # noqa: E402
+from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.refine import MixOracle  # noqa: E402
 from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
@@ -101,11 +101,12 @@ class Bench:
         options = ProfileOptions(level=self.settings.level, context=context)
         candidates = [(int(label), checkpoint) for label, checkpoint in checkpoints.items()]
         order = sorted(candidates, key=lambda entry: str(entry[0]) != base)
+        job = ProfileJob(self.reference, int(base), order, self.rows_of(mode), path, options)
         if mode == "exact":
-            events = profile_exact(self.reference, int(base), order, self.rows_of(mode), path, options)
+            events = profile_exact(job)
         else:
             sketch = SketchOptions(samples=self.settings.samples, mode=mode)
-            events = profile_sketch(self.reference, int(base), order, self.rows_of(mode), path, options, sketch)  # type: ignore[assignment]
+            events = profile_sketch(job, sketch)  # type: ignore[assignment]
         began, last = time.monotonic(), 0.0
         found: object = None
         for found in events:

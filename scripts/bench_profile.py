@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ import make_base  # noqa: E402
 from bench_record import birth_certificate, keep  # noqa: E402
 
 from eval.more_rows import RowLimits, profile_more_rows  # noqa: E402
-from eval.profile import Measured, ProfileOptions, profile_exact  # noqa: E402
+from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.refine import MixOracle  # noqa: E402
 from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
@@ -60,6 +59,7 @@ from recompile.tokens import Rows  # noqa: E402
 BITS = (2, 3, 4, 6)
 BUDGETS = (3.4, 4.4)
 LEVEL = "fused"
+OPTIONS = ProfileOptions(level=LEVEL)
 TOKENS = 128
 NAIVE_SAMPLE = 6
 MOST_ROWS = 128  # of a mode that fills its time
@@ -126,7 +126,7 @@ def seconds_a_swap(bench: Bench) -> dict[str, Any]:
     ends: list[tuple[int, float]] = []  # (layer, when a swap of it was done)
     with tempfile.TemporaryDirectory() as folder:
         options = ProfileOptions(level=LEVEL, match=tuple(f"model.layers.{layer}.*" for layer in (7, 22)))
-        for event in profile_exact(bench.base, 3, bench.candidates, bench.ids, Path(folder) / "p.jsonl", options):
+        for event in profile_exact(bench.job(bench.ids, Path(folder) / "p.jsonl", options)):
             if isinstance(event, Measured) and event.measurement.group is not None:
                 ends.append((int(event.measurement.group.split(".")[2]), time.process_time()))
     first, last = ends[0][1], dict(ends)
@@ -192,15 +192,16 @@ class Bench:
         return load_profile(path), float(spent.read_text())
 
     def exact(self, name: str, ids: torch.Tensor) -> tuple[Profile, float]:
-        options = ProfileOptions(level=LEVEL)
-        return self.timed(name, lambda path: profile_exact(self.base, 3, self.candidates, ids, path, options))
+        return self.timed(name, lambda path: profile_exact(self.job(ids, path)))
+
+    def job(self, ids: torch.Tensor, path: Path, options: ProfileOptions = OPTIONS) -> ProfileJob:
+        return ProfileJob(self.base, 3, self.candidates, ids, path, options)
 
     def exact_seconds_per_token(self) -> float:
         """Of a whole exact profile, from the swaps of two layers whose mean is the middle."""
         middle = ProfileOptions(level=LEVEL, match=("model.layers.7.*", "model.layers.22.*"))
         ids = self.rows_of(2, 64)
-        run = partial(profile_exact, self.base, 3, self.candidates, ids, options=middle)
-        profile, took = self.timed("middle", lambda path: run(path=path))
+        profile, took = self.timed("middle", lambda path: profile_exact(self.job(ids, path, middle)))
         return took * self.layers / 2 / profile.header.rows / profile.header.row_tokens
 
     @property
@@ -208,9 +209,8 @@ class Bench:
         return int(self.base.config["num_hidden_layers"])
 
     def sketch(self, name: str, ids: torch.Tensor, mode: str, samples: int) -> tuple[Profile, float]:
-        run = partial(profile_sketch, self.base, 3, self.candidates, ids)
-        options, settings = ProfileOptions(level=LEVEL), SketchOptions(samples, mode=mode)
-        return self.timed(name, lambda path: run(path, options, settings))
+        settings = SketchOptions(samples, mode=mode)
+        return self.timed(name, lambda path: profile_sketch(self.job(ids, path), settings))
 
     def filled(self, name: str, mode: str, samples: int, limit: float) -> tuple[Profile, float]:
         """What --minutes does."""
@@ -218,8 +218,8 @@ class Bench:
         settings, limits = SketchOptions(samples, mode=mode), RowLimits(None, limit / 60)
 
         def block(some: Rows, first: int, path: Path) -> Iterator[object]:
-            options, own = ProfileOptions(level=LEVEL), replace(settings, first_row=first)
-            return profile_sketch(self.base, 3, self.candidates, some.ids, path, options, own, rows_sha256=some.sha256)
+            job = replace(self.job(some.ids, path), rows_sha256=some.sha256)
+            return profile_sketch(job, replace(settings, first_row=first))
 
         clock = time.process_time
         return self.timed(name, lambda path: profile_more_rows(rows, path, limits, block, settings, clock=clock))

@@ -31,7 +31,7 @@ from bench_record import RESULTS, birth_certificate, keep  # noqa: E402
 from eval.diff import DiffReport, compare_many  # noqa: E402
 from eval.guard import mix_of  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
-from eval.profile import ProfileOptions  # noqa: E402
+from eval.profile import ProfileJob, ProfileOptions  # noqa: E402
 from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
@@ -75,7 +75,7 @@ def main(variants: Path, work: Path | None, budgets: Sequence[float], rows: int,
         started = time.monotonic()
         path, options = work / f"{name.replace(' ', '-')}.jsonl", ProfileOptions(level="tensor")
         ids = rows_for("choose", rows, 128)
-        *_, profile = profile_sketch(base, 3, offered, ids, path, options, SketchOptions(samples))
+        *_, profile = profile_sketch(ProfileJob(base, 3, offered, ids, path, options), SketchOptions(samples))
         assert isinstance(profile, Profile), "the profile comes last"
         profiles[name] = profile
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)

@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from eval.more_rows import RowsDone
-    from eval.profile import ProfileOptions
+    from eval.profile import ProfileJob
     from eval.sketch import SketchOptions
     from recompile.checkpoint import Checkpoint
     from recompile.costs import Profile
     from recompile.recipe import SourceId
-    from recompile.tokens import Rows
 
 DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
 FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were better, down to two or three
@@ -225,7 +224,7 @@ def main(
 
     from eval.hybrid import HybridOptions, profile_hybrid
     from eval.more_rows import RowLimits, profile_more_rows
-    from eval.profile import ProfileOptions
+    from eval.profile import ProfileJob, ProfileOptions
     from eval.sketch import SketchOptions
     from recompile.optimize.choose import Budget
 
@@ -233,6 +232,8 @@ def main(
     directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
     found, vocab = read_rows(directories, "choose", None if auto else rows, length, text, dataset, input_ids)
     check_vocabulary(reference, vocab)
+    if auto:
+        found = found.part(0, min(max_rows, len(found.ids)))
     options = ProfileOptions(
         level=level,
         context=context,
@@ -249,18 +250,19 @@ def main(
     if samples is None:
         samples = FILLING_SAMPLES if auto and minutes is not None and mode != "hybrid" else 16
     sketch = SketchOptions(samples, for_draws, seed, keep_pairs=pairs, mode=mode)
-    run = _profiler(reference, base_id, offered, options, sketch, importance, ray_address)
+    job = ProfileJob(reference, base_id, offered, found.ids, out, options, found.sha256, found.source)
+    run = _profiler(sketch, importance, ray_address)
     if auto:
-        found = found.part(0, min(max_rows, len(found.ids)))
         for_rows = minutes if mode != "hybrid" else None
         limits = RowLimits(DEFAULT_RTOL if rtol is None and for_rows is None else rtol, for_rows)
-        events = profile_more_rows(found, out, limits, run, None if mode == "exact" else sketch)
+        settings = None if mode == "exact" else sketch
+        events = profile_more_rows(found, out, limits, lambda some, n, to: run(job.over(some, to), n), settings)
     else:
-        events = run(found, 0, out)
+        events = run(job, 0)
     click.echo(f"{'at most ' if auto else ''}{len(found.ids)} rows x {found.ids.shape[1]} tokens", err=True)
     if mode == "hybrid":
         wanted = HybridOptions(Budget(bpw=bits), 10.0 if minutes is None else minutes)
-        events = profile_hybrid(reference, base_id, offered, found.ids, out, options, sketch, wanted, sketching=events)
+        events = profile_hybrid(job, sketch, wanted, sketching=events)
     profile: Profile | None = None
     try:
         profile = _follow(events, out, quiet)
@@ -293,15 +295,9 @@ def _wants_auto(mode: str, rows: int | None, rtol: float | None, minutes: float 
 
 
 def _profiler(
-    reference: Checkpoint,
-    base: SourceId,
-    offered: list[tuple[SourceId, Checkpoint]],
-    options: ProfileOptions,
-    sketch: SketchOptions,
-    importance: bool,
-    ray_address: str | None,
-) -> Callable[[Rows, int, Path], Iterator[Any]]:
-    """What profiles some rows into a journal: (rows, number of the first of them, path) -> events."""
+    sketch: SketchOptions, importance: bool, ray_address: str | None
+) -> Callable[[ProfileJob, int], Iterator[Any]]:
+    """What carries out a job: (job, number of the first of its rows) -> events."""
     from eval.profile import profile_exact
     from eval.sketch import profile_sketch
 
@@ -320,10 +316,9 @@ def _profiler(
 
         profiler = partial(profile_weights, importance=importance)
 
-    def run(rows: Rows, first_row: int, path: Path) -> Iterator[Any]:
+    def run(job: ProfileJob, first_row: int) -> Iterator[Any]:
         settings = [] if mode in ("exact", "weights") else [replace(sketch, first_row=first_row)]
-        given = (reference, base, offered, rows.ids, path, options, *settings)
-        return profiler(*given, rows_sha256=rows.sha256, rows_source=rows.source)
+        return profiler(job, *settings)
 
     return run
 

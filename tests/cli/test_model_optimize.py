@@ -13,7 +13,7 @@ import tiny
 import torch
 from click.testing import CliRunner, Result
 
-from eval.profile import ProfileOptions, make_header
+from eval.profile import ProfileJob, ProfileOptions
 from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.model_optimize import main
@@ -33,7 +33,7 @@ def write_profile(
     checkpoints = [(n, open_checkpoint(directory)) for n, directory in tiny.variants(architecture, bits).items()]
     reference = open_checkpoint(tiny.base(architecture))
     options = ProfileOptions(level=level)
-    header = make_header(reference, str(bits[0]), checkpoints, tiny.rows(2, 8), options, torch.float32)
+    header = ProfileJob(reference, bits[0], checkpoints, tiny.rows(2, 8), Path(), options).header(torch.float32)
     with open_journal(path, header) as journal:
         journal.append([Measurement(None, None, (0.0, 0.0))])
         for number, group in enumerate(header.groups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tiny
 import torch
 
 from eval.cluster import profile_on_ray, sketch_on_ray
-from eval.profile import Measured, ProfileOptions, profile_exact
+from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact
 from eval.sketch import SketchOptions, SketchProgress, SweepDone, SweepStore, profile_sketch
 from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
@@ -75,11 +76,11 @@ def kill_one(task: str) -> int | None:
 
 def test_a_killed_worker_costs_only_its_task_and_results_are_equal(tmp_path: Path, cluster: Any) -> None:
     base, candidates = models()
-    ids = tiny.rows(3, 24)
-    *_, alone = profile_exact(base, 3, candidates, ids, tmp_path / "alone.jsonl", OPTIONS)  # type: ignore[arg-type]
+    job = ProfileJob(base, 3, candidates, tiny.rows(3, 24), tmp_path / "alone.jsonl", OPTIONS)
+    *_, alone = profile_exact(job)
     assert isinstance(alone, Profile)
     killed = None
-    for event in profile_on_ray(base, 3, candidates, ids, tmp_path / "spread.jsonl", OPTIONS):  # type: ignore[arg-type]
+    for event in profile_on_ray(replace(job, path=tmp_path / "spread.jsonl")):
         if isinstance(event, Measured) and killed is None:
             killed = kill_one("measure")
         if isinstance(event, Profile):
@@ -95,11 +96,11 @@ def test_a_killed_worker_costs_only_its_task_and_results_are_equal(tmp_path: Pat
 def test_a_sketch_over_workers_is_that_of_one_process(tmp_path: Path, cluster: Any) -> None:
     """Rows of 256 tokens come in batches of two, so 5 rows are 3 tasks a sweep, the last one of a short batch."""
     base, candidates = models()
-    ids, wanted = tiny.rows(5, 256), SketchOptions(12, keep_pairs=True)
-    given = (base, 3, candidates, ids)
-    *_, alone = profile_sketch(*given, tmp_path / "alone.jsonl", OPTIONS, wanted)  # type: ignore[arg-type]
+    job = ProfileJob(base, 3, candidates, tiny.rows(5, 256), tmp_path / "alone.jsonl", OPTIONS)
+    wanted = SketchOptions(12, keep_pairs=True)
+    *_, alone = profile_sketch(job, wanted)
     killed, tasks, sweeps = None, 0, 0
-    for event in sketch_on_ray(*given, tmp_path / "spread.jsonl", OPTIONS, wanted):  # type: ignore[arg-type]
+    for event in sketch_on_ray(replace(job, path=tmp_path / "spread.jsonl"), wanted):
         if isinstance(event, SketchProgress):
             tasks = event.total
             killed = kill_one("sample") if killed is None else killed

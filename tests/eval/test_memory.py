@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from eval.profile import ProfileOptions, profile_exact
+from eval.profile import ProfileJob, ProfileOptions, profile_exact
 from eval.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint import open_checkpoint
 mode, folder, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -31,11 +31,11 @@ else:
 ids = torch.zeros(2, 16, dtype=torch.int64)
 match = tuple(f"model.layers.{n}.*" for n in ((47,) if made else (46, 47) if mode == "exact" else (0, 20, 47)))
 options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
-path = folder / f"{mode}{len(candidates)}.jsonl"
+job = ProfileJob(base, first, candidates, ids, folder / f"{mode}{len(candidates)}.jsonl", options)
 if mode == "exact":
-    *_, profile = profile_exact(base, first, candidates, ids, path, options)
+    *_, profile = profile_exact(job)
 else:
-    *_, profile = profile_sketch(base, first, candidates, ids, path, options, SketchOptions(2))
+    *_, profile = profile_sketch(job, SketchOptions(2))
 assert profile.is_complete
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)

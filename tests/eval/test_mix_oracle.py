@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from eval.diff import DiffReport, compare
 from eval.guard import mix_of
-from eval.profile import ProfileOptions, make_header
+from eval.profile import ProfileJob, ProfileOptions
 from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
 from recompile.errors import RecompileError
@@ -24,7 +26,7 @@ def oracle(architecture: str, level: str = "tensor") -> MixOracle:
     base = open_checkpoint(tiny.base(architecture))
     rows = tiny.rows(12, 16)
     given = [(int(label), candidate) for label, candidate in candidates.items()]
-    header = make_header(base, "4", given, rows, ProfileOptions(level=level), torch.float32)
+    header = ProfileJob(base, 4, given, rows, Path(), ProfileOptions(level=level)).header(torch.float32)
     return MixOracle(header, candidates, base, rows[:8], rows[8:], rows_per_step=4)
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from eval.hybrid import HybridOptions, profile_hybrid
 from eval.more_rows import RowLimits, RowsDone, profile_more_rows, relative_error
-from eval.profile import ProfileOptions, profile_exact
+from eval.profile import ProfileJob, ProfileOptions, profile_exact
 from eval.sketch import SketchOptions, SweepStore, profile_sketch
 from recompile.checkpoint import open_checkpoint
 from recompile.cli import model_profile
@@ -34,11 +34,10 @@ def rows(count: int, documents: tuple[str, ...] | None = None) -> Rows:
 def block(mode: str, some: Rows, first_row: int, path: Path) -> Iterator[object]:
     base = open_checkpoint(tiny.base("llama"))
     given = [(bits, open_checkpoint(folder)) for bits, folder in tiny.variants("llama", (2, 4)).items()]
-    about = {"rows_sha256": some.sha256, "rows_source": some.source}
+    job = ProfileJob(base, 4, given, some.ids, path, OPTIONS, some.sha256, some.source)
     if mode == "exact":
-        return profile_exact(base, 4, given, some.ids, path, OPTIONS, **about)  # type: ignore[arg-type]
-    settings = SketchOptions(4, mode=mode, first_row=first_row)
-    return profile_sketch(base, 4, given, some.ids, path, OPTIONS, settings, **about)  # type: ignore[arg-type]
+        return profile_exact(job)
+    return profile_sketch(job, SketchOptions(4, mode=mode, first_row=first_row))
 
 
 def grow(mode: str, pool: Rows, path: Path, limits: RowLimits) -> tuple[list[RowsDone], Profile]:
@@ -158,10 +157,8 @@ def test_hybrid_runs_its_swaps_on_the_rows_that_were_reached(tmp_path: Path) -> 
     settings = SketchOptions(4, mode="hybrid")
     for limits, reached in ((RowLimits(rtol=1e-9, first=4), 12), (RowLimits(rtol=99.0, first=12), 4)):
         sketching = profile_more_rows(pool, path, limits, partial(block, "hybrid"), settings)
-        *_, profile = profile_hybrid(
-            base, 4, given, pool.ids, path, OPTIONS, settings, wanted, sketching=sketching,
-            rows_sha256="unused", rows_source="unused",
-        )  # fmt: skip
+        job = ProfileJob(base, 4, given, pool.ids, path, OPTIONS, "unused", "unused")
+        *_, profile = profile_hybrid(job, settings, wanted, sketching=sketching)
         assert isinstance(profile, Profile)
         assert profile.header.rows == reached  # the second run finds its first block of 4 rows and needs no more
         kept = load_profile(tmp_path / "p.jsonl.exact.jsonl")

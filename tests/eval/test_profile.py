@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eval import profile as profile_module
-from eval.profile import Measured, ProfileOptions, Started, profile_exact
+from eval.profile import Measured, ProfileJob, ProfileOptions, Started, profile_exact
 from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import LEVELS, Cost, Profile, group_name, load_profile
 from recompile.errors import JournalError, MismatchError, MissingWeight, RecompileError
@@ -33,9 +33,8 @@ def measure(
 ) -> Profile:
     candidates = [(n, open_checkpoint(where)) for n, where in (found or tiny.variants(architecture, BITS)).items()]
     reference = open_checkpoint(tiny.base(architecture))
-    started, *events = profile_exact(
-        reference, BASE, candidates, ids, path, options, rows_sha256="r0w5", rows_source="tests"
-    )
+    options = options or ProfileOptions()
+    started, *events = profile_exact(ProfileJob(reference, BASE, candidates, ids, path, options, "r0w5", "tests"))
     assert isinstance(started, Started)
     profile = events[-1]
     assert isinstance(profile, Profile)
@@ -326,14 +325,15 @@ def test_a_candidate_without_a_module_is_named(tmp_path: Path) -> None:
     )
     candidates = [(3, open_checkpoint(tiny.variants("llama", BITS)[3])), (4, cut)]
     with pytest.raises(MissingWeight, match=r"cut: has no module model\.layers\.3\.mlp\.up_proj"):
-        list(profile_exact(reference, 3, candidates, tiny.rows(1, 4), tmp_path / "p.jsonl"))
+        list(profile_exact(ProfileJob(reference, 3, candidates, tiny.rows(1, 4), tmp_path / "p.jsonl")))
     assert list(tmp_path.iterdir()) == [], "what cannot be measured begins no journal"
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
+    reference = open_checkpoint(tiny.base("llama"))
     candidates = [(3, open_checkpoint(tiny.variants("llama-2", (3,))[3]))]
     with pytest.raises(MismatchError, match="num_hidden_layers"):
-        list(profile_exact(open_checkpoint(tiny.base("llama")), 3, candidates, tiny.rows(1, 4), tmp_path / "p.jsonl"))
+        list(profile_exact(ProfileJob(reference, 3, candidates, tiny.rows(1, 4), tmp_path / "p.jsonl")))
 
 
 def test_sizes_in_the_header_add_up(tmp_path: Path) -> None:
@@ -414,18 +414,10 @@ def test_what_follows_the_last_whole_line_is_gone_at_once(finished: Path, tmp_pa
 
 def test_interrupted_after_every_measurement_it_gives_the_same_file(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    ids, candidates = tiny.rows(3, 8), tiny.variants("llama-2", BITS)
+    base, ids, options = open_checkpoint(tiny.base("llama-2")), tiny.rows(3, 8), ProfileOptions(level="block")
+    candidates = [(n, open_checkpoint(where)) for n, where in tiny.variants("llama-2", BITS).items()]
     for _ in range(40):
-        events = profile_exact(
-            open_checkpoint(tiny.base("llama-2")),
-            BASE,
-            [(n, open_checkpoint(where)) for n, where in candidates.items()],
-            ids,
-            path,
-            ProfileOptions(level="block"),
-            rows_sha256="r0w5",
-            rows_source="tests",
-        )
+        events = profile_exact(ProfileJob(base, BASE, candidates, ids, path, options, "r0w5", "tests"))
         next(events)
         if isinstance(next(events), Profile):
             break
@@ -536,15 +528,9 @@ def test_reading_layers_again_changes_nothing(
 def smallest_plan(architecture: str, ids: Tensor, options: ProfileOptions) -> int:
     """The least memory, program apart, that a run is planned to take: what the refusal of a cap of nothing says."""
     found = tiny.variants(architecture, BITS)
-    model = profile_module.LayeredModel.of(open_checkpoint(tiny.base(architecture)))
-    header = profile_module.make_header(
-        open_checkpoint(tiny.base(architecture)),
-        str(BASE),
-        [(n, open_checkpoint(path)) for n, path in found.items()],
-        ids,
-        options,
-        torch.float32,
-    )
+    candidates = [(n, open_checkpoint(path)) for n, path in found.items()]
+    job = ProfileJob(open_checkpoint(tiny.base(architecture)), BASE, candidates, ids, Path(), options)
+    model, header = job.model(), job.header(torch.float32)
     low, high = 0, 2**34
     while low + 1 < high:
         middle = (low + high) // 2

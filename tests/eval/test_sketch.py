@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from eval.adjoint import AdjointPass, LayerBackward, SwapProducts, plan_pass
 from eval.fisher import FisherCotangents, draw_labels
-from eval.profile import ProfileOptions, make_groups
+from eval.profile import ProfileJob, ProfileOptions, make_groups
 from eval.sketch import Sketch, SketchOptions, SketchStarted, SweepDone, estimate, profile_sketch
 from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
@@ -150,7 +151,7 @@ def run(path: Path, architecture: str = "llama", rows: int = 6, level: str = "te
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     ids = tiny.rows(rows, 24)
     options = SketchOptions(**settings)  # type: ignore[arg-type]
-    *_, profile = profile_sketch(base, 4, given, ids, path, ProfileOptions(level=level), options)
+    *_, profile = profile_sketch(ProfileJob(base, 4, given, ids, path, ProfileOptions(level=level)), options)
     assert isinstance(profile, Profile)
     return profile
 
@@ -160,9 +161,8 @@ def test_a_profile_ranks_as_exact_swaps_do(tmp_path: Path) -> None:
 
     base, candidates = checkpoints("llama")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
-    *_, exact = profile_exact(
-        base, 4, given, tiny.rows(6, 24), tmp_path / "exact.jsonl", ProfileOptions(level="tensor")
-    )
+    options = ProfileOptions(level="tensor")
+    *_, exact = profile_exact(ProfileJob(base, 4, given, tiny.rows(6, 24), tmp_path / "exact.jsonl", options))
     assert isinstance(exact, Profile)
     sketch = run(tmp_path / "sketch.jsonl", samples=64)
     plain = run(tmp_path / "plain.jsonl", samples=64, shrink=False)
@@ -187,16 +187,13 @@ def test_an_interrupted_run_goes_on_to_the_same_profile(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole.jsonl", samples=24)
     base, candidates = checkpoints("llama")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
-    events = profile_sketch(
-        base, 4, given, tiny.rows(6, 24), tmp_path / "cut.jsonl", ProfileOptions(level="tensor"), SketchOptions(24)
-    )
+    job = ProfileJob(base, 4, given, tiny.rows(6, 24), tmp_path / "cut.jsonl", ProfileOptions(level="tensor"))
+    events = profile_sketch(job, SketchOptions(24))
     for event in events:
         if isinstance(event, SweepDone):
             break
     events.close()
-    again = profile_sketch(
-        base, 4, given, tiny.rows(6, 24), tmp_path / "cut.jsonl", ProfileOptions(level="tensor"), SketchOptions(24)
-    )
+    again = profile_sketch(job, SketchOptions(24))
     started = next(again)
     assert isinstance(started, SketchStarted)
     assert (started.sweeps, started.resumed) == (3, 1)
@@ -210,9 +207,10 @@ def test_experts_without_tokens_are_unmeasured_as_in_the_exact_profile(tmp_path:
 
     base, candidates = checkpoints("qwen3-moe")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
-    ids, options = tiny.rows(1, 3), ProfileOptions(level="expert")
-    *_, exact = profile_exact(base, 4, given, ids, tmp_path / "exact.jsonl", options)
-    *_, sketch = profile_sketch(base, 4, given, ids, tmp_path / "sketch.jsonl", options, SketchOptions(4))
+    options = ProfileOptions(level="expert")
+    job = ProfileJob(base, 4, given, tiny.rows(1, 3), tmp_path / "exact.jsonl", options)
+    *_, exact = profile_exact(job)
+    *_, sketch = profile_sketch(replace(job, path=tmp_path / "sketch.jsonl"), SketchOptions(4))
     assert isinstance(exact, Profile)
     assert isinstance(sketch, Profile)
     assert sketch.unreached() == exact.unreached()
@@ -320,11 +318,12 @@ def test_hybrid_runs_the_swaps_that_decide_and_keeps_their_exact_cost(tmp_path: 
 
     base, candidates = checkpoints("llama")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
-    ids, options = tiny.rows(4, 24), ProfileOptions(level="tensor")
-    *_, exact = profile_exact(base, 4, given, ids, tmp_path / "exact.jsonl", options)
+    options = ProfileOptions(level="tensor")
+    job = ProfileJob(base, 4, given, tiny.rows(4, 24), tmp_path / "exact.jsonl", options)
+    *_, exact = profile_exact(job)
     assert isinstance(exact, Profile)
     hybrid = HybridOptions(Budget(bpw=3.5), minutes=0.05, least_gain_nats=0.0)
-    events = list(profile_hybrid(base, 4, given, ids, tmp_path / "hybrid.jsonl", options, SketchOptions(8), hybrid))
+    events = list(profile_hybrid(replace(job, path=tmp_path / "hybrid.jsonl"), SketchOptions(8), hybrid))
     profile = events[-1]
     assert isinstance(profile, Profile)
     rounds = [event for event in events if isinstance(event, HybridRound)]

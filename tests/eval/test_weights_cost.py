@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from eval.profile import Measured, ProfileOptions
+from eval.profile import Measured, ProfileJob, ProfileOptions
 from eval.weights_cost import cosine_distance, profile_weights, relative_error, score_module, trimmed_mean
 from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_profile import main
@@ -47,9 +47,8 @@ def checkpoints() -> tuple[Checkpoint, list[tuple[int, Checkpoint]]]:
 
 def run(path: Path, importance: bool = True, level: str = "tensor") -> tuple[Profile, int]:
     base, candidates = checkpoints()
-    events = list(
-        profile_weights(base, 2, candidates, tiny.rows(3, 16), path, ProfileOptions(level=level), importance=importance)
-    )
+    job = ProfileJob(base, 2, candidates, tiny.rows(3, 16), path, ProfileOptions(level=level))
+    events = list(profile_weights(job, importance=importance))
     assert isinstance(events[-1], Profile)
     return events[-1], sum(isinstance(event, Measured) for event in events)
 

@@ -151,15 +151,16 @@ def test_lines_are_sorted_by_layer() -> None:
 
 
 def test_on_real_checkpoints_it_resolves_and_weighs_as_predicted(tmp_path: Path) -> None:
-    """make_header's sizes, the solver's sum, the overlay's accounting and the files agree to the bit."""
+    """The header's sizes, the solver's sum, the overlay's accounting and the files agree to the bit."""
     import torch
 
-    from eval.profile import ProfileOptions, make_header
+    from eval.profile import ProfileJob, ProfileOptions
 
     found = tiny.variants("llama", (2, 3, 4, 6))
     checkpoints = [(n, open_checkpoint(path)) for n, path in found.items()]
     options = ProfileOptions(level="fused", skip=("model.layers.3.*",))
-    header = make_header(open_checkpoint(tiny.base("llama")), "3", checkpoints, tiny.rows(2, 8), options, torch.float32)
+    base = open_checkpoint(tiny.base("llama"))
+    header = ProfileJob(base, 3, checkpoints, tiny.rows(2, 8), tmp_path, options).header(torch.float32)
     measurements = {
         (group.name, label): Measurement(group.name, label, (0.1 / bits, 0.2 / bits))
         for group in header.groups

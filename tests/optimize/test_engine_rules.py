@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from eval.profile import ProfileOptions, make_header
+from eval.profile import ProfileJob, ProfileOptions
 from recompile.checkpoint import open_checkpoint
 from recompile.costs import Measurement, Profile
 from recompile.errors import RecompileError
@@ -22,7 +23,7 @@ def profile_of(architecture: str, bits: tuple[int, ...], level: str = "tensor") 
     checkpoints = [(n, open_checkpoint(path)) for n, path in found.items()]
     reference = open_checkpoint(tiny.base(architecture))
     options = ProfileOptions(level=level)
-    header = make_header(reference, str(bits[0]), checkpoints, tiny.rows(2, 8), options, torch.float32)
+    header = ProfileJob(reference, bits[0], checkpoints, tiny.rows(2, 8), Path(), options).header(torch.float32)
     measurements = {}
     for number, group in enumerate(header.groups):
         dear = 10.0 ** -((7 * number) % 5)

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from eval.profile import ProfileOptions, profile_exact
+from eval.profile import ProfileJob, ProfileOptions, profile_exact
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
@@ -101,7 +101,9 @@ def test_a_profile_of_made_candidates_is_that_of_the_variants(tmp_path: Path) ->
         "disk": [(bits, open_checkpoint(path)) for bits, path in found.items()],
         "made": [(bits, make_variant(base, spec(bits))) for bits in found],
     }.items():
-        *_, profile = profile_exact(base, 4, candidates, ids, tmp_path / name, ProfileOptions(level="tensor"))
+        *_, profile = profile_exact(
+            ProfileJob(base, 4, candidates, ids, tmp_path / name, ProfileOptions(level="tensor"))
+        )
         assert isinstance(profile, Profile)
         profiles.append(profile)
     disk, made = profiles

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_gguf_variants import tokenizer_file, write_hf
 
 from eval.metrics import kl_divergence
-from eval.profile import ProfileOptions, SwappedSource, profile_exact
+from eval.profile import ProfileJob, ProfileOptions, SwappedSource, profile_exact
 from eval.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.cli.model_optimize import main as model_optimize
@@ -179,7 +179,7 @@ def test_a_profile_of_made_types_is_that_of_the_files(tmp_path: Path) -> None:
     profiles = []
     for label, candidates in (("disk", on_disk), ("made", make_variants(base, [spec_of(name) for name in names]))):
         options = ProfileOptions(level="tensor")
-        *_, profile = profile_exact(base, "Q4_K", candidates, ids, tmp_path / label, options)
+        *_, profile = profile_exact(ProfileJob(base, "Q4_K", candidates, ids, tmp_path / label, options))
         assert isinstance(profile, Profile)
         profiles.append(profile)
     disk, made = profiles
@@ -368,9 +368,9 @@ def test_a_tied_embedding_is_swapped_at_both_ends(model_type: str, tmp_path: Pat
     roles = frozenset({"embedding"})
     candidates = make_variants(base, [spec_of(name) for name in ("Q4_0", "Q5_0")], None, roles)
     options = ProfileOptions(level="tensor", embedding=True, match=("model.embed_tokens",))
-    *_, exact = profile_exact(base, "Q4_0", candidates, ids, tmp_path / "e", options)
+    *_, exact = profile_exact(ProfileJob(base, "Q4_0", candidates, ids, tmp_path / "e", options))
     assert isinstance(exact, Profile)
-    *_, sketch = profile_sketch(base, "Q4_0", candidates, ids, tmp_path / "s", options, SketchOptions(256))
+    *_, sketch = profile_sketch(ProfileJob(base, "Q4_0", candidates, ids, tmp_path / "s", options), SketchOptions(256))
     assert isinstance(sketch, Profile)
     reference = logits_of(base, ids)
     for name, variant in candidates:
