@@ -35,7 +35,7 @@ SourceId: TypeAlias = "str | int | float | bool | bytes | datetime.date | None" 
 
 # A source that is not there yet: model_quantize makes it. What each says is read by recompile/quantize/made.py.
 MADE_KINDS = ("bits", "type", "scheme")
-MADE_SETTINGS = ("group_size", "symmetric")
+MADE_SETTINGS = ("group_size", "symmetric", "format")
 _SOURCE_KEYS = ("id", "model_dir", "note", *MADE_KINDS, *MADE_SETTINGS)
 _OVERRIDE_KEYS = ("key", "source", "note")
 _TOP_KEYS = ("sources", "overrides", "base", "budget", "provenance")

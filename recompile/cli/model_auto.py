@@ -43,6 +43,15 @@ STATE = "auto.json"
     help="Bits and schemes on offer, made on the fly [default: 2,3,4,5,6,8]; or GGUF types: Q3_K,IQ4_XS,Q6_K, with "
     "-o MIX.gguf.",
 )
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
+    default="compressed-tensors",
+    show_default=True,
+    help="What --candidates given as bits are, and the mix is; EXL2 takes fractions too. EXL3 is chosen by stand-ins, "
+    "as model_profile --format says.",
+)
 @click.option("--tokenizer-from", metavar="X.gguf", help="GGUF: the file whose tokenizer keys the mix gets.")
 @click.option(
     "--variants",
@@ -72,6 +81,7 @@ def main(
     total_bpw: float | None,
     size: str | None,
     candidates: tuple[str, ...],
+    format_name: str,
     tokenizer_from: str | None,
     variants: tuple[Path, ...],
     group_size: str,
@@ -98,6 +108,7 @@ def main(
     Examples:
       model_auto -i base -o mix -b 3.5
       model_auto -i base -o mix --size 4.2GiB --variants 3bpw 2bpw 4bpw 6bpw
+      model_auto -i base -o mix -b 3.5 --format exl2 --candidates 2,2.5,3,4,5,6
       model_auto -i base -o MIX.gguf -b 4.5 --candidates Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K --tokenizer-from X.gguf
     """
     check_json_path(json_path)
@@ -112,7 +123,10 @@ def main(
 
     base = open_checkpoint(in_dir)
     offered = list(candidates) or ["2,3,4,5,6,8"]
-    gguf = not variants and _are_gguf_types(offered, out)
+    exl = format_name if format_name != "compressed-tensors" else None
+    if exl and variants:
+        raise RecompileError("--variants are in a format of their own; leave --format out")
+    gguf = not variants and exl is None and _are_gguf_types(offered, out)
     settings: dict[str, Any] = {
         "base": base.fingerprint,
         "budget": budget,
@@ -122,6 +136,7 @@ def main(
         "solver": [solver, minutes],
         "rows": [rows, length, calibration_rows, str(text), dataset],
         "dtype": dtype,
+        **({"format": exl} if exl else {}),
         **({"tokenizer_from": open_checkpoint(tokenizer_from).fingerprint} if tokenizer_from else {}),
     }
     work = out.with_name(f"{out.name}.work")
@@ -129,14 +144,15 @@ def main(
     profile, recipe = work / "profile.jsonl", work / "overrides.yaml"
     texts = _arguments({"--text": text, "--dataset": dataset})
     running = ["-d", device, *(["--quiet"] if quiet else [])]
-    rounding = ["-g", group_size, *(["--asym"] if asym else [])] if not gguf else []
+    rounding = ["-g", group_size, *(["--asym"] if asym else [])] if not gguf and exl is None else []
+    form = [] if exl is None else ["--format", exl]
 
     def make_profile() -> None:
         from recompile.cli.model_profile import main as command
 
         start, *others = variants or (None,)
         weighed = ["--importance-rows", calibration_rows] if gguf else []
-        there = ["-i", start, "-s", *others] if variants else ["--candidates", *offered, *rounding, *weighed]
+        there = ["-i", start, "-s", *others] if variants else ["--candidates", *offered, *form, *rounding, *weighed]
         measure = ["--mode", "sketch", "--samples", samples, "--level", level, "-r", rows, "-l", length]
         more = _arguments({"--dtype": dtype, "--max-memory": max_memory})
         _run(command, ["-mb", in_dir, *there, *measure, *more, "-o", profile, *texts, *running])
@@ -175,7 +191,7 @@ def main(
         if verify and not variants:
             uniform = uniform_candidate(found, mix.size_bytes)
             rate, scheme = uniform.label, "scheme" in (uniform.spec or {})
-            how = ["--scheme", rate] if scheme else ["-b", rate, *(["--format", "gguf"] if gguf else [])]
+            how = ["--scheme", rate] if scheme else ["-b", rate, *(["--format", "gguf"] if gguf else form)]
             quantize(["-o", work / "uniform", *how])
             stem = base.path.resolve().name.removesuffix(".gguf")
             name = f"{stem}-{rate}.gguf" if gguf else rate if scheme else f"{rate}bpw"

@@ -57,6 +57,15 @@ FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were b
     help="Before any variant exists: make these on the fly: bits (2,3,4,6) and schemes (nvfp4) rounded on fitted grids "
     "without GPTQ; GGUF types (Q2_K,IQ3_S,Q4_K,IQ4_KSS) by their encoders.",
 )
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
+    default="compressed-tensors",
+    show_default=True,
+    help="What --candidates given as bits are: integers; EXL2 by its encoder without GPTQ, fractions too; EXL3 by "
+    "stand-ins: noise as large as its encoder's error, which takes too long on a CPU.",
+)
 @click.option("-g", "--group-size", default="64", show_default=True, help="Of --candidates: 32, 64, 128 or channel.")
 @click.option("--asym", is_flag=True, help="--candidates have a zero point per group.")
 @click.option(
@@ -152,6 +161,7 @@ def main(
     in_dir: str | None,
     sources: tuple[str, ...],
     candidates: tuple[str, ...],
+    format_name: str,
     group_size: str,
     asym: bool,
     importance_rows: int,
@@ -207,7 +217,8 @@ def main(
         if sources:
             raise RecompileError("--candidates and -s exclude each other: candidates are made, sources are there")
         roles = frozenset(role for role, asked in (("head", head), ("embedding", embedding)) if asked)
-        make = Making(group_size, asym, importance_rows, imatrix, text, dataset, device, out, level, roles, cap, quiet)
+        how = (format_name, group_size, asym, importance_rows, imatrix)
+        make = Making(*how, text, dataset, device, out, level, roles, cap, quiet)
         offered = _made_candidates(reference, candidates, make)
         base_id = _named(in_dir, offered)
     else:
@@ -390,6 +401,7 @@ def _dearest(profile: Profile, most: int = 3) -> str:
 class Making:
     """How candidates are made on the fly, as the options say it. roles: other than layers that are groups too."""
 
+    format_name: str
     group_size: str
     asym: bool
     importance_rows: int
@@ -406,13 +418,32 @@ class Making:
 
 def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making) -> list[tuple[SourceId, Checkpoint]]:
     """The candidates of `--candidates`, which are made on the fly from the reference."""
-    from recompile.quantize.made import fallbacks_of, make_variants, parse_candidates, save_importance, spec_of
+    from recompile.quantize.made import (
+        exl_spec_of,
+        fallbacks_of,
+        make_variants,
+        parse_candidates,
+        save_importance,
+        spec_of,
+    )
     from recompile.quantize.makers import KEEP_BYTES
 
     if make.group_size != "channel" and not make.group_size.isdigit():
         raise RecompileError(f"--group-size {make.group_size}: wanted a number such as 64, or channel")
     size = None if make.group_size == "channel" else int(make.group_size)
-    specs = [spec_of(name, group_size=size, symmetric=not make.asym) for name in parse_candidates(names)]
+    if make.format_name in ("exl2", "exl3"):
+        specs = [exl_spec_of(name, make.format_name) for name in parse_candidates(names)]
+        if make.roles:
+            raise RecompileError(
+                f"--head, --embedding: {make.format_name} candidates have one head of 6 bits, and a dense embedding"
+            )
+        if make.format_name == "exl3":
+            _say(
+                "Note: EXL3 candidates are stand-ins, the weight with noise as large as what the encoder leaves; sizes "
+                "are the files'."
+            )
+    else:
+        specs = [spec_of(name, group_size=size, symmetric=not make.asym) for name in parse_candidates(names)]
     types = [source_id for source_id, spec in specs if "type" in spec]
     if types:
         _check_gguf_groups(reference, make)
@@ -423,7 +454,7 @@ def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making
     importance: Mapping[str, Tensor] | None = None
     if types and (make.imatrix is not None or make.importance_rows):
         importance = _gguf_importance(reference, make)
-    elif make.importance_rows:
+    elif make.importance_rows and make.format_name != "exl3":  # noise has no use for it
         from recompile.quantize.calibrate import input_power
 
         found, vocab = read_rows(

@@ -69,7 +69,8 @@ if TYPE_CHECKING:
     "--override",
     "recipe_path",
     type=click.Path(path_type=Path),
-    help="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}. OUT is then the mix's own directory; "
+    help="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}, for EXL2 and EXL3 with --format or "
+    "{id: 2.5, bits: 2.5, format: exl2}. OUT is then the mix's own directory; "
     "with {id: Q4_K, type: Q4_K}, or llama-quantize's, --custom-q's or thireus's recipes, a GGUF file.",
 )
 @click.option(
@@ -199,8 +200,8 @@ def main(
             "--scheme and --modifiers say all of the stored form; leave out -b, -or, --format, --engine, --asym and "
             "--head-bits"
         )
-    if recipe_path is not None and (engine != "own" or head_bits is not None):
-        raise click.UsageError("-or goes with --engine own and without -hb: a line for lm_head.* says what the head is")
+    if recipe_path is not None and engine != "own":
+        raise click.UsageError("-or goes with --engine own")
     gguf_mix = recipe_path is not None and _is_gguf_recipe(recipe_path)
     if format_name == "gguf" or gguf_mix:
         from recompile.checkpoint import open_checkpoint
@@ -226,12 +227,20 @@ def main(
     base = open_checkpoint(in_dir)
     found, vocab = read_rows([base.path], "calibrate", rows, length, text, dataset, input_ids)
     check_vocabulary(base, vocab)
+    from recompile.quantize.encoders import EXL_HEAD_BITS
+
     encoder: Encoder
     if schemes or modifiers:
         encoder, head = _scheme_encoder(schemes, modifiers, method, importance), False
     elif recipe_path is None:
+        if format_name in ("exl2", "exl3") and head_bits is None:
+            head_bits = EXL_HEAD_BITS
         encoder, head = _encoder(format_name, rates, method, group_size, asym, importance, head_bits, codebook, found)
     else:
+        format_name = _format_of_mix(recipe_path, format_name)
+        is_exl = format_name in ("exl2", "exl3")
+        if head_bits is not None and not is_exl:
+            raise click.UsageError("-hb: in a mix a line for lm_head.* says what the head is")
 
         def encoder_of(settings: Mapping[str, Any]) -> Encoder:
             if "scheme" in settings:
@@ -241,7 +250,8 @@ def main(
             rate = (float(settings["bits"]),)
             return _encoder(format_name, rate, method, size, not symmetric, importance, None, codebook, found)[0]
 
-        encoder, head = mix_encoder(recipe_path, base, out_dir, rates, encoder_of)
+        of_head = {"bits": head_bits or EXL_HEAD_BITS, "format": format_name} if is_exl else None
+        encoder, head = mix_encoder(recipe_path, base, out_dir, rates, encoder_of, of_head)
         out_dir = out_dir.parent
 
     from recompile.quantize.pipeline import LayerDone, quantize_model
@@ -458,9 +468,9 @@ def _encoder(
     if len(set(bits)) != len(bits):
         raise FormatError("-b: a bitrate is given twice")
     if format_name == "exl2":
-        return Exl2Encoder(bits, head_bits or 6, len(rows.ids), rows.ids.shape[1], method), True
+        return Exl2Encoder(bits, head_bits, len(rows.ids), rows.ids.shape[1], method), True
     if format_name == "exl3":
-        return Exl3Encoder(bits, head_bits or 6, codebook, len(rows.ids), rows.ids.shape[1], method), True
+        return Exl3Encoder(bits, head_bits, codebook, len(rows.ids), rows.ids.shape[1], method), True
     size = None if group_size == "channel" else int(group_size) if group_size.isdigit() else 0
     if size == 0:
         raise FormatError(f"--group-size {group_size}: wanted a number such as 64, or channel")
@@ -494,16 +504,38 @@ def _scheme_encoder(schemes: tuple[str, ...], modifiers: Path | None, method: st
     return SchemeEncoder(tuple(uniform(parse_scheme(name), method) for name in schemes), importance)
 
 
+def _format_of_mix(path: Path, asked: str) -> str:
+    """The format of a recipe's mix: what its sources say, or else --format. Raises RecipeError where they differ."""
+    from recompile.errors import RecipeError
+    from recompile.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    specs = [source.spec for source in recipe.sources if source.spec is not None]
+    if isinstance(recipe.base, dict):
+        specs.append(recipe.base)
+    said = {str(spec.get("format", asked)) for spec in specs}
+    if len(said) > 1:
+        raise RecipeError(f"{recipe.name}: sources of several formats, {', '.join(sorted(said))}; a mix has one")
+    found = said.pop() if said else asked
+    if found not in ("compressed-tensors", "exl2", "exl3") or asked not in ("compressed-tensors", found):
+        raise RecipeError(
+            f"{recipe.name}: sources of format {found}, and --format {asked}; wanted exl2 or exl3, or --format alone"
+        )
+    return found
+
+
 def mix_encoder(
     recipe_path: Path,
     base: Checkpoint,
     out: Path,
     bits: Sequence[float],
     encoder_of: Callable[[Mapping[str, Any]], Encoder],
+    of_head: Mapping[str, Any] | None = None,
 ) -> tuple[MixEncoder, bool]:
     """The encoder of a recipe's mix, named as `out`, and whether it quantizes the head.
 
-    bits: one bitrate for modules that no line names, where the recipe has no `base:`; encoder_of: of one source's spec.
+    bits: one bitrate for modules that no line names, where the recipe has no `base:`; encoder_of: of one source's spec;
+    of_head: the spec of a head that no line names, None: it stays dense.
     """
     from recompile.errors import RecipeError
     from recompile.quantize.mix import MixEncoder, assign
@@ -522,6 +554,9 @@ def mix_encoder(
         specs[describe_spec(unnamed)] = unnamed
     head = next((name for name in HEAD_NAMES if name in base.modules), HEAD_NAMES[0])
     assignment = assign(recipe, base, describe_spec(unnamed) if unnamed is not None else None, head)
+    if of_head is not None and head not in assignment:
+        assignment[head] = describe_spec(of_head)
+        specs[assignment[head]] = of_head
     for spec in specs.values():
         if "bits" not in spec and "scheme" not in spec:
             kind = next(iter(spec), "nothing")

@@ -20,6 +20,7 @@ from recompile.quantize.grids import fit_grid, quantize_to_grid
 from recompile.quantize.pipeline import Encoded, VariantReport
 
 METHODS = ("rtn", "mse", "gptq")
+EXL_HEAD_BITS = 6  # of the output head in EXL2 and EXL3, as their own converters have it
 
 
 def variant_name(bits: float) -> str:
@@ -159,7 +160,7 @@ class Exl2Encoder:
     """EXL2; bitrates may be fractional. The head, where asked for, has a bitrate of its own."""
 
     bits: Sequence[float]
-    head_bits: int | None = 6
+    head_bits: int | None = EXL_HEAD_BITS
     rows: int = 0
     row_tokens: int = 0
     method: str = "gptq"
@@ -213,7 +214,7 @@ class Exl3Encoder:
     """EXL3; whole bits 1 to 8, and 1.5, 2.5, 3.5 with the mul1 codebook."""
 
     bits: Sequence[float]
-    head_bits: int | None = 6
+    head_bits: int | None = EXL_HEAD_BITS
     codebook: str = "mul1"
     rows: int = 0
     row_tokens: int = 0

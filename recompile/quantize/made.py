@@ -2,9 +2,10 @@
 
 A profile of such candidates says which mix to make before anything is quantized; `model_quantize -or` then makes just
 that mix in one calibrated pass. A weight goes through the grids and the scale search of model_quantize (method "mse",
-optionally with importance from calibration rows) without GPTQ, or through the encoder of a GGUF type, and is decoded at
-once: nothing is kept but encodings that several types fall back to, so a run holds little more than the weights it
-asked for. Sizes are those of the stored form, to the bit. How each kind is made is in `makers`.
+optionally with importance from calibration rows) without GPTQ, or through the encoder of a GGUF type or of EXL2, and is
+decoded at once; EXL3 has stand-ins of the same error. Nothing is kept but encodings that several types fall back to, so
+a run holds little more than the weights it asked for. Sizes are those of the stored form, to the bit. How each kind is
+made is in `makers` and `exl_makers`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,16 @@ def parse_candidates(texts: Sequence[str]) -> list[str]:
     return names
 
 
+def exl_spec_of(name: str, format_name: str) -> tuple[SourceId, dict[str, Any]]:
+    """The id and the spec of an EXL2 or EXL3 candidate: "2.5" -> (2.5, {"bits": 2.5, "format": "exl2"}).
+
+    Raises FormatError for what is no number of bits."""
+    if not re.fullmatch(r"\d+(\.\d+)?", name):
+        raise FormatError(f"--candidates {name}: {format_name} candidates are bits, such as 3 or 2.5")
+    bits = float(name) if float(name) != int(float(name)) else int(float(name))
+    return bits, {"bits": bits, "format": format_name}
+
+
 def spec_of(name: str, **settings: Any) -> tuple[SourceId, dict[str, Any]]:
     """The id and the spec of a candidate as the user calls it: "4" -> (4, {"bits": 4}), "q4_k" -> ("Q4_K", {"type":
     "Q4_K"}), "nvfp4" -> ("nvfp4", {"scheme": "nvfp4"}). Settings are those of integers; the default ones are left out.
@@ -74,11 +85,18 @@ def spec_of(name: str, **settings: Any) -> tuple[SourceId, dict[str, Any]]:
 
 
 def maker_of(spec: Spec, literal: frozenset[str] = frozenset(), shared: SharedEncodings | None = None) -> Maker:
-    """How a spec's variants are made. literal, shared: of GGUF types, see GgufMaker.
+    """How a spec's variants are made. literal: of GGUF types, see GgufMaker; shared: of encoders that are slow.
 
     Raises FormatError for a spec that asks for what no format has, or has no encoder here."""
     from recompile.quantize.makers import GgufMaker, IntMaker, SchemeMaker, SharedEncodings
 
+    if "format" in spec:
+        from recompile.quantize.exl_makers import maker_for
+
+        unknown = set(spec) - {"bits", "format"}
+        if "bits" not in spec or unknown:
+            raise FormatError(f"{dict(spec)}: wanted bits and format alone")
+        return maker_for(str(spec["format"]), spec["bits"], shared if shared is not None else SharedEncodings())
     if "bits" in spec:
         return IntMaker(encoder_of(spec))
     kind = next(iter(spec), "")
@@ -118,6 +136,7 @@ class MadeVariant(Checkpoint):
     maker: Maker | None = None
     forms: Mapping[str, str] = field(default_factory=dict)  # of the modules that are made
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module -> type asked for, type it gets
+    copies: Mapping[str, str] = field(default_factory=dict)  # tensor -> the base's that it is one more copy of
 
     @property
     def made(self) -> frozenset[str]:
@@ -139,6 +158,9 @@ class MadeVariant(Checkpoint):
             elif all(info.name in self.tensors for info in module.parts.values()):  # not a tied head stored once more
                 kept = {part: self.tensors[info.name] for part, info in module.parts.items()}
                 found[module.name] = StoredModule(module.name, kept, module.shape, module.format)
+        for tensor, copied in self.copies.items():
+            name = split_name(tensor)[0]
+            found[name] = StoredModule(name, parts[name], self.base.tensors[copied].shape, self.forms[name])
         return found
 
     @cached_property
@@ -155,11 +177,11 @@ class MadeVariant(Checkpoint):
 
     @property
     def working_bytes(self) -> int:
-        """Memory at most that making a weight takes, beside the weight as it is read and as it comes out: a float32
-        copy, one more for the error of a search, and what the maker keeps."""
+        """Memory at most that making a weight takes, beside the weight as it is read and as it comes out, and what the
+        maker keeps."""
         assert self.maker is not None
         largest = max((module.numel for name, module in self.modules.items() if name in self.forms), default=0)
-        return 8 * largest + self.maker.kept_bytes
+        return self.maker.bytes_per_weight * largest + self.maker.kept_bytes
 
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
         assert self.base is not None
@@ -171,7 +193,7 @@ class MadeVariant(Checkpoint):
         """As Checkpoint.load; the weight of a made module is rounded here and now, on `device`."""
         assert self.base is not None
         assert self.maker is not None
-        value = self.base.load(tensor, device=device)
+        value = self.base.load(self.copies.get(tensor, tensor), device=device)
         name, part = split_name(tensor)
         if name not in self.forms or part != "weight":
             return value
@@ -191,9 +213,10 @@ def make_variant(
     maker = maker or maker_of(spec)
     stored = maker.store(base)
     label = f"{base.label} ({', '.join(f'{key}: {value}' for key, value in spec.items())})"
+    config = {**base.config, "tie_word_embeddings": False} if stored.copies else base.config
     return MadeVariant(
-        base.path, label, base.config, stored.tensors, (), {}, base, spec, importance, maker, stored.formats,
-        stored.fallbacks,
+        base.path, label, config, stored.tensors, (), {}, base, spec, importance, maker, stored.formats,
+        stored.fallbacks, stored.copies,
     )  # fmt: skip
 
 
@@ -205,7 +228,7 @@ def make_variants(
     keep_bytes: int = 0,
 ) -> list[tuple[SourceId, MadeVariant]]:
     """The candidates of one run; what several of their types fall back to is encoded once. literal: see GgufMaker;
-    keep_bytes: of encodings of GGUF types that may stay in memory."""
+    keep_bytes: of encodings of GGUF types and EXL2 that may stay in memory."""
     from recompile.quantize.makers import SharedEncodings
 
     shared = SharedEncodings(keep_bytes)

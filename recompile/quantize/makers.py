@@ -36,6 +36,7 @@ from recompile.quantize.scheme_encoder import NVFP4, PACKED, SchemeEncoder, unif
 NOWHERE = Path("(made on the fly)")
 SCALE_DTYPE = torch.bfloat16
 Importances = Mapping[str, Tensor]  # module -> [in] float32, mean square of every input; None: not calibrated
+WORKING_BYTES = 8  # of a weight being rounded: a float32 copy, one more for the error of a search
 SHARED_BYTES = 64 << 20  # of encodings kept for a while because several candidates fall back to one type
 KEEP_BYTES = 1 << 30  # of encodings kept where no memory cap is given
 
@@ -46,11 +47,13 @@ class Stored:
 
     tensors: all of them, by name; formats: of the modules that are made, "pack-quantized", "gguf", ...
     fallbacks: module -> (type asked for, type it gets), where these differ
+    copies: tensor -> the base's tensor that it is one more copy of: a head of its own where the base ties it
     """
 
     tensors: Mapping[str, TensorInfo]
     formats: Mapping[str, str]
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 class Maker(Protocol):
@@ -70,6 +73,10 @@ class Maker(Protocol):
     def kept_bytes(self) -> int:
         """Memory at most that the maker keeps between weights."""
 
+    @property
+    def bytes_per_weight(self) -> int:
+        """Memory at most that rounding takes, beside the weight as it is read and as it comes out."""
+
 
 # ---- compressed-tensors ----------------------------------------------------------------------------------------------
 
@@ -80,6 +87,7 @@ class IntMaker:
 
     encoder: IntEncoder
     kept_bytes: int = 0
+    bytes_per_weight: int = WORKING_BYTES
 
     def store(self, base: Checkpoint) -> Stored:
         return _store_linear(base, PACKED, self.encoder.why_not, self._parts)
@@ -102,6 +110,7 @@ class SchemeMaker:
 
     scheme: Scheme
     kept_bytes: int = 0
+    bytes_per_weight: int = WORKING_BYTES
     _whole: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def store(self, base: Checkpoint) -> Stored:
@@ -201,42 +210,47 @@ def _store_linear(base: Checkpoint, format_name: str, why_not: Any, parts_of: An
 class SharedEncodings:
     """Encodings of one run's candidates that are kept: those of a type that several of them fall back to, until
     SHARED_BYTES are full and the oldest go; and `keep_bytes` of any, for good: encoders are slow, and a sweep or a step
-    that measures a whole mix asks for every weight again.
+    that measures a whole mix asks for every weight again. An encoding is parts of one module; its form is a type's name
+    or whatever else tells the candidates of a module apart.
     """
 
     keep_bytes: int = 0
-    asked: dict[tuple[str, str], int] = field(default_factory=dict)  # (module, type) -> candidates that want it
+    asked: dict[tuple[str, str], int] = field(default_factory=dict)  # (module, form) -> candidates that want it
     _all_bytes: int = 0  # of all that is asked for, once
-    _kept: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
     _kept_bytes: int = 0
-    _passing: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+    _passing: dict[tuple[str, str], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
     _passing_bytes: int = 0
 
-    def ask(self, module: str, kind: GgufType, size_bytes: int) -> None:
+    def ask(self, module: str, form: str, size_bytes: int) -> None:
         """Say that a candidate will want this encoding."""
-        self._all_bytes += size_bytes if (module, kind.name) not in self.asked else 0
-        self.asked[module, kind.name] = self.asked.get((module, kind.name), 0) + 1
+        self._all_bytes += size_bytes if (module, form) not in self.asked else 0
+        self.asked[module, form] = self.asked.get((module, form), 0) + 1
 
-    def get(self, module: str, kind: GgufType) -> Tensor | None:
-        key = (module, kind.name)
+    def get(self, module: str, form: str) -> Mapping[str, Tensor] | None:
+        key = (module, form)
         return self._kept[key] if key in self._kept else self._passing.get(key)
 
-    def put(self, module: str, kind: GgufType, packed: Tensor) -> None:
-        key, size = (module, kind.name), packed.numel()
+    def put(self, module: str, form: str, parts: Mapping[str, Tensor]) -> None:
+        key, size = (module, form), _size_of(parts)
         if self._kept_bytes + size <= self.keep_bytes:
-            self._kept[key] = packed
+            self._kept[key] = parts
             self._kept_bytes += size
         elif self.asked.get(key, 0) > 1 and size <= SHARED_BYTES:
-            self._passing[key] = packed
+            self._passing[key] = parts
             self._passing_bytes += size
             while self._passing_bytes > SHARED_BYTES:
-                self._passing_bytes -= self._passing.pop(next(iter(self._passing))).numel()
+                self._passing_bytes -= _size_of(self._passing.pop(next(iter(self._passing))))
 
     @property
     def most_bytes(self) -> int:
         if self._all_bytes <= self.keep_bytes:
             return self._all_bytes
         return self.keep_bytes + (SHARED_BYTES if any(count > 1 for count in self.asked.values()) else 0)
+
+
+def _size_of(parts: Mapping[str, Tensor]) -> int:
+    return sum(part.numel() * part.element_size() for part in parts.values())
 
 
 @dataclass(frozen=True)
@@ -250,6 +264,7 @@ class GgufMaker:
     kind: str
     literal: frozenset[str] = frozenset()
     shared: SharedEncodings = field(default_factory=SharedEncodings, compare=False)
+    bytes_per_weight: int = WORKING_BYTES
     _kinds: dict[str, GgufType] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -272,7 +287,7 @@ class GgufMaker:
                     continue
                 module = split_name(source)[0]
                 self._kinds[module] = got
-                self.shared.ask(module, got, tensors[source].size_bytes)
+                self.shared.ask(module, got.name, tensors[source].size_bytes)
                 formats[module] = "gguf" if got.is_quantized else "dense"
                 if asked != got.name:
                     fallbacks[module] = (asked, got.name)
@@ -280,11 +295,12 @@ class GgufMaker:
 
     def round(self, base: Checkpoint, module: str, weight: Tensor, importance: Importances | None) -> Tensor:
         kind, columns = self._kinds[module], weight.shape[-1]
-        packed = self.shared.get(module, kind)
-        if packed is None:
-            packed = quantize_rows(kind, weight.float(), usable_importance(kind, module, importance, columns))
-            self.shared.put(module, kind, packed)
-        return dequantize_rows(kind, packed.to(weight.device), columns).view(weight.shape)
+        kept = self.shared.get(module, kind.name)
+        if kept is None:
+            importance_of = usable_importance(kind, module, importance, columns)
+            kept = {"rows": quantize_rows(kind, weight.float(), importance_of)}
+            self.shared.put(module, kind.name, kept)
+        return dequantize_rows(kind, kept["rows"].to(weight.device), columns).view(weight.shape)
 
     def description(self) -> Mapping[str, Any]:
         return {"format": "gguf", "type": self.preset.name, "literal": sorted(self.literal)}

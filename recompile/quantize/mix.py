@@ -9,7 +9,8 @@
     base: {bits: 3}
 
 What comes out equals, byte for byte, the mix of variants that were quantized on the same calibration rows: a module's
-codes depend on its own weights and the inputs of the unquantized model alone.
+codes depend on its own weights and the inputs of the unquantized model alone. EXL2 and EXL3 are made so as well, from
+sources like {id: 2.5, bits: 2.5, format: exl2}.
 """
 
 from __future__ import annotations
@@ -84,7 +85,12 @@ class MixEncoder:
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
         first = next(iter(self.encoders.values()))
         if not isinstance(first, (IntEncoder, SchemeEncoder)):  # these say what a module is in the module itself
-            return {**first.quantization_config(0, report, dense), "bits": round(report.bpw, 2)}
+            head_bits = round(report.head_bpw, 2) if report.head_bpw is not None else 16
+            return {
+                **first.quantization_config(0, report, dense),
+                "bits": round(report.bpw, 2),
+                "head_bits": head_bits,
+            }
         from recompile.formats.compressed_tensors import merged_config
 
         quantized = [module.module for module in report.modules if module.quantized]
