@@ -3,9 +3,11 @@
     python scripts/bench_optimize.py --variants DIR --work DIR            # all methods, all budgets
     python scripts/bench_optimize.py ... --budgets 3.4 --methods uniform exact local --report-rows 12
 
-DIR holds 2bpw, 3bpw, ... of one base. Profiles, scores and choices are kept in --work and not made again. Searches use
-rows of the role "choose"; the judge uses rows of the role "report" (three and more domains), which nothing else sees.
-Every choice is checked to be within its budget. Methods are functions from (Bench, budget in bits) to a choice.
+DIR holds 2bpw, 3bpw, ... of one base. modelopt's own search joins with --modelopt ENV/bin/python, the Python of an
+environment that has it (scripts/modelopt_choice.py says how to make one). Profiles, scores and choices are kept in
+--work and not made again. Searches use rows of the role "choose"; the judge uses rows of the role "report" (three and
+more domains), which nothing else sees. Every choice is checked to be within its budget. Methods are functions from
+(Bench, budget in bits) to a choice.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,8 +71,17 @@ class Settings:
 class Bench:
     """Checkpoints, rows and profiles, each made when first asked for and kept on disk."""
 
-    def __init__(self, base: Path, variants: Path, bits: Sequence[str], work: Path, settings: Settings) -> None:
+    def __init__(
+        self,
+        base: Path,
+        variants: Path,
+        bits: Sequence[str],
+        work: Path,
+        settings: Settings,
+        modelopt: Path | None = None,
+    ) -> None:
         self.work, self.settings, self.variants = work, settings, variants
+        self.modelopt = modelopt  # the Python of an environment that has it
         self._oracle: MixOracle | None = None
         self.reference = open_checkpoint(base)
         self.checkpoints = {label: open_checkpoint(variants / f"{label}bpw") for label in bits}
@@ -303,6 +316,49 @@ def evolutionary(bench: Bench, bits: int) -> Choice:
     return named(best)
 
 
+def by_modelopt(grouped: bool) -> Callable[[Bench, int], Choice]:
+    """NVIDIA modelopt's `auto_quantize` in its own environment: squared gradients, its symmetric integers, its solver.
+
+    grouped: q, k, v and gate, up of a layer share a format, as modelopt has it unless told otherwise.
+    """
+
+    def run(bench: Bench, bits: int) -> Choice:
+        level = bench.settings.level
+        if bench.modelopt is None or level not in ("tensor", "fused"):
+            raise click.ClickException("modelopt wants --modelopt ENV/bin/python, and --level tensor or fused")
+        fused = grouped or level == "fused"
+        kind = f"modelopt-{'groups' if fused else 'single'}"
+        modules = [module for group in bench.main.header.groups for module in group.modules]
+        smallest = bench.checkpoints[min(bench.checkpoints, key=int)]
+        request = {
+            "base": str(bench.reference.path),
+            "ids": bench.rows_of("diagonal").tolist(),
+            "group_size": smallest.scheme(smallest.modules[modules[0]]).group_size,
+            "bits": {
+                label: {module: 8 * checkpoint.modules[module].size_bytes for module in modules}
+                for label, checkpoint in bench.checkpoints.items()
+            },
+            "fused": fused,
+            "state": str((bench.work / f"{kind}-{bench.settings.gradient_rows}.pth").absolute()),
+            "budget_bits": bits - bench.problem.fixed_bits,
+        }
+        asked, answered = (bench.work / f"{kind}-{bits}-{what}.json" for what in ("request", "answer"))
+        asked.write_text(json.dumps(request))
+        command = [str(bench.modelopt), str(ROOT / "scripts" / "modelopt_choice.py"), str(asked), str(answered)]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        with (bench.work / f"{kind}-{bits}.log").open("w") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads})
+        if done.returncode:
+            raise click.ClickException(f"modelopt failed ({done.returncode}); {log.name} says why")
+        answer = json.loads(answered.read_text())
+        by_module = answer["choice"]
+        counts = {label: list(by_module.values()).count(label) for label in bench.checkpoints}
+        say(f"  {kind}: {counts} modules by bits, effective_bits {answer['effective_bits']:.4f}")
+        return {group.name: by_module[group.modules[0]] for group in bench.main.header.groups}
+
+    return run
+
+
 def by_search(name: str) -> Callable[[Bench, int], Choice]:
     """A solver of the command that needs the models, given the same time and rows as the others."""
 
@@ -339,6 +395,8 @@ METHODS: dict[str, Callable[[Bench, int], Choice]] = {
     "exact": exact,
     "squared-gradient": squared_gradient,
     "squared-gradient-symmetric": squared_gradient_symmetric,
+    "modelopt": by_modelopt(grouped=True),
+    "modelopt-ungrouped": by_modelopt(grouped=False),
     "evolutionary": evolutionary,
     **{name: by_search(name) for name in SEARCHES},
 }
@@ -372,7 +430,8 @@ def say(text: str) -> None:
 @click.option("--bits", default="2 3 4 6", show_default=True, help="Variants to use, by their names.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("bench-optimize"), show_default=True)
 @click.option("--budgets", default="2.9 3.4 4.0 4.4 5.0", show_default=True, help="Bits per weight.")
-@click.option("--methods", default=" ".join(METHODS), show_default=True)
+@click.option("--methods", help=f"Default: {' '.join(METHODS)}; the modelopt ones with --modelopt.")
+@click.option("--modelopt", type=click.Path(path_type=Path, exists=True), help="A Python that has nvidia-modelopt.")
 @click.option("--level", type=click.Choice(["tensor", "fused", "block", "layer"]), default="tensor", show_default=True)
 @click.option("--mode", type=click.Choice(["exact", "sketch", "diagonal"]), default="sketch", show_default=True)
 @click.option("--samples", default=16, show_default=True)
@@ -390,7 +449,8 @@ def main(
     bits: str,
     work: Path,
     budgets: str,
-    methods: str,
+    methods: str | None,
+    modelopt: Path | None,
     level: str,
     mode: str,
     samples: int,
@@ -407,9 +467,11 @@ def main(
 
         base = Path(make_base.build())
     result = bench_record.birth_certificate() | {"threads": torch.get_num_threads()}
-    bench = Bench(
-        base, variants, bits.split(), work, Settings(level, mode, search_rows, gradient_rows, length, samples, minutes)
-    )
+    settings = Settings(level, mode, search_rows, gradient_rows, length, samples, minutes)
+    bench = Bench(base, variants, bits.split(), work, settings, modelopt)
+    chosen = [name for name in METHODS if modelopt is not None or not name.startswith("modelopt")]
+    if methods is not None:
+        chosen = methods.split()
     report_ids = bench.rows("report", report_rows)
     tables: dict[str, dict[str, dict[str, object]]] = {}
     for bpw in budgets.split():
@@ -419,7 +481,7 @@ def main(
             raise click.ClickException(f"{bpw} bpw is out of reach; {low} to {high} bits are reachable")
         choices: dict[str, Choice] = {}
         seconds: dict[str, float] = {}
-        for name in methods.split():
+        for name in chosen:
             path = work / f"choice-{name}-{bpw}-{level}-{mode}.json"
             if path.exists():
                 kept = json.loads(path.read_text())
