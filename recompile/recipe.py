@@ -754,9 +754,9 @@ def _read_source(entry: _Mapping) -> Source:
     """A directory, or a source to be made. Raises RecipeError where an entry is both or neither."""
     kinds = [key for key in MADE_KINDS if key in entry.value]
     settings = {key: entry.value[key] for key in MADE_SETTINGS if key in entry.value}
+    if settings and "bits" not in kinds:
+        raise entry.at.error(f'"{next(iter(settings))}" goes with "bits" (a source that model_quantize makes)')
     if not kinds:
-        if settings:
-            raise entry.at.error(f'"{next(iter(settings))}" goes with "bits" (a source that model_quantize makes)')
         return Source(entry.scalar("id"), entry.text("model_dir"), entry.at.line, entry.note())
     if "model_dir" in entry.value or len(kinds) > 1:
         both = ["model_dir", *kinds] if "model_dir" in entry.value else kinds

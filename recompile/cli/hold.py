@@ -42,18 +42,20 @@ class Held:
     def keeps(self, choice: Mapping[str, str]) -> bool:
         return self.kl(choice) <= self.max_kl_nats
 
-    def describe(self, choice: Mapping[str, str], reported: Mean) -> str:
-        """How a choice keeps the limit; reported: its KL on the rows of the verification."""
-        said = ""
+    def describe(self, choice: Mapping[str, str], reported: Mean | None) -> str:
+        """How a choice keeps the limit; reported: its KL on the rows of the verification, where there was one."""
+        rows = len(self.kls.rows.ids)
+        said = (
+            f"Limit:        KL {self.max_kl_nats:g} at most; {self.kl(choice):.6f} on the {rows} rows that the size "
+            f"was found with ({len(self.tried)} sizes measured)"
+        )
+        if reported is None:
+            return said
+        said += f"; {reported.mean:.6f} on those above"
         if reported.std_error is not None:
             low, high = (reported.mean + side * 1.96 * reported.std_error for side in (-1, 1))
-            said = f", 95 % {max(low, 0):.6f} to {high:.6f}"
-        there = "above" if reported.mean > self.max_kl_nats else "within"
-        rows = len(self.kls.rows.ids)
-        return (
-            f"Limit:        KL {self.max_kl_nats:g} at most; {self.kl(choice):.6f} on the {rows} rows that the size "
-            f"was found with ({len(self.tried)} sizes measured); {reported.mean:.6f} on those above{said}: {there} it"
-        )
+            said += f", 95 % {max(low, 0):.6f} to {high:.6f}"
+        return f"{said}: {'above' if reported.mean > self.max_kl_nats else 'within'} it"
 
 
 def hold_limit(

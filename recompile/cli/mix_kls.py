@@ -75,6 +75,7 @@ class MixKls:
     def _save(self) -> None:
         partial = self._path.with_name(f"{self._path.name}.partial")
         try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(self._file) + "\n", encoding="utf-8")
             partial.replace(self._path)
         except OSError as error:

@@ -573,8 +573,10 @@ def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None,
             lines.append(f'Wrote the best of them instead: "{chosen.solution.solver}" (--no-guard keeps the recipe).')
         elif verdict.unbeaten:
             lines.append(_why_kept(verdict, held))
-        if held is not None:
-            lines.append(held.describe(chosen.solution.choice, _written(chosen, verdict).kl))
+    if held is not None:
+        reported = _written(chosen, verdict).kl if verdict is not None else None
+        lines.append(held.describe(chosen.solution.choice, reported))
+    if verdict is not None or held is not None:
         lines.append("")
     lines += [f"Wrote {out}", "", f"Next: {_next_step(chosen.profile, out)}"]
     return "\n".join(lines)

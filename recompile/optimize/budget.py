@@ -70,7 +70,7 @@ class Budget:
     bpw: float | None = None  # bits per weight over quantized modules
     total_bpw: float | None = None  # over all weights, embedding, head and norms included
     size_bytes: int | None = None  # of all tensors
-    max_kl: float | None = None  # predicted KL, nats per token: the smallest size that keeps it
+    max_kl: float | None = None  # nats per token, predicted or (measured.py) measured: the smallest size that keeps it
     max_ppl_increase: float | None = None  # 0.02 = 2 %: as max_kl = ln(1.02), see max_kl_for
     active_bpw: float | None = None  # bits per weight that takes part in a token
     active_share: Fraction = Fraction(1)  # of the routed experts, of a token

@@ -198,6 +198,22 @@ def test_a_limit_on_kl_holds_for_what_is_measured(profile: Path) -> None:
     assert again.kl.mean == pytest.approx(limit["measured_kl_nats"], rel=1e-3)  # two ways to sum float32 logits
 
 
+def test_a_limit_is_told_where_the_verification_fails(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recompile.cli import model_optimize as command
+    from recompile.errors import RecompileError
+
+    def fail(*_: object) -> None:
+        raise RecompileError("no rows left to report on")
+
+    monkeypatch.setattr(command, "_verify", fail)
+    out = profile.parent / "new" / "mix.yaml"
+    result = run(profile, "--max-kl", "0.3", "-r", "2", "-l", "16", "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "written but not verified: no rows left" in result.output
+    assert "on the 2 rows that the size was found with" in result.stdout
+    assert out.exists()
+
+
 def test_a_limit_out_of_reach_names_what_is_measured(profile: Path) -> None:
     result = run(profile, "--max-kl", "1e-7", "-r", "4", "-l", "16", "-o", profile.with_name("no.yaml"))
     assert result.exit_code == 1

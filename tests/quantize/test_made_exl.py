@@ -224,6 +224,7 @@ def test_the_head_is_what_the_recipe_or_the_option_says(tmp_path: Path) -> None:
         (mix_of("exl4", (2, 3, 4), True), "sources of format exl4"),
         (mix_of("exl2", (2, 3, 4), True).replace("bits: 3, format", "format"), "wanted bits or a scheme"),
         (mix_of("exl2", (2, 3, 4), True).replace("bits: 2, format", "format"), '"format" goes with "bits"'),
+        (mix_of("exl2", (2, 3, 4), True).replace("bits: 2,", "scheme: nvfp4,"), '"format" goes with "bits"'),
     ],
 )
 def test_recipes_that_cannot_be_made_say_why(text: str, message: str, tmp_path: Path) -> None:
