@@ -24,8 +24,10 @@ from recompile.checkpoint import open_checkpoint
 mode, folder, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 base = open_checkpoint(folder / "base")
 if made := sys.argv[4:]:
-    from recompile.quantize.made import make_variants, spec_of
-    first, candidates = made[0], make_variants(base, [spec_of(name) for name in made])
+    from recompile.quantize.made import exl_spec_of, make_variants, spec_of
+    parts = [name.partition(":") for name in made]
+    candidates = make_variants(base, [exl_spec_of(bits, form) if bits else spec_of(form) for form, _, bits in parts])
+    first = candidates[0][0]
 else:
     first, candidates = 4, [(bits, open_checkpoint(folder / f"{bits}bpw")) for bits in (4, 2, 3, 5, 6, 8)]
 ids = torch.zeros(2, 16, dtype=torch.int64)
@@ -125,10 +127,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("mode", "made"), [("sketch", ()), ("exact", ()), ("exact", ("Q8_0", "Q6_K"))])
+@pytest.mark.parametrize(
+    ("mode", "made"), [("sketch", ()), ("exact", ()), ("exact", ("Q8_0", "Q6_K")), ("sketch", ("exl2:3", "exl2:5.5"))]
+)
 def test_peak_memory_stays_under_the_cap(large: Path, mode: str, made: tuple[str, ...]) -> None:
-    """Six candidates on disk; GGUF types made on the fly."""
-    if made:
+    """Six candidates on disk; GGUF types and EXL2 made on the fly."""
+    if "Q8_0" in made:
         pytest.importorskip("libgguf")
     weights = sum(rows * columns for rows, columns in shapes().values())
     assert 4 * weights >= 4 * CAP_MIB * 2**20  # float32, as it is run on a CPU
