@@ -145,7 +145,7 @@ def plan_pass(
         """(working, deltas) of a batch of so many rows."""
         graph = batch * tokens * (6 * hidden + 3 * largest.outputs + largest.attention * tokens) * size
         changes = batch * tokens * largest.outputs * (2 * candidates + 2 * SAMPLE_BLOCK) * size
-        decoding = 3 * largest.parameter * size + making
+        decoding = 4 * largest.parameter * size + making  # as stored, decoded, sliced; and that of the origin
         return max(largest.weights * size + graph + changes + decoding, with_head), (
             candidates * largest.weights * size if keep else 0
         )
@@ -261,6 +261,7 @@ class AdjointPass:
 
     context: the weights that the model runs with; candidates: by label
     current: (group name, label) -> True where the context already holds that candidate: its product is 0
+    origin: the weights that changes are counted from; None: the context's
     """
 
     model: LayeredModel
@@ -270,6 +271,7 @@ class AdjointPass:
     plan: PassPlan
     current: Callable[[str, str], bool] = lambda group, source: False
     scratch_folder: Path | None = None
+    origin: WeightSource | None = None
 
     def __post_init__(self) -> None:
         self.model.model.set_experts_implementation("eager")  # one linear call an expert, which the tape sees
@@ -382,12 +384,16 @@ class AdjointPass:
         for group in self.groups:
             if group.layer is not None or role_of(group.modules[0]) == "head":
                 continue
+            if self.origin is None:
+                before = [states.get(0, rows, self.model.device) for rows in self._batches(len(ids))]
+            else:
+                before = list(self.model.embed(ids, self.plan.batch_rows, self.origin))
             for source in group.bits:
                 products = torch.zeros(adjoints.shape[1], adjoints.shape[0])
                 if not self.current(group.name, source):
                     swapped = self.model.embed(ids, self.plan.batch_rows, self.candidates[source])
-                    for rows, embedded in zip(self._batches(len(ids)), swapped, strict=True):
-                        change = (embedded - states.get(0, rows, self.model.device)).float().flatten(1)  # [rows, t*h]
+                    for rows, embedded, own in zip(self._batches(len(ids)), swapped, before, strict=True):
+                        change = (embedded - own).float().flatten(1)  # [rows, tokens * hidden]
                         along = adjoints[:, rows].float().flatten(2)  # [samples, rows, t*h]
                         products[rows] = torch.einsum("srn,rn->rs", along, change).cpu()
                 products += tied.get((group.name, source), 0)
@@ -416,6 +422,7 @@ class _Deltas:
         self._owner = owner
         self._group_of = {module: group for group in groups for module in group.modules}
         self._kept: dict[tuple[str, str], Tensor] = {}
+        self._origin: tuple[str, Tensor] | None = None
         self._layer, self._prefix = owner.model.layers[index], owner.model.prefix_of_layer(index)
 
     def changes(self, calls: Sequence[_LinearCall], rows: int) -> list[list[_Change]]:
@@ -482,11 +489,19 @@ class _Deltas:
         kept = self._kept.get((parameter, label))
         if kept is not None:
             return kept
-        own = self._layer.get_parameter(parameter.removeprefix(f"{self._prefix}."))
-        delta = self._owner.model.load_parameter(parameter, self._owner.candidates[label]).sub_(own)
+        delta = self._owner.model.load_parameter(parameter, self._owner.candidates[label]).sub_(self._own(parameter))
         if self._owner.plan.keep_deltas:
             self._kept[(parameter, label)] = delta
         return delta
+
+    def _own(self, parameter: str) -> Tensor:
+        """What its changes are counted from; a parameter of the origin is held until another one is asked for."""
+        origin = self._owner.origin
+        if origin is None:
+            return self._layer.get_parameter(parameter.removeprefix(f"{self._prefix}."))
+        if self._origin is None or self._origin[0] != parameter:
+            self._origin = parameter, self._owner.model.load_parameter(parameter, origin)
+        return self._origin[1]
 
 
 class _Accumulator:

@@ -41,6 +41,7 @@ class FisherCotangents:
     first_row: int = 0  # number of the pass's first row among all rows
     draws: int = DRAWS
     gradients: int = 0
+    origin: WeightSource | None = None  # whose head the changes of swapped heads are counted from; None: the model's
 
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
         """As `eval.adjoint.Cotangents.at_norm`."""
@@ -58,7 +59,7 @@ class FisherCotangents:
                 pieces.append(made)
                 labels.append(drawn)
             found.append(torch.cat(pieces, 1))
-        return torch.stack(found, 1), self._head_products(normed, labels, draws)
+        return torch.stack(found, 1), self._head_products(rows.start, normed, labels, draws)
 
     def output(self, row: int, chunk: slice, states: Tensor, linear: bool) -> HeadOutput:
         """What the head makes of some tokens of a row; states: [tokens, hidden]. Called once for each of them."""
@@ -72,32 +73,48 @@ class FisherCotangents:
         return uniform, torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1).mul_(self.draws**-0.5)
 
     def _head_products(
-        self, normed: Tensor, labels: Sequence[Tensor], draws: Sequence[tuple[Tensor, Tensor]]
+        self, first_row: int, normed: Tensor, labels: Sequence[Tensor], draws: Sequence[tuple[Tensor, Tensor]]
     ) -> dict[tuple[str, str], Tensor]:
-        """g . dz of every candidate of the head, dz the true change of the logits; [rows, samples] each."""
+        """g . dz of every candidate of the head, dz the true change of the logits; [rows, gradients + samples] each."""
         model = self.model
         products: dict[tuple[str, str], Tensor] = {}
         for group in self.groups:
             if group.layer is not None or not model.is_head(group.modules[0]):
                 continue
+            name = f"{model.prefix_of(model.head)}.weight"
             kept = model.head.get_parameter("weight").data
+            origin = model.load_parameter(name, self.origin) if self.origin is not None else kept
+
+            def logits(states: Tensor, weight: Tensor, kept: Tensor = kept) -> Tensor:
+                model.set_parameter(model.head, "weight", weight)
+                found = model.logits(states[None])[0].float()
+                model.set_parameter(model.head, "weight", kept)
+                return found
+
             for source in group.bits:
-                swapped = model.load_parameter(f"{model.prefix_of(model.head)}.weight", self.candidates[source])
-                total = torch.zeros(len(normed), self.samples)
+                swapped = model.load_parameter(name, self.candidates[source])
+                total = torch.zeros(len(normed), self.gradients + self.samples)
                 drawn = iter(labels)
                 for row, states in enumerate(normed):
                     for chunk in chunks_of(len(states)):
-                        before = model.logits(states[None, chunk])[0].float()
-                        model.set_parameter(model.head, "weight", swapped)
-                        change = model.logits(states[None, chunk])[0].float() - before
-                        model.set_parameter(model.head, "weight", kept)
-                        mean = torch.linalg.vecdot(before.softmax(-1), change)  # [tokens]
+                        here = states[chunk]
+                        p = logits(here, kept).softmax(-1)
+                        change = logits(here, swapped) - logits(here, origin)
+                        mean = torch.linalg.vecdot(p, change)  # [tokens]
                         at = next(drawn)  # [samples, tokens, draws]
                         rise = change.expand(len(at), -1, -1).gather(-1, at) - mean[:, None]
                         signs = draws[row][1][:, chunk].to(rise.device)
-                        total[row] += (signs * rise).sum((1, 2)).cpu()
+                        along = [*self.head_gradients(first_row + row, chunk, p, change), *(signs * rise).sum((1, 2))]
+                        total[row] += torch.stack(along).cpu()
                 products[(group.name, source)] = total
         return products
+
+    def head_gradients(self, row: int, chunk: slice, p: Tensor, change: Tensor) -> Sequence[Tensor]:
+        """Of every gradient, what it says of a change of some tokens' logits, summed over them: a number each.
+
+        p: what the model makes of the tokens; both [tokens, vocab]
+        """
+        return ()
 
     def _samples(self, output: HeadOutput, uniform: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
         """Cotangents [samples, tokens, hidden] of one chunk of a row, and the labels drawn."""

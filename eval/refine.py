@@ -2,11 +2,12 @@
 
 At a mix with logits z_q and distribution q, against the reference's p, the gradient of KL(p || q) with respect to z_q
 is q - p, and its second derivative is F_q = diag(q) - q q'. So one streamed backward pass (`eval.adjoint`) with the
-cotangent q - p and some Fisher samples of q gives the first- and second-order term of every swap at once.
+cotangent q - p and some Fisher samples of q gives the first- and second-order term of every candidate's error at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
 from recompile.optimize.refine import SwapModel
 from recompile.quantize.made import making_bytes
-from recompile.stream import LayeredModel
+from recompile.stream import LayeredModel, default_dtype, sketch_dtype
 
 SAMPLES = 2  # Fisher samples a row, beside the gradient
 
@@ -112,9 +113,12 @@ class KlCotangents(FisherCotangents):
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
         pieces, products = super().at_norm(rows, normed)
         gradients = torch.stack([torch.cat(self._gradients.pop(row)) for row in range(rows.start, rows.stop)])
-        # a swapped head is measured by its Fisher samples alone; its gradient sample is left at zero
-        padded = {s: torch.cat([torch.zeros(len(v), 1), v], 1) for s, v in products.items()}
-        return torch.cat([gradients[None], pieces]), padded
+        return torch.cat([gradients[None], pieces]), products
+
+    def head_gradients(self, row: int, chunk: slice, p: Tensor, change: Tensor) -> Sequence[Tensor]:
+        assert self.reference is not None, "given by MixOracle"
+        goal = self.reference.logits(self.goals[row].normed[None, chunk])[0].float().softmax(-1)
+        return [torch.linalg.vecdot(p - goal, change).sum()]
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,24 @@ class OracleProgress:
     text: str
     done: int
     total: int
+
+
+def correlations(found: Sequence[SwapProducts]) -> dict[tuple[str, str], float]:
+    """How alike the errors of two candidates of one group are, by their labels: the mean over groups of the correlation
+    of their samples. A pair of labels stands for all its groups, for the samples of one group are few."""
+    by_group: dict[str, dict[str, Tensor]] = {}
+    for swap in found:
+        samples = swap.products.flatten().double()
+        length = samples.norm()
+        if length > 0:
+            by_group.setdefault(swap.group, {})[swap.source] = samples / length
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for samples_of in by_group.values():
+        stacked = torch.stack(list(samples_of.values()))
+        for first, row in zip(samples_of, (stacked @ stacked.T).tolist(), strict=True):
+            for second, value in zip(samples_of, row, strict=True):
+                pairs.setdefault((first, second), []).append(value)
+    return {pair: math.fsum(values) / len(values) for pair, values in pairs.items()}
 
 
 @dataclass
@@ -140,15 +162,23 @@ class MixOracle:
     rows_per_step: int = 12
     samples: int = SAMPLES
     seed: int = 0
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # None: the device's default to measure in, the quickest that serves to linearise
     device: str = "cpu"
     max_memory_bytes: int | None = None
     progress: Callable[[OracleProgress], None] = lambda event: None
 
     def __post_init__(self) -> None:
-        self._reference = LayeredModel.of(self.reference, dtype=self.dtype, device=self.device)
-        self._model = LayeredModel.of(self.checkpoints[self.header.base], dtype=self.dtype, device=self.device)
+        self._reference, self._model = self._models(self.dtype or default_dtype(self.device))
+        quick = self.dtype or sketch_dtype(self.device)
+        same = quick == self._model.dtype
+        self._quick_reference, self._quick_model = (self._reference, self._model) if same else self._models(quick)
         self._accept_goals: list[Goal] | None = None
+
+    def _models(self, dtype: torch.dtype) -> tuple[LayeredModel, LayeredModel]:
+        """Those of the reference and of mixes."""
+        sources = (self.reference, self.checkpoints[self.header.base])
+        reference, model = (LayeredModel.of(source, dtype=dtype, device=self.device) for source in sources)
+        return reference, model
 
     @torch.no_grad()
     def normed(self, model: LayeredModel, source: WeightSource, ids: Tensor) -> Tensor:
@@ -168,9 +198,9 @@ class MixOracle:
         first = (step * count) % len(self.pool)
         ids = torch.cat([self.pool, self.pool])[first : first + count]
         mix = mix_of(self.header, self.checkpoints, choice)
-        goals = self.goals(ids)
+        goals = self.goals(self._quick_reference, ids)
         plan = plan_pass(
-            self._model,
+            self._quick_model,
             self.header.groups,
             len(self.checkpoints),
             rows=ids.shape[0],
@@ -179,20 +209,19 @@ class MixOracle:
             cap_bytes=self.max_memory_bytes,
             making=making_bytes(self.checkpoints.values()),
         )
-        runner = AdjointPass(
-            self._model, mix, self.checkpoints, self.header.groups, plan, lambda group, source: choice[group] == source
-        )
+        runner = AdjointPass(self._quick_model, mix, self.checkpoints, self.header.groups, plan, origin=self.reference)
         found: list[SwapProducts] = []
-        with torch.no_grad(), self._reference.head_loaded():
+        with torch.no_grad(), self._quick_reference.head_loaded():
             cotangents = KlCotangents(
-                self._model,
+                self._quick_model,
                 self.checkpoints,
                 self.header.groups,
                 self.samples,
                 self.seed,
                 sweep=step,
                 gradients=1,
-                reference=self._reference,
+                origin=self.reference,
+                reference=self._quick_reference,
                 goals=goals,
             )
             for event in runner.run(ids, cotangents):
@@ -205,31 +234,34 @@ class MixOracle:
                 elif isinstance(event, LayerForward):
                     self._note(f"step {step + 1}, forward", event.layer, 2 * event.depth)
         tokens = ids.shape[1]
-        slopes = {(s.group, s.source): s.products[:, 0].double() / tokens for s in found}  # [rows] each
-        linear = {swap: float(rows.mean()) for swap, rows in slopes.items()}
-        errors = {swap: float(rows.std()) / len(rows) ** 0.5 for swap, rows in slopes.items()}
+        slope = {(s.group, s.source): float(s.products[:, 0].double().mean()) / tokens for s in found}
         draws = [SwapProducts(s.group, s.source, s.products[:, 1:], s.squares, s.tokens) for s in found]
-        away = [s for s in draws if choice[s.group] != s.source]
-        sketch = collect(away, self.samples, keep_pairs=False)
-        curvature = estimate(sketch, tokens).mean(1).tolist()
-        quadratic = dict.fromkeys(linear, 0.0) | dict(zip(sketch.swaps, curvature, strict=True))
-        return SwapModel(sum(cotangents.kl_rows.values()) / len(cotangents.kl_rows), linear, quadratic, errors)
+        sketch = collect(draws, self.samples, keep_pairs=False)
+        own = dict(zip(sketch.swaps, estimate(sketch, tokens).mean(1).tolist(), strict=True))
+        alike = correlations(draws)
+        cross = {
+            (group, source): 2 * value
+            if source == choice[group]
+            else 2 * alike.get((source, choice[group]), 0.0) * math.sqrt(max(0.0, value * own[group, choice[group]]))
+            for (group, source), value in own.items()
+        }
+        return SwapModel(sum(cotangents.kl_rows.values()) / len(cotangents.kl_rows), slope, own, cross)
 
     def _note(self, text: str, done: int, total: int) -> None:
         self.progress(OracleProgress(text, done, total))
 
     @torch.no_grad()
-    def goals(self, ids: Tensor) -> list[Goal]:
-        """What the reference makes of rows [rows, tokens]."""
-        wanted = self.normed(self._reference, self.reference, ids)
-        with self._reference.head_loaded():
-            return [Goal.of(self._reference, states) for states in wanted]
+    def goals(self, model: LayeredModel, ids: Tensor) -> list[Goal]:
+        """What the reference makes of rows [rows, tokens]; model: of the reference."""
+        wanted = self.normed(model, self.reference, ids)
+        with model.head_loaded():
+            return [Goal.of(model, states) for states in wanted]
 
     @torch.no_grad()
     def measure(self, choice: Mapping[str, str]) -> list[float]:
         """KL(reference || mix) of every accepting row, nats per token."""
         if self._accept_goals is None:
-            self._accept_goals = self.goals(self.accept)
+            self._accept_goals = self.goals(self._reference, self.accept)
         mix = mix_of(self.header, self.checkpoints, choice)
         return list(self.kl_rows(mix, self.accept, self._accept_goals))
 

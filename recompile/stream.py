@@ -34,6 +34,15 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
+def sketch_dtype(device: str | torch.device) -> torch.dtype:
+    """For what is linear in a change of weights, so that rounding costs it a relative error and no floor: bfloat16
+    where the device multiplies that fast, on a CPU by instructions of its own."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    able = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if any(ask is not None and ask() for ask in able) else torch.float32
+
+
 class _HeapFigures(ctypes.Structure):
     """glibc's struct mallinfo2: ten sizes, the ninth of which is the bytes of freed blocks."""
 

@@ -1,4 +1,4 @@
-"""The journal of a refining search: one line a tried move, so that an interrupted run goes on from its best choice."""
+"""The journal of a refining search: one line a step, so that an interrupted run goes on from its best choice."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ class RefineJournal:
         return journal
 
     def append(self, step: RefineStep) -> None:
-        """Keep a tried move; on disk when this returns. Raises JournalError."""
+        """Keep a step; on disk when this returns. Raises JournalError."""
         self.choice, self.damping, self.steps = dict(step.choice), step.damping, step.step + 1
         line = {
             "step": step.step,
-            "tried": step.tried,
             "accepted": step.accepted,
             "damping": step.damping,
             "bits": step.bits,
             "kl_nats": step.kl_nats,
             "change_nats": step.change_nats,
             "change_std_error": step.change_std_error,
+            "moved": step.moved,
             "predicted_nats": step.predicted_nats,
             "choice": dict(step.choice),
         }

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from recompile.cli.verify import RowOptions
     from recompile.costs import Profile
     from recompile.optimize.problem import Problem
+    from recompile.optimize.refine import RefineStep
     from recompile.optimize.rows import Row
     from recompile.recipe import Recipe
 
-REFINE_STEPS = 24
+REFINE_STEPS = 40
 REFINE_ROWS = 4  # linearised in a step, fresh ones each: many short steps go further than a few long ones
-ACCEPT_ROWS = 12  # measured after every move, always the same; enough for the moves that pay
+ACCEPT_ROWS = 12  # measured after every move, always the same
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def search_local(search: Search) -> Mapping[str, str]:
 
 
 def search_refine(search: Search) -> Mapping[str, str]:
-    """Steps of a trust region on the measured KL (recompile.optimize.refine); goes on from its journal."""
+    """Descent by what swaps cost at the recipe itself (recompile.optimize.refine); an interrupted one goes on from its
+    journal's best recipe, with averages begun anew."""
     from eval.refine import MixOracle, OracleProgress
     from recompile.cli.refine_journal import RefineJournal
     from recompile.optimize.exact import solve_exact
@@ -130,13 +132,17 @@ def search_refine(search: Search) -> Mapping[str, str]:
             ):
                 journal.append(step)
                 if not search.quiet:
-                    said = "taken" if step.accepted else "refused"
-                    click.echo(
-                        f"step {step.step + 1}: {step.moved} groups moved, KL {step.change_nats:+.5f} ± "
-                        f"{step.change_std_error:.5f}, {said}; now {step.kl_nats:.5f} on {accept} rows of its own",
-                        err=True,
-                    )
+                    click.echo(_describe(step, accept), err=True)
             return journal.choice
+
+
+def _describe(step: RefineStep, rows: int) -> str:
+    if not step.moved:
+        return f"step {step.step + 1}: no move would pay; KL {step.kl_nats:.5f} on {rows} rows of its own"
+    against = f"{step.change_nats:+.5f} ± {step.change_std_error:.5f} against the best"
+    best = "the best now" if step.accepted else "not kept"
+    now = f"{step.kl_nats:.5f} on {rows} rows of its own"
+    return f"step {step.step + 1}: {step.moved} groups moved, KL {against}, {best}; {now}"
 
 
 SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {

@@ -1,23 +1,22 @@
-"""Whole recipes, improved where they are: a trust-region method on the measured KL.
+"""Whole recipes, improved where they are: descent over recipes, by what every swap costs at the recipe itself.
 
-Costs of single swaps are measured around the reference, and a recipe sits somewhere else. So the cost of every swap is
-measured again AT the current recipe: to first order by the gradient of the KL itself, to second order by the Fisher
-matrix of the model as it is there,
+Costs of single swaps are measured around the reference, and a recipe sits somewhere else. With e_gc the error of group
+g's weights under candidate c, and the KL quadratic in all errors around the recipe,
 
-    KL(recipe + swaps) = KL(recipe) + sum of linear + damping * sum of quadratic,
+    cost of c in g, the other groups as they are = <gradient, e_gc> - cross_gc + own_gc,
+    own_gc = 1/2 e_gc' F e_gc,    cross_gc = e_gc' F e_gh,
 
-the budgeted choice on these costs is solved, the move is measured on rows of its own, and taken if it is better there.
-(Levenberg-Marquardt: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963; the choice
-takes the place of the linear solve.) The damping stands for what the quadratic form of single swaps leaves out: their
-interactions, which grow with the move. It need not be guessed: every measured move tells which damping would have
-foretold it, (change - linear) / quadratic, and the next move is solved with that.
+F the Fisher matrix of the model as it is there and h what g has: the gradient of the KL at the recipe holds the group's
+own part, F e_gh, which cross takes out. So corrected the costs do not depend on what the group has, and can be averaged
+over steps while the recipe moves: each step sees a few rows only, and their average becomes as sharp as that of many.
+On it the budgeted choice is solved, with at most a share of the groups moved at once, for costs of moves made together
+do not quite add up.
 
-Interactions measured instead of damped, by the products of Fisher samples, do worse at this number of samples: on
-SmolLM2 at 3.4 bits, swaps chosen to cancel in 12 samples do not cancel in 12 others, and the moves lose.
+What the quadratic form of single swaps leaves out is measured: every move tells which factor on own and cross would
+have foretold it (the damping; 1.0 to 1.2 on SmolLM2 at 3.4 bits), and the next is solved with the average of these.
 
-The rows of a step are few, and a solver that looks for the least of many noisy costs finds noise. So the measured first
-order is shrunk towards what the profile says of the same swap (the difference of the two costs), by as much as its
-scatter over the rows says is noise.
+Interactions of pairs, from products of Fisher samples, are left out: on SmolLM2 at 3.4 bits errors of two groups
+correlate by 0.02 (root mean square, 2,160 samples), too little to find moves by that hold on other rows.
 
 Numbers only: what linearises and measures is handed in.
 """
@@ -26,29 +25,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.problem import Option, Problem, Solution, evaluate
 
-FIRST_DAMPING = 2.0
-LEAST_DAMPING, MOST_DAMPING = 0.5, 64.0  # below 1: where interactions help, not hurt; a measurement decides
-CLOSE = 1.3  # a damping within this factor of the measured one needs no second try
-BELIEF = 0.7  # weight of a measured damping in the logarithm of the next
-MEMORY = 0.5  # weight of the last step's model in this step's
-TRIES = 3  # moves tried per linearisation
-PATIENCE = 3  # linearisations in a row without a better recipe, and the search ends
+KEPT = 0.98  # weight of the steps so far when another one is averaged in
+PRIOR_STEPS = 2.0  # steps that the profile's costs count for
+FIRST_DAMPING = 1.1
+LEAST_DAMPING, MOST_DAMPING = 0.1, 10.0
+BOLDER = 1.3  # by so much the damping is lowered, again and again, where no untried move is foretold to pay
+DAMPING_SPREAD = 0.3  # standard deviation of the damping before anything is measured
+LINEAR_ERROR = 0.25  # of a move's linear part, relative: what one move says of the damping is no surer than that
+MOVED_SHARE = 12  # at most one group in so many is moved in a step, but never held to fewer than LEAST_MOVED
+LEAST_MOVED = 4
+HALVINGS = 12  # of the reluctance to move that holds a move to its size
+PATIENCE = 8  # steps in a row without a better recipe, and the search ends
+
+Swap = tuple[str, str]  # (member of a group, source)
 
 
 @dataclass(frozen=True)
 class SwapModel:
-    """What swaps at one recipe cost on some rows, nats per token: first- and second-order terms by (group, source)."""
+    """What every candidate costs at one recipe on some rows, nats per token, by (group, source).
 
-    kl_nats: float  # of the recipe on the rows of the model
-    linear: Mapping[tuple[str, str], float]
-    quadratic: Mapping[tuple[str, str], float]
-    linear_error: Mapping[tuple[str, str], float]  # standard error of the first order over the rows
+    slope: <gradient of the KL, error of the candidate's weights from the reference's>
+    own: half the quadratic form of that error alone, in the Fisher matrix of the recipe
+    cross: the product of that error with the one of what the group has, in the same form; 2 own for what it has
+    """
+
+    kl_nats: float  # of the recipe on these rows
+    slope: Mapping[Swap, float]
+    own: Mapping[Swap, float]
+    cross: Mapping[Swap, float]
 
 
 class Oracle(Protocol):
@@ -65,20 +75,65 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True)
 class RefineStep:
-    """One try; `choice` is the incumbent after it."""
+    """One step; `choice` is the best recipe after it."""
 
     step: int
-    tried: int  # of this step's moves, from 1
-    accepted: bool
+    accepted: bool  # the step's move gave the best recipe so far
     choice: Mapping[str, str]
     bits: int
-    kl_nats: float  # of the incumbent on the accepting rows
-    change_nats: float  # of the tried move, paired over rows: mean
+    kl_nats: float  # of the best recipe on the accepting rows
+    change_nats: float  # of the tried recipe against the best one before it, paired over rows: mean
     change_std_error: float
-    predicted_nats: float  # by the undamped model
-    moved: int  # groups that the tried move changes
-    damping: float
-    model: SwapModel  # to go on from
+    predicted_nats: float  # of the step's move, from where it began
+    moved: int  # groups that the move changes; 0: none was foretold to pay
+    damping: float  # by which the moves so far would best have been foretold
+
+
+@dataclass
+class Costs:
+    """Averages of the steps' models, by (group, source)."""
+
+    weight: float = 0.0
+    slope: dict[Swap, float] = field(default_factory=dict)
+    curve: dict[Swap, float] = field(default_factory=dict)  # own - cross
+
+    def add(self, model: SwapModel, moved: float = 0.0) -> None:
+        """Average in what was found at a choice. moved: share of the groups that moved since the last one, by which
+        what was found before it holds less."""
+        before = KEPT * (1 - moved) ** 2 * self.weight
+        self.weight = before + 1
+        for swap, slope in model.slope.items():
+            for averages, value in ((self.slope, slope), (self.curve, model.own[swap] - model.cross[swap])):
+                averages[swap] = (before * averages.get(swap, 0.0) + value) / self.weight
+
+    def of(self, swap: Swap, damping: float) -> float:
+        """NaN for a swap that was not measured."""
+        if swap not in self.slope:
+            return math.nan
+        return self.slope[swap] + damping * self.curve[swap]
+
+
+@dataclass
+class Damping:
+    """The factor on curvature that foretells measured moves, by least squares; `first` is right to DAMPING_SPREAD."""
+
+    first: float
+    total: float = field(init=False)
+    weight: float = DAMPING_SPREAD**-2
+
+    def __post_init__(self) -> None:
+        self.total = self.weight * self.first
+
+    @property
+    def value(self) -> float:
+        return min(max(self.total / self.weight, LEAST_DAMPING), MOST_DAMPING)
+
+    def see(self, change: float, error: float, linear: float, quadratic: float) -> None:
+        """A move that was measured, and what was foretold: linear + damping * quadratic."""
+        variance = error**2 + (LINEAR_ERROR * linear) ** 2
+        if 0 < variance < math.inf:
+            self.total += quadratic * (change - linear) / variance
+            self.weight += quadratic**2 / variance
 
 
 def refine(
@@ -87,127 +142,137 @@ def refine(
     start: Mapping[str, str],
     oracle: Oracle,
     *,
-    steps: int = 6,
+    steps: int = 24,
     first_step: int = 0,
     damping: float = FIRST_DAMPING,
-    remembered: tuple[SwapModel, Mapping[str, str]] | None = None,
     solve: Callable[[Problem, int], Solution] = solve_exact,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Iterator[RefineStep]:
-    """Improve `start` (member -> source, within the budget or not); yields a RefineStep per tried move.
+    """Improve `start` (member -> source, within the budget or not); yields a RefineStep per step.
 
-    problem: its costs are where first-order terms are shrunk to (NaN: nowhere). The first step yielded moves to within
-    the budget whatever it costs, if `start` is over it. Ends after `steps` linearisations, after PATIENCE of
-    them without a better recipe, or out of time.
+    problem: its costs count for PRIOR_STEPS steps (not where one of a group is NaN). If `start` is over the budget, the
+    first step moves to within it whatever it costs. Ends after `steps`, after PATIENCE of them without a better recipe,
+    or out of time.
+
+    A recipe that is not better on the accepting rows is gone on from all the same, for their noise is larger than what
+    a step gains; unless it is worse beyond two standard errors: then the best one is gone back to, and half as many
+    groups are moved at once. Where no untried move is foretold to pay, one is tried that would with less damping, and
+    taken only if it is better. The result is the best recipe measured.
     """
-    incumbent = dict(start)
-    rows = list(oracle.measure(incumbent))
-    over = evaluate(problem, incumbent)[0] > budget_bits
-    idle = 0
+    best = current = dict(start)
+    best_rows = rows = list(oracle.measure(best))
+    tried = {_key(best)}
+    over = evaluate(problem, best)[0] > budget_bits
+    costs, factor = Costs(), Damping(damping)
+    most = max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
+    idle, shift = 0, 0.0
     for step in range(first_step, first_step + steps):
         if (out_of_time() or idle == PATIENCE) and not over:
             return
         idle += 1
-        model = settle(oracle.linearise(incumbent, step), problem, incumbent)
-        if remembered is not None:
-            model = blend(model, remembered[0], incumbent)
-        origin, origin_rows = dict(incumbent), rows
-        remembered = (model, origin)
-        for tried in range(1, TRIES + 1):
-            solution = solve(priced(problem, model, damping), budget_bits)
-            while tried == 1 and dict(solution.choice) == incumbent and damping > LEAST_DAMPING:  # too timid
-                damping = max(LEAST_DAMPING, damping / CLOSE)
-                solution = solve(priced(problem, model, damping), budget_bits)
-            if dict(solution.choice) == incumbent:
-                break
-            moved = sum(origin[name] != source for name, source in solution.choice.items())
-            found = list(oracle.measure(solution.choice))
-            mean, error = _mean_and_error(found, rows)
-            accepted = mean < 0 or over
-            linear = evaluate(priced(problem, model, 0.0), solution.choice)[1]
-            quadratic = evaluate(priced(problem, model, 1.0), solution.choice)[1] - linear
-            wanted = _measured_damping(_mean_and_error(found, origin_rows)[0], linear, quadratic, damping)
+        costs.add(oracle.linearise(current, step), shift)
+        held_to = len(problem.groups) if over else most
+        foretold = used = factor.value
+        proposal = propose(priced(problem, costs, used), budget_bits, current, held_to, solve)
+        while (proposal == current or _key(proposal) in tried) and used > LEAST_DAMPING:
+            used = max(LEAST_DAMPING, used / BOLDER)
+            proposal = propose(priced(problem, costs, used), budget_bits, current, held_to, solve)
+        moved = len(_moved(problem, current, proposal)) if _key(proposal) not in tried else 0
+        mean, error, predicted, accepted, shift = 0.0, 0.0, 0.0, False, 0.0
+        if moved:
+            tried.add(_key(proposal))
+            found = list(oracle.measure(proposal))
+            linear, quadratic = _foretold(costs, current, proposal)
+            predicted = linear + used * quadratic
+            factor.see(*_mean_and_error(found, rows), linear, quadratic)
+            mean, error = _mean_and_error(found, best_rows)
+            accepted = over or mean < 0
+            before = current
+            if not accepted and used < foretold:
+                pass  # a move on trial
+            elif not accepted and mean > 2 * error:
+                current, rows, most = best, best_rows, max(2, most // 2)  # an exchange takes two
+            else:
+                current, rows = proposal, found
+            shift = len(_moved(problem, before, current)) / len(problem.groups)
             if accepted:
-                incumbent, rows, over, idle = dict(solution.choice), found, False, 0
-            yield RefineStep(
-                step,
-                tried,
-                accepted,
-                dict(incumbent),
-                evaluate(problem, incumbent)[0],
-                math.fsum(rows) / len(rows),
-                mean,
-                error,
-                linear + quadratic,
-                moved,
-                damping,
-                model,
-            )
-            far = not damping / CLOSE <= wanted <= damping * CLOSE
-            damping = damping ** (1 - BELIEF) * wanted**BELIEF
-            if (accepted and not far) or (tried > 1 and not accepted and incumbent != origin) or out_of_time():
-                break
+                best, best_rows, over, idle = proposal, found, False, 0
+        bits, kl = evaluate(problem, best)[0], math.fsum(best_rows) / len(best_rows)
+        yield RefineStep(step, accepted, dict(best), bits, kl, mean, error, predicted, moved, factor.value)
 
 
-def _measured_damping(change: float, linear: float, quadratic: float, damping: float) -> float:
-    """The damping with which the model would have foretold a measured change of KL, within a factor of 4 of the one it
-    was solved with; a move that did not pay asks for more."""
-    wanted = (change - linear) / quadratic if quadratic > 0 else damping
-    least = damping * CLOSE**2 if change >= 0 else damping / 4
-    return min(max(wanted, least, LEAST_DAMPING), damping * 4, MOST_DAMPING)
-
-
-def priced(problem: Problem, model: SwapModel, damping: float) -> Problem:
-    """The problem with the model's costs; those of tied members add up."""
+def priced(problem: Problem, costs: Costs, damping: float) -> Problem:
+    """The problem with measured costs, those of tied members added up; its own costs count for PRIOR_STEPS steps."""
+    share = costs.weight / (costs.weight + PRIOR_STEPS)
     groups = []
     for group in problem.groups:
+        known = share if all(math.isfinite(option.cost) for option in group.options) else 1.0
         options = []
         for option in group.options:
-            swaps = [(member, option.source) for member in group.members]
-            cost = math.fsum(model.linear.get(s, math.nan) + damping * model.quadratic.get(s, math.nan) for s in swaps)
-            options.append(Option(option.source, option.bits, cost))
+            cost = math.fsum(costs.of((member, option.source), damping) for member in group.members)
+            prior = (1 - known) * option.cost if known < 1 else 0.0
+            options.append(Option(option.source, option.bits, known * cost + prior))
         groups.append(replace(group, options=tuple(options)))
     return replace(problem, groups=tuple(groups))
 
 
-def blend(new: SwapModel, old: SwapModel, incumbent: Mapping[str, str]) -> SwapModel:
-    """(1 - MEMORY) of the new model and MEMORY of the old one, seen from the incumbent."""
-    linear, quadratic = {}, {}
-    for swap, value in new.linear.items():
-        here = (swap[0], incumbent[swap[0]])
-        if swap == here:
-            linear[swap] = quadratic[swap] = 0.0
-            continue
-        linear[swap] = (1 - MEMORY) * value + MEMORY * (old.linear[swap] - old.linear[here])
-        quadratic[swap] = (1 - MEMORY) * new.quadratic[swap] + MEMORY * abs(old.quadratic[swap] - old.quadratic[here])
-    return replace(new, linear=linear, quadratic=quadratic)
+def propose(
+    problem: Problem,
+    budget_bits: int,
+    current: Mapping[str, str],
+    most: int,
+    solve: Callable[[Problem, int], Solution],
+) -> dict[str, str]:
+    """The choice of the least cost that moves at most so many groups: what a group has is made cheaper by just so much
+    that no more of them move."""
+    found = dict(solve(problem, budget_bits).choice)
+    if len(_moved(problem, current, found)) <= most:
+        return found
+    low, high = 0.0, 2 * max(_spread(option.cost for option in group.options) for group in problem.groups)
+    found = dict(current)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        tried = dict(solve(_reluctant(problem, current, middle), budget_bits).choice)
+        if len(_moved(problem, current, tried)) > most:
+            low = middle
+        else:
+            high, found = middle, tried
+    return found
 
 
-def settle(model: SwapModel, problem: Problem, incumbent: Mapping[str, str]) -> SwapModel:
-    """First-order terms shrunk towards the problem's costs: by 1 / mean z^2 (James and Stein), z the distance of a term
-    from its prior in standard errors. Members of ties have no cost of their own and stay as they are."""
-    priors: dict[tuple[str, str], float] = {}
-    for group in problem.groups:
-        here = group.option(incumbent[group.members[0]])
-        if len(group.members) > 1 or here is None:
-            continue
-        for option in group.options:
-            swap = (group.name, option.source)
-            if option.source != here.source and swap in model.linear:
-                priors[swap] = option.cost - here.cost - model.quadratic[swap]
-    squares = [
-        ((model.linear[swap] - prior) / model.linear_error[swap]) ** 2
-        for swap, prior in priors.items()
-        if math.isfinite(prior) and 0 < model.linear_error[swap] < math.inf
+def _reluctant(problem: Problem, current: Mapping[str, str], bonus: float) -> Problem:
+    groups = [
+        replace(
+            group,
+            options=tuple(
+                replace(option, cost=option.cost - bonus) if option.source == current[group.members[0]] else option
+                for option in group.options
+            ),
+        )
+        for group in problem.groups
     ]
-    if not squares:
-        return model
-    kept = max(0.0, 1 - len(squares) / math.fsum(squares))
-    linear = dict(model.linear)
-    for swap, prior in priors.items():
-        if math.isfinite(prior):
-            linear[swap] = prior + kept * (linear[swap] - prior)
-    return replace(model, linear=linear)
+    return replace(problem, groups=tuple(groups))
+
+
+def _spread(values: Iterator[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return max(finite) - min(finite) if finite else 0.0
+
+
+def _moved(problem: Problem, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    return [group.name for group in problem.groups if any(before[m] != after[m] for m in group.members)]
+
+
+def _foretold(costs: Costs, before: Mapping[str, str], after: Mapping[str, str]) -> tuple[float, float]:
+    """(linear, quadratic) parts of a move's change of KL."""
+    moves = [((name, before[name]), (name, source)) for name, source in after.items() if before[name] != source]
+    linear = math.fsum(costs.of(there, 0.0) - costs.of(here, 0.0) for here, there in moves)
+    whole = math.fsum(costs.of(there, 1.0) - costs.of(here, 1.0) for here, there in moves)
+    return linear, whole - linear
+
+
+def _key(choice: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(choice.items()))
 
 
 def _mean_and_error(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
