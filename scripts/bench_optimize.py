@@ -54,6 +54,7 @@ from recompile.optimize.rivals import make_rivals  # noqa: E402
 from recompile.optimize.rows import Row  # noqa: E402
 
 BITS_KEPT = 0.69  # exponent of a gain in exllamav3's choice: gain ** 0.69 per bit
+SWAP_ROWS = 1  # of exllamav3's measured swaps: about the time of the searches, once for all budgets
 Choice = Mapping[str, str]
 
 
@@ -93,6 +94,8 @@ class Bench:
         return found.ids
 
     def rows_of(self, mode: str) -> torch.Tensor:
+        if mode == "exact":
+            return self.rows("choose", SWAP_ROWS)
         return self.rows("choose", self.settings.gradient_rows) if mode == "diagonal" else self.search_ids
 
     @cached_property
@@ -269,11 +272,13 @@ def _symmetric(bench: Bench, label: str) -> Path:
             continue
         weight = bench.reference.load(f"{module.name}.weight").float()
         groups = tensors[f"{module.name}.weight_scale"].shape[1]
-        scheme = IntScheme(int(label), weight.shape[1] // groups, True)
+        zeros = tensors.get(f"{module.name}.weight_zero_point")  # of a variant with zero points: they become 0
+        scheme = IntScheme(int(label), weight.shape[1] // groups, zeros is None)
         blocks = weight.reshape(weight.shape[0], groups, -1)
         scale = (blocks.abs().amax(-1) / (2 ** (int(label) - 1) - 1)).clamp(min=1e-8).bfloat16()
         codes = (blocks / scale.float()[..., None]).round().clamp(scheme.code_min, scheme.code_max)
-        parts = pack(codes.reshape(weight.shape).to(torch.int8), scale, None, scheme)
+        zero_point = None if zeros is None else torch.zeros_like(scale, dtype=torch.int8)
+        parts = pack(codes.reshape(weight.shape).to(torch.int8), scale, zero_point, scheme)
         tensors |= {f"{module.name}.{part}": value for part, value in parts.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     partial.rename(out)
@@ -466,14 +471,13 @@ def main(
         import make_base
 
         base = Path(make_base.build())
-    result = bench_record.birth_certificate() | {"threads": torch.get_num_threads()}
+    certificate = bench_record.birth_certificate() | {"threads": torch.get_num_threads()}
     settings = Settings(level, mode, search_rows, gradient_rows, length, samples, minutes)
     bench = Bench(base, variants, bits.split(), work, settings, modelopt)
     chosen = [name for name in METHODS if modelopt is not None or not name.startswith("modelopt")]
     if methods is not None:
         chosen = methods.split()
     report_ids = bench.rows("report", report_rows)
-    tables: dict[str, dict[str, dict[str, object]]] = {}
     for bpw in budgets.split():
         budget = math.floor(float(bpw) * bench.main.counted_weights + 1e-6)
         low, high = reachable_range(bench.problem)
@@ -496,12 +500,12 @@ def main(
             say(f"{bpw} bpw, {name}: {seconds[name]:.1f} s")
         reports = judge(bench, choices, report_ids)
         best = min(reports, key=lambda name: float(reports[name].mean()))
-        tables[bpw] = {}
+        table: dict[str, dict[str, object]] = {}
         for name, rows in sorted(reports.items(), key=lambda entry: float(entry[1].mean())):
             difference, interval = paired_difference(rows, reports[best])
             size = evaluate(bench.problem, choices[name])[0]
             error = float(rows.std()) / len(rows) ** 0.5
-            tables[bpw][name] = {
+            table[name] = {
                 "kl": float(rows.mean()),
                 "std_error": error,
                 "bpw": size / bench.main.counted_weights,
@@ -514,12 +518,14 @@ def main(
                 f"{size / bench.main.counted_weights:.4f} bpw  "
                 f"{difference.mean:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}] against {best}"
             )
-    result |= {
-        "model": bench.reference.label.rsplit("/", 1)[-1],
-        "settings": vars(bench.settings) | {"report_rows": len(report_ids), "bits": bits},
-        "results": tables,
-    }
-    bench_record.keep(out or bench_record.RESULTS / "optimize.json", result)
+        target = out or bench_record.RESULTS / "optimize.json"
+        result = json.loads(target.read_text()) if target.exists() else {}  # tables that are not asked for stay
+        result[f"{bpw} bpw, level {level}"] = certificate | {
+            "model": bench.reference.label.rsplit("/", 1)[-1],
+            "settings": vars(bench.settings) | {"report_rows": len(report_ids), "bits": bits},
+            "results": table,
+        }
+        bench_record.keep(target, result)
 
 
 if __name__ == "__main__":
