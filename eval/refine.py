@@ -26,7 +26,7 @@ from recompile.optimize.refine import SwapModel
 from recompile.quantize.made import making_bytes
 from recompile.stream import LayeredModel, default_dtype, sketch_dtype
 
-SAMPLES = 2  # Fisher samples a row, beside the gradient
+SAMPLES = 1  # Fisher samples a row, beside the gradient: a search averages them over its steps
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class MixOracle:
     rows_per_step: int = 12
     samples: int = SAMPLES
     seed: int = 0
+    rough_above_nats: float = math.inf  # where the first mix has more KL, all are measured in the quickest type too
     dtype: torch.dtype | None = None  # None: the device's default to measure in, the quickest that serves to linearise
     device: str = "cpu"
     max_memory_bytes: int | None = None
@@ -172,7 +173,7 @@ class MixOracle:
         quick = self.dtype or sketch_dtype(self.device)
         same = quick == self._model.dtype
         self._quick_reference, self._quick_model = (self._reference, self._model) if same else self._models(quick)
-        self._accept_goals: list[Goal] | None = None
+        self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None  # known with the first mix
 
     def _models(self, dtype: torch.dtype) -> tuple[LayeredModel, LayeredModel]:
         """Those of the reference and of mixes."""
@@ -259,22 +260,31 @@ class MixOracle:
 
     @torch.no_grad()
     def measure(self, choice: Mapping[str, str]) -> list[float]:
-        """KL(reference || mix) of every accepting row, nats per token."""
-        if self._accept_goals is None:
-            self._accept_goals = self.goals(self._reference, self.accept)
+        """KL(reference || mix) of every accepting row, nats per token. All mixes are measured in the same type, which
+        the KL of the first one decides."""
         mix = mix_of(self.header, self.checkpoints, choice)
-        return list(self.kl_rows(mix, self.accept, self._accept_goals))
+        if self._accepting is None:
+            rough = [(self._quick_reference, self._quick_model)] if self.rough_above_nats < math.inf else []
+            for models in (*rough, (self._reference, self._model)):
+                self._accepting = (*models, self.goals(models[0], self.accept))
+                found = list(self.kl_rows(mix, *self._accepting))
+                if models[0] is self._reference or math.fsum(found) > self.rough_above_nats * len(found):
+                    return found
+        assert self._accepting is not None, "set above"
+        return list(self.kl_rows(mix, *self._accepting))
 
     @torch.no_grad()
-    def kl_rows(self, source: WeightSource, ids: Tensor, goals: Sequence[Goal]) -> Iterator[float]:
-        """KL to the model with the weights of `source`, a row at a time."""
-        found = self.normed(self._model, source, ids)
-        with self._reference.head_loaded(), self._model.head_loaded(source):
-            same, linear = same_head(self._reference, self._model), self._model.head_is_linear(found[:1, :2])
+    def kl_rows(
+        self, source: WeightSource, reference: LayeredModel, model: LayeredModel, goals: Sequence[Goal]
+    ) -> Iterator[float]:
+        """KL to the model with the weights of `source` on the accepting rows, a row at a time."""
+        found = self.normed(model, source, self.accept)
+        with reference.head_loaded(), model.head_loaded(source):
+            same, linear = same_head(reference, model), model.head_is_linear(found[:1, :2])
             for goal, states in zip(goals, found, strict=True):
                 there = goal.under_head(same)
                 total = 0.0
                 for chunk in chunks_of(len(states)):
-                    output = HeadOutput.of(self._model, states[chunk], linear, mean=False)
-                    total += float(there.kl(chunk, output, self._reference).double().sum())
+                    output = HeadOutput.of(model, states[chunk], linear, mean=False)
+                    total += float(there.kl(chunk, output, reference).double().sum())
                 yield total / len(states)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 REFINE_STEPS = 40
 REFINE_ROWS = 4  # linearised in a step, fresh ones each: many short steps go further than a few long ones
 ACCEPT_ROWS = 12  # measured after every move, always the same
+ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def search_refine(search: Search) -> Mapping[str, str]:
             pool=rows.ids[accept:],
             accept=rows.ids[:accept],
             rows_per_step=REFINE_ROWS,
+            rough_above_nats=ROUGH_ABOVE_NATS,
             device=compute_device(search.where.device),
             max_memory_bytes=search.max_memory_bytes,
             progress=follow,

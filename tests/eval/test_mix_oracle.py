@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,20 @@ def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
     *_, report = compare(mix, made.reference, made.accept)
     assert isinstance(report, DiffReport)
     np.testing.assert_allclose(made.measure(choice), report.kl_rows, rtol=1e-4)
+
+
+def test_large_kls_may_be_measured_in_the_quickest_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.refine.sketch_dtype", lambda device: torch.bfloat16)
+    exact = oracle("llama")
+    bad, good = (dict.fromkeys((group.name for group in exact.header.groups), source) for source in ("2", "8"))
+    limit = float(np.mean(exact.measure(bad))) / 2
+    assert limit > np.mean(exact.measure(good))
+    for first, rough in ((bad, True), (good, False)):
+        made = replace(oracle("llama"), dtype=None, rough_above_nats=limit)
+        found = [made.measure(first), made.measure(bad)]
+        assert (found[1] != exact.measure(bad)) == rough
+        assert found[1] == pytest.approx(exact.measure(bad), rel=0.05)
+        assert made.measure(first) == found[0]
 
 
 def test_refining_a_real_model_lowers_its_kl_within_the_budget() -> None:
