@@ -1,4 +1,4 @@
-"""The super-additive choice: a solver of its own, and what `--solver refine` starts from where it measures better.
+"""The super-additive choice: a solver of its own; and what `--solver refine` starts from, the best-measuring choice.
 
 A few whole mixes (the start and the uniform variants) are measured on rows of the role "choose", how costs add up is
 fitted to them (recompile.optimize.superadditive), and the choice is solved again with costs that add up so. What was
@@ -35,24 +35,28 @@ def search_superadditive(search: Search) -> Mix:
 
 
 def better_start(search: Search) -> Search:
-    """The search from its start, the exact choice, or from the super-additive one where that measures better on the
-    same rows; with the time that is left. Where no law can be fitted it says why and keeps the start."""
+    """The search from its start, the exact choice, or from the greedy or super-additive one where that measures better
+    on the same rows; with the time that is left. Where no law can be fitted it says why and does without."""
+    from recompile.optimize.greedy import solve_greedy
+    from recompile.optimize.rows import solve_rows
+
     began = time.monotonic()
     kls = _kls(search)
+    starts = {"exact": search.start, "greedy": solve_rows(search.problem, search.limits, solve_greedy).choice}
+    said = ""
     try:
         law = fit_law(search, kls)
     except FitError as error:
-        click.echo(f"Note: the search starts from the exact choice: {error}", err=True)
-        return search
-    choice = _solve(search, law)
-    plain, other = kls.measure([search.start, choice])
-    click.echo(
-        f"{_describe(law)}; on {len(kls.rows.ids)} choosing rows its choice has KL {other:.6f}, the exact one "
-        f"{plain:.6f}: the search starts from the {'super-additive' if other < plain else 'exact'} one",
-        err=True,
-    )
+        click.echo(f"Note: no super-additive choice to start from: {error}", err=True)
+    else:
+        starts["super-additive"] = _solve(search, law)
+        said = f"{_describe(law)}; "
+    found = dict(zip(starts, kls.measure(list(starts.values())), strict=True))
+    best = min(found, key=found.__getitem__)
+    measured = ", ".join(f"{name} {kl:.6f}" for name, kl in found.items())
+    click.echo(f"{said}on {len(kls.rows.ids)} choosing rows: KL {measured}; the search starts from {best}", err=True)
     left = None if search.minutes is None else max(0.0, search.minutes - (time.monotonic() - began) / 60)
-    return replace(search, start=choice if other < plain else search.start, minutes=left)
+    return replace(search, start=starts[best], minutes=left)
 
 
 def _kls(search: Search) -> MixKls:

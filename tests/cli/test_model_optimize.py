@@ -18,6 +18,7 @@ from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.model_optimize import main
 from recompile.costs import Measurement, Profile, ProfileHeader, load_profile, open_journal
+from recompile.optimize.exact import solve_exact
 from recompile.overlay import Overlay, build_overlay
 from recompile.recipe import load_recipe
 
@@ -545,9 +546,28 @@ def test_refine_starts_from_what_measures_better(
     words = ("-b", "3.3", "-r", "4", "-l", "16", "--no-check", "-o", profile.with_name("mix.yaml"))
     result = run(profile, "--solver", "refine", "--steps", "0", "--json", "-", *words)
     assert result.exit_code == 0, result.output
-    assert f"the search starts from the {wanted} one" in result.stderr
+    assert f"the search starts from {wanted}\n" in result.stderr
     by_itself = "superadditive" if wanted == "super-additive" else "exact"
     assert json.loads(result.stdout)["choice"] == optimize(profile, "--solver", by_itself, *words[:6])["choice"]
+
+
+def test_refine_starts_from_the_greedy_choice_where_that_measures_best(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("-r", "4", "-l", "16", "--no-check")
+    lower = optimize(profile, "--solver", "exact", "-b", "3.0", *words)
+    monkeypatch.setattr(
+        "recompile.optimize.greedy.solve_greedy", lambda problem, bits: solve_exact(problem, lower["budget_bits"])
+    )
+    monkeypatch.setattr(
+        "recompile.cli.mix_kls.MixKls.measure",
+        lambda self, mixes: [0.1 if dict(mix) == lower["choice"] else 1.0 for mix in mixes],
+    )
+    words = ("-b", "3.3", *words, "-o", str(profile.with_name("mix.yaml")))
+    result = run(profile, "--solver", "refine", "--steps", "0", "--json", "-", *words)
+    assert result.exit_code == 0, result.output
+    assert "the search starts from greedy\n" in result.stderr
+    assert json.loads(result.stdout)["choice"] == lower["choice"]
 
 
 def test_a_start_by_hand_is_not_replaced(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,4 +589,5 @@ def test_differences_from_the_base_have_no_law(tmp_path: Path, monkeypatch: pyte
     assert "profile with --context clean" in refused.output
     result = run(profile, "--solver", "refine", "--steps", "0", *words)
     assert result.exit_code == 0, result.output
-    assert "Note: the search starts from the exact choice" in result.output
+    assert "Note: no super-additive choice to start from" in result.output
+    assert "the search starts from " in result.output
