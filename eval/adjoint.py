@@ -16,7 +16,7 @@ gradient of the KL itself.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -260,7 +260,6 @@ class AdjointPass:
     """One model context, its candidates, and the groups whose swaps are asked about.
 
     context: the weights that the model runs with; candidates: by label
-    current: (group name, label) -> True where the context already holds that candidate: its product is 0
     origin: the weights that changes are counted from; None: the context's
     """
 
@@ -269,7 +268,6 @@ class AdjointPass:
     candidates: Mapping[str, WeightSource]
     groups: Sequence[ProfileGroup]
     plan: PassPlan
-    current: Callable[[str, str], bool] = lambda group, source: False
     scratch_folder: Path | None = None
     origin: WeightSource | None = None
 
@@ -390,12 +388,11 @@ class AdjointPass:
                 before = list(self.model.embed(ids, self.plan.batch_rows, self.origin))
             for source in group.bits:
                 products = torch.zeros(adjoints.shape[1], adjoints.shape[0])
-                if not self.current(group.name, source):
-                    swapped = self.model.embed(ids, self.plan.batch_rows, self.candidates[source])
-                    for rows, embedded, own in zip(self._batches(len(ids)), swapped, before, strict=True):
-                        change = (embedded - own).float().flatten(1)  # [rows, tokens * hidden]
-                        along = adjoints[:, rows].float().flatten(2)  # [samples, rows, t*h]
-                        products[rows] = torch.einsum("srn,rn->rs", along, change).cpu()
+                swapped = self.model.embed(ids, self.plan.batch_rows, self.candidates[source])
+                for rows, embedded, own in zip(self._batches(len(ids)), swapped, before, strict=True):
+                    change = (embedded - own).float().flatten(1)  # [rows, tokens * hidden]
+                    along = adjoints[:, rows].float().flatten(2)  # [samples, rows, tokens * hidden]
+                    products[rows] = torch.einsum("srn,rn->rs", along, change).cpu()
                 products += tied.get((group.name, source), 0)
                 yield SwapProducts(group.name, source, products, None, torch.full((len(ids),), ids.shape[1]))
 
@@ -454,9 +451,8 @@ class _Deltas:
         return made
 
     def _labels(self, group: ProfileGroup) -> tuple[str, ...]:
-        """Candidates that would change the group."""
-        owner = self._owner
-        return tuple(c for c in owner.candidates if c in group.bits and not owner.current(group.name, c))
+        """The group's candidates that are asked about."""
+        return tuple(label for label in self._owner.candidates if label in group.bits)
 
     def _modules(self, call: _LinearCall) -> list[tuple[str, slice]]:
         """The call's modules that are in a group, each with its share of the output features."""
