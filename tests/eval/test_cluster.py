@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import tiny
 import torch
 
 from eval.cluster import profile_on_ray, sketch_on_ray
-from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact
+from eval.profile import ProfileJob, ProfileOptions, profile_exact
 from eval.sketch import SketchOptions, SketchProgress, SweepDone, SweepStore, profile_sketch
 from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
@@ -65,13 +67,26 @@ def models() -> tuple[Checkpoint, list[tuple[int, Checkpoint]]]:
     return base, [(bits, open_checkpoint(path)) for bits, path in tiny.variants("llama", (2, 3, 4)).items()]
 
 
-def kill_one(task: str) -> int | None:
-    """A worker of this cluster, or None where none is at it yet."""
-    alive = workers(task)
-    if not alive:
-        return None
-    os.kill(alive[0], signal.SIGKILL)
-    return alive[0]
+@contextlib.contextmanager
+def one_killed(task: str) -> Iterator[list[int]]:
+    """Inside it, the first process seen to run the task is killed; it is then in the list."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not killed and not over.wait(0.002):
+            for process in workers(task)[:1]:
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        watcher.join()
 
 
 def test_a_killed_worker_costs_only_its_task_and_results_are_equal(tmp_path: Path, cluster: Any) -> None:
@@ -79,13 +94,10 @@ def test_a_killed_worker_costs_only_its_task_and_results_are_equal(tmp_path: Pat
     job = ProfileJob(base, 3, candidates, tiny.rows(3, 24), tmp_path / "alone.jsonl", OPTIONS)
     *_, alone = profile_exact(job)
     assert isinstance(alone, Profile)
-    killed = None
-    for event in profile_on_ray(replace(job, path=tmp_path / "spread.jsonl")):
-        if isinstance(event, Measured) and killed is None:
-            killed = kill_one("measure")
-        if isinstance(event, Profile):
-            spread = event
-    assert killed is not None, "no worker was there to be killed"
+    with one_killed("measure") as killed:
+        *_, spread = profile_on_ray(replace(job, path=tmp_path / "spread.jsonl"))
+    assert killed, "no worker was there to be killed"
+    assert isinstance(spread, Profile)
     assert spread.is_complete
     assert dict(spread.measurements) == dict(alone.measurements)
     assert spread.control == alone.control
@@ -99,16 +111,13 @@ def test_a_sketch_over_workers_is_that_of_one_process(tmp_path: Path, cluster: A
     job = ProfileJob(base, 3, candidates, tiny.rows(5, 256), tmp_path / "alone.jsonl", OPTIONS)
     wanted = SketchOptions(12, keep_pairs=True)
     *_, alone = profile_sketch(job, wanted)
-    killed, tasks, sweeps = None, 0, 0
-    for event in sketch_on_ray(replace(job, path=tmp_path / "spread.jsonl"), wanted):
-        if isinstance(event, SketchProgress):
-            tasks = event.total
-            killed = kill_one("sample") if killed is None else killed
-        sweeps += isinstance(event, SweepDone)
-        if isinstance(event, Profile):
-            spread = event
-    assert killed is not None, "no worker was there to be killed"
-    assert (tasks, sweeps) == (6, 2)
+    with one_killed("sample") as killed:
+        events = list(sketch_on_ray(replace(job, path=tmp_path / "spread.jsonl"), wanted))
+    assert killed, "no worker was there to be killed"
+    assert {event.total for event in events if isinstance(event, SketchProgress)} == {6}
+    assert sum(isinstance(event, SweepDone) for event in events) == 2
+    spread = events[-1]
+    assert isinstance(spread, Profile)
     assert isinstance(alone, Profile)
     assert spread == alone
     pairs = [SweepStore(tmp_path / name, alone.header).load(2).pairs for name in ("alone.jsonl", "spread.jsonl")]
