@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -169,14 +170,20 @@ class MixOracle:
     progress: Callable[[OracleProgress], None] = lambda event: None
 
     def __post_init__(self) -> None:
-        self._reference, self._model = self._models(self.dtype or default_dtype(self.device))
-        quick = self.dtype or sketch_dtype(self.device)
-        same = quick == self._model.dtype
-        self._quick_reference, self._quick_model = (self._reference, self._model) if same else self._models(quick)
         self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None  # known with the first mix
 
+    @cached_property
+    def _sharp(self) -> tuple[LayeredModel, LayeredModel]:
+        """The models, of the reference and of mixes, to measure with."""
+        return self._models(self.dtype or default_dtype(self.device))
+
+    @cached_property
+    def _quick(self) -> tuple[LayeredModel, LayeredModel]:
+        """Those to linearise with."""
+        dtype = sketch_dtype(self.device)
+        return self._sharp if self.dtype or dtype == default_dtype(self.device) else self._models(dtype)
+
     def _models(self, dtype: torch.dtype) -> tuple[LayeredModel, LayeredModel]:
-        """Those of the reference and of mixes."""
         sources = (self.reference, self.checkpoints[self.header.base])
         reference, model = (LayeredModel.of(source, dtype=dtype, device=self.device) for source in sources)
         return reference, model
@@ -198,10 +205,11 @@ class MixOracle:
         count = min(self.rows_per_step, len(self.pool))
         first = (step * count) % len(self.pool)
         ids = torch.cat([self.pool, self.pool])[first : first + count]
+        reference, model = self._quick
         mix = mix_of(self.header, self.checkpoints, choice)
-        goals = self.goals(self._quick_reference, ids)
+        goals = self.goals(reference, ids)
         plan = plan_pass(
-            self._quick_model,
+            model,
             self.header.groups,
             len(self.checkpoints),
             rows=ids.shape[0],
@@ -210,11 +218,11 @@ class MixOracle:
             cap_bytes=self.max_memory_bytes,
             making=making_bytes(self.checkpoints.values()),
         )
-        runner = AdjointPass(self._quick_model, mix, self.checkpoints, self.header.groups, plan, origin=self.reference)
+        runner = AdjointPass(model, mix, self.checkpoints, self.header.groups, plan, origin=self.reference)
         found: list[SwapProducts] = []
-        with torch.no_grad(), self._quick_reference.head_loaded():
+        with torch.no_grad(), reference.head_loaded():
             cotangents = KlCotangents(
-                self._quick_model,
+                model,
                 self.checkpoints,
                 self.header.groups,
                 self.samples,
@@ -222,7 +230,7 @@ class MixOracle:
                 sweep=step,
                 gradients=1,
                 origin=self.reference,
-                reference=self._quick_reference,
+                reference=reference,
                 goals=goals,
             )
             for event in runner.run(ids, cotangents):
@@ -264,11 +272,10 @@ class MixOracle:
         the KL of the first one decides."""
         mix = mix_of(self.header, self.checkpoints, choice)
         if self._accepting is None:
-            rough = [(self._quick_reference, self._quick_model)] if self.rough_above_nats < math.inf else []
-            for models in (*rough, (self._reference, self._model)):
+            for models in (self._quick, self._sharp) if self.rough_above_nats < math.inf else (self._sharp,):
                 self._accepting = (*models, self.goals(models[0], self.accept))
                 found = list(self.kl_rows(mix, *self._accepting))
-                if models[0] is self._reference or math.fsum(found) > self.rough_above_nats * len(found):
+                if models is self._sharp or math.fsum(found) > self.rough_above_nats * len(found):
                     return found
         assert self._accepting is not None, "set above"
         return list(self.kl_rows(mix, *self._accepting))

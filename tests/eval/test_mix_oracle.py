@@ -44,21 +44,21 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
     wanted = tiny.plain_logits(dense, ids)
     with torch.no_grad():
         for name, parameter in dense.named_parameters():
-            parameter.copy_(made._model.load_parameter(name, mix))
+            parameter.copy_(made._quick[1].load_parameter(name, mix))
     assert model.kl_nats == pytest.approx(float(tiny.plain_kl(wanted, tiny.plain_logits(dense, ids)).mean()), rel=1e-4)
     step = 1e-3
     checked = 0
     for group in made.header.groups:
         if "router" in group.name or group.name.endswith("mlp.gate"):
             continue
-        names = made._model.parameters_of(group.modules[0])
+        names = made._quick[1].parameters_of(group.modules[0])
         for source in ("2", "8"):
-            if source == choice[group.name] or len(made._model.origins[names[0]].tensors) > 1:
+            if source == choice[group.name] or len(made._quick[1].origins[names[0]].tensors) > 1:
                 continue
             (name,) = names
             parameter = dense.get_parameter(name)
             kept = parameter.data
-            change = made._model.load_parameter(name, made.checkpoints[source]).double() - kept
+            change = made._quick[1].load_parameter(name, made.checkpoints[source]).double() - kept
             sides = []
             for sign in (1, -1):
                 parameter.data = kept + sign * step * change
