@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recompile.cli.common import check_json_path, format_bpw, format_bytes, format_columns, print_json, progress
-from recompile.cli.options import compute_device, device_options, many_values_command, output_options, read_rows
+from recompile.cli.options import (
+    check_made,
+    compute_device,
+    device_options,
+    made_options,
+    many_values_command,
+    output_options,
+    read_rows,
+)
 from recompile.errors import OutputError, RecompileError
 
 if TYPE_CHECKING:
@@ -43,15 +51,6 @@ STATE = "auto.json"
     help="Bits and schemes on offer, made on the fly [default: 2,3,4,5,6,8]; or GGUF types: Q3_K,IQ4_XS,Q6_K, with "
     "-o MIX.gguf.",
 )
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
-    default="compressed-tensors",
-    show_default=True,
-    help="What --candidates given as bits are, and the mix is; EXL2 takes fractions too. EXL3 is chosen by stand-ins, "
-    "as model_profile --format says.",
-)
 @click.option("--tokenizer-from", metavar="X.gguf", help="GGUF: the file whose tokenizer keys the mix gets.")
 @click.option(
     "--variants",
@@ -59,8 +58,7 @@ STATE = "auto.json"
     type=click.Path(path_type=Path),
     help="Merge these directories instead (any format): the first is the one that recipes start from.",
 )
-@click.option("-g", "--group-size", default="64", show_default=True, help="Of --candidates: 32, 64, 128 or channel.")
-@click.option("--asym", is_flag=True, help="--candidates have a zero point per group.")
+@made_options
 @click.option("--level", default="fused", show_default=True, help="What is chosen together, as in model_profile.")
 @click.option("--samples", default=16, show_default=True, help="Random draws per row of the profile.")
 @click.option("--solver", help="As in model_optimize; its own default if left out.")
@@ -126,6 +124,7 @@ def main(
     exl = format_name if format_name != "compressed-tensors" else None
     if exl and variants:
         raise RecompileError("--variants are in a format of their own; leave --format out")
+    check_made(format_name)
     gguf = not variants and exl is None and _are_gguf_types(offered, out)
     settings: dict[str, Any] = {
         "base": base.fingerprint,

@@ -20,10 +20,12 @@ from recompile.cli.common import (
     progress,
 )
 from recompile.cli.options import (
+    check_made,
     check_vocabulary,
     compute_device,
     compute_dtype,
     device_options,
+    made_options,
     many_values_command,
     output_options,
     parse_size,
@@ -57,17 +59,7 @@ FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were b
     help="Before any variant exists: make these on the fly: bits (2,3,4,6) and schemes (nvfp4) rounded on fitted grids "
     "without GPTQ; GGUF types (Q2_K,IQ3_S,Q4_K,IQ4_KSS) by their encoders.",
 )
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
-    default="compressed-tensors",
-    show_default=True,
-    help="What --candidates given as bits are: integers; EXL2 by its encoder without GPTQ, fractions too; EXL3 by "
-    "stand-ins: noise as large as its encoder's error, which takes too long on a CPU.",
-)
-@click.option("-g", "--group-size", default="64", show_default=True, help="Of --candidates: 32, 64, 128 or channel.")
-@click.option("--asym", is_flag=True, help="--candidates have a zero point per group.")
+@made_options
 @click.option(
     "--importance-rows",
     default=16,
@@ -217,6 +209,7 @@ def main(
         if sources:
             raise RecompileError("--candidates and -s exclude each other: candidates are made, sources are there")
         roles = frozenset(role for role, asked in (("head", head), ("embedding", embedding)) if asked)
+        check_made(format_name)
         how = (format_name, group_size, asym, importance_rows, imatrix)
         make = Making(*how, text, dataset, device, out, level, roles, cap, quiet)
         offered = _made_candidates(reference, candidates, make)

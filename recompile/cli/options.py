@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from recompile.cli.common import Command
 from recompile.errors import RecompileError
@@ -108,6 +109,43 @@ def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "-d", "--device", default="cpu", show_default=True, help="cpu, cuda:0, or a CUDA device number."
     )(function)
+
+
+def made_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--format -g --asym`: what candidates made on the fly are. `check_made` refuses what does not go together."""
+    for option in reversed(
+        (
+            click.option(
+                "--format",
+                "format_name",
+                type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
+                default="compressed-tensors",
+                show_default=True,
+                help="What --candidates given as bits are: integers; EXL2 by its encoder without GPTQ, fractions too; "
+                "EXL3 by stand-ins: noise as large as its encoder's error, which takes too long on a CPU.",
+            ),
+            click.option(
+                "-g",
+                "--group-size",
+                default="64",
+                show_default=True,
+                help="Of --candidates: 32, 64, 128 or channel.",
+            ),
+            click.option("--asym", is_flag=True, help="--candidates have a zero point per group."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def check_made(format_name: str) -> None:
+    """Raises RecompileError where settings of integers are given for a format that has none."""
+    source = click.get_current_context().get_parameter_source
+    given = [
+        flag for flag, name in (("-g", "group_size"), ("--asym", "asym")) if source(name) is not ParameterSource.DEFAULT
+    ]
+    if given and format_name != "compressed-tensors":
+        raise RecompileError(f"{', '.join(given)}: of integers; --format {format_name} has groups of its own")
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -320,3 +320,9 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     assert "one head of 6 bits" in told
     told = refusal(model_auto, "-i", base, "-o", tmp_path / "m", "-b", 3, "--format", "exl2", "--variants", base, base)
     assert "leave --format out" in told
+    told = refusal(
+        model_profile, "-mb", base, "--candidates", "3,4", "--format", "exl2", "-g", 32, "-o", tmp_path / "p"
+    )
+    assert "-g: of integers; --format exl2 has groups of its own" in told
+    told = refusal(model_auto, "-i", base, "-o", tmp_path / "m", "-b", 3, "--format", "exl3", "--asym")
+    assert "--asym: of integers" in told
