@@ -308,7 +308,8 @@ def profile_sketch(
         profile = as_profile(header, total, wanted)
         control = profile.control
         assert control is not None, "made with the profile"
-        journal.append([control, *profile.measurements.values()])
+        if (journal.profile.control, journal.profile.measurements) != (control, profile.measurements):
+            journal.append([control, *profile.measurements.values()])
         yield journal.profile
 
 

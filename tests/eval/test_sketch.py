@@ -200,6 +200,10 @@ def test_an_interrupted_run_goes_on_to_the_same_profile(tmp_path: Path) -> None:
     *_, profile = again
     assert isinstance(profile, Profile)
     assert profile.measurements == whole.measurements
+    lines = job.path.read_text()
+    *_, third = profile_sketch(job, SketchOptions(24))
+    assert third == profile
+    assert job.path.read_text() == lines, "a run that finds all done adds nothing"
 
 
 def test_experts_without_tokens_are_unmeasured_as_in_the_exact_profile(tmp_path: Path) -> None:
