@@ -28,6 +28,7 @@ from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from recompile.write import execute, plan_write
+from tests.commands import run
 
 GROUP = tiny.GROUP_SIZE
 
@@ -41,12 +42,6 @@ def save_ids(ids: Tensor, path: Path) -> Path:
 
 def spec(bits: int, symmetric: bool = True) -> dict[str, object]:
     return spec_of(str(bits), group_size=GROUP, symmetric=symmetric)[1]
-
-
-def run(command: object, *arguments: object) -> str:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])  # type: ignore[arg-type]
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def plain_variants(architecture: str, folder: Path, bits: tuple[int, ...], symmetric: bool = True) -> dict[int, Path]:

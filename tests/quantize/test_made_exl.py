@@ -10,7 +10,6 @@ from typing import ClassVar
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
 from recompile.checkpoint import Checkpoint, open_checkpoint
@@ -29,18 +28,7 @@ from recompile.quantize.made import exl_spec_of, make_variant, maker_of
 from recompile.quantize.pipeline import quantize_model
 from recompile.recipe import Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from recompile.write import execute, plan_write
-
-
-def run(command: object, *arguments: object) -> str:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])  # type: ignore[arg-type]
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refusal(command: object, *arguments: object) -> str:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])  # type: ignore[arg-type]
-    assert result.exit_code != 0, result.output
-    return " ".join(result.output.split())
+from tests.commands import refusal, run
 
 
 def save_ids(ids: Tensor, path: Path) -> Path:

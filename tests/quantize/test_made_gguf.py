@@ -42,21 +42,10 @@ from recompile.recipe import load_recipe, parse_recipe
 from recompile.recipe_formats import parse_type_recipe
 from recompile.stream import LayeredModel
 from recompile.write_gguf import execute_gguf, plan_gguf
+from tests.commands import refusal, run
 
 pytest.importorskip("libgguf")
 TYPES = ["Q4_K", "IQ4_XS", "IQ4_KS", "Q8_0"]
-
-
-def run(command: object, *arguments: object) -> str:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])  # type: ignore[arg-type]
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def failing(command: object, *arguments: object) -> str:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])  # type: ignore[arg-type]
-    assert result.exit_code == 1, result.output
-    return result.output
 
 
 def calibrated(base: Checkpoint) -> Importance:
@@ -324,20 +313,20 @@ def test_what_the_commands_refuse(tmp_path: Path) -> None:
     path = write_hf(tmp_path / "hf", "qwen3_moe")
     save_file({"input_ids": torch.randint(0, VOCAB, (2, 16))}, tmp_path / "rows.safetensors")
     given = ("--input-ids", tmp_path / "rows.safetensors", "--importance-rows", 0, "-o", tmp_path / "p.jsonl")
-    said = failing(model_profile, "-mb", path, "--candidates", "Q4_0,Q8_0", "--level", "tensor", *given)
+    said = refusal(model_profile, "-mb", path, "--candidates", "Q4_0,Q8_0", "--level", "tensor", *given)
     assert "use --level fused" in said
-    said = failing(model_profile, "-mb", path, "--candidates", "Q4_0,IQ6_K", "--level", "fused", *given)
+    said = refusal(model_profile, "-mb", path, "--candidates", "Q4_0,IQ6_K", "--level", "fused", *given)
     assert "IQ6_K: has no encoder here" in said
-    said = failing(model_profile, "-mb", path, "--candidates", "Q4_0,Q4K_M", *given)
+    said = refusal(model_profile, "-mb", path, "--candidates", "Q4_0,Q4K_M", *given)
     assert "did you mean Q4_K" in said
-    said = failing(model_profile, "-mb", path, "--candidates", "2,4", "--imatrix", "x", *given)
+    said = refusal(model_profile, "-mb", path, "--candidates", "2,4", "--imatrix", "x", *given)
     assert "goes with --candidates of GGUF types" in said
     (tmp_path / "r.yaml").write_text("sources: [{id: Q4_0, type: Q4_0}]\noverrides: []\nbase: {type: Q8_0}\n")
     common = ("-i", path, "-or", tmp_path / "r.yaml", "--tokenizer-from", tokenizer_file(tmp_path / "t.gguf"))
-    assert "give it a name that ends in .gguf" in failing(model_quantize, *common, "-o", tmp_path / "mix")
+    assert "give it a name that ends in .gguf" in refusal(model_quantize, *common, "-o", tmp_path / "mix")
     (tmp_path / "q.txt").write_text("blk\\.9\\.ffn=q4_0")
     common = ("-i", path, "-or", tmp_path / "q.txt", "--tokenizer-from", tmp_path / "t.gguf")
-    assert "is found in no tensor name" in failing(model_quantize, *common, "-o", tmp_path / "mix.gguf")
+    assert "is found in no tensor name" in refusal(model_quantize, *common, "-o", tmp_path / "mix.gguf")
     made = open_checkpoint(path)
     other = Checkpoint(made.path, "x", {**made.config, "model_type": "phi9"}, made.tensors)
     with pytest.raises(UnsupportedError, match="cannot be written as GGUF"):
