@@ -1,13 +1,15 @@
 """One forward and one backward pass, streamed, that see every swap of every group at once.
 
 Forward: layer by layer, keeping what enters every layer. Backward: layer by layer in reverse, each layer recomputed
-from its stored input, with several cotangents (samples) carried from the logits down. No weight gradient is ever
-formed: for a linear map with input x and adjoint a of its output, what a change dW of its weight does to the sample is
+from its stored input, with several cotangents (samples) carried from the logits down. For a linear map with input x and
+adjoint a of its output, what a change dW of its weight does to the sample is
 
     <G, dW> = sum over tokens of a . (x dW'),        G the weight gradient,
 
-one matrix product a candidate (x dW') and one scalar product a sample. So a pass reads the model's weights twice and
-each candidate's once, whatever the number of groups and rows, and holds one layer, its candidates and the states.
+one matrix product a candidate (x dW') and one scalar product a sample, row by row and with no G. A pass without random
+samples is asked for sums over rows only: there G is formed, a layer's at a time, with one product for all candidates.
+Either way a pass reads the model's weights twice and each candidate's once, whatever the number of groups and rows, and
+holds one layer, its candidates and the states.
 
 What the samples mean is the caller's: `eval.sketch` draws labels (a Fisher sketch of the KL), `eval.refine` adds the
 gradient of the KL itself.
@@ -15,6 +17,7 @@ gradient of the KL itself.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,9 +63,10 @@ class Cotangents(Protocol):
 class SwapProducts:
     """What one swap does to every sample.
 
-    products: [rows, samples] float32, sum over tokens of adjoint . change of output
+    products: [rows, samples] float32, sum over tokens of adjoint . change of output; of a layer in a pass without
+    random samples [1, samples], summed over rows as well
     squares: [rows] float32, mean over random samples of the sum over tokens and outputs of (adjoint * change)^2; None
-    for the head and the embedding
+    for the head and the embedding, and where there are no random samples
     tokens: [rows] int64, tokens that the group's modules saw (fewer than all only for routed experts)
     """
 
@@ -125,8 +129,10 @@ def plan_pass(
     samples: int,
     cap_bytes: int | None = None,
     making: int = 0,
+    weight_gradients: bool = False,
 ) -> PassPlan:
-    """Decide batch and places. making: bytes that making a candidate on the fly takes (making_bytes).
+    """Decide batch and places. making: bytes that making a candidate on the fly takes (making_bytes); weight_gradients:
+    whether the plan has to serve for passes without random samples too.
 
     Raises RecompileError where not even one row fits below the cap."""
     size, hidden = model.dtype.itemsize, model.hidden_size
@@ -146,6 +152,7 @@ def plan_pass(
         graph = batch * tokens * (6 * hidden + 3 * largest.outputs + largest.attention * tokens) * size
         changes = batch * tokens * largest.outputs * (2 * candidates + 2 * SAMPLE_BLOCK) * size
         decoding = 4 * largest.parameter * size + making  # as stored, decoded, sliced; and that of the origin
+        decoding += 2 * largest.weights * size if weight_gradients else 0  # of a batch, and their sum
         return max(largest.weights * size + graph + changes + decoding, with_head), (
             candidates * largest.weights * size if keep else 0
         )
@@ -291,7 +298,10 @@ class AdjointPass:
             tied = {(s.group, s.source): s.products for s in head if role_of(modules[s.group]) != "head"}
             yield LayerBackward(None, self.model.depth, tuple(s for s in head if (s.group, s.source) not in tied))
             for index in reversed(range(self.model.depth)):
-                found = self._backward(index, states, adjoints, cotangents.gradients)
+                if len(adjoints) > cotangents.gradients:
+                    found = self._backward(index, states, adjoints, cotangents.gradients)
+                else:
+                    found = self._gradients(index, states, adjoints)
                 yield LayerBackward(index, self.model.depth, tuple(found))
             yield LayerBackward(None, self.model.depth, tuple(self._embedding(ids, states, adjoints, tied)))
 
@@ -375,6 +385,46 @@ class AdjointPass:
                 del calls, changes, squares, out, hidden, tape
         return swaps.result()
 
+    def _gradients(self, index: int, states: _States, adjoints: Tensor) -> list[SwapProducts]:
+        """As _backward where no sample is random: by the gradients of this layer's weights, summed over rows."""
+        model = self.model
+        groups = [group for group in self.groups if group.layer == index]
+        wanted = frozenset(module for group in groups for module in group.modules)
+        rows, tokens = adjoints.shape[1:3]
+        with model.layer(index, self.context) as layer:
+            deltas = _Deltas(self, index, groups)
+            parts: dict[str, list[tuple[ProfileGroup, Any]]] = {}  # of every parameter whose it is, and which part
+            for weight in LinearWeights(model, index):
+                if not wanted.isdisjoint(weight.modules):
+                    outputs = layer.get_parameter(weight.parameter.removeprefix(deltas.prefix)).shape[-2]
+                    for module, share in deltas.shares(weight, outputs):
+                        part = share if weight.expert is None else (weight.expert, share)
+                        parts.setdefault(weight.parameter, []).append((deltas.group_of[module], part))
+            parameters = [layer.get_parameter(name.removeprefix(deltas.prefix)).requires_grad_(True) for name in parts]
+            sums: list[dict[str, Tensor]] = [{} for _ in adjoints]  # of every sample the gradients, by parameter
+            for batch in self._batches(rows):
+                hidden = states.get(index, batch, model.device).requires_grad_(True)
+                with torch.enable_grad():
+                    out = model.run_layer(index, hidden)
+                for sample, cotangent in enumerate(adjoints[:, batch].to(out.dtype)):
+                    before, *found = _vjp(out, [hidden, *parameters], cotangent)
+                    for name, gradient in zip(parts, found, strict=True):
+                        kept = sums[sample].setdefault(name, gradient)
+                        if kept is not gradient:
+                            kept += gradient
+                    adjoints[sample, batch] = before
+                del hidden, out
+            products = {(g.name, label): torch.zeros(1, len(sums)) for g in groups for label in deltas.labels(g)}
+            for name, label in itertools.product(parts, self.candidates):
+                asked = [(group, part) for group, part in parts[name] if label in group.bits]
+                if asked:
+                    delta = deltas.of(name, label)
+                    for group, part in asked:
+                        along = [(of[name][part] * delta[part]).sum(dtype=torch.float32) for of in sums]
+                        products[group.name, label][0] += torch.stack(along).cpu()
+        seen = {group.name: torch.full((rows,), tokens) for group in groups}
+        return [SwapProducts(*swap, value, None, seen[swap[0]]) for swap, value in products.items()]
+
     def _embedding(
         self, ids: Tensor, states: _States, adjoints: Tensor, tied: Mapping[tuple[str, str], Tensor]
     ) -> Iterator[SwapProducts]:
@@ -417,10 +467,10 @@ class _Deltas:
 
     def __init__(self, owner: AdjointPass, index: int, groups: Sequence[ProfileGroup]) -> None:
         self._owner = owner
-        self._group_of = {module: group for group in groups for module in group.modules}
+        self.group_of = {module: group for group in groups for module in group.modules}
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._origin: tuple[str, Tensor] | None = None
-        self._layer, self._prefix = owner.model.layers[index], owner.model.prefix_of_layer(index)
+        self._layer, self.prefix = owner.model.layers[index], f"{owner.model.prefix_of_layer(index)}."
 
     def changes(self, calls: Sequence[_LinearCall], rows: int) -> list[list[_Change]]:
         """Per call the changes of its modules' outputs; parameters are decoded one by one."""
@@ -432,47 +482,44 @@ class _Deltas:
             found: dict[tuple[int, str], tuple[slice, tuple[str, ...], Tensor]] = {}
             for number in numbers:
                 inputs = calls[number].inputs
-                for module, share in self._modules(calls[number]):
-                    labels = self._labels(self._group_of[module])
+                for module, share in self.shares(calls[number].weight, calls[number].output.shape[-1]):
+                    labels = self.labels(self.group_of[module])
                     shape = (len(labels), inputs.shape[:-1].numel(), share.stop - share.start)
                     found[number, module] = share, labels, inputs.new_empty(shape)
             for label in self._owner.candidates:
                 asked = [(number, *entry) for (number, _), entry in found.items() if label in entry[1]]
                 if not asked:
                     continue
-                delta = self._delta(parameter, label)
+                delta = self.of(parameter, label)
                 for number, share, labels, values in asked:
                     weight = delta if calls[number].weight.expert is None else delta[calls[number].weight.expert]
                     torch.mm(calls[number].inputs.flatten(0, -2), weight[share].T, out=values[labels.index(label)])
             for (number, module), (share, labels, values) in found.items():
                 if labels:
                     per_row = values.reshape(len(labels), rows, -1).transpose(0, 1)
-                    made[number].append(_Change(self._group_of[module].name, labels, share, per_row))
+                    made[number].append(_Change(self.group_of[module].name, labels, share, per_row))
         return made
 
-    def _labels(self, group: ProfileGroup) -> tuple[str, ...]:
+    def labels(self, group: ProfileGroup) -> tuple[str, ...]:
         """The group's candidates that are asked about."""
         return tuple(label for label in self._owner.candidates if label in group.bits)
 
-    def _modules(self, call: _LinearCall) -> list[tuple[str, slice]]:
-        """The call's modules that are in a group, each with its share of the output features."""
-        count = len(call.weight.modules)
-        total = call.output.shape[-1]
+    def shares(self, weight: LinearWeight, outputs: int) -> list[tuple[str, slice]]:
+        """The weight's modules that are in a group, each with its share of the output features."""
+        count = len(weight.modules)
         if count == 1:
-            shares = [slice(0, total)]
+            shares = [slice(0, outputs)]
         else:
-            sizes = [self._rows_of(module) for module in call.weight.modules]
-            if sum(sizes) != total:
+            sizes = [self._rows_of(module) for module in weight.modules]
+            if sum(sizes) != outputs:
                 raise UnsupportedError(
-                    f"{call.weight.parameter}: its {count} modules have {sum(sizes)} outputs together, the fused "
-                    f"weight {total}; cannot tell which rows are whose"
+                    f"{weight.parameter}: its {count} modules have {sum(sizes)} outputs together, the fused "
+                    f"weight {outputs}; cannot tell which rows are whose"
                 )
             ends = [sum(sizes[: number + 1]) for number in range(count)]
             shares = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         return [
-            (module, share)
-            for module, share in zip(call.weight.modules, shares, strict=True)
-            if module in self._group_of
+            (module, share) for module, share in zip(weight.modules, shares, strict=True) if module in self.group_of
         ]
 
     def _rows_of(self, module: str) -> int:
@@ -481,11 +528,11 @@ class _Deltas:
             raise UnsupportedError(f"{module}: has no shape of [out, in]")
         return int(shape[0])
 
-    def _delta(self, parameter: str, label: str) -> Tensor:
+    def of(self, parameter: str, label: str) -> Tensor:
         kept = self._kept.get((parameter, label))
         if kept is not None:
             return kept
-        delta = self._owner.model.load_parameter(parameter, self._owner.candidates[label]).sub_(self._own(parameter))
+        delta = self._owner.model.load_parameter(parameter, self._owner.candidates[label]) - self._own(parameter)
         if self._owner.plan.keep_deltas:
             self._kept[(parameter, label)] = delta
         return delta
@@ -494,7 +541,7 @@ class _Deltas:
         """What its changes are counted from; a parameter of the origin is held until another one is asked for."""
         origin = self._owner.origin
         if origin is None:
-            return self._layer.get_parameter(parameter.removeprefix(f"{self._prefix}."))
+            return self._layer.get_parameter(parameter.removeprefix(self.prefix))
         if self._origin is None or self._origin[0] != parameter:
             self._origin = parameter, self._owner.model.load_parameter(parameter, origin)
         return self._origin[1]

@@ -118,6 +118,8 @@ class FisherCotangents:
 
     def _samples(self, output: HeadOutput, uniform: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
         """Cotangents [samples, tokens, hidden] of one chunk of a row, and the labels drawn."""
+        if not len(uniform):
+            return output.states.detach().new_empty(0, *output.states.shape), uniform.long()
         labels = draw_labels(output.p, uniform)  # [samples, tokens, draws]
         if output.mean is not None:
             weight = self.model.head.get_parameter("weight")

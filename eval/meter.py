@@ -10,6 +10,8 @@ from eval.diff import DiffOptions, DiffReport, compare_many
 from eval.guard import mix_of
 from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
+from recompile.held import HELD_SHARE, WeightStore
+from recompile.memory import available_bytes
 
 TOGETHER = 8  # mixes whose hidden states are held at the same time
 
@@ -18,7 +20,7 @@ class ChoiceMeter:
     """KL(reference || choice) of whole choices (group -> candidate label), row by row.
 
     ids: int64 [rows, tokens]. Each call runs the reference and all its choices once over the rows asked for, layer by
-    layer; nothing is kept between calls.
+    layer; decoded weights are held between calls as far as there is room, nothing else is.
     """
 
     def __init__(
@@ -30,15 +32,17 @@ class ChoiceMeter:
         options: DiffOptions | None = None,
     ) -> None:
         self.header, self.checkpoints, self.reference = header, checkpoints, reference
-        self.ids, self.options = ids, options
+        self.ids, self.options = ids, options or DiffOptions()
+        self._store = WeightStore(available_bytes(self.options.device) // HELD_SHARE)
 
     def __call__(self, choices: Sequence[Mapping[str, str]], rows: Sequence[int]) -> list[tuple[float, ...]]:
         """KL of every choice at every one of these rows, nats per token."""
         found: list[tuple[float, ...]] = []
         ids = self.ids[list(rows)]
         for start in range(0, len(choices), TOGETHER):
-            mixes = [mix_of(self.header, self.checkpoints, choice) for choice in choices[start : start + TOGETHER]]
-            for event in compare_many(mixes, self.reference, ids, self.options):
+            some = choices[start : start + TOGETHER]
+            mixes = [self._store.over(mix_of(self.header, self.checkpoints, choice)) for choice in some]
+            for event in compare_many(mixes, self._store.over(self.reference), ids, self.options):
                 if isinstance(event, DiffReport):
                     found.append(event.kl_rows)
         return found

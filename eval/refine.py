@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eval.adjoint import AdjointPass, LayerBackward, LayerForward, SwapProducts, plan_pass
+from eval.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
 from eval.diff import BATCH_TOKENS
 from eval.fisher import FisherCotangents, HeadOutput, chunks_of
 from eval.guard import mix_of
@@ -23,11 +23,15 @@ from eval.metrics import kl_divergence
 from eval.sketch import collect, estimate
 from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
+from recompile.held import HELD_SHARE, WeightStore
+from recompile.memory import available_bytes
 from recompile.optimize.refine import SwapModel
 from recompile.quantize.made import making_bytes
 from recompile.stream import LayeredModel, default_dtype, sketch_dtype
 
 SAMPLES = 1  # Fisher samples a row, beside the gradient: a search averages them over its steps
+SAMPLED_FIRST, SAMPLED_EVERY = 6, 3  # linearisations that draw them: the first ones, then one in so many
+CURVES_KEPT = 0.9  # weight of the second-order terms so far when those of another linearisation are averaged in
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,49 @@ def correlations(found: Sequence[SwapProducts]) -> dict[tuple[str, str], float]:
 
 
 @dataclass
+class Curves:
+    """Second-order terms, averaged over the linearisations that drew samples.
+
+    own: half the quadratic form of a candidate's error; alike: correlations of two candidates of one group, by labels
+    """
+
+    own: dict[tuple[str, str], float] = field(default_factory=dict)
+    alike: dict[tuple[str, str], float] = field(default_factory=dict)
+    asked: int = 0  # linearisations so far
+    _weight: float = 0.0
+
+    @property
+    def are_due(self) -> bool:
+        return self.asked < SAMPLED_FIRST or self.asked % SAMPLED_EVERY == 0
+
+    def add(self, own: Mapping[tuple[str, str], float], alike: Mapping[tuple[str, str], float]) -> None:
+        before = CURVES_KEPT * self._weight
+        self._weight = before + 1
+        self.asked += 1
+        for averages, values in ((self.own, own), (self.alike, alike)):
+            for key, value in values.items():
+                averages[key] = (before * averages.get(key, 0.0) + value) / self._weight
+
+    def recall(self, model: SwapModel) -> None:
+        """Stand where they stood after a linearisation that gave this model."""
+        if self.are_due:
+            self._weight = CURVES_KEPT * self._weight + 1
+        self.asked += 1
+        self.own, self.alike = dict(model.own), dict(model.alike)
+
+    def cross(self, choice: Mapping[str, str]) -> dict[tuple[str, str], float]:
+        """The product of every candidate's error with that of what its group has."""
+        found = {}
+        for (group, source), value in self.own.items():
+            other = self.own[group, choice[group]]
+            alike = self.alike.get((source, choice[group]), 0.0)
+            found[group, source] = (
+                2 * value if source == choice[group] else 2 * alike * math.sqrt(max(0.0, value * other))
+            )
+        return found
+
+
+@dataclass
 class MixOracle:
     """`recompile.optimize.refine.Oracle` over real models.
 
@@ -171,6 +218,42 @@ class MixOracle:
 
     def __post_init__(self) -> None:
         self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None  # known with the first mix
+        self._curves = Curves()
+
+    @cached_property
+    def _plan(self) -> PassPlan:
+        """Of a linearisation, decided before anything is held."""
+        rows, tokens = self.pool.shape
+        return plan_pass(
+            self._quick[1],
+            self.header.groups,
+            len(self.checkpoints),
+            rows=min(self.rows_per_step, rows),
+            tokens=tokens,
+            samples=self.samples + 1,
+            cap_bytes=self.max_memory_bytes,
+            making=making_bytes(self.checkpoints.values()),
+            weight_gradients=True,
+        )
+
+    @cached_property
+    def _store(self) -> WeightStore:
+        """What is decoded, as far as there is room beside a linearisation."""
+        room = available_bytes(self.device) // HELD_SHARE
+        if self.max_memory_bytes is not None:
+            room = min(room, self.max_memory_bytes - self._plan.total)
+        return WeightStore(max(0, room))
+
+    @cached_property
+    def _held_reference(self) -> WeightSource:
+        return self._store.over(self.reference)
+
+    @cached_property
+    def _held_checkpoints(self) -> dict[str, WeightSource]:
+        return {label: self._store.over(source) for label, source in self.checkpoints.items()}
+
+    def _mix(self, choice: Mapping[str, str]) -> WeightSource:
+        return self._store.over(mix_of(self.header, self.checkpoints, choice))
 
     @cached_property
     def _sharp(self) -> tuple[LayeredModel, LayeredModel]:
@@ -201,35 +284,29 @@ class MixOracle:
             return torch.cat([norm(state) for state in states])
 
     def linearise(self, choice: Mapping[str, str], step: int) -> SwapModel:
-        """See the protocol. Rows of the pool are taken in turn; after the last the first come again, with new draws."""
+        """See the protocol. Rows of the pool are taken in turn; after the last the first come again, with new draws.
+
+        Only some linearisations draw Fisher samples (SAMPLED_FIRST, SAMPLED_EVERY): what they say of single groups
+        hardly changes with the mix, while the slope does with every group that moves."""
         count = min(self.rows_per_step, len(self.pool))
         first = (step * count) % len(self.pool)
         ids = torch.cat([self.pool, self.pool])[first : first + count]
+        samples = self.samples if self._curves.are_due else 0
         reference, model = self._quick
-        mix = mix_of(self.header, self.checkpoints, choice)
+        mix, origin = self._mix(choice), self._held_reference
         goals = self.goals(reference, ids)
-        plan = plan_pass(
-            model,
-            self.header.groups,
-            len(self.checkpoints),
-            rows=ids.shape[0],
-            tokens=ids.shape[1],
-            samples=self.samples + 1,
-            cap_bytes=self.max_memory_bytes,
-            making=making_bytes(self.checkpoints.values()),
-        )
-        runner = AdjointPass(model, mix, self.checkpoints, self.header.groups, plan, origin=self.reference)
+        runner = AdjointPass(model, mix, self._held_checkpoints, self.header.groups, self._plan, origin=origin)
         found: list[SwapProducts] = []
-        with torch.no_grad(), reference.head_loaded():
+        with torch.no_grad(), reference.head_loaded(origin):
             cotangents = KlCotangents(
                 model,
-                self.checkpoints,
+                self._held_checkpoints,
                 self.header.groups,
-                self.samples,
+                samples,
                 self.seed,
                 sweep=step,
                 gradients=1,
-                origin=self.reference,
+                origin=origin,
                 reference=reference,
                 goals=goals,
             )
@@ -242,19 +319,21 @@ class MixOracle:
                         )
                 elif isinstance(event, LayerForward):
                     self._note(f"step {step + 1}, forward", event.layer, 2 * event.depth)
-        tokens = ids.shape[1]
-        slope = {(s.group, s.source): float(s.products[:, 0].double().mean()) / tokens for s in found}
-        draws = [SwapProducts(s.group, s.source, s.products[:, 1:], s.squares, s.tokens) for s in found]
-        sketch = collect(draws, self.samples, keep_pairs=False)
-        own = dict(zip(sketch.swaps, estimate(sketch, tokens).mean(1).tolist(), strict=True))
-        alike = correlations(draws)
-        cross = {
-            (group, source): 2 * value
-            if source == choice[group]
-            else 2 * alike.get((source, choice[group]), 0.0) * math.sqrt(max(0.0, value * own[group, choice[group]]))
-            for (group, source), value in own.items()
-        }
-        return SwapModel(sum(cotangents.kl_rows.values()) / len(cotangents.kl_rows), slope, own, cross)
+        slope = {(s.group, s.source): float(s.products[:, 0].double().sum()) / ids.numel() for s in found}
+        if samples:
+            draws = [SwapProducts(s.group, s.source, s.products[:, 1:], s.squares, s.tokens) for s in found]
+            sketch = collect(draws, samples, keep_pairs=False)
+            values = estimate(sketch, ids.shape[1]).mean(1).tolist()
+            self._curves.add(dict(zip(sketch.swaps, values, strict=True)), correlations(draws))
+        else:
+            self._curves.asked += 1
+        kl = sum(cotangents.kl_rows.values()) / len(cotangents.kl_rows)
+        curves = self._curves
+        return SwapModel(kl, slope, dict(curves.own), curves.cross(choice), dict(curves.alike))
+
+    def recall(self, model: SwapModel) -> None:
+        """Go on from what an interrupted search was told last."""
+        self._curves.recall(model)
 
     def _note(self, text: str, done: int, total: int) -> None:
         self.progress(OracleProgress(text, done, total))
@@ -262,15 +341,15 @@ class MixOracle:
     @torch.no_grad()
     def goals(self, model: LayeredModel, ids: Tensor) -> list[Goal]:
         """What the reference makes of rows [rows, tokens]; model: of the reference."""
-        wanted = self.normed(model, self.reference, ids)
-        with model.head_loaded():
+        wanted = self.normed(model, self._held_reference, ids)
+        with model.head_loaded(self._held_reference):
             return [Goal.of(model, states) for states in wanted]
 
     @torch.no_grad()
     def measure(self, choice: Mapping[str, str]) -> list[float]:
         """KL(reference || mix) of every accepting row, nats per token. All mixes are measured in the same type, which
         the KL of the first one decides."""
-        mix = mix_of(self.header, self.checkpoints, choice)
+        mix = self._mix(choice)
         if self._accepting is None:
             for models in (self._quick, self._sharp) if self.rough_above_nats < math.inf else (self._sharp,):
                 self._accepting = (*models, self.goals(models[0], self.accept))
@@ -286,7 +365,7 @@ class MixOracle:
     ) -> Iterator[float]:
         """KL to the model with the weights of `source` on the accepting rows, a row at a time."""
         found = self.normed(model, source, self.accept)
-        with reference.head_loaded(), model.head_loaded(source):
+        with reference.head_loaded(self._held_reference), model.head_loaded(source):
             same, linear = same_head(reference, model), model.head_is_linear(found[:1, :2])
             for goal, states in zip(goals, found, strict=True):
                 there = goal.under_head(same)

@@ -211,8 +211,12 @@ class Overlay:
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
         """As Checkpoint.load, from the source that holds the tensor's module."""
+        return self.source_of(tensor).load(tensor, device=device)
+
+    def source_of(self, tensor: str) -> Checkpoint:
+        """The checkpoint that a tensor comes from."""
         placement = self.placements.get(split_name(tensor)[0]) or self.placements.get(tensor)
-        return (placement.checkpoint if placement else self.base).load(tensor, device=device)
+        return placement.checkpoint if placement else self.base
 
 
 def build_overlay(

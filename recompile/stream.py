@@ -477,6 +477,11 @@ class LinearWeights:
                 ]
                 self._slices[parameter.data_ptr()] = (parameter[0].numel() * parameter.element_size(), experts)
 
+    def __iter__(self) -> Iterator[LinearWeight]:
+        yield from self._whole.values()
+        for _, experts in self._slices.values():
+            yield from experts
+
     def find(self, weight: Tensor) -> LinearWeight | None:
         address = weight.data_ptr()
         if address in self._whole:

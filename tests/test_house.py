@@ -28,6 +28,7 @@ ROOMS = (
     "recipe",
     "tokens",
     "overlay",
+    "held",
     "recipe_formats",
     "stream",
     "activations",

@@ -41,7 +41,7 @@ LINEAR_ERROR = 0.25  # of a move's linear part, relative: what one move says of 
 MOVED_SHARE = 12  # at most one group in so many is moved in a step, but never held to fewer than LEAST_MOVED
 LEAST_MOVED = 4
 HALVINGS = 12  # of the reluctance to move that holds a move to its size
-PATIENCE = 8  # steps in a row without a better recipe, and the search ends
+PATIENCE = 20  # steps in a row without a better recipe, and the search ends
 
 Swap = tuple[str, str]  # (member of a group, source)
 
@@ -53,12 +53,14 @@ class SwapModel:
     slope: <gradient of the KL, error of the candidate's weights from the reference's>
     own: half the quadratic form of that error alone, in the Fisher matrix of the recipe
     cross: the product of that error with the one of what the group has, in the same form; 2 own for what it has
+    alike: the correlations of errors that cross was made with, by two sources; empty where it was not made so
     """
 
     kl_nats: float  # of the recipe on these rows
     slope: Mapping[Swap, float]
     own: Mapping[Swap, float]
     cross: Mapping[Swap, float]
+    alike: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 class Oracle(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import torch
 from eval.diff import DiffReport, compare
 from eval.guard import mix_of
 from eval.profile import ProfileJob, ProfileOptions
-from eval.refine import MixOracle
-from recompile.checkpoint import open_checkpoint
+from eval.refine import CURVES_KEPT, SAMPLED_EVERY, SAMPLED_FIRST, Curves, MixOracle
+from eval.sketch import estimate
+from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import RecompileError
 from recompile.optimize.problem import Group, Option, Problem
 from recompile.optimize.refine import refine
@@ -72,6 +74,58 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
     assert all(value > 0 for value in model.own.values())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gemma2"])
+def test_slopes_without_samples_are_those_with_them(architecture: str) -> None:
+    made = oracle(architecture)
+    choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.header.groups)}
+    sampled = made.linearise(choice, 0)
+    made._curves.asked = SAMPLED_FIRST + 1
+    assert made._curves.asked % SAMPLED_EVERY
+    drawn = []
+    estimated = estimate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.refine.estimate", lambda *args: drawn.append(args) or estimated(*args))
+        plain = made.linearise(choice, 0)
+    assert not drawn
+    assert plain.kl_nats == pytest.approx(sampled.kl_nats, rel=1e-6)
+    assert plain.slope == pytest.approx(sampled.slope, rel=1e-3, abs=1e-5)
+    assert plain.own == sampled.own
+    assert plain.cross == sampled.cross
+
+
+def test_curves_are_averages_and_cross_terms_follow_the_choice() -> None:
+    curves = Curves()
+    curves.add({("g", "2"): 4.0, ("g", "3"): 1.0}, {("2", "3"): 0.5, ("3", "2"): 0.5})
+    assert curves.cross({"g": "2"}) == {("g", "2"): 8.0, ("g", "3"): pytest.approx(2 * 0.5 * 2.0)}
+    assert curves.cross({"g": "3"}) == {("g", "2"): pytest.approx(2 * 0.5 * 2.0), ("g", "3"): 2.0}
+    curves.add({("g", "2"): 2.0, ("g", "3"): 3.0}, {})
+    assert curves.own["g", "2"] == pytest.approx((CURVES_KEPT * 4 + 2) / (CURVES_KEPT + 1))
+
+
+def test_what_is_held_stays_below_the_cap_and_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[tuple[str, str]] = []
+    load = Checkpoint.load
+
+    def counted(self: Checkpoint, tensor: str, **kwargs: Any) -> torch.Tensor:
+        loads.append((self.label, tensor))
+        return load(self, tensor, **kwargs)
+
+    monkeypatch.setattr(Checkpoint, "load", counted)
+    made, tight = oracle("llama"), oracle("llama")
+    choice = dict.fromkeys((group.name for group in made.header.groups), "2")
+    wanted = made.linearise(choice, 0)
+    assert len(set(loads)) == len(loads) > 0
+    tight.max_memory_bytes = tight._plan.total
+    loads.clear()
+    assert tight.linearise(choice, 0) == wanted
+    assert tight._store.limit_bytes == tight._store.held_bytes == 0
+    assert len(set(loads)) < len(loads)
+    some = replace(oracle("llama"))
+    some.max_memory_bytes = some._plan.total + 50_000
+    some.linearise(choice, 0)
+    assert 0 < some._store.held_bytes <= some._store.limit_bytes <= 50_000
+
+
 def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
     made = oracle("llama")
     choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.header.groups)}
@@ -113,10 +167,9 @@ def test_refining_a_real_model_lowers_its_kl_within_the_budget() -> None:
 
 
 def test_making_candidates_counts_in_the_memory_that_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = oracle("llama")
-    made.max_memory_bytes = 64 * 2**30
+    made, costly = (replace(oracle("llama"), max_memory_bytes=64 * 2**30) for _ in range(2))
     choice = dict.fromkeys((group.name for group in made.header.groups), made.header.base)
     made.linearise(choice, 0)
     monkeypatch.setattr("eval.refine.making_bytes", lambda candidates: 64 * 2**30)
     with pytest.raises(RecompileError, match="--max-memory 65536 MiB is too little"):
-        made.linearise(choice, 0)
+        costly.linearise(choice, 0)
