@@ -1,33 +1,44 @@
-"""The journal of a refining search: one line a step, so that an interrupted run goes on from its best choice."""
+"""The journal of a refining search: what the models answered, so that an interrupted search goes on as if it had not
+been: it is run again from its start, and asks the models only what it has not asked before."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from recompile.errors import JournalError
-from recompile.optimize.refine import FIRST_DAMPING, RefineStep
+from recompile.optimize.refine import RefineStep, SwapModel
 
 if TYPE_CHECKING:
+    from eval.refine import MixOracle
     from recompile.cli.search import Search
+
+FORMAT = 2
 
 
 @dataclass
 class RefineJournal:
-    """An open journal. `choice`, `damping` and `steps` are where the search stands."""
+    """An open journal; an oracle for `recompile.optimize.refine`. `choice` and `steps` are where the search stands."""
 
     path: Path
     file: IO[str]
+    oracle: MixOracle
     choice: dict[str, str]
-    damping: float = FIRST_DAMPING
-    steps: int = 0  # linearisations begun
+    steps: int = 0  # done
+    _kept: deque[dict[str, Any]] = field(default_factory=deque)  # lines of an interrupted run that are not used yet
+    _swaps: list[tuple[str, str]] = field(default_factory=list)  # in the order of packed numbers
 
     @staticmethod
-    def open(path: Path, search: Search, rows_sha256: str) -> RefineJournal:
+    def open(path: Path, search: Search, rows_sha256: str, oracle: MixOracle) -> RefineJournal:
         """Begin a journal, or go on with one of the same profile, limits, start and rows.
 
         A journal of another search is begun anew: what it holds is a recipe that was written already. A line cut off
@@ -47,28 +58,84 @@ class RefineJournal:
             partial = path.with_name(f"{path.name}.partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [{"key": key}]), encoding="utf-8")
             partial.replace(path)
-            journal = RefineJournal(path, path.open("a", encoding="utf-8"), dict(search.start))
+            file = path.open("a", encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise JournalError(f"{path}: cannot be written: {error}; choose another -o, or remove it") from error
-        for kept in lines[1:]:
-            journal.choice, journal.damping, journal.steps = dict(kept["choice"]), kept["damping"], kept["step"] + 1
-        return journal
+        return RefineJournal(path, file, oracle, dict(search.start), _kept=deque(lines[1:]))
+
+    @property
+    def is_replaying(self) -> bool:
+        return bool(self._kept)
+
+    def linearise(self, choice: Mapping[str, str], step: int) -> SwapModel:
+        """As the oracle's. Raises JournalError."""
+        replayed = self.is_replaying
+        found = self._answer("costs", choice, lambda: self._packed(self.oracle.linearise(choice, step)))
+        model = self._unpacked(found)
+        if replayed:
+            self.oracle.recall(model)
+        return model
+
+    def measure(self, choice: Mapping[str, str]) -> Sequence[float]:
+        """As the oracle's. Raises JournalError."""
+        return list(self._answer("kl", choice, lambda: list(self.oracle.measure(choice))))
 
     def append(self, step: RefineStep) -> None:
-        """Keep a step; on disk when this returns. Raises JournalError."""
-        self.choice, self.damping, self.steps = dict(step.choice), step.damping, step.step + 1
-        line = {
-            "step": step.step,
-            "accepted": step.accepted,
-            "damping": step.damping,
-            "bits": step.bits,
-            "kl_nats": step.kl_nats,
-            "change_nats": step.change_nats,
-            "change_std_error": step.change_std_error,
-            "moved": step.moved,
-            "predicted_nats": step.predicted_nats,
-            "choice": dict(step.choice),
-        }
+        """Keep a step, for people to read; on disk when this returns. Raises JournalError."""
+        self.choice, self.steps = dict(step.choice), step.step + 1
+        if self._kept and "step" in self._kept[0]:
+            self._kept.popleft()
+            return
+        self._write(
+            {
+                "step": step.step,
+                "accepted": step.accepted,
+                "damping": step.damping,
+                "bits": step.bits,
+                "kl_nats": step.kl_nats,
+                "change_nats": step.change_nats,
+                "change_std_error": step.change_std_error,
+                "moved": step.moved,
+                "predicted_nats": step.predicted_nats,
+                "choice": dict(step.choice),
+            }
+        )
+
+    def _answer(self, asked: str, choice: Mapping[str, str], make: Callable[[], Any]) -> Any:
+        """What the models say, or said; an answer is on disk before anything comes of it."""
+        name = hashlib.sha256(json.dumps(sorted(choice.items())).encode()).hexdigest()[:16]
+        if self._kept:
+            line = self._kept.popleft()
+            if line.get("of") != name or asked not in line:
+                raise JournalError(
+                    f"{self.path}: holds another search than its first line says ({asked} of {name} is asked, it goes "
+                    f"on with {', '.join(line)}); remove it"
+                )
+            return line[asked]
+        line = {"of": name, asked: make()}
+        self._write(line)
+        return line[asked]
+
+    def _packed(self, model: SwapModel) -> dict[str, Any]:
+        """Three numbers a swap are most of a journal: as base64 of float64, which loses nothing."""
+        line: dict[str, Any] = {"kl": model.kl_nats, "alike": [[*pair, value] for pair, value in model.alike.items()]}
+        if sorted(model.slope) != self._swaps:
+            line["swaps"] = self._swaps = sorted(model.slope)
+        for name, values in (("slope", model.slope), ("own", model.own), ("cross", model.cross)):
+            packed = np.array([values[swap] for swap in self._swaps], dtype="<f8").tobytes()
+            line[name] = base64.b64encode(packed).decode()
+        return line
+
+    def _unpacked(self, line: Mapping[str, Any]) -> SwapModel:
+        if "swaps" in line:
+            self._swaps = [(group, source) for group, source in line["swaps"]]
+        slope, own, cross = (
+            dict(zip(self._swaps, np.frombuffer(base64.b64decode(line[name]), dtype="<f8").tolist(), strict=True))
+            for name in ("slope", "own", "cross")
+        )
+        return SwapModel(line["kl"], slope, own, cross, {(one, other): value for one, other, value in line["alike"]})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -87,5 +154,5 @@ def _key(search: Search, rows_sha256: str) -> str:
     from recompile.optimize.choose import profile_sha256
 
     limits = [(row.name, row.limit, row.fixed) for row in search.limits]
-    text = json.dumps([profile_sha256(search.profile), limits, dict(search.start), rows_sha256])
+    text = json.dumps([FORMAT, profile_sha256(search.profile), limits, dict(search.start), rows_sha256])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from recompile.optimize.rows import Row
     from recompile.recipe import Recipe
 
-REFINE_STEPS = 40
+REFINE_STEPS = 60
 REFINE_ROWS = 4  # linearised in a step, fresh ones each: many short steps go further than a few long ones
 ACCEPT_ROWS = 12  # measured after every move, always the same
 ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
@@ -86,8 +86,8 @@ def search_local(search: Search) -> Mapping[str, str]:
 
 
 def search_refine(search: Search) -> Mapping[str, str]:
-    """Descent by what swaps cost at the recipe itself (recompile.optimize.refine); an interrupted one goes on from its
-    journal's best recipe, with averages begun anew."""
+    """Descent by what swaps cost at the recipe itself (recompile.optimize.refine); an interrupted one goes on by its
+    journal."""
     from eval.refine import MixOracle, OracleProgress
     from recompile.cli.refine_journal import RefineJournal
     from recompile.optimize.exact import solve_exact
@@ -120,20 +120,19 @@ def search_refine(search: Search) -> Mapping[str, str]:
             max_memory_bytes=search.max_memory_bytes,
             progress=follow,
         )
-        with RefineJournal.open(search.journal, search, rows.sha256) as journal:
+        with RefineJournal.open(search.journal, search, rows.sha256, oracle) as journal:
             for step in refine(
                 search.problem,
                 search.budget_bits,
-                journal.choice,
-                oracle,
-                steps=max(0, steps - journal.steps),
-                first_step=journal.steps,
-                damping=journal.damping,
+                search.start,
+                journal,
+                steps=steps,
                 solve=lambda problem, bits: solve_rows(problem, search.limits, solve_exact),
                 out_of_time=lambda: search.minutes is not None and time.monotonic() - began > 60 * search.minutes,
             ):
+                again = journal.is_replaying
                 journal.append(step)
-                if not search.quiet:
+                if not again and not search.quiet:
                     click.echo(_describe(step, accept), err=True)
             return journal.choice
 

@@ -145,8 +145,6 @@ def refine(
     oracle: Oracle,
     *,
     steps: int = 24,
-    first_step: int = 0,
-    damping: float = FIRST_DAMPING,
     solve: Callable[[Problem, int], Solution] = solve_exact,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Iterator[RefineStep]:
@@ -165,10 +163,10 @@ def refine(
     best_rows = rows = list(oracle.measure(best))
     tried = {_key(best)}
     over = evaluate(problem, best)[0] > budget_bits
-    costs, factor = Costs(), Damping(damping)
+    costs, factor = Costs(), Damping(FIRST_DAMPING)
     most = max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
     idle, shift = 0, 0.0
-    for step in range(first_step, first_step + steps):
+    for step in range(steps):
         if (out_of_time() or idle == PATIENCE) and not over:
             return
         idle += 1

@@ -259,6 +259,31 @@ def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.
     assert found["same"][1]["choice"] == found["worse"][1]["choice"]
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_a_better_mix_is_written_only_within_the_limit(
+    profile: Path, monkeypatch: pytest.MonkeyPatch, within: bool
+) -> None:
+    """On the reporting rows a simple mix is the best; on those that the size was found with it may be above."""
+    from eval.guard import Verdict
+    from recompile.cli.hold import Held
+
+    monkeypatch.setattr(Verdict, "best", property(lambda self: next(c for c in self.contenders[1:] if not c.is_over)))
+    monkeypatch.setattr(Verdict, "unbeaten", property(lambda self: (self.best,)))
+    monkeypatch.setattr(Held, "keeps", lambda self, choice: within)
+    report = profile.with_name("report.json")
+    words = ("--max-kl", "0.3", "--solver", "exact", "-r", "4", "-l", "16", "--json", report)
+    result = run(profile, *words, "-o", profile.with_name("mix.yaml"))
+    assert result.exit_code == 0, result.output
+    written = json.loads(report.read_text())["solver"]
+    said = " ".join(result.output.split())
+    if within:
+        assert written != "exact"
+        assert f'Wrote the best of them instead: "{written}"' in said
+    else:
+        assert written == "exact"
+        assert "is above the limit on KL on the rows that the size was found with" in said
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -448,17 +473,38 @@ def test_refine_is_what_runs_where_the_models_are_at_hand_and_goes_on_from_its_j
     assert report["bits"] <= budget
     journal = [json.loads(line) for line in (tmp_path / "mix.refine.jsonl").read_text().splitlines()]
     assert journal[-1]["choice"] == dict(report["choice"])
-    steps = [line for line in journal[1:] if line["accepted"]]
+    steps = [line for line in journal if line.get("accepted")]
     assert all(line["change_nats"] < 0 for line in steps)
     assert [line["kl_nats"] for line in steps] == sorted((line["kl_nats"] for line in steps), reverse=True)
     overlay = overlay_of(profile, header)
     assert overlay.accounting.quantized_bits <= budget
-    # cut off in the middle of a line: what is whole counts, and no step is done again
+    # cut off in the middle of a line: what is whole counts, and nothing is asked again
     path = tmp_path / "mix.refine.jsonl"
-    path.write_text(path.read_text() + '{"step": 2, "tri')
+    path.write_text(path.read_text() + '{"of": "2", "tri')
     again = optimize(profile, "-b", "3.9", "--check", "--no-guard", "--steps", "2", *FEW)
     assert again["choice"] == report["choice"]
     assert [json.loads(line) for line in path.read_text().splitlines()] == journal
+
+
+def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.refine.SAMPLED_FIRST", 1)
+    profile, path = tmp_path / "profile.jsonl", tmp_path / "mix.refine.jsonl"
+    write_profile(profile)
+    words = ("-b", "3.9", "--no-check", "--steps", "4", *FEW)
+    whole = optimize(profile, *words)
+    lines = path.read_text().splitlines(keepends=True)
+    asked = [line for line in map(json.loads, lines) if "of" in line]
+    assert sum("costs" in line for line in asked) == 4
+    for kept in (2, 4, len(lines) // 2, len(lines) - 2):
+        path.write_text("".join(lines[:kept]))
+        again = optimize(profile, *words)
+        assert again["choice"] == whole["choice"]
+        assert path.read_text().splitlines(keepends=True) == lines, f"{kept} lines were kept"
+    head, first, *rest = lines
+    path.write_text(head + first.replace('"of": "', '"of": "other') + "".join(rest))
+    refused = run(profile, *words, "-o", tmp_path / "mix.yaml")
+    assert refused.exit_code == 1
+    assert "mix.refine.jsonl: holds another search than its first line says" in " ".join(refused.output.split())
 
 
 def test_refine_never_makes_a_hand_made_start_worse(tmp_path: Path) -> None:
@@ -477,7 +523,7 @@ def test_refine_never_makes_a_hand_made_start_worse(tmp_path: Path) -> None:
     report = optimize(profile, "--start", recipe, "--check", "--no-guard", "--steps", "6", "-r", "8", "-l", "64")
     journal = [json.loads(line) for line in (tmp_path / "mix.refine.jsonl").read_text().splitlines()]
     assert report["solver"] == "refine"
-    taken = [line for line in journal[1:] if line["accepted"]]
+    taken = [line for line in journal if line.get("accepted")]
     assert taken, "a recipe without sense leaves something to gain"
     assert report["bits"] <= header.fixed_bits + sum(group.bits[by_hand[group.name]] for group in header.groups)
 
