@@ -208,15 +208,18 @@ def weight_error(bench: Bench, bits: int) -> Choice:
 
 
 def exllamav3_greedy(bench: Bench, bits: int) -> Choice:
-    """exllamav3's way: what each swap gains in the smallest variant, best gain ** 0.69 per bit first, once through."""
-    smallest = min(bench.checkpoints, key=int)
-    profile = bench.profile("exact", "base", smallest)
+    """exllamav3's way: what each swap gains in a quantized base, best gain ** 0.69 per bit first, once through. The
+    base is the largest variant within the budget, as its users choose theirs."""
+    whole = {label: evaluate(bench.problem, {g.name: label for g in bench.problem.groups})[0] for label in
+             bench.checkpoints}  # fmt: skip
+    base = max((label for label in whole if whole[label] <= bits), key=int)
+    profile = bench.profile("exact", "base", base)
     problem = prepare(make_problem(profile))
-    choice = {group.name: smallest for group in problem.groups}
+    choice = {group.name: base for group in problem.groups}
     left = bits - evaluate(problem, choice)[0]
     steps = []
     for group in problem.groups:
-        here = group.option(smallest)
+        here = group.option(base)
         assert here is not None
         for option in group.options:
             gain, added = here.cost - option.cost, option.bits - here.bits
@@ -381,7 +384,7 @@ def by_search(name: str) -> Callable[[Bench, int], Choice]:
             where=RowOptions(settings.search_rows, settings.length, "cpu", None, None),
             steps=None,
             minutes=settings.minutes,
-            journal=bench.work / f"{name}-{bits}.jsonl",
+            journal=bench.work / f"{name}-{bits}-{settings.level}.jsonl",
             measured=bench.work / f"mixes-{settings.level}-{settings.mode}.json",
             quiet=True,
         )

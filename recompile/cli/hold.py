@@ -5,8 +5,8 @@ The size is searched with rows of the role "accept"; what was found is then veri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,3 +92,27 @@ def hold_limit(
                 f"{event.solution.bits / weights:.4f} bpw: KL {event.kl_nats:.6f} measured, {kept} the limit", err=True
             )
     raise AssertionError("hold_kl ends with a Choice")
+
+
+def shrink(held: Held, found: Choice, hold: Callable[[float], Held], search: Callable[[Choice], Choice]) -> Choice:
+    """What a search gained in KL, taken in bytes: a smaller choice within the limit, or else what it found.
+
+    found: by the search at the size of `held`, within the limit. The search is expected to gain as much, by a factor,
+    at the smaller size where choices by costs measure the limit over that factor. hold: finds that choice for a limit;
+    search: runs from it.
+    """
+    gained = held.kl(found.solution.choice) / held.kl(held.choice.solution.choice)
+    if not 0 < gained < 1:
+        return found
+    smaller = hold(held.max_kl_nats / gained).choice
+    if smaller.bits >= found.bits:
+        return found
+    again = search(smaller)
+    if again.bits < found.bits and held.keeps(again.solution.choice):
+        return replace(again, budget=found.budget)
+    click.echo(
+        f"Note: at {again.bpw:.4f} bpw the search ends at KL {held.kl(again.solution.choice):.6f}, above the limit; "
+        f"the recipe of {found.bpw:.4f} bpw is kept.",
+        err=True,
+    )
+    return found

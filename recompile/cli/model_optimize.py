@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -210,17 +211,29 @@ def main(
     by_costs = solver if solver in SOLVERS else "exact"
     held: Held | None = None
     if budget.max_kl is not None and check is not False and checkpoints is not None and _at_hand(profile, checkpoints):
-        held = _hold(profile, budget, by_costs, rules, checkpoints, where, out, quiet)
+        hold = partial(_hold, profile, solver=by_costs, rules=rules, checkpoints=checkpoints, where=where, out=out)
+        held = hold(budget, quiet=quiet)
     elif budget.max_kl is not None:
         why = "--no-check" if check is False else "the models are not at hand"
         click.echo(f"Note: {why}: the limit on KL is kept by what the profile predicts, nothing is measured.", err=True)
     chosen = choose(profile, budget, by_costs, rules) if held is None else held.choice
     if solver in SEARCHES:
         cap = parse_size(max_memory) if max_memory is not None else None
-        chosen = _search(chosen, solver, start_choice, rules, checkpoints, where, steps, minutes, cap, out, quiet)
+        search = partial(_search, solver=solver, rules=rules, checkpoints=checkpoints, where=where, steps=steps)
+        search = partial(search, minutes=minutes, max_memory_bytes=cap, out=out, quiet=quiet)
+        chosen = search(chosen, start_choice, name=solver)
         if held is not None and not held.keeps(chosen.solution.choice):
             click.echo(f"Note: what {solver} found is above the limit on KL; the {by_costs} recipe is kept.", err=True)
             chosen = held.choice
+        elif held is not None:
+            from recompile.cli.hold import shrink
+
+            chosen = shrink(
+                held,
+                chosen,
+                lambda limit: hold(replace(budget, max_kl=limit, max_ppl_increase=None), quiet=True),
+                lambda smaller: search(smaller, None, name=f"{solver}-smaller"),
+            )
     if checkpoints is not None and not constraints and profile.header.candidate(profile.header.base).spec is not None:
         from recompile.quantize.made import plainly_named
 
@@ -384,8 +397,10 @@ def _open_models(
 
 def _search(
     chosen: Choice,
-    solver: str,
     start: Mapping[str, str] | None,
+    *,
+    solver: str,
+    name: str,
     rules: Rules,
     checkpoints: Mapping[str, Checkpoint] | None,
     where: RowOptions,
@@ -395,7 +410,9 @@ def _search(
     out: Path,
     quiet: bool,
 ) -> Choice:
-    """Run a solver that needs the models, from --start or else from the exact choice; refine from the better start."""
+    """Run a solver that needs the models, from --start or else from the exact choice; refine from the better start.
+
+    name: of its journal"""
     from recompile.optimize.choose import choice_of, limits_of, prepare_problem
     from recompile.optimize.problem import prepare
 
@@ -413,7 +430,7 @@ def _search(
         where=where,
         steps=steps,
         minutes=minutes,
-        journal=out.with_name(f"{out.stem}.{solver}.jsonl"),
+        journal=out.with_name(f"{out.stem}.{name}.jsonl"),
         measured=_measured_file(out),
         quiet=quiet,
         max_memory_bytes=max_memory_bytes,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,63 @@ def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.
     assert found["worse"][1]["solver"] == "exact"
     assert found["same"][1]["solver"] == "local"
     assert found["same"][1]["choice"] == found["worse"][1]["choice"]
+
+
+@pytest.mark.parametrize("kl", [0.29, 0.31])
+def test_what_a_search_gains_under_a_limit_is_taken_in_bytes(
+    profile: Path, capsys: pytest.CaptureFixture[str], kl: float
+) -> None:
+    from recompile.cli.hold import Held, shrink
+    from recompile.cli.mix_kls import MixKls
+    from recompile.optimize.budget import Budget
+    from recompile.optimize.choose import Rules, choose
+
+    first, found, smaller = (choose(load_profile(profile), Budget(bpw=b), "exact", Rules()) for b in (4.0, 3.9, 3.3))
+    known = [(first, 0.3), (found, 0.15), (smaller, kl)]
+
+    class Kls(MixKls):
+        def __init__(self) -> None:
+            pass
+
+        def measure(self, mixes: Sequence[Mapping[str, str]]) -> list[float]:
+            return [next(kl for choice, kl in known if choice.solution.choice == mix) for mix in mixes]
+
+    held = Held(0.3, first, (), Kls())
+    asked: list[object] = []
+    result = shrink(
+        held,
+        found,
+        lambda limit: (asked.append(limit), replace(held, choice=smaller))[1],
+        lambda begun: (asked.append(begun), begun)[1],
+    )
+    assert asked == [pytest.approx(0.3 / 0.5), smaller]
+    assert result == (replace(smaller, budget=found.budget) if kl < 0.3 else found)
+    assert ("the search ends at KL 0.310000, above the limit" in capsys.readouterr().err) == (kl > 0.3)
+    assert shrink(held, first, lambda limit: held, lambda begun: begun) is first, "nothing was gained"
+
+
+def test_a_limit_is_searched_again_at_a_smaller_size(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recompile.cli import model_optimize as command
+    from recompile.cli.hold import Held
+    from recompile.optimize.choose import Choice
+
+    begun: list[Mapping[str, str]] = []
+    monkeypatch.setattr(command, "SEARCHES", {"local": lambda search: (begun.append(search.start), search.start)[1]})
+
+    def shrink(held: Held, found: Choice, hold: Callable[[float], Held], search: Callable[[Choice], Choice]) -> Choice:
+        smaller = hold(1.5 * held.max_kl_nats).choice
+        assert smaller.bits < found.bits
+        return replace(search(smaller), budget=found.budget)
+
+    monkeypatch.setattr("recompile.cli.hold.shrink", shrink)
+    report = profile.with_name("report.json")
+    words = ("--max-ppl-increase", "30%", "--solver", "local", "-r", "4", "-l", "16", "--no-guard", "--json", report)
+    result = run(profile, *words, "-o", profile.with_name("mix.yaml"))
+    assert result.exit_code == 0, result.output
+    first, second = begun
+    written = json.loads(report.read_text())
+    assert written["choice"] == dict(second) != dict(first)
+    assert written["budget"] == "perplexity 30 % up at most (KL 0.262364)"
 
 
 @pytest.mark.parametrize("within", [True, False])
