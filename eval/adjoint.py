@@ -33,11 +33,12 @@ from recompile.costs import ProfileGroup
 from recompile.errors import OutputError, RecompileError, UnsupportedError
 from recompile.memory import format_mib, resident_bytes
 from recompile.overlay import role_of
-from recompile.stream import LayeredModel, LinearWeight, LinearWeights
+from recompile.stream import FREE_BYTES_KEPT, LayeredModel, LinearWeight, LinearWeights, release_free_memory
 
 PASS_TOKENS = 512  # rows of a batch hold about this many tokens
 SAMPLE_BLOCK = 4  # samples whose adjoints are held together
 LOGIT_CHUNK_TOKENS = 256
+DECODING = 4  # of a parameter, so many times as float32: as stored, decoded, sliced; and that of the origin
 
 
 class Cotangents(Protocol):
@@ -151,7 +152,7 @@ def plan_pass(
         """(working, deltas) of a batch of so many rows."""
         graph = batch * tokens * (6 * hidden + 3 * largest.outputs + largest.attention * tokens) * size
         changes = batch * tokens * largest.outputs * (2 * candidates + 2 * SAMPLE_BLOCK) * size
-        decoding = 4 * largest.parameter * size + making  # as stored, decoded, sliced; and that of the origin
+        decoding = DECODING * largest.parameter * max(size, 4) + making
         decoding += 2 * largest.weights * size if weight_gradients else 0  # of a batch, and their sum
         return max(largest.weights * size + graph + changes + decoding, with_head), (
             candidates * largest.weights * size if keep else 0
@@ -418,7 +419,7 @@ class AdjointPass:
             for name, label in itertools.product(parts, self.candidates):
                 asked = [(group, part) for group, part in parts[name] if label in group.bits]
                 if asked:
-                    delta = deltas.of(name, label)
+                    delta = deltas.of(name, label, keep=False)
                     for group, part in asked:
                         along = [(of[name][part] * delta[part]).sum(dtype=torch.float32) for of in sums]
                         products[group.name, label][0] += torch.stack(along).cpu()
@@ -469,6 +470,7 @@ class _Deltas:
         self._owner = owner
         self.group_of = {module: group for group in groups for module in group.modules}
         self._kept: dict[tuple[str, str], Tensor] = {}
+        self._freed = 0  # bytes that decoding took and gave back since the allocator was last asked to let go of them
         self._origin: tuple[str, Tensor] | None = None
         self._layer, self.prefix = owner.model.layers[index], f"{owner.model.prefix_of_layer(index)}."
 
@@ -528,13 +530,17 @@ class _Deltas:
             raise UnsupportedError(f"{module}: has no shape of [out, in]")
         return int(shape[0])
 
-    def of(self, parameter: str, label: str) -> Tensor:
+    def of(self, parameter: str, label: str, keep: bool = True) -> Tensor:
         kept = self._kept.get((parameter, label))
         if kept is not None:
             return kept
         delta = self._owner.model.load_parameter(parameter, self._owner.candidates[label]) - self._own(parameter)
-        if self._owner.plan.keep_deltas:
+        if keep and self._owner.plan.keep_deltas:
             self._kept[(parameter, label)] = delta
+        self._freed += DECODING * 4 * delta.numel()
+        if self._freed > FREE_BYTES_KEPT:  # asking how much is free takes a millisecond
+            self._freed = 0
+            release_free_memory()
         return delta
 
     def _own(self, parameter: str) -> Tensor:

@@ -10,8 +10,7 @@ from eval.diff import DiffOptions, DiffReport, compare_many
 from eval.guard import mix_of
 from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
-from recompile.held import HELD_SHARE, WeightStore
-from recompile.memory import available_bytes
+from recompile.held import WeightStore, room_for_weights
 
 TOGETHER = 8  # mixes whose hidden states are held at the same time
 
@@ -20,7 +19,7 @@ class ChoiceMeter:
     """KL(reference || choice) of whole choices (group -> candidate label), row by row.
 
     ids: int64 [rows, tokens]. Each call runs the reference and all its choices once over the rows asked for, layer by
-    layer; decoded weights are held between calls as far as there is room, nothing else is.
+    layer; decoded weights are held between calls as far as there is room (unless holds is False), nothing else is.
     """
 
     def __init__(
@@ -30,10 +29,11 @@ class ChoiceMeter:
         reference: WeightSource,
         ids: Tensor,
         options: DiffOptions | None = None,
+        holds: bool = True,
     ) -> None:
         self.header, self.checkpoints, self.reference = header, checkpoints, reference
         self.ids, self.options = ids, options or DiffOptions()
-        self._store = WeightStore(available_bytes(self.options.device) // HELD_SHARE)
+        self._store = WeightStore(room_for_weights(self.options.device) if holds else 0)
 
     def __call__(self, choices: Sequence[Mapping[str, str]], rows: Sequence[int]) -> list[tuple[float, ...]]:
         """KL of every choice at every one of these rows, nats per token."""

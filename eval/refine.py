@@ -23,8 +23,7 @@ from eval.metrics import kl_divergence
 from eval.sketch import collect, estimate
 from recompile.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
-from recompile.held import HELD_SHARE, WeightStore
-from recompile.memory import available_bytes
+from recompile.held import WeightStore, room_for_weights
 from recompile.optimize.refine import SwapModel
 from recompile.quantize.made import making_bytes
 from recompile.stream import LayeredModel, default_dtype, sketch_dtype
@@ -214,6 +213,7 @@ class MixOracle:
     dtype: torch.dtype | None = None  # None: the device's default to measure in, the quickest that serves to linearise
     device: str = "cpu"
     max_memory_bytes: int | None = None
+    holds: bool = True  # whether decoded weights may be held where there is room
     progress: Callable[[OracleProgress], None] = lambda event: None
 
     def __post_init__(self) -> None:
@@ -239,10 +239,12 @@ class MixOracle:
     @cached_property
     def _store(self) -> WeightStore:
         """What is decoded, as far as there is room beside a linearisation."""
-        room = available_bytes(self.device) // HELD_SHARE
-        if self.max_memory_bytes is not None:
+        room = room_for_weights(self.device)
+        if not self.holds:
+            room = 0
+        elif self.max_memory_bytes is not None:
             room = min(room, self.max_memory_bytes - self._plan.total)
-        return WeightStore(max(0, room))
+        return WeightStore(room)
 
     @cached_property
     def _held_reference(self) -> WeightSource:

@@ -11,13 +11,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint import StoredModule, WeightSource
+from recompile.memory import available_bytes
 from recompile.overlay import Overlay
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-HELD_SHARE = 2  # where nobody says how much, one part in so many of the memory that is free is used
+HELD_SHARE = 2  # at most one part in so many of the memory that is free is used
+
+
+def room_for_weights(device: str) -> int:
+    """Bytes that a store may hold where no cap says less."""
+    return available_bytes(device) // HELD_SHARE
 
 
 @dataclass

@@ -68,8 +68,10 @@ def hold_limit(
     where: RowOptions,
     path: Path,
     quiet: bool,
+    holds: bool = True,
 ) -> Held:
-    """The smallest choice whose measured KL keeps the budget's limit. path: holds what was measured.
+    """The smallest choice whose measured KL keeps the budget's limit. path: has what was measured; holds: whether
+    decoded weights may stay in memory.
 
     Raises BudgetError where the limit is out of reach.
     """
@@ -78,7 +80,7 @@ def hold_limit(
 
     assert budget.max_kl is not None, "asked for"
     rows, _ = where.read([reference.path, *(source.path for source in checkpoints.values())], "accept")
-    kls = MixKls(profile, reference, checkpoints, rows, compute_device(where.device), path, quiet)
+    kls = MixKls(profile, reference, checkpoints, rows, compute_device(where.device), path, quiet, holds)
     weights = max(1, profile.counted_weights)
     tried: list[Tried] = []
     said = f"{rows.ids.shape[0]} rows x {rows.ids.shape[1]} tokens"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class MixKls:
     """Mean KL of whole mixes (group -> candidate label) of a profile, on some rows.
 
-    path: holds what was measured, of any rows and profiles
+    path: has what was measured, of any rows and profiles; holds: whether decoded weights may stay in memory
     """
 
     def __init__(
@@ -34,12 +34,13 @@ class MixKls:
         device: str,
         path: Path,
         quiet: bool,
+        holds: bool = True,
     ) -> None:
         from recompile.optimize.choose import profile_sha256
 
         self.rows = rows
         self._header, self._reference, self._checkpoints = profile.header, reference, checkpoints
-        self._device, self._path, self._quiet = device, path, quiet
+        self._device, self._path, self._quiet, self._holds = device, path, quiet, holds
         self._key = _sha256([profile_sha256(profile), rows.sha256])
         self._oracle: MixOracle | None = None
         self._file = self._load()
@@ -63,7 +64,8 @@ class MixKls:
             from eval.refine import MixOracle
 
             ids = self.rows.ids
-            self._oracle = MixOracle(self._header, self._checkpoints, self._reference, ids, ids, device=self._device)
+            models = self._header, self._checkpoints, self._reference
+            self._oracle = MixOracle(*models, ids, ids, device=self._device, holds=self._holds)
         return self._oracle
 
     def _load(self) -> dict[str, dict[str, float]]:

@@ -86,7 +86,10 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", type=int, help="At most so many steps of a solver that measures.")
 @click.option("--minutes", type=float, help="At most so much time for a solver that measures.")
-@click.option("--max-memory", help="For --solver refine: never use more memory than this, e.g. 8GiB.")
+@click.option(
+    "--max-memory",
+    help="For --solver refine: never use more memory than this, e.g. 8GiB; without it as much as half of what is free.",
+)
 @click.option("--pin", multiple=True, help="GLOB=ID: take these modules from source ID.")
 @click.option("--min", "minimum", multiple=True, help="GLOB=ID: no smaller than source ID.")
 @click.option("--max", "maximum", multiple=True, help="GLOB=ID: no larger than source ID.")
@@ -211,7 +214,10 @@ def main(
     by_costs = solver if solver in SOLVERS else "exact"
     held: Held | None = None
     if budget.max_kl is not None and check is not False and checkpoints is not None and _at_hand(profile, checkpoints):
-        hold = partial(_hold, profile, solver=by_costs, rules=rules, checkpoints=checkpoints, where=where, out=out)
+        free = max_memory is None
+        hold = partial(
+            _hold, profile, solver=by_costs, rules=rules, checkpoints=checkpoints, where=where, out=out, holds=free
+        )
         held = hold(budget, quiet=quiet)
     elif budget.max_kl is not None:
         why = "--no-check" if check is False else "the models are not at hand"
@@ -267,6 +273,7 @@ def _hold(
     where: RowOptions,
     out: Path,
     quiet: bool,
+    holds: bool,
 ) -> Held:
     from recompile.cli.hold import hold_limit
 
@@ -277,7 +284,7 @@ def _hold(
         )
     reference, checkpoints = _open_models(profile, checkpoints)
     measured = _measured_file(out)
-    return hold_limit(profile, budget, solver, rules, reference, checkpoints, where, measured, quiet)
+    return hold_limit(profile, budget, solver, rules, reference, checkpoints, where, measured, quiet, holds)
 
 
 def _measured_file(out: Path) -> Path:

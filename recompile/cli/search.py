@@ -50,7 +50,7 @@ class Search:
     journal: Path  # beside the recipe; a solver that resumes keeps its state here
     measured: Path  # beside the recipe; KLs of whole mixes, measured once (recompile.cli.starts)
     quiet: bool
-    max_memory_bytes: int | None = None  # for solvers that run a backward pass
+    max_memory_bytes: int | None = None  # of refine; others hold no decoded weights where it is given
 
 
 def search_local(search: Search) -> Mapping[str, str]:
@@ -63,7 +63,12 @@ def search_local(search: Search) -> Mapping[str, str]:
     rows, vocab = search.where.read(directories, "choose")
     device = compute_device(search.where.device)
     meter = ChoiceMeter(
-        search.profile.header, search.checkpoints, search.reference, rows.ids, DiffOptions(device=device, vocab=vocab)
+        search.profile.header,
+        search.checkpoints,
+        search.reference,
+        rows.ids,
+        DiffOptions(device=device, vocab=vocab),
+        holds=search.max_memory_bytes is None,
     )
     defaults = LocalOptions()
     options = LocalOptions(

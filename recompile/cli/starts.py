@@ -63,7 +63,9 @@ def _kls(search: Search) -> MixKls:
     directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
     rows, _ = search.where.read(directories, "choose", min(search.where.rows, FIT_ROWS))
     device = compute_device(search.where.device)
-    return MixKls(search.profile, search.reference, search.checkpoints, rows, device, search.measured, search.quiet)
+    models = search.profile, search.reference, search.checkpoints
+    free = search.max_memory_bytes is None
+    return MixKls(*models, rows, device, search.measured, search.quiet, holds=free)
 
 
 def fit_law(search: Search, kls: MixKls) -> SuperAdditive:

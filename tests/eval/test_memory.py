@@ -34,11 +34,23 @@ ids = torch.zeros(2, 16, dtype=torch.int64)
 match = tuple(f"model.layers.{n}.*" for n in ((47,) if made else (46, 47) if mode == "exact" else (0, 20, 47)))
 options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
 job = ProfileJob(base, first, candidates, ids, folder / f"{mode}{len(candidates)}.jsonl", options)
-if mode == "exact":
+if mode == "refine":
+    import eval.refine
+    eval.refine.SAMPLED_FIRST = 1
+    header = job.header(torch.float32)
+    models = header, {str(label): candidate for label, candidate in candidates}, base
+    oracle = eval.refine.MixOracle(*models, ids, ids, max_memory_bytes=cap)
+    choice = {group.name: ("2", "4")[n % 2] for n, group in enumerate(header.groups)}
+    oracle.measure(choice)
+    for step in range(2):
+        oracle.linearise(choice, step)
+    assert 0 < oracle._store.held_bytes <= oracle._store.limit_bytes
+elif mode == "exact":
     *_, profile = profile_exact(job)
+    assert profile.is_complete
 else:
     *_, profile = profile_sketch(job, SketchOptions(2))
-assert profile.is_complete
+    assert profile.is_complete
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)
 """
@@ -128,7 +140,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("mode", "made"), [("sketch", ()), ("exact", ()), ("exact", ("Q8_0", "Q6_K")), ("sketch", ("exl2:3", "exl2:5.5"))]
+    ("mode", "made"),
+    [("sketch", ()), ("exact", ()), ("refine", ()), ("exact", ("Q8_0", "Q6_K")), ("sketch", ("exl2:3", "exl2:5.5"))],
 )
 def test_peak_memory_stays_under_the_cap(large: Path, mode: str, made: tuple[str, ...]) -> None:
     """Six candidates on disk; GGUF types and EXL2 made on the fly."""
