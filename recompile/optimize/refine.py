@@ -155,16 +155,17 @@ def refine(
     or out of time.
 
     A recipe that is not better on the accepting rows is gone on from all the same, for their noise is larger than what
-    a step gains; unless it is worse beyond two standard errors: then the best one is gone back to, and half as many
-    groups are moved at once. Where no untried move is foretold to pay, one is tried that would with less damping, and
-    taken only if it is better. The result is the best recipe measured.
+    a step gains; unless it is worse beyond two standard errors: then the best one is gone back to. Where no untried
+    move is foretold to pay, one is tried that would with less damping, and taken only if it is better. After moves that
+    are gone back on half as many groups are moved at once, after a better recipe twice as many again. The result is the
+    best recipe measured.
     """
     best = current = dict(start)
     best_rows = rows = list(oracle.measure(best))
     tried = {_key(best)}
     over = evaluate(problem, best)[0] > budget_bits
     costs, factor = Costs(), Damping(FIRST_DAMPING)
-    most = max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
+    most = first_most = max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
     idle, shift = 0, 0.0
     for step in range(steps):
         if (out_of_time() or idle == PATIENCE) and not over:
@@ -189,11 +190,13 @@ def refine(
             accepted = over or mean < 0
             before = current
             if not accepted and used < foretold:
-                pass  # a move on trial
+                most = max(2, most // 2)  # a move on trial; an exchange takes two
             elif not accepted and mean > 2 * error:
-                current, rows, most = best, best_rows, max(2, most // 2)  # an exchange takes two
+                current, rows, most = best, best_rows, max(2, most // 2)
             else:
                 current, rows = proposal, found
+                if accepted:
+                    most = min(2 * most, first_most)
             shift = len(_moved(problem, before, current)) / len(problem.groups)
             if accepted:
                 best, best_rows, over, idle = proposal, found, False, 0
