@@ -110,7 +110,7 @@ def shrink(held: Held, found: Choice, hold: Callable[[float], Held], search: Cal
     if smaller.bits >= found.bits:
         return found
     again = search(smaller)
-    if again.bits < found.bits and held.keeps(again.solution.choice):
+    if held.keeps(again.solution.choice):
         return replace(again, budget=found.budget)
     click.echo(
         f"Note: at {again.bpw:.4f} bpw the search ends at KL {held.kl(again.solution.choice):.6f}, above the limit; "

@@ -225,8 +225,18 @@ def main(
     chosen = choose(profile, budget, by_costs, rules) if held is None else held.choice
     if solver in SEARCHES:
         cap = parse_size(max_memory) if max_memory is not None else None
-        search = partial(_search, solver=solver, rules=rules, checkpoints=checkpoints, where=where, steps=steps)
-        search = partial(search, minutes=minutes, max_memory_bytes=cap, out=out, quiet=quiet)
+        search = partial(
+            _search,
+            solver=solver,
+            rules=rules,
+            checkpoints=checkpoints,
+            where=where,
+            steps=steps,
+            minutes=minutes,
+            max_memory_bytes=cap,
+            out=out,
+            quiet=quiet,
+        )
         chosen = search(chosen, start_choice, name=solver)
         if held is not None and not held.keeps(chosen.solution.choice):
             click.echo(f"Note: what {solver} found is above the limit on KL; the {by_costs} recipe is kept.", err=True)
@@ -471,11 +481,13 @@ def _verify(
     limits = limits_of(profile, problem, budget, rules, chosen.bits)
     if budget.max_kl is not None:  # its greedy recipe may be larger than the size found
         others.clear()
-    if held is not None:
-        others[held.choice.solution.solver] = held.choice.solution.choice
+    as_they_are = {"the start": start} if start is not None else {}
+    if held is not None:  # where a search went on to a smaller size it is larger than the limits, and only shown
+        (as_they_are if held.choice.bits > chosen.bits else others)[held.choice.solution.solver] = (
+            held.choice.solution.choice
+        )
     elif chosen.solution.solver in SEARCHES:
         others["exact"] = choose(profile, budget, "exact", rules).solution.choice
-    as_they_are = {"the start": start} if start is not None else {}
     rivals = make_rivals(profile, problem, chosen.solution.choice, limits, others, as_they_are)
     role = "accept" if held is None else "report"  # the size was found with the accepting rows
     return run_verification(chosen, rivals, reference, checkpoints, where, quiet, role)

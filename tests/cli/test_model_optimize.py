@@ -17,8 +17,10 @@ from click.testing import CliRunner, Result
 from eval.profile import ProfileJob, ProfileOptions
 from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
+from recompile.cli.hold import Held
 from recompile.cli.model_optimize import main
 from recompile.costs import Measurement, Profile, ProfileHeader, load_profile, open_journal
+from recompile.optimize.choose import Choice
 from recompile.optimize.exact import solve_exact
 from recompile.overlay import Overlay, build_overlay
 from recompile.recipe import load_recipe
@@ -264,7 +266,7 @@ def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.
 def test_what_a_search_gains_under_a_limit_is_taken_in_bytes(
     profile: Path, capsys: pytest.CaptureFixture[str], kl: float
 ) -> None:
-    from recompile.cli.hold import Held, shrink
+    from recompile.cli.hold import shrink
     from recompile.cli.mix_kls import MixKls
     from recompile.optimize.budget import Budget
     from recompile.optimize.choose import Rules, choose
@@ -293,20 +295,19 @@ def test_what_a_search_gains_under_a_limit_is_taken_in_bytes(
     assert shrink(held, first, lambda limit: held, lambda begun: begun) is first, "nothing was gained"
 
 
+def go_smaller(held: Held, found: Choice, hold: Callable[[float], Held], search: Callable[[Choice], Choice]) -> Choice:
+    """In place of `recompile.cli.hold.shrink`: always the search's choice at a smaller size."""
+    smaller = hold(1.5 * held.max_kl_nats).choice
+    assert smaller.bits < found.bits
+    return replace(search(smaller), budget=found.budget)
+
+
 def test_a_limit_is_searched_again_at_a_smaller_size(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from recompile.cli import model_optimize as command
-    from recompile.cli.hold import Held
-    from recompile.optimize.choose import Choice
 
     begun: list[Mapping[str, str]] = []
     monkeypatch.setattr(command, "SEARCHES", {"local": lambda search: (begun.append(search.start), search.start)[1]})
-
-    def shrink(held: Held, found: Choice, hold: Callable[[float], Held], search: Callable[[Choice], Choice]) -> Choice:
-        smaller = hold(1.5 * held.max_kl_nats).choice
-        assert smaller.bits < found.bits
-        return replace(search(smaller), budget=found.budget)
-
-    monkeypatch.setattr("recompile.cli.hold.shrink", shrink)
+    monkeypatch.setattr("recompile.cli.hold.shrink", go_smaller)
     report = profile.with_name("report.json")
     words = ("--max-ppl-increase", "30%", "--solver", "local", "-r", "4", "-l", "16", "--no-guard", "--json", report)
     result = run(profile, *words, "-o", profile.with_name("mix.yaml"))
@@ -317,13 +318,32 @@ def test_a_limit_is_searched_again_at_a_smaller_size(profile: Path, monkeypatch:
     assert written["budget"] == "perplexity 30 % up at most (KL 0.262364)"
 
 
+def test_the_larger_recipe_that_a_search_began_with_does_not_compete(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a search at a smaller size it keeps the limit and measures less, but takes more bytes."""
+    from recompile.cli import model_optimize as command
+
+    monkeypatch.setattr(command, "SEARCHES", {"local": lambda search: search.start})
+    monkeypatch.setattr("recompile.cli.hold.shrink", go_smaller)
+    report = profile.with_name("report.json")
+    words = ("--max-kl", "0.3", "--solver", "local", "-r", "4", "-l", "16", "--json", report)
+    result = run(profile, *words, "-o", profile.with_name("mix.yaml"))
+    assert result.exit_code == 0, result.output
+    written = json.loads(report.read_text())
+    (larger,) = [c for c in written["verdict"]["contenders"] if c["name"] == "exact"]
+    assert larger["kl"]["mean"] < written["verdict"]["contenders"][0]["kl"]["mean"]
+    assert not larger["competes"]
+    assert larger["bits"] > written["bits"]
+    assert written["solver"] != "exact"
+
+
 @pytest.mark.parametrize("within", [True, False])
 def test_a_better_mix_is_written_only_within_the_limit(
     profile: Path, monkeypatch: pytest.MonkeyPatch, within: bool
 ) -> None:
     """On the reporting rows a simple mix is the best; on those that the size was found with it may be above."""
     from eval.guard import Verdict
-    from recompile.cli.hold import Held
 
     monkeypatch.setattr(Verdict, "best", property(lambda self: next(c for c in self.contenders[1:] if not c.is_over)))
     monkeypatch.setattr(Verdict, "unbeaten", property(lambda self: (self.best,)))
