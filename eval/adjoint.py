@@ -68,7 +68,8 @@ class SwapProducts:
     random samples [1, samples], summed over rows as well
     squares: [rows] float32, mean over random samples of the sum over tokens and outputs of (adjoint * change)^2; None
     for the head and the embedding, and where there are no random samples
-    tokens: [rows] int64, tokens that the group's modules saw (fewer than all only for routed experts)
+    tokens: [rows] int64, tokens that the group's modules saw (fewer than all only for routed experts); all, where there
+    are no random samples
     """
 
     group: str
@@ -415,16 +416,17 @@ class AdjointPass:
                             kept += gradient
                     adjoints[sample, batch] = before
                 del hidden, out
-            products = {(g.name, label): torch.zeros(1, len(sums)) for g in groups for label in deltas.labels(g)}
+            of_none = torch.zeros(1, len(sums), device=model.device)
+            products = {(g.name, label): of_none.clone() for g in groups for label in deltas.labels(g)}
             for name, label in itertools.product(parts, self.candidates):
                 asked = [(group, part) for group, part in parts[name] if label in group.bits]
                 if asked:
                     delta = deltas.of(name, label, keep=False)
                     for group, part in asked:
                         along = [(of[name][part] * delta[part]).sum(dtype=torch.float32) for of in sums]
-                        products[group.name, label][0] += torch.stack(along).cpu()
+                        products[group.name, label][0] += torch.stack(along)
         seen = {group.name: torch.full((rows,), tokens) for group in groups}
-        return [SwapProducts(*swap, value, None, seen[swap[0]]) for swap, value in products.items()]
+        return [SwapProducts(*swap, value.cpu(), None, seen[swap[0]]) for swap, value in products.items()]
 
     def _embedding(
         self, ids: Tensor, states: _States, adjoints: Tensor, tied: Mapping[tuple[str, str], Tensor]
