@@ -169,7 +169,6 @@ class Curves:
     def add(self, own: Mapping[tuple[str, str], float], alike: Mapping[tuple[str, str], float]) -> None:
         before = CURVES_KEPT * self._weight
         self._weight = before + 1
-        self.asked += 1
         for averages, values in ((self.own, own), (self.alike, alike)):
             for key, value in values.items():
                 averages[key] = (before * averages.get(key, 0.0) + value) / self._weight
@@ -214,10 +213,11 @@ class MixOracle:
     device: str = "cpu"
     max_memory_bytes: int | None = None
     holds: bool = True  # whether decoded weights may be held where there is room
+    rough: bool | None = None  # whether mixes are measured in the quickest type; None: the first one will say
     progress: Callable[[OracleProgress], None] = lambda event: None
 
     def __post_init__(self) -> None:
-        self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None  # known with the first mix
+        self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None
         self._curves = Curves()
 
     @cached_property
@@ -327,8 +327,7 @@ class MixOracle:
             sketch = collect(draws, samples, keep_pairs=False)
             values = estimate(sketch, ids.shape[1]).mean(1).tolist()
             self._curves.add(dict(zip(sketch.swaps, values, strict=True)), correlations(draws))
-        else:
-            self._curves.asked += 1
+        self._curves.asked += 1
         kl = sum(cotangents.kl_rows.values()) / len(cotangents.kl_rows)
         curves = self._curves
         return SwapModel(kl, slope, dict(curves.own), curves.cross(choice), dict(curves.alike))
@@ -352,14 +351,19 @@ class MixOracle:
         """KL(reference || mix) of every accepting row, nats per token. All mixes are measured in the same type, which
         the KL of the first one decides."""
         mix = self._mix(choice)
+        if self.rough is None and self.rough_above_nats < math.inf:
+            found = list(self.kl_rows(mix, *self._measured_in(self._quick)))
+            self.rough = math.fsum(found) > self.rough_above_nats * len(found)
+            if self.rough or self._quick is self._sharp:
+                return found
+            self._accepting = None
+        return list(self.kl_rows(mix, *self._measured_in(self._quick if self.rough else self._sharp)))
+
+    def _measured_in(self, models: tuple[LayeredModel, LayeredModel]) -> tuple[LayeredModel, LayeredModel, list[Goal]]:
+        """The models, with what the reference of this type makes of the accepting rows."""
         if self._accepting is None:
-            for models in (self._quick, self._sharp) if self.rough_above_nats < math.inf else (self._sharp,):
-                self._accepting = (*models, self.goals(models[0], self.accept))
-                found = list(self.kl_rows(mix, *self._accepting))
-                if models is self._sharp or math.fsum(found) > self.rough_above_nats * len(found):
-                    return found
-        assert self._accepting is not None, "set above"
-        return list(self.kl_rows(mix, *self._accepting))
+            self._accepting = (*models, self.goals(models[0], self.accept))
+        return self._accepting
 
     @torch.no_grad()
     def kl_rows(

@@ -93,8 +93,7 @@ class MadeUp:
         slope = slope + self.own * np.array(SLOPE_NOISE) * self.rng.normal(size=slope.shape)
         if self.curves.are_due:
             self.curves.add(self._by_swap(self.own * (1 + OWN_NOISE * self.rng.normal(size=self.own.shape))), {})
-        else:
-            self.curves.asked += 1
+        self.curves.asked += 1
         own = {swap: max(0.0, value) for swap, value in self.curves.own.items()}
         return SwapModel(self.kl(choice), self._by_swap(slope), own, self.curves.cross(choice))
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from eval.refine import MixOracle
     from recompile.cli.search import Search
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -78,7 +78,11 @@ class RefineJournal:
 
     def measure(self, choice: Mapping[str, str]) -> Sequence[float]:
         """As the oracle's. Raises JournalError."""
-        return list(self._answer("kl", choice, lambda: list(self.oracle.measure(choice))))
+        found = self._answer(
+            "kl", choice, lambda: {"rows": list(self.oracle.measure(choice)), "rough": self.oracle.rough}
+        )
+        self.oracle.rough = found["rough"]  # what is measured after an interruption is measured alike
+        return list(found["rows"])
 
     def append(self, step: RefineStep) -> None:
         """Keep a step, for people to read; on disk when this returns. Raises JournalError."""

@@ -150,6 +150,9 @@ def test_large_kls_may_be_measured_in_the_quickest_type(monkeypatch: pytest.Monk
         assert (found[1] != exact.measure(bad)) == rough
         assert found[1] == pytest.approx(exact.measure(bad), rel=0.05)
         assert made.measure(first) == found[0]
+        other = good if first is bad else bad  # by itself it would be measured in the other type
+        again = replace(oracle("llama"), dtype=None, rough_above_nats=limit, rough=made.rough)
+        assert again.measure(other) == made.measure(other)
 
 
 def test_refining_a_real_model_lowers_its_kl_within_the_budget() -> None:
