@@ -36,6 +36,7 @@ from recompile.overlay import role_of
 from recompile.stream import FREE_BYTES_KEPT, LayeredModel, LinearWeight, LinearWeights, release_free_memory
 
 PASS_TOKENS = 512  # rows of a batch hold about this many tokens
+DEVICE_PASS_TOKENS = 4096  # of devices that are no CPU: many small products wait for each other there
 SAMPLE_BLOCK = 4  # samples whose adjoints are held together
 LOGIT_CHUNK_TOKENS = 256
 DECODING = 4  # of a parameter, so many times as float32: as stored, decoded, sliced; and that of the origin
@@ -160,7 +161,7 @@ def plan_pass(
         )
 
     per_row = rows if not largest.routed else 1
-    batch = max(1, min(per_row, PASS_TOKENS // tokens))
+    batch = max(1, min(per_row, (PASS_TOKENS if model.device.type == "cpu" else DEVICE_PASS_TOKENS) // tokens))
     least: PassPlan | None = None
     for scratch in (False, True):
         for keep in (True, False):
@@ -357,7 +358,7 @@ class AdjointPass:
         with model.layer(index, self.context):
             weights = LinearWeights(model, index)
             deltas = _Deltas(self, index, groups)
-            swaps = _Accumulator(groups, self.candidates, rows, samples)
+            swaps = _Accumulator(groups, self.candidates, rows, samples, model.device)
             for batch in self._batches(rows):
                 hidden = states.get(index, batch, model.device).requires_grad_(True)
                 with torch.enable_grad(), _Tape(weights, wanted) as tape:
@@ -416,17 +417,20 @@ class AdjointPass:
                             kept += gradient
                     adjoints[sample, batch] = before
                 del hidden, out
-            of_none = torch.zeros(1, len(sums), device=model.device)
-            products = {(g.name, label): of_none.clone() for g in groups for label in deltas.labels(g)}
+            swaps = [(group.name, label) for group in groups for label in deltas.labels(group)]
+            place = {swap: number for number, swap in enumerate(swaps)}
+            products = torch.zeros(len(swaps), 1, len(sums), device=model.device)
             for name, label in itertools.product(parts, self.candidates):
                 asked = [(group, part) for group, part in parts[name] if label in group.bits]
                 if asked:
                     delta = deltas.of(name, label, keep=False)
                     for group, part in asked:
                         along = [(of[name][part] * delta[part]).sum(dtype=torch.float32) for of in sums]
-                        products[group.name, label][0] += torch.stack(along)
+                        products[place[group.name, label], 0] += torch.stack(along)
         seen = {group.name: torch.full((rows,), tokens) for group in groups}
-        return [SwapProducts(*swap, value.cpu(), None, seen[swap[0]]) for swap, value in products.items()]
+        return [
+            SwapProducts(*swap, value, None, seen[swap[0]]) for swap, value in zip(swaps, products.cpu(), strict=True)
+        ]
 
     def _embedding(
         self, ids: Tensor, states: _States, adjoints: Tensor, tied: Mapping[tuple[str, str], Tensor]
@@ -542,7 +546,7 @@ class _Deltas:
         self._freed += DECODING * 4 * delta.numel()
         if self._freed > FREE_BYTES_KEPT:  # asking how much is free takes a millisecond
             self._freed = 0
-            release_free_memory()
+            release_free_memory(delta.device)
         return delta
 
     def _own(self, parameter: str) -> Tensor:
@@ -556,14 +560,21 @@ class _Deltas:
 
 
 class _Accumulator:
-    """Sums of products over the modules of a group."""
+    """Sums of products over the modules of a group, on the device until all are there: asking for each would wait."""
 
     def __init__(
-        self, groups: Sequence[ProfileGroup], candidates: Mapping[str, WeightSource], rows: int, samples: int
+        self,
+        groups: Sequence[ProfileGroup],
+        candidates: Mapping[str, WeightSource],
+        rows: int,
+        samples: int,
+        device: torch.device,
     ) -> None:
-        self._groups = groups
-        self._products = {(g.name, c): torch.zeros(rows, samples) for g in groups for c in g.bits if c in candidates}
-        self._squares = {swap: torch.zeros(rows) for swap in self._products}
+        self._labels = {g.name: tuple(label for label in candidates if label in g.bits) for g in groups}
+        self._products = {
+            name: torch.zeros(rows, samples, len(labels), device=device) for name, labels in self._labels.items()
+        }
+        self._squares = {name: torch.zeros(rows, len(labels), device=device) for name, labels in self._labels.items()}
         self._tokens = {g.name: torch.zeros(rows, dtype=torch.int64) for g in groups}
         self._group_of = {module: group.name for group in groups for module in group.modules}
 
@@ -572,17 +583,14 @@ class _Accumulator:
         count = rows.stop - rows.start
         for change in changes:
             along = adjoints[..., change.rows_out].reshape(len(adjoints), count, -1).transpose(0, 1)
-            found = torch.bmm(along, change.values.to(along.dtype).transpose(1, 2)).float().cpu()  # [rows, s, labels]
-            for number, label in enumerate(change.labels):
-                self._products[(change.group, label)][rows, samples] += found[..., number]
+            found = torch.bmm(along, change.values.to(along.dtype).transpose(1, 2)).float()  # [rows, s, labels]
+            self._products[change.group][rows, samples] += found
 
     def add_squares(self, changes: Sequence[_Change], squares: Tensor, rows: slice) -> None:
         count = rows.stop - rows.start
         for change in changes:
             along = squares[..., change.rows_out].reshape(count, -1, 1).float()
-            found = torch.bmm(change.values.float().square(), along)[..., 0].cpu()  # [rows, labels]
-            for number, label in enumerate(change.labels):
-                self._squares[(change.group, label)][rows] += found[:, number]
+            self._squares[change.group][rows] += torch.bmm(change.values.float().square(), along)[..., 0]
 
     def count_tokens(self, call: _LinearCall, rows: slice) -> None:
         count = rows.stop - rows.start
@@ -591,7 +599,10 @@ class _Accumulator:
             self._tokens[group][rows] = self._tokens[group][rows].clamp(min=tokens)
 
     def result(self) -> list[SwapProducts]:
-        return [
-            SwapProducts(group, source, products, self._squares[(group, source)], self._tokens[group])
-            for (group, source), products in self._products.items()
-        ]
+        found = []
+        for group, labels in self._labels.items():
+            products, squares = self._products[group].cpu(), self._squares[group].cpu()
+            for number, label in enumerate(labels):
+                of_one = products[..., number].contiguous(), squares[:, number].contiguous()
+                found.append(SwapProducts(group, label, *of_one, self._tokens[group]))
+        return found

@@ -61,13 +61,14 @@ def _glibc() -> ctypes.CDLL | None:
     return library
 
 
-def release_free_memory() -> None:
-    """Give the pages of freed tensors back to the system once they are many.
+def release_free_memory(device: torch.device) -> None:
+    """Give the pages of freed tensors back to the system once they are many; of a CPU's tensors, for others are not
+    where glibc keeps books (asking it takes milliseconds where there are many threads).
 
     glibc keeps freed blocks of a few MiB, and layers that come and go leave it holding many layers' worth of them, in
     pieces too small for the next one. A little is left to it: pages given back have to be asked for again.
     """
-    glibc = _glibc()
+    glibc = _glibc() if device.type == "cpu" else None
     if glibc is not None and glibc.mallinfo2().field8 > FREE_BYTES_KEPT:
         glibc.malloc_trim(0)
 
@@ -323,7 +324,7 @@ class LayeredModel:
         """Send every parameter below `module` back to the meta device."""
         for name, value in list(module.named_parameters()):
             self.set_parameter(module, name, value.detach().to("meta"))
-        release_free_memory()
+        release_free_memory(self.device)
 
     @staticmethod
     def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
