@@ -496,3 +496,15 @@ class SweepStore:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise OutputError(f"{target}: cannot be written: {error}; make room and run the same command") from error
+
+
+def squared_gradient_scores(path: Path, header: ProfileHeader) -> dict[tuple[str, str], float] | None:
+    """What the samples beside a profile say by squared gradients, nats per token by (group, candidate label); None
+    where there are none. Raises JournalError for those of another measurement."""
+    store = SweepStore(path, header)
+    count = store.count()
+    if not count:
+        return None
+    sketch = store.load(count)
+    scores = estimate(sketch, header.row_tokens, diagonal=True).mean(1).tolist()
+    return dict(zip(sketch.swaps, scores, strict=True))

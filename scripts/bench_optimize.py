@@ -34,11 +34,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import bench_record  # noqa: E402
 
+from eval.diff import DiffOptions  # noqa: E402
 from eval.meter import ChoiceMeter  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
 from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.refine import MixOracle  # noqa: E402
-from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
+from eval.sketch import SketchOptions, profile_sketch, squared_gradient_scores  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
 from recompile.cli.search import SEARCHES, Search  # noqa: E402
@@ -67,6 +68,7 @@ class Settings:
     length: int
     samples: int
     minutes: float  # for every method that searches with the models
+    device: str = "cpu"
 
 
 class Bench:
@@ -114,7 +116,7 @@ class Bench:
         base = base or self.base
         kind = "" if checkpoints is self.checkpoints else "-other"
         path = self.work / f"profile-{mode}-{context}-{base}-{self.settings.level}{kind}.jsonl"
-        options = ProfileOptions(level=self.settings.level, context=context)
+        options = ProfileOptions(level=self.settings.level, context=context, device=self.settings.device)
         candidates = [(int(label), checkpoint) for label, checkpoint in checkpoints.items()]
         order = sorted(candidates, key=lambda entry: str(entry[0]) != base)
         job = ProfileJob(self.reference, int(base), order, self.rows_of(mode), path, options)
@@ -137,12 +139,18 @@ class Bench:
         return self.profile(self.settings.mode)
 
     @cached_property
+    def scores(self) -> Mapping[tuple[str, str], float] | None:
+        path = self.work / f"profile-{self.settings.mode}-clean-{self.base}-{self.settings.level}.jsonl"
+        return squared_gradient_scores(path, self.main.header)
+
+    @cached_property
     def problem(self) -> Problem:
         return prepare(prepare_problem(self.main, Rules()))
 
     @cached_property
     def meter(self) -> ChoiceMeter:
-        return ChoiceMeter(self.main.header, self.checkpoints, self.reference, self.search_ids)
+        options = DiffOptions(device=self.settings.device)
+        return ChoiceMeter(self.main.header, self.checkpoints, self.reference, self.search_ids, options)
 
     def with_costs(self, costs: Mapping[tuple[str, str], float]) -> Problem:
         """The judge's sizes with costs of another origin."""
@@ -156,7 +164,9 @@ class Bench:
 
     def oracle(self, ids: torch.Tensor) -> MixOracle:
         if self._oracle is None:
-            self._oracle = MixOracle(self.main.header, self.checkpoints, self.reference, ids, ids)
+            self._oracle = MixOracle(
+                self.main.header, self.checkpoints, self.reference, ids, ids, device=self.settings.device
+            )
         return self._oracle
 
     def limits(self, bits: int) -> list[Row]:
@@ -381,12 +391,13 @@ def by_search(name: str) -> Callable[[Bench, int], Choice]:
             start=solve_exact(bench.problem, bits).choice,
             reference=bench.reference,
             checkpoints=bench.checkpoints,
-            where=RowOptions(settings.search_rows, settings.length, "cpu", None, None),
+            where=RowOptions(settings.search_rows, settings.length, settings.device, None, None),
             steps=None,
             minutes=settings.minutes,
             journal=bench.work / f"{name}-{bits}-{settings.level}.jsonl",
-            measured=bench.work / f"mixes-{settings.level}-{settings.mode}.json",
+            measured=bench.work / f"mixes-{name}-{settings.level}-{settings.mode}.json",
             quiet=True,
+            scores=bench.scores,
         )
         return SEARCHES[name](better_start(search) if name == "refine" else search)
 
@@ -448,6 +459,7 @@ def say(text: str) -> None:
 @click.option("--report-rows", default=40, show_default=True)
 @click.option("--length", default=256, show_default=True)
 @click.option("--minutes", default=6.0, show_default=True, help="For every method that searches with the models.")
+@click.option("--device", default="cpu", show_default=True, help="Of profiles, searches and the judge.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Result file; default scripts/bench_results/optimize.json."
 )
@@ -467,6 +479,7 @@ def main(
     report_rows: int,
     length: int,
     minutes: float,
+    device: str,
     out: Path | None,
 ) -> None:
     """Compare optimizers at equal bytes on one model."""
@@ -475,7 +488,7 @@ def main(
 
         base = Path(make_base.build())
     certificate = bench_record.birth_certificate() | {"threads": torch.get_num_threads()}
-    settings = Settings(level, mode, search_rows, gradient_rows, length, samples, minutes)
+    settings = Settings(level, mode, search_rows, gradient_rows, length, samples, minutes, device)
     bench = Bench(base, variants, bits.split(), work, settings, modelopt)
     chosen = [name for name in METHODS if modelopt is not None or not name.startswith("modelopt")]
     if methods is not None:

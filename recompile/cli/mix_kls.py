@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from recompile.costs import Profile
     from recompile.tokens import Rows
 
+ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
+
 
 class MixKls:
     """Mean KL of whole mixes (group -> candidate label) of a profile, on some rows.
 
     path: has what was measured, of any rows and profiles; holds: whether decoded weights may stay in memory
+    rough: in the quickest type, to tell mixes apart that differ by more than it rounds
     """
 
     def __init__(
@@ -35,20 +38,21 @@ class MixKls:
         path: Path,
         quiet: bool,
         holds: bool = True,
+        rough: bool = False,
     ) -> None:
         from recompile.optimize.choose import profile_sha256
 
         self.rows = rows
         self._header, self._reference, self._checkpoints = profile.header, reference, checkpoints
-        self._device, self._path, self._quiet, self._holds = device, path, quiet, holds
-        self._key = _sha256([profile_sha256(profile), rows.sha256])
+        self._device, self._path, self._quiet, self._holds, self._rough = device, path, quiet, holds, rough
+        self._key = digest([profile_sha256(profile), rows.sha256, *(["rough"] if rough else [])])
         self._oracle: MixOracle | None = None
         self._file = self._load()
-        self._known: dict[str, float] = self._file.setdefault(self._key, {})
+        self._known: dict[str, Any] = self._file.setdefault(self._key, {})
 
     def measure(self, mixes: Sequence[Mapping[str, str]]) -> list[float]:
         """Nats per token, in the order of `mixes`. Raises JournalError where they cannot be kept."""
-        names = [_sha256(sorted(mix.items())) for mix in mixes]
+        names = [digest(sorted(mix.items())) for mix in mixes]
         missing = {name: mix for name, mix in zip(names, mixes, strict=True) if name not in self._known}
         if missing:
             with progress("measuring mixes", len(missing), unit="mixes", quiet=self._quiet) as bar:
@@ -58,6 +62,16 @@ class MixKls:
                     bar.update(done, "")
         return [self._known[name] for name in names]
 
+    def kept(self, name: str) -> Mapping[str, str] | None:
+        """A mix that `keep` was given under a name, in this run or an earlier one."""
+        found = self._file.get(f"{self._key} {name}")
+        return None if found is None else {str(group): str(source) for group, source in found.items()}
+
+    def keep(self, name: str, mix: Mapping[str, str]) -> None:
+        """Raises JournalError where it cannot be kept."""
+        self._file[f"{self._key} {name}"] = dict(mix)
+        self._save()
+
     def _open(self) -> MixOracle:
         """The models, once one has to be measured; the reference runs once."""
         if self._oracle is None:
@@ -65,10 +79,10 @@ class MixKls:
 
             ids = self.rows.ids
             models = self._header, self._checkpoints, self._reference
-            self._oracle = MixOracle(*models, ids, ids, device=self._device, holds=self._holds)
+            self._oracle = MixOracle(*models, ids, ids, device=self._device, holds=self._holds, rough=self._rough)
         return self._oracle
 
-    def _load(self) -> dict[str, dict[str, float]]:
+    def _load(self) -> dict[str, dict[str, Any]]:
         try:
             return dict(json.loads(self._path.read_text(encoding="utf-8"))) if self._path.exists() else {}
         except (OSError, ValueError) as error:
@@ -84,5 +98,6 @@ class MixKls:
             raise JournalError(f"{self._path}: cannot be written: {error}; choose another -o") from error
 
 
-def _sha256(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Of anything that JSON holds."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -17,7 +17,7 @@ from recompile.cli.options import many_values_command, output_options, parse_siz
 from recompile.cli.search import SEARCHES, Search, read_start
 from recompile.cli.starts import better_start
 from recompile.cli.verify import RowOptions
-from recompile.errors import OutputError, RecompileError
+from recompile.errors import JournalError, OutputError, RecompileError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,11 +73,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--solver",
-    type=click.Choice(["greedy", "exact", "superadditive", "local", "refine"]),
+    type=click.Choice(["greedy", "exact", "superadditive", "tilted", "local", "refine"]),
     help="greedy: best KL saved per bit first; exact: the proven optimum of the same costs; superadditive: of costs "
-    "that add up faster than linearly, as some whole mixes measure; refine: from the better of these (or from --start) "
-    "by measuring all costs anew at the recipe itself; local: by exchanges that are measured one by one. Default: "
-    "refine where the models are at hand, for at most 10 minutes; exact without them and with --no-check.",
+    "that add up faster than linearly, as some whole mixes measure; tilted: of costs times factors of source, kind of "
+    "module and depth, as 50 whole mixes measure best; refine: from the best of these (or from --start) by measuring "
+    "all costs anew at the recipe itself; local: by exchanges that are measured one by one. Default: refine where the "
+    "models are at hand, for at most 10 minutes; exact without them and with --no-check.",
 )
 @click.option(
     "--start",
@@ -227,6 +228,7 @@ def main(
         cap = parse_size(max_memory) if max_memory is not None else None
         search = partial(
             _search,
+            scores=_scores(profile_path, profile) if solver in ("refine", "tilted") else None,
             solver=solver,
             rules=rules,
             checkpoints=checkpoints,
@@ -416,6 +418,7 @@ def _search(
     chosen: Choice,
     start: Mapping[str, str] | None,
     *,
+    scores: Mapping[tuple[str, str], float] | None,
     solver: str,
     name: str,
     rules: Rules,
@@ -429,7 +432,7 @@ def _search(
 ) -> Choice:
     """Run a solver that needs the models, from --start or else from the exact choice; refine from the better start.
 
-    name: of its journal"""
+    scores: squared-gradient scores by (group, source); name: of its journal"""
     from recompile.optimize.choose import choice_of, limits_of, prepare_problem
     from recompile.optimize.problem import prepare
 
@@ -450,11 +453,23 @@ def _search(
         journal=out.with_name(f"{out.stem}.{name}.jsonl"),
         measured=_measured_file(out),
         quiet=quiet,
+        scores=scores,
         max_memory_bytes=max_memory_bytes,
     )
     if solver == "refine" and start is None:
         search = better_start(search)
     return choice_of(profile, problem, SEARCHES[solver](search), budget, solver)
+
+
+def _scores(path: Path, profile: Profile) -> Mapping[tuple[str, str], float] | None:
+    """Squared-gradient scores by (group, source), from the samples beside a sketched profile, where there are any."""
+    from eval.sketch import squared_gradient_scores
+
+    try:
+        return squared_gradient_scores(path, profile.header)
+    except JournalError as error:
+        click.echo(f"Note: no second opinion on costs from the samples of the profile: {error}", err=True)
+        return None
 
 
 def _verify(

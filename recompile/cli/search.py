@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import click
 
 from recompile.cli.common import format_seconds, progress
+from recompile.cli.mix_kls import ROUGH_ABOVE_NATS
 from recompile.cli.options import compute_device
-from recompile.cli.starts import search_superadditive
+from recompile.cli.starts import FIT_ROWS, search_superadditive, search_tilted
 from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 REFINE_STEPS = 60
 REFINE_ROWS = 4  # linearised in a step, fresh ones each: many short steps go further than a few long ones
 ACCEPT_ROWS = 12  # measured after every move, always the same
-ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
+DEVICE_ROWS = 4  # times as many of both where no CPU runs the models: they cost little beside reading all weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Search:
     journal: Path  # beside the recipe; a solver that resumes keeps its state here
     measured: Path  # beside the recipe; KLs of whole mixes, measured once (recompile.cli.starts)
     quiet: bool
+    scores: Mapping[tuple[str, str], float] | None = None  # squared-gradient scores by (group, source), if at hand
     max_memory_bytes: int | None = None  # of refine; others hold no decoded weights where it is given
 
 
@@ -93,6 +95,8 @@ def search_local(search: Search) -> Mapping[str, str]:
 def search_refine(search: Search) -> Mapping[str, str]:
     """Descent by what swaps cost at the recipe itself (recompile.optimize.refine); an interrupted one goes on by its
     journal."""
+    import torch
+
     from eval.refine import MixOracle, OracleProgress
     from recompile.cli.refine_journal import RefineJournal
     from recompile.optimize.exact import solve_exact
@@ -101,12 +105,12 @@ def search_refine(search: Search) -> Mapping[str, str]:
 
     directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
     steps = search.steps if search.steps is not None else REFINE_STEPS
-    accept = min(search.where.rows, ACCEPT_ROWS)
-    count = accept + REFINE_ROWS * steps
-    try:
-        rows, _ = search.where.read(directories, "choose", count)
-    except RecompileError:  # a short text: its rows come again in later steps, with new draws
-        rows, _ = search.where.read(directories, "choose", accept + REFINE_ROWS)
+    device = compute_device(search.where.device)
+    factor = 1 if torch.device(device).type == "cpu" else DEVICE_ROWS
+    accept, of_step = factor * min(search.where.rows, ACCEPT_ROWS), factor * REFINE_ROWS
+    # of a short text the rows come again in later steps, with new draws
+    rows = search.where.read_up_to(directories, "choose", FIT_ROWS + accept + steps * of_step, accept + of_step)
+    first = min(FIT_ROWS, len(rows.ids) - accept - of_step)  # not those by which the start was chosen
     began = time.monotonic()
     with progress("refining", steps, unit="steps", quiet=search.quiet) as bar:
 
@@ -117,11 +121,11 @@ def search_refine(search: Search) -> Mapping[str, str]:
             search.profile.header,
             search.checkpoints,
             search.reference,
-            pool=rows.ids[accept:],
-            accept=rows.ids[:accept],
-            rows_per_step=REFINE_ROWS,
+            pool=rows.ids[first + accept :],
+            accept=rows.ids[first : first + accept],
+            rows_per_step=of_step,
             rough_above_nats=ROUGH_ABOVE_NATS,
-            device=compute_device(search.where.device),
+            device=device,
             max_memory_bytes=search.max_memory_bytes,
             progress=follow,
         )
@@ -153,6 +157,7 @@ def _describe(step: RefineStep, rows: int) -> str:
 
 SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {
     "superadditive": search_superadditive,
+    "tilted": search_tilted,
     "local": search_local,
     "refine": search_refine,
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from recompile.cli.common import format_columns, progress
 from recompile.cli.options import compute_device, read_rows
+from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,14 @@ class RowOptions:
 
     def read(self, directories: Sequence[Path], role: str, rows: int | None = None) -> tuple[Rows, int | None]:
         return read_rows(directories, role, rows or self.rows, self.length, self.text, self.dataset, None)
+
+    def read_up_to(self, directories: Sequence[Path], role: str, most: int, least: int) -> Rows:
+        """`most` rows, or as many as the text has. Raises RecompileError for fewer than `least`."""
+        try:
+            return self.read(directories, role, most)[0]
+        except RecompileError:  # a short text, which is read again at little cost
+            self.read(directories, role, least)
+            return read_rows(directories, role, None, self.length, self.text, self.dataset, None)[0]
 
 
 def run_verification(

@@ -19,9 +19,12 @@ from eval.refine import MixOracle
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.hold import Held
 from recompile.cli.model_optimize import main
+from recompile.cli.verify import RowOptions
 from recompile.costs import Measurement, Profile, ProfileHeader, load_profile, open_journal
+from recompile.errors import RecompileError
 from recompile.optimize.choose import Choice
 from recompile.optimize.exact import solve_exact
+from recompile.optimize.tilt import POPULATION, ROUNDS
 from recompile.overlay import Overlay, build_overlay
 from recompile.recipe import load_recipe
 
@@ -692,6 +695,72 @@ def test_refine_starts_from_the_greedy_choice_where_that_measures_best(
     assert result.exit_code == 0, result.output
     assert "the search starts from greedy\n" in result.stderr
     assert json.loads(result.stdout)["choice"] == lower["choice"]
+
+
+def test_the_tilted_choice_is_better_where_kinds_of_modules_err_together(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs, measured = load_profile(profile), []
+
+    def true_kl(choice: Mapping[str, str]) -> float:
+        dear = {group: 8.0 if "v_proj" in group else 3.0 if "down_proj" in group else 1.0 for group in choice}
+        return sum(dear[group] * cost.kl_nats for group, label in choice.items()
+                   if (cost := costs.cost(group, label)) is not None)  # fmt: skip
+
+    def measure(self: MixOracle, choice: Mapping[str, str]) -> list[float]:
+        measured.append(dict(choice))
+        return [true_kl(choice)] * len(self.accept)
+
+    monkeypatch.setattr(MixOracle, "measure", measure)
+    words = ("-b", "3.3", "-r", "4", "-l", "16")
+    exact = optimize(profile, "--solver", "exact", *words)
+    found = optimize(profile, "--solver", "tilted", *words)
+    assert found["solver"] == "tilted"
+    assert found["bits"] <= found["budget_bits"]
+    assert true_kl(found["choice"]) < 0.97 * true_kl(exact["choice"])
+    count = len(measured)
+    assert 10 < count <= ROUNDS * POPULATION
+    assert optimize(profile, "--solver", "tilted", *words)["choice"] == found["choice"]
+    result = run(
+        profile, "--solver", "refine", "--steps", "0", "--no-check", *words, "-o", profile.with_name("mix.yaml")
+    )
+    assert "the search starts from tilted costs\n" in result.output
+    again = [mix for mix in measured[count:] if mix in measured[:count]]
+    assert len(again) <= 1, "what is beside the recipe is not measured again, but by refine, on rows of its own"
+
+
+def test_rows_that_chose_the_start_accept_no_move(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, set[tuple[int, ...]]] = {}
+
+    def measure(self: MixOracle, choice: Mapping[str, str]) -> list[float]:
+        seen.setdefault(id(self), {tuple(row) for row in self.accept.tolist()})
+        assert self.pool is self.accept or not seen[id(self)] & {tuple(row) for row in self.pool.tolist()}
+        return [0.5] * len(self.accept)
+
+    monkeypatch.setattr(MixOracle, "measure", measure)
+    kept: list[MixOracle] = []  # so that no two have the same id
+    made = MixOracle.__post_init__
+    monkeypatch.setattr(MixOracle, "__post_init__", lambda self: (made(self), kept.append(self))[0])
+    words = ("-b", "3.3", "-r", "4", "-l", "16", "--no-check", "-o", profile.with_name("mix.yaml"))
+    result = run(profile, "--solver", "refine", "--steps", "0", *words)
+    assert result.exit_code == 0, result.output
+    starts, search = seen.values()
+    assert len(starts) == len(search) == 4
+    assert not starts & search
+
+
+def test_a_short_text_is_used_whole(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join(f"Document {n}. " + " ".join(f"word{n * k}" for k in range(60)) for n in range(60)))
+    where = RowOptions(4, 32, "cpu", text, None)
+    folders = [tiny.base("llama-2")]
+    few = where.read_up_to(folders, "choose", 10, 4)
+    every = where.read_up_to(folders, "choose", 100_000, 4)
+    assert len(few.ids) == 10
+    assert 20 < len(every.ids) < 1000
+    assert every.ids[:10].tolist() == few.ids.tolist()
+    with pytest.raises(RecompileError, match="ask for fewer or shorter rows"):
+        where.read_up_to(folders, "choose", 100_000, 50_000)
 
 
 def test_a_start_by_hand_is_not_replaced(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 from eval.adjoint import AdjointPass, LayerBackward, SwapProducts, plan_pass
 from eval.fisher import FisherCotangents, draw_labels
 from eval.profile import ProfileJob, ProfileOptions, make_groups
-from eval.sketch import Sketch, SketchOptions, SketchStarted, SweepDone, estimate, profile_sketch
+from eval.sketch import (
+    Sketch,
+    SketchOptions,
+    SketchStarted,
+    SweepDone,
+    estimate,
+    profile_sketch,
+    squared_gradient_scores,
+)
 from recompile.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import JournalError, RecompileError
@@ -221,6 +229,17 @@ def test_experts_without_tokens_are_unmeasured_as_in_the_exact_profile(tmp_path:
     assert 0 < len(sketch.unreached()) < sum(".experts." in group.name for group in sketch.header.groups)
     cost = sketch.cost(sketch.unreached()[0], "2")
     assert cost is None or cost.is_prior
+
+
+def test_the_samples_beside_a_profile_give_its_squared_gradients_too(tmp_path: Path) -> None:
+    sketch = run(tmp_path / "sketch.jsonl", samples=16)
+    diagonal = run(tmp_path / "diagonal.jsonl", samples=16, mode="diagonal")
+    found = squared_gradient_scores(tmp_path / "sketch.jsonl", sketch.header)
+    assert found == pytest.approx({swap: cost.mean for swap, cost in diagonal.measurements.items()})
+    assert squared_gradient_scores(tmp_path / "other.jsonl", sketch.header) is None
+    other = replace(sketch.header, rows_sha256="of other rows")
+    with pytest.raises(JournalError, match="the sweeps of another measurement"):
+        squared_gradient_scores(tmp_path / "sketch.jsonl", other)
 
 
 def test_sweeps_of_other_rows_are_refused(tmp_path: Path) -> None:
