@@ -49,7 +49,7 @@ from safetensors.torch import save_file
 from eval.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
 from eval.fisher import DRAWS, FisherCotangents
 from eval.profile import ProfileJob
-from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, open_journal
+from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, kind_of, open_journal
 from recompile.errors import JournalError, OutputError, RecompileError
 from recompile.quantize.made import making_bytes
 from recompile.stream import LayeredModel
@@ -194,9 +194,9 @@ class _RatioTable:
 
     def __init__(self, swaps: Sequence[tuple[str, str]]) -> None:
         kinds: list[list[object]] = [
-            [_type_of(group) for group, _ in swaps],
+            [kind_of(group) for group, _ in swaps],
             [label for _, label in swaps],
-            [(_type_of(group), label) for group, label in swaps],
+            [(kind_of(group), label) for group, label in swaps],
             [group for group, _ in swaps],
             list(swaps),
         ]
@@ -247,10 +247,6 @@ class _RatioTable:
             min(1.0, max(0.0, shared / variance)) if variance > 0 else 0.0
             for shared, variance in zip(common.tolist(), variances, strict=True)
         ]
-
-
-def _type_of(group: str) -> str:
-    return ".".join(part for part in group.split(".") if not part.isdigit())
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

@@ -274,6 +274,11 @@ def fused_sets(modules: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(members) for members in sets.values()]
 
 
+def kind_of(name: str) -> str:
+    """A name without its numbers: the same for all layers (and experts)."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
 def layer_index(name: str) -> int | None:
     found = re.match(r"^.*?\.(\d+)(\.|$)", name)
     return int(found[1]) if found and role_of(name) == "layer" else None

@@ -1,16 +1,15 @@
-"""The super-additive choice: a solver of its own; and what `--solver refine` starts from, the best-measuring choice.
+"""Choices by measuring whole mixes: solvers of their own, and what `--solver refine` starts from.
 
-A few whole mixes (the start and the uniform variants) are measured on rows of the role "choose", how costs add up is
-fitted to them (recompile.optimize.superadditive), and the choice is solved again with costs that add up so. Some more
-mixes tell which factors on costs choose best (recompile.optimize.tilt). What was measured is kept in a file beside the
-recipe: an interrupted run or another budget measures no mix twice.
+On rows of the role "choose" a few whole mixes (the start and the uniform variants) tell how costs add up
+(recompile.optimize.superadditive), or some more which factors on costs choose best (recompile.optimize.tilt). What was
+measured is kept in a file beside the recipe: an interrupted run or another budget measures no mix twice.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from recompile.optimize.superadditive import SuperAdditive
 
 FIT_ROWS = 8  # mixes differ by factors, and few rows tell those
-TILT_SHARE = 0.25  # of the time: no round of tilted costs is begun after it
+TILT_SHARE = 0.2  # of the time of a search that starts from tilted costs
+ROUGH_TO_COMPARE_NATS = 0.02  # to tell mixes of one size apart: what rounding adds to the KL is alike for all of them
 
 Mix = Mapping[str, str]  # member of a group -> source
 
@@ -39,47 +39,41 @@ def search_superadditive(search: Search) -> Mix:
 
 def search_tilted(search: Search) -> Mix:
     """The best-measuring mix that tilted costs choose."""
-    return _tilted(search, _kls(search), lambda gone: search.minutes is not None and gone > 60 * search.minutes)
+    return _tilted(search, _kls(search, ROUGH_TO_COMPARE_NATS), 1.0)
 
 
 def better_start(search: Search) -> Search:
-    """The search from the mix that measures best on the same rows: its start, which is the exact choice, the greedy or
-    super-additive one, or one that tilted costs choose (recompile.optimize.tilt); with the time that is left. Where no
-    law can be fitted it says why and does without."""
+    """The search from the mix that measures best on the same rows, its start, which is the exact choice, the greedy
+    choice, or one that tilted costs choose (recompile.optimize.tilt); with the time that is left."""
     from recompile.optimize.greedy import solve_greedy
     from recompile.optimize.rows import solve_rows
 
     began = time.monotonic()
-    kls = _kls(search)
-    starts = {"exact": search.start, "greedy": solve_rows(search.problem, search.limits, solve_greedy).choice}
-    said = ""
-    try:
-        law = fit_law(search, kls)
-    except FitError as error:
-        click.echo(f"Note: no super-additive choice to start from: {error}", err=True)
-    else:
-        starts["super-additive"] = _solve(search, law)
-        said = f"{_describe(law)}; "
-    most = math.inf if search.minutes is None else TILT_SHARE * 60 * search.minutes
-    starts["tilted costs"] = _tilted(search, kls, lambda gone: gone > most)
+    kls = _kls(search, ROUGH_TO_COMPARE_NATS)
+    starts = {
+        "exact": search.start,
+        "greedy": solve_rows(search.problem, search.limits, solve_greedy).choice,
+        "tilted costs": _tilted(search, kls, TILT_SHARE),
+    }
     found = dict(zip(starts, kls.measure(list(starts.values())), strict=True))
     best = min(found, key=found.__getitem__)
     measured = ", ".join(f"{name} {kl:.6f}" for name, kl in found.items())
-    click.echo(f"{said}on {len(kls.rows.ids)} choosing rows: KL {measured}; the search starts from {best}", err=True)
+    click.echo(f"On {len(kls.rows.ids)} choosing rows: KL {measured}; the search starts from {best}", err=True)
     left = None if search.minutes is None else max(0.0, search.minutes - (time.monotonic() - began) / 60)
     return replace(search, start=starts[best], minutes=left)
 
 
-def _tilted(search: Search, kls: MixKls, enough: Callable[[float], bool]) -> Mix:
-    """The best mix that tilted costs choose. enough: of so many seconds, asked after every round. What was found is
-    kept, for how far the search comes depends on the time."""
+def _tilted(search: Search, kls: MixKls, share: float) -> Mix:
+    """The best mix that tilted costs choose, in so large a share of the time. What was found is kept, for how far the
+    search comes depends on the time."""
     from recompile.optimize.exact import solve_exact
     from recompile.optimize.rows import solve_rows
     from recompile.optimize.tilt import Tilts, search_tilts
 
     began = time.monotonic()
+    most = math.inf if search.minutes is None else share * 60 * search.minutes
     limits = [(row.name, row.limit, row.fixed) for row in search.limits]
-    name = f"tilted {digest([limits, search.start, search.minutes])}"
+    name = f"tilted {digest([limits, search.start, most])}"
     if (kept := kls.kept(name)) is not None:
         return kept
     choice: Mix = search.start
@@ -87,16 +81,19 @@ def _tilted(search: Search, kls: MixKls, enough: Callable[[float], bool]) -> Mix
         Tilts.of(search.problem, search.scores),
         lambda problem: solve_rows(problem, search.limits, solve_exact),
         kls.measure,
-        out_of_time=lambda: enough(time.monotonic() - began),
     ):
         choice = found.choice
         if not search.quiet:
             click.echo(f"tilted costs: {found.measured} mixes measured, the best has KL {found.kl_nats:.6f}", err=True)
+        if (time.monotonic() - began) * (found.number + 2) / (found.number + 1) > most:  # another round would end later
+            break
     kls.keep(name, choice)
     return choice
 
 
-def _kls(search: Search) -> MixKls:
+def _kls(search: Search, rough_above_nats: float = ROUGH_ABOVE_NATS) -> MixKls:
+    """Of mixes on the rows that starts are chosen by; measured in the quickest type where the start's costs add up to
+    more than a limit."""
     from recompile.optimize.problem import evaluate
 
     directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
@@ -104,7 +101,7 @@ def _kls(search: Search) -> MixKls:
     device = compute_device(search.where.device)
     models = search.profile, search.reference, search.checkpoints
     free = search.max_memory_bytes is None
-    rough = evaluate(search.problem, search.start)[1] > ROUGH_ABOVE_NATS
+    rough = evaluate(search.problem, search.start)[1] > rough_above_nats
     return MixKls(*models, rows, device, search.measured, search.quiet, holds=free, rough=rough)
 
 

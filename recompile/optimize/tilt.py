@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from recompile.costs import layer_index
+from recompile.costs import kind_of, layer_index
 from recompile.optimize.problem import Problem, Solution
 
 ROUNDS = 5
@@ -69,7 +69,7 @@ class Tilts:
             for option in group.options:
                 sizes[option.source] = sizes.get(option.source, 0) + option.bits
         order = sorted(sizes, key=sizes.__getitem__)
-        kinds = sorted({_kind(group.members[0]) for group in problem.groups})
+        kinds = sorted({kind_of(group.members[0]) for group in problem.groups})
         deepest = max((layer_index(group.members[0]) or 0 for group in problem.groups), default=0)
         named: dict[str, list[float]] = {}
         for group in problem.groups:
@@ -80,7 +80,7 @@ class Tilts:
                 values = {"score": _log_ratio(group.members, option.source, option.cost, scores)}
                 values |= {f"source {name}": float(option.source == name) for name in order[:2]}
                 values["size"] = math.log2(max(1, option.bits) / smallest)
-                values |= {kind: float(_kind(group.members[0]) == kind) for kind in kinds}
+                values |= {kind: float(kind_of(group.members[0]) == kind) for kind in kinds}
                 values |= {"depth": depth, "depth^2": depth**2 - 1 / 3}
                 for name, value in values.items():
                     named.setdefault(name, []).append(value)
@@ -118,9 +118,8 @@ def search_tilts(
     rounds: int = ROUNDS,
     population: int = POPULATION,
     seed: int = 0,
-    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Iterator[TiltRound]:
-    """Yields a TiltRound after every round; out of time it ends after the round.
+    """Yields a TiltRound after every round.
 
     solve: within the limits; measure: KL of whole mixes, nats per token, the same rows each time
     """
@@ -142,12 +141,6 @@ def search_tilts(
         mean = best.mean(0)
         spread = SPREAD_KEPT * spread + (1 - SPREAD_KEPT) * best.std(0)
         yield TiltRound(number, found[0][2], found[0][0], len(known))
-        if out_of_time():
-            return
-
-
-def _kind(member: str) -> str:
-    return ".".join(part for part in member.split(".") if not part.isdigit())
 
 
 def _log_ratio(members: Sequence[str], source: str, cost: float, scores: Mapping[Swap, float] | None) -> float:

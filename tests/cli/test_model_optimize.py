@@ -665,17 +665,13 @@ def test_the_superadditive_choice_is_better_where_costs_add_up_faster(
     assert len(measured) == 11
 
 
-@pytest.mark.parametrize(("power", "wanted"), [(1.6, "super-additive"), (1.0, "exact")])
-def test_refine_starts_from_what_measures_better(
-    profile: Path, monkeypatch: pytest.MonkeyPatch, power: float, wanted: str
-) -> None:
-    made_up_kl(monkeypatch, profile, power)
+def test_refine_starts_from_the_exact_choice_where_costs_add_up(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up_kl(monkeypatch, profile, 1.0)
     words = ("-b", "3.3", "-r", "4", "-l", "16", "--no-check", "-o", profile.with_name("mix.yaml"))
     result = run(profile, "--solver", "refine", "--steps", "0", "--json", "-", *words)
     assert result.exit_code == 0, result.output
-    assert f"the search starts from {wanted}\n" in result.stderr
-    by_itself = "superadditive" if wanted == "super-additive" else "exact"
-    assert json.loads(result.stdout)["choice"] == optimize(profile, "--solver", by_itself, *words[:6])["choice"]
+    assert "the search starts from exact\n" in result.stderr
+    assert json.loads(result.stdout)["choice"] == optimize(profile, "--solver", "exact", *words[:6])["choice"]
 
 
 def test_refine_starts_from_the_greedy_choice_where_that_measures_best(
@@ -782,5 +778,4 @@ def test_differences_from_the_base_have_no_law(tmp_path: Path, monkeypatch: pyte
     assert "profile with --context clean" in refused.output
     result = run(profile, "--solver", "refine", "--steps", "0", *words)
     assert result.exit_code == 0, result.output
-    assert "Note: no super-additive choice to start from" in result.output
     assert "the search starts from " in result.output
