@@ -43,8 +43,8 @@ def search_tilted(search: Search) -> Mix:
 
 
 def better_start(search: Search) -> Search:
-    """The search from the mix that measures best on the same rows, its start, which is the exact choice, the greedy
-    choice, or one that tilted costs choose (recompile.optimize.tilt); with the time that is left."""
+    """The search from what measures best on the same rows: its start (the exact choice), the greedy choice, or the one
+    by tilted costs (recompile.optimize.tilt); with the time that is left."""
     from recompile.optimize.greedy import solve_greedy
     from recompile.optimize.rows import solve_rows
 
