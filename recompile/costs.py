@@ -243,7 +243,7 @@ def group_name(module: str, level: str) -> str:
         return layer
     names = tail.split(".")
     leaf = names[-1]
-    block = ".".join(name for name in names[:-1] if not name.isdigit())
+    block = kind_of(tail.rpartition(".")[0])
     if level == "expert" and is_expert(module):
         return module
     if level == "block" and leaf in ROUTERS:

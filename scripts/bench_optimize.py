@@ -115,7 +115,7 @@ class Bench:
         checkpoints = checkpoints or self.checkpoints
         base = base or self.base
         kind = "" if checkpoints is self.checkpoints else "-other"
-        path = self.work / f"profile-{mode}-{context}-{base}-{self.settings.level}{kind}.jsonl"
+        path = self._path(mode, context, base, kind)
         options = ProfileOptions(level=self.settings.level, context=context, device=self.settings.device)
         candidates = [(int(label), checkpoint) for label, checkpoint in checkpoints.items()]
         order = sorted(candidates, key=lambda entry: str(entry[0]) != base)
@@ -140,8 +140,10 @@ class Bench:
 
     @cached_property
     def scores(self) -> Mapping[tuple[str, str], float] | None:
-        path = self.work / f"profile-{self.settings.mode}-clean-{self.base}-{self.settings.level}.jsonl"
-        return squared_gradient_scores(path, self.main.header)
+        return squared_gradient_scores(self._path(self.settings.mode, "clean", self.base), self.main.header)
+
+    def _path(self, mode: str, context: str, base: str, kind: str = "") -> Path:
+        return self.work / f"profile-{mode}-{context}-{base}-{self.settings.level}{kind}.jsonl"
 
     @cached_property
     def problem(self) -> Problem:

@@ -228,7 +228,7 @@ def main(
         cap = parse_size(max_memory) if max_memory is not None else None
         search = partial(
             _search,
-            scores=_scores(profile_path, profile) if solver in ("refine", "tilted") else None,
+            profile_path=profile_path,
             solver=solver,
             rules=rules,
             checkpoints=checkpoints,
@@ -418,7 +418,7 @@ def _search(
     chosen: Choice,
     start: Mapping[str, str] | None,
     *,
-    scores: Mapping[tuple[str, str], float] | None,
+    profile_path: Path,
     solver: str,
     name: str,
     rules: Rules,
@@ -432,13 +432,14 @@ def _search(
 ) -> Choice:
     """Run a solver that needs the models, from --start or else from the exact choice; refine from the better start.
 
-    scores: squared-gradient scores by (group, source); name: of its journal"""
+    name: of its journal"""
     from recompile.optimize.choose import choice_of, limits_of, prepare_problem
     from recompile.optimize.problem import prepare
 
     profile, budget = chosen.profile, chosen.budget
     reference, checkpoints = _open_models(profile, checkpoints)
     problem = prepare(prepare_problem(profile, rules))
+    chooses_start = solver == "refine" and start is None
     search = Search(
         profile=profile,
         problem=problem,
@@ -453,10 +454,10 @@ def _search(
         journal=out.with_name(f"{out.stem}.{name}.jsonl"),
         measured=_measured_file(out),
         quiet=quiet,
-        scores=scores,
+        scores=_scores(profile_path, profile) if solver == "tilted" or chooses_start else None,
         max_memory_bytes=max_memory_bytes,
     )
-    if solver == "refine" and start is None:
+    if chooses_start:
         search = better_start(search)
     return choice_of(profile, problem, SEARCHES[solver](search), budget, solver)
 

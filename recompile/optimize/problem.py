@@ -121,6 +121,11 @@ def check_budget(problem: Problem, budget_bits: int) -> None:
     raise BudgetError(f"budget {budget_bits} bits is {wrong}; reachable range: {fewest} to {most} bits{fixed}")
 
 
+def choice_key(choice: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Equal for equal choices, in whatever order they name their groups."""
+    return tuple(sorted(choice.items()))
+
+
 def evaluate(problem: Problem, choice: Mapping[str, str]) -> tuple[int, float]:
     """(bits with fixed_bits, cost in nats per token) of a choice of one source per member.
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.problem import Option, Problem, Solution, evaluate
+from recompile.optimize.problem import Option, Problem, Solution, choice_key, evaluate
 
 KEPT = 0.98  # weight of the steps so far when another one is averaged in
 PRIOR_STEPS = 2.0  # steps that the profile's costs count for
@@ -162,7 +162,7 @@ def refine(
     """
     best = current = dict(start)
     best_rows = rows = list(oracle.measure(best))
-    tried = {_key(best)}
+    tried = {choice_key(best)}
     over = evaluate(problem, best)[0] > budget_bits
     costs, factor = Costs(), Damping(FIRST_DAMPING)
     most = first_most = max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
@@ -175,13 +175,13 @@ def refine(
         held_to = len(problem.groups) if over else most
         foretold = used = factor.value
         proposal = propose(priced(problem, costs, used), budget_bits, current, held_to, solve)
-        while (proposal == current or _key(proposal) in tried) and used > LEAST_DAMPING:
+        while (proposal == current or choice_key(proposal) in tried) and used > LEAST_DAMPING:
             used = max(LEAST_DAMPING, used / BOLDER)
             proposal = propose(priced(problem, costs, used), budget_bits, current, held_to, solve)
-        moved = len(_moved(problem, current, proposal)) if _key(proposal) not in tried else 0
+        moved = len(_moved(problem, current, proposal)) if choice_key(proposal) not in tried else 0
         mean, error, predicted, accepted, shift = 0.0, 0.0, 0.0, False, 0.0
         if moved:
-            tried.add(_key(proposal))
+            tried.add(choice_key(proposal))
             found = list(oracle.measure(proposal))
             linear, quadratic = _foretold(costs, current, proposal)
             predicted = linear + used * quadratic
@@ -272,10 +272,6 @@ def _foretold(costs: Costs, before: Mapping[str, str], after: Mapping[str, str])
     linear = math.fsum(costs.of(there, 0.0) - costs.of(here, 0.0) for here, there in moves)
     whole = math.fsum(costs.of(there, 1.0) - costs.of(here, 1.0) for here, there in moves)
     return linear, whole - linear
-
-
-def _key(choice: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(choice.items()))
 
 
 def _mean_and_error(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recompile.costs import kind_of, layer_index
-from recompile.optimize.problem import Problem, Solution
+from recompile.optimize.problem import Problem, Solution, choice_key
 
 ROUNDS = 5
 POPULATION = 10  # mixes a round
@@ -69,10 +69,11 @@ class Tilts:
             for option in group.options:
                 sizes[option.source] = sizes.get(option.source, 0) + option.bits
         order = sorted(sizes, key=sizes.__getitem__)
-        kinds = sorted({kind_of(group.members[0]) for group in problem.groups})
+        kind_by_group = [kind_of(group.members[0]) for group in problem.groups]
+        kinds = sorted(set(kind_by_group))
         deepest = max((layer_index(group.members[0]) or 0 for group in problem.groups), default=0)
         named: dict[str, list[float]] = {}
-        for group in problem.groups:
+        for group, kind in zip(problem.groups, kind_by_group, strict=True):
             layer = layer_index(group.members[0])
             depth = 2 * layer / deepest - 1 if layer is not None and deepest else 0.0
             smallest = max(1, min(option.bits for option in group.options))
@@ -80,7 +81,7 @@ class Tilts:
                 values = {"score": _log_ratio(group.members, option.source, option.cost, scores)}
                 values |= {f"source {name}": float(option.source == name) for name in order[:2]}
                 values["size"] = math.log2(max(1, option.bits) / smallest)
-                values |= {kind: float(kind_of(group.members[0]) == kind) for kind in kinds}
+                values |= {name: float(name == kind) for name in kinds}
                 values |= {"depth": depth, "depth^2": depth**2 - 1 / 3}
                 for name, value in values.items():
                     named.setdefault(name, []).append(value)
@@ -133,9 +134,9 @@ def search_tilts(
         thetas = tilts.first()[:population] if number == 0 else []
         thetas += [mean + spread * generator.standard_normal(len(mean)) for _ in range(population - len(thetas))]
         choices = [dict(solve(tilts.apply(theta)).choice) for theta in thetas]
-        fresh = {_key(choice): choice for choice in choices if _key(choice) not in known}
+        fresh = {choice_key(choice): choice for choice in choices if choice_key(choice) not in known}
         known |= dict(zip(fresh, measure(list(fresh.values())), strict=True))
-        found += [(known[_key(choice)], theta, choice) for theta, choice in zip(thetas, choices, strict=True)]
+        found += [(known[choice_key(choice)], theta, choice) for theta, choice in zip(thetas, choices, strict=True)]
         found.sort(key=lambda entry: entry[0])
         best = np.array([theta for _, theta, _ in found[: FEWEST_BEST + number]])
         mean = best.mean(0)
@@ -148,7 +149,3 @@ def _log_ratio(members: Sequence[str], source: str, cost: float, scores: Mapping
         return 0.0
     score = math.fsum(scores.get((member, source), 0.0) for member in members)
     return math.log(score / cost) if score > 0 and cost > 0 else 0.0
-
-
-def _key(choice: Choice) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(choice.items()))
