@@ -51,6 +51,7 @@ from eval.fisher import DRAWS, FisherCotangents
 from eval.profile import ProfileJob
 from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, kind_of, open_journal
 from recompile.errors import JournalError, OutputError, RecompileError
+from recompile.optimize.interactions import Interactions
 from recompile.quantize.made import making_bytes
 from recompile.stream import LayeredModel
 
@@ -494,13 +495,20 @@ class SweepStore:
             raise OutputError(f"{target}: cannot be written: {error}; make room and run the same command") from error
 
 
-def squared_gradient_scores(path: Path, header: ProfileHeader) -> dict[tuple[str, str], float] | None:
-    """What the samples beside a profile say by squared gradients, nats per token by (group, candidate label); None
-    where there are none. Raises JournalError for those of another measurement."""
+def samples_beside(path: Path, header: ProfileHeader) -> Sketch | None:
+    """All the samples kept beside a profile; None where there are none. Raises JournalError for those of another
+    measurement."""
     store = SweepStore(path, header)
     count = store.count()
-    if not count:
-        return None
-    sketch = store.load(count)
-    scores = estimate(sketch, header.row_tokens, diagonal=True).mean(1).tolist()
+    return store.load(count) if count else None
+
+
+def squared_gradient_scores(sketch: Sketch, row_tokens: int) -> dict[tuple[str, str], float]:
+    """What samples say by squared gradients, nats per token by (group, candidate label)."""
+    scores = estimate(sketch, row_tokens, diagonal=True).mean(1).tolist()
     return dict(zip(sketch.swaps, scores, strict=True))
+
+
+def interactions_of(sketch: Sketch, row_tokens: int) -> Interactions | None:
+    """What swaps cost in company; None where the samples of single swaps were not kept (--pairs)."""
+    return None if sketch.pairs is None else Interactions.of(sketch.swaps, sketch.pairs, row_tokens)

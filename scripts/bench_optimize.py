@@ -39,7 +39,7 @@ from eval.meter import ChoiceMeter  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
 from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.refine import MixOracle  # noqa: E402
-from eval.sketch import SketchOptions, profile_sketch, squared_gradient_scores  # noqa: E402
+from eval.sketch import SketchOptions, profile_sketch, samples_beside, squared_gradient_scores  # noqa: E402
 from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
 from recompile.cli.search import SEARCHES, Search  # noqa: E402
@@ -140,7 +140,9 @@ class Bench:
 
     @cached_property
     def scores(self) -> Mapping[tuple[str, str], float] | None:
-        return squared_gradient_scores(self._path(self.settings.mode, "clean", self.base), self.main.header)
+        header = self.main.header
+        sketch = samples_beside(self._path(self.settings.mode, "clean", self.base), header)
+        return None if sketch is None else squared_gradient_scores(sketch, header.row_tokens)
 
     def _path(self, mode: str, context: str, base: str, kind: str = "") -> Path:
         return self.work / f"profile-{mode}-{context}-{base}-{self.settings.level}{kind}.jsonl"

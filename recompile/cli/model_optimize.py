@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from eval.guard import Contender, Verdict
+    from eval.sketch import Sketch
     from recompile.checkpoint import Checkpoint
     from recompile.cli.hold import Held
     from recompile.costs import Profile
@@ -433,6 +434,7 @@ def _search(
     """Run a solver that needs the models, from --start or else from the exact choice; refine from the better start.
 
     name: of its journal"""
+    from eval.sketch import interactions_of, squared_gradient_scores
     from recompile.optimize.choose import choice_of, limits_of, prepare_problem
     from recompile.optimize.problem import prepare
 
@@ -440,6 +442,8 @@ def _search(
     reference, checkpoints = _open_models(profile, checkpoints)
     problem = prepare(prepare_problem(profile, rules))
     chooses_start = solver == "refine" and start is None
+    sketch = _samples(profile_path, profile) if solver in ("refine", "tilted") else None
+    tokens, tilts = profile.header.row_tokens, solver == "tilted" or chooses_start
     search = Search(
         profile=profile,
         problem=problem,
@@ -454,7 +458,8 @@ def _search(
         journal=out.with_name(f"{out.stem}.{name}.jsonl"),
         measured=_measured_file(out),
         quiet=quiet,
-        scores=_scores(profile_path, profile) if solver == "tilted" or chooses_start else None,
+        scores=squared_gradient_scores(sketch, tokens) if sketch is not None and tilts else None,
+        interactions=interactions_of(sketch, tokens) if sketch is not None and solver == "refine" else None,
         max_memory_bytes=max_memory_bytes,
     )
     if chooses_start:
@@ -462,14 +467,14 @@ def _search(
     return choice_of(profile, problem, SEARCHES[solver](search), budget, solver)
 
 
-def _scores(path: Path, profile: Profile) -> Mapping[tuple[str, str], float] | None:
-    """Squared-gradient scores by (group, source), from the samples beside a sketched profile, where there are any."""
-    from eval.sketch import squared_gradient_scores
+def _samples(path: Path, profile: Profile) -> Sketch | None:
+    """Those beside a sketched profile, where there are any."""
+    from eval.sketch import samples_beside
 
     try:
-        return squared_gradient_scores(path, profile.header)
+        return samples_beside(path, profile.header)
     except JournalError as error:
-        click.echo(f"Note: no second opinion on costs from the samples of the profile: {error}", err=True)
+        click.echo(f"Note: the search goes without the samples of the profile: {error}", err=True)
         return None
 
 

@@ -158,5 +158,8 @@ def _key(search: Search, rows_sha256: str) -> str:
     from recompile.optimize.choose import profile_sha256
 
     limits = [(row.name, row.limit, row.fixed) for row in search.limits]
-    text = json.dumps([FORMAT, profile_sha256(search.profile), limits, dict(search.start), rows_sha256])
+    about = [FORMAT, profile_sha256(search.profile), limits, dict(search.start), rows_sha256]
+    if search.interactions is not None:
+        about.append(search.interactions.sha256)
+    text = json.dumps(about)
     return hashlib.sha256(text.encode()).hexdigest()

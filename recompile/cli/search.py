@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from recompile.checkpoint import Checkpoint
     from recompile.cli.verify import RowOptions
     from recompile.costs import Profile
+    from recompile.optimize.interactions import Interactions
     from recompile.optimize.problem import Problem
     from recompile.optimize.refine import RefineStep
     from recompile.optimize.rows import Row
@@ -52,6 +53,7 @@ class Search:
     measured: Path  # beside the recipe; KLs of whole mixes, measured once (recompile.cli.starts)
     quiet: bool
     scores: Mapping[tuple[str, str], float] | None = None  # squared-gradient scores by (group, source), if at hand
+    interactions: Interactions | None = None  # of swaps, from the draws of a profile made with --pairs
     max_memory_bytes: int | None = None  # of refine; others hold no decoded weights where it is given
 
 
@@ -111,6 +113,13 @@ def search_refine(search: Search) -> Mapping[str, str]:
     # of a short text the rows come again in later steps, with new draws
     rows = search.where.read_up_to(directories, "choose", FIT_ROWS + accept + steps * of_step, accept + of_step)
     first = min(FIT_ROWS, len(rows.ids) - accept - of_step)  # not those by which the start was chosen
+    if search.interactions is not None and not search.quiet:
+        found = search.interactions
+        click.echo(
+            f"interactions of swaps from the {found.draws.shape[1]} draws of --pairs: {100 * found.share:.1f} % of "
+            f"what they say holds on other rows, and counts",
+            err=True,
+        )
     began = time.monotonic()
     with progress("refining", steps, unit="steps", quiet=search.quiet) as bar:
 
@@ -138,6 +147,7 @@ def search_refine(search: Search) -> Mapping[str, str]:
                 steps=steps,
                 solve=lambda problem, bits: solve_rows(problem, search.limits, solve_exact),
                 out_of_time=lambda: search.minutes is not None and time.monotonic() - began > 60 * search.minutes,
+                interactions=search.interactions,
             ):
                 again = journal.is_replaying
                 journal.append(step)

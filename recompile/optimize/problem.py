@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 from recompile.errors import BudgetError, RecompileError
 
+Swap = tuple[str, str]  # (member of a group, source)
+
 
 @dataclass(frozen=True)
 class Option:

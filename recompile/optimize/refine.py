@@ -15,8 +15,9 @@ do not quite add up.
 What the quadratic form of single swaps leaves out is measured: every move tells which factor on own and cross would
 have foretold it (the damping; 1.0 to 1.2 on SmolLM2 at 3.4 bits), and the next is solved with the average of these.
 
-Interactions of pairs, from products of Fisher samples, are left out: on SmolLM2 at 3.4 bits errors of two groups
-correlate by 0.02 (root mean square, 2,160 samples), too little to find moves by that hold on other rows.
+What groups that move together cost in company comes from the draws of `model_profile --pairs`, where there are any
+(recompile.optimize.interactions): they join the quadratic part, as far as other rows confirm them. That is little on
+SmolLM2, where errors of two groups correlate by 0.02 at 3.4 bits (root mean square, 2,160 samples).
 
 Numbers only: what linearises and measures is handed in.
 """
@@ -26,10 +27,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.problem import Option, Problem, Solution, choice_key, evaluate
+from recompile.optimize.interactions import Interactions
+from recompile.optimize.problem import Group, Option, Problem, Solution, Swap, choice_key, evaluate
 
 KEPT = 0.98  # weight of the steps so far when another one is averaged in
 PRIOR_STEPS = 2.0  # steps that the profile's costs count for
@@ -42,8 +45,7 @@ MOVED_SHARE = 12  # at most one group in so many is moved in a step, but never h
 LEAST_MOVED = 4
 HALVINGS = 12  # of the reluctance to move that holds a move to its size
 PATIENCE = 20  # steps in a row without a better recipe, and the search ends
-
-Swap = tuple[str, str]  # (member of a group, source)
+COMPANIES = 3  # times at most that a move is looked for again in the company of the last one found
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def refine(
     steps: int = 24,
     solve: Callable[[Problem, int], Solution] = solve_exact,
     out_of_time: Callable[[], bool] = lambda: False,
+    interactions: Interactions | None = None,
 ) -> Iterator[RefineStep]:
     """Improve `start` (member -> source, within the budget or not); yields a RefineStep per step.
 
@@ -173,17 +176,18 @@ def refine(
         idle += 1
         costs.add(oracle.linearise(current, step), shift)
         held_to = len(problem.groups) if over else most
+        move = partial(propose, budget_bits=budget_bits, current=current, most=held_to, solve=solve)
         foretold = used = factor.value
-        proposal = propose(priced(problem, costs, used), budget_bits, current, held_to, solve)
+        proposal = _in_company(problem, costs, used, current, move, interactions)
         while (proposal == current or choice_key(proposal) in tried) and used > LEAST_DAMPING:
             used = max(LEAST_DAMPING, used / BOLDER)
-            proposal = propose(priced(problem, costs, used), budget_bits, current, held_to, solve)
+            proposal = _in_company(problem, costs, used, current, move, interactions)
         moved = len(_moved(problem, current, proposal)) if choice_key(proposal) not in tried else 0
         mean, error, predicted, accepted, shift = 0.0, 0.0, 0.0, False, 0.0
         if moved:
             tried.add(choice_key(proposal))
             found = list(oracle.measure(proposal))
-            linear, quadratic = _foretold(costs, current, proposal)
+            linear, quadratic = _foretold(costs, current, proposal, interactions)
             predicted = linear + used * quadratic
             factor.see(*_mean_and_error(found, rows), linear, quadratic)
             mean, error = _mean_and_error(found, best_rows)
@@ -243,15 +247,48 @@ def propose(
     return found
 
 
+def _in_company(
+    problem: Problem,
+    costs: Costs,
+    damping: float,
+    current: Mapping[str, str],
+    move: Callable[[Problem], dict[str, str]],
+    interactions: Interactions | None,
+) -> dict[str, str]:
+    """What `move` finds by the costs. With interactions it looks again, by what each swap costs in the company of the
+    last one found, until that finds none that is foretold to be better."""
+    alone = priced(problem, costs, damping)
+    best = move(alone)
+    if interactions is None:
+        return best
+
+    def foretold(choice: Mapping[str, str]) -> float:
+        linear, quadratic = _foretold(costs, current, choice, interactions)
+        return linear + damping * quadratic
+
+    for _ in range(COMPANIES):
+        found = move(_dearer(alone, interactions.beside(current, best), damping))
+        if not foretold(found) < foretold(best):
+            break
+        best = found
+    return best
+
+
+def _dearer(problem: Problem, company: Mapping[Swap, float], damping: float) -> Problem:
+    def change(group: Group, option: Option) -> float:
+        return damping * math.fsum(company.get((member, option.source), 0.0) for member in group.members)
+
+    return _changed(problem, change)
+
+
 def _reluctant(problem: Problem, current: Mapping[str, str], bonus: float) -> Problem:
+    return _changed(problem, lambda group, option: -bonus if option.source == current[group.members[0]] else 0.0)
+
+
+def _changed(problem: Problem, change: Callable[[Group, Option], float]) -> Problem:
+    """The problem with something added to every cost."""
     groups = [
-        replace(
-            group,
-            options=tuple(
-                replace(option, cost=option.cost - bonus) if option.source == current[group.members[0]] else option
-                for option in group.options
-            ),
-        )
+        replace(group, options=tuple(replace(o, cost=o.cost + change(group, o)) for o in group.options))
         for group in problem.groups
     ]
     return replace(problem, groups=tuple(groups))
@@ -266,12 +303,15 @@ def _moved(problem: Problem, before: Mapping[str, str], after: Mapping[str, str]
     return [group.name for group in problem.groups if any(before[m] != after[m] for m in group.members)]
 
 
-def _foretold(costs: Costs, before: Mapping[str, str], after: Mapping[str, str]) -> tuple[float, float]:
+def _foretold(
+    costs: Costs, before: Mapping[str, str], after: Mapping[str, str], interactions: Interactions | None
+) -> tuple[float, float]:
     """(linear, quadratic) parts of a move's change of KL."""
     moves = [((name, before[name]), (name, source)) for name, source in after.items() if before[name] != source]
     linear = math.fsum(costs.of(there, 0.0) - costs.of(here, 0.0) for here, there in moves)
     whole = math.fsum(costs.of(there, 1.0) - costs.of(here, 1.0) for here, there in moves)
-    return linear, whole - linear
+    company = interactions.between(before, after) if interactions is not None else 0.0
+    return linear, whole - linear + company
 
 
 def _mean_and_error(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:

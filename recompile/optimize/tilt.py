@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recompile.costs import kind_of, layer_index
-from recompile.optimize.problem import Problem, Solution, choice_key
+from recompile.optimize.problem import Problem, Solution, Swap, choice_key
 
 ROUNDS = 5
 POPULATION = 10  # mixes a round
@@ -36,7 +36,6 @@ SPREAD_KEPT = 0.7  # share of the standard deviation that a round leaves, whatev
 LOWEST_DEARER = math.log(2)  # of the lowest source, in some of the first thetas
 
 Choice = Mapping[str, str]
-Swap = tuple[str, str]  # (member of a group, source)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from eval.profile import ProfileJob, ProfileOptions
 from eval.refine import MixOracle
+from eval.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint import open_checkpoint
 from recompile.cli.hold import Held
 from recompile.cli.model_optimize import main
@@ -565,6 +566,31 @@ def test_refine_is_what_runs_where_the_models_are_at_hand_and_goes_on_from_its_j
     again = optimize(profile, "-b", "3.9", "--check", "--no-guard", "--steps", "2", *FEW)
     assert again["choice"] == report["choice"]
     assert [json.loads(line) for line in path.read_text().splitlines()] == journal
+
+
+def test_refine_reads_the_draws_that_pairs_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = [(n, open_checkpoint(directory)) for n, directory in tiny.variants("llama", (3, 2, 4, 6)).items()]
+    base = open_checkpoint(tiny.base("llama"))
+
+    def search(name: str, keep: bool) -> tuple[list[dict[str, Any]], str]:
+        profile, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.yaml"
+        job = ProfileJob(base, 3, variants, tiny.rows(6, 16), profile, ProfileOptions(level="tensor"))
+        *_, _ = profile_sketch(job, SketchOptions(4, keep_pairs=keep))
+        result = run(
+            profile, "-b", "3.9", "--no-check", "--solver", "refine", "--steps", "1", "-r", "4", "-l", "24", "-o", out
+        )
+        assert result.exit_code == 0, result.output
+        lines = out.with_name(f"{name}.refine.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], " ".join(result.output.split())
+
+    monkeypatch.setattr("recompile.optimize.interactions.common_share", lambda *_: 0.5)  # a model that learnt nothing
+    (alone, plain), (journal, output) = search("without", False), search("with", True)
+    assert "interactions of swaps" not in plain
+    assert "interactions of swaps from the 24 draws of --pairs: 50.0 % of what they say holds on other rows" in output
+    assert journal[0]["key"] != alone[0]["key"]  # one search does not go on with the other's journal
+    assert journal[1] == alone[1]  # the same start and rows
+    assert journal[-1]["moved"] > 1
+    assert journal[-1]["predicted_nats"] != alone[-1]["predicted_nats"]
 
 
 def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from eval.sketch import (
     SketchStarted,
     SweepDone,
     estimate,
+    interactions_of,
     profile_sketch,
+    samples_beside,
     squared_gradient_scores,
 )
 from recompile.checkpoint import Checkpoint, open_checkpoint
@@ -234,12 +236,15 @@ def test_experts_without_tokens_are_unmeasured_as_in_the_exact_profile(tmp_path:
 def test_the_samples_beside_a_profile_give_its_squared_gradients_too(tmp_path: Path) -> None:
     sketch = run(tmp_path / "sketch.jsonl", samples=16)
     diagonal = run(tmp_path / "diagonal.jsonl", samples=16, mode="diagonal")
-    found = squared_gradient_scores(tmp_path / "sketch.jsonl", sketch.header)
+    kept = samples_beside(tmp_path / "sketch.jsonl", sketch.header)
+    assert kept is not None
+    assert interactions_of(kept, sketch.header.row_tokens) is None  # made without --pairs
+    found = squared_gradient_scores(kept, sketch.header.row_tokens)
     assert found == pytest.approx({swap: cost.mean for swap, cost in diagonal.measurements.items()})
-    assert squared_gradient_scores(tmp_path / "other.jsonl", sketch.header) is None
+    assert samples_beside(tmp_path / "other.jsonl", sketch.header) is None
     other = replace(sketch.header, rows_sha256="of other rows")
     with pytest.raises(JournalError, match="the sweeps of another measurement"):
-        squared_gradient_scores(tmp_path / "sketch.jsonl", other)
+        samples_beside(tmp_path / "sketch.jsonl", other)
 
 
 def test_sweeps_of_other_rows_are_refused(tmp_path: Path) -> None:
