@@ -8,7 +8,7 @@ cotangent q - p and some Fisher samples of q gives the first- and second-order t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -290,9 +290,7 @@ class MixOracle:
 
         Only some linearisations draw Fisher samples (SAMPLED_FIRST, SAMPLED_EVERY): what they say of single groups
         hardly changes with the mix, while the slope does with every group that moves."""
-        count = min(self.rows_per_step, len(self.pool))
-        first = (step * count) % len(self.pool)
-        ids = torch.cat([self.pool, self.pool])[first : first + count]
+        ids = self._rows_of(step)
         samples = self.samples if self._curves.are_due else 0
         reference, model = self._quick
         mix, origin = self._mix(choice), self._held_reference
@@ -332,6 +330,69 @@ class MixOracle:
         curves = self._curves
         return SwapModel(kl, slope, dict(curves.own), curves.cross(choice), dict(curves.alike))
 
+    def _rows_of(self, step: int) -> Tensor:
+        count = min(self.rows_per_step, len(self.pool))
+        first = (step * count) % len(self.pool)
+        return torch.cat([self.pool, self.pool])[first : first + count]
+
+    @torch.no_grad()
+    def changes(self, choice: Mapping[str, str], swaps: Sequence[Mapping[str, str]], step: int) -> list[list[float]]:
+        """See the protocol. A swap is run from its layer on; as many together as a linearisation holds states."""
+        ids = self._rows_of(step)
+        reference, model = self._quick
+        goals = self.goals(reference, ids)
+        layers = {group.name: group.layer for group in self.header.groups}
+        places = [{layers[name] for name in swap} for swap in swaps]
+        # those of neighbouring layers together; the embedding and the head first, for they run from the start
+        order = sorted(range(len(swaps)), key=lambda n: min(-1 if at is None else at for at in places[n]))
+        found: dict[int, list[float]] = {}
+        for start in range(0, len(order), model.depth):
+            some = order[start : start + model.depth]
+            mix, others = self._mix(choice), [self._mix({**choice, **swaps[number]}) for number in some]
+            states, branches = self._branches(mix, others, [places[number] for number in some], ids)
+            under_one = [n for n, number in enumerate(some) if None not in places[number]]
+            without, *kls = self._kls([states, *(branches[n] for n in under_one)], mix, reference, model, goals)
+            rows = dict(zip(under_one, kls, strict=True))
+            for n, number in enumerate(some):
+                if n not in rows:
+                    (rows[n],) = self._kls([branches[n]], others[n], reference, model, goals)
+                found[number] = [there - here for there, here in zip(rows[n], without, strict=True)]
+        return [found[number] for number in range(len(swaps))]
+
+    def _branches(
+        self,
+        mix: WeightSource,
+        others: Sequence[WeightSource],
+        places: Sequence[Set[int | None]],
+        ids: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Post-norm states [rows, tokens, hidden] of a mix, and of others that differ from it in few layers (None:
+        embedding or head); up to the first of those each is run as the mix is."""
+        model = self._quick[1]
+        batch = max(1, BATCH_TOKENS // ids.shape[1])
+
+        def run(index: int, states: Tensor) -> Tensor:
+            return torch.cat([model.run_layer(index, piece) for piece in states.split(batch)])
+
+        def embedded(source: WeightSource) -> Tensor:
+            return torch.cat(list(model.embed(ids, batch, source)))
+
+        states = embedded(mix)
+        apart = {n: embedded(other) for n, other in enumerate(others) if None in places[n]}
+        for index in range(model.depth):
+            after = {}
+            for number, other in enumerate(others):
+                if index in places[number]:
+                    with model.layer(index, other):
+                        after[number] = run(index, apart.get(number, states))
+            with model.layer(index, mix):
+                after |= {number: run(index, state) for number, state in apart.items() if number not in after}
+                states = run(index, states)
+            apart = after
+            self._note(f"swaps, layer {index}", index, model.depth)
+        with model.norm_loaded(mix) as norm:
+            return norm(states), [norm(apart[number]) for number in range(len(others))]
+
     def recall(self, model: SwapModel) -> None:
         """Go on from what an interrupted search was told last."""
         self._curves.recall(model)
@@ -352,12 +413,12 @@ class MixOracle:
         the KL of the first one decides."""
         mix = self._mix(choice)
         if self.rough is None and self.rough_above_nats < math.inf:
-            found = list(self.kl_rows(mix, *self._measured_in(self._quick)))
+            found = self.kl_rows(mix, *self._measured_in(self._quick))
             self.rough = math.fsum(found) > self.rough_above_nats * len(found)
             if self.rough or self._quick is self._sharp:
                 return found
             self._accepting = None
-        return list(self.kl_rows(mix, *self._measured_in(self._quick if self.rough else self._sharp)))
+        return self.kl_rows(mix, *self._measured_in(self._quick if self.rough else self._sharp))
 
     def _measured_in(self, models: tuple[LayeredModel, LayeredModel]) -> tuple[LayeredModel, LayeredModel, list[Goal]]:
         """The models, with what the reference of this type makes of the accepting rows."""
@@ -368,15 +429,32 @@ class MixOracle:
     @torch.no_grad()
     def kl_rows(
         self, source: WeightSource, reference: LayeredModel, model: LayeredModel, goals: Sequence[Goal]
-    ) -> Iterator[float]:
-        """KL to the model with the weights of `source` on the accepting rows, a row at a time."""
-        found = self.normed(model, source, self.accept)
+    ) -> list[float]:
+        """KL to the model with the weights of `source` on the accepting rows."""
+        (found,) = self._kls([self.normed(model, source, self.accept)], source, reference, model, goals)
+        return found
+
+    def _kls(
+        self,
+        models: Sequence[Tensor],
+        source: WeightSource,
+        reference: LayeredModel,
+        model: LayeredModel,
+        goals: Sequence[Goal],
+    ) -> list[list[float]]:
+        """KL of every row to some models with the head of `source`, from their post-norm states [rows, tokens, hidden]
+        each."""
+        found = []
         with reference.head_loaded(self._held_reference), model.head_loaded(source):
-            same, linear = same_head(reference, model), model.head_is_linear(found[:1, :2])
-            for goal, states in zip(goals, found, strict=True):
-                there = goal.under_head(same)
-                total = 0.0
-                for chunk in chunks_of(len(states)):
-                    output = HeadOutput.of(model, states[chunk], linear, mean=False)
-                    total += float(there.kl(chunk, output, reference).double().sum())
-                yield total / len(states)
+            same, linear = same_head(reference, model), model.head_is_linear(models[0][:1, :2])
+            for normed in models:
+                rows = []
+                for goal, states in zip(goals, normed, strict=True):
+                    there = goal.under_head(same)
+                    total = 0.0
+                    for chunk in chunks_of(len(states)):
+                        output = HeadOutput.of(model, states[chunk], linear, mean=False)
+                        total += float(there.kl(chunk, output, reference).double().sum())
+                    rows.append(total / len(states))
+                found.append(rows)
+        return found

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from eval.refine import MixOracle
     from recompile.cli.search import Search
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass
@@ -84,6 +84,13 @@ class RefineJournal:
         self.oracle.rough = found["rough"]  # what is measured after an interruption is measured alike
         return list(found["rows"])
 
+    def changes(
+        self, choice: Mapping[str, str], swaps: Sequence[Mapping[str, str]], step: int
+    ) -> Sequence[Sequence[float]]:
+        """As the oracle's. Raises JournalError."""
+        found = self._answer("changes", choice, lambda: self.oracle.changes(choice, swaps, step))
+        return [list(rows) for rows in found]
+
     def append(self, step: RefineStep) -> None:
         """Keep a step, for people to read; on disk when this returns. Raises JournalError."""
         self.choice, self.steps = dict(step.choice), step.step + 1
@@ -101,6 +108,7 @@ class RefineJournal:
                 "change_std_error": step.change_std_error,
                 "moved": step.moved,
                 "predicted_nats": step.predicted_nats,
+                "measured": step.measured,
                 "choice": dict(step.choice),
             }
         )

@@ -120,11 +120,19 @@ def search_refine(search: Search) -> Mapping[str, str]:
             f"what they say holds on other rows, and counts",
             err=True,
         )
-    began = time.monotonic()
+    began = last = time.monotonic()
+    took = reached = 0.0  # seconds of the last step; steps of the bar
+
+    def out_of_time() -> bool:
+        """Whether most of another step like the last one would be too late."""
+        return search.minutes is not None and time.monotonic() + took / 2 - began > 60 * search.minutes
+
     with progress("refining", steps, unit="steps", quiet=search.quiet) as bar:
 
         def follow(event: OracleProgress) -> None:
-            bar.update(journal.steps + event.done / event.total, event.text)
+            nonlocal reached  # a step that measures swaps goes through the layers several times
+            reached = max(reached, journal.steps + event.done / event.total)
+            bar.update(reached, event.text)
 
         oracle = MixOracle(
             search.profile.header,
@@ -146,9 +154,10 @@ def search_refine(search: Search) -> Mapping[str, str]:
                 journal,
                 steps=steps,
                 solve=lambda problem, bits: solve_rows(problem, search.limits, solve_exact),
-                out_of_time=lambda: search.minutes is not None and time.monotonic() - began > 60 * search.minutes,
+                out_of_time=out_of_time,
                 interactions=search.interactions,
             ):
+                last, took = time.monotonic(), time.monotonic() - last
                 again = journal.is_replaying
                 journal.append(step)
                 if not again and not search.quiet:
@@ -157,12 +166,13 @@ def search_refine(search: Search) -> Mapping[str, str]:
 
 
 def _describe(step: RefineStep, rows: int) -> str:
+    said = f"step {step.step + 1}: " + (f"{step.measured} swaps measured, " if step.measured else "")
     if not step.moved:
-        return f"step {step.step + 1}: no move would pay; KL {step.kl_nats:.5f} on {rows} rows of its own"
+        return f"{said}no move would pay; KL {step.kl_nats:.5f} on {rows} rows of its own"
     against = f"{step.change_nats:+.5f} ± {step.change_std_error:.5f} against the best"
     best = "the best now" if step.accepted else "not kept"
     now = f"{step.kl_nats:.5f} on {rows} rows of its own"
-    return f"step {step.step + 1}: {step.moved} groups moved, KL {against}, {best}; {now}"
+    return f"{said}{step.moved} groups moved, KL {against}, {best}; {now}"
 
 
 SEARCHES: Mapping[str, Callable[[Search], Mapping[str, str]]] = {

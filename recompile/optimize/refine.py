@@ -19,20 +19,26 @@ What groups that move together cost in company comes from the draws of `model_pr
 (recompile.optimize.interactions): they join the quadratic part, as far as other rows confirm them. That is little on
 SmolLM2, where errors of two groups correlate by 0.02 at 3.4 bits (root mean square, 2,160 samples).
 
+Where no such move pays any more, swaps are measured one at a time (recompile.optimize.survey), and moves made of those.
+
 Numbers only: what linearises and measures is handed in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.interactions import Interactions
-from recompile.optimize.problem import Group, Option, Problem, Solution, Swap, choice_key, evaluate
+from recompile.optimize.moves import Solve, moved_groups, propose, with_costs
+from recompile.optimize.problem import Group, Option, Problem, Swap, choice_key, evaluate
+from recompile.optimize.survey import Beliefs, moves_to_measure, swaps_to_measure
 
 KEPT = 0.98  # weight of the steps so far when another one is averaged in
 PRIOR_STEPS = 2.0  # steps that the profile's costs count for
@@ -43,8 +49,10 @@ DAMPING_SPREAD = 0.3  # standard deviation of the damping before anything is mea
 LINEAR_ERROR = 0.25  # of a move's linear part, relative: what one move says of the damping is no surer than that
 MOVED_SHARE = 12  # at most one group in so many is moved in a step, but never held to fewer than LEAST_MOVED
 LEAST_MOVED = 4
-HALVINGS = 12  # of the reluctance to move that holds a move to its size
-PATIENCE = 20  # steps in a row without a better recipe, and the search ends
+STALLED = 10  # steps in a row without a better recipe, and swaps are measured one at a time from there on
+PATIENCE = 3  # steps in a row of the last kind without a better recipe, and the search ends
+MOST_SURVEYED = 2000  # groups; of more, what can be measured one at a time says little
+SWAPS = (100, 40, 20, 20)  # that are measured one at a time in such a step, on fresh rows each time
 COMPANIES = 3  # times at most that a move is looked for again in the company of the last one found
 
 
@@ -76,6 +84,13 @@ class Oracle(Protocol):
         """KL of every accepting row, nats per token. The same rows each time, none of them seen by linearise."""
         ...
 
+    def changes(
+        self, choice: Mapping[str, str], swaps: Sequence[Mapping[str, str]], step: int
+    ) -> Sequence[Sequence[float]]:
+        """By what each of some swaps (group -> source, those that move together) changes the KL of a choice, nats per
+        token on every row of the turn; rows as those of a step of linearise."""
+        ...
+
 
 @dataclass(frozen=True)
 class RefineStep:
@@ -91,6 +106,7 @@ class RefineStep:
     predicted_nats: float  # of the step's move, from where it began
     moved: int  # groups that the move changes; 0: none was foretold to pay
     damping: float  # by which the moves so far would best have been foretold
+    measured: int = 0  # swaps that the step measured one at a time
 
 
 @dataclass
@@ -147,31 +163,40 @@ def refine(
     oracle: Oracle,
     *,
     steps: int = 24,
-    solve: Callable[[Problem, int], Solution] = solve_exact,
+    solve: Solve = solve_exact,
     out_of_time: Callable[[], bool] = lambda: False,
     interactions: Interactions | None = None,
 ) -> Iterator[RefineStep]:
     """Improve `start` (member -> source, within the budget or not); yields a RefineStep per step.
 
-    problem: its costs count for PRIOR_STEPS steps (not where one of a group is NaN). If `start` is over the budget, the
-    first step moves to within it whatever it costs. Ends after `steps`, after PATIENCE of them without a better recipe,
-    or out of time.
+    problem: its costs count for PRIOR_STEPS steps (not where one of a group is NaN), and are what is believed of swaps
+    before they are measured. If `start` is over the budget, the first step moves to within it whatever it costs.
 
     A recipe that is not better on the accepting rows is gone on from all the same, for their noise is larger than what
     a step gains; unless it is worse beyond two standard errors: then the best one is gone back to. Where no untried
     move is foretold to pay, one is tried that would with less damping, and taken only if it is better. After moves that
-    are gone back on half as many groups are moved at once, after a better recipe twice as many again. The result is the
-    best recipe measured.
+    are gone back on half as many groups are moved at once, after a better recipe twice as many again.
+
+    After STALLED steps without a better recipe what can be foretold is used up: from there on swaps are measured one at
+    a time at the best recipe (recompile.optimize.survey), where there are no more than MOST_SURVEYED groups. Ends after
+    `steps`, after PATIENCE of the last kind of steps without a better recipe, or out of time; the result is the best
+    recipe measured.
     """
     best = current = dict(start)
     best_rows = rows = list(oracle.measure(best))
     tried = {choice_key(best)}
     over = evaluate(problem, best)[0] > budget_bits
     costs, factor = Costs(), Damping(FIRST_DAMPING)
-    most = first_most = max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
+    most = first_most = most_moved(problem)
     idle, shift = 0, 0.0
     for step in range(steps):
-        if (out_of_time() or idle == PATIENCE) and not over:
+        if out_of_time() and not over:
+            return
+        if idle == STALLED and not over:
+            if len(problem.groups) > MOST_SURVEYED:
+                return
+            left = range(step, steps)
+            yield from _survey(problem, budget_bits, best, best_rows, oracle, left, tried, factor, solve, out_of_time)
             return
         idle += 1
         costs.add(oracle.linearise(current, step), shift)
@@ -182,7 +207,7 @@ def refine(
         while (proposal == current or choice_key(proposal) in tried) and used > LEAST_DAMPING:
             used = max(LEAST_DAMPING, used / BOLDER)
             proposal = _in_company(problem, costs, used, current, move, interactions)
-        moved = len(_moved(problem, current, proposal)) if choice_key(proposal) not in tried else 0
+        moved = len(moved_groups(problem, current, proposal)) if choice_key(proposal) not in tried else 0
         mean, error, predicted, accepted, shift = 0.0, 0.0, 0.0, False, 0.0
         if moved:
             tried.add(choice_key(proposal))
@@ -201,11 +226,62 @@ def refine(
                 current, rows = proposal, found
                 if accepted:
                     most = min(2 * most, first_most)
-            shift = len(_moved(problem, before, current)) / len(problem.groups)
+            shift = len(moved_groups(problem, before, current)) / len(problem.groups)
             if accepted:
                 best, best_rows, over, idle = proposal, found, False, 0
-        bits, kl = evaluate(problem, best)[0], math.fsum(best_rows) / len(best_rows)
+        bits, kl = evaluate(problem, best)[0], _mean(best_rows)
         yield RefineStep(step, accepted, dict(best), bits, kl, mean, error, predicted, moved, factor.value)
+
+
+def most_moved(problem: Problem) -> int:
+    """Groups that a step may move."""
+    return max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
+
+
+def _survey(
+    problem: Problem,
+    budget_bits: int,
+    best: Mapping[str, str],
+    best_rows: Sequence[float],
+    oracle: Oracle,
+    left: Iterable[int],
+    tried: set[tuple[tuple[str, str], ...]],
+    factor: Damping,
+    solve: Solve,
+    out_of_time: Callable[[], bool],
+) -> Iterator[RefineStep]:
+    """The steps that are left, by swaps measured at the best recipe: each measures many on a few fresh rows and fewer
+    on more, then the moves that are believed to be best; the best of those is taken if it is better."""
+    beliefs, rng, most = Beliefs(problem, best, _mean(best_rows)), np.random.default_rng(0), most_moved(problem)
+    idle = 0
+    for step in left:
+        if out_of_time() or idle == PATIENCE:
+            return
+        idle += 1
+        measured = set()
+        for heat, count in enumerate(SWAPS):
+            swaps = swaps_to_measure(beliefs, budget_bits, most, count, solve, rng)
+            asked = [dict.fromkeys(group.members, source) for group, source in swaps]
+            changes = oracle.changes(best, asked, len(SWAPS) * step + heat) if asked else ()
+            for (group, source), rows in zip(swaps, changes, strict=True):
+                beliefs.see((group.name, source), rows)
+                measured.add((group.name, source))
+        moves = [move for move in moves_to_measure(beliefs, budget_bits, most, solve) if choice_key(move) not in tried]
+        tried.update(map(choice_key, moves))
+        found = [(move, list(oracle.measure(move))) for move in moves]
+        mean, error, predicted, moved, accepted = 0.0, 0.0, 0.0, 0, False
+        if found:
+            move, move_rows = min(found, key=lambda one: _mean(one[1]))
+            predicted, moved = beliefs.change(move), len(moved_groups(problem, best, move))
+            mean, error = _mean_and_error(move_rows, best_rows)
+            accepted = mean < 0
+        if accepted:
+            best, best_rows, idle = move, move_rows, 0
+            beliefs.settle(best, _mean(best_rows))
+        bits, kl = evaluate(problem, best)[0], _mean(best_rows)
+        yield RefineStep(
+            step, accepted, dict(best), bits, kl, mean, error, predicted, moved, factor.value, len(measured)
+        )
 
 
 def priced(problem: Problem, costs: Costs, damping: float) -> Problem:
@@ -221,30 +297,6 @@ def priced(problem: Problem, costs: Costs, damping: float) -> Problem:
             options.append(Option(option.source, option.bits, known * cost + prior))
         groups.append(replace(group, options=tuple(options)))
     return replace(problem, groups=tuple(groups))
-
-
-def propose(
-    problem: Problem,
-    budget_bits: int,
-    current: Mapping[str, str],
-    most: int,
-    solve: Callable[[Problem, int], Solution],
-) -> dict[str, str]:
-    """The choice of the least cost that moves at most so many groups: what a group has is made cheaper by just so much
-    that no more of them move."""
-    found = dict(solve(problem, budget_bits).choice)
-    if len(_moved(problem, current, found)) <= most:
-        return found
-    low, high = 0.0, 2 * max(_spread(option.cost for option in group.options) for group in problem.groups)
-    found = dict(current)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        tried = dict(solve(_reluctant(problem, current, middle), budget_bits).choice)
-        if len(_moved(problem, current, tried)) > most:
-            low = middle
-        else:
-            high, found = middle, tried
-    return found
 
 
 def _in_company(
@@ -275,32 +327,10 @@ def _in_company(
 
 
 def _dearer(problem: Problem, company: Mapping[Swap, float], damping: float) -> Problem:
-    def change(group: Group, option: Option) -> float:
-        return damping * math.fsum(company.get((member, option.source), 0.0) for member in group.members)
+    def cost(group: Group, option: Option) -> float:
+        return option.cost + damping * math.fsum(company.get((member, option.source), 0.0) for member in group.members)
 
-    return _changed(problem, change)
-
-
-def _reluctant(problem: Problem, current: Mapping[str, str], bonus: float) -> Problem:
-    return _changed(problem, lambda group, option: -bonus if option.source == current[group.members[0]] else 0.0)
-
-
-def _changed(problem: Problem, change: Callable[[Group, Option], float]) -> Problem:
-    """The problem with something added to every cost."""
-    groups = [
-        replace(group, options=tuple(replace(o, cost=o.cost + change(group, o)) for o in group.options))
-        for group in problem.groups
-    ]
-    return replace(problem, groups=tuple(groups))
-
-
-def _spread(values: Iterator[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return max(finite) - min(finite) if finite else 0.0
-
-
-def _moved(problem: Problem, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    return [group.name for group in problem.groups if any(before[m] != after[m] for m in group.members)]
+    return with_costs(problem, cost)
 
 
 def _foretold(
@@ -314,10 +344,14 @@ def _foretold(
     return linear, whole - linear + company
 
 
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
 def _mean_and_error(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
     """Of the differences of paired rows."""
     values = [a - b for a, b in zip(after, before, strict=True)]
-    mean = math.fsum(values) / len(values)
+    mean = _mean(values)
     if len(values) < 2:
         return mean, math.inf
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

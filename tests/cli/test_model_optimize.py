@@ -595,13 +595,17 @@ def test_refine_reads_the_draws_that_pairs_keeps(tmp_path: Path, monkeypatch: py
 
 def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.refine.SAMPLED_FIRST", 1)
+    monkeypatch.setattr("recompile.optimize.refine.SWAPS", (8, 4))
+    monkeypatch.setattr("recompile.optimize.refine.STALLED", 1)
     profile, path = tmp_path / "profile.jsonl", tmp_path / "mix.refine.jsonl"
     write_profile(profile)
-    words = ("-b", "3.9", "--no-check", "--steps", "4", *FEW)
+    words = ("-b", "3.9", "--no-check", "--steps", "6", *FEW)
     whole = optimize(profile, *words)
     lines = path.read_text().splitlines(keepends=True)
     asked = [line for line in map(json.loads, lines) if "of" in line]
-    assert sum("costs" in line for line in asked) == 4
+    searched = sum("costs" in line for line in asked)
+    assert 0 < searched < 6  # and in the other steps swaps were measured
+    assert 0 < sum("changes" in line for line in asked) <= 2 * (6 - searched)
     for kept in (2, 4, len(lines) // 2, len(lines) - 2):
         path.write_text("".join(lines[:kept]))
         again = optimize(profile, *words)

@@ -44,6 +44,7 @@ if mode == "refine":
     oracle.measure(choice)
     for step in range(2):
         oracle.linearise(choice, step)
+    oracle.changes(choice, [{group.name: "3"} for group in header.groups[:40]], 2)
     assert 0 < oracle._store.held_bytes <= oracle._store.limit_bytes
 elif mode == "exact":
     *_, profile = profile_exact(job)

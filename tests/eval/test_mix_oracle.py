@@ -75,6 +75,38 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gemma2"])
+@pytest.mark.parametrize("level", ["tensor", "layer"])
+def test_swaps_change_what_whole_mixes_measure(architecture: str, level: str) -> None:
+    made = oracle(architecture, level)
+    names = [group.name for group in made.header.groups]
+    choice = {name: ("2", "4")[number % 2] for number, name in enumerate(names)}
+    swaps = [{name: "8"} for name in reversed(names)] + [{names[0]: "8", names[-1]: "2"}]  # the last is of two layers
+    found = made.changes(choice, swaps, 1)
+    at_rows = replace(made, accept=made.pool[4:8])
+    here = at_rows.measure(choice)
+    for swap, changes in zip(swaps, found, strict=True):
+        there = at_rows.measure({**choice, **swap})
+        assert changes == pytest.approx([b - a for a, b in zip(here, there, strict=True)], abs=2e-6), swap
+    assert sum(max(map(abs, changes)) > 1e-4 for changes in found) > len(found) // 2
+
+
+def test_a_swapped_head_is_run_with_that_head() -> None:
+    made_of = {b: tiny.variants("qwen3-moe", (b,), head_bits=b)[b] for b in (2, 4)}
+    candidates = {str(b): open_checkpoint(directory) for b, directory in made_of.items()}
+    base, rows = open_checkpoint(tiny.base("qwen3-moe")), tiny.rows(12, 16)
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    options = ProfileOptions(level="tensor", head=True)
+    header = ProfileJob(base, 4, given, rows, Path(), options).header(torch.float32)
+    made = MixOracle(header, candidates, base, rows[:8], rows[:4], rows_per_step=4, dtype=torch.float32)
+    (head,) = (group.name for group in header.groups if group.layer is None)
+    choice = {group.name: "4" for group in header.groups}
+    changes, _ = made.changes(choice, [{head: "2"}, {header.groups[0].name: "2"}], 0)
+    there, here = made.measure({**choice, head: "2"}), made.measure(choice)
+    assert changes == pytest.approx([b - a for a, b in zip(here, there, strict=True)], abs=2e-6)
+    assert max(map(abs, changes)) > 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gemma2"])
 def test_slopes_without_samples_are_those_with_them(architecture: str) -> None:
     made = oracle(architecture)
     choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.header.groups)}

@@ -5,62 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from made_up import SOURCES, MadeUp
 
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.problem import Group, Option, Problem, evaluate, tie
-from recompile.optimize.refine import FIRST_DAMPING, Costs, Damping, SwapModel, priced, propose, refine
-
-SOURCES = ("2", "3", "4")
-
-
-@dataclass
-class MadeUp:
-    """KL = 1/2 |sum over groups of v[group, source]|^2 + noise per row: swaps interact as errors of one output do."""
-
-    groups: int = 8
-    seed: int = 0
-    rows: int = 6
-    noise: float = 0.0
-    measured: list[Mapping[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.seed)
-        together = rng.normal(size=4)  # every error leans the same way, so that they add up faster than linearly
-        self.vectors = {
-            (f"g{n}", source): 2.0 ** -int(source) * (rng.normal(size=4) + together) * (1 + n % 3)
-            for n in range(self.groups)
-            for source in SOURCES
-        }
-        self.rng = rng
-
-    def kl(self, choice: Mapping[str, str]) -> float:
-        return 0.5 * float((sum(self.vectors[swap] for swap in choice.items()) ** 2).sum())
-
-    def problem(self) -> Problem:
-        return Problem(
-            tuple(
-                Group(f"g{n}", tuple(Option(s, int(s) * 100, self.kl({f"g{n}": s})) for s in SOURCES))
-                for n in range(self.groups)
-            )
-        )
-
-    def linearise(self, choice: Mapping[str, str], step: int) -> SwapModel:
-        total = sum(self.vectors[swap] for swap in choice.items())
-        slope = {swap: float(total @ v) + self.noise * float(self.rng.normal()) for swap, v in self.vectors.items()}
-        own = {swap: 0.5 * float(v @ v) for swap, v in self.vectors.items()}
-        cross = {
-            (group, source): float(v @ self.vectors[group, choice[group]])
-            for (group, source), v in self.vectors.items()
-        }
-        return SwapModel(self.kl(choice), slope, own, cross)
-
-    def measure(self, choice: Mapping[str, str]) -> Sequence[float]:
-        self.measured.append(choice)
-        return [self.kl(choice) * (1 + 0.05 * row) for row in range(self.rows)]
+from recompile.optimize.moves import propose
+from recompile.optimize.problem import Problem, evaluate, tie
+from recompile.optimize.refine import FIRST_DAMPING, PATIENCE, STALLED, SWAPS, Costs, Damping, priced, refine
 
 
 def best(made: MadeUp, problem: Problem, budget: int) -> float:
@@ -128,7 +81,7 @@ def test_tied_members_move_together() -> None:
     assert set(steps[-1].choice.values()) == {"3"}
 
 
-def test_a_bad_move_raises_the_damping_and_is_not_taken() -> None:
+def test_where_what_is_foretold_makes_nothing_better_swaps_are_measured() -> None:
     class Worse(MadeUp):
         def measure(self, choice: Mapping[str, str]) -> Sequence[float]:
             return [float(len(self.measured)) for _ in (self.measured.append(choice), *range(2))]  # ever worse
@@ -136,12 +89,24 @@ def test_a_bad_move_raises_the_damping_and_is_not_taken() -> None:
     made = Worse()
     problem, budget = made.problem(), 8 * 280
     start = {f"g{n}": "2" for n in range(8)}
-    steps = list(refine(problem, budget, start, made, steps=4))
+    steps = list(refine(problem, budget, start, made, steps=STALLED + 2))
     assert not any(step.accepted for step in steps)
     assert all(step.choice == start for step in steps)
     assert steps[0].moved > 0
     assert steps[0].damping > FIRST_DAMPING
     assert steps[1].moved <= max(1, steps[0].moved // 2)  # and fewer are moved at once
+    assert [step.measured > 0 for step in steps] == [False] * STALLED + [True] * 2
+    assert {step for _, step in made.surveyed} <= set(range(len(SWAPS) * STALLED, len(SWAPS) * (STALLED + 2)))
+    assert len({step for _, step in made.surveyed}) == len(made.surveyed)  # fresh rows each time
+    assert all(choice == start for choice, _ in made.surveyed)
+
+
+def test_it_ends_where_nothing_gets_better() -> None:
+    made = MadeUp()
+    problem, budget = made.problem(), 8 * 280
+    steps = list(refine(problem, budget, solve_exact(problem, budget).choice, made, steps=100))
+    assert len(steps) < 60
+    assert not any(step.accepted for step in steps[-PATIENCE:])
 
 
 def test_costs_do_not_depend_on_where_they_were_measured() -> None:
