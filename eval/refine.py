@@ -345,10 +345,10 @@ class MixOracle:
         places = [{layers[name] for name in swap} for swap in swaps]
         # those of neighbouring layers together; the embedding and the head first, for they run from the start
         order = sorted(range(len(swaps)), key=lambda n: min(-1 if at is None else at for at in places[n]))
-        found: dict[int, list[float]] = {}
+        mix, found = self._mix(choice), {}
         for start in range(0, len(order), model.depth):
             some = order[start : start + model.depth]
-            mix, others = self._mix(choice), [self._mix({**choice, **swaps[number]}) for number in some]
+            others = [self._mix({**choice, **swaps[number]}) for number in some]
             states, branches = self._branches(mix, others, [places[number] for number in some], ids)
             under_one = [n for n, number in enumerate(some) if None not in places[number]]
             without, *kls = self._kls([states, *(branches[n] for n in under_one)], mix, reference, model, goals)
@@ -444,17 +444,15 @@ class MixOracle:
     ) -> list[list[float]]:
         """KL of every row to some models with the head of `source`, from their post-norm states [rows, tokens, hidden]
         each."""
-        found = []
+        kls = []  # on the device until all are known: one wait for it
         with reference.head_loaded(self._held_reference), model.head_loaded(source):
             same, linear = same_head(reference, model), model.head_is_linear(models[0][:1, :2])
             for normed in models:
-                rows = []
                 for goal, states in zip(goals, normed, strict=True):
                     there = goal.under_head(same)
-                    total = 0.0
+                    sums = []
                     for chunk in chunks_of(len(states)):
                         output = HeadOutput.of(model, states[chunk], linear, mean=False)
-                        total += float(there.kl(chunk, output, reference).double().sum())
-                    rows.append(total / len(states))
-                found.append(rows)
-        return found
+                        sums.append(there.kl(chunk, output, reference).double().sum())
+                    kls.append(torch.stack(sums).sum() / len(states))
+        return torch.stack(kls).reshape(len(models), len(goals)).tolist()

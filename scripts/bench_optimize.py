@@ -50,7 +50,7 @@ from recompile.optimize.budget import Budget  # noqa: E402
 from recompile.optimize.choose import Rules, limits_of, make_problem, prepare_problem  # noqa: E402
 from recompile.optimize.exact import solve_exact  # noqa: E402
 from recompile.optimize.greedy import solve_greedy  # noqa: E402
-from recompile.optimize.problem import Group, Option, Problem, evaluate, prepare, reachable_range  # noqa: E402
+from recompile.optimize.problem import Problem, evaluate, prepare, reachable_range, with_costs  # noqa: E402
 from recompile.optimize.rivals import make_rivals  # noqa: E402
 from recompile.optimize.rows import Row  # noqa: E402
 
@@ -158,13 +158,7 @@ class Bench:
 
     def with_costs(self, costs: Mapping[tuple[str, str], float]) -> Problem:
         """The judge's sizes with costs of another origin."""
-        return Problem(
-            tuple(
-                Group(g.name, tuple(Option(o.source, o.bits, costs[g.name, o.source]) for o in g.options))
-                for g in self.problem.groups
-            ),
-            self.problem.fixed_bits,
-        )
+        return with_costs(self.problem, lambda group, option: costs[group.name, option.source])
 
     def oracle(self, ids: torch.Tensor) -> MixOracle:
         if self._oracle is None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
-from recompile.optimize.problem import Group, Option, Problem, Solution
+from recompile.optimize.problem import Group, Option, Problem, Solution, with_costs
 
 HALVINGS = 12  # of the reluctance to move that holds a move to its size
 
@@ -33,15 +32,6 @@ def propose(problem: Problem, budget_bits: int, current: Mapping[str, str], most
 
 def moved_groups(problem: Problem, before: Mapping[str, str], after: Mapping[str, str]) -> list[Group]:
     return [group for group in problem.groups if any(before[m] != after[m] for m in group.members)]
-
-
-def with_costs(problem: Problem, cost: Callable[[Group, Option], float]) -> Problem:
-    """The problem with other costs."""
-    groups = [
-        replace(group, options=tuple(replace(option, cost=cost(group, option)) for option in group.options))
-        for group in problem.groups
-    ]
-    return replace(problem, groups=tuple(groups))
 
 
 def _reluctant(problem: Problem, current: Mapping[str, str], bonus: float) -> Problem:

@@ -147,6 +147,15 @@ def evaluate(problem: Problem, choice: Mapping[str, str]) -> tuple[int, float]:
     return bits, math.fsum(costs)
 
 
+def with_costs(problem: Problem, cost: Callable[[Group, Option], float]) -> Problem:
+    """The problem with other costs."""
+    groups = [
+        replace(group, options=tuple(replace(option, cost=cost(group, option)) for option in group.options))
+        for group in problem.groups
+    ]
+    return replace(problem, groups=tuple(groups))
+
+
 def expand_choice(problem: Problem, sources: Sequence[str]) -> dict[str, str]:
     """member -> source, from one source per group in the order of the problem."""
     return {member: source for group, source in zip(problem.groups, sources, strict=True) for member in group.members}

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -36,8 +36,8 @@ import numpy as np
 
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.interactions import Interactions
-from recompile.optimize.moves import Solve, moved_groups, propose, with_costs
-from recompile.optimize.problem import Group, Option, Problem, Swap, choice_key, evaluate
+from recompile.optimize.moves import Solve, moved_groups, propose
+from recompile.optimize.problem import Group, Option, Problem, Swap, choice_key, evaluate, with_costs
 from recompile.optimize.survey import Beliefs, moves_to_measure, swaps_to_measure
 
 KEPT = 0.98  # weight of the steps so far when another one is averaged in
@@ -287,16 +287,14 @@ def _survey(
 def priced(problem: Problem, costs: Costs, damping: float) -> Problem:
     """The problem with measured costs, those of tied members added up; its own costs count for PRIOR_STEPS steps."""
     share = costs.weight / (costs.weight + PRIOR_STEPS)
-    groups = []
-    for group in problem.groups:
-        known = share if all(math.isfinite(option.cost) for option in group.options) else 1.0
-        options = []
-        for option in group.options:
-            cost = math.fsum(costs.of((member, option.source), damping) for member in group.members)
-            prior = (1 - known) * option.cost if known < 1 else 0.0
-            options.append(Option(option.source, option.bits, known * cost + prior))
-        groups.append(replace(group, options=tuple(options)))
-    return replace(problem, groups=tuple(groups))
+
+    def cost(group: Group, option: Option) -> float:
+        found = math.fsum(costs.of((member, option.source), damping) for member in group.members)
+        if not all(math.isfinite(other.cost) for other in group.options):
+            return found
+        return share * found + (1 - share) * option.cost
+
+    return with_costs(problem, cost)
 
 
 def _in_company(

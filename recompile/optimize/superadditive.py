@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from recompile.errors import FitError, RecompileError
-from recompile.optimize.problem import Group, Option, Problem
+from recompile.optimize.problem import Group, Option, Problem, with_costs
 
 POWERS = (1.0, 4.0)  # looked for in between; below 1 small errors would be dearer than large ones
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -39,18 +39,13 @@ class SuperAdditive:
 
     def transform(self, problem: Problem) -> Problem:
         """The problem with costs that add up. Order within a group is kept, but for costs of 0 or less (noise): 0."""
-        return replace(
-            problem,
-            groups=tuple(
-                Group(group.name, tuple(self._option(option) for option in group.options), group.members)
-                for group in problem.groups
-            ),
-        )
 
-    def _option(self, option: Option) -> Option:
-        if not math.isfinite(option.cost):
-            return option
-        return replace(option, cost=self.scale * _positive(option.cost) ** self.power)
+        def cost(group: Group, option: Option) -> float:
+            if not math.isfinite(option.cost):
+                return option.cost
+            return self.scale * _positive(option.cost) ** self.power
+
+        return with_costs(problem, cost)
 
 
 def fit(problem: Problem, measured: Sequence[tuple[Mapping[str, str], float]]) -> SuperAdditive:

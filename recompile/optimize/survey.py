@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from recompile.optimize.moves import Solve, moved_groups, propose, with_costs
-from recompile.optimize.problem import Group, Option, Problem, Swap
+from recompile.optimize.moves import Solve, moved_groups, propose
+from recompile.optimize.problem import Group, Option, Problem, Swap, with_costs
 
 COST_ERROR = 0.35  # of the profile's cost of a swap, relative
 # of the recipe's KL:

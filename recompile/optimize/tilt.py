@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recompile.costs import kind_of, layer_index
-from recompile.optimize.problem import Problem, Solution, Swap, choice_key
+from recompile.optimize.problem import Problem, Solution, Swap, choice_key, with_costs
 
 ROUNDS = 5
 POPULATION = 10  # mixes a round
@@ -91,11 +91,7 @@ class Tilts:
     def apply(self, theta: NDArray[np.float64]) -> Problem:
         """The problem with its costs times exp(theta . features). Costs of 0 or less, which are noise, become 0."""
         factors = iter(np.exp(self.logs @ theta).tolist())
-        groups = []
-        for group in self.problem.groups:
-            options = tuple(replace(o, cost=max(o.cost, 0.0) * next(factors)) for o in group.options)
-            groups.append(replace(group, options=options))
-        return replace(self.problem, groups=tuple(groups))
+        return with_costs(self.problem, lambda group, option: max(option.cost, 0.0) * next(factors))
 
     def first(self) -> list[NDArray[np.float64]]:
         """Where the search begins: the costs as they are, the score in their place, and the lowest source dearer."""

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.moves import with_costs
-from recompile.optimize.problem import Group, Option, Problem, evaluate, tie
+from recompile.optimize.problem import Group, Option, Problem, evaluate, tie, with_costs
 from recompile.optimize.refine import SWAPS, SwapModel, refine
 from recompile.optimize.survey import (
     AGED,
