@@ -35,11 +35,11 @@ from eval.metrics import (
     quantiles,
     token_metrics,
 )
-from recompile.activations import QuantizedInputs
-from recompile.checkpoint import WeightSource
+from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, OutputError
-from recompile.overlay import Overlay
-from recompile.stream import LayeredModel, check_same_skeleton
+from recompile.merge.overlay import Overlay
+from recompile.model.activations import QuantizedInputs
+from recompile.model.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
 FLOOR_TOKENS = 256  # of the first row, run once more on its own to see the arithmetic's own noise

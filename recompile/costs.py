@@ -18,9 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+from recompile.checkpoint.module_names import role_of
 from recompile.errors import JournalError, RecompileError
-from recompile.overlay import role_of
-from recompile.recipe import SourceId
+from recompile.recipe.recipe import SourceId
 
 JOURNAL_VERSION = 1
 LEVELS = ("layer", "block", "fused", "expert", "tensor")

@@ -26,14 +26,14 @@ import torch
 from bench_record import RESULTS, birth_certificate, keep
 from gguf import GGMLQuantizationType, quants
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.formats import gguf, ik
 from recompile.formats.gguf_encode import ENCODABLE, quantize_rows
 from recompile.formats.gguf_types import TYPES
 from recompile.gguf.container import NewTensor, encode_key, write_gguf
-from recompile.overlay import build_overlay
-from recompile.recipe import parse_recipe
-from recompile.write_gguf import execute_gguf, plan_gguf
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_gguf import execute_gguf, plan_gguf
+from recompile.recipe.recipe import parse_recipe
 
 FORK_MB_PER_S = {"IQ3_K": 30, "IQ4_K": 9, "IQ4_KS": 9, "IQ4_KSS": 0.3}
 ROUNDS = 3

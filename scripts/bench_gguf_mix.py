@@ -46,7 +46,7 @@ def make_presets(work: Path, reference: Path, imatrix: Path, presets: dict[str, 
     """llama_model_quantize with the importance of the imatrix file."""
     from eval.engines.builds import find_engine
     from eval.engines.process import Engine
-    from recompile.imatrix import read_imatrix
+    from recompile.gguf.imatrix import read_imatrix
 
     entries = read_imatrix(imatrix).entries
     importance = {name: sums.sum_squares / sums.counts[:, None] for name, sums in entries.items()}
@@ -64,9 +64,9 @@ def measure(work: Path, reference: Path, files: dict[str, Path], chunks: int) ->
     """KL of every file in the engine; kept in DIR, one file after another."""
     import json
 
-    from eval.engine_diff import EngineReport, compare_with_engine, report_text, tokenize_with_engine
     from eval.engines.builds import find_engine
-    from recompile import tokens
+    from eval.engines.engine_diff import EngineReport, compare_with_engine, report_text, tokenize_with_engine
+    from recompile.model import tokens
 
     installed = find_engine("llama.cpp")
     source = tokens.default_text()

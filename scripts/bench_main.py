@@ -143,8 +143,8 @@ def bench_diff(work: Path, rows: int, length: int, count: int) -> dict[str, Any]
     from transformers import AutoModelForCausalLM
 
     from eval.diff import compare
-    from recompile.checkpoint import open_checkpoint
-    from recompile.tokens import default_text, load_tokenizer, make_rows
+    from recompile.checkpoint.checkpoint import open_checkpoint
+    from recompile.model.tokens import default_text, load_tokenizer, make_rows
 
     directory = make_base.build()
     checkpoint = open_checkpoint(directory)
@@ -173,7 +173,7 @@ def bench_diff(work: Path, rows: int, length: int, count: int) -> dict[str, Any]
 
 MEMORY_JOB = """
 import sys, json, torch
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from eval.diff import compare
 import transformers.models.llama.modeling_llama
 checkpoint = open_checkpoint(sys.argv[1])
@@ -227,10 +227,10 @@ def bench_profile(work: Path, rows: int, length: int, variants: Path) -> dict[st
     import torch
     from transformers import AutoModelForCausalLM
 
-    from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact
-    from recompile.checkpoint import open_checkpoint
+    from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact
+    from recompile.checkpoint.checkpoint import open_checkpoint
     from recompile.costs import Profile
-    from recompile.tokens import default_text, load_tokenizer, make_rows
+    from recompile.model.tokens import default_text, load_tokenizer, make_rows
 
     directory = make_base.build()
     reference = open_checkpoint(directory)

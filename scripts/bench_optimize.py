@@ -35,24 +35,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import bench_record  # noqa: E402
 
 from eval.diff import DiffOptions  # noqa: E402
-from eval.meter import ChoiceMeter  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
-from eval.profile import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
-from eval.refine import MixOracle  # noqa: E402
-from eval.sketch import SketchOptions, profile_sketch, samples_beside, squared_gradient_scores  # noqa: E402
-from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from eval.mixes.choice_meter import ChoiceMeter  # noqa: E402
+from eval.mixes.oracle import MixOracle  # noqa: E402
+from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
+from eval.profile.sketch import SketchOptions, profile_sketch, samples_beside, squared_gradient_scores  # noqa: E402
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
 from recompile.cli.search import SEARCHES, Search  # noqa: E402
 from recompile.cli.starts import better_start  # noqa: E402
 from recompile.cli.verify import RowOptions  # noqa: E402
 from recompile.costs import Profile  # noqa: E402
+from recompile.optimize.baselines import make_rivals  # noqa: E402
 from recompile.optimize.budget import Budget  # noqa: E402
 from recompile.optimize.choose import Rules, limits_of, make_problem, prepare_problem  # noqa: E402
 from recompile.optimize.exact import solve_exact  # noqa: E402
 from recompile.optimize.greedy import solve_greedy  # noqa: E402
+from recompile.optimize.limits import Row  # noqa: E402
 from recompile.optimize.problem import Problem, evaluate, prepare, reachable_range, with_costs  # noqa: E402
-from recompile.optimize.rivals import make_rivals  # noqa: E402
-from recompile.optimize.rows import Row  # noqa: E402
 
 BITS_KEPT = 0.69  # exponent of a gain in exllamav3's choice: gain ** 0.69 per bit
 SWAP_ROWS = 1  # of exllamav3's measured swaps: about the time of the searches, once for all budgets

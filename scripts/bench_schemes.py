@@ -95,7 +95,7 @@ def measure(base: Path, candidates: Mapping[str, Any], rows: int, length: int, k
 
     from eval.diff import DiffOptions, DiffReport, compare_many
     from eval.metrics import paired_difference
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
     from recompile.cli.options import read_rows
 
     found, vocab = read_rows([base], "report", rows, length, None, None, None)
@@ -172,8 +172,8 @@ def load_in_transformers(base: Path, overlay: Any, out: Path, tokens: int = 64) 
     from transformers import AutoModelForCausalLM
 
     from recompile.cli.options import read_rows
-    from recompile.stream import dense_names
-    from recompile.write import execute, plan_write
+    from recompile.merge.write_safetensors import execute, plan_write
+    from recompile.model.stream import dense_names
 
     if not out.exists():
         for _ in execute(plan_write(overlay, out)):
@@ -227,8 +227,8 @@ def main(
     """Measured mixes against hand recipes and single schemes."""
     from bench_record import RESULTS, birth_certificate, keep
 
-    from recompile.checkpoint import open_checkpoint
-    from recompile.overlay import build_overlay
+    from recompile.checkpoint.checkpoint import open_checkpoint
+    from recompile.merge.overlay import build_overlay
 
     base, work = base.expanduser(), work.resolve()
     work.mkdir(parents=True, exist_ok=True)

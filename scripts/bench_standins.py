@@ -29,16 +29,16 @@ import make_base  # noqa: E402
 from bench_record import RESULTS, birth_certificate, keep  # noqa: E402
 
 from eval.diff import DiffReport, compare_many  # noqa: E402
-from eval.guard import mix_of  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
-from eval.profile import ProfileJob, ProfileOptions  # noqa: E402
-from eval.sketch import SketchOptions, profile_sketch  # noqa: E402
-from recompile.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from eval.profile.exact import ProfileJob, ProfileOptions  # noqa: E402
+from eval.profile.sketch import SketchOptions, profile_sketch  # noqa: E402
+from eval.search.acceptance import mix_of  # noqa: E402
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.cli.options import read_rows  # noqa: E402
 from recompile.costs import Profile  # noqa: E402
 from recompile.optimize.choose import Budget, choose  # noqa: E402
 from recompile.quantize.calibrate import input_power  # noqa: E402
-from recompile.quantize.made import load_importance, make_variant, save_importance  # noqa: E402
+from recompile.quantize.lazy_variant import load_importance, make_variant, save_importance  # noqa: E402
 
 BITS = (2, 3, 4, 6)
 REAL = "variants"

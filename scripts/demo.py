@@ -109,10 +109,10 @@ def make_variants(base: str, variants: Path, settings: Settings) -> None:
 def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Path, settings: Settings) -> str:
     """Compare every variant and mix with the base on the role "report"; one reference pass for all of them."""
     from eval.diff import compare_many
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
     from recompile.cli.common import follow_comparison, format_bytes, format_columns, print_json
     from recompile.cli.options import read_rows
-    from recompile.overlay import build_overlay
+    from recompile.merge.overlay import build_overlay
 
     reference = open_checkpoint(base)
     rows, _ = read_rows([reference.path], "report", *settings.report, None, None, None)

@@ -107,7 +107,7 @@ def draw_bits(recipes: list[tuple[str, dict[tuple[int, str], int]]]) -> list[str
 def main(work: Path, out: Path) -> None:
     """Draw the results in WORK, the directory of scripts/demo."""
     from recompile.costs import load_profile
-    from recompile.recipe import load_recipe
+    from recompile.recipe.recipe import load_recipe
 
     points = []
     for report in json.loads((work / "comparison.json").read_text())["reports"]:

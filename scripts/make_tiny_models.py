@@ -156,7 +156,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def make_model(name: str, root: Path) -> None:
     """Train one model and put it at `root/name`."""
-    from recompile import tokens
+    from recompile.model import tokens
 
     partial = root / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)

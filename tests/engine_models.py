@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eval.engines.builds import EngineError, Installed, find_engine
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.gguf.names import architecture_of
+from recompile.model.tokens import default_text, load_tokenizer, make_rows
 from recompile.quantize.gguf import Importance, Mix, base_tensors, build_variants, collect_importance, plan_variants
-from recompile.tokens import default_text, load_tokenizer, make_rows
 
 PADDING, NORMAL, CONTROL = 5, 1, 3  # token types of GGUF
 

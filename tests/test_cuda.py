@@ -17,14 +17,14 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_auto import main as model_auto
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.costs import load_profile
-from recompile.recipe import load_recipe
+from recompile.recipe.recipe import load_recipe
 from tests.commands import run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

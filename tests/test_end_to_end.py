@@ -10,10 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_diff, model_optimize, model_profile, model_quantize
 from recompile.cli import recompile as recompile_command
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
 
 ROWS = ["-r", "3", "-l", "96"]
 

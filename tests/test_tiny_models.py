@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from eval.diff import DiffReport, compare
-from recompile.checkpoint import open_checkpoint
-from recompile.overlay import build_overlay
-from recompile.quantize.made import make_variant
-from recompile.tokens import default_text, load_tokenizer, make_rows
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.merge.overlay import build_overlay
+from recompile.model.tokens import default_text, load_tokenizer, make_rows
+from recompile.quantize.lazy_variant import make_variant
 
 both = pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 

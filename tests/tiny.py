@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recompile.checkpoint import INDEX_NAME, open_checkpoint
+from recompile.checkpoint.checkpoint import INDEX_NAME, open_checkpoint
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 64, 4, 2, 16, 128, 256
 EXPERTS, EXPERT_SIZE, SHARED_SIZE = 4, 64, 128
@@ -375,7 +375,7 @@ def plain_kl(reference: Tensor, candidate: Tensor) -> Tensor:
 
 def dense_copy(source: Any, directory: Path, like: Path) -> Path:
     """Every weight of a source (Checkpoint or Overlay) decoded to float32, as a dense HF directory for transformers."""
-    from recompile.stream import dense_names
+    from recompile.model.stream import dense_names
 
     directory.mkdir(parents=True)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}

@@ -9,7 +9,7 @@ from eval.report.pictures import shown_choice
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Choice, make_recipe, predict
 from recompile.optimize.problem import Solution
-from recompile.recipe import dump_recipe
+from recompile.recipe.recipe import dump_recipe
 
 RECIPE_LINES = 60  # a page is read, not run: a longer recipe belongs in a file
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import RecompileError
+from recompile.merge.overlay import account, quantizable
 from recompile.optimize.choose import predict
-from recompile.overlay import account, quantizable
-from recompile.recipe import Recipe, load_recipe, parse_recipe
+from recompile.recipe.recipe import Recipe, load_recipe, parse_recipe
 
 # Ends of tensor names, since keys match tensors and a profile names modules. One of the builds' kinds always fits.
 TENSOR_ENDINGS = ("weight", "weight_packed", "qweight", "q_weight", "trellis", "weight_scale", "bias")

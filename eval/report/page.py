@@ -21,7 +21,7 @@ import numpy as np
 import recompile
 from eval.report.data import ReportData
 from recompile.errors import RecompileError
-from recompile.recipe import Source, dump_recipe
+from recompile.recipe.recipe import Source, dump_recipe
 
 ROWS_EMBEDDED_UP_TO = 100_000  # numbers: 0.8 MB; beyond, the page shows no standard error of sums
 SCRIPTS = ("solver.js", "recipe.js", "charts.js", "explorer.js")
@@ -148,13 +148,13 @@ def _finite(value: Any) -> Any:
 
 def _source_line(source: Source) -> str:
     """The line of `sources:` as dump_recipe writes it: YAML of ids and directories is spelled in one place."""
-    from recompile.recipe import Recipe
+    from recompile.recipe.recipe import Recipe
 
     return dump_recipe(Recipe((source,), ())).splitlines()[1]
 
 
 def _id_yaml(source: Source) -> str:
-    from recompile.recipe import Override, Recipe
+    from recompile.recipe.recipe import Override, Recipe
 
     line = dump_recipe(Recipe((source,), (Override("x", source.id),))).splitlines()[3]
     return line.partition(", source: ")[2].removesuffix("}")

@@ -15,9 +15,9 @@ from recompile.errors import MismatchError, RecompileError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eval.base_logits import BaseLogits
-    from eval.engine_diff import EngineReport, KlFigures
+    from eval.engines.base_logits import BaseLogits
     from eval.engines.builds import Installed
+    from eval.engines.engine_diff import EngineReport, KlFigures
 
 DEFAULT_N_CTX = 512
 DEFAULT_CHUNKS = 8
@@ -46,10 +46,10 @@ class EngineRun:
 
 def show(run: EngineRun, json_path: Path | None, quiet: bool) -> None:
     """Compare, and print as llama-perplexity does: a line a chunk, then its tables; then our own figures."""
-    from eval.base_logits import open_base_logits
-    from eval.engine_diff import EngineReport, compare_with_engine
+    from eval.engines.base_logits import open_base_logits
     from eval.engines.builds import find_engine
-    from eval.llama_kl import CHUNK_HEADER, chunk_line
+    from eval.engines.engine_diff import EngineReport, compare_with_engine
+    from eval.engines.llama_kl import CHUNK_HEADER, chunk_line
 
     installed = find_engine(run.engine, run.library)
     base = None
@@ -64,8 +64,8 @@ def show(run: EngineRun, json_path: Path | None, quiet: bool) -> None:
     tokens, text = _chunks(run, installed, base)
     sources: Any = None
     if run.with_torch and run.reference is not None:
-        from recompile.checkpoint import open_checkpoint
-        from recompile.overlay import check_same_model
+        from recompile.checkpoint.checkpoint import open_checkpoint
+        from recompile.merge.overlay import check_same_model
 
         candidate, reference = open_checkpoint(run.candidate), open_checkpoint(run.reference)
         check_same_model(reference, candidate)
@@ -102,8 +102,8 @@ def _chunks(run: EngineRun, installed: Installed, base: BaseLogits | None) -> tu
     """Token chunks, and where they are from."""
     import numpy as np
 
-    from eval.engine_diff import report_text, tokenize_with_engine
-    from recompile import tokens
+    from eval.engines.engine_diff import report_text, tokenize_with_engine
+    from recompile.model import tokens
 
     given = [n for n, v in (("--text", run.text), ("--dataset", run.dataset), ("--input-ids", run.input_ids)) if v]
     if len(given) > 1 or (given and base is not None):
@@ -132,7 +132,7 @@ def _chunks(run: EngineRun, installed: Installed, base: BaseLogits | None) -> tu
 
 
 def _summary(report: EngineReport) -> str:
-    from eval.llama_kl import format_statistics
+    from eval.engines.llama_kl import format_statistics
 
     figures = format_statistics(report.tool)
     lines = [

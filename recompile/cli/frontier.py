@@ -16,10 +16,10 @@ from recompile.cli.options import compute_device
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from recompile.checkpoint import Checkpoint
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.cli.verify import RowOptions
     from recompile.costs import Profile
-    from recompile.optimize.sweep import Frontier
+    from recompile.optimize.pareto import Frontier
 
 MEASURED_TOGETHER = 6  # mixes whose hidden states are held at the same time
 GIB = 2**30
@@ -79,8 +79,8 @@ def measure_frontier(
 ) -> dict[str, tuple[float, float | None]]:
     """name -> (KL, standard error) of every recipe and uniform variant, on rows of the role "accept"."""
     from eval.diff import DiffOptions, compare_many
-    from eval.guard import mix_of
-    from recompile.checkpoint import open_checkpoint
+    from eval.search.acceptance import mix_of
+    from recompile.checkpoint.checkpoint import open_checkpoint
 
     header = profile.header
     reference = open_checkpoint(header.reference)

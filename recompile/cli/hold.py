@@ -17,12 +17,12 @@ from recompile.cli.options import compute_device
 
 if TYPE_CHECKING:
     from eval.metrics import Mean
-    from recompile.checkpoint import Checkpoint
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.cli.verify import RowOptions
     from recompile.costs import Profile
     from recompile.optimize.budget import Budget
     from recompile.optimize.choose import Choice, Rules
-    from recompile.optimize.measured import Tried
+    from recompile.optimize.kl_limit import Tried
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def hold_limit(
     Raises BudgetError where the limit is out of reach.
     """
     from recompile.optimize.choose import Choice
-    from recompile.optimize.measured import hold_kl
+    from recompile.optimize.kl_limit import hold_kl
 
     assert budget.max_kl is not None, "asked for"
     rows, _ = where.read([reference.path, *(source.path for source in checkpoints.values())], "accept")

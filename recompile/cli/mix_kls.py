@@ -13,10 +13,10 @@ from recompile.cli.common import progress
 from recompile.errors import JournalError
 
 if TYPE_CHECKING:
-    from eval.refine import MixOracle
-    from recompile.checkpoint import Checkpoint
+    from eval.mixes.oracle import MixOracle
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.costs import Profile
-    from recompile.tokens import Rows
+    from recompile.model.tokens import Rows
 
 ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
 
@@ -75,7 +75,7 @@ class MixKls:
     def _open(self) -> MixOracle:
         """The models, once one has to be measured; the reference runs once."""
         if self._oracle is None:
-            from eval.refine import MixOracle
+            from eval.mixes.oracle import MixOracle
 
             ids = self.rows.ids
             models = self._header, self._checkpoints, self._reference

@@ -33,7 +33,7 @@ from recompile.errors import OutputError, RecompileError
 
 if TYPE_CHECKING:
     from eval.diff import DiffReport
-    from recompile.checkpoint import Checkpoint
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.costs import Candidate, Profile
 
 STATE = "auto.json"
@@ -117,7 +117,7 @@ def main(
         raise RecompileError("--variants and --candidates exclude each other: variants are there, candidates are made")
     if len(variants) == 1:
         raise RecompileError("--variants: one variant leaves nothing to choose; give two or more")
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
 
     base = open_checkpoint(in_dir)
     offered = list(candidates) or ["2,3,4,5,6,8"]
@@ -176,7 +176,7 @@ def main(
 
         shape = ["-r", calibration_rows, "-l", length, *_arguments({"--dtype": dtype})]
         if gguf:  # with the importance that the candidates were made with
-            from recompile.quantize.made import importance_file
+            from recompile.quantize.lazy_variant import importance_file
 
             shape += [*_arguments({"--tokenizer-from": tokenizer_from}), "--imatrix", importance_file(profile)]
         _run(command, ["-i", in_dir, *what, *rounding, *shape, *texts, *running])
@@ -289,7 +289,7 @@ def _are_gguf_types(offered: Sequence[str], out: Path) -> bool:
     """Whether candidates are GGUF types. Raises RecompileError where some are and some are not, or `out` is no file's
     name."""
     from recompile.quantize.gguf_mix import check_out
-    from recompile.quantize.made import parse_candidates, spec_of
+    from recompile.quantize.lazy_variant import parse_candidates, spec_of
 
     kinds = {next(iter(spec_of(name)[1])) for name in parse_candidates(offered)}
     if "type" in kinds and len(kinds) > 1:
@@ -315,7 +315,7 @@ def compare_builds(
 
     from eval.diff import DiffOptions, DiffReport, LayerDrift, compare_many
     from eval.metrics import paired_difference
-    from recompile.overlay import account, quantizable
+    from recompile.merge.overlay import account, quantizable
 
     found, vocab = read_rows([reference.path, mix.path], "report", rows, length, text, dataset, None)
     builds = [mix, *rivals]

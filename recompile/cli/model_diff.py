@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from eval.diff import DiffReport, LayerDrift
-    from recompile.overlay import Overlay
+    from recompile.merge.overlay import Overlay
 
 
 @command("model_diff")
@@ -152,8 +152,8 @@ def main(
             raise click.UsageError(f"{_flag(ctx, name)} goes with --engine")
     if model_b is None:
         raise click.UsageError("-mb is needed: model B, the reference")
-    from recompile.checkpoint import open_checkpoint
-    from recompile.overlay import build_overlay, check_same_model
+    from recompile.checkpoint.checkpoint import open_checkpoint
+    from recompile.merge.overlay import build_overlay, check_same_model
 
     checkpoint_a, checkpoint_b = open_checkpoint(model_a), open_checkpoint(model_b)
     overlay = build_overlay(checkpoint_a, override, allow_unmatched=allow_unmatched)
@@ -162,10 +162,10 @@ def main(
     check_same_model(checkpoint_b, checkpoint_a)
 
     from eval.diff import DiffOptions, compare_many
-    from recompile import tokens
+    from recompile.model import tokens
 
     if activations:
-        from recompile.activations import quantizes_inputs
+        from recompile.model.activations import quantizes_inputs
 
         if not quantizes_inputs(overlay):
             raise UnsupportedError(

@@ -22,9 +22,9 @@ from recompile.errors import JournalError, OutputError, RecompileError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eval.guard import Contender, Verdict
-    from eval.sketch import Sketch
-    from recompile.checkpoint import Checkpoint
+    from eval.profile.sketch import Sketch
+    from eval.search.acceptance import Contender, Verdict
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.cli.hold import Held
     from recompile.costs import Profile
     from recompile.optimize.budget import Budget, Pool
@@ -254,7 +254,7 @@ def main(
                 lambda smaller: search(smaller, None, name=f"{solver}-smaller"),
             )
     if checkpoints is not None and not constraints and profile.header.candidate(profile.header.base).spec is not None:
-        from recompile.quantize.made import plainly_named
+        from recompile.quantize.lazy_variant import plainly_named
 
         plain = plainly_named(chosen.solution.choice, profile.header.groups, checkpoints)
         chosen = replace(chosen, solution=replace(chosen.solution, choice=plain))  # the same tensors and bits
@@ -306,8 +306,8 @@ def _measured_file(out: Path) -> Path:
 
 
 def _check_activations(check: bool | None, checkpoints: Mapping[str, Checkpoint] | None) -> None:
-    from recompile.activations import quantizes_inputs
-    from recompile.overlay import build_overlay
+    from recompile.merge.overlay import build_overlay
+    from recompile.model.activations import quantizes_inputs
 
     if check is False or checkpoints is None:
         raise RecompileError("--activations is about --check, which needs the models of the profile at hand")
@@ -331,7 +331,7 @@ def _frontier(
 ) -> None:
     from recompile.cli.frontier import describe_table, draw, make_table, measure_frontier, write_tables
     from recompile.optimize.choose import profile_sha256
-    from recompile.optimize.sweep import parse_grid, solve_frontier
+    from recompile.optimize.pareto import parse_grid, solve_frontier
 
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; --frontier writes a folder")
@@ -369,7 +369,7 @@ def _frontier(
 
 def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: str, verdict: Verdict | None) -> None:
     from recompile.optimize.choose import make_recipe
-    from recompile.recipe import dump_recipe
+    from recompile.recipe.recipe import dump_recipe
 
     measured: dict[str, object] = {}
     if verdict is not None:
@@ -402,7 +402,7 @@ def _open_models(
     profile: Profile, checkpoints: Mapping[str, Checkpoint] | None
 ) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:
     """The reference and the sources. Raises RecompileError where one is not at hand, or not what was profiled."""
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
 
     reference = open_checkpoint(profile.header.reference)
     if checkpoints is None:
@@ -434,7 +434,7 @@ def _search(
     """Run a solver that needs the models, from --start or else from the exact choice; refine from the better start.
 
     name: of its journal"""
-    from eval.sketch import interactions_of, squared_gradient_scores
+    from eval.profile.sketch import interactions_of, squared_gradient_scores
     from recompile.optimize.choose import choice_of, limits_of, prepare_problem
     from recompile.optimize.problem import prepare
 
@@ -469,7 +469,7 @@ def _search(
 
 def _samples(path: Path, profile: Profile) -> Sketch | None:
     """Those beside a sketched profile, where there are any."""
-    from eval.sketch import samples_beside
+    from eval.profile.sketch import samples_beside
 
     try:
         return samples_beside(path, profile.header)
@@ -489,9 +489,9 @@ def _verify(
 ) -> Verdict:
     """Measure the choice beside its rivals. Raises RecompileError where the models are not at hand."""
     from recompile.cli.verify import run_verification
+    from recompile.optimize.baselines import make_rivals
     from recompile.optimize.choose import choose, limits_of, prepare_problem
     from recompile.optimize.problem import prepare
-    from recompile.optimize.rivals import make_rivals
 
     profile, budget = chosen.profile, chosen.budget
     reference, checkpoints = _open_models(profile, checkpoints)
@@ -539,11 +539,11 @@ def _next_step(profile: Profile, recipe: Path) -> str:
 
 def _open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint] | None:
     """label -> checkpoint (headers only); None, with a word on stderr, where one is not at hand."""
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
 
     try:
         if any(candidate.spec is not None for candidate in profile.header.candidates):
-            from recompile.quantize.made import open_candidates
+            from recompile.quantize.lazy_variant import open_candidates
 
             return open_candidates(profile, path)
         return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
@@ -582,7 +582,7 @@ def _tensor_names(checkpoints: Mapping[str, Checkpoint] | None) -> list[str] | N
 
 def _refusals(engine: str | None, checkpoints: Mapping[str, Checkpoint] | None) -> dict[str, dict[str, str]] | None:
     """label -> module -> why the engine refuses it; None where there is no engine, or no source at hand to look at."""
-    from recompile.optimize.engines import refusals
+    from recompile.optimize.engine_constraints import refusals
 
     return refusals(engine, checkpoints) if engine is not None and checkpoints is not None else None
 

@@ -38,12 +38,12 @@ from recompile.errors import RecompileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eval.more_rows import RowsDone
-    from eval.profile import ProfileJob
-    from eval.sketch import SketchOptions
-    from recompile.checkpoint import Checkpoint
+    from eval.profile.adaptive_rows import RowsDone
+    from eval.profile.exact import ProfileJob
+    from eval.profile.sketch import SketchOptions
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.costs import Profile
-    from recompile.recipe import SourceId
+    from recompile.recipe.recipe import SourceId
 
 DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
 FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were better, down to two or three
@@ -201,7 +201,7 @@ def main(
         raise RecompileError("--activations runs swaps one by one: it needs --mode exact, without --ray")
     if mode == "hybrid" and bits is None:
         raise RecompileError("--mode hybrid checks the decisions of one budget: give it, e.g. -b 3.5")
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
 
     cap = parse_size(max_memory) if max_memory is not None else None
     reference = open_checkpoint(model_b)
@@ -226,10 +226,10 @@ def main(
         for note in checkpoint.notes:
             click.echo(f"Warning: {note}", err=True)
 
-    from eval.hybrid import HybridOptions, profile_hybrid
-    from eval.more_rows import RowLimits, profile_more_rows
-    from eval.profile import ProfileJob, ProfileOptions
-    from eval.sketch import SketchOptions
+    from eval.profile.adaptive_rows import RowLimits, profile_more_rows
+    from eval.profile.exact import ProfileJob, ProfileOptions
+    from eval.profile.hybrid import HybridOptions, profile_hybrid
+    from eval.profile.sketch import SketchOptions
     from recompile.optimize.choose import Budget
 
     auto = _wants_auto(mode, rows, rtol, minutes)
@@ -302,8 +302,8 @@ def _profiler(
     sketch: SketchOptions, importance: bool, ray_address: str | None
 ) -> Callable[[ProfileJob, int], Iterator[Any]]:
     """What carries out a job: (job, number of the first of its rows) -> events."""
-    from eval.profile import profile_exact
-    from eval.sketch import profile_sketch
+    from eval.profile.exact import profile_exact
+    from eval.profile.sketch import profile_sketch
 
     mode = sketch.mode
     if ray_address is not None and mode not in ("exact", "sketch", "diagonal"):
@@ -311,12 +311,12 @@ def _profiler(
 
     profiler: Callable[..., Iterator[Any]] = profile_exact if mode == "exact" else profile_sketch
     if ray_address is not None:
-        from eval.cluster import profile_on_ray, sketch_on_ray
+        from eval.profile.cluster import profile_on_ray, sketch_on_ray
 
         address = None if ray_address == "local" else ray_address
         profiler = partial(profile_on_ray if mode == "exact" else sketch_on_ray, address=address)
     elif mode == "weights":
-        from eval.weights_cost import profile_weights
+        from eval.profile.weights import profile_weights
 
         profiler = partial(profile_weights, importance=importance)
 
@@ -329,10 +329,10 @@ def _profiler(
 
 def _follow(events: Iterator[Any], out: Path, quiet: bool) -> Profile | None:
     """Draw the progress of a profiler; returns the Profile that it ends with."""
-    from eval.hybrid import HybridRound
-    from eval.more_rows import RowsDone
-    from eval.profile import Measured, Started
-    from eval.sketch import SketchProgress, SketchStarted, SweepDone
+    from eval.profile.adaptive_rows import RowsDone
+    from eval.profile.exact import Measured, Started
+    from eval.profile.hybrid import HybridRound
+    from eval.profile.sketch import SketchProgress, SketchStarted, SweepDone
     from recompile.costs import Profile
 
     profile: Profile | None = None
@@ -411,7 +411,8 @@ class Making:
 
 def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making) -> list[tuple[SourceId, Checkpoint]]:
     """The candidates of `--candidates`, which are made on the fly from the reference."""
-    from recompile.quantize.made import (
+    from recompile.quantize.fake_quant import KEEP_BYTES
+    from recompile.quantize.lazy_variant import (
         exl_spec_of,
         fallbacks_of,
         make_variants,
@@ -419,7 +420,6 @@ def _made_candidates(reference: Checkpoint, names: tuple[str, ...], make: Making
         save_importance,
         spec_of,
     )
-    from recompile.quantize.makers import KEEP_BYTES
 
     if make.group_size != "channel" and not make.group_size.isdigit():
         raise RecompileError(f"--group-size {make.group_size}: wanted a number such as 64, or channel")
@@ -475,8 +475,8 @@ def _check_gguf_groups(reference: Checkpoint, make: Making) -> None:
 
 def _gguf_importance(reference: Checkpoint, make: Making) -> Mapping[str, Tensor]:
     """As `model_quantize --format gguf` gets it: of calibration rows, or of an imatrix file."""
+    from recompile.gguf.imatrix import read_imatrix
     from recompile.gguf.names import architecture_of
-    from recompile.imatrix import read_imatrix
     from recompile.quantize.gguf import base_tensors, collect_importance, importance_from
 
     if make.imatrix is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from recompile.checkpoint.module_names import HEAD_NAMES
 from recompile.cli.common import check_json_path, format_bpw, format_bytes, format_columns, print_json, progress
 from recompile.cli.options import (
     check_vocabulary,
@@ -24,14 +25,13 @@ from recompile.cli.options import (
     text_options,
 )
 from recompile.errors import FormatError
-from recompile.overlay import HEAD_NAMES
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint
+    from recompile.checkpoint.checkpoint import Checkpoint
+    from recompile.model.tokens import Rows
     from recompile.quantize.gguf import Mix, VariantsReport
     from recompile.quantize.mix import MixEncoder
     from recompile.quantize.pipeline import Encoder, ModuleReport, QuantizeReport
-    from recompile.tokens import Rows
 
 
 @many_values_command("model_quantize")
@@ -204,7 +204,7 @@ def main(
         raise click.UsageError("-or goes with --engine own")
     gguf_mix = recipe_path is not None and _is_gguf_recipe(recipe_path)
     if format_name == "gguf" or gguf_mix:
-        from recompile.checkpoint import open_checkpoint
+        from recompile.checkpoint.checkpoint import open_checkpoint
 
         folder = out_dir if recipe_path is None else out_dir.parent
         base = open_checkpoint(_converted(in_dir, folder, quiet) if converter else in_dir)
@@ -222,7 +222,7 @@ def main(
     if engine != "own":
         _run_engine(engine, in_dir, out_dir, format_name, rates, head_bits, rows, length, device, codebook, quiet)
         return
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
 
     base = open_checkpoint(in_dir)
     found, vocab = read_rows([base.path], "calibrate", rows, length, text, dataset, input_ids)
@@ -289,9 +289,9 @@ def _rates(bits: tuple[str, ...]) -> tuple[float, ...]:
 
 def _is_gguf_recipe(path: Path) -> bool:
     """Whether a recipe is of GGUF types: ours with such sources, or another tool's."""
+    from recompile.merge.type_recipes import looks_like_type_recipe
     from recompile.quantize.gguf_mix import makes_gguf
-    from recompile.recipe import load_recipe
-    from recompile.recipe_formats import looks_like_type_recipe
+    from recompile.recipe.recipe import load_recipe
 
     return looks_like_type_recipe(path) or makes_gguf(load_recipe(path))
 
@@ -302,10 +302,10 @@ def gguf_mix_of(path: Path, base: Checkpoint, out: Path, bits: Sequence[str]) ->
     bits: the type or preset of what no line names, at most one"""
     import recompile
     from recompile.gguf.names import architecture_of
+    from recompile.merge.type_recipes import load_type_recipe, looks_like_type_recipe
     from recompile.quantize.gguf import base_tensors
     from recompile.quantize.gguf_mix import check_out, mix_of, mix_of_types
-    from recompile.recipe import load_recipe
-    from recompile.recipe_formats import load_type_recipe, looks_like_type_recipe
+    from recompile.recipe.recipe import load_recipe
 
     if len(bits) > 1:
         raise FormatError("-or: -b gives the type of what no line names, so one type")
@@ -350,7 +350,7 @@ def _make_gguf(
     make_rows: the calibration rows; None: no importance
     """
     from recompile.gguf.container import open_gguf
-    from recompile.imatrix import read_imatrix, write_imatrix
+    from recompile.gguf.imatrix import read_imatrix, write_imatrix
     from recompile.quantize.gguf import (
         Importance,
         VariantsReport,
@@ -366,7 +366,7 @@ def _make_gguf(
     # refuses what it must before the long work
     plan = plan_variants(base, out_dir, names, tokenizer_from=keys_of, provenance=provenance)
     if imatrix is not None and imatrix.endswith(".safetensors"):
-        from recompile.quantize.made import read_importance
+        from recompile.quantize.lazy_variant import read_importance
 
         plan = replace(plan, importance=Importance(read_importance(Path(imatrix)), source=imatrix))
     elif imatrix is not None:
@@ -437,7 +437,7 @@ def _run_engine(
     quiet: bool,
 ) -> None:
     """Let an engine's own converter make the variants."""
-    from recompile.quantize.engines import check_engine, plan_engine, run_engine
+    from recompile.quantize.external_converters import check_engine, plan_engine, run_engine
 
     wanted = {"exllamav2": "exl2", "exllamav3": "exl3"}[engine]
     if format_name != wanted:
@@ -507,7 +507,7 @@ def _scheme_encoder(schemes: tuple[str, ...], modifiers: Path | None, method: st
 def _format_of_mix(path: Path, asked: str) -> str:
     """The format of a recipe's mix: what its sources say, or else --format. Raises RecipeError where they differ."""
     from recompile.errors import RecipeError
-    from recompile.recipe import load_recipe
+    from recompile.recipe.recipe import load_recipe
 
     recipe = load_recipe(path)
     specs = [source.spec for source in recipe.sources if source.spec is not None]
@@ -539,7 +539,7 @@ def mix_encoder(
     """
     from recompile.errors import RecipeError
     from recompile.quantize.mix import MixEncoder, assign
-    from recompile.recipe import describe_spec, load_recipe
+    from recompile.recipe.recipe import describe_spec, load_recipe
 
     recipe = load_recipe(recipe_path)
     for warning in recipe.warnings:

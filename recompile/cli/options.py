@@ -16,8 +16,8 @@ from recompile.errors import RecompileError
 if TYPE_CHECKING:
     import torch
 
-    from recompile.checkpoint import Checkpoint
-    from recompile.tokens import Rows
+    from recompile.checkpoint.checkpoint import Checkpoint
+    from recompile.model.tokens import Rows
 
 
 class ManyValuesCommand(Command):
@@ -212,7 +212,7 @@ def read_rows(
     The tokenizer is that of the first directory that has one. `split_own_text`: whether the user's own text is split
     into roles as the default text is (else all of it is used in order).
     """
-    from recompile import tokens
+    from recompile.model import tokens
 
     if sum(given is not None for given in (text, dataset, input_ids)) > 1:
         raise RecompileError("--text, --dataset and --input-ids exclude each other; give one of them")
@@ -243,7 +243,7 @@ def _first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
 def compute_dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
-    from recompile.stream import DTYPES
+    from recompile.model.stream import DTYPES
 
     return DTYPES[name]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from recompile.checkpoint import Checkpoint, GgufCheckpoint
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint
+from recompile.checkpoint.module_names import role_of
 from recompile.cli.common import (
     check_json_path,
     format_bpw,
@@ -24,12 +25,12 @@ from recompile.cli.common import (
     progress,
 )
 from recompile.cli.options import many_values_command, output_options
-from recompile.engines import ENGINES
 from recompile.errors import CheckpointError, RecipeError, UnsupportedError
 from recompile.formats.gguf_types import TYPES
-from recompile.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable, role_of
-from recompile.recipe import Recipe
-from recompile.write import (
+from recompile.merge.engine_rules import ENGINES
+from recompile.merge.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable
+from recompile.merge.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
+from recompile.merge.write_safetensors import (
     DEFAULT_SHARD_MB,
     WritePlan,
     check_output,
@@ -37,10 +38,10 @@ from recompile.write import (
     natural_key,
     plan_write,
 )
-from recompile.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
+from recompile.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from recompile.check import Problem, VerifyReport
+    from recompile.merge.check import Problem, VerifyReport
 
 LONG_TABLE = 60  # modules; a longer table is folded over layers
 
@@ -149,7 +150,7 @@ def main(
         return
     if in_dir is None or (out_dir is None and not dry_run and emit_as is None):
         raise click.UsageError("wanted -i DIR and -o DIR (or --dry-run, or --check DIR); -h explains")
-    from recompile.checkpoint import open_checkpoint
+    from recompile.checkpoint.checkpoint import open_checkpoint
 
     base = open_checkpoint(in_dir)
     if emit_as is not None and override is not None and not type_sources and _is_to_be_made(base, override):
@@ -216,7 +217,7 @@ def _type_recipe(
     base: Checkpoint, override: str | None, type_sources: Sequence[str], allow_unmatched: bool
 ) -> Recipe | None:
     """The override file read as another tool's recipe of GGUF types, where it is one."""
-    from recompile.recipe_formats import as_recipe, load_type_recipe, looks_like_type_recipe, open_type_sources
+    from recompile.merge.type_recipes import as_recipe, load_type_recipe, looks_like_type_recipe, open_type_sources
 
     if override is None or not (type_sources or looks_like_type_recipe(override)):
         if type_sources:
@@ -235,9 +236,9 @@ def _type_recipe(
 
 def _is_to_be_made(base: Checkpoint, override: str) -> bool:
     """Whether a recipe is of GGUF types that model_quantize would make of a dense base."""
+    from recompile.merge.type_recipes import looks_like_type_recipe
     from recompile.quantize.gguf_mix import makes_gguf
-    from recompile.recipe import load_recipe
-    from recompile.recipe_formats import looks_like_type_recipe
+    from recompile.recipe.recipe import load_recipe
 
     if looks_like_type_recipe(override):
         return not base.is_quantized and not isinstance(base, GgufCheckpoint)
@@ -248,9 +249,9 @@ def _emit_made(base: Checkpoint, override: str, dialect: str, out: Path | None) 
     """The types that `model_quantize -i BASE -or FILE` would give, as a recipe of another tool."""
     from recompile.cli.model_quantize import gguf_mix_of
     from recompile.gguf.names import architecture_of
+    from recompile.merge.type_recipes import emit
     from recompile.quantize.gguf import base_tensors
     from recompile.quantize.gguf_mix import types_got
-    from recompile.recipe_formats import emit
 
     mix, _ = gguf_mix_of(Path(override), base, Path("mix.gguf"), ())
     tensors = base_tensors(base, architecture_of(base.config.get("model_type")))
@@ -260,7 +261,7 @@ def _emit_made(base: Checkpoint, override: str, dialect: str, out: Path | None) 
 
 
 def _emit(overlay: Overlay, dialect: str, out: Path | None) -> None:
-    from recompile.recipe_formats import emit, types_of
+    from recompile.merge.type_recipes import emit, types_of
 
     comment = f"{overlay.label}, {format_bpw(overlay.accounting.bpw)} bpw over quantized modules"
     types = types_of(overlay)
@@ -288,7 +289,7 @@ def _put(text: str, out: Path | None) -> None:
 
 def _legal(plan: WritePlan, engine: str) -> list[str]:
     """What `engine` does not run of a planned merge: UnsupportedError for errors, the warnings as text."""
-    from recompile.check import check_plan
+    from recompile.merge.check import check_plan
 
     problems = check_plan(plan, engine)
     errors = [f"{problem}" for problem in problems if problem.severity == "error"]
@@ -304,20 +305,20 @@ def _legal(plan: WritePlan, engine: str) -> list[str]:
 def _probe(overlay: Overlay) -> tuple[str, float] | None:
     if overlay.overridden == 0:
         return None
-    from recompile.check import check_same_weights
+    from recompile.merge.check import check_same_weights
 
     return check_same_weights(overlay).lowest
 
 
 def _verify(directory: str, quiet: bool) -> VerifyReport:
-    from recompile.check import verify
+    from recompile.merge.check import verify
 
     with progress("verifying", 1, quiet=quiet) as bar:
         return verify(directory, lambda step: bar.update(step.done_bytes, step.module, step.total_bytes))
 
 
 def _verify_gguf(plan: GgufPlan, quiet: bool) -> VerifyReport:
-    from recompile.check import Problem, VerifyReport
+    from recompile.merge.check import Problem, VerifyReport
 
     with progress("verifying", plan.data_bytes, quiet=quiet) as bar:
         found = verify_gguf(plan, lambda step: bar.update(step.done_bytes, step.module))
@@ -326,7 +327,7 @@ def _verify_gguf(plan: GgufPlan, quiet: bool) -> VerifyReport:
 
 
 def _check(directory: str, verify_it: bool, json_path: Path | None, quiet: bool, engine: str | None) -> None:
-    from recompile.check import check_checkpoint
+    from recompile.merge.check import check_checkpoint
 
     problems: Sequence[Problem]
     if verify_it:
@@ -339,7 +340,7 @@ def _check(directory: str, verify_it: bool, json_path: Path | None, quiet: bool,
     else:
         problems = check_checkpoint(directory)
         if engine is not None:
-            from recompile.check import check_engine
+            from recompile.merge.check import check_engine
 
             problems = [*problems, *check_engine(directory, engine)]
         if json_path is not None:

@@ -19,7 +19,7 @@ from recompile.errors import JournalError
 from recompile.optimize.refine import RefineStep, SwapModel
 
 if TYPE_CHECKING:
-    from eval.refine import MixOracle
+    from eval.mixes.oracle import MixOracle
     from recompile.cli.search import Search
 
 FORMAT = 4

@@ -20,14 +20,14 @@ from recompile.cli.starts import FIT_ROWS, search_superadditive, search_tilted
 from recompile.errors import RecompileError
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.cli.verify import RowOptions
     from recompile.costs import Profile
     from recompile.optimize.interactions import Interactions
+    from recompile.optimize.limits import Row
     from recompile.optimize.problem import Problem
     from recompile.optimize.refine import RefineStep
-    from recompile.optimize.rows import Row
-    from recompile.recipe import Recipe
+    from recompile.recipe.recipe import Recipe
 
 REFINE_STEPS = 60
 REFINE_ROWS = 4  # linearised in a step, fresh ones each: many short steps go further than a few long ones
@@ -60,7 +60,7 @@ class Search:
 def search_local(search: Search) -> Mapping[str, str]:
     """Measured exchanges around the start (recompile.optimize.local)."""
     from eval.diff import DiffOptions
-    from eval.meter import ChoiceMeter
+    from eval.mixes.choice_meter import ChoiceMeter
     from recompile.optimize.local import LocalOptions, LocalResult, search_local
 
     directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
@@ -99,11 +99,11 @@ def search_refine(search: Search) -> Mapping[str, str]:
     journal."""
     import torch
 
-    from eval.refine import MixOracle, OracleProgress
+    from eval.mixes.oracle import MixOracle, OracleProgress
     from recompile.cli.refine_journal import RefineJournal
     from recompile.optimize.exact import solve_exact
+    from recompile.optimize.limits import solve_rows
     from recompile.optimize.refine import refine
-    from recompile.optimize.rows import solve_rows
 
     directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
     steps = search.steps if search.steps is not None else REFINE_STEPS
@@ -188,7 +188,7 @@ def read_start(path: Path, profile: Profile, checkpoints: Mapping[str, Checkpoin
 
     Raises RecompileError for a directory that is no candidate and a group whose modules come from several.
     """
-    from recompile.recipe import load_recipe
+    from recompile.recipe.recipe import load_recipe
 
     recipe = load_recipe(path)
     header = profile.header
@@ -221,7 +221,7 @@ def _real(directory: str) -> str:
 
 
 def _label_of(recipe: Recipe, directory: str, labels: Mapping[str, str], profile: Profile) -> str:
-    from recompile.recipe import resolve_dir
+    from recompile.recipe.recipe import resolve_dir
 
     real = _real(directory)
     if real not in labels:  # as the reader of recipes finds it: here, or beside the recipe

@@ -1,8 +1,9 @@
 """Choices by measuring whole mixes: solvers of their own, and what `--solver refine` starts from.
 
 On rows of the role "choose" a few whole mixes (the start and the uniform variants) tell how costs add up
-(recompile.optimize.superadditive), or some more which factors on costs choose best (recompile.optimize.tilt). What was
-measured is kept in a file beside the recipe: an interrupted run or another budget measures no mix twice.
+(recompile.optimize.superadditive), or some more which factors on costs choose best
+(recompile.optimize.cross_entropy). What was measured is kept in a file beside the recipe: an interrupted run or another
+budget measures no mix twice.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def search_tilted(search: Search) -> Mix:
 
 def better_start(search: Search) -> Search:
     """The search from what measures best on the same rows: its start (the exact choice), the greedy choice, or the one
-    by tilted costs (recompile.optimize.tilt); with the time that is left."""
+    by tilted costs (recompile.optimize.cross_entropy); with the time that is left."""
     from recompile.optimize.greedy import solve_greedy
-    from recompile.optimize.rows import solve_rows
+    from recompile.optimize.limits import solve_rows
 
     began = time.monotonic()
     kls = _kls(search, ROUGH_TO_COMPARE_NATS)
@@ -66,9 +67,9 @@ def better_start(search: Search) -> Search:
 def _tilted(search: Search, kls: MixKls, share: float) -> Mix:
     """The best mix that tilted costs choose, in so large a share of the time. What was found is kept, for how far the
     search comes depends on the time."""
+    from recompile.optimize.cross_entropy import Tilts, search_tilts
     from recompile.optimize.exact import solve_exact
-    from recompile.optimize.rows import solve_rows
-    from recompile.optimize.tilt import Tilts, search_tilts
+    from recompile.optimize.limits import solve_rows
 
     began = time.monotonic()
     most = math.inf if search.minutes is None else share * 60 * search.minutes
@@ -121,7 +122,7 @@ def fit_law(search: Search, kls: MixKls) -> SuperAdditive:
 
 def _solve(search: Search, law: SuperAdditive) -> Mix:
     from recompile.optimize.exact import solve_exact
-    from recompile.optimize.rows import solve_rows
+    from recompile.optimize.limits import solve_rows
 
     return solve_rows(law.transform(search.problem), search.limits, solve_exact).choice
 

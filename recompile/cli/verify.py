@@ -14,12 +14,12 @@ from recompile.errors import RecompileError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from eval.guard import Contender, Verdict
-    from recompile.checkpoint import Checkpoint
+    from eval.search.acceptance import Contender, Verdict
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.costs import Profile
+    from recompile.model.tokens import Rows
+    from recompile.optimize.baselines import Rival
     from recompile.optimize.choose import Choice
-    from recompile.optimize.rivals import Rival
-    from recompile.tokens import Rows
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run_verification(
 ) -> Verdict:
     """Measure on rows of a role that has chosen nothing."""
     from eval.diff import DiffOptions
-    from eval.guard import Verdict, verify
+    from eval.search.acceptance import Verdict, verify
 
     directories = [reference.path, *(checkpoint.path for checkpoint in checkpoints.values())]
     found, vocab = options.read(directories, role)

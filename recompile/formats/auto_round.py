@@ -13,7 +13,7 @@ from recompile.formats.awq import AwqScheme
 from recompile.formats.gptq import GptqScheme
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint, StoredModule
+    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 # packing_format -> (format of the tensors, GPTQ layout: v1 stores zero points minus one)
 PACKINGS = {

@@ -23,7 +23,7 @@ from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.checks import SCALE_DTYPES, check_finite, check_matrix, get_part, row_chunks
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint, StoredModule
+    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 BITS = 4
 PER_WORD = 8

@@ -15,7 +15,7 @@ from recompile.errors import FormatError, MismatchError, UnsupportedError
 from recompile.formats import FORMATS
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint, StoredModule
+    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 QUANT_METHOD = "compressed-tensors"
 WRITTEN_VERSION = "0.20.0"

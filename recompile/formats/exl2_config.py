@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from recompile.formats import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import StoredModule
+    from recompile.checkpoint.checkpoint import StoredModule
 
 QUANT_METHOD = "exl2"
 DENSE_DTYPE = "F16"  # of everything that is stored unquantized

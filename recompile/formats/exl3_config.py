@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recompile.formats import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import StoredModule
+    from recompile.checkpoint.checkpoint import StoredModule
 
 QUANT_METHOD = "exl3"
 STORAGE_FILE = "quantization_config.json"

@@ -24,7 +24,7 @@ from recompile.formats.checks import check_finite, check_matrix, get_part, row_c
 from recompile.formats.scale_grid import read_bits, read_symmetric
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint, StoredModule
+    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 GROUP_SIZE = 16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits of a code; bit 3 is the sign

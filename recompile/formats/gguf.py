@@ -17,7 +17,7 @@ from recompile.formats import gguf_decode, gguf_decode_iq, ik
 from recompile.formats.gguf_types import GgufType, find_type
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint, StoredModule
+    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 # Weights decoded at a time. CPU: temporaries that stay in the second-level cache. Elsewhere: enough to fill a GPU.
 CHUNK_WEIGHTS_CPU = 1 << 17

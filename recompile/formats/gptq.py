@@ -27,7 +27,7 @@ from recompile.formats.checks import SCALE_DTYPES, check_finite, check_matrix, g
 from recompile.formats.packed_int import unpack_rows
 
 if TYPE_CHECKING:
-    from recompile.checkpoint import Checkpoint, StoredModule
+    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 LAYOUTS = ("gptq", "gptq_v2", "gptq_p")
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # low bits first

@@ -14,10 +14,10 @@ from typing import Any
 
 from recompile.costs import Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
-from recompile.optimize.engines import is_routed_expert
+from recompile.optimize.engine_constraints import is_routed_expert
+from recompile.optimize.limits import Row
 from recompile.optimize.problem import Problem
-from recompile.optimize.rows import Row
-from recompile.recipe import Glob, suggest
+from recompile.recipe.recipe import Glob, suggest
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any
 from recompile.costs import Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget
-from recompile.optimize.compress import Line, compress
-from recompile.optimize.engines import check_engine, loaded_together
+from recompile.optimize.engine_constraints import check_engine, loaded_together
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.frontier import lagrangian_path, solve_for_cost
 from recompile.optimize.greedy import solve_greedy
+from recompile.optimize.limits import Row, solve_rows, step_rows
 from recompile.optimize.problem import (
     Group,
     Option,
@@ -35,8 +35,8 @@ from recompile.optimize.problem import (
     prepare,
     reachable_range,
 )
-from recompile.optimize.rows import Row, solve_rows, step_rows
-from recompile.recipe import Glob, Override, Recipe, Source, suggest
+from recompile.recipe.compress import Line, compress
+from recompile.recipe.recipe import Glob, Override, Recipe, Source, suggest
 
 SOLVERS: Mapping[str, Callable[[Problem, int], Solution]] = {"greedy": solve_greedy, "exact": solve_exact}
 

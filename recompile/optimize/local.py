@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from recompile.errors import RecompileError
+from recompile.optimize.limits import Row
 from recompile.optimize.problem import Problem, evaluate
-from recompile.optimize.rows import Row
 
 
 class Measure(Protocol):

@@ -19,7 +19,8 @@ What groups that move together cost in company comes from the draws of `model_pr
 (recompile.optimize.interactions): they join the quadratic part, as far as other rows confirm them. That is little on
 SmolLM2, where errors of two groups correlate by 0.02 at 3.4 bits (root mean square, 2,160 samples).
 
-Where no such move pays any more, swaps are measured one at a time (recompile.optimize.survey), and moves made of those.
+Where no such move pays any more, swaps are measured one at a time (recompile.optimize.thompson), and moves
+made of those.
 
 Numbers only: what linearises and measures is handed in.
 """
@@ -36,9 +37,9 @@ import numpy as np
 
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.interactions import Interactions
-from recompile.optimize.moves import Solve, moved_groups, propose
 from recompile.optimize.problem import Group, Option, Problem, Swap, choice_key, evaluate, with_costs
-from recompile.optimize.survey import Beliefs, moves_to_measure, swaps_to_measure
+from recompile.optimize.thompson import Beliefs, moves_to_measure, swaps_to_measure
+from recompile.optimize.trust_region import Solve, moved_groups, propose
 
 KEPT = 0.98  # weight of the steps so far when another one is averaged in
 PRIOR_STEPS = 2.0  # steps that the profile's costs count for
@@ -178,9 +179,9 @@ def refine(
     are gone back on half as many groups are moved at once, after a better recipe twice as many again.
 
     After STALLED steps without a better recipe what can be foretold is used up: from there on swaps are measured one at
-    a time at the best recipe (recompile.optimize.survey), where there are no more than MOST_SURVEYED groups. Ends after
-    `steps`, after PATIENCE of the last kind of steps without a better recipe, or out of time; the result is the best
-    recipe measured.
+    a time at the best recipe (recompile.optimize.thompson), where there are no more than MOST_SURVEYED groups. Ends
+    after `steps`, after PATIENCE of the last kind of steps without a better recipe, or out of time; the result is the
+    best recipe measured.
     """
     best = current = dict(start)
     best_rows = rows = list(oracle.measure(best))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from recompile.checkpoint import Checkpoint
-from recompile.stream import LayeredModel, LinearWeights
+from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.model.stream import LayeredModel, LinearWeights
 
 BATCH_TOKENS = 2048
 

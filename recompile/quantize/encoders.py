@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recompile.checkpoint.module_names import role_of
 from recompile.errors import FormatError
 from recompile.formats import exl2, exl3, packed_int
 from recompile.formats.compressed_tensors import merged_config
 from recompile.formats.packed_int import IntScheme
-from recompile.overlay import role_of
 from recompile.quantize.gptq import ActOrder, QuantizedWeight, quantize_gptq
-from recompile.quantize.grids import fit_grid, quantize_to_grid
+from recompile.quantize.int_grids import fit_grid, quantize_to_grid
 from recompile.quantize.pipeline import Encoded, VariantReport
 
 METHODS = ("rtn", "mse", "gptq")

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recompile.checkpoint import Checkpoint, GgufCheckpoint
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
 from recompile.formats.gguf_encode import ENCODABLE, NEEDS_IMPORTANCE, quantize_rows, resolve
 from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
 from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, encode_key, lay_out
+from recompile.gguf.imatrix import Imatrix, InputSums
 from recompile.gguf.keys import heads_in, llama3_factors, model_records, tokenizer_records
 from recompile.gguf.names import ARCHITECTURES, Architecture, Place, architecture_of, place_of, row_order
-from recompile.imatrix import Imatrix, InputSums
+from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
+from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputPower
-from recompile.stream import LayeredModel
-from recompile.write_gguf import PROVENANCE, QUANTIZATION_VERSION
 
 BUILDING_SUFFIX = ".building"
 BATCH_TOKENS = 2048

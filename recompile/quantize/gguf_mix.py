@@ -17,15 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recompile.checkpoint import Checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.errors import FormatError, RecipeError
 from recompile.formats.gguf_encode import resolve
 from recompile.formats.gguf_types import TYPES, find_type
 from recompile.gguf.container import NewTensor
+from recompile.merge.type_recipes import TypeRecipe
+from recompile.merge.write_gguf import file_type_of
 from recompile.quantize.gguf import BaseTensor, Mix, Preset, find_preset
-from recompile.recipe import Recipe, suggest
-from recompile.recipe_formats import TypeRecipe
-from recompile.write_gguf import file_type_of
+from recompile.recipe.recipe import Recipe, suggest
 
 
 def makes_gguf(recipe: Recipe) -> bool:

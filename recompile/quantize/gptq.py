@@ -25,7 +25,7 @@ from torch import Tensor
 
 from recompile.errors import FormatError
 from recompile.formats.packed_int import IntScheme
-from recompile.quantize.grids import Grid, fit_columns, fit_grid, normalise_importance
+from recompile.quantize.int_grids import Grid, fit_columns, fit_grid, normalise_importance
 
 ActOrder = Literal["off", "static"]
 

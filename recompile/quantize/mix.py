@@ -21,12 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint import Checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.checkpoint.module_names import role_of
 from recompile.errors import RecipeError
-from recompile.overlay import role_of
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.scheme_encoder import SchemeEncoder
-from recompile.recipe import Recipe, suggest
+from recompile.recipe.recipe import Recipe, suggest
 
 if TYPE_CHECKING:
     import torch

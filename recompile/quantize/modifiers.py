@@ -32,7 +32,7 @@ from recompile.quantize.scheme_encoder import (
     SchemeVariant,
     split_method,
 )
-from recompile.quantize.smoothing import SCALINGS
+from recompile.quantize.smoothing_scales import SCALINGS
 
 _OWN_KEYS = frozenset({"method", "scheme", "targets", "ignore", "strength"})
 _FOREIGN_METHODS = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn", "AWQModifier": "awq"}

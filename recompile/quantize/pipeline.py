@@ -28,16 +28,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recompile.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json, read_safetensors_header
+from recompile.checkpoint.checkpoint import (
+    Checkpoint,
+    StoredModule,
+    open_checkpoint,
+    read_json,
+    read_safetensors_header,
+)
+from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
+from recompile.checkpoint.module_names import role_of
 from recompile.costs import ROUTERS, fused_sets
 from recompile.errors import FormatError, OutputError
-from recompile.overlay import build_overlay, role_of
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, other_files, plan_write
+from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputStatistics
-from recompile.quantize.folds import Fold, find_folds
-from recompile.quantize.smoothing import powers_of_two, scaled_statistics
-from recompile.scaling import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
-from recompile.stream import LayeredModel
-from recompile.write import execute, other_files, plan_write
+from recompile.quantize.smoothing_mappings import Fold, find_folds
+from recompile.quantize.smoothing_scales import powers_of_two, scaled_statistics
 
 JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant is made whole
 REPORT = "quantize_report.json"

@@ -16,27 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recompile.checkpoint.module_names import role_of
 from recompile.costs import ROUTERS, fused_sets
 from recompile.errors import FormatError
 from recompile.formats import FORMATS, packed_int
 from recompile.formats.compressed_tensors import merged_config
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
-from recompile.overlay import role_of
 from recompile.quantize.calibrate import InputStatistics
-from recompile.quantize.folds import Fold
+from recompile.quantize.float_grids import E2M1_MAX, E4M3_MAX, LevelGrid, fit_levels, global_scale
 from recompile.quantize.gptq import QuantizedWeight, quantize_gptq
-from recompile.quantize.gptq_levels import round_gptq
-from recompile.quantize.grids import (
+from recompile.quantize.gptq_float import round_gptq
+from recompile.quantize.int_grids import (
     GridMethod,
     dequantize_codes,
     fit_grid,
     normalise_importance,
     quantize_to_grid,
 )
-from recompile.quantize.levels import E2M1_MAX, E4M3_MAX, LevelGrid, fit_levels, global_scale
 from recompile.quantize.pipeline import Encoded, VariantReport
-from recompile.quantize.smoothing import SCALINGS, awq_scale, smoothquant_scale
+from recompile.quantize.smoothing_mappings import Fold
+from recompile.quantize.smoothing_scales import SCALINGS, awq_scale, smoothquant_scale
 
 METHODS = ("rtn", "mse", "gptq")
 SCALED_METHODS = tuple(name for scaling in SCALINGS for name in (scaling, *(f"{scaling}+{how}" for how in METHODS)))

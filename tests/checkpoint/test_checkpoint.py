@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recompile import checkpoint as checkpoint_module
-from recompile.checkpoint import (
+from recompile.checkpoint import checkpoint as checkpoint_module
+from recompile.checkpoint.checkpoint import (
     INDEX_NAME,
     Checkpoint,
     StoredModule,

@@ -10,12 +10,12 @@ import pytest
 import torch
 from gguf_models import KV, write_model
 
-from recompile.checkpoint import GgufCheckpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import GgufCheckpoint, open_checkpoint
 from recompile.errors import RecipeError, UnsupportedError
 from recompile.gguf.names import ARCHITECTURES, Heads, architecture_of, place_of, row_order, to_hf
-from recompile.overlay import build_overlay
-from recompile.recipe import parse_recipe
-from recompile.tokens import tokenizer_sha256
+from recompile.merge.overlay import build_overlay
+from recompile.model.tokens import tokenizer_sha256
+from recompile.recipe.recipe import parse_recipe
 
 
 def test_row_order_by_hand() -> None:

@@ -10,11 +10,11 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
-from recompile.recipe import load_recipe
+from recompile.recipe.recipe import load_recipe
 
 GROUP = tiny.GROUP_SIZE
 TEXT = "\n\n\n".join(f"Document {n}. " + " ".join(f"word{(n * k) % 97}" for k in range(120)) for n in range(60))

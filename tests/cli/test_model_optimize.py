@@ -14,20 +14,20 @@ import tiny
 import torch
 from click.testing import CliRunner, Result
 
-from eval.profile import ProfileJob, ProfileOptions
-from eval.refine import MixOracle
-from eval.sketch import SketchOptions, profile_sketch
-from recompile.checkpoint import open_checkpoint
+from eval.mixes.oracle import MixOracle
+from eval.profile.exact import ProfileJob, ProfileOptions
+from eval.profile.sketch import SketchOptions, profile_sketch
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.hold import Held
 from recompile.cli.model_optimize import main
 from recompile.cli.verify import RowOptions
 from recompile.costs import Measurement, Profile, ProfileHeader, load_profile, open_journal
 from recompile.errors import RecompileError
+from recompile.merge.overlay import Overlay, build_overlay
 from recompile.optimize.choose import Choice
+from recompile.optimize.cross_entropy import POPULATION, ROUNDS
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.tilt import POPULATION, ROUNDS
-from recompile.overlay import Overlay, build_overlay
-from recompile.recipe import load_recipe
+from recompile.recipe.recipe import load_recipe
 
 
 def write_profile(
@@ -347,7 +347,7 @@ def test_a_better_mix_is_written_only_within_the_limit(
     profile: Path, monkeypatch: pytest.MonkeyPatch, within: bool
 ) -> None:
     """On the reporting rows a simple mix is the best; on those that the size was found with it may be above."""
-    from eval.guard import Verdict
+    from eval.search.acceptance import Verdict
 
     monkeypatch.setattr(Verdict, "best", property(lambda self: next(c for c in self.contenders[1:] if not c.is_over)))
     monkeypatch.setattr(Verdict, "unbeaten", property(lambda self: (self.best,)))
@@ -594,7 +594,7 @@ def test_refine_reads_the_draws_that_pairs_keeps(tmp_path: Path, monkeypatch: py
 
 
 def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.refine.SAMPLED_FIRST", 1)
+    monkeypatch.setattr("eval.mixes.oracle.SAMPLED_FIRST", 1)
     monkeypatch.setattr("recompile.optimize.refine.SWAPS", (8, 4))
     monkeypatch.setattr("recompile.optimize.refine.STALLED", 1)
     profile, path = tmp_path / "profile.jsonl", tmp_path / "mix.refine.jsonl"

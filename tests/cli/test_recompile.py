@@ -15,12 +15,12 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import common
 from recompile.cli.recompile import _fold, main, resolved_table
 from recompile.errors import RecompileError
-from recompile.overlay import build_overlay
-from recompile.write import MANIFEST_NAME
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import MANIFEST_NAME
 
 
 def run(*arguments: object) -> Result:
@@ -248,7 +248,7 @@ def test_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_a_failed_verify_fails(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recompile import write
+    from recompile.merge import write_safetensors as write
 
     true_write = write._write_at
 

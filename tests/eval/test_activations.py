@@ -12,9 +12,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from eval.diff import DiffOptions, DiffReport, compare_many
-from eval.guard import mix_of
-from recompile.activations import InputScheme, fake_quantize
-from recompile.checkpoint import open_checkpoint
+from eval.search.acceptance import mix_of
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
@@ -22,7 +21,8 @@ from recompile.cli.options import read_rows
 from recompile.costs import load_profile
 from recompile.errors import FormatError
 from recompile.formats.schemes import parse_scheme
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
+from recompile.model.activations import InputScheme, fake_quantize
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 

@@ -15,10 +15,10 @@ import pytest
 import tiny
 import torch
 
-from eval.cluster import profile_on_ray, sketch_on_ray
-from eval.profile import ProfileJob, ProfileOptions, profile_exact
-from eval.sketch import SketchOptions, SketchProgress, SweepDone, SweepStore, profile_sketch
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from eval.profile.cluster import profile_on_ray, sketch_on_ray
+from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
+from eval.profile.sketch import SketchOptions, SketchProgress, SweepDone, SweepStore, profile_sketch
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'recompile[ray]'")

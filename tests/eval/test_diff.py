@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, LayerDrift, RowsCompared, compare, compare_many
-from recompile.checkpoint import Checkpoint, WeightSource, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, OutputError
-from recompile.overlay import build_overlay
-from recompile.write import execute, plan_write
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
 
 
 def report_of(

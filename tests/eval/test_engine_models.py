@@ -12,14 +12,14 @@ import pytest
 from click.testing import CliRunner
 from engine_models import calibrated, installed, mix_of, sharpened, write_files
 
-from eval.base_logits import open_base_logits
-from eval.engine_diff import EngineReport, compare_with_engine, report_text, tokenize_with_engine
 from eval.engines import builds
-from recompile.checkpoint import open_checkpoint
+from eval.engines.base_logits import open_base_logits
+from eval.engines.engine_diff import EngineReport, compare_with_engine, report_text, tokenize_with_engine
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.formats import ik
 from recompile.gguf.container import open_gguf
-from recompile.tokens import default_text, load_tokenizer
+from recompile.model.tokens import default_text, load_tokenizer
 
 pytest.importorskip("libgguf")
 K_AND_IQ = (

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eval.base_logits import BaseLogitsWriter, counted, decode, encode, open_base_logits, record_codes
-from eval.llama_kl import CHUNK_HEADER, Tally, chunk_line, format_statistics
+from eval.engines.base_logits import BaseLogitsWriter, counted, decode, encode, open_base_logits, record_codes
+from eval.engines.llama_kl import CHUNK_HEADER, Tally, chunk_line, format_statistics
 from recompile.errors import CheckpointError
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "llama_kl"
@@ -96,7 +96,7 @@ def test_blocks_of_a_tally_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     first, last = counted(base.n_ctx)
     found = []
     for block_bytes in (1 << 23, 4 * 65 * 7):
-        monkeypatch.setattr("eval.llama_kl.BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("eval.engines.llama_kl.BLOCK_BYTES", block_bytes)
         tally = Tally()
         tally.add(logits("candidate_logits")[0], base.records(0), base.tokens[0, first + 1 : last + 1])
         found.append(tally.statistics())

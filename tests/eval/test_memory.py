@@ -18,13 +18,13 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from eval.profile import ProfileJob, ProfileOptions, profile_exact
-from eval.sketch import SketchOptions, profile_sketch
-from recompile.checkpoint import open_checkpoint
+from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
+from eval.profile.sketch import SketchOptions, profile_sketch
+from recompile.checkpoint.checkpoint import open_checkpoint
 mode, folder, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 base = open_checkpoint(folder / "base")
 if made := sys.argv[4:]:
-    from recompile.quantize.made import exl_spec_of, make_variants, spec_of
+    from recompile.quantize.lazy_variant import exl_spec_of, make_variants, spec_of
     parts = [name.partition(":") for name in made]
     candidates = make_variants(base, [exl_spec_of(bits, form) if bits else spec_of(form) for form, _, bits in parts])
     first = candidates[0][0]
@@ -35,7 +35,7 @@ match = tuple(f"model.layers.{n}.*" for n in ((47,) if made else (46, 47) if mod
 options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
 job = ProfileJob(base, first, candidates, ids, folder / f"{mode}{len(candidates)}.jsonl", options)
 if mode == "refine":
-    import eval.refine
+    import eval.mixes.oracle
     eval.refine.SAMPLED_FIRST = 1
     header = job.header(torch.float32)
     models = header, {str(label): candidate for label, candidate in candidates}, base

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from eval.diff import DiffReport, compare
-from eval.guard import mix_of
-from eval.profile import ProfileJob, ProfileOptions
-from eval.refine import CURVES_KEPT, SAMPLED_EVERY, SAMPLED_FIRST, Curves, MixOracle
-from eval.sketch import estimate
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from eval.mixes.oracle import CURVES_KEPT, SAMPLED_EVERY, SAMPLED_FIRST, Curves, MixOracle
+from eval.profile.exact import ProfileJob, ProfileOptions
+from eval.profile.sketch import estimate
+from eval.search.acceptance import mix_of
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import RecompileError
 from recompile.optimize.problem import Group, Option, Problem
 from recompile.optimize.refine import refine
@@ -116,7 +116,7 @@ def test_slopes_without_samples_are_those_with_them(architecture: str) -> None:
     drawn = []
     estimated = estimate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.refine.estimate", lambda *args: drawn.append(args) or estimated(*args))
+        patch.setattr("eval.mixes.oracle.estimate", lambda *args: drawn.append(args) or estimated(*args))
         plain = made.linearise(choice, 0)
     assert not drawn
     assert plain.kl_nats == pytest.approx(sampled.kl_nats, rel=1e-6)
@@ -171,7 +171,7 @@ def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
 
 
 def test_large_kls_may_be_measured_in_the_quickest_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.refine.sketch_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("eval.mixes.oracle.sketch_dtype", lambda device: torch.bfloat16)
     exact = oracle("llama")
     bad, good = (dict.fromkeys((group.name for group in exact.header.groups), source) for source in ("2", "8"))
     limit = float(np.mean(exact.measure(bad))) / 2
@@ -208,6 +208,6 @@ def test_making_candidates_counts_in_the_memory_that_is_promised(monkeypatch: py
     made, costly = (replace(oracle("llama"), max_memory_bytes=64 * 2**30) for _ in range(2))
     choice = dict.fromkeys((group.name for group in made.header.groups), made.header.base)
     made.linearise(choice, 0)
-    monkeypatch.setattr("eval.refine.making_bytes", lambda candidates: 64 * 2**30)
+    monkeypatch.setattr("eval.mixes.oracle.making_bytes", lambda candidates: 64 * 2**30)
     with pytest.raises(RecompileError, match="--max-memory 65536 MiB is too little"):
         costly.linearise(choice, 0)

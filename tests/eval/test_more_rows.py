@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eval.hybrid import HybridOptions, profile_hybrid
-from eval.more_rows import RowLimits, RowsDone, profile_more_rows, relative_error
-from eval.profile import ProfileJob, ProfileOptions, profile_exact
-from eval.sketch import SketchOptions, SweepStore, profile_sketch
-from recompile.checkpoint import open_checkpoint
+from eval.profile.adaptive_rows import RowLimits, RowsDone, profile_more_rows, relative_error
+from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
+from eval.profile.hybrid import HybridOptions, profile_hybrid
+from eval.profile.sketch import SketchOptions, SweepStore, profile_sketch
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_profile
 from recompile.costs import Profile, load_profile
 from recompile.errors import JournalError
+from recompile.model.tokens import Rows, save_rows
 from recompile.optimize.choose import Budget
-from recompile.tokens import Rows, save_rows
 from tests import tiny
 
 OPTIONS = ProfileOptions(level="layer")

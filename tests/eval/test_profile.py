@@ -14,9 +14,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from eval import profile as profile_module
-from eval.profile import Measured, ProfileJob, ProfileOptions, Started, profile_exact
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from eval.profile import exact as profile_module
+from eval.profile.exact import Measured, ProfileJob, ProfileOptions, Started, profile_exact
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import LEVELS, Cost, Profile, group_name, load_profile
 from recompile.errors import JournalError, MismatchError, MissingWeight, RecompileError
 

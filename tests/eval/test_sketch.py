@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.adjoint import AdjointPass, LayerBackward, SwapProducts, plan_pass
-from eval.fisher import FisherCotangents, draw_labels
-from eval.profile import ProfileJob, ProfileOptions, make_groups
-from eval.sketch import (
+from eval.passes.adjoint import AdjointPass, LayerBackward, SwapProducts, plan_pass
+from eval.passes.fisher import FisherCotangents, draw_labels
+from eval.profile.exact import ProfileJob, ProfileOptions, make_groups
+from eval.profile.sketch import (
     Sketch,
     SketchOptions,
     SketchStarted,
@@ -24,10 +24,10 @@ from eval.sketch import (
     samples_beside,
     squared_gradient_scores,
 )
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import JournalError, RecompileError
-from recompile.stream import LayeredModel
+from recompile.model.stream import LayeredModel
 from tests import tiny
 
 BITS = (2, 4)
@@ -167,7 +167,7 @@ def run(path: Path, architecture: str = "llama", rows: int = 6, level: str = "te
 
 
 def test_a_profile_ranks_as_exact_swaps_do(tmp_path: Path) -> None:
-    from eval.profile import profile_exact
+    from eval.profile.exact import profile_exact
 
     base, candidates = checkpoints("llama")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
@@ -217,7 +217,7 @@ def test_an_interrupted_run_goes_on_to_the_same_profile(tmp_path: Path) -> None:
 
 
 def test_experts_without_tokens_are_unmeasured_as_in_the_exact_profile(tmp_path: Path) -> None:
-    from eval.profile import profile_exact
+    from eval.profile.exact import profile_exact
 
     base, candidates = checkpoints("qwen3-moe")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
@@ -256,7 +256,7 @@ def test_sweeps_of_other_rows_are_refused(tmp_path: Path) -> None:
 
 def test_pairs_are_kept_and_sum_to_a_group(tmp_path: Path) -> None:
     """A group of two modules costs what its singles and their interaction cost."""
-    from eval.sketch import SweepStore
+    from eval.profile.sketch import SweepStore
 
     single = run(tmp_path / "single.jsonl", samples=8, shrink=False, keep_pairs=True)
     fused = run(tmp_path / "fused.jsonl", samples=8, shrink=False, level="fused")
@@ -332,7 +332,7 @@ def test_a_cap_that_cannot_be_kept_is_refused() -> None:
 
 
 def test_expected_gain_is_that_of_drawing() -> None:
-    from eval.hybrid import expected_gain
+    from eval.profile.hybrid import expected_gain
 
     draws = np.random.default_rng(0).normal(0.3, 0.5, 400_000)
     assert expected_gain(0.3, 0.5) == pytest.approx(np.maximum(-draws, 0).mean(), rel=0.02)
@@ -340,8 +340,8 @@ def test_expected_gain_is_that_of_drawing() -> None:
 
 
 def test_hybrid_runs_the_swaps_that_decide_and_keeps_their_exact_cost(tmp_path: Path) -> None:
-    from eval.hybrid import HybridOptions, HybridRound, profile_hybrid
-    from eval.profile import profile_exact
+    from eval.profile.exact import profile_exact
+    from eval.profile.hybrid import HybridOptions, HybridRound, profile_hybrid
     from recompile.optimize.choose import Budget
 
     base, candidates = checkpoints("llama")

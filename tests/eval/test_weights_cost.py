@@ -8,13 +8,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from eval.profile import Measured, ProfileJob, ProfileOptions
-from eval.weights_cost import cosine_distance, profile_weights, relative_error, score_module, trimmed_mean
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from eval.profile.exact import Measured, ProfileJob, ProfileOptions
+from eval.profile.weights import cosine_distance, profile_weights, relative_error, score_module, trimmed_mean
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_profile import main
 from recompile.costs import Profile, load_profile
-from recompile.quantize.moments import collect_moments
-from recompile.stream import LayeredModel
+from recompile.model.stream import LayeredModel
+from recompile.quantize.activation_stats import collect_moments
 from tests import tiny
 
 
@@ -94,7 +94,7 @@ def test_a_journal_goes_on_and_serves_again(tmp_path: Path) -> None:
 
 def test_without_importance_no_text_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weighted, _ = run(tmp_path / "weighted.jsonl")
-    monkeypatch.setattr("eval.weights_cost.collect_moments", None)
+    monkeypatch.setattr("eval.profile.weights.collect_moments", None)
     plain, _ = run(tmp_path / "plain.jsonl", importance=False)
     for key, found in plain.measurements.items():
         assert len(set(found.kl_rows)) == 1

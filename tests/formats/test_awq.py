@@ -15,7 +15,7 @@ from packers import AWQ_POSITION, pack_awq, signed
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.awq import AwqScheme, dequantize, read_scheme, unpack_words
 

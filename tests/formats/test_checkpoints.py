@@ -19,10 +19,10 @@ from packers import pack_awq, pack_gptq
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.packed_int import IntScheme, pack
-from recompile.stream import LayeredModel
+from recompile.model.stream import LayeredModel
 
 E4M3 = torch.float8_e4m3fn
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError
 from recompile.formats.fp4 import Nvfp4Scheme, dequantize, read_scheme, unpack_e2m1
 

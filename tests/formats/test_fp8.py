@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError
 from recompile.formats.fp8 import Fp8Scheme, dequantize, read_scheme
 from recompile.formats.scale_grid import CHANNEL, TENSOR, ScaleGrid

@@ -15,7 +15,7 @@ from packers import pack_gptq, pack_planes, pack_stream, signed
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.gptq import GptqScheme, dequantize, read_scheme, unpack_planes, unpack_zeros
 

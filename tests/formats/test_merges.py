@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_checkpoints import CASES, GPTQ, Packer, awq, compressed, fp8, gptq, nvfp4, streamed_logits, write_pair
 
-from recompile.check import check_checkpoint, check_plan
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.recompile import main as recompile_command
-from recompile.convert import reciprocal
-from recompile.engines import findings, kind_of_scheme, tied_sets, why_not
 from recompile.errors import UnsupportedError
 from recompile.formats.fp4 import pack_e2m1, round_e2m1
 from recompile.formats.schemes import parse_scheme
-from recompile.overlay import build_overlay
-from recompile.write import execute, plan_write
+from recompile.merge.check import check_checkpoint, check_plan
+from recompile.merge.convert import reciprocal
+from recompile.merge.engine_rules import findings, kind_of_scheme, tied_sets, why_not
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
 
 
 def variant(folder: Path, name: str, packer: Packer, quantization: dict[str, Any], base: str = "llama-2") -> Path:

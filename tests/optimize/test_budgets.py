@@ -19,8 +19,8 @@ from recompile.optimize.budget import Budget, Pool, active_share, max_kl_for, pa
 from recompile.optimize.choose import Constraint, Rules, choose
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.greedy import solve_greedy
+from recompile.optimize.limits import Row, solve_rows, step_rows
 from recompile.optimize.problem import Group, Option, Problem
-from recompile.optimize.rows import Row, solve_rows, step_rows
 
 
 def moe_profile(layers: int = 3, experts: int = 4) -> Profile:

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import make_profile
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import LEVELS, Measurement, Profile, layer_index
 from recompile.errors import BudgetError, RecompileError
+from recompile.merge.overlay import build_overlay
 from recompile.optimize.choose import Budget, Choice, Constraint, choose, make_recipe, predict, profile_sha256
-from recompile.overlay import build_overlay
-from recompile.recipe import dump_recipe, load_recipe, parse_recipe
+from recompile.recipe.recipe import dump_recipe, load_recipe, parse_recipe
 
 
 def chosen_bits(choice: Choice) -> int:
@@ -154,7 +154,7 @@ def test_on_real_checkpoints_it_resolves_and_weighs_as_predicted(tmp_path: Path)
     """The header's sizes, the solver's sum, the overlay's accounting and the files agree to the bit."""
     import torch
 
-    from eval.profile import ProfileJob, ProfileOptions
+    from eval.profile.exact import ProfileJob, ProfileOptions
 
     found = tiny.variants("llama", (2, 3, 4, 6))
     checkpoints = [(n, open_checkpoint(path)) for n, path in found.items()]

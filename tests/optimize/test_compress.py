@@ -8,8 +8,8 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recompile.optimize.compress import Line, compress, plain_lines
-from recompile.recipe import Override, Recipe, Source, dump_recipe, parse_recipe
+from recompile.recipe.compress import Line, compress, plain_lines
+from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, parse_recipe
 
 PARTS = ("weight", "weight_packed", "weight_scale", "bias", "trellis")
 DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from eval.profile import ProfileJob, ProfileOptions
-from recompile.checkpoint import open_checkpoint
+from eval.profile.exact import ProfileJob, ProfileOptions
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Measurement, Profile
 from recompile.errors import RecompileError
 from recompile.optimize.choose import Budget, Constraint, Rules, choose
-from recompile.optimize.engines import ENGINES, check_engine, loaded_together, refusals, why_refused
+from recompile.optimize.engine_constraints import ENGINES, check_engine, loaded_together, refusals, why_refused
 
 
 def profile_of(architecture: str, bits: tuple[int, ...], level: str = "tensor") -> Profile:

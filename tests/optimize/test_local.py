@@ -10,9 +10,9 @@ import pytest
 
 from recompile.errors import RecompileError
 from recompile.optimize.exact import solve_exact
+from recompile.optimize.limits import Row
 from recompile.optimize.local import LocalOptions, LocalResult, Round, search_local
 from recompile.optimize.problem import Group, Option, Problem, evaluate
-from recompile.optimize.rows import Row
 
 ROWS = 24
 

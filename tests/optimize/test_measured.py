@@ -13,7 +13,7 @@ from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget, Pool
 from recompile.optimize.choose import Choice, Rules, predict
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.measured import MOST_TRIES, NEAR, Tried, hold_kl, least_size
+from recompile.optimize.kl_limit import MOST_TRIES, NEAR, Tried, hold_kl, least_size
 from recompile.optimize.problem import Problem, evaluate, reachable_range
 
 Law = Callable[[Mapping[str, str]], float]

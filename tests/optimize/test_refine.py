@@ -11,9 +11,9 @@ import pytest
 from made_up import SOURCES, MadeUp
 
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.moves import propose
 from recompile.optimize.problem import Problem, evaluate, tie
 from recompile.optimize.refine import FIRST_DAMPING, PATIENCE, STALLED, SWAPS, Costs, Damping, priced, refine
+from recompile.optimize.trust_region import propose
 
 
 def best(made: MadeUp, problem: Problem, budget: int) -> float:

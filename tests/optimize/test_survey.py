@@ -12,7 +12,7 @@ import pytest
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.problem import Group, Option, Problem, evaluate, tie, with_costs
 from recompile.optimize.refine import SWAPS, SwapModel, refine
-from recompile.optimize.survey import (
+from recompile.optimize.thompson import (
     AGED,
     COST_ERROR,
     COST_FLOOR,

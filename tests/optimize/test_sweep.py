@@ -8,7 +8,7 @@ from profiles import make_profile
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Constraint, Rules, choose
-from recompile.optimize.sweep import NESTED_SHARE, parse_grid, solve_frontier
+from recompile.optimize.pareto import NESTED_SHARE, parse_grid, solve_frontier
 
 
 def test_the_grid_is_read() -> None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from recompile.optimize.cross_entropy import POPULATION, ROUNDS, TiltRound, Tilts, search_tilts
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.problem import Group, Option, Problem, evaluate
-from recompile.optimize.tilt import POPULATION, ROUNDS, TiltRound, Tilts, search_tilts
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 BITS = {"2": 2, "3": 3, "4": 4, "6": 6}

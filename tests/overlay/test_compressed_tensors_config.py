@@ -17,7 +17,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError, MismatchError
 from recompile.formats.compressed_tensors import group_of, merged_config, targets_for
 

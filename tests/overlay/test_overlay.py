@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.checkpoint.module_names import role_of
 from recompile.errors import MismatchError, MissingWeight, RecipeError
-from recompile.overlay import Overlay, account, build_overlay, check_shapes, quantizable, role_of
-from recompile.recipe import load_recipe
+from recompile.merge.overlay import Overlay, account, build_overlay, check_shapes, quantizable
+from recompile.recipe.recipe import load_recipe
 
 
 class Mixer:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recompile.errors import RecompileError, UnsupportedError
-from recompile.quantize.engines import EngineStep, check_engine, plan_engine, run_engine
+from recompile.quantize.external_converters import EngineStep, check_engine, plan_engine, run_engine
 
 
 def test_exllamav2_measures_once_and_reuses_it(tmp_path: Path) -> None:

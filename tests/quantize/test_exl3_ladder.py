@@ -8,12 +8,12 @@ from pathlib import Path
 import tiny
 
 from eval.diff import DiffReport, compare
-from recompile.check import check_checkpoint
-from recompile.checkpoint import WeightSource, open_checkpoint
-from recompile.overlay import build_overlay
+from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
+from recompile.merge.check import check_checkpoint
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
 from recompile.quantize.encoders import Exl3Encoder
 from recompile.quantize.pipeline import quantize_model
-from recompile.write import execute, plan_write
 
 
 def kl(candidate: WeightSource, reference: WeightSource) -> float:

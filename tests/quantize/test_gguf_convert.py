@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from gguf_models import write_model
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_quantize import main
 from recompile.errors import OutputError, UnsupportedError
 from recompile.quantize import gguf_convert

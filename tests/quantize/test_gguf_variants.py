@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from gguf_models import VOCAB, write_model
 from safetensors.torch import save_file
 
-from recompile.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from recompile.cli.model_quantize import main
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
+from recompile.model.stream import LayeredModel
 from recompile.quantize.gguf import (
     Importance,
     TensorDone,
@@ -24,7 +25,6 @@ from recompile.quantize.gguf import (
     find_preset,
     plan_variants,
 )
-from recompile.stream import LayeredModel
 
 pytest.importorskip("libgguf")
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "gemma2", "gemma3_text")

@@ -10,7 +10,7 @@ from recompile.errors import FormatError
 from recompile.formats.packed_int import IntScheme, dequantize, pack
 from recompile.quantize import gptq
 from recompile.quantize.gptq import QuantizedWeight, proxy_error, quantize_gptq
-from recompile.quantize.grids import Grid, dequantize_codes, fit_grid, quantize_to_grid
+from recompile.quantize.int_grids import Grid, dequantize_codes, fit_grid, quantize_to_grid
 
 
 def make_case(out_features: int, in_features: int, seed: int, spread: float = 0.7) -> tuple[Tensor, Tensor]:

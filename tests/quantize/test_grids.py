@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recompile.errors import FormatError
 from recompile.formats.packed_int import IntScheme, dequantize, pack
-from recompile.quantize.grids import Grid, dequantize_codes, fit_grid, quantize_to_grid
+from recompile.quantize.int_grids import Grid, dequantize_codes, fit_grid, quantize_to_grid
 
 
 def heavy_tailed(out_features: int, in_features: int, seed: int) -> Tensor:
@@ -165,7 +165,7 @@ def test_refitting_the_best_candidate_lowers_the_error(monkeypatch: pytest.Monke
     weight = heavy_tailed(64, 512, seed=6)
     scheme = IntScheme(2, None, True)
     refitted = group_errors(weight, fit_grid(weight, scheme, scale_dtype=torch.float32), scheme)
-    monkeypatch.setattr("recompile.quantize.grids._REFITS", 0)
+    monkeypatch.setattr("recompile.quantize.int_grids._REFITS", 0)
     at_once = group_errors(weight, fit_grid(weight, scheme, scale_dtype=torch.float32), scheme)
     assert bool((refitted <= at_once).all())
     assert float(refitted.sum()) < 0.998 * float(at_once.sum())
@@ -222,7 +222,7 @@ def test_rows_do_not_influence_each_other(
     weight = heavy_tailed(21, 48, seed=9)
     whole = fit_grid(weight, scheme)
     codes = quantize_to_grid(weight, whole, scheme)
-    monkeypatch.setattr("recompile.quantize.grids._CPU_CHUNK_WEIGHTS", 4 * 48)  # chunks of 4 rows
+    monkeypatch.setattr("recompile.quantize.int_grids._CPU_CHUNK_WEIGHTS", 4 * 48)  # chunks of 4 rows
     chunked = fit_grid(weight, scheme)
     # 1e-6: sums over a group may be taken in another order where chunks are narrower than a vector
     assert torch.allclose(chunked.scale, whole.scale, rtol=1e-6, atol=0)

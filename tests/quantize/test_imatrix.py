@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import CheckpointError
 from recompile.formats.gguf_types import TYPES
 from recompile.gguf.container import NewTensor, encode_key, open_gguf, write_gguf
-from recompile.imatrix import Imatrix, InputSums, read_imatrix, write_imatrix
-from recompile.quantize.moments import InputMoments, collect_moments, make_imatrix
-from recompile.stream import LayeredModel
+from recompile.gguf.imatrix import Imatrix, InputSums, read_imatrix, write_imatrix
+from recompile.model.stream import LayeredModel
+from recompile.quantize.activation_stats import InputMoments, collect_moments, make_imatrix
 from tests import tiny
 
 

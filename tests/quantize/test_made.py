@@ -12,22 +12,22 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from eval.profile import ProfileJob, ProfileOptions, profile_exact
-from recompile.checkpoint import open_checkpoint
+from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.costs import Profile, load_profile
 from recompile.errors import FormatError, RecipeError, UnsupportedError
 from recompile.formats.schemes import parse_scheme
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
 from recompile.quantize.calibrate import input_power
 from recompile.quantize.encoders import IntEncoder
-from recompile.quantize.made import make_variant, parse_candidates, spec_of
+from recompile.quantize.lazy_variant import make_variant, parse_candidates, spec_of
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
-from recompile.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
-from recompile.write import execute, plan_write
+from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from tests.commands import run
 
 GROUP = tiny.GROUP_SIZE

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_auto import main as model_auto
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
@@ -20,14 +20,14 @@ from recompile.cli.model_quantize import main as model_quantize
 from recompile.costs import load_profile
 from recompile.errors import FormatError
 from recompile.formats import exl3
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
 from recompile.quantize.encoders import Encoded, Exl2Encoder, Exl3Encoder
 from recompile.quantize.exl3 import quantize_exl3
-from recompile.quantize.exl_makers import Exl3StandIn
-from recompile.quantize.made import exl_spec_of, make_variant, maker_of
+from recompile.quantize.fake_quant_exl import Exl3StandIn
+from recompile.quantize.lazy_variant import exl_spec_of, make_variant, maker_of
 from recompile.quantize.pipeline import quantize_model
-from recompile.recipe import Recipe, Source, dump_recipe, load_recipe, parse_recipe
-from recompile.write import execute, plan_write
+from recompile.recipe.recipe import Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from tests.commands import refusal, run
 
 

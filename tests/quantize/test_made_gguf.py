@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from test_gguf_variants import tokenizer_file, write_hf
 
 from eval.metrics import kl_divergence
-from eval.profile import ProfileJob, ProfileOptions, SwappedSource, profile_exact
-from eval.sketch import SketchOptions, profile_sketch
-from recompile.checkpoint import Checkpoint, WeightSource, open_checkpoint
+from eval.profile.exact import ProfileJob, ProfileOptions, SwappedSource, profile_exact
+from eval.profile.sketch import SketchOptions, profile_sketch
+from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
@@ -25,11 +25,14 @@ from recompile.errors import FormatError, RecipeError, UnsupportedError
 from recompile.formats import gguf_encode
 from recompile.gguf.container import open_gguf
 from recompile.gguf.names import architecture_of
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
+from recompile.merge.type_recipes import parse_type_recipe
+from recompile.merge.write_gguf import execute_gguf, plan_gguf
+from recompile.model.stream import LayeredModel
 from recompile.quantize import makers
 from recompile.quantize.gguf import Importance, base_tensors, build_variants, collect_importance, plan_variants
 from recompile.quantize.gguf_mix import makes_gguf, mix_of, types_got
-from recompile.quantize.made import (
+from recompile.quantize.lazy_variant import (
     MadeVariant,
     fallbacks_of,
     make_variant,
@@ -38,10 +41,7 @@ from recompile.quantize.made import (
     plainly_named,
     spec_of,
 )
-from recompile.recipe import load_recipe, parse_recipe
-from recompile.recipe_formats import parse_type_recipe
-from recompile.stream import LayeredModel
-from recompile.write_gguf import execute_gguf, plan_gguf
+from recompile.recipe.recipe import load_recipe, parse_recipe
 from tests.commands import refusal, run
 
 pytest.importorskip("libgguf")

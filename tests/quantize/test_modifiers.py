@@ -14,18 +14,18 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.checkpoint.coupled_modules import read_scaled_sets
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.errors import FormatError, RecipeError, RecompileError, UnsupportedError
 from recompile.formats.schemes import parse_scheme
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
+from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector
 from recompile.quantize.modifiers import load_modifiers
 from recompile.quantize.pipeline import LayerDone, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
-from recompile.scaling import read_scaled_sets
-from recompile.stream import LayeredModel
-from recompile.write import execute, plan_write
 
 ATTENTION, DOWN, UP = (f"model.layers.3.{leaf}_proj" for leaf in ("self_attn.q", "mlp.down", "mlp.up"))
 

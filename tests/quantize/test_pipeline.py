@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from eval.diff import DiffOptions, DiffReport, compare
-from recompile.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import FormatError, OutputError
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
+from recompile.model.stream import LayeredModel
 from recompile.quantize import pipeline
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder, variant_name
 from recompile.quantize.pipeline import LayerDone, QuantizeReport, quantize_model
-from recompile.stream import LayeredModel
-from recompile.write import execute, plan_write
 
 IDS = tiny.rows(6, 32, seed=5)
 

@@ -16,22 +16,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, compare_many
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.checkpoint.coupled_modules import read_scaled_sets
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.recompile import main as recompile_command
 from recompile.errors import FormatError, MismatchError
 from recompile.formats.schemes import parse_scheme
-from recompile.overlay import build_overlay
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
+from recompile.model.stream import LayeredModel
+from recompile.model.tokens import default_text, load_tokenizer, make_rows
 from recompile.quantize.calibrate import InputStatistics
-from recompile.quantize.folds import Fold, find_folds
 from recompile.quantize.modifiers import load_modifiers
 from recompile.quantize.pipeline import Encoded, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, SchemeVariant, uniform
-from recompile.quantize.smoothing import awq_scale, powers_of_two, smoothquant_scale
-from recompile.scaling import read_scaled_sets
-from recompile.stream import LayeredModel
-from recompile.tokens import default_text, load_tokenizer, make_rows
-from recompile.write import execute, plan_write
+from recompile.quantize.smoothing_mappings import Fold, find_folds
+from recompile.quantize.smoothing_scales import awq_scale, powers_of_two, smoothquant_scale
 
 
 def folds_of(architecture: str, layer: int) -> dict[str, Fold]:

@@ -11,15 +11,15 @@ import tiny
 import torch
 from torch import Tensor
 
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError
 from recompile.formats import FORMATS
 from recompile.formats.fp4 import E2M1, pack_e2m1, round_e2m1, unpack_e2m1
 from recompile.formats.mx import E2M3, pack_e2m3, unpack_e2m3
 from recompile.formats.schemes import PRESETS, parse_scheme
+from recompile.quantize.float_grids import fit_levels, global_scale, round_e2m3, round_e4m3
 from recompile.quantize.gptq import proxy_error
-from recompile.quantize.gptq_levels import round_gptq
-from recompile.quantize.levels import fit_levels, global_scale, round_e2m3, round_e4m3
+from recompile.quantize.gptq_float import round_gptq
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, SchemeRule, SchemeVariant, uniform
 

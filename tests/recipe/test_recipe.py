@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recompile.recipe import (
+from recompile.recipe.recipe import (
     Decision,
     Glob,
     Override,
@@ -391,5 +391,5 @@ def test_reading_a_recipe_imports_no_torch_and_opens_no_checkpoint(tmp_path: Pat
     path = tmp_path / "mix.yaml"
     path.write_text(overrides(("*", 4)))  # none of the directories exists
     assert load_recipe(path).source_dir("x") == "./4bpw"
-    code = "import recompile.recipe, sys; sys.exit('torch' in sys.modules)"
+    code = "import recompile.recipe.recipe, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recompile.recipe import Override, Recipe, Source, dump_recipe, parse_recipe
+from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, parse_recipe
 
 
 def test_the_form_is_one_line_an_override():

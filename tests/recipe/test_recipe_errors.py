@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recompile.errors import RecipeError
-from recompile.recipe import Override, Recipe, Source, load_recipe, parse_recipe, resolve_dir
+from recompile.recipe.recipe import Override, Recipe, Source, load_recipe, parse_recipe, resolve_dir
 
 # line 1 is "sources:", the sources are lines 2 and 3, "overrides:" is line 4, and what is tried starts on line 5
 HEAD = "sources:\n  - {id: 4, model_dir: ./4bpw}\n  - {id: 5, model_dir: ./5bpw}\noverrides:\n"

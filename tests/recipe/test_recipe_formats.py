@@ -14,7 +14,7 @@ from recompile.cli.recompile import main
 from recompile.errors import RecipeError
 from recompile.formats.gguf_types import TYPES
 from recompile.gguf.container import GgufFile, NewTensor, encode_key, open_gguf, write_gguf
-from recompile.recipe_formats import (
+from recompile.merge.type_recipes import (
     DIALECTS,
     as_recipe,
     emit,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from recompile.checkpoint import open_checkpoint
-from recompile.overlay import Overlay, build_overlay
-from recompile.recipe import Recipe, load_recipe
-from recompile.write import execute, plan_write
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.merge.overlay import Overlay, build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
+from recompile.recipe.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recompile.costs import Candidate, Measurement, ProfileGroup, ProfileHeader, open_journal
-from recompile.recipe import SourceId
+from recompile.recipe.recipe import SourceId
 
 
 def write_profile(

@@ -16,13 +16,13 @@ from made import write_diff, write_profile
 
 from eval.report.data import choice_of, gather
 from eval.report.page import render
-from recompile.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.recompile import main as recompile
 from recompile.costs import Candidate, Measurement, ProfileGroup, ProfileHeader, load_profile, open_journal
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Constraint, Rules, choose
-from recompile.recipe import load_recipe, parse_recipe
+from recompile.recipe.recipe import load_recipe, parse_recipe
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

@@ -28,7 +28,7 @@ from recompile.cli.model_report import main
 from recompile.costs import load_profile
 from recompile.errors import RecompileError
 from recompile.optimize.choose import predict
-from recompile.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
+from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = (

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from recompile.checkpoint import Checkpoint, open_checkpoint
-from recompile.held import WeightStore
-from recompile.memory import available_bytes
-from recompile.overlay import build_overlay
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.io.memory import available_bytes
+from recompile.merge.overlay import build_overlay
+from recompile.merge.weight_cache import WeightStore
 from tests import tiny
 
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recompile.checkpoint import WeightSource, open_checkpoint
+from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
-from recompile.overlay import build_overlay
-from recompile.stream import LayeredModel, check_same_skeleton, dense_names, release_free_memory
+from recompile.merge.overlay import build_overlay
+from recompile.model.stream import LayeredModel, check_same_skeleton, dense_names, release_free_memory
 
 ARCHITECTURES = ("llama", "llama-tied", "llama-bias", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3")
 
@@ -255,7 +255,7 @@ def test_models_of_other_sizes_are_told_apart() -> None:
 
 def test_the_heap_is_asked_for_tensors_of_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("recompile.stream._glibc", lambda: asked.append(1))
+    monkeypatch.setattr("recompile.model.stream._glibc", lambda: asked.append(1))
     release_free_memory(torch.device("cuda:0"))
     assert not asked, "it takes milliseconds, and holds nothing of a GPU's"
     release_free_memory(torch.device("cpu"))

@@ -19,9 +19,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from recompile import tokens
 from recompile.errors import CheckpointError, MismatchError, OutputError, RecompileError
-from recompile.tokens import (
+from recompile.model import tokens
+from recompile.model.tokens import (
     ROLE_SHARES,
     Document,
     Rows,

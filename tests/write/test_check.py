@@ -14,18 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recompile.check import (
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.errors import CheckpointError, MismatchError
+from recompile.formats import packed_int
+from recompile.merge.check import (
     BLOCK_ROWS,
     check_checkpoint,
     check_same_weights,
     row_block,
     verify,
 )
-from recompile.checkpoint import open_checkpoint
-from recompile.errors import CheckpointError, MismatchError
-from recompile.formats import packed_int
-from recompile.overlay import Overlay, build_overlay
-from recompile.write import MANIFEST_NAME, execute, plan_write
+from recompile.merge.overlay import Overlay, build_overlay
+from recompile.merge.write_safetensors import MANIFEST_NAME, execute, plan_write
 
 
 def overlay_of(base: Path, recipe: Path | None = None) -> Overlay:

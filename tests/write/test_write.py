@@ -20,13 +20,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import recompile.write as write
-from recompile.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, RecipeError, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FORMATS
 from recompile.formats.compressed_tensors import group_of
-from recompile.overlay import Overlay, build_overlay
-from recompile.write import (
+from recompile.merge import write_safetensors as write
+from recompile.merge.overlay import Overlay, build_overlay
+from recompile.merge.write_safetensors import (
     MANIFEST_NAME,
     MARKER_NAME,
     WritePlan,
@@ -797,9 +797,9 @@ def test_values_beyond_the_dense_dtype(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from recompile.checkpoint import open_checkpoint
-from recompile.overlay import build_overlay
-from recompile.write import execute, plan_write
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.merge.overlay import build_overlay
+from recompile.merge.write_safetensors import execute, plan_write
 steps = execute(plan_write(build_overlay(open_checkpoint(sys.argv[1]), None), sys.argv[2]), workers=1)
 for number in range(5):
     next(steps)

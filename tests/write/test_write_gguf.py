@@ -10,13 +10,13 @@ import torch
 from click.testing import CliRunner
 from gguf_models import write_model
 
-from recompile.checkpoint import GgufCheckpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import GgufCheckpoint, open_checkpoint
 from recompile.cli.recompile import main
 from recompile.errors import CheckpointError, OutputError, RecompileError, UnsupportedError
 from recompile.gguf.container import open_gguf
-from recompile.overlay import Overlay, build_overlay
-from recompile.recipe import parse_recipe
-from recompile.write_gguf import check_hashes, execute_gguf, plan_gguf, verify_gguf
+from recompile.merge.overlay import Overlay, build_overlay
+from recompile.merge.write_gguf import check_hashes, execute_gguf, plan_gguf, verify_gguf
+from recompile.recipe.recipe import parse_recipe
 
 
 def mix_of(base: Path, lines: dict[str, Path]) -> Overlay:
@@ -81,7 +81,7 @@ def test_a_plain_copy_is_the_same_file_again(tmp_path: Path) -> None:
 def test_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = write_model(tmp_path / "a.gguf"), write_model(tmp_path / "b.gguf", kind="Q4_0")
     mix = mix_of(a, {"blk.1.*": b})
-    monkeypatch.setattr("recompile.write_gguf.MB", 20_000)
+    monkeypatch.setattr("recompile.merge.write_gguf.MB", 20_000)
     plan = plan_gguf(mix, tmp_path / "mix.gguf", split_mb=1)
     list(execute_gguf(plan))
     paths = sorted(path.name for path in tmp_path.glob("mix*"))

@@ -1,0 +1,1 @@
+"""Whole mixes measured."""

@@ -1,0 +1,1 @@
+"""Backward passes through a streamed model."""

@@ -1,0 +1,1 @@
+"""What every swap costs: exact, sketch, hybrid."""

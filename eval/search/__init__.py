@@ -1,0 +1,1 @@
+"""Searches for a recipe that need the models."""

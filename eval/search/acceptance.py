@@ -1,0 +1,215 @@
+"""Verification: a recipe measured beside the mixes that people make by hand, on rows that neither chose it.
+
+One pass of the reference and of every mix over the same rows; the recipe wins a comparison where the 95 % interval of
+the paired difference over rows lies below zero. What does not win is said, and the best of them is named, so that no
+user gets a model worse than the simple mix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eval.diff import DiffOptions, DiffReport, Event, compare_many
+from eval.metrics import Mean, paired_difference
+from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
+from recompile.costs import ProfileHeader
+from recompile.errors import MissingWeight
+from recompile.merge.overlay import Overlay, Placement
+from recompile.model.activations import quantizes_inputs
+from recompile.optimize.baselines import Rival
+
+RECIPE = "recipe"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One measured mix."""
+
+    name: str
+    choice: Mapping[str, str]
+    bits: int  # stored bits of quantized modules
+    is_over: bool  # larger than the limits allow: measured, never written
+    competes: bool  # whether the recipe has to beat it
+    kl: Mean  # nats per token
+    perplexity: float
+    kl_rows: tuple[float, ...]
+    difference: Mean | None  # recipe - this, paired by row; None for the recipe itself
+    interval: tuple[float, float] | None  # 95 % of the difference; None for fewer than two rows
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the recipe is better with confidence."""
+        return self.interval is not None and self.interval[1] < 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rows of the role "accept" say of a recipe."""
+
+    contenders: tuple[Contender, ...]  # the recipe first
+    predicted_kl_nats: float
+    reference_perplexity: float
+    rows: int
+    row_tokens: int
+    rows_sha256: str
+    rows_source: str
+    noise_floor: float
+    activations: bool = False  # whether the mixes ran with quantized inputs
+
+    @property
+    def recipe(self) -> Contender:
+        return self.contenders[0]
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted KL."""
+        return self.recipe.kl.mean / self.predicted_kl_nats if self.predicted_kl_nats > 0 else math.nan
+
+    @property
+    def unbeaten(self) -> tuple[Contender, ...]:
+        """Those that the recipe has to beat and does not, with confidence."""
+        return tuple(c for c in self.contenders[1:] if c.competes and not c.is_beaten)
+
+    @property
+    def best(self) -> Contender:
+        """The least measured KL of what the limits allow; at equal KL the recipe."""
+        return min((c for c in self.contenders if not c.is_over and c.competes), key=lambda c: c.kl.mean)
+
+    @property
+    def ppl_increase(self) -> float:
+        """Of the recipe over the reference, a share."""
+        return self.recipe.perplexity / self.reference_perplexity - 1
+
+
+def mix_of(header: ProfileHeader, checkpoints: Mapping[str, Checkpoint], choice: Mapping[str, str]) -> Overlay:
+    """A choice (group -> candidate label) as a weight source: what `build_overlay` makes of its recipe.
+
+    Raises MissingWeight for a module that its source lacks.
+    """
+    base = checkpoints[header.base]
+    placements = {name: Placement(name, stored, base, None, None) for name, stored in base.modules.items()}
+    for group in header.groups:
+        label = choice[group.name]
+        source = checkpoints[label]
+        for module in group.modules:
+            if module not in source.modules:
+                raise MissingWeight(f"{source.label} has no module {module}")
+            directory = None if label == header.base else header.candidate(label).model_dir
+            placements[module] = Placement(module, source.modules[module], source, directory, None)
+    sources = {header.candidate(label).model_dir: checkpoints[label] for label in checkpoints if label != header.base}
+    return Overlay(base, None, sources, placements)
+
+
+def verify(
+    header: ProfileHeader,
+    checkpoints: Mapping[str, Checkpoint],
+    reference: WeightSource,
+    recipe: Mapping[str, str],
+    bits: int,
+    predicted_kl_nats: float,
+    rivals: Sequence[Rival],
+    ids: Tensor,
+    options: DiffOptions | None = None,
+    *,
+    rows_source: str = "",
+    rows_sha256: str = "",
+    activations: bool = False,
+) -> Iterator[Event | Verdict]:
+    """Measure a recipe and its rivals over `ids` (int64 [rows, tokens]); yields the events of the comparison, last a
+    Verdict. Where a rival that is over the limits is not beaten, its form within them is measured in a second pass.
+
+    activations: run every mix with the inputs of its maps quantized as their schemes say
+    """
+    choices: list[Mapping[str, str]] = [recipe, *(r.choice for r in rivals)]
+    reports = yield from _measure(header, checkpoints, reference, choices, ids, options, activations)
+    contenders = [_contender(RECIPE, recipe, bits, False, True, reports[0], None)]
+    for rival, report in zip(rivals, reports[1:], strict=True):
+        competes = rival.within is not None
+        contenders.append(
+            _contender(
+                rival.name, rival.choice, rival.bits, rival.is_over or not competes, competes, report, reports[0]
+            )
+        )
+    again = [
+        rival
+        for rival, found in zip(rivals, contenders[1:], strict=True)
+        if rival.is_over and not found.is_beaten and rival.within is not None
+    ]
+    known = [dict(contender.choice) for contender in contenders]
+    again = [rival for rival in again if rival.within is not None and dict(rival.within) not in known]
+    if again:
+        choices = [rival.within for rival in again if rival.within is not None]
+        more = yield from _measure(header, checkpoints, reference, choices, ids, options, activations)
+        for rival, choice, report in zip(again, choices, more, strict=True):
+            smaller = header.fixed_bits + sum(group.bits[choice[group.name]] for group in header.groups)
+            name = f"{rival.name} (within the limits)"
+            contenders.append(_contender(name, choice, smaller, False, True, report, reports[0]))
+    yield Verdict(
+        tuple(contenders),
+        predicted_kl_nats,
+        reports[0].score_reference.perplexity,
+        len(ids),
+        ids.shape[1],
+        rows_sha256,
+        rows_source,
+        reports[0].noise_floor,
+        activations,
+    )
+
+
+def _measure(
+    header: ProfileHeader,
+    checkpoints: Mapping[str, Checkpoint],
+    reference: WeightSource,
+    choices: Sequence[Mapping[str, str]],
+    ids: Tensor,
+    options: DiffOptions | None,
+    activations: bool,
+) -> Generator[Event, None, list[DiffReport]]:
+    mixes = [mix_of(header, checkpoints, choice) for choice in choices]
+    if activations:
+        quantized = frozenset(number for number, mix in enumerate(mixes) if quantizes_inputs(mix))
+        options = replace(options or DiffOptions(), quantized_inputs=quantized)
+    reports: list[DiffReport] = []
+    for event in compare_many(mixes, reference, ids, options):
+        if isinstance(event, DiffReport):
+            reports.append(event)
+        else:
+            yield event
+    return reports
+
+
+def _contender(
+    name: str,
+    choice: Mapping[str, str],
+    bits: int,
+    is_over: bool,
+    competes: bool,
+    report: DiffReport,
+    recipe: DiffReport | None,
+) -> Contender:
+    difference, interval = None, None
+    if recipe is not None:
+        difference, low_high = paired_difference(_float64(recipe.kl_rows), _float64(report.kl_rows))
+        interval = low_high if len(report.kl_rows) > 1 else None
+    return Contender(
+        name,
+        choice,
+        bits,
+        is_over,
+        competes,
+        report.kl,
+        report.score_candidate.perplexity,
+        report.kl_rows,
+        difference,
+        interval,
+    )
+
+
+def _float64(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""A checkpoint opened lazily: names, dtypes, shapes, byte ranges, config."""

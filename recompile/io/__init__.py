@@ -1,0 +1,1 @@
+"""Files, journals, memory and sizes."""

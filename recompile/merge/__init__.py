@@ -1,0 +1,1 @@
+"""A base and a recipe resolved to placements, checked and written."""

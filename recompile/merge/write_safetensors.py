@@ -1,0 +1,910 @@
+"""Overlay -> a checkpoint directory: shards, index, config and manifest. Bounded memory, all or nothing.
+
+`plan_write` decides everything and reads no tensor; `execute` carries the plan out and decides nothing. Tensors are
+copied byte for byte and hashed on the way; torch is imported only to decode (`dense=True`).
+
+The output grows in `OUT.partial`, which holds a marker file of ours, is flushed to disk, and is then renamed to OUT.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recompile import __version__
+from recompile.checkpoint.checkpoint import (
+    INDEX_NAME,
+    Checkpoint,
+    GgufCheckpoint,
+    StoredModule,
+    TensorInfo,
+    dense_dtype,
+    read_safetensors_header,
+    read_tensor,
+)
+from recompile.checkpoint.coupled_modules import SCALING_NAME, dump_scaled_sets
+from recompile.errors import CheckpointError, OutputError, RecipeError, UnsupportedError
+from recompile.formats import DTYPE_BYTES, FORMATS
+from recompile.merge.configs import dump_json, is_verbatim, merged_texts, origin_of, without_quantization
+from recompile.merge.convert import Conversion, is_expressible, plan_conversions
+from recompile.merge.overlay import PADDING, Accounting, Overlay, Placement, account, quantizable
+from recompile.recipe.recipe import dump_recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST_NAME = "recompile_manifest.json"
+MANIFEST_VERSION = 1
+MANIFEST_ENTRY_BYTES = 400  # about what a module takes there
+MARKER_NAME = ".recompile-partial"  # says that a directory is ours to delete
+PARTIAL_SUFFIX = ".partial"
+DEFAULT_SHARD_MB = 8192
+MB = 1 << 20  # of --shard-size, as exllamav3 counts
+
+CHUNK_BYTES = 1 << 20  # copied and hashed at a time, per thread: stays in a core's cache between the two
+# sha256 costs more than the copy itself, so modules are spread over threads that each copy and hash.
+MAX_WORKERS = 4
+
+# Weights of other kinds, which would be stale beside ours, and the records of the tools of this project.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot")
+QUANTIZATION_FILES = frozenset(
+    {"quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+)
+REWRITTEN_FILES = QUANTIZATION_FILES | {"config.json", MANIFEST_NAME, "made_by_recompile.json", SCALING_NAME}
+BESIDE_GGUF = frozenset(
+    {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    | {"vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"}
+)
+STALE_IN_MIXES = frozenset({"quantize_report.json"})  # true of a variant, not of a mix
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output and where its bytes come from."""
+
+    info: TensorInfo  # in the output: path and offset as they will be under OUT
+    source: TensorInfo | None  # copied from here; None for a value that is decoded or converted
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One module of the output. Its tensors stand in part-name order, the order in which they are hashed."""
+
+    name: str
+    placement: Placement
+    stored: StoredModule  # as the output holds it
+    tensors: tuple[PlannedTensor, ...]
+    shard: int
+    conversion: Conversion | None = None
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    file: str
+    header: bytes  # everything before the data, length prefix included
+    size_bytes: int  # of the whole file
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """Everything that `execute` will do. `texts` are the JSON files but the manifest, which needs the hashes."""
+
+    overlay: Overlay
+    out: Path
+    dense: bool
+    shards: tuple[PlannedShard, ...]
+    modules: tuple[PlannedModule, ...]
+    texts: Mapping[str, str]
+    copies: tuple[Path, ...]  # other files of the base directory
+    recipe_text: str | None
+    accounting: Accounting
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(module.stored.size_bytes for module in self.modules)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Room that the output will take; its manifest is estimated."""
+        return (
+            sum(shard.size_bytes for shard in self.shards)
+            + sum(len(text.encode()) for text in self.texts.values())
+            + sum(path.stat().st_size for path in self.copies)
+            + MANIFEST_ENTRY_BYTES * len(self.modules)
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """Some bytes of a module were written (or checked)."""
+
+    module: str
+    done_bytes: int
+    total_bytes: int
+
+
+def plan_write(
+    overlay: Overlay,
+    out: str | os.PathLike[str],
+    shard_mb: int = DEFAULT_SHARD_MB,
+    *,
+    dense: bool = False,
+    reencode: bool = False,
+) -> WritePlan:
+    """Decide every byte range, config and file of the output; reads headers and small JSON files, no tensor but the
+    group indices of GPTQ modules and the global scales of nvfp4 ones.
+
+    dense:    decode every quantized module to the base's dense dtype (bf16 as a rule) and copy the rest; imports torch
+    reencode: give nvfp4 modules of a fused set from several sources one global scale
+
+    Raises UnsupportedError for a mix that no engine loads (the message names `--dense` where that helps), MismatchError
+    for sources with rotations of their own, FormatError for modules that their config does not describe, RecipeError
+    for a recipe that changed on disk, OutputError for a shard size below 1.
+    """
+    if shard_mb < 1:
+        raise OutputError(f"--shard-size {shard_mb}: wanted at least 1 (MB)")
+    out = Path(out)
+    warnings: list[str] = []
+    conversions: dict[str, Conversion] = {}
+    ordered = [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
+    if dense:
+        wanted = _dense_tensors(overlay, ordered)
+        texts = {"config.json": dump_json(_dense_config(overlay))}
+        prefix, with_index = "model", True
+    else:
+        if is_expressible([p.stored.format for p in ordered]):
+            conversions = plan_conversions(overlay, reencode=reencode)
+        wanted = [_copied(p) if p.module not in conversions else _converted(p, conversions) for p in ordered]
+        texts, warnings = merged_texts(overlay, conversions)
+        exl2 = "exl2" in overlay.formats
+        prefix, with_index = ("output", False) if exl2 else ("model", True)
+    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, prefix, conversions)
+    if with_index and len(shards) > 1:
+        texts[INDEX_NAME] = dump_json(_index(modules, shards))
+    if overlay.scaled_sets:
+        texts[SCALING_NAME] = dump_scaled_sets(overlay.scaled_sets)
+    if is_verbatim(overlay) and not dense:
+        skipped = frozenset(REWRITTEN_FILES - QUANTIZATION_FILES | texts.keys())
+    else:
+        skipped = REWRITTEN_FILES | STALE_IN_MIXES
+    accounting = account([module.stored for module in modules], quantizable(overlay.checkpoints))
+    return WritePlan(
+        overlay,
+        out,
+        dense,
+        shards,
+        modules,
+        texts,
+        other_files(overlay.base.path, skipped),
+        recipe_text(overlay),
+        accounting,
+        tuple(warnings),
+    )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A tensor of the output before it has a place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo | None
+
+    @property
+    def size_bytes(self) -> int:
+        size = DTYPE_BYTES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def _copied(placement: Placement) -> list[_Wanted]:
+    return [_Wanted(i.name, i.dtype, i.shape, i) for _, i in sorted(placement.stored.parts.items())]
+
+
+def _converted(placement: Placement, conversions: Mapping[str, Conversion]) -> list[_Wanted]:
+    parts = conversions[placement.module].parts
+    return [_Wanted(f"{placement.module}.{part}", dtype, shape, None) for part, (dtype, shape) in parts.items()]
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in name.split(".")]
+
+
+def _lay_out(
+    out: Path,
+    ordered: Sequence[Placement],
+    wanted: Sequence[Sequence[_Wanted]],
+    shard_bytes: int,
+    prefix: str,
+    conversions: Mapping[str, Conversion],
+) -> tuple[tuple[PlannedShard, ...], tuple[PlannedModule, ...]]:
+    """Fill shards in the order of the modules; a module's tensors stay together, one larger than a shard alone."""
+    members: list[list[int]] = []
+    filled = 0
+    for number, tensors in enumerate(wanted):
+        size = sum(tensor.size_bytes for tensor in tensors)
+        if not members or (members[-1] and filled + size > shard_bytes):
+            members.append([])
+            filled = 0
+        members[-1].append(number)
+        filled += size
+    shards, modules = [], []
+    for shard, numbers in enumerate(members):
+        file = f"{prefix}.safetensors"
+        if len(members) > 1:
+            file = f"{prefix}-{shard + 1:05d}-of-{len(members):05d}.safetensors"
+        # Wide dtypes first: then every tensor starts at a multiple of its item size, which loaders that map files need.
+        tensors = sorted(
+            (tensor for number in numbers for tensor in wanted[number]), key=lambda t: -DTYPE_BYTES[t.dtype]
+        )
+        starts, end = {}, 0
+        for tensor in tensors:
+            starts[tensor.name] = end
+            end += tensor.size_bytes
+        header = _header(tensors, starts)
+        shards.append(PlannedShard(file, header, len(header) + end))
+        for number in numbers:
+            placement = ordered[number]
+            planned = tuple(
+                PlannedTensor(
+                    TensorInfo(t.name, t.dtype, t.shape, out / file, len(header) + starts[t.name], t.size_bytes),
+                    t.source,
+                )
+                for t in wanted[number]
+            )
+            conversion = conversions.get(placement.module)
+            stored = _stored(placement, planned, conversion)
+            modules.append(PlannedModule(placement.module, placement, stored, planned, shard, conversion))
+    return tuple(shards), tuple(modules)
+
+
+def _stored(placement: Placement, tensors: Sequence[PlannedTensor], conversion: Conversion | None) -> StoredModule:
+    """The module as the output holds it."""
+    skip = len(placement.module) + 1
+    parts = {tensor.info.name[skip:]: tensor.info for tensor in tensors}
+    if conversion is not None:
+        return StoredModule(placement.module, parts, placement.stored.shape, conversion.format)
+    if all(tensor.source is not None for tensor in tensors):
+        return StoredModule(placement.module, parts, placement.stored.shape, placement.stored.format)
+    return StoredModule(placement.module, parts, parts["weight"].shape, "dense")
+
+
+def _header(tensors: Sequence[_Wanted], starts: Mapping[str, int]) -> bytes:
+    """The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for tensor in tensors:
+        start = starts[tensor.name]
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.size_bytes],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _index(modules: Sequence[PlannedModule], shards: Sequence[PlannedShard]) -> dict[str, Any]:
+    weight_map = {t.info.name: shards[module.shard].file for module in modules for t in module.tensors}
+    return {
+        "metadata": {"total_size": sum(module.stored.size_bytes for module in modules)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def other_files(directory: Path, skipped: frozenset[str] = REWRITTEN_FILES) -> tuple[Path, ...]:
+    """Files that a new checkpoint takes over from the base as they are: tokenizer, generation config, licence, code."""
+    beside = directory.is_file()  # a GGUF file: only what is surely the model's own
+    return tuple(
+        path
+        for path in sorted((directory.parent if beside else directory).iterdir())
+        if path.is_file()
+        and not (beside and path.name not in BESIDE_GGUF)
+        and not path.name.startswith(".")
+        and path.suffix.lower() not in WEIGHT_SUFFIXES
+        and not path.name.endswith(".index.json")
+        and path.name not in skipped
+    )
+
+
+def recipe_text(overlay: Overlay) -> str | None:
+    """The recipe as written. Raises RecipeError if the file no longer says what was resolved."""
+    recipe = overlay.recipe
+    if recipe is None:
+        return None
+    if recipe.path is None:
+        return dump_recipe(recipe)
+    try:
+        text = recipe.path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{recipe.name}: cannot be read again: {error}") from error
+    again = parse_recipe(text, recipe.name)
+    if (again.sources, again.overrides) != (recipe.sources, recipe.overrides):
+        raise RecipeError(f"{recipe.name}: changed while this command was reading it; start again")
+    return text
+
+
+# ---- dense output ----------------------------------------------------------------------------------------------------
+
+
+def _dense_config(overlay: Overlay) -> dict[str, Any]:
+    config = without_quantization(overlay.config)
+    name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(dense_dtype(overlay.base.modules.values()))
+    if name is not None:
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = name
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = name
+    return config
+
+
+def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[_Wanted]]:
+    """The tensors of a decoded copy: dense modules as they are, others as `weight` (and `bias`) of their true shape.
+
+    Raises UnsupportedError for a format that cannot be decoded, FormatError for a module that no config covers.
+    """
+    dtype = dense_dtype(overlay.base.modules.values())
+    for placement in ordered:
+        if not FORMATS[placement.stored.format].runnable:
+            raise UnsupportedError(
+                f"{origin_of(placement)}: {placement.module} is stored as {placement.stored.format}, which cannot be "
+                f"decoded; take that module from another variant"
+            )
+        if placement.stored.is_quantized:
+            placement.checkpoint.scheme(placement.stored)
+    shapes = _true_shapes(overlay)
+    wanted: list[list[_Wanted]] = []
+    for placement in ordered:
+        stored = placement.stored
+        if isinstance(placement.checkpoint, GgufCheckpoint):  # stored in GGUF's own order and convention
+            infos = [info for _, info in sorted(stored.parts.items()) if info.name in placement.checkpoint.places]
+            wanted.append([_Wanted(info.name, dtype, info.shape, None) for info in infos])
+            continue
+        if not stored.is_quantized:
+            wanted.append([_Wanted(i.name, i.dtype, i.shape, i) for _, i in sorted(stored.parts.items())])
+            continue
+        shape = shapes.get(stored.name) or stored.shape
+        assert shape is not None, stored.name
+        tensors = [_Wanted(f"{stored.name}.weight", dtype, shape, None)]
+        if "bias" in stored.parts:
+            bias = stored.parts["bias"]
+            # The padding is at the end, so the true bias is a prefix of the stored bytes.
+            cut = TensorInfo(
+                bias.name, bias.dtype, shape[:1], bias.path, bias.offset, shape[0] * DTYPE_BYTES[bias.dtype]
+            )
+            tensors.insert(0, _Wanted(bias.name, bias.dtype, shape[:1], cut))
+        wanted.append(tensors)
+    return wanted
+
+
+def _true_shapes(overlay: Overlay) -> dict[str, tuple[int, ...]]:
+    """The shape without padding of every module that is stored padded.
+
+    From another checkpoint of the mix that holds the module unpadded, else from the model that config.json describes.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    missing = []
+    for name, stored in overlay.modules.items():
+        if stored.format not in PADDING:
+            continue
+        unpadded = (c.modules.get(name) for c in overlay.checkpoints)
+        shape = next((m.shape for m in unpadded if m is not None and m.format not in PADDING and m.shape), None)
+        if shape is not None:
+            found[name] = shape
+        else:
+            missing.append(name)
+    if missing:
+        from recompile.model.stream import LayeredModel
+
+        model = LayeredModel.of(overlay)
+        parameters = dict(model.model.named_parameters(remove_duplicate=False))
+        for name in missing:
+            found[name] = _shape_in_model(overlay, model, parameters, name)
+    return found
+
+
+def _shape_in_model(overlay: Overlay, model: Any, parameters: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    tensor = f"{module}.weight"
+    stored = overlay.modules[module].shape
+    for name, origin in model.origins.items():
+        if tensor not in origin.tensors:
+            continue
+        shape = tuple(parameters[name].shape)
+        if origin.converter is not None and len(shape) == 3:  # experts in one tensor, some projections side by side
+            side_by_side = len(set(origin.patterns))
+            shape = (shape[1] // side_by_side, shape[2])
+        fits = stored is None or all(true <= padded for true, padded in zip(shape, stored, strict=True))
+        if len(shape) == 2 and fits:
+            return shape
+    raise UnsupportedError(
+        f"{overlay.label}: {module} is stored padded as {list(stored or ())}, and its true shape does not follow from "
+        f"config.json, so that it cannot be decoded to a dense copy"
+    )
+
+
+def _decode(overlay: Overlay, module: PlannedModule, tensor: PlannedTensor) -> memoryview:
+    """The bytes of one decoded weight. Raises CheckpointError for values that the dense dtype cannot hold."""
+    import torch
+    from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
+
+    info = tensor.info
+    value: Tensor = overlay.load(info.name)
+    if any(have < want for have, want in zip(value.shape, info.shape, strict=True)):
+        raise CheckpointError(
+            f"{origin_of(module.placement)}: {info.name} decodes to {list(value.shape)}, wanted {info.shape}"
+        )
+    value = value[tuple(slice(0, size) for size in info.shape)].to(TORCH_DTYPES[info.dtype]).contiguous()
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(
+            f"{origin_of(module.placement)}: {info.name} has values beyond the range of {info.dtype}; use a base whose "
+            f"dense tensors are bfloat16"
+        )
+    return memoryview(value.view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
+
+
+# ---- where the output goes -------------------------------------------------------------------------------------------
+
+
+def check_output(overlay: Overlay, out: str | os.PathLike[str], needed_bytes: int = 0) -> None:
+    """Raise OutputError if `out` cannot become the output: it is, holds or lies in an input (symbolic links followed),
+    it exists and is not empty, `out`.partial is another's, its place cannot be written to or has too little room."""
+    label = os.fspath(out)
+    real = Path(os.path.realpath(Path(out).expanduser()))
+    if real.name.endswith(PARTIAL_SUFFIX):
+        raise OutputError(f"{label}: names ending in {PARTIAL_SUFFIX} are kept for unfinished outputs; choose another")
+    partial = _partial_path(real)
+    for checkpoint in overlay.checkpoints:
+        source = Path(os.path.realpath(checkpoint.path))
+        for place, what in ((real, label), (partial, f"{label}{PARTIAL_SUFFIX}")):
+            if place == source:
+                raise OutputError(f"{what}: is the input directory {checkpoint.label}; choose another output")
+            if source in place.parents:
+                raise OutputError(f"{what}: lies inside the input directory {checkpoint.label}; choose another output")
+            if place in source.parents:
+                raise OutputError(f"{what}: holds the input directory {checkpoint.label}; choose another output")
+    if real.exists() and not real.is_dir():
+        raise OutputError(f"{label}: exists and is a file; choose another output")
+    try:
+        if real.is_dir() and any(real.iterdir()):
+            raise OutputError(f"{label}: exists and is not empty; remove it or choose another output")
+        reclaimed = _check_partial(partial)
+        parent = _existing_parent(real)
+        if not parent.is_dir():
+            raise OutputError(f"{label}: {parent} is a file; choose another output")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{label}: no permission to write in {parent}; choose another output")
+        free = shutil.disk_usage(parent).free + reclaimed
+    except OSError as error:
+        raise OutputError(f"{label}: cannot be used as output: {error.strerror or error}") from error
+    if needed_bytes > free:
+        raise OutputError(
+            f"{label}: needs {needed_bytes} bytes ({needed_bytes / 2**30:.2f} GiB), {parent} has {free} free "
+            f"({free / 2**30:.2f} GiB); free some or choose another disk"
+        )
+
+
+def _partial_path(real: Path) -> Path:
+    return real.with_name(real.name + PARTIAL_SUFFIX)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next((parent for parent in path.parents if parent.exists()), Path(path.anchor))
+
+
+def _check_partial(partial: Path) -> int:
+    """Bytes in an unfinished output of ours, which will be replaced. Raises OutputError if it is not ours."""
+    if not os.path.lexists(partial):
+        return 0
+    ours = partial.is_dir() and not partial.is_symlink()
+    if not ours or (not (partial / MARKER_NAME).is_file() and any(partial.iterdir())):
+        raise OutputError(
+            f"{partial}: exists and is not an unfinished output of recompile (no {MARKER_NAME} in it); "
+            f"move it away or choose another output"
+        )
+    return sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
+
+
+class _Partial:
+    """The directory that the output grows in. Ours alone while we hold the lock on its marker."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(os.path.realpath(out.expanduser()))
+        self.path = _partial_path(self.out)
+        self._marker = -1
+
+    def create(self) -> None:
+        """Make it, in place of one that a killed run left. Raises OutputError where another run is at work."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _check_partial(self.path)
+        marker = self.path / MARKER_NAME
+        if marker.exists():
+            with marker.open("rb") as old:
+                _lock(old.fileno(), self.path)
+                shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor, self.path)
+        except OutputError:
+            os.close(descriptor)
+            raise
+        self._marker = descriptor
+        os.write(self._marker, b"An unfinished output of recompile. The next run with this output replaces it.\n")
+
+    def finish(self) -> None:
+        """Rename it to the output. The marker goes last: a directory without it is never taken for ours to delete."""
+        _fsync(self.path)
+        os.rename(self.path, self.out)
+        _fsync(self.out.parent)
+        (self.out / MARKER_NAME).unlink()
+        _fsync(self.out)
+        self._close()
+
+    def discard(self) -> None:
+        """Remove it, if it was made by this run."""
+        if self._marker >= 0:
+            _insist(lambda: shutil.rmtree(self.path, ignore_errors=True))
+            self._close()
+
+    def _close(self) -> None:
+        if self._marker >= 0:
+            os.close(self._marker)
+            self._marker = -1
+
+
+def _insist(clean_up: Callable[[], None]) -> None:
+    """Clean up to the end, also where Ctrl-C is pressed again meanwhile (or a shell sends it twice)."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            clean_up()
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
+def _lock(descriptor: int, partial: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(
+            f"{partial}: another recompile is writing it; wait for it or choose another output"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+
+
+def _fsync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def execute(plan: WritePlan, *, workers: int | None = None) -> Generator[Step, None, None]:
+    """Carry out a plan, yielding a step for every few MiB. The output exists when the iterator is exhausted.
+
+    workers: threads that copy and hash; default by the number of cores. Decoding runs in one.
+
+    If it fails, is interrupted or is abandoned, neither OUT nor OUT.partial is left. Raises OutputError (no room, no
+    permission, the output exists by now) and CheckpointError (a source that ends early or changes meanwhile).
+    """
+    check_output(plan.overlay, plan.out, plan.needed_bytes)
+    partial = _Partial(plan.out)
+    progress = _Progress(plan.data_bytes)
+    try:
+        partial.create()
+        with _OpenFiles(plan, partial.path) as files:
+            hashes: dict[str, str] = {}
+            yield from _run(plan, files, progress, hashes, 1 if plan.dense else workers or default_workers())
+            files.finish()
+        for source in plan.copies:
+            progress.file = source.name
+            _copy_file(source, partial.path / source.name)
+        for name, text in {**plan.texts, MANIFEST_NAME: dump_json(make_manifest(plan, hashes))}.items():
+            progress.file = name
+            _write_text(partial.path / name, text)
+        partial.finish()
+        yield Step("", progress.total, progress.total)
+    except OSError as error:
+        partial.discard()
+        raise _output_error(plan, progress, error) from error
+    except BaseException:
+        partial.discard()
+        raise
+
+
+@dataclass
+class _Progress:
+    total: int
+    done: int = 0
+    file: str = ""
+
+
+def _output_error(plan: WritePlan, progress: _Progress, error: OSError) -> OutputError:
+    where = f"{plan.out}: cannot be written: {error.strerror or error}"
+    at = f" at {progress.file}" if progress.file else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    way_out = "free some space or choose another disk" if full else "choose another output"
+    return OutputError(
+        f"{where}{at}, after {progress.done} of {progress.total} bytes (nothing of it is left); {way_out}"
+    )
+
+
+def default_workers() -> int:
+    """Threads that copy and hash: one more than cores, since one of them waits for the disk."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, cores + 1)
+
+
+@dataclass(frozen=True)
+class _Wrote:
+    module: PlannedModule
+    count: int
+
+
+class _Cancelled(Exception):
+    """Another thread failed or the user stopped."""
+
+
+def _run(
+    plan: WritePlan, files: _OpenFiles, progress: _Progress, hashes: dict[str, str], workers: int
+) -> Iterator[Step]:
+    """Write every module, in threads; `hashes` is filled with a sha256 per module."""
+    events: queue.SimpleQueue[_Wrote | Future[tuple[str, str]]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def write(module: PlannedModule) -> tuple[str, str]:
+        return module.name, _write_module(plan, module, files, lambda count: events.put(_Wrote(module, count)), stop)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="recompile-write")
+    try:
+        for module in plan.modules:
+            pool.submit(write, module).add_done_callback(events.put)
+        left = len(plan.modules)
+        while left:
+            event = events.get()
+            if isinstance(event, _Wrote):
+                progress.done += event.count
+                progress.file = plan.shards[event.module.shard].file
+                yield Step(event.module.name, progress.done, progress.total)
+            else:
+                left -= 1
+                name, digest = event.result()
+                hashes[name] = digest
+    finally:
+        stop.set()
+        _insist(lambda: pool.shutdown(wait=True, cancel_futures=True))
+
+
+def _write_module(
+    plan: WritePlan, module: PlannedModule, files: _OpenFiles, wrote: Callable[[int], None], stop: threading.Event
+) -> str:
+    """Write one module and return the sha256 of its parts' bytes."""
+    digest = hashlib.sha256()
+    target = files.shards[module.shard]
+    made = _convert(module) if module.conversion is not None else {}
+    for tensor in module.tensors:
+        if tensor.info.name in made:
+            chunks = _in_chunks(made[tensor.info.name])
+        elif tensor.source is None:
+            chunks = _in_chunks(_decode(plan.overlay, module, tensor))
+        else:
+            chunks = files.read(tensor.source)
+        at = tensor.info.offset
+        for chunk in chunks:
+            if stop.is_set():
+                raise _Cancelled
+            with files.locks[module.shard]:
+                _write_at(target, chunk, at)
+            digest.update(chunk)
+            at += len(chunk)
+            wrote(len(chunk))
+        files.start_flush(module.shard, tensor.info)
+    return digest.hexdigest()
+
+
+def _convert(module: PlannedModule) -> dict[str, memoryview]:
+    """The bytes of every tensor of a module that changes its form."""
+    import torch
+
+    assert module.conversion is not None, module.name
+    parts = {part: read_tensor(info) for part, info in module.placement.stored.parts.items()}
+    made = module.conversion.run(parts)
+    found = {}
+    for tensor in module.tensors:
+        value = made[tensor.info.name[len(module.name) + 1 :]].contiguous()
+        assert tuple(value.shape) == tensor.info.shape, f"{tensor.info.name} was planned as {tensor.info.shape}"
+        found[tensor.info.name] = memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return found
+
+
+def _in_chunks(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        count = os.pwrite(descriptor, data, offset)
+        data = data[count:]
+        offset += count
+
+
+class _OpenFiles:
+    """Descriptors of the sources and of the shards, for the length of a `with` block.
+
+    Sources must be what they were when the plan was made, and must not change until they are copied.
+    """
+
+    def __init__(self, plan: WritePlan, directory: Path) -> None:
+        self.plan = plan
+        self.directory = directory
+        self.shards: list[int] = []
+        # Writes to one file exclude each other in the kernel anyway, where waiting threads burn a core.
+        self.locks = [threading.Lock() for _ in plan.shards]
+        self._sources: dict[Path, int] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._buffers = threading.local()
+
+    def __enter__(self) -> _OpenFiles:
+        try:
+            self._open_sources()
+            for shard in self.plan.shards:
+                descriptor = os.open(self.directory / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                self.shards.append(descriptor)
+                os.ftruncate(descriptor, shard.size_bytes)
+                _write_at(descriptor, memoryview(shard.header), 0)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _open_sources(self) -> None:
+        wanted: dict[Path, list[TensorInfo]] = {}
+        for module in self.plan.modules:
+            if isinstance(module.placement.checkpoint, GgufCheckpoint):
+                continue  # is decoded, which reads it as it is opened
+            for info in module.placement.stored.parts.values():
+                wanted.setdefault(info.path, []).append(info)
+        for path, infos in wanted.items():
+            now, _ = read_safetensors_header(path)
+            if any(now.get(info.name) != info for info in infos):
+                raise CheckpointError(f"{path}: was changed after it was opened; start again")
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+            self._sources[path] = descriptor
+            self._stamps[path] = self._stamp(descriptor)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    @staticmethod
+    def _stamp(descriptor: int) -> tuple[int, int]:
+        status = os.fstat(descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, info: TensorInfo) -> Iterator[memoryview]:
+        """The bytes of a tensor in chunks; each is overwritten by the next. Raises CheckpointError where they end."""
+        descriptor = self._sources[info.path]
+        buffer = getattr(self._buffers, "view", None)
+        if buffer is None:
+            buffer = self._buffers.view = memoryview(bytearray(CHUNK_BYTES))
+        done = 0
+        while done < info.size_bytes:
+            try:
+                count = os.preadv(descriptor, [buffer[: min(CHUNK_BYTES, info.size_bytes - done)]], info.offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{info.path}: ends after {done} of the {info.size_bytes} bytes of tensor {info.name}; it was cut "
+                    f"short while it was being copied, restore it and start again"
+                )
+            yield buffer[:count]
+            done += count
+
+    def start_flush(self, shard: int, written: TensorInfo) -> None:
+        """Let the kernel begin to write a tensor to disk, so that the flush at the end finds little to do. On Linux the
+        advice to drop pages does that for pages that cannot be dropped yet."""
+        if written.size_bytes >= CHUNK_BYTES and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.shards[shard], written.offset, written.size_bytes, os.POSIX_FADV_DONTNEED)
+
+    def finish(self) -> None:
+        """Flush the shards to disk. Raises CheckpointError if a source was changed while it was read."""
+        for descriptor in self.shards:
+            os.fsync(descriptor)
+        for path, descriptor in self._sources.items():
+            if self._stamp(descriptor) != self._stamps[path]:
+                raise CheckpointError(f"{path}: was changed while it was being copied; start again")
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in (*self.shards, *self._sources.values()):
+            os.close(descriptor)
+        self.shards, self._sources = [], {}
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    try:
+        reader = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from error
+    with reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _write_text(target: Path, text: str) -> None:
+    with target.open("x", encoding="utf-8") as writer:
+        writer.write(text)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+# ---- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def make_manifest(plan: WritePlan, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What the output is made of; the same for every run with the same inputs (no times, no host, no output name).
+
+    A module's hash is the sha256 of the bytes of its parts, one after another in the order of the part names.
+    """
+    overlay = plan.overlay
+    modules: dict[str, Any] = {}
+    for module in plan.modules:
+        entry: dict[str, Any] = {
+            "source": module.placement.source,
+            "format": module.stored.format,
+            "bits_per_weight": round(module.stored.bits_per_weight, 6),
+            "sha256": hashes[module.name],
+        }
+        if module.conversion is not None:
+            entry["converted_from"] = module.placement.stored.format
+        elif module.stored.format != module.placement.stored.format:
+            entry["decoded_from"] = module.placement.stored.format
+        modules[module.name] = entry
+    text = plan.recipe_text
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "recompile_version": __version__,
+        "dense": plan.dense,
+        "base": _manifest_source(overlay.base),
+        "sources": {model_dir: _manifest_source(source) for model_dir, source in overlay.sources.items()},
+        "recipe": None
+        if text is None or overlay.recipe is None
+        else {"name": overlay.recipe.name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text},
+        "accounting": plan.accounting.as_dict(),
+        "modules": modules,
+    }
+
+
+def _manifest_source(checkpoint: Checkpoint) -> dict[str, str]:
+    return {"directory": checkpoint.label, "fingerprint": checkpoint.fingerprint}

@@ -1,0 +1,1 @@
+"""A transformers model run layer by layer; tokens and activations."""

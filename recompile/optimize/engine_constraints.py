@@ -1,0 +1,76 @@
+"""What an engine loads as one piece, and which candidates it takes: rules for a choice that can be loaded.
+
+vLLM, SGLang and transformers are recompile.engines' matter. exllamav3 asserts one K for all `gate` of a layer's
+experts, one for all `up`, one for all `down`, and runs pairs of equal K faster, which is no condition; llama.cpp
+stores all experts of one projection as one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.checkpoint.module_names import role_of
+from recompile.errors import FormatError, RecompileError
+from recompile.merge import engine_rules as engines
+
+OWN_FORMATS: Mapping[str, tuple[str, ...] | None] = {
+    "exllamav3": ("exl3",),
+    "llama.cpp": None,  # any GGUF type, and those that model_quantize can make
+}
+ENGINES = (*engines.ENGINES, *OWN_FORMATS)
+
+_EXPERT = re.compile(r"^(.*\.experts)\.(?:\d+\.)?([^.]+)$")
+
+
+def check_engine(name: str) -> None:
+    """Raises RecompileError for an engine that is not known."""
+    if name not in ENGINES:
+        raise RecompileError(f'--engine "{name}": wanted one of {", ".join(ENGINES)}')
+
+
+def is_routed_expert(module: str) -> bool:
+    """Whether only some tokens run through it; shared experts are no routed ones."""
+    return _EXPERT.match(module) is not None
+
+
+def loaded_together(engine: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
+    """Sets of modules that have to come from one source, each of two or more."""
+    modules = list(modules)
+    if engine in engines.ENGINES:
+        return engines.tied_sets(engine, modules)
+    sets: dict[tuple[str, str], list[str]] = {}
+    for module in modules:
+        expert = _EXPERT.match(module)
+        if expert is not None:
+            sets.setdefault((expert[1], expert[2]), []).append(module)
+    return [tuple(members) for members in sets.values() if len(members) > 1]
+
+
+def why_refused(engine: str, checkpoint: Checkpoint, module: StoredModule) -> str | None:
+    """Why the engine does not run a module as this checkpoint stores it; None if it does."""
+    if not module.is_quantized:
+        return None
+    if engine in OWN_FORMATS:
+        formats = OWN_FORMATS[engine]
+        return f"{engine} does not read {module.format}" if formats and module.format not in formats else None
+    try:
+        kind = engines.kind_of(checkpoint, module)
+    except FormatError as error:
+        return str(error)
+    if kind is None:
+        return f"{engine} does not read {module.format}"
+    return engines.why_not(engine, kind, role_of(module.name), expert=is_routed_expert(module.name))
+
+
+def refusals(engine: str, checkpoints: Mapping[str, Checkpoint]) -> dict[str, dict[str, str]]:
+    """candidate label -> module -> why the engine refuses it. Headers and configs only."""
+    return {
+        label: {
+            name: reason
+            for name, module in checkpoint.modules.items()
+            if (reason := why_refused(engine, checkpoint, module)) is not None
+        }
+        for label, checkpoint in checkpoints.items()
+    }

@@ -1,0 +1,1 @@
+"""Override files: values, YAML, globs, compression."""
