@@ -6,15 +6,16 @@ The same views as the page: one function a picture, each given an empty matplotl
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eval.report.data import Measured, ReportData
 from recompile.costs import ProfileGroup
 from recompile.errors import OutputError, RecompileError
+from recompile.io.files import write_with
 from recompile.optimize.choose import make_problem, predict
 from recompile.optimize.frontier import lagrangian_path
 from recompile.optimize.greedy import solve_greedy
@@ -78,10 +79,8 @@ def write_pictures(data: ReportData, directory: Path, kind: str) -> list[Path]:
                 FigureCanvasAgg(figure)
                 picture.draw(figure, data)
                 path = directory / f"{picture.name}.{kind}"
-                partial = path.with_name(f"{path.name}.partial")
                 metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                figure.savefig(partial, format=kind, dpi=130, metadata=metadata)
-                os.replace(partial, path)
+                write_with(path, partial(figure.savefig, format=kind, dpi=130, metadata=metadata))
                 written.append(path)
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written: {error.strerror or error}") from error

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +21,11 @@ from typing import Any, Protocol
 
 import click
 
+from recompile import __version__
 from recompile.errors import OutputError, RecompileError
+from recompile.io.files import check_outputs, last_opened, write_text
+from recompile.io.printable import PrintableStream, printable
+from recompile.io.sizes import format_bytes as format_bytes
 
 LINE_EVERY_SECONDS = 10.0  # where no bar can be drawn (a log file), one line this often
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -27,11 +34,65 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
+class PositiveFloat(click.ParamType):
+    """A finite number above 0: "nan", "inf", 0 and -3 are refused."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number <= 0:
+            self.fail(f"{value!r} is not a number above 0.", param, ctx)
+        return number
+
+
 class Command(click.Command):
-    """A click command whose expected failures are one line on stderr and exit code 1, without a traceback."""
+    """A click command whose failures are one line on stderr and exit code 1, without a traceback.
+
+    outputs: flag -> parameter of a file that is written; inputs: parameters that name files or directories (also as
+        ID=DIR). An output that is an input, or that this tool did not make, is refused before anything starts; with
+        outputs the command gets `--force`.
+    Options of a plain float are finite numbers above 0; those of a plain int are at least 1, or 0 where that is the
+    default. What is printed has its control characters escaped, whatever file it came from.
+    """
+
+    def __init__(
+        self, *args: Any, outputs: Mapping[str, str] | None = None, inputs: Sequence[str] = (), **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self.outputs, self.inputs = dict(outputs or {}), tuple(inputs)
+        for option in self.params:
+            if option.type is click.FLOAT:
+                option.type = PositiveFloat()
+            elif option.type is click.INT:
+                option.type = click.IntRange(0 if option.default == 0 else 1, 2**31 - 1)
+        if self.outputs:
+            help_text = "Replace files that this tool did not make; never inputs."
+            self.params.append(
+                click.Option(["--force"], is_flag=True, expose_value=False, help=help_text, callback=_force)
+            )
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        with printable_streams():
+            try:
+                return super().main(*args, **extra)
+            except SystemExit as ended:
+                raise SystemExit(_flush_stdout(ended.code)) from None
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, EOFError, OSError):
+            raise
+        except Exception as error:
+            raise click.ClickException(unforeseen(error)) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            self._check_files(ctx)
             return super().invoke(ctx)
         except RecompileError as error:
             raise click.ClickException(str(error)) from error
@@ -43,12 +104,101 @@ class Command(click.Command):
         except OSError as error:
             where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            raise click.ClickException(unforeseen(error)) from error
+
+    def _check_files(self, ctx: click.Context) -> None:
+        given = [value for name in self.inputs for value in _paths(ctx.params.get(name))]
+        given += [value.partition("=")[2] for value in given if "=" in value and not os.path.exists(value)]
+        named = {flag: ctx.params.get(name) for flag, name in self.outputs.items()}
+        check_outputs(named, given, force=bool(ctx.meta.get(_FORCE)))
+
+
+def refuse_outputs(outputs: Mapping[str, Path | str | None], inputs: Iterable[Path | str | None]) -> None:
+    """As `check_outputs`, for files that the options do not name; `--force` counts."""
+    context = click.get_current_context(silent=True)
+    check_outputs(outputs, inputs, force=bool(context and context.meta.get(_FORCE)))
+
+
+_FORCE = "recompile.force"
+
+
+def _force(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta[_FORCE] = value
+
+
+def _paths(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [os.fspath(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def unforeseen(error: Exception) -> str:
+    """One line for an error that no layer foresaw: what was being read, what failed, where the details were written."""
+    read = last_opened()
+    after = f"after reading {read}: " if read else ""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower():
+        return (
+            f"{after}there is not enough memory ({str(error).splitlines()[0][:200] if str(error) else 'MemoryError'})"
+        )
+    said = (str(error).strip().splitlines() or [""])[0][:300]
+    try:
+        with tempfile.NamedTemporaryFile(  # is kept: the message names it
+            "w", prefix="recompile-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write("".join(traceback.format_exception(error)))
+        details = f"the details were written to {file.name}"
+    except OSError:
+        details = "the details could not be written"
+    return f"{after}unforeseen: {type(error).__name__}: {said}; {details}"
+
+
+def _flush_stdout(code: Any) -> Any:
+    """The exit code, once all of stdout is out: 1 where it could not be (a full disk)."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it once more at its end)
+        return code or 1
+    except (OSError, ValueError) as error:
+        click.echo(f"Error: stdout: cannot be written: {getattr(error, 'strerror', None) or error}", err=True)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return code or 1
+    return code
+
+
+@contextmanager
+def printable_streams() -> Iterator[None]:
+    """Escape control characters in what is printed, and show what the library logs (`Note: ...`)."""
+    before = sys.stdout, sys.stderr
+    if any(isinstance(stream, PrintableStream) for stream in before):  # a command that runs another
+        yield
+        return
+    notes = _Notes(logging.WARNING)
+    logging.getLogger("recompile").addHandler(notes)
+    if sys.stdout is not None:
+        sys.stdout = PrintableStream(sys.stdout)
+    if sys.stderr is not None:
+        sys.stderr = PrintableStream(sys.stderr)
+    try:
+        yield
+    finally:
+        logging.getLogger("recompile").removeHandler(notes)
+        sys.stdout, sys.stderr = before
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"Note: {record.getMessage()}", err=True)
 
 
 def command(name: str, **options: Any) -> Callable[[Callable[..., Any]], Command]:
     """Decorator: a function with click options becomes a command of this project.
 
-    RecompileError (and an OSError that no layer gave a better message) becomes `Error: ...` and exit code 1, Ctrl-C one
+    RecompileError becomes `Error: ...` and exit code 1, any other exception one line and exit code 1, Ctrl-C one
     line and exit code 130; `-h` works as `--help`. Help texts keep their line breaks after a `\\b` line.
     """
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, **options.pop("context_settings", {})}
@@ -97,7 +247,7 @@ class _Bar:
         self.bar, self.task = bar, task
 
     def update(self, done: float, text: str = "", total: float | None = None) -> None:
-        self.bar.update(self.task, completed=done, text=text, **({"total": total} if total else {}))
+        self.bar.update(self.task, completed=done, text=printable(text), **({"total": total} if total else {}))
 
 
 @contextmanager
@@ -142,8 +292,9 @@ def progress(description: str, total: float, *, unit: str = "bytes", quiet: bool
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     ]
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield _Bar(bar, bar.add_task(description, total=total, text=""))
+    raw = sys.stderr.raw if isinstance(sys.stderr, PrintableStream) else sys.stderr  # a bar moves the cursor
+    with RichProgress(*columns, console=Console(file=raw), transient=True) as bar:
+        yield _Bar(bar, bar.add_task(printable(description), total=total, text=""))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -177,20 +328,16 @@ def print_json(path: str | os.PathLike[str], report: Any) -> None:
 
     A file is replaced as a whole, never left half written. Raises OutputError if it cannot be written.
     """
-    text = json.dumps(to_plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if os.fspath(path) == "-":
+    plain = to_plain(report)
+    if isinstance(plain, dict):  # by which the file is known as one that may be replaced
+        plain = {"made_by": f"recompile {__version__}", **plain}
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if os.fspath(path) != "-":
+        write_text(Path(path), text)
+    elif sys.stdout is None:
+        raise OutputError("--json -: stdout is closed")
+    else:
         sys.stdout.write(text)
-        return
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        if target.exists() and not target.is_file():  # /dev/stdout and the like are written to, not replaced
-            target.write_text(text, encoding="utf-8")
-            return
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}; choose another file") from error
 
 
 def check_json_path(path: str | os.PathLike[str] | None) -> None:
@@ -204,16 +351,6 @@ def check_json_path(path: str | os.PathLike[str] | None) -> None:
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def format_bytes(size_bytes: float) -> str:
-    """1536 -> "1.50 KiB"."""
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def format_bpw(bits_per_weight: float | None) -> str:
@@ -242,7 +379,7 @@ def format_columns(
 
     right: numbers of the columns that are aligned to the right.
     """
-    every = [header, *rows] if header else list(rows)
+    every = [[printable(cell) for cell in row] for row in ([header, *rows] if header else rows)]
     if not every:
         return ""
     rightward = set(right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 
 from recompile.cli.common import follow_comparison, format_columns, to_plain
 from recompile.cli.options import compute_device
+from recompile.io.files import write_with
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -150,10 +152,9 @@ def draw(folder: Path, table: Sequence[FrontierRow], title: str) -> list[Path]:
     axes.legend()
     drawn = []
     for ending in ("png", "svg"):
-        path, partial = folder / f"frontier.{ending}", folder / f"frontier.partial.{ending}"
-        # no date in the file: equal tables give equal bytes
-        figure.savefig(partial, metadata={"Date": None} if ending == "svg" else None)
-        partial.replace(path)
+        path = folder / f"frontier.{ending}"
+        metadata = {"Date": None} if ending == "svg" else None  # no date in the file: equal tables give equal bytes
+        write_with(path, partial(figure.savefig, metadata=metadata))
         drawn.append(path)
     return drawn
 

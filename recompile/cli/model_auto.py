@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 STATE = "auto.json"
 
 
-@many_values_command("model_auto")
+@many_values_command(
+    "model_auto", outputs={"--json": "json_path"}, inputs=("in_dir", "variants", "tokenizer_from", "text")
+)
 @click.option("-i", "--in-dir", "--in_dir", required=True, help="The dense base model.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The mix; stages go to OUT.work/.")
 @click.option("-b", "--bits", type=float, help="Budget: bits per weight over quantized modules.")

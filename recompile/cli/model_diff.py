@@ -35,7 +35,16 @@ if TYPE_CHECKING:
     from recompile.merge.overlay import Overlay
 
 
-@command("model_diff")
+@command(
+    "model_diff",
+    outputs={
+        "--json": "json_path",
+        "--save-input-ids": "save_input_ids",
+        "--save-logits-a": "save_logits_a",
+        "--save-logits-b": "save_logits_b",
+    },
+    inputs=("model_a", "model_b", "override", "text", "input_ids"),
+)
 @click.option("-ma", "--model-a", "--model_a", required=True, help="Model A, the candidate (a quantized build).")
 @click.option("-mb", "--model-b", "--model_b", help="Model B, the reference (the unquantized base).")
 @click.option("-or", "--override", type=click.Path(path_type=Path), help="Recipe (YAML) to apply to model A in memory.")

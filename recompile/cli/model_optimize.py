@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import check_json_path, format_bytes, format_columns, print_json
+from recompile.cli.common import check_json_path, format_bytes, format_columns, print_json, refuse_outputs
 from recompile.cli.options import many_values_command, output_options, parse_size
 from recompile.cli.search import SEARCHES, Search, read_start
 from recompile.cli.starts import better_start
 from recompile.cli.verify import RowOptions
 from recompile.errors import JournalError, OutputError, RecompileError
+from recompile.io.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from recompile.optimize.choose import Choice, Rules
 
 
-@many_values_command("model_optimize")
+@many_values_command(
+    "model_optimize", outputs={"--json": "json_path", "-o": "out"}, inputs=("profile_path", "start", "text")
+)
 @click.argument("profile_path", metavar="PROFILE", type=click.Path(path_type=Path))
 @click.option(
     "-b",
@@ -86,7 +89,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A recipe to start from, by hand or not; without a budget its own size is kept. Never made worse.",
 )
-@click.option("--steps", type=int, help="At most so many steps of a solver that measures.")
+@click.option("--steps", type=click.IntRange(min=0), help="At most so many steps of a solver that measures.")
 @click.option("--minutes", type=float, help="At most so much time for a solver that measures.")
 @click.option(
     "--max-memory",
@@ -195,7 +198,9 @@ def main(
         folder = out or Path("frontier")
         _frontier(folder, profile, frontier, solver, rules, checkpoints, where if check else None, json_path, quiet)
         return
-    out = out or Path("overrides.yaml")
+    if out is None:
+        out = Path("overrides.yaml")
+        refuse_outputs({"-o": out}, [profile_path, start, text])
     start_choice = read_start(start, profile, checkpoints) if start is not None else None
     given = (bits, size, total_bpw, max_kl, max_ppl_increase, active_bpw)
     if start_choice is not None and not pool and all(value is None for value in given):
@@ -258,7 +263,6 @@ def main(
 
         plain = plainly_named(chosen.solution.choice, profile.header.groups, checkpoints)
         chosen = replace(chosen, solution=replace(chosen.solution, choice=plain))  # the same tensors and bits
-    _write_recipe(out, chosen, names, made_by, None)
     verdict: Verdict | None = None
     if check is not False:
         try:
@@ -267,10 +271,8 @@ def main(
             if check:
                 raise
             click.echo(f"Note: the recipe is written but not verified: {error}", err=True)
-    final = chosen
-    if verdict is not None:
-        final = _guarded(chosen, rules, verdict, held) if not no_guard else chosen
-        _write_recipe(out, final, names, made_by, verdict)
+    final = chosen if verdict is None or no_guard else _guarded(chosen, rules, verdict, held)
+    _write_recipe(out, final, names, made_by, verdict)  # under its final name only after the check
     if str(json_path) != "-":
         click.echo(_summary(chosen, final, out, verdict, held))
     if json_path is not None:
@@ -354,7 +356,7 @@ def _frontier(
         "left_out_bpw": list(found.left_out),
         "reachable_bpw": list(found.reachable),
     }
-    write_tables(folder, table, report, _write)
+    write_tables(folder, table, report, write_text)
     draw(folder, table, f"{Path(profile.header.reference).name}: KL against size")
     if str(json_path) != "-":
         click.echo(describe_table(table))
@@ -389,7 +391,7 @@ def _write_recipe(out: Path, chosen: Choice, names: list[str] | None, made_by: s
         f"  {_next_step(chosen.profile, out)}\n"
         f"After each line: KL and bits against the same modules taken from {base}."
     )
-    _write(out, dump_recipe(recipe, comments, heading))
+    write_text(out, dump_recipe(recipe, comments, heading))
 
 
 def _at_hand(profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> bool:
@@ -585,16 +587,6 @@ def _refusals(engine: str | None, checkpoints: Mapping[str, Checkpoint] | None) 
     from recompile.optimize.engine_constraints import refusals
 
     return refusals(engine, checkpoints) if engine is not None and checkpoints is not None else None
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _summary(solved: Choice, chosen: Choice, out: Path, verdict: Verdict | None, held: Held | None) -> str:

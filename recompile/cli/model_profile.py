@@ -49,7 +49,11 @@ DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
 FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were better, down to two or three
 
 
-@many_values_command("model_profile")
+@many_values_command(
+    "model_profile",
+    outputs={"--json": "json_path"},
+    inputs=("model_b", "in_dir", "sources", "text", "input_ids", "imatrix", "out"),
+)
 @click.option("-mb", "--model-b", "--model_b", required=True, help="The reference: the unquantized base.")
 @click.option("-i", "--in-dir", "--in_dir", help="The variant that recipes start from; with --candidates its name.")
 @click.option("-s", "--sources", multiple=True, help="Other variants, as DIR or ID=DIR; any number.")

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from recompile.quantize.pipeline import Encoder, ModuleReport, QuantizeReport
 
 
-@many_values_command("model_quantize")
+@many_values_command(
+    "model_quantize",
+    outputs={"--json": "json_path", "--save-imatrix": "save_imatrix"},
+    inputs=("in_dir", "override", "modifiers", "tokenizer_from", "imatrix", "text", "input_ids"),
+)
 @click.option("-i", "--in-dir", "--in_dir", required=True, help="The dense base model.")
 @click.option(
     "-o",

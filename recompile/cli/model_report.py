@@ -7,10 +7,15 @@ from pathlib import Path
 import click
 
 from recompile.cli.options import many_values_command
-from recompile.errors import OutputError, RecompileError
+from recompile.errors import RecompileError
+from recompile.io.files import write_text
 
 
-@many_values_command("model_report")
+@many_values_command(
+    "model_report",
+    outputs={"-o": "out", "--card": "card"},
+    inputs=("profile_path", "reports", "variants", "recipes"),
+)
 @click.argument("profile_path", metavar="PROFILE", type=click.Path(path_type=Path))
 @click.argument("reports", metavar="[REPORT.json]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The page to write, e.g. report.html.")
@@ -72,13 +77,3 @@ def main(
         else:
             write_text(card, text)
             click.echo(f"Wrote {card}", err=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

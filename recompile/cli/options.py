@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from recompile.cli.common import Command
 from recompile.errors import RecompileError
+from recompile.io.sizes import parse_size as parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -275,13 +276,3 @@ def check_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> int | None:
             f"it is the wrong tokenizer for this model"
         )
     return vocab
-
-
-def parse_size(text: str) -> int:
-    """ "4.2GiB", "1.5G", "900MB" -> bytes. GiB and G are 2^30, GB 10^9. Raises RecompileError."""
-    units = {"": 1, "b": 1, "kib": 2**10, "k": 2**10, "kb": 10**3, "mib": 2**20, "m": 2**20, "mb": 10**6}
-    units |= {"gib": 2**30, "g": 2**30, "gb": 10**9, "tib": 2**40, "t": 2**40, "tb": 10**12}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].lower() not in units:
-        raise RecompileError(f'"{text}" is not a size; write 4.2GiB, 900MiB or 4.5GB')
-    return int(float(found[1]) * units[found[2].lower()])

@@ -23,10 +23,12 @@ from recompile.cli.common import (
     format_seconds,
     print_json,
     progress,
+    refuse_outputs,
 )
 from recompile.cli.options import many_values_command, output_options
 from recompile.errors import CheckpointError, RecipeError, UnsupportedError
 from recompile.formats.gguf_types import TYPES
+from recompile.io.files import write_text
 from recompile.merge.engine_rules import ENGINES
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable
 from recompile.merge.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
@@ -65,7 +67,9 @@ class RecompileReport:
     verified: VerifyReport | None
 
 
-@many_values_command("recompile")
+@many_values_command(
+    "recompile", outputs={"--json": "json_path"}, inputs=("in_dir", "override", "type_sources", "check_dir")
+)
 @click.option("-i", "--in-dir", "--in_dir", "in_dir", metavar="DIR", help="The variant that is overridden.")
 @click.option(
     "-o", "--out-dir", "--out_dir", "out_dir", type=click.Path(path_type=Path), metavar="OUT", help="What is written."
@@ -76,7 +80,7 @@ class RecompileReport:
     "--shard-size",
     "--shard_size",
     "shard_size",
-    type=int,
+    type=click.IntRange(max=2**31 - 1),
     metavar="MB",
     help=f"Largest size of a file, in MiB; default {DEFAULT_SHARD_MB}, and for GGUF one file.",
 )
@@ -279,9 +283,11 @@ def _put(text: str, out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
+    same = out.is_file() and out.stat().st_size == len(text.encode()) and out.read_text(encoding="utf-8") == text
+    if not same:  # two of the dialects have no place for a mark of this tool, so equal content is one
+        context = click.get_current_context()
+        refuse_outputs({"-o": out}, [context.params["in_dir"], context.params["override"]])
+        write_text(out, text)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,480 @@
+"""Files as this project reads and writes them: regular ones of a sane size are read; what is written appears whole or
+not at all, by one process at a time, and never in place of something of the user's.
+
+    with write_atomically(path) as file: file.write(...)      one file
+    with OutputDirectory(path) as folder: ...; folder.finish()   a directory that grows in PATH.partial
+    with locked(path): ...                                    one process at a time; a second is told who is there
+    check_outputs({"--json": json_path}, inputs=[model_dir])  before long work
+    read_json(path), read_text(path), open_regular(path)      everything that is read
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from recompile.errors import CheckpointError, OutputError, RecompileError
+
+PARTIAL_SUFFIX = ".partial"
+MARKER_NAME = ".recompile-partial"  # says that a directory is ours to delete
+MIB = 2**20
+# The largest file of a kind that is read whole. Honest ones are far below: the index of 135,459 tensors has 15 MB, a
+# tokenizer 40 MB, a recipe of 50,000 lines 5 MB.
+LARGEST = {"json": 512 * MIB, "recipe": 32 * MIB, "text": 2048 * MIB, "journal": 8192 * MIB}
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_MADE_BY = re.compile(
+    rb"made_by\W{1,8}(recompile|model_)|recompile-(profile|refine|mix)|recompile_rows|content=.recompile"
+)
+_MARK_BYTES = 64 * 1024  # looked at, at either end of a file
+
+Failure = type[RecompileError]
+_last_opened = ""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path | str, *, kind: str | None = None, error: Failure = CheckpointError) -> IO[bytes]:
+    """Open a file to read. It must be a regular file (or a link to one), of at most LARGEST[kind] bytes.
+
+    Raises `error` for anything else: a directory, a pipe (which would wait for ever), a device (which never ends), a
+    name that no file can have.
+    """
+    global _last_opened
+    _last_opened = os.fspath(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as failed:
+        raise error(f"{path}: cannot be read: {failed.strerror or failed}") from failed
+    except ValueError as failed:  # a NUL or a surrogate in the name
+        raise error(f"{path}: cannot be read: no file can have this name ({failed})") from failed
+    status = os.fstat(descriptor)
+    what = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), None)
+    if what is not None:
+        os.close(descriptor)
+        raise error(f"{path}: cannot be read: it is {what}, wanted a regular file")
+    largest = LARGEST[kind] if kind is not None else None
+    if largest is not None and status.st_size > largest:
+        os.close(descriptor)
+        raise error(
+            f"{path}: has {status.st_size} bytes, a {kind} file that is read here has at most {largest} "
+            f"({largest // MIB} MiB); is it the right file?"
+        )
+    return os.fdopen(descriptor, "rb")
+
+
+def last_opened() -> str:
+    """The path that was opened last by `open_regular`: what was being read when something unforeseen failed."""
+    return _last_opened
+
+
+def read_bytes(path: Path | str, *, kind: str, error: Failure = CheckpointError) -> bytes:
+    """The whole file. Raises `error` as `open_regular` does, and where it cannot be read or held."""
+    with open_regular(path, kind=kind, error=error) as file:
+        try:
+            return file.read(LARGEST[kind] + 1)
+        except OSError as failed:
+            raise error(f"{path}: cannot be read: {failed.strerror or failed}") from failed
+        except MemoryError as failed:
+            raise error(f"{path}: is larger than the memory there is") from failed
+
+
+def read_text(path: Path | str, *, kind: str = "text", error: Failure = CheckpointError, bom: bool = False) -> str:
+    """The whole file, which must be UTF-8; bom: with a byte order mark taken off. Raises `error`."""
+    raw = read_bytes(path, kind=kind, error=error)
+    try:
+        return raw.decode("utf-8-sig" if bom else "utf-8")
+    except UnicodeDecodeError as failed:
+        raise error(f"{path}: not UTF-8 text: {failed.reason} at byte {failed.start}") from failed
+
+
+def read_json(path: Path | str, *, kind: str = "json", error: Failure = CheckpointError) -> Any:
+    """Parse a JSON file. Raises `error` with the file, line and column."""
+    return parse_json(read_bytes(path, kind=kind, error=error), str(path), error=error)
+
+
+def parse_json(raw: bytes | str, where: str, *, error: Failure = CheckpointError, line: int | None = None) -> Any:
+    """JSON values. where: the file, for messages; line: of the file, where `raw` is one line of it.
+
+    A repeated key keeps its last value, NaN and Infinity are read, as Python's json does. Raises `error` for what is
+    not JSON, not UTF-8, nested too deeply, an integer of more digits than Python reads, half a surrogate pair.
+    """
+    place = where if line is None else f"{where}:{line}"
+    try:
+        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        value = json.loads(text)
+        if "\\u" in text and _HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # raises where half a pair stayed alone
+        return value
+    except UnicodeDecodeError as failed:
+        raise error(f"{place}: not UTF-8 text: {failed.reason} at byte {failed.start}") from failed
+    except UnicodeEncodeError as failed:
+        raise error(f"{place}: holds half a surrogate pair (\\ud800 to \\udfff alone), which is no text") from failed
+    except json.JSONDecodeError as failed:
+        at = f"{where}:{failed.lineno}" if line is None else place
+        raise error(f"{at}:{failed.colno}: not JSON: {failed.msg}") from failed
+    except RecursionError as failed:
+        raise error(f"{place}: not readable JSON: lists or objects nested too deeply") from failed
+    except MemoryError as failed:
+        raise error(f"{place}: is larger than the memory there is") from failed
+    except ValueError as failed:  # more digits than Python makes an integer of
+        raise error(f"{place}: not readable JSON: a number has too many digits") from failed
+
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+# ---- writing files ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def write_atomically(path: Path | str, *, error: Failure = OutputError) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name when the block ends well: written beside it, fsynced, renamed.
+
+    Where the block fails, the disk is full or the user stops, nothing of it is left and what stood there before stays.
+    A device or pipe (/dev/stdout) is written to, not replaced; the target of a link is replaced, not the link.
+    Raises `error` where it cannot be written, also where another process writes the same file.
+    """
+    final, descriptor = _begin(path, error)
+    if descriptor < 0:
+        with final.open("wb") as device:
+            yield device
+        return
+    partial, file = partial_path(final), os.fdopen(descriptor, "wb")
+    try:
+        yield file
+        file.flush()
+        os.fsync(descriptor)
+        os.replace(partial, final)
+        sync_directory(final.parent)
+    except BaseException as failed:
+        partial.unlink(missing_ok=True)
+        if isinstance(failed, OSError) and failed.filename in (None, str(partial), str(final)):
+            raise _cannot_write(path, failed, error) from failed
+        raise
+    finally:
+        with suppress(OSError):  # what is buffered does not fit; that was said already, and the file is gone
+            file.close()
+
+
+def write_with(path: Path | str, write: Callable[[Path], object], *, error: Failure = OutputError) -> None:
+    """As `write_atomically`, for a library that wants a name to write to (safetensors, matplotlib)."""
+    final, descriptor = _begin(path, error)
+    if descriptor < 0:
+        write(final)
+        return
+    partial = partial_path(final)
+    scratch = final.with_name(f"{final.stem}.{os.getpid()}{PARTIAL_SUFFIX}{final.suffix}")
+    try:
+        write(scratch)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, final)
+        sync_directory(final.parent)
+    except Exception as failed:
+        if isinstance(failed, OSError) or type(failed).__name__ == "SafetensorError":
+            raise _cannot_write(path, failed, error) from failed
+        raise
+    finally:
+        scratch.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _begin(path: Path | str, error: Failure) -> tuple[Path, int]:
+    """The file that `path` stands for, and the open `.partial` beside it, held alone; -1 where it is a device."""
+    try:
+        final = Path(os.path.realpath(path))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.is_dir():
+            raise error(f"{path}: cannot be written: is a directory; choose another file")
+        if final.exists() and not final.is_file():
+            return final, -1
+        return final, _open_locked(partial_path(final), Path(path), error)
+    except (OSError, ValueError) as failed:
+        raise _cannot_write(path, failed, error) from failed
+
+
+def _cannot_write(path: Path | str, failed: Exception, error: Failure) -> RecompileError:
+    full = isinstance(failed, OSError) and failed.errno in (errno.ENOSPC, errno.EDQUOT)
+    way_out = "free some space, or choose another disk" if full else "choose another file"
+    said = (failed.strerror if isinstance(failed, OSError) else None) or failed
+    return error(f"{path}: cannot be written: {said}; {way_out}")
+
+
+def write_text(path: Path | str, text: str, *, error: Failure = OutputError) -> None:
+    """Replace a file by a text, whole or not at all. Raises `error`."""
+    with write_atomically(path, error=error) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path | str, value: Any, *, indent: int | None = 2, error: Failure = OutputError) -> None:
+    """Replace a file by a JSON value, whole or not at all. Raises `error`."""
+    write_text(path, json.dumps(value, indent=indent) + "\n", error=error)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory on disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+def lock(descriptor: int, what: Path | str, *, error: Failure = OutputError) -> None:
+    """Hold a file or directory alone until its descriptor is closed. Raises `error` saying who holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as failed:
+        raise error(
+            f"{what}: {_holder(descriptor)} is writing it; wait for it to end, or choose another output"
+        ) from failed
+    except OSError as failed:
+        if failed.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):  # a file system without locks
+            raise
+
+
+@contextmanager
+def locked(path: Path | str, what: Path | str | None = None, *, error: Failure = OutputError) -> Iterator[None]:
+    """Hold a file or directory that exists alone for the length of the block. Raises `error` saying who holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as failed:
+        raise _cannot_write(what or path, failed, error) from failed
+    try:
+        lock(descriptor, what or path, error=error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_locked(path: Path, what: Path, error: Failure) -> int:
+    """Create or take up a file and hold it alone, emptied. Raises OSError, and `error` where another holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise error(f"{path}: stands where {what.name} would be written first, and is no file; remove it")
+            lock(descriptor, what, error=error)
+            if _is_still(path, descriptor):  # and was not renamed by its owner between the two calls
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock on an open file, in words. Linux says so in /proc/locks."""
+    status = os.fstat(descriptor)
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == wanted and int(fields[4]) > 0:
+                return _process(int(fields[4]))
+    except (OSError, ValueError):
+        pass
+    return "another process"
+
+
+def _process(pid: int) -> str:
+    """`process 123 (model_profile -mb base, since 12:30:05)`."""
+    folder = Path("/proc") / str(pid)
+    try:
+        command = " ".join(
+            part.decode(errors="replace") for part in (folder / "cmdline").read_bytes().split(b"\0") if part
+        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime))
+    except OSError:
+        return f"process {pid}"
+    return f"process {pid} ({command[:120] + '...' if len(command) > 120 else command}, since {since})"
+
+
+# ---- directories -----------------------------------------------------------------------------------------------------
+
+
+class OutputDirectory:
+    """A directory that grows in OUT.partial, which holds a marker file of ours, and is renamed to OUT when whole.
+
+    As a `with` block: where it is left without `finish()`, nothing of it stays. Ours alone meanwhile (a lock on the
+    marker); one that a killed run left is replaced.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(os.path.realpath(out.expanduser()))
+        self.path = partial_path(self.out)
+        self._marker = -1
+
+    def create(self) -> None:
+        """Make it, in place of one that a killed run left. Raises OutputError where another run is at work."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_partial(self.path)
+        marker = self.path / MARKER_NAME
+        if marker.exists():
+            with marker.open("rb") as old:
+                lock(old.fileno(), self.path)
+                shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock(descriptor, self.path)
+        except RecompileError:
+            os.close(descriptor)
+            raise
+        self._marker = descriptor
+        os.write(self._marker, b"An unfinished output of recompile. The next run with this output replaces it.\n")
+
+    def finish(self) -> None:
+        """Rename it to the output. The marker goes last: a directory without it is never taken for ours to delete."""
+        sync_directory(self.path)
+        os.rename(self.path, self.out)
+        sync_directory(self.out.parent)
+        (self.out / MARKER_NAME).unlink()
+        sync_directory(self.out)
+        self._close()
+
+    def discard(self) -> None:
+        """Remove it, if it was made by this run and is not finished."""
+        if self._marker >= 0:
+            insist(lambda: shutil.rmtree(self.path, ignore_errors=True))
+            self._close()
+
+    def _close(self) -> None:
+        if self._marker >= 0:
+            os.close(self._marker)
+            self._marker = -1
+
+    def __enter__(self) -> Path:
+        self.create()
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def partial_path(out: Path) -> Path:
+    """Where an output grows."""
+    return out.with_name(out.name + PARTIAL_SUFFIX)
+
+
+def check_partial(partial: Path) -> int:
+    """Bytes in an unfinished output of ours, which will be replaced. Raises OutputError if it is not ours."""
+    if not os.path.lexists(partial):
+        return 0
+    ours = partial.is_dir() and not partial.is_symlink()
+    if not ours or (not (partial / MARKER_NAME).is_file() and any(partial.iterdir())):
+        raise OutputError(
+            f"{partial}: exists and is not an unfinished output of recompile (no {MARKER_NAME} in it); "
+            f"move it away or choose another output"
+        )
+    return sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
+
+
+def insist(clean_up: Callable[[], None]) -> None:
+    """Clean up to the end, also where Ctrl-C is pressed again meanwhile (or a shell sends it twice)."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            clean_up()
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+
+
+# ---- what may be written over ----------------------------------------------------------------------------------------
+
+
+def check_outputs(
+    outputs: Mapping[str, Path | str | None], inputs: Iterable[Path | str | None], *, force: bool = False
+) -> None:
+    """Raise OutputError, before long work, unless every output may be written.
+
+    outputs: argument -> file to write; None, "-" (stdout) and devices are always fine
+    inputs: files and directories that the same call reads; not one of them, nor a file that stands in such a directory,
+        is ever written over
+    force: also files are replaced that this tool did not make
+    """
+    read = {os.path.realpath(path): path for path in inputs if path is not None and os.fspath(path)}
+    taken: dict[str, str] = {}
+    for argument, path in outputs.items():
+        if path is None or os.fspath(path) == "-":
+            continue
+        if not os.fspath(path) or "\0" in os.fspath(path):
+            raise OutputError(f'{argument} "{path}": is no name of a file; choose another')
+        real = os.path.realpath(path)
+        if real in taken:
+            raise OutputError(f"{argument} {path}: is what {taken[real]} writes as well; choose another file")
+        taken[real] = argument
+        if os.path.isdir(real):
+            raise OutputError(f"{argument} {path}: cannot be written: is a directory; choose another file")
+        found = next((name for name, shown in read.items() if _is_same(real, name)), None)
+        if found is not None:
+            raise OutputError(
+                f"{argument} {path}: is an input ({read[found]}), which is never written over; choose another"
+            )
+        folder = next((name for name in read if os.path.isdir(name) and real.startswith(name.rstrip("/") + "/")), None)
+        if not os.path.isfile(real):
+            continue
+        if folder is not None and not was_made_here(real):
+            raise OutputError(
+                f"{argument} {path}: is a file of the input {read[folder]}, which is never written over; choose another"
+            )
+        if not force and not was_made_here(real):
+            raise OutputError(
+                f"{argument} {path}: exists, and this tool did not make it; choose another file, or give --force to "
+                f"replace it"
+            )
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def was_made_here(path: Path | str) -> bool:
+    """Whether a file says that this tool made it (or is empty): such a file may be replaced without asking."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_MARK_BYTES)
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _MARK_BYTES))
+            return size == 0 or _MADE_BY.search(head) is not None or _MADE_BY.search(file.read(_MARK_BYTES)) is not None
+    except OSError:
+        return False

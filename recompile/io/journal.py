@@ -1,0 +1,118 @@
+"""A journal: JSON lines behind a header line, each on disk before its work counts as done, held by one process.
+
+What follows the last newline was cut off by a crash: it is dropped, and the log says so (`recompile` logger, which the
+commands show). A disk that fills while a line is written leaves the lines before it whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from recompile.errors import JournalError
+from recompile.io.files import LARGEST, Failure, lock, parse_json, sync_directory
+
+log = logging.getLogger("recompile")
+
+
+class LineJournal:
+    """An open journal. `lines` is what it held when it was opened, the header first: whole lines, without newlines.
+
+        with LineJournal(path) as journal:
+            if not journal.lines: journal.begin({"kind": ...})
+            journal.append({"done": 1})
+
+    A second process (or object) on the same path is refused and told who holds it. Raises `error` where the file cannot
+    be read, written or held.
+    """
+
+    def __init__(self, path: Path | str, *, error: Failure = JournalError) -> None:
+        self.path, self._error = Path(path), error
+        file: IO[bytes] | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            existed = self.path.exists()
+            if existed and not self.path.is_file():
+                raise error(f"{path}: is not a regular file; choose another")
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
+            lock(file.fileno(), path, error=error)
+            if os.fstat(file.fileno()).st_size > LARGEST["journal"]:
+                raise error(f"{path}: has more than {LARGEST['journal']} bytes; is it the right file?")
+            raw = file.readall()
+        except (OSError, ValueError) as failed:
+            _close(file)
+            raise error(f"{path}: cannot be written: {getattr(failed, 'strerror', None) or failed}") from failed
+        except BaseException:
+            _close(file)
+            raise
+        self._file = file
+        self._lines = raw.split(b"\n")
+        self.torn_bytes = len(self._lines.pop())
+        self._whole = len(raw) - self.torn_bytes
+        if self.torn_bytes:
+            kept = f"its {len(self._lines)} whole lines" if self._lines else "nothing"
+            log.warning("%s: the last line was cut off by a crash and is dropped; %s stay", path, kept)
+
+    @property
+    def lines(self) -> list[bytes]:
+        return self._lines
+
+    def values(self) -> list[Any]:
+        """The lines as JSON values. Raises `error` for a damaged one, with its number."""
+        return [
+            parse_json(line, str(self.path), error=self._error, line=number)
+            for number, line in enumerate(self._lines, start=1)
+        ]
+
+    def begin(self, header: Any) -> None:
+        """Start anew: the header is the only line."""
+        self._whole, self._lines, self.torn_bytes = 0, [], 0
+        self.append(header)
+        with suppress(OSError):  # a file system that cannot
+            sync_directory(self.path.parent)
+
+    def append(self, *values: Any) -> None:
+        """Add lines; on disk when this returns. Raises `error` where the disk refuses; then no part of them stays."""
+        self.append_lines(json.dumps(value).encode() for value in values)
+
+    def append_lines(self, lines: Iterable[bytes]) -> None:
+        """As `append`, for lines that are JSON already."""
+        data = b"".join(line + b"\n" for line in lines)
+        descriptor = self._file.fileno()
+        try:
+            os.ftruncate(descriptor, self._whole)
+            view, at = memoryview(data), self._whole
+            while len(view):
+                count = os.pwrite(descriptor, view, at)
+                view, at = view[count:], at + count
+            os.fsync(descriptor)
+        except OSError as failed:
+            with suppress(OSError):  # or the torn line is dropped when it is opened again
+                os.ftruncate(descriptor, self._whole)
+            raise self._error(
+                f"{self.path}: cannot be written: {failed.strerror or failed}; what is in it stays valid, make room "
+                f"and run the same command to go on"
+            ) from failed
+        self._whole += len(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> LineJournal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close(file: IO[bytes] | None) -> None:
+    if file is not None:
+        file.close()

@@ -1,0 +1,77 @@
+"""A journal: whole lines, one process, a torn tail dropped and told."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from recompile.errors import JournalError, OutputError
+from recompile.io.journal import LineJournal
+
+
+def test_lines_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "j.jsonl"
+    with LineJournal(path) as journal:
+        assert journal.lines == []
+        journal.begin({"kind": "test"})
+        journal.append({"a": 1}, {"b": [2.5, None]})
+    with LineJournal(path) as journal:
+        assert journal.values() == [{"kind": "test"}, {"a": 1}, {"b": [2.5, None]}]
+        journal.append({"c": 3})
+    assert path.read_text() == '{"kind": "test"}\n{"a": 1}\n{"b": [2.5, null]}\n{"c": 3}\n'
+
+
+@pytest.mark.parametrize("cut", range(1, 13))
+def test_a_torn_tail_is_dropped_and_told(tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "j.jsonl"
+    whole = '{"kind": "test"}\n{"a": 1}\n'
+    path.write_text((whole + '{"b": 2222}\n')[: len(whole) + cut - 1])
+    with caplog.at_level(logging.WARNING, "recompile"), LineJournal(path) as journal:
+        assert [line.decode() for line in journal.lines] == whole.splitlines()
+        journal.append({"b": 3})
+    assert ("cut off by a crash" in caplog.text) == (cut > 1)
+    assert path.read_text() == whole + '{"b": 3}\n'
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "j.jsonl"
+    real = os.pwrite
+
+    def full(descriptor: int, data: bytes, at: int) -> int:
+        if len(data) > 6:
+            return real(descriptor, data[:6], at)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with LineJournal(path, error=OutputError) as journal:
+        journal.begin({"kind": "test"})
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", full)
+            with pytest.raises(OutputError, match=r"j\.jsonl: cannot be written: No space left on device"):
+                journal.append({"a": 1})
+        assert path.read_text() == '{"kind": "test"}\n'
+        journal.append({"a": 2})
+    assert path.read_text() == '{"kind": "test"}\n{"a": 2}\n'
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    refused = pytest.raises(JournalError, match=f"process {os.getpid()} .* is writing it")
+    with LineJournal(tmp_path / "j.jsonl"), refused:
+        LineJournal(tmp_path / "j.jsonl")
+    LineJournal(tmp_path / "j.jsonl").close()
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "j.jsonl").write_text('{"kind": "test"}\n{"a"\n{"b": 1}\n')
+    with LineJournal(tmp_path / "j.jsonl") as journal, pytest.raises(JournalError, match=r"j\.jsonl:2:"):
+        journal.values()
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), tmp_path / "a\0b"):
+        with pytest.raises(JournalError):
+            LineJournal(path)
