@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from recompile.errors import FormatError, UnsupportedError
 from recompile.formats import compressed_tensors, mx
 from recompile.formats.fp4 import round_e2m1
 from recompile.formats.fp8 import E4M3_MAX, round_e4m3
-from recompile.merge.overlay import Overlay
 from recompile.model.stream import LayeredModel, LinearWeights
+
+if TYPE_CHECKING:
+    from recompile.merge.overlay import Overlay
 
 SMALLEST_NVFP4_SCALE = 0.125  # in place of 0, as the library has it
 _STRATEGIES = ("token", "tensor", "group", "tensor_group")
