@@ -36,12 +36,14 @@ from eval.metrics import (
     token_metrics,
 )
 from recompile.checkpoint.checkpoint import WeightSource
-from recompile.errors import MismatchError, OutputError
+from recompile.errors import MismatchError, NotFiniteError, OutputError
 from recompile.merge.overlay import Overlay
 from recompile.model.activations import QuantizedInputs
+from recompile.model.finite import WIDER, check_finite, name_of
 from recompile.model.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
+LARGEST_NLL = 700.0  # nats a token; beyond, perplexity overflows a double
 FLOOR_TOKENS = 256  # of the first row, run once more on its own to see the arithmetic's own noise
 BATCH_TOKENS = 2048  # rows are batched up to about this many tokens
 
@@ -85,8 +87,8 @@ class DiffReport:
     reference: str
     rows: int
     row_tokens: int
-    tokens: int  # with a finite KL
-    tokens_left_out: int  # NaN or infinite
+    tokens: int  # compared
+    unlabelled_tokens: int  # the last of each row: it has a KL and no next token, so that perplexity leaves it out
     dtype: str
     device: str
     vocab: int
@@ -227,10 +229,9 @@ class _Comparison:
         assert isinstance(model.source, Overlay), "only a mix of checkpoints says how inputs are quantized"
         return QuantizedInputs(model, model.source, index)
 
-    @staticmethod
-    def _run_layer(model: LayeredModel, index: int, states: list[Tensor]) -> None:
+    def _run_layer(self, model: LayeredModel, index: int, states: list[Tensor]) -> None:
         for n, state in enumerate(states):
-            states[n] = model.run_layer(index, state)
+            states[n] = model.run_layer(index, state, n * self.batch)
 
     def _finish_stage(self, name: str, states: list[list[Tensor]], states_b: list[Tensor]) -> Iterator[LayerDrift]:
         for stages, states_a in zip(self.stages, states, strict=True):
@@ -264,35 +265,36 @@ class _Comparison:
                 for r in range(len(b)):
                     for start in range(0, tokens, LOGIT_CHUNK_TOKENS):
                         stop = min(tokens, start + LOGIT_CHUNK_TOKENS)
-                        logits_b = self.b.logits(b[r : r + 1, start:stop])[0]
+                        logits_b = self.b.logits(b[r : r + 1, start:stop], row)[0]
                         file_b.append(logits_b)
                         if row == 0 and start < floor.shape[1]:
                             first.append(logits_b[: floor.shape[1] - start, :vocab].clone())
                         for n, model in enumerate(self.candidates):
-                            logits_a = model.logits(states[n][batch][r : r + 1, start:stop])[0]
+                            logits_a = model.logits(states[n][batch][r : r + 1, start:stop], row)[0]
                             if n == 0:
                                 file_a.append(logits_a)
                             found = token_metrics(
                                 logits_b[:, :vocab], logits_a[:, :vocab], labels[row, start:stop], self.options.top_k
                             )
+                            if not found.is_finite:
+                                raise _not_finite(self.b, logits_b[:, :vocab], model, logits_a[:, :vocab], row)
                             pieces[n].append(found)
                     row += 1
                     yield RowsCompared(row, rows)
-            again = self.b.logits(floor)[0, :, :vocab]
-            return float(kl_divergence(torch.cat(first), again).double().abs().mean())
+            again = self.b.logits(floor, 0)[0, :, :vocab]
+            floor_kl = kl_divergence(torch.cat(first), again).double().abs()
+            check_finite(floor_kl, f"{self.b.loaded_from}: noise floor, row 1")
+            return float(floor_kl.mean())
 
     def _report(self, number: int, found: TokenMetrics, floor_kl: float) -> DiffReport:
-        finite = torch.isfinite(found.kl)
-        counted = int(finite.sum())
         row_means = [mean_over_rows(found.kl[r : r + 1]).mean for r in range(len(found.kl))]
-        labelled = torch.isfinite(found.reference_nll)
         return DiffReport(
             candidate=getattr(self.candidates[number].source, "label", "A"),
             reference=getattr(self.b.source, "label", "B"),
             rows=len(found.kl),
             row_tokens=found.kl.shape[1],
-            tokens=counted,
-            tokens_left_out=found.kl.numel() - counted,
+            tokens=found.kl.numel(),
+            unlabelled_tokens=int(found.labelled.logical_not().sum()),
             dtype=str(self.b.dtype).removeprefix("torch."),
             device=str(self.b.device),
             vocab=min(self.options.vocab or self.b.vocab_size, self.b.vocab_size),
@@ -303,8 +305,8 @@ class _Comparison:
             kl_rows=tuple(row_means),
             noise_floor=floor_kl,
             identical=bool(found.same_logit_bits.all()),
-            score_candidate=_score(found.candidate_nll, found.candidate_hit, labelled),
-            score_reference=_score(found.reference_nll, found.reference_hit, labelled),
+            score_candidate=_score(found.candidate_nll, found.candidate_hit, found.labelled, self.candidates[number]),
+            score_reference=_score(found.reference_nll, found.reference_hit, found.labelled, self.b),
             top_k_agreement=tuple(mean_over_rows(found.agree[..., k].float()) for k in range(found.agree.shape[-1])),
             layers=tuple(self.stages[number]),
             rows_sha256=self.rows_sha256,
@@ -314,9 +316,30 @@ class _Comparison:
         )
 
 
-def _score(nll: Tensor, hits: Tensor, labelled: Tensor) -> ModelScore:
-    mean = mean_over_rows(nll)
-    perplexity = math.exp(mean.mean) if mean.mean < 700 else math.inf
+def _not_finite(b: LayeredModel, logits_b: Tensor, a: LayeredModel, logits_a: Tensor, row: int) -> NotFiniteError:
+    """Why tokens of a row have no finite KL, or no finite probability of their label."""
+    for model, logits in ((b, logits_b), (a, logits_a)):
+        if bool((logits.isnan() | (logits == math.inf)).any()):
+            return NotFiniteError(
+                f"{model.loaded_from}: the head", f"logits are NaN or infinite in {name_of(logits)}; {WIDER}", row
+            )
+    return NotFiniteError(
+        f"{a.loaded_from} against {b.loaded_from}",
+        "a token that one gives no probability (logit -inf) is one that the other gives some, or the next of the text: "
+        f"no KL or perplexity is defined; {WIDER}",
+        row,
+    )
+
+
+def _score(nll: Tensor, hits: Tensor, labelled: Tensor, model: LayeredModel) -> ModelScore:
+    mean = mean_over_rows(nll, labelled)
+    if mean.mean >= LARGEST_NLL:
+        raise NotFiniteError(
+            getattr(model.source, "label", "the model"),
+            f"-log p of the text's tokens is {mean.mean:.0f} nats, so that perplexity is no number; the checkpoint is "
+            f"damaged, or {WIDER}",
+        )
+    perplexity = math.exp(mean.mean)
     error = perplexity * mean.std_error if mean.std_error is not None else None
     shares = tuple(float(hits[..., k][labelled].float().mean()) for k in range(hits.shape[-1]))
     return ModelScore(perplexity, error, mean, shares)

@@ -14,6 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from recompile.errors import NotFiniteError
+from recompile.model.finite import check_finite, is_finite
+
 METRICS_VERSION = 1
 CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 CPU_BLOCK_BYTES = 1 << 22  # of one model's logits: large enough for two threads, small enough for the caches
@@ -24,7 +27,7 @@ def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     """KL(reference || candidate) at every token, in nats.
 
     reference, candidate: [..., vocab] logits, any float dtype, same shape
-    returns:              [...] float32; exactly 0 where the logits are equal
+    returns:              [...] float32; exactly 0 where the logits are equal, NaN or infinite where one is not finite
     A padded vocabulary is cut by the caller, who knows its true size. Tokens that the reference gives no probability
     (logit -inf) add nothing.
     """
@@ -50,7 +53,7 @@ def _expectation(p: Tensor, values: Tensor) -> Tensor:
     terms = p * values
     total = terms.sum(-1)
     if not bool(torch.isfinite(total).all()):  # 0 * inf where a logit is -inf: such terms are 0 by definition
-        total = torch.where(p > 0, terms, 0.0).sum(-1)
+        total = torch.where(p == 0, 0.0, terms).sum(-1)  # a NaN probability is not 0 and stays NaN
     return total
 
 
@@ -69,12 +72,19 @@ class TokenMetrics:
     kl: Tensor  # float32, KL(reference || candidate), nats
     kl_reverse: Tensor  # float32, KL(candidate || reference), nats
     confidence: Tensor  # float32, the reference's highest probability
-    reference_nll: Tensor  # float32, -log p(label), nats; NaN at the last token of a row, which has no label
+    reference_nll: Tensor  # float32, -log p(label), nats; 0 where there is no label
     candidate_nll: Tensor
+    labelled: Tensor  # bool: the token has a label; the last one of a row has none
     reference_hit: Tensor  # bool [.., K]: the label is among the reference's K most probable
     candidate_hit: Tensor
     agree: Tensor  # bool [.., K]: both rank the same K tokens, in the same order
     same_logit_bits: Tensor  # bool: every logit equal to the last bit
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every figure is a number."""
+        figures = (self.kl, self.kl_reverse, self.confidence, self.reference_nll, self.candidate_nll)
+        return all(is_finite(figure) for figure in figures)
 
     @staticmethod
     def cat(parts: Sequence[TokenMetrics]) -> TokenMetrics:
@@ -121,8 +131,9 @@ def _block_metrics(reference: Tensor, candidate: Tensor, labels: Tensor, top_k: 
         kl,
         -_expectation(q, difference),
         top_p[:, 0].exp(),
-        reference_nll.masked_fill(no_label, math.nan),
-        candidate_nll.masked_fill(no_label, math.nan),
+        reference_nll.masked_fill(no_label, 0.0),
+        candidate_nll.masked_fill(no_label, 0.0),
+        ~no_label,
         ((order_p == target).cumsum(-1) > 0) & ~no_label[:, None],
         ((order_q == target).cumsum(-1) > 0) & ~no_label[:, None],
         (order_p == order_q).cumprod(-1).bool(),
@@ -145,15 +156,20 @@ class Mean:
         return f"{self.mean:.6f}" + (f" ± {self.std_error:.6f}" if self.std_error is not None else "")
 
 
-def mean_over_rows(values: Tensor) -> Mean:
-    """Mean of [rows, tokens] values with NaN or infinite ones left out, and its standard error over rows."""
+def mean_over_rows(values: Tensor, counted: Tensor | None = None) -> Mean:
+    """Mean of [rows, tokens] values and its standard error over rows. counted: bool [rows, tokens], the tokens that are
+    meant; None for all.
+
+    Raises NotFiniteError where one of these is NaN or infinite, or where there is none.
+    """
     values = values.double()
-    finite = torch.isfinite(values)
-    counts = finite.sum(1)
+    counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+    if not bool(counted.any()):
+        raise NotFiniteError("a mean over no tokens", "the rows have nothing to measure; use longer rows")
+    check_finite(values[counted], "a mean over tokens")
+    counts = counted.sum(1)
     used = counts > 0
-    if not bool(used.any()):
-        return Mean(math.nan, None)
-    sums = torch.where(finite, values, 0.0).sum(1)[used]
+    sums = torch.where(counted, values, 0.0).sum(1)[used]
     counts = counts[used].double()
     mean = float(sums.sum() / counts.sum())
     rows = len(sums)
@@ -191,10 +207,9 @@ class Quantiles:
 
 
 def quantiles(values: Tensor) -> Quantiles:
-    """Median, 90 %, 99 % and largest of the finite values (linear interpolation between neighbours)."""
-    ordered = values[torch.isfinite(values)].double().flatten().sort().values
-    if not len(ordered):
-        return Quantiles(math.nan, math.nan, math.nan, math.nan)
+    """Median, 90 %, 99 % and largest value (linear interpolation between neighbours). Raises NotFiniteError."""
+    check_finite(values, "quantiles of tokens")
+    ordered = values.double().flatten().sort().values
 
     def at(share: float) -> float:
         place = share * (len(ordered) - 1)
@@ -219,8 +234,10 @@ class Histogram:
 
 
 def kl_histogram(kl: Tensor) -> Histogram:
-    """Count the finite values of `kl` (nats, any shape) by their logarithm; negative ones (rounding) count as below."""
-    values = kl[torch.isfinite(kl)].double().flatten()
+    """Count values of `kl` (nats, any shape) by their logarithm; negative ones (rounding) count as below. Raises
+    NotFiniteError."""
+    check_finite(kl, "a histogram of tokens")
+    values = kl.double().flatten()
     bins = (HISTOGRAM_HIGH - HISTOGRAM_LOW) * HISTOGRAM_PER_DECADE
     logs = values.clamp_min(1e-300).log10()
     place = ((logs - HISTOGRAM_LOW) * HISTOGRAM_PER_DECADE).floor().clamp(-1, bins).long() + 1  # 0 below, last above
@@ -242,14 +259,16 @@ class ConfidenceBin:
 
 
 def kl_by_confidence(kl: Tensor, confidence: Tensor) -> tuple[ConfidenceBin, ...]:
+    """Tokens by the reference's confidence. Raises NotFiniteError."""
+    check_finite(kl, "KL by confidence")
+    check_finite(confidence, "KL by confidence")
     bins = []
-    finite = torch.isfinite(kl) & torch.isfinite(confidence)
     for low, high in pairwise(CONFIDENCE_EDGES):
-        inside = finite & (confidence >= low) & ((confidence < high) | (high == 1.0))
+        inside = (confidence >= low) & ((confidence < high) | (high == 1.0))
         values = kl[inside].double()
         tokens = int(inside.sum())
         mean, median = (float(values.mean()), float(values.median())) if tokens else (math.nan, math.nan)
-        bins.append(ConfidenceBin(low, high, tokens / max(1, int(finite.sum())), tokens, mean, median))
+        bins.append(ConfidenceBin(low, high, tokens / max(1, kl.numel()), tokens, mean, median))
     return tuple(bins)
 
 
@@ -273,10 +292,10 @@ def drift(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor,
     error = c - r
     norm = r.norm(dim=1).double()
     noise = error.norm(dim=1).double()
-    ratio = noise / norm
+    ratio = torch.where(noise == 0, 0.0, noise / norm)  # a state of zeros equals itself
     cosine = torch.linalg.vecdot(c, r).double() / (c.norm(dim=1).double() * norm)
     cosine_error = torch.where(noise == 0, 0.0, 1 - cosine)
-    return ratio, error.abs().amax(1).double() / norm, -20 * ratio.log10(), cosine_error
+    return ratio, torch.where(noise == 0, 0.0, error.abs().amax(1).double() / norm), -20 * ratio.log10(), cosine_error
 
 
 def mean_drift(rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Drift:

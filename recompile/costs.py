@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from recompile.checkpoint.module_names import role_of
-from recompile.errors import JournalError, RecompileError
+from recompile.errors import JournalError, NotFiniteError, RecompileError
 from recompile.recipe.recipe import SourceId
 
 JOURNAL_VERSION = 1
+# KL is a difference of numbers of some nats; how far below 0 rounding them may take it.
+KL_ROUNDING = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 LEVELS = ("layer", "block", "fused", "expert", "tensor")
 
 # Projections that engines fuse into one matrix and that therefore share a scheme; read by the level "fused".
@@ -116,6 +118,7 @@ class ProfileHeader:
 class Measurement:
     """KL(reference || context with one group swapped) of every row, nats per token. group None: nothing swapped.
 
+    Raises NotFiniteError for a KL that is NaN or infinite: a profile holds numbers only.
     reached False: an expert to which the router sent no token of these rows, so that kl_rows says nothing of its cost.
     """
 
@@ -123,6 +126,31 @@ class Measurement:
     source: str | None  # candidate label
     kl_rows: tuple[float, ...]
     reached: bool = True
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, self.kl_rows)):
+            row = next(number for number, value in enumerate(self.kl_rows) if not math.isfinite(value))
+            raise NotFiniteError(
+                self.described,
+                f"its KL is {self.kl_rows[row]}; use a wider --dtype, and measure it again",
+                row,
+            )
+
+    @property
+    def described(self) -> str:
+        return f"{self.group} from {self.source}" if self.group is not None else "the model with nothing swapped"
+
+    def check_sign(self, dtype: str) -> None:
+        """Raise NotFiniteError for a KL below 0 by more than arithmetic in `dtype` explains."""
+        lowest = min(self.kl_rows, default=0.0)
+        if lowest < -KL_ROUNDING.get(dtype, max(KL_ROUNDING.values())):
+            row = self.kl_rows.index(lowest)
+            raise NotFiniteError(
+                self.described,
+                f"its KL is {lowest:.6g} nats a token, and no KL is below 0; it was measured wrong or changed since: "
+                f"measure it again",
+                row,
+            )
 
     @property
     def mean(self) -> float:
@@ -296,8 +324,12 @@ class Journal:
         self._control = profile.control
 
     def append(self, measurements: Iterable[Measurement]) -> None:
-        """Add measurements; on disk when this returns. Raises JournalError where the disk refuses."""
+        """Add measurements; on disk when this returns. Raises JournalError where the disk refuses, NotFiniteError for
+        a KL that is none, which is never written."""
         lines = []
+        measurements = list(measurements)
+        for found in measurements:
+            found.check_sign(self.profile.header.dtype)
         for found in measurements:
             line = {"group": found.group, "source": found.source, "kl_rows": found.kl_rows}
             lines.append(json.dumps(line if found.reached else {**line, "reached": False}).encode() + b"\n")
@@ -378,7 +410,7 @@ def _read(path: Path) -> tuple[Profile, int]:
     found: dict[tuple[str, str], Measurement] = {}
     labels = {group.name: set(group.bits) for group in header.groups}
     for number, line in enumerate(lines[1:], start=2):
-        measurement = _parse_line(path, number, line, header.rows)
+        measurement = _parse_line(path, number, line, header)
         if measurement.group is None or measurement.source is None:
             control = measurement
         elif measurement.source not in labels.get(measurement.group, ()):
@@ -412,15 +444,18 @@ def _parse_header(path: Path, line: bytes) -> ProfileHeader:
         raise JournalError(f"{path}:1: the header is incomplete: {error}") from error
 
 
-def _parse_line(path: Path, number: int, line: bytes, rows: int) -> Measurement:
+def _parse_line(path: Path, number: int, line: bytes, header: ProfileHeader) -> Measurement:
     try:
         content = json.loads(line)
         values = tuple(float(value) for value in content["kl_rows"])
         measurement = Measurement(content["group"], content["source"], values, content.get("reached", True) is True)
+        measurement.check_sign(header.dtype)
+    except NotFiniteError as error:
+        raise JournalError(f"{path}:{number}: {error}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise JournalError(f"{path}:{number}: not a measurement ({error}); the journal is damaged here") from error
-    if len(measurement.kl_rows) != rows:
-        raise JournalError(f"{path}:{number}: has {len(measurement.kl_rows)} rows, the header says {rows}")
+    if len(measurement.kl_rows) != header.rows:
+        raise JournalError(f"{path}:{number}: has {len(measurement.kl_rows)} rows, the header says {header.rows}")
     return measurement
 
 

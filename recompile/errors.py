@@ -45,3 +45,17 @@ class OutputError(RecompileError):
 
 class UnsupportedError(RecompileError):
     """Something that is understood and not supported here; the message names the way out."""
+
+
+class NotFiniteError(RecompileError):
+    """A state, logit, cost or statistic that is NaN or infinite; the message names the model, the layer and the row.
+
+    where: model and layer; row: number of the row, from 0, where it is known
+    """
+
+    def __init__(self, where: str, what: str, row: int | None = None) -> None:
+        super().__init__(where, what, row)
+        self.where, self.what, self.row = where, what, row
+
+    def __str__(self) -> str:
+        return f"{self.where}{'' if self.row is None else f', row {self.row + 1}'}: {self.what}"

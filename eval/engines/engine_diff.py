@@ -26,7 +26,8 @@ from eval.engines.llama_kl import FEWEST_TOKENS, Tally, ToolStatistics
 from eval.engines.process import Engine, EngineModel
 from eval.metrics import Mean, Quantiles, kl_divergence, mean_over_rows, quantiles
 from recompile.checkpoint.checkpoint import WeightSource
-from recompile.errors import MismatchError, RecompileError
+from recompile.errors import MismatchError, NotFiniteError, RecompileError
+from recompile.model.finite import WIDER, is_finite
 from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import TextSource, assign_roles
 
@@ -157,10 +158,11 @@ class TorchSide:
     def _run(self, model: LayeredModel, ids: Tensor) -> Tensor:
         """[chunks, counted positions, hidden] after the last norm."""
         with torch.inference_mode():
-            states = list(model.embed(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+            batch = max(1, BATCH_TOKENS // ids.shape[1])
+            states = list(model.embed(ids, batch))
             for index in range(model.depth):
                 with model.layer(index):
-                    states = [model.run_layer(index, state) for state in states]
+                    states = [model.run_layer(index, state, n * batch) for n, state in enumerate(states)]
             with model.norm_loaded() as norm:
                 return torch.cat([norm(state[:, self.first : self.last]) for state in states])
 
@@ -256,6 +258,11 @@ def compare_with_engine(
                     found["engine a"] = kl_divergence(torch_a, _tensor(block_a))
                     found["engine b"] = kl_divergence(torch_b, _tensor(logits_b))
                 for what, values in found.items():
+                    if not is_finite(values):
+                        raise NotFiniteError(
+                            f"{candidate} against {reference or base}, {what}, chunk {number + 1}",
+                            f"its KL is NaN or infinite: one of the two has logits that are no numbers; {WIDER}",
+                        )
                     kl.setdefault(what, []).append(values)
                 place += len(block_a)
             for what, parts in kl.items():

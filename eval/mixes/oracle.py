@@ -23,7 +23,9 @@ from eval.profile.sketch import collect, estimate
 from eval.search.acceptance import mix_of
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
+from recompile.errors import NotFiniteError
 from recompile.merge.weight_cache import WeightStore, room_for_weights
+from recompile.model.finite import WIDER, check_finite, is_finite, name_of
 from recompile.model.stream import LayeredModel, default_dtype, sketch_dtype
 from recompile.optimize.refine import SwapModel
 from recompile.quantize.lazy_variant import making_bytes
@@ -281,7 +283,7 @@ class MixOracle:
         for index in range(model.depth):
             with model.layer(index, source):
                 for number, state in enumerate(states):
-                    states[number] = model.run_layer(index, state)
+                    states[number] = model.run_layer(index, state, number * batch)
         with model.norm_loaded(source) as norm:
             return torch.cat([norm(state) for state in states])
 
@@ -327,6 +329,7 @@ class MixOracle:
             self._curves.add(dict(zip(sketch.swaps, values, strict=True)), correlations(draws))
         self._curves.asked += 1
         kl = sum(cotangents.kl_rows.values()) / len(cotangents.kl_rows)
+        check_finite(torch.tensor([kl, *slope.values()], dtype=torch.float64), f"step {step + 1}: slopes of swaps")
         curves = self._curves
         return SwapModel(kl, slope, dict(curves.own), curves.cross(choice), dict(curves.alike))
 
@@ -372,7 +375,8 @@ class MixOracle:
         batch = max(1, BATCH_TOKENS // ids.shape[1])
 
         def run(index: int, states: Tensor) -> Tensor:
-            return torch.cat([model.run_layer(index, piece) for piece in states.split(batch)])
+            pieces = states.split(batch)
+            return torch.cat([model.run_layer(index, piece, number * batch) for number, piece in enumerate(pieces)])
 
         def embedded(source: WeightSource) -> Tensor:
             return torch.cat(list(model.embed(ids, batch, source)))
@@ -455,4 +459,12 @@ class MixOracle:
                         output = HeadOutput.of(model, states[chunk], linear, mean=False)
                         sums.append(there.kl(chunk, output, reference).double().sum())
                     kls.append(torch.stack(sums).sum() / len(states))
-        return torch.stack(kls).reshape(len(models), len(goals)).tolist()
+        found = torch.stack(kls).reshape(len(models), len(goals))
+        if not is_finite(found):
+            row = int(found.isfinite().logical_not().any(0).nonzero()[0])
+            raise NotFiniteError(
+                f"{getattr(source, 'label', '') or 'a mix'}: the head",
+                f"its KL is NaN or infinite in {name_of(models[0])}; {WIDER}",
+                row,
+            )
+        return found.tolist()

@@ -31,8 +31,9 @@ from torch.overrides import TorchFunctionMode
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ProfileGroup
-from recompile.errors import OutputError, RecompileError, UnsupportedError
+from recompile.errors import NotFiniteError, OutputError, RecompileError, UnsupportedError
 from recompile.io.memory import format_mib, resident_bytes
+from recompile.model.finite import WIDER, is_finite, name_of
 from recompile.model.stream import FREE_BYTES_KEPT, LayeredModel, LinearWeight, LinearWeights, release_free_memory
 
 PASS_TOKENS = 512  # rows of a batch hold about this many tokens
@@ -286,7 +287,8 @@ class AdjointPass:
 
     def run(self, ids: Tensor, cotangents: Cotangents) -> Iterator[LayerForward | LayerBackward]:
         """ids: int64 [rows, tokens]. Yields a LayerForward per layer, a LayerBackward for the head, one per layer from
-        the last to the first, and one for the embedding."""
+        the last to the first, and one for the embedding. Raises NotFiniteError for states, gradients or products that
+        are no numbers."""
         with torch.no_grad():
             states = _States(
                 (self.model.depth + 1, *ids.shape, self.model.hidden_size),
@@ -305,6 +307,7 @@ class AdjointPass:
                     found = self._backward(index, states, adjoints, cotangents.gradients)
                 else:
                     found = self._gradients(index, states, adjoints)
+                self._check(f"layer {index}", adjoints, found)
                 yield LayerBackward(index, self.model.depth, tuple(found))
             yield LayerBackward(None, self.model.depth, tuple(self._embedding(ids, states, adjoints, tied)))
 
@@ -320,7 +323,7 @@ class AdjointPass:
         for index in range(self.model.depth):
             with self.model.layer(index, self.context):
                 for rows in self._batches(len(ids)):
-                    out = self.model.run_layer(index, states.get(index, rows, self.model.device))
+                    out = self.model.run_layer(index, states.get(index, rows, self.model.device), rows.start)
                     states.put(index + 1, rows, out)
             yield index
 
@@ -335,7 +338,9 @@ class AdjointPass:
                 one = slice(start, start + 1)
                 hidden = states.get(model.depth, one, model.device)
                 tokens = hidden.shape[1]
-                found, swaps = cotangents.at_norm(one, norm(hidden))
+                normed = norm(hidden)
+                model.watch.see(normed, model.loaded_from, "the final norm", start, norm)
+                found, swaps = cotangents.at_norm(one, normed)
                 for swap, value in swaps.items():
                     products.setdefault(swap, []).append(value)
                 with torch.enable_grad():
@@ -347,7 +352,24 @@ class AdjointPass:
             SwapProducts(group, source, torch.cat(values).float().cpu(), None, counted)
             for (group, source), values in products.items()
         ]
-        return torch.cat(pieces, 1), found_head
+        adjoints = torch.cat(pieces, 1)
+        self._check("the head", adjoints, found_head)
+        return adjoints, found_head
+
+    def _check(self, place: str, adjoints: Tensor, swaps: Sequence[SwapProducts]) -> None:
+        """Raise NotFiniteError for gradients, [samples, rows, tokens, hidden], or products that are no numbers."""
+        label = getattr(self.context, "label", "") or "the model"
+        for swap in swaps:
+            for figures in (swap.products, swap.squares):
+                if figures is not None and not is_finite(figures):
+                    bad = figures.reshape(len(figures), -1).isfinite().logical_not().any(1)
+                    row = int(bad.nonzero()[0]) if len(bad) == adjoints.shape[1] else None
+                    found = f"what it changes is NaN or infinite in {name_of(adjoints)}; {WIDER}"
+                    raise NotFiniteError(f"{label}: {place}: {swap.group} from {swap.source}", found, row)
+        if not is_finite(adjoints):
+            bad = adjoints.transpose(0, 1).flatten(1).isfinite().logical_not().any(1)
+            found = f"gradients are NaN or infinite in {name_of(adjoints)}; {WIDER}"
+            raise NotFiniteError(f"{label}: {place}", found, int(bad.nonzero()[0]))
 
     def _backward(self, index: int, states: _States, adjoints: Tensor, gradients: int) -> list[SwapProducts]:
         """Products of this layer's swaps; `adjoints` of its output become those of its input, in place."""
@@ -362,7 +384,7 @@ class AdjointPass:
             for batch in self._batches(rows):
                 hidden = states.get(index, batch, model.device).requires_grad_(True)
                 with torch.enable_grad(), _Tape(weights, wanted) as tape:
-                    out = model.run_layer(index, hidden)
+                    out = model.run_layer(index, hidden, batch.start)
                 calls = tape.calls
                 if len(hidden) > 1 and any(
                     call.inputs.shape[:-1].numel() != hidden.shape[:-1].numel() for call in calls
@@ -408,7 +430,7 @@ class AdjointPass:
             for batch in self._batches(rows):
                 hidden = states.get(index, batch, model.device).requires_grad_(True)
                 with torch.enable_grad():
-                    out = model.run_layer(index, hidden)
+                    out = model.run_layer(index, hidden, batch.start)
                 for sample, cotangent in enumerate(adjoints[:, batch].to(out.dtype)):
                     before, *found = _vjp(out, [hidden, *parameters], cotangent)
                     for name, gradient in zip(parts, found, strict=True):
@@ -451,7 +473,9 @@ class AdjointPass:
                     along = adjoints[:, rows].float().flatten(2)  # [samples, rows, tokens * hidden]
                     products[rows] = torch.einsum("srn,rn->rs", along, change).cpu()
                 products += tied.get((group.name, source), 0)
-                yield SwapProducts(group.name, source, products, None, torch.full((len(ids),), ids.shape[1]))
+                found = SwapProducts(group.name, source, products, None, torch.full((len(ids),), ids.shape[1]))
+                self._check("the embedding", adjoints, [found])
+                yield found
 
 
 def _vjp(output: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:

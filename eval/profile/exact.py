@@ -43,10 +43,11 @@ from recompile.costs import (
     layer_index,
     open_journal,
 )
-from recompile.errors import MismatchError, MissingWeight, RecompileError
+from recompile.errors import MismatchError, MissingWeight, NotFiniteError, RecompileError
 from recompile.io.memory import format_mib, resident_bytes
 from recompile.merge.overlay import account, build_overlay, check_same_model, quantizable
 from recompile.model.activations import QuantizedInputs, quantizes_inputs
+from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import Rows
 from recompile.quantize.lazy_variant import MadeVariant, making_bytes
@@ -451,8 +452,21 @@ class ExactProfiler:
             short = self.batch - len(piece)
             if short:
                 piece = torch.cat([piece, states[:1].expand(short, -1, -1)])
-            out[start : start + self.batch] = model.run_layer(index, piece)[: self.batch - short]
+            out[start : start + self.batch] = model.run_layer(index, piece, start)[: self.batch - short]
         return out
+
+    @contextmanager
+    def _telling(self, wave: Sequence[tuple[ProfileGroup, str]]) -> Iterator[None]:
+        """Inside, an error about a state names the swap that it is of: rows of several swaps run together."""
+        try:
+            yield
+            self.context.watch.settle()
+        except NotFiniteError as error:
+            if error.row is None or not wave:
+                raise
+            swap, row = divmod(error.row % (len(wave) * len(self.ids)), len(self.ids))
+            group, source = wave[swap]
+            raise NotFiniteError(f"{error.where} with {group.name} from {source}", error.what, row) from error
 
     def _run_reference(self) -> ReferenceTail:
         model = self.reference
@@ -463,12 +477,14 @@ class ExactProfiler:
         with model.norm_loaded() as norm, model.head_loaded() as head:
             # row by row, and by the head in the shapes that _kl_rows uses, so that equal states give equal bits
             normed = torch.stack([norm(state) for state in states])
+            model.watch.see(normed, model.loaded_from, "the final norm", 0, norm)
             tail = ReferenceTail(normed)
             if model.head_is_linear(normed[:1, :2]):
                 assert isinstance(head, torch.nn.Linear), "as a linear head is"
                 lse = torch.cat([log_sum_exp(head, some) for some in self._head_batches(normed)])
                 projected = [_mean_head_row(head, row, sums) for row, sums in zip(normed, lse, strict=True)]
                 tail = ReferenceTail(normed, lse, torch.stack(projected))
+                check_finite(lse, f"{model.loaded_from}: logits of the reference")
         return tail
 
     # ---- measuring -------------------------------------------------------------------------------------------------
@@ -499,6 +515,7 @@ class ExactProfiler:
                 with (
                     self._swapped(layer, prefix, group.modules, mixed) as differs,
                     self._quantized_inputs(index, group, source),
+                    self._telling([(group, source)]),
                 ):
                     swapped.append(self._advance(index, states))
                 # experts alone: elsewhere a swap without effect is a finding, here it only says that none was asked
@@ -507,7 +524,7 @@ class ExactProfiler:
         together = torch.cat(swapped)
         del swapped
         for later in range(index + 1, self.context.depth):
-            with self._layer(later):
+            with self._telling(wave), self._layer(later):
                 together = self._advance(later, together)
         rows = len(self.ids)
         return [
@@ -559,10 +576,11 @@ class ExactProfiler:
         for source in group.bits:
             if (group.name, source) in todo:
                 mixed = SwappedSource(self.context.source, group.modules, self.candidates[source])
-                states = self._rows(self.context.embed(self._padded_ids(), self.batch, mixed))
-                for index in range(self.context.depth):
-                    with self._layer(index):
-                        states = self._advance(index, states)
+                with self._telling([(group, source)]):
+                    states = self._rows(self.context.embed(self._padded_ids(), self.batch, mixed))
+                    for index in range(self.context.depth):
+                        with self._layer(index):
+                            states = self._advance(index, states)
                 if not self.context.is_head(group.modules[0]):
                     yield Measurement(group.name, source, self._kl_rows(states))
                     continue

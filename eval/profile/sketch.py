@@ -51,6 +51,7 @@ from eval.passes.fisher import DRAWS, FisherCotangents
 from eval.profile.exact import ProfileJob
 from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, kind_of, open_journal
 from recompile.errors import JournalError, OutputError, RecompileError
+from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.optimize.interactions import Interactions
 from recompile.quantize.lazy_variant import making_bytes
@@ -465,7 +466,10 @@ class SweepStore:
         """A sweep."""
         with self._open(number) as file:
             about = file.metadata() or {}
-            values = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name, value in tensors.items():
+                check_finite(value, f"{self._file(number)}: {name}", "remove it to sample again, with a wider --dtype")
+            values = {name: value.numpy() for name, value in tensors.items()}
             swaps = tuple((group, source) for group, source in json.loads(about["swaps"]))
             return Sketch(swaps, samples=int(about["samples"]), **values)
 
@@ -477,7 +481,8 @@ class SweepStore:
         return total
 
     def save(self, number: int, sketch: Sketch) -> None:
-        """Raises OutputError where it cannot be written; then nothing of it stays."""
+        """Raises OutputError where it cannot be written, NotFiniteError for sums that are no numbers; then nothing of
+        it stays."""
         target = self._file(number)
         partial = target.with_name(f"{target.name}.partial")
         tensors = {
@@ -485,6 +490,8 @@ class SweepStore:
             for name in ("products2", "products4", "squares", "tokens", "pairs")
             if getattr(sketch, name) is not None
         }
+        for name, value in tensors.items():
+            check_finite(value, f"{target}: {name}")
         about = {"key": self._key, "samples": str(sketch.samples), "swaps": json.dumps(sketch.swaps)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

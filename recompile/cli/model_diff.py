@@ -292,7 +292,8 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         f"A's size:      {format_bpw(size.bpw)} bpw over quantized modules, head {format_bpw(size.head_bpw)}, "
         f"embedding {format_bpw(size.embedding_bpw)}, {format_bytes(size.total_bytes)} in all",
         f"Measured on:   {report.rows} rows x {report.row_tokens} tokens ({report.tokens} tokens counted, "
-        f"{report.tokens_left_out} left out), {report.rows_source}, {report.dtype} on {report.device}",
+        f"{report.unlabelled_tokens} of them, the last of each row, not in perplexity), {report.rows_source}, "
+        f"{report.dtype} on {report.device}",
         "",
         f"A perplexity: {a.perplexity:.8f}" + _error(a.perplexity_std_error),
         f"B perplexity: {b.perplexity:.8f}" + _error(b.perplexity_std_error),

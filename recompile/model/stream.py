@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from recompile.checkpoint.checkpoint import WeightSource, split_name
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
+from recompile.model.finite import FiniteWatch
 
 FREE_BYTES_KEPT = 64 * 2**20  # of freed blocks that the allocator may hold on to
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -159,6 +160,8 @@ class LayeredModel:
     layers_name: str
     origins: dict[str, _Origin] = field(default_factory=dict)
     calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
+    watch: FiniteWatch = field(default_factory=FiniteWatch)  # sees every state that is handed on
+    loaded_from: str = ""  # label of the source that was loaded last
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -317,6 +320,7 @@ class LayeredModel:
 
     def load(self, module: nn.Module, prefix: str, source: WeightSource | None = None) -> None:
         """Give every parameter below `module` (at `prefix`) its value."""
+        self.loaded_from = getattr(source or self.source, "label", "") or "the model"
         for name, _ in list(module.named_parameters()):
             self.set_parameter(module, name, self.load_parameter(f"{prefix}.{name}", source))
 
@@ -338,6 +342,7 @@ class LayeredModel:
         try:
             self.load(module, prefix, source)
             yield module
+            self.watch.settle()
         finally:
             self.unload(module)
 
@@ -370,14 +375,15 @@ class LayeredModel:
     def embed(self, ids: Tensor, batch: int, source: WeightSource | None = None) -> Iterator[Tensor]:
         """What enters the first layer, a batch of rows at a time; ids [rows, tokens] -> [batch, tokens, hidden].
 
-        Records the arguments of every layer's call for this row length.
+        Records the arguments of every layer's call for this row length. Raises NotFiniteError.
         """
         embedding = self.embedding
         self.calls.pop(ids.shape[1], None)
         with self.loaded(embedding, self.prefix_of(embedding), source):
             self.record(ids[:1])
-            for rows in ids.split(batch):
+            for number, rows in enumerate(ids.split(batch)):
                 first = self._run_recorders(rows)[0].calls[0][0]
+                self.watch.see(first, self.loaded_from, "the embedding", number * batch, embedding)
                 yield first
 
     def record(self, ids: Tensor) -> None:
@@ -406,15 +412,23 @@ class LayeredModel:
             setattr(self.base, self.norm_name, norm)
         return recorders
 
-    def run_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Replay one loaded layer; hidden [batch, tokens, hidden], any batch, a row length that was recorded."""
+    def run_layer(self, index: int, hidden: Tensor, first_row: int = 0) -> Tensor:
+        """Replay one loaded layer; hidden [batch, tokens, hidden], any batch, a row length that was recorded.
+
+        first_row: what messages call the batch's first row. Raises NotFiniteError; on a device, where nobody waits for
+        every state, at the end of the block that loaded the layer, or before logits are made.
+        """
         args, kwargs = self.calls[hidden.shape[1]][index]
         out = self.layers[index](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        self.watch.see(out, self.loaded_from, f"layer {index}", first_row, self.layers[index])
+        return out
 
-    def logits(self, normed: Tensor) -> Tensor:
+    def logits(self, normed: Tensor, first_row: int | None = None) -> Tensor:
         """Logits [batch, tokens, vocab] of post-norm hidden states; the head must be loaded. Soft caps and logit scales
-        of the architecture are applied, as its own forward does."""
+        of the architecture are applied, as its own forward does. Raises NotFiniteError for states that are not finite.
+        """
+        self.watch.see(normed, self.loaded_from, "the final norm", first_row, self.norm)
         prefix = self.model.base_model_prefix
         setattr(self.model, prefix, _Passthrough(normed))
         try:

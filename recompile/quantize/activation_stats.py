@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recompile.gguf.imatrix import Imatrix, InputSums
 from recompile.gguf.names import Heads, architecture_of, place_of
+from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 
@@ -48,6 +49,11 @@ class MomentCollector(InputCollector):
         squares[self.row] += x.square().sum(0)
         tokens[self.row] += len(x)
 
+    def check(self) -> None:
+        for group in self.groups:
+            for found in self._found.get(id(group), ())[:2]:
+                check_finite(found, f"{self._label}: inputs of {group.modules[0]}")
+
     def moments(self) -> list[InputMoments]:
         return [InputMoments(tuple(g.modules), *self._found[id(g)]) for g in self.groups if id(g) in self._found]
 
@@ -64,11 +70,13 @@ def collect_moments(model: LayeredModel, ids: Tensor, *, head: bool = False) -> 
             with torch.inference_mode(), collector:
                 for row, state in enumerate(states):
                     collector.row = row
-                    states[row] = model.run_layer(index, state)
+                    states[row] = model.run_layer(index, state, row)
             yield collector.moments()
     if head:
         with torch.inference_mode(), model.norm_loaded() as norm:
             normed = [norm(state)[0].float() for state in states]
+            for row, state in enumerate(normed):
+                model.watch.see(state[None], model.loaded_from, "the final norm", row, norm)
         yield [
             InputMoments(
                 (model.prefix_of(model.head),),

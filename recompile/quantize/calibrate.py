@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel, LinearWeights
 
 BATCH_TOKENS = 2048
@@ -59,7 +60,8 @@ class InputPower(InputStatistics):
 
 @dataclass
 class InputCollector(TorchFunctionMode):
-    """Context manager: inside it, linear calls of one loaded layer add to the Hessians of their inputs.
+    """Context manager: inside it, linear calls of one loaded layer add to the Hessians of their inputs. Leaving it
+    raises NotFiniteError where these are no numbers.
 
     groups: filled while running; modules that are always given the very same tensor (q, k, v; gate, up) share one entry
     """
@@ -71,7 +73,7 @@ class InputCollector(TorchFunctionMode):
         super().__init__()
         self.groups = []
         self._group_of: dict[str, InputStatistics] = {}
-        self._weights = LinearWeights(model, index)
+        self._weights, self._label = LinearWeights(model, index), model.loaded_from
         self._last: tuple[Tensor, InputStatistics] | None = None
 
     def __torch_function__(
@@ -84,6 +86,17 @@ class InputCollector(TorchFunctionMode):
             if found is not None:
                 self._add(found.modules, args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        super().__exit__(kind, value, trace)
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise NotFiniteError where inputs were NaN or infinite, or their squares are."""
+        for group in self.groups:
+            if group.hessian is not None:
+                check_finite(group.hessian, f"{self._label}: inputs of {group.modules[0]}")
 
     def _add(self, modules: tuple[str, ...], inputs: Tensor) -> None:
         leader = modules[0]
@@ -122,14 +135,15 @@ def input_power(
     """
     model = LayeredModel.of(base, dtype=dtype, device=device)
     model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
-    states = list(model.embed(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+    batch = max(1, BATCH_TOKENS // ids.shape[1])
+    states = list(model.embed(ids, batch))
     found: dict[str, Tensor] = {}
     for index in range(model.depth):
         with model.layer(index):
             collector = InputCollector(model, index)
             collector.statistics = InputPower
             with collector:
-                states = [model.run_layer(index, state) for state in states]
+                states = [model.run_layer(index, state, n * batch) for n, state in enumerate(states)]
         for group in collector.groups:
             if group.hessian is not None:
                 found |= dict.fromkeys(group.modules, group.hessian / group.tokens)

@@ -30,6 +30,7 @@ from recompile.gguf.imatrix import Imatrix, InputSums
 from recompile.gguf.keys import heads_in, llama3_factors, model_records, tokenizer_records
 from recompile.gguf.names import ARCHITECTURES, Architecture, Place, architecture_of, place_of, row_order
 from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
+from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputPower
 
@@ -166,14 +167,15 @@ def collect_importance(
     model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
     values: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    states = list(model.embed(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+    batch = max(1, BATCH_TOKENS // ids.shape[1])
+    states = list(model.embed(ids, batch))
     for number in range(model.depth):
         with model.layer(number):
             collector = InputCollector(model, number)
             collector.statistics = InputPower
             with collector:
                 for n, state in enumerate(states):
-                    states[n] = model.run_layer(number, state)
+                    states[n] = model.run_layer(number, state, n * batch)
         for group in collector.groups:
             if group.hessian is None:
                 continue
@@ -187,6 +189,7 @@ def collect_importance(
             x = norm(state).reshape(-1, state.shape[-1]).float()
             total += x.square().sum(0).cpu()
             count += len(x)
+        check_finite(total, f"{model.loaded_from}: inputs of the head")
     head, embedding = model.prefix_of(model.head), model.prefix_of(model.embedding)
     tied = base.config.get("tie_word_embeddings") or f"{head}.weight" not in base.tensors
     for name in (head, embedding) if tied else (head,):

@@ -295,8 +295,8 @@ class _Build:
                 row = states[0][:1].clone()
                 with InputCollector(self.model, number) as collector:
                     if self.sequential:
-                        for state in states:
-                            self.model.run_layer(number, state)
+                        for n, state in enumerate(states):
+                            self.model.run_layer(number, state, n * len(states[0]))
                     else:
                         self._advance(number, states)
                 names = self.model.modules_of_layer(number)
@@ -313,7 +313,7 @@ class _Build:
 
     def _advance(self, index: int, states: list[Tensor]) -> None:
         for n, state in enumerate(states):
-            states[n] = self.model.run_layer(index, state)
+            states[n] = self.model.run_layer(index, state, n * len(states[0]))
 
     # ---- outputs and resuming --------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from recompile.costs import is_expert, kin_of_expert
+from recompile.errors import NotFiniteError
 from recompile.model.stream import LayeredModel, LinearWeights
 
 # consumer -> the projection that its input is multiplied with or mixed from, without anything in between that is not
@@ -125,7 +126,11 @@ def find_folds(model: LayeredModel, index: int, hidden: Tensor) -> list[Fold]:
             for tensor, factor in _changes(fold, scale, norms, model.prefix_of_layer(index), calls):
                 undo.append((tensor, tensor.clone()))
                 tensor.copy_(factor)
-        got = model.run_layer(index, hidden)
+        try:
+            got = model.run_layer(index, hidden)
+            model.watch.settle()
+        except NotFiniteError:  # by this trial's scale: no fold
+            got = torch.full_like(expected, torch.inf)
         for tensor, value in reversed(undo):
             tensor.copy_(value)
         worst = float((got - expected).abs().max())

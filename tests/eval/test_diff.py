@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, LayerDrift, RowsCompared, compare, compare_many
-from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
-from recompile.errors import CheckpointError, MismatchError, OutputError
+from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
+from recompile.errors import CheckpointError, MismatchError, NotFiniteError, OutputError
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
 
@@ -79,7 +79,7 @@ def test_figures_are_those_of_plain_logits(architecture: str, tmp_path: Path) ->
         [float(same[..., k].double().mean()) for k in range(top)]
     )
     assert report.tokens == ids.numel()
-    assert report.tokens_left_out == 0
+    assert report.unlabelled_tokens == 4
     assert (report.rows, report.row_tokens, report.vocab) == (4, 40, tiny.VOCAB)
     assert sum(b.tokens for b in report.kl_by_confidence) == report.tokens
     assert not report.identical
@@ -277,7 +277,7 @@ def test_an_interrupted_run_leaves_no_logits(tmp_path: Path) -> None:
 # ---- what is left out, and what is refused ---------------------------------------------------------------------------
 
 
-def test_tokens_without_a_finite_value_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_one_token_that_overflows_stops_the_comparison(tmp_path: Path) -> None:
     """Feature 0 is kept for token 7 alone; where the last MLP multiplies it by 3e38, that token alone overflows."""
     paths = []
     for name, column in (("calm", 1.0), ("huge", 3e38)):
@@ -292,24 +292,44 @@ def test_tokens_without_a_finite_value_are_left_out_and_counted(tmp_path: Path) 
     calm, huge = (open_checkpoint(path) for path in paths)
     ids = tiny.rows(3, 10).clamp(min=8)
     ids[1, 4] = 7
-    report = report_of(huge, calm, ids)
-    assert (report.tokens, report.tokens_left_out) == (29, 1)
-    assert report.kl.mean == 0.0
-    assert report.kl_rows == (0.0, 0.0, 0.0)
-    assert not report.identical
-    assert report.score_candidate.nll.mean == pytest.approx(
-        (report.score_reference.nll.mean * 27 - float(one_nll(calm, ids, 1, 4))) / 26, abs=1e-5
+    for candidate, reference in ((huge, calm), (calm, huge)):
+        for batch in (1, 2, 3):
+            with pytest.raises(NotFiniteError, match=r"huge: layer 1, row 2: hidden states are NaN or infinite"):
+                report_of(candidate, reference, ids, DiffOptions(batch=batch))
+    report = report_of(huge, calm, tiny.rows(3, 10).clamp(min=8))
+    assert report.kl_rows == (0.0, 0.0, 0.0), "without that token the two are one model"
+
+
+def test_a_type_too_narrow_is_an_error_and_no_perfect_score(tmp_path: Path) -> None:
+    """States of 2e5 fit float32 and bfloat16; in float16 both models' are infinite, so that a comparison of the rest
+    would find no difference."""
+    paths = {}
+    for name, base in (("base", tiny.base("llama")), ("3bpw", tiny.variants("llama", (3,))[3])):
+        paths[name] = tiny.copy_of(base, tmp_path / name)
+    tensors = load_file(paths["base"] / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].mul_(3e4)
+    save_file(tensors, paths["base"] / "model.safetensors", {"format": "pt"})
+    base, candidate = open_checkpoint(paths["base"]), open_checkpoint(paths["3bpw"])
+    ids = tiny.rows(2, 32)
+    wide = report_of(candidate, base, ids)
+    assert wide.kl.mean > 0.01
+    assert report_of(candidate, base, ids, DiffOptions(dtype=torch.bfloat16)).kl.mean == pytest.approx(
+        wide.kl.mean, rel=0.2
     )
-    ids[1] = 7
-    report = report_of(huge, calm, ids)
-    assert (report.tokens, report.tokens_left_out) == (20, 10)
-    assert math.isnan(report.kl_rows[1])
-    assert report.kl.mean == 0.0
+    for one, other in ((candidate, base), (base, candidate), (base, base)):
+        with pytest.raises(NotFiniteError, match=r"base: layer 1, row 1: .* in float16.*use a wider --dtype"):
+            report_of(one, other, ids, DiffOptions(dtype=torch.float16))
 
 
-def one_nll(checkpoint: Checkpoint, ids: Tensor, row: int, token: int) -> Tensor:
-    z = tiny.plain_logits(tiny.plain_model(checkpoint.path), ids)[row, token]
-    return -z.double().log_softmax(-1)[ids[row, token + 1]]
+def test_logits_that_overflow_name_the_head(tmp_path: Path) -> None:
+    """States are whole there, and only the product with the head is not."""
+    path = tiny.copy_of(tiny.base("llama-2", torch.float32), tmp_path / "loud")
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"][5] = 3e38
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    loud, calm = open_checkpoint(path), open_checkpoint(tiny.base("llama-2", torch.float32))
+    with pytest.raises(NotFiniteError, match=r"loud: the head, row \d: logits are NaN or infinite"):
+        report_of(loud, calm, tiny.rows(2, 10))
 
 
 def test_nan_weights_stop_with_the_tensor_named(tmp_path: Path) -> None:

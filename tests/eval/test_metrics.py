@@ -17,12 +17,14 @@ from eval.metrics import (
     drift,
     kl_by_confidence,
     kl_divergence,
+    kl_histogram,
     mean_drift,
     mean_over_rows,
     paired_difference,
     quantiles,
     token_metrics,
 )
+from recompile.errors import NotFiniteError
 
 
 def logits(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
@@ -65,6 +67,19 @@ def test_a_token_without_probability_adds_nothing() -> None:
     assert kl_divergence(q, p).item() == math.inf, "what q can say and p cannot costs without bound"
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["reference", "candidate", "both"])
+def test_kl_of_a_logit_that_is_no_number_is_none(bad: float, where: str) -> None:
+    reference, candidate = logits(3, 50, seed=1), logits(3, 50, seed=2)
+    if where != "candidate":
+        reference[1, 7] = bad
+    if where != "reference":
+        candidate[1, 7] = bad
+    kl = kl_divergence(reference, candidate)
+    assert kl.isfinite().tolist() == [True, False, True]
+    assert not token_metrics(reference, candidate, torch.tensor([0, 1, 2]), 3).is_finite
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), vocab=st.integers(2, 400), spread=st.floats(0.01, 8))
 def test_kl_is_that_of_float64(seed: int, vocab: int, spread: float) -> None:
@@ -101,11 +116,12 @@ def test_token_metrics_are_those_of_a_plain_implementation(vocab: int) -> None:
             assert bool(found.candidate_hit[t, k - 1]) is (label in order_b[:k])
             assert bool(found.agree[t, k - 1]) is (order_a[:k] == order_b[:k])
         if label < 0:
-            assert math.isnan(found.reference_nll[t])
-            assert math.isnan(found.candidate_nll[t])
+            assert (float(found.reference_nll[t]), float(found.candidate_nll[t])) == (0.0, 0.0)
         else:
             assert float(found.reference_nll[t]) == close(-math.log(p[t, label]))
             assert float(found.candidate_nll[t]) == close(-math.log(q[t, label]))
+    assert found.labelled.tolist() == (labels >= 0).tolist()
+    assert found.is_finite
     assert not bool(found.same_logit_bits.any())
 
 
@@ -146,23 +162,34 @@ def test_standard_error_of_equal_rows_is_that_of_the_row_means() -> None:
     assert found.std_error == pytest.approx(4 / 3)
 
 
-def test_values_that_are_not_finite_are_left_out() -> None:
-    values = torch.tensor([[1.0, math.nan], [math.inf, 3.0], [math.nan, math.nan]])
-    found = mean_over_rows(values)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_an_error(bad: float) -> None:
+    values = torch.tensor([[1.0, bad], [2.0, 3.0]])
+    for figure in (mean_over_rows, quantiles, kl_histogram):
+        with pytest.raises(NotFiniteError, match="1 of 4 values are NaN or infinite"):
+            figure(values)
+    for kl, confidence in ((values, torch.full((2, 2), 0.5)), (torch.ones(2, 2), values)):
+        with pytest.raises(NotFiniteError, match="1 of 4"):
+            kl_by_confidence(kl, confidence)
+    assert mean_over_rows(values, torch.tensor([[True, False], [True, True]])).mean == 2.0, "only what is counted"
+
+
+def test_only_tokens_that_count_are_in_a_mean() -> None:
+    values = torch.tensor([[1.0, 9.0], [9.0, 3.0], [9.0, 9.0]])
+    found = mean_over_rows(values, torch.tensor([[True, False], [False, True], [False, False]]))
     assert found.mean == 2.0  # of 1 and 3; the third row has nothing to say
-    assert found.std_error == pytest.approx(1.0)  # rows 1 and 3, deviations 1 each: sqrt(2 / 1 / 2)
+    assert found.std_error == pytest.approx(1.0)  # rows 1 and 2, deviations 1 each: sqrt(2 / 1 / 2)
 
 
 def test_rows_weigh_by_their_tokens() -> None:
-    values = torch.tensor([[0.0, 0.0, 0.0], [4.0, math.nan, math.nan]])
-    assert mean_over_rows(values).mean == 1.0
+    values = torch.tensor([[0.0, 0.0, 0.0], [4.0, 9.0, 9.0]])
+    assert mean_over_rows(values, torch.tensor([[True] * 3, [True, False, False]])).mean == 1.0
 
 
 def test_a_mean_without_rows_or_with_one() -> None:
     assert mean_over_rows(torch.tensor([[2.0, 4.0]])) == Mean(3.0, None)
-    nothing = mean_over_rows(torch.full((2, 2), math.nan))
-    assert math.isnan(nothing.mean)
-    assert nothing.std_error is None
+    with pytest.raises(NotFiniteError, match="over no tokens"):
+        mean_over_rows(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))
 
 
 def test_standard_error_is_the_spread_of_repeated_means() -> None:
@@ -202,17 +229,15 @@ def test_pairing_sees_what_row_noise_hides() -> None:
 
 
 def test_quantiles_by_hand() -> None:
-    found = quantiles(torch.tensor([[4.0, 0.0, math.nan], [3.0, 1.0, 2.0]]))
+    found = quantiles(torch.tensor([4.0, 0.0, 3.0, 1.0, 2.0]))
     assert (found.median, found.p90, found.p99, found.max) == (2.0, pytest.approx(3.6), pytest.approx(3.96), 4.0)
-    nothing = quantiles(torch.tensor([math.nan]))
-    assert all(math.isnan(value) for value in (nothing.median, nothing.p90, nothing.p99, nothing.max))
     assert quantiles(torch.tensor([5.0])).p90 == 5.0
 
 
 def test_bins_of_confidence() -> None:
     assert CONFIDENCE_EDGES == (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-    confidence = torch.tensor([0.1, 0.25, 0.3, 0.74, 0.75, 0.95, 1.0, 0.5])
-    kl = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, math.nan])
+    confidence = torch.tensor([0.1, 0.25, 0.3, 0.74, 0.75, 0.95, 1.0])
+    kl = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     bins = kl_by_confidence(kl, confidence)
     assert [(b.low, b.high) for b in bins] == [(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 0.95), (0.95, 1.0)]
     assert [b.tokens for b in bins] == [1, 2, 1, 1, 2]
