@@ -62,6 +62,14 @@ class Cotangents(Protocol):
         ...
 
 
+class Observer(Protocol):
+    def __call__(self, shares: list[tuple[str, slice]], adjoints: Tensor, rows: slice) -> None:
+        """shares: the modules of a call, each with its part of the outputs; rows: of the pass.
+
+        adjoints: [samples, (rows, tokens | tokens), out] of the call, not to be kept."""
+        ...
+
+
 @dataclass(frozen=True)
 class SwapProducts:
     """What one swap does to every sample.
@@ -272,6 +280,7 @@ class AdjointPass:
 
     context: the weights that the model runs with; candidates: by label
     origin: the weights that changes are counted from; None: the context's
+    observe: is shown the adjoints of every call of the groups' maps, in passes with random samples
     """
 
     model: LayeredModel
@@ -281,6 +290,7 @@ class AdjointPass:
     plan: PassPlan
     scratch_folder: Path | None = None
     origin: WeightSource | None = None
+    observe: Observer | None = None
 
     def __post_init__(self) -> None:
         self.model.model.set_experts_implementation("eager")  # one linear call an expert, which the tape sees
@@ -401,6 +411,8 @@ class AdjointPass:
                     for number in range(len(calls)):
                         stacked = torch.stack([values[1 + number] for values in found])
                         squares[number] += stacked[max(0, gradients - start) :].square().sum(0)
+                        if self.observe is not None:
+                            self.observe(deltas.shares(calls[number].weight, stacked.shape[-1]), stacked, batch)
                         swaps.add_products(changes[number], stacked, batch, block)
                     for sample, values in enumerate(found):  # last: an output's adjoint may be the cotangent itself
                         adjoints[start + sample, batch] = values[0]

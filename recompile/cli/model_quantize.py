@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from recompile.cli.options import (
     device_options,
     many_values_command,
     output_options,
+    parse_size,
     read_rows,
     text_options,
 )
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from recompile.model.tokens import Rows
     from recompile.quantize.gguf import Mix, VariantsReport
     from recompile.quantize.mix import MixEncoder
+    from recompile.quantize.output_statistics import StoredStatistics
     from recompile.quantize.pipeline import Encoder, ModuleReport, QuantizeReport
 
 
@@ -138,6 +141,19 @@ if TYPE_CHECKING:
     show_default=True,
     help="Whose encoder makes the tensors; the last two need CUDA.",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["one-sided", "two-sided"]),
+    help="With GPTQ: weigh errors by the inputs of a map alone, or also by the gradients at its outputs, which takes a "
+    "backward pass over the calibration rows. Default: two-sided where --stats is given.",
+)
+@click.option(
+    "--stats",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep the statistics of those gradients here, and use them again when they are there (some MB a layer).",
+)
+@click.option("--max-memory", help="For that backward pass: never use more memory than this, e.g. 8GiB.")
 @text_options(rows=64, length=512)
 @device_options
 @output_options
@@ -161,6 +177,9 @@ def main(
     save_imatrix: str | None,
     converter: bool,
     engine: str,
+    rounding: str | None,
+    stats: Path | None,
+    max_memory: str | None,
     rows: int,
     length: int,
     text: Path | None,
@@ -181,6 +200,7 @@ def main(
       model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
       model_quantize -i base -o variants --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4
       model_quantize -i base -o awq --scheme w4a16-g64 --method awq
+      model_quantize -i base -o variants -b 2 3 4 --rounding two-sided --stats stats
       model_quantize -i base -o gguf --format gguf -b Q3_K_S Q4_K Q6_K IQ4_KSS --tokenizer-from X.gguf
       model_quantize -i base -o mix -or overrides.yaml           # straight to the mix, no variants
       model_quantize -i base -o MIX.gguf -or overrides.yaml --tokenizer-from X.gguf
@@ -206,6 +226,11 @@ def main(
         )
     if recipe_path is not None and engine != "own":
         raise click.UsageError("-or goes with --engine own")
+    if rounding == "one-sided" and stats is not None:
+        raise click.UsageError("--stats are for two-sided rounding; leave out --rounding one-sided")
+    two_sided = rounding == "two-sided" or stats is not None
+    if two_sided:
+        _check_two_sided(format_name, method, engine, modifiers)
     gguf_mix = recipe_path is not None and _is_gguf_recipe(recipe_path)
     if format_name == "gguf" or gguf_mix:
         from recompile.checkpoint.checkpoint import open_checkpoint
@@ -233,13 +258,29 @@ def main(
     check_vocabulary(base, vocab)
     from recompile.quantize.encoders import EXL_HEAD_BITS
 
+    outputs = None
+    if two_sided:
+        cap = parse_size(max_memory) if max_memory is not None else None
+        outputs = _output_statistics(
+            base, out_dir, stats, found, compute_device(device), compute_dtype(dtype), cap, quiet
+        )
+
+    def with_outputs(made: Encoder) -> Encoder:
+        """The encoder with those statistics. Raises FormatError for one that rounds one-sided only."""
+        if outputs is None:
+            return made
+        if not hasattr(made, "outputs"):
+            raise FormatError(f"--rounding two-sided: not for {made.description()['format']}")
+        return replace(made, outputs=outputs)  # type: ignore[type-var]
+
     encoder: Encoder
     if schemes or modifiers:
-        encoder, head = _scheme_encoder(schemes, modifiers, method, importance), False
+        encoder, head = with_outputs(_scheme_encoder(schemes, modifiers, method, importance)), False
     elif recipe_path is None:
         if format_name in ("exl2", "exl3") and head_bits is None:
             head_bits = EXL_HEAD_BITS
         encoder, head = _encoder(format_name, rates, method, group_size, asym, importance, head_bits, codebook, found)
+        encoder = with_outputs(encoder)
     else:
         format_name = _format_of_mix(recipe_path, format_name)
         is_exl = format_name in ("exl2", "exl3")
@@ -248,11 +289,12 @@ def main(
 
         def encoder_of(settings: Mapping[str, Any]) -> Encoder:
             if "scheme" in settings:
-                return _scheme_source(str(settings["scheme"]), format_name, method, importance)
+                return with_outputs(_scheme_source(str(settings["scheme"]), format_name, method, importance))
             size, symmetric = settings.get("group_size", group_size), settings.get("symmetric", not asym)
             size = "channel" if size is None else str(size)
             rate = (float(settings["bits"]),)
-            return _encoder(format_name, rate, method, size, not symmetric, importance, None, codebook, found)[0]
+            made, _ = _encoder(format_name, rate, method, size, not symmetric, importance, None, codebook, found)
+            return with_outputs(made)
 
         of_head = {"bits": head_bits or EXL_HEAD_BITS, "format": format_name} if is_exl else None
         encoder, head = mix_encoder(recipe_path, base, out_dir, rates, encoder_of, of_head)
@@ -282,6 +324,47 @@ def main(
         click.echo(_summary(report))
     if json_path is not None:
         print_json(json_path, report)
+    if outputs is not None and stats is None:
+        shutil.rmtree(outputs.path)
+
+
+def _check_two_sided(format_name: str, method: str, engine: str, modifiers: Path | None) -> None:
+    """What cannot be rounded so is said before the backward pass."""
+    if engine != "own" or format_name == "gguf":
+        what = f"--engine {engine}" if engine != "own" else "--format gguf"
+        raise click.UsageError(f"--rounding two-sided: not with {what}, whose encoder is not ours to feed back into")
+    if "gptq" not in method and modifiers is None:
+        raise click.UsageError(f"--rounding two-sided: goes with --method gptq, not {method}")
+
+
+def _output_statistics(
+    base: Checkpoint,
+    out_dir: Path,
+    stats: Path | None,
+    rows: Rows,
+    device: str,
+    dtype: Any,
+    cap_bytes: int | None,
+    quiet: bool,
+) -> StoredStatistics:
+    """Gradients at the outputs of all maps: those kept in `stats`, or measured on the calibration rows."""
+    from recompile.quantize.output_statistics import StoredStatistics, open_statistics
+
+    path = stats if stats is not None else out_dir.with_name(out_dir.name + ".stats")  # until the variants are whole
+    kept = open_statistics(path)
+    if kept is not None:
+        kept.check_base(base.fingerprint, base.label)
+        return kept
+    from eval.passes.output_gradients import GradientOptions, GradientsProgress, measure_outputs
+
+    options = GradientOptions(dtype=dtype, device=device, max_memory_bytes=cap_bytes)
+    with progress("gradients", 1, unit="layers", quiet=quiet) as bar:
+        for event in measure_outputs(base, rows.ids, path, options, rows_sha256=rows.sha256):
+            if isinstance(event, GradientsProgress):
+                bar.update(event.done, event.text, event.total)
+            elif isinstance(event, StoredStatistics):
+                return event
+    raise AssertionError("measure_outputs ends with its statistics")
 
 
 def _rates(bits: tuple[str, ...]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from recompile.formats.packed_int import IntScheme
 from recompile.quantize.gptq import ActOrder, QuantizedWeight, quantize_gptq
 from recompile.quantize.int_grids import fit_grid, quantize_to_grid
 from recompile.quantize.pipeline import Encoded, VariantReport
+from recompile.quantize.two_sided import OutputSource, improve_integers
 
 METHODS = ("rtn", "mse", "gptq")
 EXL_HEAD_BITS = 6  # of the output head in EXL2 and EXL3, as their own converters have it
@@ -26,6 +27,11 @@ EXL_HEAD_BITS = 6  # of the output head in EXL2 and EXL3, as their own converter
 def variant_name(bits: float) -> str:
     """ "3bpw", "2.5bpw": the directory of the variant at this nominal bitrate."""
     return f"{bits:g}bpw"
+
+
+def rounding_of(outputs: OutputSource | None) -> dict[str, Any]:
+    """What an encoder's description says of two-sided rounding: nothing without it, so that older journals go on."""
+    return {} if outputs is None else {"rounding": "two-sided", "statistics": outputs.fingerprint}
 
 
 def _split_rows(stacked: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,8 +51,11 @@ class IntEncoder:
     act_order: ActOrder = "static"
     scale_dtype: torch.dtype = torch.bfloat16
     head_bits: int | None = None  # of the output head in every variant, where it is quantized at all
+    outputs: OutputSource | None = None  # with it, GPTQ is followed by two-sided rounding where that is better
 
     def __post_init__(self) -> None:
+        if self.outputs is not None and (self.method != "gptq" or self.act_order != "static"):
+            raise FormatError("two-sided rounding: goes with method gptq and act_order static")
         if self.method not in METHODS:
             raise FormatError(f"method: found {self.method!r}, wanted one of {', '.join(METHODS)}")
         for bits in (*self.bits, *([self.head_bits] if self.head_bits is not None else [])):
@@ -72,7 +81,11 @@ class IntEncoder:
     ) -> list[dict[str, Encoded]]:
         stacked = torch.cat(list(weights.values()))
         schemes = self.schemes(role_of(next(iter(weights))))
-        return self._pack(self._quantize(stacked, hessian, schemes), weights, biases)
+        made = self._quantize(stacked, hessian, schemes)
+        notes: list[dict[str, str]] = [{} for _ in made]
+        if self.outputs is not None and hessian is not None:
+            made, notes = improve_integers(weights, hessian, made, self.outputs, self.damping)
+        return self._pack(made, weights, biases, notes)
 
     def round(self, module: str, weight: Tensor, importance: Tensor | None) -> list[Encoded]:
         """For each variant, one module on fitted grids without GPTQ; importance [in] or None, as fit_grid takes it."""
@@ -80,11 +93,15 @@ class IntEncoder:
         return [made[module] for made in self._pack(rounded, {module: weight}, {})]
 
     def _pack(
-        self, variants: Sequence[QuantizedWeight], weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]
+        self,
+        variants: Sequence[QuantizedWeight],
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+        notes: Sequence[Mapping[str, str]] = (),
     ) -> list[dict[str, Encoded]]:
-        """The parts of the modules whose weights were stacked."""
+        """The parts of the modules whose weights were stacked; notes: for every variant, of its modules."""
         made = []
-        for quantized in variants:
+        for number, quantized in enumerate(variants):
             codes = _split_rows(quantized.codes, weights)
             scales = _split_rows(quantized.grid.scale, weights)
             zeros = quantized.grid.zero_point
@@ -97,7 +114,7 @@ class IntEncoder:
                 dense = packed_int.dequantize(parts, quantized.scheme, module=name)
                 if name in biases:
                     parts["bias"] = biases[name]
-                variant[name] = Encoded(parts, dense)
+                variant[name] = Encoded(parts, dense, notes[number].get(name, "") if notes else "")
             made.append(variant)
         return made
 
@@ -152,6 +169,7 @@ class IntEncoder:
             "act_order": self.act_order,
             "scale_dtype": str(self.scale_dtype),
             "head_bits": self.head_bits,
+            **rounding_of(self.outputs),
         }
 
 

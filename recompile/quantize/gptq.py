@@ -42,6 +42,13 @@ class QuantizedWeight:
     grid: Grid
     scheme: IntScheme
 
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """Some of its rows, as views."""
+        zero = self.grid.zero_point
+        return QuantizedWeight(
+            self.codes[rows], Grid(self.grid.scale[rows], None if zero is None else zero[rows]), self.scheme
+        )
+
 
 def quantize_gptq(
     weight: Tensor,

@@ -58,6 +58,7 @@ class Encoded:
 
     parts: dict[str, Tensor]
     dense: Tensor  # [out, in], decoded from the parts
+    rounding: str = ""  # what two-sided rounding did, for the report
 
 
 class Encoder(Protocol):
@@ -163,6 +164,7 @@ class ModuleReport:
     tokens: int  # calibration tokens that reached the module
     quantized: bool = True
     note: str = ""  # why it stayed dense, or was made without a Hessian
+    rounding: str = ""  # what two-sided rounding did
 
     @property
     def bits(self) -> float:
@@ -704,7 +706,7 @@ def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics, p
     output = None if wrong is None or power is None else wrong / power if power else 0.0
     note = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
     sqnr = -20 * math.log10(ratio) if ratio else None
-    return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note)
+    return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note, made.rounding)
 
 
 def _write_json(path: Path, value: Any) -> None:

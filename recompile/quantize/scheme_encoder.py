@@ -37,6 +37,7 @@ from recompile.quantize.int_grids import (
 from recompile.quantize.pipeline import Encoded, VariantReport
 from recompile.quantize.smoothing_mappings import Fold
 from recompile.quantize.smoothing_scales import SCALINGS, awq_scale, smoothquant_scale
+from recompile.quantize.two_sided import OutputSource, improve_integers, improve_levels
 
 METHODS = ("rtn", "mse", "gptq")
 SCALED_METHODS = tuple(name for scaling in SCALINGS for name in (scaling, *(f"{scaling}+{how}" for how in METHODS)))
@@ -157,6 +158,7 @@ class SchemeEncoder:
     damping: float = 0.01
     scale_dtype: torch.dtype = torch.bfloat16
     head_scheme: Scheme | None = None  # of the output head in every variant, where it is quantized at all
+    outputs: OutputSource | None = None  # with it, GPTQ is followed by two-sided rounding where that is better
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -263,9 +265,11 @@ class SchemeEncoder:
         for modules in dict.fromkeys(job.modules for job in jobs):
             mine = [job for job in jobs if job.modules == modules]
             own = {name: weights[name] for name in modules}
-            for job, parts in zip(mine, self._parts(own, hessian, mine), strict=True):
+            notes: list[dict[str, str]] = [{} for _ in mine]  # of two-sided rounding
+            for job, parts, of_job in zip(mine, self._parts(own, hessian, mine, notes), notes, strict=True):
                 for name, found in parts.items():
-                    made[job.variant][name] = _finish(name, found, job.scheme, biases.get(name), largest)
+                    encoded = _finish(name, found, job.scheme, biases.get(name), largest)
+                    made[job.variant][name] = replace(encoded, rounding=of_job.get(name, ""))
         return made
 
     def _jobs(self, variant: int, weights: Mapping[str, Tensor]) -> list[_Job]:
@@ -284,16 +288,26 @@ class SchemeEncoder:
         return [_Job(variant, schemes[name], method, tuple(found)) for (name, method), found in members.items()]
 
     def _parts(
-        self, weights: Mapping[str, Tensor], hessian: Tensor | None, jobs: Sequence[_Job]
+        self, weights: Mapping[str, Tensor], hessian: Tensor | None, jobs: Sequence[_Job], notes: list[dict[str, str]]
     ) -> list[dict[str, dict[str, Tensor]]]:
-        """For every job, the stored parts of its modules, which are all of `weights`."""
+        """For every job, the stored parts of its modules, which are all of `weights`; fills `notes`, a dict a job.
+
+        Rounding is two-sided only where weights are not scaled: their outputs' gradients were measured unscaled."""
+        plain = [n for n, job in enumerate(jobs) if not self.variants[job.variant].scalings]
         stacked = torch.cat(list(weights.values())).float()
         sizes = [len(weight) for weight in weights.values()]
         made: list[dict[str, dict[str, Tensor]]] = [{} for _ in jobs]
         integers = [n for n, job in enumerate(jobs) if job.scheme.format == PACKED]
-        for n, found in zip(
-            integers, self._quantize_integers(stacked, hessian, [jobs[n] for n in integers]), strict=True
-        ):
+        quantized = self._quantize_integers(stacked, hessian, [jobs[n] for n in integers])
+        if self.outputs is not None and hessian is not None:
+            chosen = [at for at, n in enumerate(integers) if n in plain and jobs[n].method == "gptq"]
+            better, of_jobs = improve_integers(
+                weights, hessian, [quantized[at] for at in chosen], self.outputs, self.damping
+            )
+            for at, improved, of_job in zip(chosen, better, of_jobs, strict=True):
+                quantized[at] = improved
+                notes[integers[at]] |= of_job
+        for n, found in zip(integers, quantized, strict=True):
             zeros = found.grid.zero_point
             pieces = zip(
                 weights,
@@ -311,6 +325,19 @@ class SchemeEncoder:
         if hessian is not None and with_gptq:
             joined = [_join(list(grids[at].values())) for at in with_gptq]
             rounded = dict(zip(with_gptq, round_gptq(stacked, hessian, joined, self.damping), strict=True))
+            chosen = [at for at in with_gptq if others[at] in plain]
+            if self.outputs is not None and chosen:
+                found_levels, of_jobs = improve_levels(
+                    weights,
+                    hessian,
+                    [grids[at] for at in chosen],
+                    [rounded[at] for at in chosen],
+                    self.outputs,
+                    self.damping,
+                )
+                for at, levels_of, of_job in zip(chosen, found_levels, of_jobs, strict=True):
+                    rounded[at] = levels_of
+                    notes[others[at]] |= of_job
         for at, n in enumerate(others):
             levels = rounded[at].split(sizes) if at in rounded else None
             for number, (name, grid) in enumerate(grids[at].items()):
@@ -415,6 +442,7 @@ class SchemeEncoder:
             "damping": self.damping,
             "scale_dtype": str(self.scale_dtype),
             "head_scheme": self.head_scheme.name if self.head_scheme else None,
+            **({"rounding": "two-sided", "statistics": self.outputs.fingerprint} if self.outputs is not None else {}),
         }
 
 
