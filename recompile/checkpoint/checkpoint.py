@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
@@ -33,7 +34,7 @@ OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_q
 FINGERPRINT_BYTES = 4096  # read at the start, the middle and the end of every tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One stored tensor: what its header says and where its bytes are."""
 
@@ -52,7 +53,7 @@ class TensorInfo:
         return count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredModule:
     """One module as stored: all tensors `<name>.<part>` that belong together."""
 
@@ -128,8 +129,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
     start = 8 + header_bytes
     metadata = header.pop("__metadata__", {}) or {}
     tensors: dict[str, TensorInfo] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few differ; 135,000 tensors of 256 experts share them
     for name, entry in header.items():
-        tensors[name] = _tensor_info(path, name, entry, start)
+        tensors[intern(name)] = _tensor_info(path, name, entry, start, shapes)
     end = 0
     for info in sorted(tensors.values(), key=lambda info: (info.offset, info.size_bytes)):
         begin = info.offset - start
@@ -146,7 +148,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
     return tensors, metadata
 
 
-def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+def _tensor_info(
+    path: Path, name: str, entry: Any, start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> TensorInfo:
     try:
         dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -162,7 +166,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise CheckpointError(
             f"{path}: tensor {name} {dtype} {list(shape)} needs {wanted} bytes, its offsets give {stop - begin}"
         )
-    return TensorInfo(name, dtype, shape, path, start + begin, wanted)
+    return TensorInfo(intern(name), intern(dtype), shapes.setdefault(shape, shape), path, start + begin, wanted)
 
 
 def read_json(path: Path) -> Any:
@@ -175,6 +179,39 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+
+
+class OpenFiles:
+    """Shards that stay open for the length of a `with` block: many small reads open each of them once."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def read(self, info: TensorInfo) -> bytes:
+        """The bytes of one tensor. Raises CheckpointError for a file that cannot be read or ends early."""
+        try:
+            descriptor = self._descriptors.get(info.path)
+            if descriptor is None:
+                descriptor = self._descriptors[info.path] = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+            pieces = []
+            done = 0
+            while done < info.size_bytes:  # one read gives 2 GiB at most
+                piece = os.pread(descriptor, info.size_bytes - done, info.offset + done)
+                if not piece:
+                    raise CheckpointError(f"{info.path}: ends inside tensor {info.name}; was it changed while open?")
+                pieces.append(piece)
+                done += len(piece)
+        except OSError as error:
+            raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class WeightSource(Protocol):
@@ -215,16 +252,17 @@ class Checkpoint:
         grouped: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
             module, part = split_name(name)
-            fused = _FUSED_PART.fullmatch(name)
+            fused = _FUSED_PART.fullmatch(name) if ".experts." in name else None
             if fused and (f"{fused[1]}_packed" in self.tensors or self._holds_fused_codes(fused[1])):
                 grouped.setdefault(fused[1], {})[f"weight_{fused[2]}"] = info  # all experts of a layer in 3-D tensors
             elif self._holds_fused_codes(name):
                 grouped.setdefault(name, {})["weight"] = info
             elif part in WEIGHT_PARTS:
-                grouped.setdefault(module, {})[part] = info
+                grouped.setdefault(intern(module), {})[intern(part)] = info
             else:  # a parameter with a name of its own, such as `A_log`, or a fused expert tensor
                 grouped.setdefault(name, {})[""] = info
-        return {name: self._stored(name, parts) for name, parts in grouped.items()}
+        with OpenFiles() as files:
+            return {name: self._stored(name, parts, files) for name, parts in grouped.items()}
 
     def _holds_fused_codes(self, name: str) -> bool:
         """Whether `name` holds 8-bit codes of all experts of a layer, with a `<name>_scale` beside it."""
@@ -236,12 +274,14 @@ class Checkpoint:
             and f"{name}_scale" in self.tensors
         )
 
-    def _stored(self, name: str, parts: dict[str, TensorInfo]) -> StoredModule:
+    def _stored(self, name: str, parts: dict[str, TensorInfo], files: OpenFiles) -> StoredModule:
         spec = format_of(parts)
-        shape = self._shape(spec, name, parts)
+        shape = self._shape(spec, name, parts, files)
         return StoredModule(name, parts, shape, spec.name)
 
-    def _shape(self, spec: FormatSpec, name: str, parts: dict[str, TensorInfo]) -> tuple[int, ...] | None:
+    def _shape(
+        self, spec: FormatSpec, name: str, parts: dict[str, TensorInfo], files: OpenFiles
+    ) -> tuple[int, ...] | None:
         try:
             shape = spec.shape(parts)
         except (KeyError, IndexError, ZeroDivisionError) as error:
@@ -250,7 +290,7 @@ class Checkpoint:
         if shape is not None or "weight_shape" not in parts:
             return shape
         info = parts["weight_shape"]
-        raw = self.read_bytes(info)
+        raw = self.read_bytes(info, files)
         packed = parts.get("weight_packed")
         experts = packed.shape[:1] if packed is not None and len(packed.shape) == 3 else ()
         if info.dtype not in ("I64", "I32") or info.numel not in (2, 2 + len(experts)):
@@ -314,13 +354,12 @@ class Checkpoint:
         module, part = split_name(tensor)
         return tensor in self.tensors or tensor in self.modules or (part == "weight" and module in self.modules)
 
-    def read_bytes(self, info: TensorInfo) -> bytes:
-        with info.path.open("rb") as file:
-            file.seek(info.offset)
-            raw = file.read(info.size_bytes)
-        if len(raw) != info.size_bytes:
-            raise CheckpointError(f"{info.path}: ends inside tensor {info.name}; was it changed while open?")
-        return raw
+    def read_bytes(self, info: TensorInfo, files: OpenFiles | None = None) -> bytes:
+        """The bytes of one tensor; files: for many reads in turn. Raises CheckpointError for a file that ends early."""
+        if files is not None:
+            return files.read(info)
+        with OpenFiles() as own:
+            return own.read(info)
 
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
         """One stored tensor as it is: its own dtype and shape, nothing decoded. Raises MissingWeight."""
@@ -556,7 +595,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{config_path}: holds {type(config).__name__}, wanted an object")
     notes: list[str] = []
     tensors: dict[str, TensorInfo] = {}
-    for shard in _shards(path, label, config, notes):
+    listed = _index_map(path)
+    for shard in _shards(path, label, config, listed, notes):
         found, _ = read_safetensors_header(shard)
         for name, info in found.items():
             if name in tensors:
@@ -565,7 +605,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
                     f"one or the other: remove the shard that does not belong here"
                 )
             tensors[name] = info
-    _check_index(path, label, config, tensors)
+    if listed is not None and quant_method(config) != "exl2":  # EXL2 directories carry a stale index
+        _check_index(label, listed, tensors)
     return Checkpoint(path, label, config, tensors, tuple(notes))
 
 
@@ -575,7 +616,9 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
     return str(found.get("quant_method")) if isinstance(found, Mapping) else None
 
 
-def _shards(path: Path, label: str, config: Mapping[str, Any], notes: list[str]) -> list[Path]:
+def _shards(
+    path: Path, label: str, config: Mapping[str, Any], listed: Mapping[str, str] | None, notes: list[str]
+) -> list[Path]:
     """The shards that belong to the checkpoint, in order.
 
     EXL2 and EXL3 engines load every *.safetensors in the directory, so every one counts there, and one that the index
@@ -588,7 +631,6 @@ def _shards(path: Path, label: str, config: Mapping[str, Any], notes: list[str])
         index = " though it has an index of them" if (path / INDEX_NAME).exists() else ""
         raise CheckpointError(f"{label}: has no *.safetensors{index}{hint}")
     method = quant_method(config)
-    listed = _index_map(path)
     if method == "exl2":
         return found
     if method == "exl3":
@@ -601,7 +643,7 @@ def _shards(path: Path, label: str, config: Mapping[str, Any], notes: list[str])
                 )
         return found
     if listed is not None:
-        chosen = sorted({path / name for name in listed.values()})
+        chosen = sorted(path / name for name in set(listed.values()))
     elif (path / "model.safetensors").exists():
         chosen = [path / "model.safetensors"]
     else:
@@ -623,23 +665,21 @@ def _index_map(path: Path) -> dict[str, str] | None:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f'{index}: has no "weight_map" object of tensor names to file names')
-    outside = [name for name in weight_map.values() if Path(name).name != name]
+    outside = [name for name in dict.fromkeys(weight_map.values()) if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index}: names a file outside its directory: {outside[0]}")
     return weight_map
 
 
-def _check_index(path: Path, label: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    listed = None if quant_method(config) == "exl2" else _index_map(path)  # EXL2 directories carry a stale index
-    if listed is None:
-        return
+def _check_index(label: str, listed: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
     absent = [name for name in listed if name not in tensors]
     if absent:
         raise CheckpointError(
             f"{label}: {INDEX_NAME} lists {len(absent)} tensors that no shard holds, first {absent[0]} in "
             f"{listed[absent[0]]}; the download is incomplete or the index is stale"
         )
-    wrong = [name for name, file in listed.items() if tensors[name].path.name != file]
+    file_of = {path: path.name for path in {info.path for info in tensors.values()}}
+    wrong = [name for name, file in listed.items() if file_of[tensors[name].path] != file]
     if wrong:
         raise CheckpointError(
             f"{label}: {INDEX_NAME} says {wrong[0]} is in {listed[wrong[0]]}, it is in {tensors[wrong[0]].path.name}"

@@ -389,7 +389,8 @@ def resolved_table(overlay: Overlay, *, every: bool = False) -> str:
             for (_, source, bits, decided), names in folded.items()
         ]
         text = format_columns(rows5, ("module", "modules", "source", "bits", "decided by"), right=(1, 3))
-    rest = [p for p in placements if p not in shown] if len(shown) < len(placements) else []
+    names = {p.module for p in shown}
+    rest = [p for p in placements if p.module not in names]
     if rest:
         size = sum(p.stored.size_bytes for p in rest)
         text += f"\n{len(rest)} other modules (norms and the like) from the base, {format_bytes(size)}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from recompile.errors import FormatError, MismatchError, UnsupportedError
@@ -21,23 +22,50 @@ QUANT_METHOD = "compressed-tensors"
 WRITTEN_VERSION = "0.20.0"
 
 
-def group_of(config: Mapping[str, Any], module: str, class_name: str = "Linear") -> Mapping[str, Any] | None:
-    """The config group that a module falls in, as compressed-tensors matches: the exact name, then `re:` patterns in
-    alphabetical order (anchored at the start), then the class name. None where no target matches."""
-    groups = config.get("config_groups") or {}
-    by_target: dict[str, Mapping[str, Any]] = {}
-    for group in groups.values():
-        for target in group.get("targets") or ():
-            by_target.setdefault(str(target), group)
-    if module in by_target:
-        return by_target[module]
-    for target in sorted(target for target in by_target if target.startswith("re:")):
-        try:
-            if re.match(target[3:], module):
-                return by_target[target]
-        except re.error as error:
-            raise FormatError(f"config_groups: target {target!r} is not a regular expression: {error}") from error
-    return by_target.get(class_name)
+class Targets:
+    """The targets of all `config_groups`, in the order in which compressed-tensors asks them."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Raises FormatError for a target that is not a regular expression."""
+        self.config = config
+        self._named: dict[str, Mapping[str, Any]] = {}
+        for group in (config.get("config_groups") or {}).values():
+            for target in group.get("targets") or ():
+                self._named.setdefault(str(target), group)
+        self._patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+        for target in sorted(target for target in self._named if target.startswith("re:")):
+            try:
+                self._patterns.append((re.compile(target[3:]), self._named[target]))
+            except re.error as error:
+                raise FormatError(f"config_groups: target {target!r} is not a regular expression: {error}") from error
+
+    def group_of(self, module: str, class_name: str = "Linear") -> Mapping[str, Any] | None:
+        """The config group that a module falls in, as compressed-tensors matches: the exact name, then `re:` patterns
+        in alphabetical order (anchored at the start), then the class name. None where no target matches."""
+        if module in self._named:
+            return self._named[module]
+        for pattern, group in self._patterns:
+            if pattern.match(module):
+                return group
+        return self._named.get(class_name)
+
+
+@lru_cache(maxsize=8)
+def _targets_of(identity: _Same) -> Targets:
+    return Targets(identity.config)
+
+
+class _Same:
+    """A config as a key: equal to itself only. The cache keeps it alive, so that its id is not used again."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.config is self.config
 
 
 def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> Any:
@@ -68,7 +96,7 @@ def group_for(checkpoint: Checkpoint, module: StoredModule) -> Mapping[str, Any]
     """The config group that covers a module. Raises FormatError where none does."""
     config = checkpoint.quantization_config
     is_embedding = module.name.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings")
-    group = group_of(config, module.name, "Embedding" if is_embedding else "Linear")
+    group = _targets_of(_Same(config)).group_of(module.name, "Embedding" if is_embedding else "Linear")
     if group is None or not isinstance(group.get("weights"), Mapping):
         raise FormatError(
             f"{checkpoint.label}: {module.name} is stored as {module.format}, and no target of config_groups in "
@@ -94,15 +122,19 @@ def merged_config(
     """
     members: dict[str, list[str]] = {}
     bodies: dict[str, dict[str, Any]] = {}
+    known: dict[int, tuple[Mapping[str, Any], str]] = {}  # one group stands for many modules: spelled out once
     for module, group in quantized:
-        body = {key: value for key, value in group.items() if key != "targets"}
-        body.setdefault("format", "pack-quantized")
-        key = json.dumps(_without_nulls(body), sort_keys=True)
-        members.setdefault(key, []).append(module)
-        bodies.setdefault(key, body)
+        if id(group) not in known:
+            body = {key: value for key, value in group.items() if key != "targets"}
+            body.setdefault("format", "pack-quantized")
+            key = json.dumps(_without_nulls(body), sort_keys=True)
+            known[id(group)] = (group, key)
+            bodies.setdefault(key, body)
+        members.setdefault(known[id(group)][1], []).append(module)
     ordered = sorted(bodies, key=lambda key: (_bits(bodies[key]), key))
+    names = NumberedNames(all_modules)
     groups = {
-        f"group_{number}": {"targets": targets_for(members[key], all_modules), **bodies[key]}
+        f"group_{number}": {"targets": targets_for(members[key], names), **bodies[key]}
         for number, key in enumerate(ordered)
     }
     formats = {str(body["format"]) for body in bodies.values()}
@@ -140,30 +172,54 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def targets_for(modules: Sequence[str], all_modules: Sequence[str]) -> list[str]:
-    """Targets that match exactly `modules` among `all_modules`: `re:` patterns over layers where they are exact, else
+class NumberedNames:
+    """Module names by what follows each of their numbers: where a pattern may match is looked up, not searched for.
+
+    `a.layers.3.mlp.experts.7.up_proj` stands under `.mlp.experts.7.up_proj` and under `.up_proj`.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_tail: dict[str, list[tuple[str, str, str]]] = {}  # tail -> (what stands before, number, whole name)
+        for name in names:
+            for found in _NUMBER.finditer(name):
+                entry = (name[: found.start()], found[0], name)
+                self._by_tail.setdefault(name[found.end() :], []).append(entry)
+
+    def matching(self, prefix: str, numbers: Collection[str] | None, tails: Iterable[str]) -> Iterator[str]:
+        """Every name that ends in `<prefix><number><tail>`, for one of the tails; numbers: None for any."""
+        for tail in tails:
+            for before, number, name in self._by_tail.get(tail, ()):
+                if before.endswith(prefix) and (numbers is None or number in numbers):
+                    yield name
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def targets_for(modules: Iterable[str], names: NumberedNames) -> list[str]:
+    """Targets that match exactly `modules` among `names`: `re:` patterns over layers where they are exact, else
     plain names. Every pattern starts with `.*` (engines rename prefixes), escapes dots and ends in `$`, and has a dot
     before the projection, so that no fused name (`qkv_proj`) ends like a pattern for one shard (`v_proj`)."""
-    by_tail: dict[str, list[str]] = {}
+    by_tail: dict[tuple[str, str], list[str]] = {}
     plain: list[str] = []
     for module in modules:
-        found = re.match(r"^(.*?\.)(\d+)(\..+)$", module)
-        if found:
-            by_tail.setdefault(f"{found[1]}\0{found[3]}", []).append(found[2])
+        number = _NUMBER.search(module)
+        if number:
+            by_tail.setdefault((module[: number.start()], module[number.end() :]), []).append(number[0])
         else:
             plain.append(module)
     by_layers: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
-    for key, layers in by_tail.items():
-        prefix, tail = key.split("\0")
+    for (prefix, tail), layers in by_tail.items():
         parent, _, leaf = tail.rpartition(".")
         by_layers.setdefault((prefix, parent, tuple(sorted(layers, key=int))), []).append(leaf)
     targets = []
     for (prefix, parent, numbers), leaves in by_layers.items():
-        exact = {f"{prefix}{layer}{parent}.{leaf}" for layer in numbers for leaf in leaves}
-        for which in (r"\d+", numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"):
-            pattern = _pattern(prefix, which, parent, leaves)
-            if {module for module in all_modules if re.match(pattern, module)} == exact:
-                targets.append(f"re:{pattern}")
+        tails = [f"{parent}.{leaf}" for leaf in leaves]
+        exact = {f"{prefix}{layer}{tail}" for layer in numbers for tail in tails}
+        some = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+        for layers_pattern, allowed in ((r"\d+", None), (some, frozenset(numbers))):
+            if exact.issuperset(names.matching(prefix, allowed, tails)):
+                targets.append(f"re:{_pattern(prefix, layers_pattern, parent, leaves)}")
                 break
         else:
             targets += sorted(exact)

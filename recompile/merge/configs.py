@@ -151,6 +151,7 @@ def _exl3_texts(overlay: Overlay) -> tuple[dict[str, str], list[str]]:
 
 def _compressed_texts(overlay: Overlay, conversions: Mapping[str, Conversion]) -> tuple[dict[str, str], list[str]]:
     quantized: dict[str, Mapping[str, Any]] = {}
+    shared: dict[tuple[int, str], Mapping[str, Any]] = {}  # one value for all modules of a config group
     dense = []
     for name, placement in overlay.placements.items():
         stored, checkpoint = placement.stored, placement.checkpoint
@@ -159,7 +160,8 @@ def _compressed_texts(overlay: Overlay, conversions: Mapping[str, Conversion]) -
             quantized[name] = conversion.group
         elif stored.is_quantized:
             group = compressed_tensors.group_for(checkpoint, stored)  # refuses a module that no group covers
-            quantized[name] = {**group, "format": group.get("format") or stored.format}
+            as_stored = {**group, "format": group.get("format") or stored.format}
+            quantized[name] = shared.setdefault((id(group), stored.format), as_stored)
         elif is_linear(stored):
             dense.append(name)
     warnings = []
@@ -196,10 +198,11 @@ def is_linear(stored: StoredModule) -> bool:
 
 def _scheme_warnings(quantized: Mapping[str, Mapping[str, Any]], dense: Iterable[str]) -> list[str]:
     """Where engines run several modules with one scheme, and this mix gives them several."""
-    scheme = {
-        name: json.dumps({key: group[key] for key in group if key != "targets"}, sort_keys=True)
-        for name, group in quantized.items()
-    } | dict.fromkeys(dense, "dense")
+    spelled = {
+        id(group): json.dumps({key: group[key] for key in group if key != "targets"}, sort_keys=True)
+        for group in {id(group): group for group in quantized.values()}.values()
+    }
+    scheme = {name: spelled[id(group)] for name, group in quantized.items()} | dict.fromkeys(dense, "dense")
     sets: dict[tuple[str, str], set[str]] = {}
     experts: dict[str, set[str]] = {}
     for name, key in scheme.items():

@@ -41,7 +41,7 @@ IDENTITY_FIELDS = (
 PADDING = {"exl2": (32, 32), "exl3": (128, 128)}  # stored shapes are rounded up to these (out, in)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where one module comes from."""
 

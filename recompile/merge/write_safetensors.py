@@ -72,7 +72,7 @@ STALE_IN_MIXES = frozenset({"quantize_report.json"})  # true of a variant, not o
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One tensor of the output and where its bytes come from."""
 
@@ -80,7 +80,7 @@ class PlannedTensor:
     source: TensorInfo | None  # copied from here; None for a value that is decoded or converted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedModule:
     """One module of the output. Its tensors stand in part-name order, the order in which they are hashed."""
 
@@ -198,7 +198,7 @@ def plan_write(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Wanted:
     """A tensor of the output before it has a place."""
 
@@ -206,22 +206,24 @@ class _Wanted:
     dtype: str
     shape: tuple[int, ...]
     source: TensorInfo | None
+    size_bytes: int
 
-    @property
-    def size_bytes(self) -> int:
-        size = DTYPE_BYTES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
+
+def _wanted(name: str, dtype: str, shape: tuple[int, ...]) -> _Wanted:
+    """A tensor that is not a copy of another."""
+    size = DTYPE_BYTES[dtype]
+    for length in shape:
+        size *= length
+    return _Wanted(name, dtype, shape, None, size)
 
 
 def _copied(placement: Placement) -> list[_Wanted]:
-    return [_Wanted(i.name, i.dtype, i.shape, i) for _, i in sorted(placement.stored.parts.items())]
+    return [_Wanted(i.name, i.dtype, i.shape, i, i.size_bytes) for _, i in sorted(placement.stored.parts.items())]
 
 
 def _converted(placement: Placement, conversions: Mapping[str, Conversion]) -> list[_Wanted]:
     parts = conversions[placement.module].parts
-    return [_Wanted(f"{placement.module}.{part}", dtype, shape, None) for part, (dtype, shape) in parts.items()]
+    return [_wanted(f"{placement.module}.{part}", dtype, shape) for part, (dtype, shape) in parts.items()]
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -261,12 +263,13 @@ def _lay_out(
             starts[tensor.name] = end
             end += tensor.size_bytes
         header = _header(tensors, starts)
+        path = out / file
         shards.append(PlannedShard(file, header, len(header) + end))
         for number in numbers:
             placement = ordered[number]
             planned = tuple(
                 PlannedTensor(
-                    TensorInfo(t.name, t.dtype, t.shape, out / file, len(header) + starts[t.name], t.size_bytes),
+                    TensorInfo(t.name, t.dtype, t.shape, path, len(header) + starts[t.name], t.size_bytes),
                     t.source,
                 )
                 for t in wanted[number]
@@ -378,21 +381,21 @@ def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[
         stored = placement.stored
         if isinstance(placement.checkpoint, GgufCheckpoint):  # stored in GGUF's own order and convention
             infos = [info for _, info in sorted(stored.parts.items()) if info.name in placement.checkpoint.places]
-            wanted.append([_Wanted(info.name, dtype, info.shape, None) for info in infos])
+            wanted.append([_wanted(info.name, dtype, info.shape) for info in infos])
             continue
         if not stored.is_quantized:
-            wanted.append([_Wanted(i.name, i.dtype, i.shape, i) for _, i in sorted(stored.parts.items())])
+            wanted.append(_copied(placement))
             continue
         shape = shapes.get(stored.name) or stored.shape
         assert shape is not None, stored.name
-        tensors = [_Wanted(f"{stored.name}.weight", dtype, shape, None)]
+        tensors = [_wanted(f"{stored.name}.weight", dtype, shape)]
         if "bias" in stored.parts:
             bias = stored.parts["bias"]
             # The padding is at the end, so the true bias is a prefix of the stored bytes.
             cut = TensorInfo(
                 bias.name, bias.dtype, shape[:1], bias.path, bias.offset, shape[0] * DTYPE_BYTES[bias.dtype]
             )
-            tensors.insert(0, _Wanted(bias.name, bias.dtype, shape[:1], cut))
+            tensors.insert(0, _Wanted(bias.name, bias.dtype, shape[:1], cut, cut.size_bytes))
         wanted.append(tensors)
     return wanted
 

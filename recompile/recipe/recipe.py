@@ -43,6 +43,7 @@ _TOP_KEYS = ("sources", "overrides", "base", "budget", "provenance")
 _TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _Repeated: TypeAlias = dict[int, list[tuple[str, list[int]]]]  # id of a mapping node -> (key, its lines)
 
+_FEW = 16  # patterns: so many are tried in less time than it takes to look up which of them may match
 _PIECE = 6  # characters of a literal by which patterns are indexed: "ers.3." and ".17." already tell layers apart
 _ALIGN_UP_TO = 88  # columns: comments of longer lines follow after two blanks
 
@@ -167,7 +168,7 @@ class Recipe:
             return str(_Place(self.name, line.line, f"sources[{self.sources.index(line)}]"))
         return str(_Place(self.name, line.line, f"overrides[{self.overrides.index(line)}]"))
 
-    def _matching(self, name: str) -> list[int]:
+    def _matching(self, name: str) -> Sequence[int]:
         """Indices of the patterns that match a tensor by its name or by its alias."""
         found = self._rules.matching(name)
         alias = self.aliases.get(name)
@@ -240,6 +241,8 @@ class _Rules:
             _Pattern(Glob.parse(key), directories[key], rank[directories[key]], tuple(numbers))
             for key, numbers in merged.items()
         )
+        self._answers: dict[str, tuple[int, ...]] = {}  # by name; a checkpoint's names are asked several times
+        self._equal: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal answers are one value
         self._exact: dict[str, list[int]] = {}
         by_words: dict[int, frozenset[str]] = {}
         by_pieces: dict[int, frozenset[str]] = {}
@@ -259,18 +262,19 @@ class _Rules:
         return self.patterns[index].rank, index
 
     def source_dir(self, name: str) -> str | None:
-        best: _Pattern | None = None
-        for index in self._possible(name):
-            pattern = self.patterns[index]
-            if (best is None or pattern.rank < best.rank) and pattern.glob.matches(name):
-                best = pattern
-                if best.rank == 0:
-                    break
-        return None if best is None else best.directory
+        best = min(self.matching(name), key=self.precedence, default=None)
+        return None if best is None else self.patterns[best].directory
 
-    def matching(self, name: str) -> list[int]:
+    def matching(self, name: str) -> tuple[int, ...]:
         """Indices of all patterns that match."""
-        return [index for index in self._possible(name) if self.patterns[index].glob.matches(name)]
+        answer = self._answers.get(name)
+        if answer is None:
+            if len(self.patterns) <= _FEW:
+                found = tuple(index for index, pattern in enumerate(self.patterns) if pattern.glob.matches(name))
+            else:
+                found = tuple(index for index in self._possible(name) if self.patterns[index].glob.matches(name))
+            answer = self._answers[name] = self._equal.setdefault(found, found)
+        return answer
 
     def _possible(self, name: str) -> Iterator[int]:
         """Indices of the patterns that may match, each once."""

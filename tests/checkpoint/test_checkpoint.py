@@ -23,6 +23,7 @@ from recompile.checkpoint import checkpoint as checkpoint_module
 from recompile.checkpoint.checkpoint import (
     INDEX_NAME,
     Checkpoint,
+    OpenFiles,
     StoredModule,
     TensorInfo,
     dense_dtype,
@@ -343,9 +344,9 @@ def test_opening_reads_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_module, "read_tensor", lambda info, device="cpu": reads.append(info.name))
     read_bytes = checkpoint_module.Checkpoint.read_bytes
 
-    def note(self: Checkpoint, info: TensorInfo) -> bytes:
+    def note(self: Checkpoint, info: TensorInfo, files: OpenFiles | None = None) -> bytes:
         reads.append(info.name)
-        return read_bytes(self, info)
+        return read_bytes(self, info, files)
 
     monkeypatch.setattr(checkpoint_module.Checkpoint, "read_bytes", note)
     base = open_checkpoint(tiny.base("llama"))
@@ -366,7 +367,7 @@ def test_opening_imports_no_torch() -> None:
     import sys
 
     code = (
-        "import sys; from recompile.checkpoint import open_checkpoint as o; "
+        "import sys; from recompile.checkpoint.checkpoint import open_checkpoint as o; "
         f"c = o({str(tiny.variants('llama', (3,))[3])!r}); c.modules, c.fingerprint, c.formats; "
         "assert 'torch' not in sys.modules"
     )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError, MismatchError
-from recompile.formats.compressed_tensors import group_of, merged_config, targets_for
+from recompile.formats.compressed_tensors import NumberedNames, Targets, merged_config, targets_for
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -83,7 +83,7 @@ def models(draw: st.DrawFn) -> list[str]:
 def test_targets_match_exactly_the_wanted_modules(data: st.DataObject) -> None:
     names = data.draw(models())
     wanted = data.draw(st.sets(st.sampled_from(names), min_size=1))
-    targets = targets_for(sorted(wanted), names)
+    targets = targets_for(sorted(wanted), NumberedNames(names))
     assert {name for name in names if any(matches(target, name) for target in targets)} == wanted
     for target in targets:
         if target.startswith("re:"):
@@ -100,7 +100,7 @@ def test_no_pattern_for_a_shard_takes_a_fused_module(data: st.DataObject) -> Non
     names = data.draw(models())
     wanted = data.draw(st.sets(st.sampled_from(names), min_size=1))
     fused = {f"{name.rpartition('.')[0]}.{whole}" for name in names for whole in FUSED}
-    for target in targets_for(sorted(wanted), names):
+    for target in targets_for(sorted(wanted), NumberedNames(names)):
         assert not any(matches(target, name) for name in fused)
 
 
@@ -110,15 +110,16 @@ def test_targets_do_not_depend_on_order(data: st.DataObject) -> None:
     names = data.draw(models())
     wanted = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     shuffled = data.draw(st.permutations(wanted))
-    assert targets_for(wanted, names) == targets_for(shuffled, names)
+    assert targets_for(wanted, NumberedNames(names)) == targets_for(shuffled, NumberedNames(names))
 
 
 def test_targets_by_hand() -> None:
     names = [f"model.layers.{n}.{leaf}" for n in range(3) for leaf in ("mlp.up_proj", "mlp.down_proj")] + ["lm_head"]
-    assert targets_for([n for n in names if "up" in n], names) == [r"re:.*model\.layers\.\d+\.mlp\.up_proj$"]
-    assert targets_for(names[:4], names) == [r"re:.*model\.layers\.(0|1)\.mlp\.(down_proj|up_proj)$"]
-    assert targets_for(["model.layers.2.mlp.up_proj"], names) == [r"re:.*model\.layers\.2\.mlp\.up_proj$"]
-    assert targets_for(["lm_head"], names) == ["lm_head"]
+    known = NumberedNames(names)
+    assert targets_for([n for n in names if "up" in n], known) == [r"re:.*model\.layers\.\d+\.mlp\.up_proj$"]
+    assert targets_for(names[:4], known) == [r"re:.*model\.layers\.(0|1)\.mlp\.(down_proj|up_proj)$"]
+    assert targets_for(["model.layers.2.mlp.up_proj"], known) == [r"re:.*model\.layers\.2\.mlp\.up_proj$"]
+    assert targets_for(["lm_head"], known) == ["lm_head"]
 
 
 # ---- whole configs ---------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_both_engines_find_every_modules_own_scheme(data: st.DataObject) -> None
         for found in (as_transformers(groups, name), as_vllm(groups, ignore, name)):
             assert found is not None
             assert bits_of[found] == bits
-        own = group_of(merged, name)
+        own = Targets(merged).group_of(name)
         assert own is not None
         assert own["weights"]["num_bits"] == bits
     for name in names:
@@ -219,17 +220,18 @@ def test_groups_are_found_as_the_library_finds_them() -> None:
     }
 
     def name_of(module: str) -> object:
-        found = group_of(config, module)
+        found = Targets(config).group_of(module)
         return found["n"] if found else None
 
     assert name_of("model.layers.0.mlp.down_proj") == "down", "the exact name first"
     assert name_of("model.layers.1.mlp.down_proj") == "down", "then patterns in alphabetical order"
     assert name_of("model.layers.1.mlp.up_proj") == "class or mlp"
     assert name_of("model.layers.1.self_attn.q_proj") == "class or mlp"
-    assert group_of({"config_groups": {"b": config["config_groups"]["b"]}}, "model.layers.1.self_attn.q_proj") is None
-    assert group_of({}, "x") is None
+    alone = {"config_groups": {"b": config["config_groups"]["b"]}}
+    assert Targets(alone).group_of("model.layers.1.self_attn.q_proj") is None
+    assert Targets({}).group_of("x") is None
     with pytest.raises(FormatError, match="not a regular expression"):
-        group_of({"config_groups": {"a": {"targets": ["re:("]}}}, "x")
+        Targets({"config_groups": {"a": {"targets": ["re:("]}}})
 
 
 def test_a_packed_module_that_no_group_covers_is_refused(tmp_path: Any) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from recompile.checkpoint.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, RecipeError, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FORMATS
-from recompile.formats.compressed_tensors import group_of
+from recompile.formats.compressed_tensors import Targets
 from recompile.merge import write_safetensors as write
 from recompile.merge.overlay import Overlay, build_overlay
 from recompile.merge.write_safetensors import (
@@ -237,14 +237,14 @@ def test_config_says_what_is_stored(mix: tuple[Path, Path], tmp_path: Path) -> N
         matching = [
             key
             for key, group in config["config_groups"].items()
-            if group_of({"config_groups": {key: group}}, name, class_name="?") is not None
+            if Targets({"config_groups": {key: group}}).group_of(name, class_name="?") is not None
         ]
         assert len(matching) == (1 if module.is_quantized else 0), name
     weights = {
         name: config["config_groups"][key]["weights"]
         for name in made.modules
         for key, group in config["config_groups"].items()
-        if group_of({"config_groups": {key: group}}, name, class_name="?") is not None
+        if Targets({"config_groups": {key: group}}).group_of(name, class_name="?") is not None
     }
     figures = {name: (w["num_bits"], w["strategy"], w.get("group_size"), w["symmetric"]) for name, w in weights.items()}
     assert figures["model.layers.0.mlp.down_proj"] == (4, "group", 32, True)
@@ -270,7 +270,7 @@ def test_a_head_of_its_own_unties(tmp_path: Path) -> None:
     assert made.modules["lm_head"].format == "pack-quantized"
     assert made.config["tie_word_embeddings"] is False
     assert made.quantization_config["ignore"] == []
-    assert group_of(made.quantization_config, "lm_head")["weights"]["num_bits"] == 4  # type: ignore[index]
+    assert Targets(made.quantization_config).group_of("lm_head")["weights"]["num_bits"] == 4  # type: ignore[index]
 
 
 def test_nothing_quantized_has_no_quantization_config(tmp_path: Path) -> None:
