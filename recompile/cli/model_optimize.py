@@ -100,7 +100,9 @@ if TYPE_CHECKING:
 @click.option("--max", "maximum", multiple=True, help="GLOB=ID: no larger than source ID.")
 @click.option("--ban", multiple=True, help="GLOB=ID: never from source ID.")
 @click.option(
-    "--max-step", type=int, help="The same modules of neighbouring layers at most so many sources (by size) apart."
+    "--max-step",
+    type=click.IntRange(min=0),
+    help="The same modules of neighbouring layers at most so many sources (by size) apart.",
 )
 @click.option("--tie", multiple=True, help="GLOB: all modules that it names from one source.")
 @click.option(

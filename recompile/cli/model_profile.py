@@ -66,6 +66,7 @@ FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were b
 @made_options
 @click.option(
     "--importance-rows",
+    type=click.IntRange(min=0),
     default=16,
     show_default=True,
     help="--candidates: calibration rows by whose inputs errors are weighed on fitting grids; 0: all alike.",

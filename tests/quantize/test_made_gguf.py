@@ -29,7 +29,7 @@ from recompile.merge.overlay import build_overlay
 from recompile.merge.type_recipes import parse_type_recipe
 from recompile.merge.write_gguf import execute_gguf, plan_gguf
 from recompile.model.stream import LayeredModel
-from recompile.quantize import makers
+from recompile.quantize import fake_quant
 from recompile.quantize.gguf import Importance, base_tensors, build_variants, collect_importance, plan_variants
 from recompile.quantize.gguf_mix import makes_gguf, mix_of, types_got
 from recompile.quantize.lazy_variant import (
@@ -97,11 +97,11 @@ def test_what_several_types_fall_back_to_is_encoded_once(tmp_path: Path, monkeyp
     base = open_checkpoint(write_hf(tmp_path / "hf", "llama", inner=256))
     calls: list[str] = []
 
-    def counted(kind: makers.GgufType, *arguments: torch.Tensor) -> torch.Tensor:
+    def counted(kind: fake_quant.GgufType, *arguments: torch.Tensor) -> torch.Tensor:
         calls.append(kind.name)
         return gguf_encode.quantize_rows(kind, *arguments)
 
-    monkeypatch.setattr(makers, "quantize_rows", counted)
+    monkeypatch.setattr(fake_quant, "quantize_rows", counted)
     made = dict(make_variants(base, [spec_of(name) for name in ("IQ4_XS", "IQ4_KS", "Q8_0")]))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(made["IQ4_XS"].load(name), made["IQ4_KS"].load(name))
@@ -109,13 +109,13 @@ def test_what_several_types_fall_back_to_is_encoded_once(tmp_path: Path, monkeyp
     made["Q8_0"].load(name)
     assert calls == ["IQ4_NL", "Q8_0", "Q8_0"]
     largest = 64 * 256
-    assert making_bytes(made.values()) == 8 * largest + makers.SHARED_BYTES
+    assert making_bytes(made.values()) == 8 * largest + fake_quant.SHARED_BYTES
     assert making_bytes([make_variant(base, {"type": "Q8_0"})]) == 8 * largest
     assert making_bytes([base]) == 0
-    monkeypatch.setattr(makers, "SHARED_BYTES", 2 * 64 * 36)  # of two q_proj in IQ4_NL
+    monkeypatch.setattr(fake_quant, "SHARED_BYTES", 2 * 64 * 36)  # of two q_proj in IQ4_NL
     made = dict(make_variants(base, [spec_of(name) for name in ("IQ4_XS", "IQ4_KS")]))
     kept = made["IQ4_XS"].maker
-    assert isinstance(kept, makers.GgufMaker)
+    assert isinstance(kept, fake_quant.GgufMaker)
     for layer in range(2):
         for leaf in "qo":
             made["IQ4_XS"].load(f"model.layers.{layer}.self_attn.{leaf}_proj.weight")
@@ -139,11 +139,11 @@ def test_encodings_are_kept_where_there_is_room(tmp_path: Path, monkeypatch: pyt
     base = open_checkpoint(write_hf(tmp_path / "hf", "llama"))
     calls: list[str] = []
 
-    def counted(kind: makers.GgufType, *arguments: torch.Tensor) -> torch.Tensor:
+    def counted(kind: fake_quant.GgufType, *arguments: torch.Tensor) -> torch.Tensor:
         calls.append(kind.name)
         return gguf_encode.quantize_rows(kind, *arguments)
 
-    monkeypatch.setattr(makers, "quantize_rows", counted)
+    monkeypatch.setattr(fake_quant, "quantize_rows", counted)
     specs = [spec_of(name) for name in ("Q4_0", "Q8_0")]
     size = 64 * 36  # of a q_proj as Q4_0
     name = "model.layers.{}.self_attn.q_proj.weight"
@@ -156,7 +156,7 @@ def test_encodings_are_kept_where_there_is_room(tmp_path: Path, monkeypatch: pyt
         assert len(calls) == wanted
         # the head is Q8_0 in both, so that it is kept once, and for a while where the room is spent
         stored = sum(v.modules[m].size_bytes for v in made.values() for m in v.made) - VOCAB * 64 // 32 * 34
-        kept = stored if stored <= room else room + makers.SHARED_BYTES
+        kept = stored if stored <= room else room + fake_quant.SHARED_BYTES
         assert making_bytes(made.values()) == 8 * 64 * 96 + kept
 
 
