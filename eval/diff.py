@@ -37,6 +37,7 @@ from eval.metrics import (
 )
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, NotFiniteError, OutputError
+from recompile.events import OnEvent, Progress, ignore
 from recompile.merge.overlay import Overlay
 from recompile.model.activations import QuantizedInputs
 from recompile.model.finite import WIDER, check_finite, name_of
@@ -166,6 +167,35 @@ def compare_many(
         models.append(model)
     _check_ids(ids, model_b.vocab_size)
     yield from _Comparison(models, model_b, ids, options, rows_source, rows_sha256).run()
+
+
+def measure_many(
+    candidates: Sequence[WeightSource],
+    reference: WeightSource,
+    ids: Tensor,
+    options: DiffOptions | None = None,
+    on_event: OnEvent = ignore,
+    what: str = "comparing",
+    *,
+    rows_source: str = "",
+    rows_sha256: str = "",
+) -> list[DiffReport]:
+    """As `compare_many`; returns the reports. on_event: gets its events, and a Progress after each."""
+    reports: list[DiffReport] = []
+    stages, drifts = 0, 0
+    on_event(Progress(what, 0, 1))
+    for event in compare_many(candidates, reference, ids, options, rows_source=rows_source, rows_sha256=rows_sha256):
+        if isinstance(event, DiffReport):
+            reports.append(event)
+            continue
+        on_event(event)
+        if isinstance(event, LayerDrift):
+            stages, drifts = event.total * len(candidates), drifts + 1
+            on_event(Progress(what, drifts, 2 * stages, text=event.name))  # logits take about as long as the layers
+        else:
+            done = stages + stages * event.done / event.total
+            on_event(Progress(what, done, 2 * stages, text=f"logits of row {event.done}"))
+    return reports
 
 
 def _check_ids(ids: Tensor, vocab: int) -> None:

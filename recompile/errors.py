@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 
 class RecompileError(Exception):
     """Base of every error that a command turns into one line and exit code 1."""
+
+
+class ArgumentError(RecompileError):
+    """Arguments that contradict each other, or one that is not what is wanted.
+
+    The message names arguments as {name}: in Python they read as they are spelled there, on the command line as flags.
+    """
+
+    def __str__(self) -> str:
+        return self.spelled({})
+
+    def spelled(self, names: Mapping[str, str]) -> str:
+        """The message with other names for the arguments that `names` has."""
+        return re.sub(r"\{([a-z_]+)\}", lambda found: names.get(found[1], found[1]), str(self.args[0]))
 
 
 class RecipeError(RecompileError):

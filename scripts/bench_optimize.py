@@ -36,16 +36,15 @@ import bench_record  # noqa: E402
 
 from eval.diff import DiffOptions  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
-from eval.mixes.choice_meter import ChoiceMeter  # noqa: E402
+from eval.mixes.evaluator import MixEvaluator  # noqa: E402
 from eval.mixes.oracle import MixOracle  # noqa: E402
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.profile.sketch import SketchOptions, profile_sketch, samples_beside, squared_gradient_scores  # noqa: E402
+from eval.search.initial_recipes import better_start  # noqa: E402
+from eval.search.job import Search  # noqa: E402
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from recompile.cli.options import read_rows  # noqa: E402
-from recompile.cli.search import SEARCHES, Search  # noqa: E402
-from recompile.cli.starts import better_start  # noqa: E402
-from recompile.cli.verify import RowOptions  # noqa: E402
 from recompile.costs import Profile  # noqa: E402
+from recompile.model.rows import RowOptions, read_rows  # noqa: E402
 from recompile.optimize.baselines import make_rivals  # noqa: E402
 from recompile.optimize.budget import Budget  # noqa: E402
 from recompile.optimize.choose import Rules, limits_of, make_problem, prepare_problem  # noqa: E402
@@ -53,6 +52,7 @@ from recompile.optimize.exact import solve_exact  # noqa: E402
 from recompile.optimize.greedy import solve_greedy  # noqa: E402
 from recompile.optimize.limits import Row  # noqa: E402
 from recompile.optimize.problem import Problem, evaluate, prepare, reachable_range, with_costs  # noqa: E402
+from recompile.optimize.solvers import SOLVERS  # noqa: E402
 
 BITS_KEPT = 0.69  # exponent of a gain in exllamav3's choice: gain ** 0.69 per bit
 SWAP_ROWS = 1  # of exllamav3's measured swaps: about the time of the searches, once for all budgets
@@ -152,9 +152,9 @@ class Bench:
         return prepare(prepare_problem(self.main, Rules()))
 
     @cached_property
-    def meter(self) -> ChoiceMeter:
+    def mixes(self) -> MixEvaluator:
         options = DiffOptions(device=self.settings.device)
-        return ChoiceMeter(self.main.header, self.checkpoints, self.reference, self.search_ids, options)
+        return MixEvaluator(self.main.header, self.checkpoints, self.reference, options, holds=True)
 
     def with_costs(self, costs: Mapping[tuple[str, str], float]) -> Problem:
         """The judge's sizes with costs of another origin."""
@@ -323,7 +323,8 @@ def evolutionary(bench: Bench, bits: int) -> Choice:
     while time.monotonic() < until:
         alive = [best, *(mutate() for _ in range(15))]
         for keep, count in ((6, max(1, rows // 8)), (2, max(1, rows // 3)), (1, rows)):
-            found = bench.meter([named(child) for child in alive], rng.sample(range(rows), count))
+            some = bench.search_ids[rng.sample(range(rows), count)]
+            found = bench.mixes.kl_rows([named(child) for child in alive], some)
             order = sorted(range(len(alive)), key=lambda place: sum(found[place]))
             alive = [alive[place] for place in order[:keep]]
             if time.monotonic() > until:
@@ -389,15 +390,15 @@ def by_search(name: str) -> Callable[[Bench, int], Choice]:
             start=solve_exact(bench.problem, bits).choice,
             reference=bench.reference,
             checkpoints=bench.checkpoints,
-            where=RowOptions(settings.search_rows, settings.length, settings.device, None, None),
+            where=RowOptions(settings.search_rows, settings.length),
             steps=None,
             minutes=settings.minutes,
             journal=bench.work / f"{name}-{bits}-{settings.level}.jsonl",
             measured=bench.work / f"mixes-{name}-{settings.level}-{settings.mode}.json",
-            quiet=True,
+            device=settings.device,
             scores=bench.scores,
         )
-        return SEARCHES[name](better_start(search) if name == "refine" else search)
+        return SOLVERS[name].load()(better_start(search) if name == "refine" else search)
 
     return run
 
@@ -415,7 +416,7 @@ METHODS: dict[str, Callable[[Bench, int], Choice]] = {
     "modelopt": by_modelopt(grouped=True),
     "modelopt-ungrouped": by_modelopt(grouped=False),
     "evolutionary": evolutionary,
-    **{name: by_search(name) for name in SEARCHES},
+    **{name: by_search(name) for name in SOLVERS if SOLVERS[name].runs_models},
 }
 
 

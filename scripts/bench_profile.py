@@ -45,13 +45,12 @@ import make_base  # noqa: E402
 from bench_record import birth_certificate, keep  # noqa: E402
 
 from eval.mixes.oracle import MixOracle  # noqa: E402
-from eval.profile.adaptive_rows import RowLimits, profile_more_rows  # noqa: E402
+from eval.profile.adaptive_rows import FILLING_SAMPLES, RowLimits, profile_more_rows  # noqa: E402
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.profile.sketch import SketchOptions, profile_sketch  # noqa: E402
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from recompile.cli.model_profile import FILLING_SAMPLES  # noqa: E402
-from recompile.cli.options import read_rows  # noqa: E402
 from recompile.costs import Profile, load_profile  # noqa: E402
+from recompile.model.rows import read_rows  # noqa: E402
 from recompile.model.tokens import Rows  # noqa: E402
 from recompile.optimize.choose import Budget, make_problem  # noqa: E402
 from recompile.optimize.exact import solve_exact  # noqa: E402

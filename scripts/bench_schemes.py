@@ -96,7 +96,7 @@ def measure(base: Path, candidates: Mapping[str, Any], rows: int, length: int, k
     from eval.diff import DiffOptions, DiffReport, compare_many
     from eval.metrics import paired_difference
     from recompile.checkpoint.checkpoint import open_checkpoint
-    from recompile.cli.options import read_rows
+    from recompile.model.rows import read_rows
 
     found, vocab = read_rows([base], "report", rows, length, None, None, None)
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
@@ -171,8 +171,8 @@ def load_in_transformers(base: Path, overlay: Any, out: Path, tokens: int = 64) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from recompile.cli.options import read_rows
     from recompile.merge.write_safetensors import execute, plan_write
+    from recompile.model.rows import read_rows
     from recompile.model.stream import dense_names
 
     if not out.exists():

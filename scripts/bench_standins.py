@@ -32,10 +32,10 @@ from eval.diff import DiffReport, compare_many  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
 from eval.profile.exact import ProfileJob, ProfileOptions  # noqa: E402
 from eval.profile.sketch import SketchOptions, profile_sketch  # noqa: E402
-from eval.search.acceptance import mix_of  # noqa: E402
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from recompile.cli.options import read_rows  # noqa: E402
 from recompile.costs import Profile  # noqa: E402
+from recompile.merge.overlay import Overlay  # noqa: E402
+from recompile.model.rows import read_rows  # noqa: E402
 from recompile.optimize.choose import Budget, choose  # noqa: E402
 from recompile.quantize.calibrate import input_power  # noqa: E402
 from recompile.quantize.lazy_variant import load_importance, make_variant, save_importance  # noqa: E402
@@ -113,7 +113,7 @@ def judged(
     mixes = []
     for budget, name in wanted:
         choice = choose(profiles[name], Budget(bpw=budget), "exact").solution.choice
-        mixes.append(mix_of(profiles[REAL].header, checkpoints, choice))
+        mixes.append(Overlay.of_choice(profiles[REAL].header, checkpoints, choice))
     reports = [event for event in compare_many(mixes, base, ids) if isinstance(event, DiffReport)]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (budget, name), report in zip(wanted, reports, strict=True):

@@ -108,11 +108,12 @@ def make_variants(base: str, variants: Path, settings: Settings) -> None:
 
 def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Path, settings: Settings) -> str:
     """Compare every variant and mix with the base on the role "report"; one reference pass for all of them."""
-    from eval.diff import compare_many
+    from eval.diff import measure_many
     from recompile.checkpoint.checkpoint import open_checkpoint
-    from recompile.cli.common import follow_comparison, format_bytes, format_columns, print_json
-    from recompile.cli.options import read_rows
+    from recompile.io.report import format_columns, write_json
+    from recompile.io.sizes import format_bytes
     from recompile.merge.overlay import build_overlay
+    from recompile.model.rows import read_rows
 
     reference = open_checkpoint(base)
     rows, _ = read_rows([reference.path], "report", *settings.report, None, None, None)
@@ -124,8 +125,7 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
     say(f"\nComparing {len(entries)} builds on {len(rows.ids)} rows x {rows.ids.shape[1]} tokens never used before.")
     found = json.loads(cached.read_text()) if cached.exists() else {}
     if found.get("key") != key:
-        events = compare_many(overlays, reference, rows.ids, rows_source=rows.source)
-        reports = follow_comparison(events, "comparing", len(overlays))
+        reports = measure_many(overlays, reference, rows.ids, rows_source=rows.source)
         sizes = [overlay.accounting.as_dict() for overlay in overlays]
         found = {
             "key": key,
@@ -133,7 +133,7 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
                 {**report.as_dict(), **size, "layers": []} for report, size in zip(reports, sizes, strict=True)
             ],
         }
-        print_json(cached, found)
+        write_json(cached, found)
         found = json.loads(cached.read_text())
     score = found["reports"][0]["score_reference"]
     base_size = reference.size_bytes

@@ -19,6 +19,7 @@ EVERYTHING = [*LIBRARY, *(path for folder in ("tests", "scripts") for path in so
 # From the bottom up: a room may import those before it. A new one gets its place here.
 ROOMS = (
     "errors",
+    "events",
     "io",
     "formats",
     "gguf",
@@ -29,6 +30,7 @@ ROOMS = (
     "merge",
     "quantize",
     "optimize",
+    "api",
     "cli",
 )
 
@@ -107,13 +109,30 @@ def test_rooms_import_lower_ones_only(path: Path) -> None:
         if first == "recompile" and rest and rest[0] in ROOMS:
             assert rest[0] in allowed, f"{name_of(path)}:{line}: {room} imports {rest[0]}, which stands above it"
         if first == "eval":
-            assert room == "cli", f"{name_of(path)}:{line}: only commands import eval; pass a value in instead"
+            assert room in ("api", "cli"), f"{name_of(path)}:{line}: {room} imports eval; pass a value in instead"
 
 
 @pytest.mark.parametrize("path", [path for path in LIBRARY if name_of(path).startswith("eval/")], ids=name_of)
 def test_eval_knows_nothing_of_commands(path: Path) -> None:
     for line, name in imports_of(path):
         assert not name.startswith("recompile.cli"), f"{name_of(path)}:{line}"
+
+
+COMMANDS = {path.stem for path in (ROOT / "recompile" / "cli").glob("*.py")} & {"recompile"} | {
+    path.stem for path in (ROOT / "recompile" / "cli").glob("model_*.py")
+}
+
+
+def test_scripts_and_tests_only_run_commands() -> None:
+    """What else they need is in the library; tests/cli looks at what is printed, too."""
+    for path in EVERYTHING:
+        if path in LIBRARY or path.parent.name == "cli":
+            continue
+        for line, name in imports_of(path):
+            if name.startswith("recompile.cli."):
+                command, _, function = name.removeprefix("recompile.cli.").partition(".")
+                assert command in COMMANDS, f"{name_of(path)}:{line}: {name}"
+                assert function in ("", "main"), f"{name_of(path)}:{line}: {name}"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)

@@ -20,10 +20,10 @@ from eval.metrics import kl_divergence
 from eval.passes.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
 from eval.passes.fisher import FisherCotangents, HeadOutput, chunks_of
 from eval.profile.sketch import collect, estimate
-from eval.search.acceptance import mix_of
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
 from recompile.errors import NotFiniteError
+from recompile.merge.overlay import Overlay
 from recompile.merge.weight_cache import WeightStore, room_for_weights
 from recompile.model.finite import WIDER, check_finite, is_finite, name_of
 from recompile.model.stream import LayeredModel, default_dtype, sketch_dtype
@@ -257,7 +257,7 @@ class MixOracle:
         return {label: self._store.over(source) for label, source in self.checkpoints.items()}
 
     def _mix(self, choice: Mapping[str, str]) -> WeightSource:
-        return self._store.over(mix_of(self.header, self.checkpoints, choice))
+        return self._store.over(Overlay.of_choice(self.header, self.checkpoints, choice))
 
     @cached_property
     def _sharp(self) -> tuple[LayeredModel, LayeredModel]:

@@ -38,6 +38,7 @@ from recompile.model.tokens import Rows
 FIRST_ROWS = 8
 TIMING_ROWS = 2  # of the first block where time is short: what a row costs is learnt from it
 SMALLEST_BLOCK = 4
+FILLING_SAMPLES = 3  # draws a row where time is filled with rows: more rows and fewer draws were better, down to two
 
 
 @dataclass(frozen=True)

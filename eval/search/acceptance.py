@@ -8,19 +8,17 @@ user gets a model worse than the simple mix.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eval.diff import DiffOptions, DiffReport, Event, compare_many
+from eval.diff import DiffReport
 from eval.metrics import Mean, paired_difference
-from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
-from recompile.costs import ProfileHeader
-from recompile.errors import MissingWeight
-from recompile.merge.overlay import Overlay, Placement
-from recompile.model.activations import quantizes_inputs
+from eval.mixes.evaluator import MixEvaluator
+from recompile.events import OnEvent, ignore
+from recompile.model.tokens import Rows
 from recompile.optimize.baselines import Rival
 
 RECIPE = "recipe"
@@ -86,47 +84,26 @@ class Verdict:
         return self.recipe.perplexity / self.reference_perplexity - 1
 
 
-def mix_of(header: ProfileHeader, checkpoints: Mapping[str, Checkpoint], choice: Mapping[str, str]) -> Overlay:
-    """A choice (group -> candidate label) as a weight source: what `build_overlay` makes of its recipe.
-
-    Raises MissingWeight for a module that its source lacks.
-    """
-    base = checkpoints[header.base]
-    placements = {name: Placement(name, stored, base, None, None) for name, stored in base.modules.items()}
-    for group in header.groups:
-        label = choice[group.name]
-        source = checkpoints[label]
-        for module in group.modules:
-            if module not in source.modules:
-                raise MissingWeight(f"{source.label} has no module {module}")
-            directory = None if label == header.base else header.candidate(label).model_dir
-            placements[module] = Placement(module, source.modules[module], source, directory, None)
-    sources = {header.candidate(label).model_dir: checkpoints[label] for label in checkpoints if label != header.base}
-    return Overlay(base, None, sources, placements)
-
-
 def verify(
-    header: ProfileHeader,
-    checkpoints: Mapping[str, Checkpoint],
-    reference: WeightSource,
+    mixes: MixEvaluator,
     recipe: Mapping[str, str],
     bits: int,
     predicted_kl_nats: float,
     rivals: Sequence[Rival],
-    ids: Tensor,
-    options: DiffOptions | None = None,
+    rows: Rows,
+    on_event: OnEvent = ignore,
     *,
-    rows_source: str = "",
-    rows_sha256: str = "",
     activations: bool = False,
-) -> Iterator[Event | Verdict]:
-    """Measure a recipe and its rivals over `ids` (int64 [rows, tokens]); yields the events of the comparison, last a
-    Verdict. Where a rival that is over the limits is not beaten, its form within them is measured in a second pass.
+) -> Verdict:
+    """Measure a recipe and its rivals on rows that nothing else used. Where a rival that is over the limits is not
+    beaten, its form within them is measured in a second pass.
 
-    activations: run every mix with the inputs of its maps quantized as their schemes say
+    bits, predicted_kl_nats: of the recipe; activations: run every mix with the inputs of its maps quantized as their
+    schemes say. on_event: gets what `eval.diff.measure_many` tells.
     """
+    header = mixes.header
     choices: list[Mapping[str, str]] = [recipe, *(r.choice for r in rivals)]
-    reports = yield from _measure(header, checkpoints, reference, choices, ids, options, activations)
+    reports = mixes.reports(choices, rows.ids, on_event, "checking", activations=activations)
     contenders = [_contender(RECIPE, recipe, bits, False, True, reports[0], None)]
     for rival, report in zip(rivals, reports[1:], strict=True):
         competes = rival.within is not None
@@ -144,44 +121,22 @@ def verify(
     again = [rival for rival in again if rival.within is not None and dict(rival.within) not in known]
     if again:
         choices = [rival.within for rival in again if rival.within is not None]
-        more = yield from _measure(header, checkpoints, reference, choices, ids, options, activations)
+        more = mixes.reports(choices, rows.ids, on_event, "checking", activations=activations)
         for rival, choice, report in zip(again, choices, more, strict=True):
             smaller = header.fixed_bits + sum(group.bits[choice[group.name]] for group in header.groups)
             name = f"{rival.name} (within the limits)"
             contenders.append(_contender(name, choice, smaller, False, True, report, reports[0]))
-    yield Verdict(
+    return Verdict(
         tuple(contenders),
         predicted_kl_nats,
         reports[0].score_reference.perplexity,
-        len(ids),
-        ids.shape[1],
-        rows_sha256,
-        rows_source,
+        len(rows.ids),
+        rows.ids.shape[1],
+        rows.sha256,
+        rows.source,
         reports[0].noise_floor,
         activations,
     )
-
-
-def _measure(
-    header: ProfileHeader,
-    checkpoints: Mapping[str, Checkpoint],
-    reference: WeightSource,
-    choices: Sequence[Mapping[str, str]],
-    ids: Tensor,
-    options: DiffOptions | None,
-    activations: bool,
-) -> Generator[Event, None, list[DiffReport]]:
-    mixes = [mix_of(header, checkpoints, choice) for choice in choices]
-    if activations:
-        quantized = frozenset(number for number, mix in enumerate(mixes) if quantizes_inputs(mix))
-        options = replace(options or DiffOptions(), quantized_inputs=quantized)
-    reports: list[DiffReport] = []
-    for event in compare_many(mixes, reference, ids, options):
-        if isinstance(event, DiffReport):
-            reports.append(event)
-        else:
-            yield event
-    return reports
 
 
 def _contender(

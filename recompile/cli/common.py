@@ -1,12 +1,10 @@
-"""What every command shares: errors as one line, progress on stderr, JSON reports, and how figures are spelled.
+"""What every command shares: errors as one line, progress on stderr, and JSON reports.
 
 Imports click only; rich is imported when a bar is drawn, torch never.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import os
@@ -15,17 +13,18 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
-from recompile import __version__
-from recompile.errors import OutputError, RecompileError
+from recompile.errors import ArgumentError, OutputError, RecompileError
+from recompile.events import Note, Progress, Said
 from recompile.io.files import check_outputs, last_opened, write_text
 from recompile.io.printable import PrintableStream, printable
-from recompile.io.sizes import format_bytes as format_bytes
+from recompile.io.report import to_json
+from recompile.io.sizes import format_bytes, format_seconds
 
 LINE_EVERY_SECONDS = 10.0  # where no bar can be drawn (a log file), one line this often
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -94,6 +93,9 @@ class Command(click.Command):
         try:
             self._check_files(ctx)
             return super().invoke(ctx)
+        except ArgumentError as error:
+            flags = {str(option.name): option.opts[0] for option in self.params if isinstance(option, click.Option)}
+            raise click.ClickException(error.spelled(flags)) from error
         except RecompileError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
@@ -208,7 +210,46 @@ def command(name: str, **options: Any) -> Callable[[Callable[..., Any]], Command
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 
-class Progress(Protocol):
+class Screen:
+    """Shows what the library tells on the way (recompile.events) on stderr: one bar at a time, notes, and lines about
+    the work. quiet: notes only.
+
+        with Screen(quiet) as screen:
+            report = recompile.quantize(..., on_event=screen)
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._what: str | None = None
+        self._bar: Bar = _Silent()
+        self._open = ExitStack()
+
+    def __call__(self, event: object) -> None:
+        if isinstance(event, Progress):
+            if event.what != self._what:
+                self._open.close()
+                shown = progress(event.what, event.total, unit=event.unit, quiet=self.quiet)
+                self._what, self._bar = event.what, self._open.enter_context(shown)
+            self._bar.update(event.done, event.text, event.total)
+            if event.done >= event.total:
+                self._close()
+        elif isinstance(event, Note):
+            click.echo(f"{event.kind}: {event.text}" if event.kind else event.text, err=True)
+        elif isinstance(event, Said) and not self.quiet:
+            click.echo(event.text, err=True)
+
+    def _close(self) -> None:
+        self._what = None
+        self._open.close()
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+class Bar(Protocol):
     """Says how far the work is: `update(done, text)`, done in the unit of `total`, which may become known late."""
 
     def update(self, done: float, text: str = "", total: float | None = None) -> None: ...
@@ -251,7 +292,7 @@ class _Bar:
 
 
 @contextmanager
-def progress(description: str, total: float, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Progress]:
+def progress(description: str, total: float, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Bar]:
     """A progress bar on stderr with rate and time left, for the length of the block.
 
     total: in `unit`: "bytes", or any word for things that are counted ("rows", "modules")
@@ -300,38 +341,12 @@ def progress(description: str, total: float, *, unit: str = "bytes", quiet: bool
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def to_plain(value: Any) -> Any:
-    """A report as JSON values: dataclasses by their fields, paths as text, what is not finite as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: to_plain(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if not field.name.startswith("_")
-        }
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [to_plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # numpy and torch values, without importing either
-        return to_plain(value.tolist())
-    return str(value)
-
-
 def print_json(path: str | os.PathLike[str], report: Any) -> None:
     """Write a report (a dataclass, or what to_plain reads) as JSON to a file, or to stdout for "-".
 
     A file is replaced as a whole, never left half written. Raises OutputError if it cannot be written.
     """
-    plain = to_plain(report)
-    if isinstance(plain, dict):  # by which the file is known as one that may be replaced
-        plain = {"made_by": f"recompile {__version__}", **plain}
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = to_json(report)
     if os.fspath(path) != "-":
         write_text(Path(path), text)
     elif sys.stdout is None:
@@ -350,64 +365,13 @@ def check_json_path(path: str | os.PathLike[str] | None) -> None:
         raise OutputError(f"--json {path}: cannot be written: {what}; choose another file")
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def format_bpw(bits_per_weight: float | None) -> str:
-    """4.25 -> "4.250"; None (there is no such module) -> "-"."""
-    return "-" if bits_per_weight is None else f"{bits_per_weight:.3f}"
-
-
-def format_seconds(seconds: float) -> str:
-    """75 -> "1 min 15 s"."""
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _amount(value: float, unit: str) -> str:
     return format_bytes(value) if unit == "bytes" else f"{value:.0f} {unit}"
 
 
-def format_columns(
-    rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Iterable[int] = ()
-) -> str:
-    """Rows of text in aligned columns, never cut or wrapped, so that names can be searched and copied.
-
-    right: numbers of the columns that are aligned to the right.
-    """
-    every = [[printable(cell) for cell in row] for row in ([header, *rows] if header else rows)]
-    if not every:
-        return ""
-    rightward = set(right)
-    widths = [max(len(row[column]) for row in every) for column in range(len(every[0]))]
-    lines = []
-    for row in every:
-        cells = [
-            cell.rjust(width) if column in rightward else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    if header:
-        lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def follow_comparison(events: Iterable[Any], description: str, builds: int = 1, quiet: bool = False) -> list[Any]:
-    """Draw the progress of `eval.diff.compare` or `compare_many`; returns the DiffReports."""
-    from eval.diff import DiffReport, LayerDrift
-
-    reports, stages, drifts = [], 0, 0
-    with progress(description, 1, unit="steps", quiet=quiet) as bar:
-        for event in events:
-            if isinstance(event, DiffReport):
-                reports.append(event)
-            elif isinstance(event, LayerDrift):
-                stages, drifts = event.total * builds, drifts + 1
-                bar.update(drifts, event.name, 2 * stages)  # logits take about as long as the layers
-            else:
-                bar.update(stages + stages * event.done / event.total, f"logits of row {event.done}", 2 * stages)
-    return reports
+def show(report: Any, json_path: str | os.PathLike[str] | None, describe: Callable[[], str]) -> None:
+    """Print a result for people, unless JSON goes to stdout, and write it as JSON where that is asked for."""
+    if str(json_path) != "-":
+        click.echo(describe())
+    if json_path is not None:
+        print_json(json_path, report)

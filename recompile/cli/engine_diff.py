@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recompile.cli.common import print_json, progress
-from recompile.cli.options import compute_device, compute_dtype
 from recompile.errors import MismatchError, RecompileError
+from recompile.model.devices import compute_device, compute_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

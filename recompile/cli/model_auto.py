@@ -19,17 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from recompile.cli.common import check_json_path, format_bpw, format_bytes, format_columns, print_json, progress
-from recompile.cli.options import (
-    check_made,
-    compute_device,
-    device_options,
-    made_options,
-    many_values_command,
-    output_options,
-    read_rows,
-)
+from recompile.cli.common import check_json_path, print_json, progress
+from recompile.cli.options import check_made, device_options, made_options, many_values_command, output_options
 from recompile.errors import OutputError, RecompileError
+from recompile.io.report import format_columns
+from recompile.io.sizes import format_bpw, format_bytes
+from recompile.model.devices import compute_device
+from recompile.model.rows import read_rows
 
 if TYPE_CHECKING:
     from eval.diff import DiffReport

@@ -7,26 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from recompile.cli.common import (
-    check_json_path,
-    command,
-    follow_comparison,
-    format_bpw,
-    format_bytes,
-    format_columns,
-    print_json,
-)
-from recompile.cli.options import (
-    check_vocabulary,
-    compute_device,
-    compute_dtype,
-    device_options,
-    engine_options,
-    output_options,
-    read_rows,
-    text_options,
-)
+from recompile.cli.common import Screen, check_json_path, command, print_json
+from recompile.cli.options import device_options, engine_options, output_options, text_options
 from recompile.errors import UnsupportedError
+from recompile.io.report import format_columns
+from recompile.io.sizes import format_bpw, format_bytes
+from recompile.model.devices import compute_device, compute_dtype
+from recompile.model.rows import check_vocabulary, read_rows
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +157,7 @@ def main(
         click.echo(f"Warning: {warning}", err=True)
     check_same_model(checkpoint_b, checkpoint_a)
 
-    from eval.diff import DiffOptions, compare_many
+    from eval.diff import DiffOptions, measure_many
     from recompile.model import tokens
 
     if activations:
@@ -203,8 +190,10 @@ def main(
         save_reference_logits=save_logits_b,
     )
     candidates = [overlay] * (2 if activations else 1)
-    events = compare_many(candidates, checkpoint_b, ids, options, rows_source=found.source, rows_sha256=found.sha256)
-    report, *others = follow_comparison(events, "comparing", len(candidates), quiet)
+    with Screen(quiet) as screen:
+        report, *others = measure_many(
+            candidates, checkpoint_b, ids, options, screen, rows_source=found.source, rows_sha256=found.sha256
+        )
     with_inputs: DiffReport | None = others[0] if others else None
     if str(json_path) != "-":
         click.echo(_layer_table(report.layers))

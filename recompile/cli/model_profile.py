@@ -11,29 +11,21 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from recompile.cli.common import (
-    check_json_path,
-    format_bytes,
-    format_columns,
-    format_seconds,
-    print_json,
-    progress,
-)
+from recompile.cli.common import check_json_path, print_json, progress
 from recompile.cli.options import (
     check_made,
-    check_vocabulary,
-    compute_device,
-    compute_dtype,
     device_options,
     made_options,
     many_values_command,
     output_options,
-    parse_size,
-    read_rows,
     text_options,
 )
 from recompile.costs import LEVELS
 from recompile.errors import RecompileError
+from recompile.io.report import format_columns
+from recompile.io.sizes import format_bytes, format_seconds, parse_size
+from recompile.model.devices import compute_device, compute_dtype
+from recompile.model.rows import check_vocabulary, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +38,6 @@ if TYPE_CHECKING:
     from recompile.recipe.recipe import SourceId
 
 DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
-FILLING_SAMPLES = 3  # at equal time recipes of more rows and fewer draws were better, down to two or three
 
 
 @many_values_command(
@@ -231,7 +222,7 @@ def main(
         for note in checkpoint.notes:
             click.echo(f"Warning: {note}", err=True)
 
-    from eval.profile.adaptive_rows import RowLimits, profile_more_rows
+    from eval.profile.adaptive_rows import FILLING_SAMPLES, RowLimits, profile_more_rows
     from eval.profile.exact import ProfileJob, ProfileOptions
     from eval.profile.hybrid import HybridOptions, profile_hybrid
     from eval.profile.sketch import SketchOptions

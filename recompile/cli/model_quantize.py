@@ -14,19 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recompile.checkpoint.module_names import HEAD_NAMES
-from recompile.cli.common import check_json_path, format_bpw, format_bytes, format_columns, print_json, progress
-from recompile.cli.options import (
-    check_vocabulary,
-    compute_device,
-    compute_dtype,
-    device_options,
-    many_values_command,
-    output_options,
-    parse_size,
-    read_rows,
-    text_options,
-)
+from recompile.cli.common import check_json_path, print_json, progress
+from recompile.cli.options import device_options, many_values_command, output_options, text_options
 from recompile.errors import FormatError
+from recompile.io.report import format_columns
+from recompile.io.sizes import format_bpw, format_bytes, parse_size
+from recompile.model.devices import compute_device, compute_dtype
+from recompile.model.rows import check_vocabulary, read_rows
 
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from recompile.cli.common import Command
 from recompile.errors import RecompileError
-from recompile.io.sizes import parse_size as parse_size
-
-if TYPE_CHECKING:
-    import torch
-
-    from recompile.checkpoint.checkpoint import Checkpoint
-    from recompile.model.tokens import Rows
 
 
 class ManyValuesCommand(Command):
@@ -194,85 +187,3 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Path(path_type=Path),
         help='Also write the whole report as JSON; "-" = stdout.',
     )(function)
-
-
-def read_rows(
-    model_dirs: Sequence[Path],
-    role: str,
-    rows: int | None,
-    length: int,
-    text: Path | None,
-    dataset: str | None,
-    input_ids: Path | None,
-    *,
-    split_own_text: bool = True,
-) -> tuple[Rows, int | None]:
-    """Token rows as the options ask for (rows None: all there are), and the tokenizer's true vocabulary (None where no
-    tokenizer was needed).
-
-    The tokenizer is that of the first directory that has one. `split_own_text`: whether the user's own text is split
-    into roles as the default text is (else all of it is used in order).
-    """
-    from recompile.model import tokens
-
-    if sum(given is not None for given in (text, dataset, input_ids)) > 1:
-        raise RecompileError("--text, --dataset and --input-ids exclude each other; give one of them")
-    if input_ids is not None:
-        found = tokens.rows_from_file(input_ids)
-        return found, None
-    if text is not None:
-        source = tokens.text_from_file(text)
-    elif dataset is not None:
-        source = tokens.text_from_dataset(dataset)
-    else:
-        source = tokens.default_text()
-    own = text is not None or dataset is not None
-    tokenizer = tokens.load_tokenizer(_first_with_tokenizer(model_dirs))
-    made = tokens.make_rows(source, tokenizer, rows, length, "all" if own and not split_own_text else role)
-    return made, len(tokenizer)
-
-
-def _first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
-    for directory in model_dirs:
-        if directory.suffix == ".gguf":
-            return directory
-        if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return directory
-    return model_dirs[0]  # its error says what is missing
-
-
-def compute_dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    from recompile.model.stream import DTYPES
-
-    return DTYPES[name]
-
-
-def compute_device(name: str) -> str:
-    """ "0" -> "cuda:0". Raises RecompileError where the device is not there."""
-    import torch
-
-    device = f"cuda:{name}" if name.isdigit() else name
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise RecompileError(f'-d {name}: not a device; wanted cpu, cuda:0, or a number ("0" is cuda:0)') from error
-    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
-        raise RecompileError(f"-d {name}: this machine offers {torch.cuda.device_count()} CUDA devices; use -d cpu")
-    return device
-
-
-def check_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> int | None:
-    """The true vocabulary: the tokenizer's where the model pads it. Raises MismatchError for a tokenizer too large."""
-    from recompile.errors import MismatchError
-
-    config = checkpoint.config
-    nested = config.get("text_config")
-    size = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
-    if vocab is not None and isinstance(size, int) and vocab > size:
-        raise MismatchError(
-            f"{checkpoint.label}: the tokenizer has {vocab} tokens, the model's vocabulary {size}; "
-            f"it is the wrong tokenizer for this model"
-        )
-    return vocab

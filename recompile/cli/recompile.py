@@ -15,20 +15,13 @@ import click
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint
 from recompile.checkpoint.module_names import role_of
-from recompile.cli.common import (
-    check_json_path,
-    format_bpw,
-    format_bytes,
-    format_columns,
-    format_seconds,
-    print_json,
-    progress,
-    refuse_outputs,
-)
+from recompile.cli.common import check_json_path, print_json, progress, refuse_outputs
 from recompile.cli.options import many_values_command, output_options
 from recompile.errors import CheckpointError, RecipeError, UnsupportedError
 from recompile.formats.gguf_types import TYPES
 from recompile.io.files import write_text
+from recompile.io.report import format_columns
+from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.engine_rules import ENGINES
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable
 from recompile.merge.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf

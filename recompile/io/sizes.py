@@ -1,4 +1,4 @@
-"""Sizes in bytes: how people write them and how they are shown."""
+"""Sizes as people write and read them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
+def size_bytes(size: int | str | None) -> int | None:
+    """Bytes of a size given as a number or as text; None stays None. Raises RecompileError."""
+    return parse_size(size) if isinstance(size, str) else size
+
+
 def format_bytes(size_bytes: float) -> str:
     """1536 -> "1.50 KiB"."""
     size = float(size_bytes)
@@ -27,3 +32,18 @@ def format_bytes(size_bytes: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def format_bpw(bits_per_weight: float | None) -> str:
+    """4.25 -> "4.250"; None (there is no such module) -> "-"."""
+    return "-" if bits_per_weight is None else f"{bits_per_weight:.3f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> "1 min 15 s"."""
+    if not seconds < float("inf"):
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

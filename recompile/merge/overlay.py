@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, TensorInfo, open_checkpoint, split_name
 from recompile.checkpoint.coupled_modules import ScaledSet, read_scaled_sets
 from recompile.checkpoint.module_names import role_of
+from recompile.costs import ProfileHeader
 from recompile.errors import MismatchError, MissingWeight, RecipeError
 from recompile.recipe.recipe import Override, Recipe, load_recipe, resolve_dir, suggest
 
@@ -151,6 +152,27 @@ class Overlay:
     placements: Mapping[str, Placement]
     warnings: tuple[str, ...] = ()
     _by_module: dict[str, StoredModule] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def of_choice(header: ProfileHeader, checkpoints: Mapping[str, Checkpoint], choice: Mapping[str, str]) -> Overlay:
+        """A choice of the optimizer (group -> candidate label) as what `build_overlay` makes of its recipe.
+
+        checkpoints: by candidate label. Raises MissingWeight for a module that its source lacks.
+        """
+        base = checkpoints[header.base]
+        placements = {name: Placement(name, stored, base, None, None) for name, stored in base.modules.items()}
+        for group in header.groups:
+            label = choice[group.name]
+            source = checkpoints[label]
+            for module in group.modules:
+                if module not in source.modules:
+                    raise MissingWeight(f"{source.label} has no module {module}")
+                directory = None if label == header.base else header.candidate(label).model_dir
+                placements[module] = Placement(module, source.modules[module], source, directory, None)
+        sources = {
+            header.candidate(label).model_dir: checkpoints[label] for label in checkpoints if label != header.base
+        }
+        return Overlay(base, None, sources, placements)
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,7 @@ from recompile.costs import Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget
 from recompile.optimize.engine_constraints import check_engine, loaded_together
-from recompile.optimize.exact import solve_exact
 from recompile.optimize.frontier import lagrangian_path, solve_for_cost
-from recompile.optimize.greedy import solve_greedy
 from recompile.optimize.limits import Row, solve_rows, step_rows
 from recompile.optimize.problem import (
     Group,
@@ -35,10 +33,9 @@ from recompile.optimize.problem import (
     prepare,
     reachable_range,
 )
+from recompile.optimize.solvers import load_by_costs
 from recompile.recipe.compress import Line, compress
 from recompile.recipe.recipe import Glob, Override, Recipe, Source, suggest
-
-SOLVERS: Mapping[str, Callable[[Problem, int], Solution]] = {"greedy": solve_greedy, "exact": solve_exact}
 
 
 @dataclass(frozen=True)
@@ -212,8 +209,7 @@ def choose(
     Raises BudgetError, with the reachable range in the budget's own unit and the limit that binds, and RecompileError
     for a profile with holes.
     """
-    if solver not in SOLVERS:
-        raise RecompileError(f'solver "{solver}": wanted one of {", ".join(SOLVERS)}')
+    load_by_costs(solver)  # raises for a name that is none
     rules = rules if isinstance(rules, Rules) else Rules(tuple(rules))
     problem = prepare(prepare_problem(profile, rules))
     solution = solve(profile, problem, budget, solver, rules)
@@ -241,7 +237,7 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
         check_kl_alone(budget, rules)
         control = profile.control.mean if profile.control is not None else 0.0
         try:
-            return solve_for_cost(problem, budget.max_kl - control, SOLVERS[solver])
+            return solve_for_cost(problem, budget.max_kl - control, load_by_costs(solver))
         except BudgetError:
             path = lagrangian_path(problem)
             least, most = (control + path.points[at].cost for at in (-1, 0))
@@ -257,11 +253,11 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
             spelled = budget.spell_range(fewest, most_bits, profile)
             raise BudgetError(f"budget {budget.describe()} is {wrong}; reachable range: {spelled}{narrowed}")
         if not steps and not limits:
-            return SOLVERS[solver](problem, bits)
+            return load_by_costs(solver)(problem, bits)
         limits = [budget.primary_row(profile, problem), *limits]
     if steps and solver == "greedy":
         raise RecompileError("--max-step needs --solver exact")
-    solution = solve_rows(problem, [*limits, *steps], SOLVERS[solver])
+    solution = solve_rows(problem, [*limits, *steps], load_by_costs(solver))
     return replace(solution, budget_bits=budget.bits(profile)) if budget.has_primary else solution
 
 

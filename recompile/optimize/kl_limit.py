@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from recompile.costs import Profile
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget
-from recompile.optimize.choose import SOLVERS, Choice, Rules, check_kl_alone, choice_of, prepare_problem
+from recompile.optimize.choose import Choice, Rules, check_kl_alone, choice_of, prepare_problem
 from recompile.optimize.frontier import LagrangianPath, Solver, lagrangian_path
 from recompile.optimize.problem import Problem, Solution, prepare
+from recompile.optimize.solvers import load_by_costs
 
 MOST_TRIES = 12  # measurements; five or six are usual
 NEAR = 0.002  # of the range of sizes: a size is the smallest where one smaller by that much does not hold
@@ -115,7 +116,7 @@ def hold_kl(
     control = profile.control.mean if profile.control is not None else 0.0
     best: Tried | None = None
     least = math.inf
-    for tried in least_size(problem, limit, SOLVERS[solver], measure, control_nats=control):
+    for tried in least_size(problem, limit, load_by_costs(solver), measure, control_nats=control):
         yield tried
         best, least = tried if tried.holds else best, min(least, tried.kl_nats)
     if best is None:

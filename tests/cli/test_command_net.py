@@ -12,9 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from recompile.cli.common import command, format_columns, print_json
+from recompile.cli.common import command, print_json
 from recompile.errors import RecompileError
 from recompile.io.files import read_json
+from recompile.io.report import format_columns
 
 
 def made(work: Callable[..., Any]) -> click.Command:

@@ -17,13 +17,13 @@ from click.testing import CliRunner, Result
 from eval.mixes.oracle import MixOracle
 from eval.profile.exact import ProfileJob, ProfileOptions
 from eval.profile.sketch import SketchOptions, profile_sketch
+from eval.search.kl_limit import MeasuredLimit
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.cli.hold import Held
 from recompile.cli.model_optimize import main
-from recompile.cli.verify import RowOptions
 from recompile.costs import Measurement, Profile, ProfileHeader, load_profile, open_journal
 from recompile.errors import RecompileError
 from recompile.merge.overlay import Overlay, build_overlay
+from recompile.model.rows import RowOptions
 from recompile.optimize.choose import Choice
 from recompile.optimize.cross_entropy import POPULATION, ROUNDS
 from recompile.optimize.exact import solve_exact
@@ -195,7 +195,7 @@ def test_a_limit_on_kl_holds_for_what_is_measured(profile: Path) -> None:
     assert f"{limit['measured_kl_nats']:.6f} on the 6 rows that the size was found with" in result.output
     # what was measured is what is written
     from eval.diff import DiffOptions, DiffReport, compare
-    from recompile.cli.options import read_rows
+    from recompile.model.rows import read_rows
 
     header = load_profile(profile).header
     reference = open_checkpoint(header.reference)
@@ -207,13 +207,10 @@ def test_a_limit_on_kl_holds_for_what_is_measured(profile: Path) -> None:
 
 
 def test_a_limit_is_told_where_the_verification_fails(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recompile.cli import model_optimize as command
-    from recompile.errors import RecompileError
-
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RecompileError("no rows left to report on")
 
-    monkeypatch.setattr(command, "_verify", fail)
+    monkeypatch.setattr("eval.search.acceptance.verify", fail)
     out = profile.parent / "new" / "mix.yaml"
     result = run(profile, "--max-kl", "0.3", "-r", "2", "-l", "16", "-o", out)
     assert result.exit_code == 0, result.output
@@ -246,8 +243,6 @@ def test_a_limit_is_for_the_weights_alone(profile: Path) -> None:
 
 def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that leaves the limit is not followed; one that lowers KL at the size found is."""
-    from recompile.cli import model_optimize as command
-
     labels = [candidate.label for candidate in load_profile(profile).header.candidates]
     words = ("--max-kl", "0.3", "--solver", "local", "-r", "4", "-l", "16", "-o", profile.with_name("mix.yaml"))
     words = (*words, "--json", profile.with_name("report.json"), "--no-guard")
@@ -256,7 +251,7 @@ def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.
         "worse": lambda search: dict.fromkeys(search.start, min(labels)),
         "same": lambda s: s.start,
     }.items():
-        monkeypatch.setattr(command, "SEARCHES", {"local": pick})
+        monkeypatch.setattr("eval.search.local.search_local", pick)
         result = run(profile, *words)
         assert result.exit_code == 0, result.output
         found[name] = result.output, json.loads(profile.with_name("report.json").read_text())
@@ -267,51 +262,55 @@ def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kl", [0.29, 0.31])
-def test_what_a_search_gains_under_a_limit_is_taken_in_bytes(
-    profile: Path, capsys: pytest.CaptureFixture[str], kl: float
-) -> None:
-    from recompile.cli.hold import shrink
-    from recompile.cli.mix_kls import MixKls
+def test_what_a_search_gains_under_a_limit_is_taken_in_bytes(profile: Path, kl: float) -> None:
+    from eval.mixes.measured import MeasuredMixes
+    from eval.search.kl_limit import shrink
     from recompile.optimize.budget import Budget
     from recompile.optimize.choose import Rules, choose
 
     first, found, smaller = (choose(load_profile(profile), Budget(bpw=b), "exact", Rules()) for b in (4.0, 3.9, 3.3))
     known = [(first, 0.3), (found, 0.15), (smaller, kl)]
 
-    class Kls(MixKls):
+    class Kls(MeasuredMixes):
         def __init__(self) -> None:
             pass
 
         def measure(self, mixes: Sequence[Mapping[str, str]]) -> list[float]:
             return [next(kl for choice, kl in known if choice.solution.choice == mix) for mix in mixes]
 
-    held = Held(0.3, first, (), Kls())
+    held = MeasuredLimit(0.3, first, (), Kls())
     asked: list[object] = []
+    told: list[object] = []
     result = shrink(
         held,
         found,
         lambda limit: (asked.append(limit), replace(held, choice=smaller))[1],
         lambda begun: (asked.append(begun), begun)[1],
+        told.append,
     )
     assert asked == [pytest.approx(0.3 / 0.5), smaller]
     assert result == (replace(smaller, budget=found.budget) if kl < 0.3 else found)
-    assert ("the search ends at KL 0.310000, above the limit" in capsys.readouterr().err) == (kl > 0.3)
+    assert any("the search ends at KL 0.310000, above the limit" in str(event) for event in told) == (kl > 0.3)
     assert shrink(held, first, lambda limit: held, lambda begun: begun) is first, "nothing was gained"
 
 
-def go_smaller(held: Held, found: Choice, hold: Callable[[float], Held], search: Callable[[Choice], Choice]) -> Choice:
-    """In place of `recompile.cli.hold.shrink`: always the search's choice at a smaller size."""
+def go_smaller(
+    held: MeasuredLimit,
+    found: Choice,
+    hold: Callable[[float], MeasuredLimit],
+    search: Callable[[Choice], Choice],
+    on_event: object,
+) -> Choice:
+    """In place of `eval.search.kl_limit.shrink`: always the search's choice at a smaller size."""
     smaller = hold(1.5 * held.max_kl_nats).choice
     assert smaller.bits < found.bits
     return replace(search(smaller), budget=found.budget)
 
 
 def test_a_limit_is_searched_again_at_a_smaller_size(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recompile.cli import model_optimize as command
-
     begun: list[Mapping[str, str]] = []
-    monkeypatch.setattr(command, "SEARCHES", {"local": lambda search: (begun.append(search.start), search.start)[1]})
-    monkeypatch.setattr("recompile.cli.hold.shrink", go_smaller)
+    monkeypatch.setattr("eval.search.local.search_local", lambda search: (begun.append(search.start), search.start)[1])
+    monkeypatch.setattr("eval.search.kl_limit.shrink", go_smaller)
     report = profile.with_name("report.json")
     words = ("--max-ppl-increase", "30%", "--solver", "local", "-r", "4", "-l", "16", "--no-guard", "--json", report)
     result = run(profile, *words, "-o", profile.with_name("mix.yaml"))
@@ -326,10 +325,8 @@ def test_the_larger_recipe_that_a_search_began_with_does_not_compete(
     profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a search at a smaller size it keeps the limit and measures less, but takes more bytes."""
-    from recompile.cli import model_optimize as command
-
-    monkeypatch.setattr(command, "SEARCHES", {"local": lambda search: search.start})
-    monkeypatch.setattr("recompile.cli.hold.shrink", go_smaller)
+    monkeypatch.setattr("eval.search.local.search_local", lambda search: search.start)
+    monkeypatch.setattr("eval.search.kl_limit.shrink", go_smaller)
     report = profile.with_name("report.json")
     words = ("--max-kl", "0.3", "--solver", "local", "-r", "4", "-l", "16", "--json", report)
     result = run(profile, *words, "-o", profile.with_name("mix.yaml"))
@@ -351,7 +348,7 @@ def test_a_better_mix_is_written_only_within_the_limit(
 
     monkeypatch.setattr(Verdict, "best", property(lambda self: next(c for c in self.contenders[1:] if not c.is_over)))
     monkeypatch.setattr(Verdict, "unbeaten", property(lambda self: (self.best,)))
-    monkeypatch.setattr(Held, "keeps", lambda self, choice: within)
+    monkeypatch.setattr(MeasuredLimit, "keeps", lambda self, choice: within)
     report = profile.with_name("report.json")
     words = ("--max-kl", "0.3", "--solver", "exact", "-r", "4", "-l", "16", "--json", report)
     result = run(profile, *words, "-o", profile.with_name("mix.yaml"))
@@ -409,7 +406,7 @@ def test_a_recipe_is_measured_beside_its_rivals_at_no_fewer_bytes(profile: Path)
     assert written["name"] == verdict["wrote"]
     header = load_profile(profile).header
     from eval.diff import DiffOptions, DiffReport, compare
-    from recompile.cli.options import read_rows
+    from recompile.model.rows import read_rows
 
     overlay = overlay_of(profile, header)
     reference = open_checkpoint(header.reference)
@@ -710,10 +707,10 @@ def test_refine_starts_from_the_greedy_choice_where_that_measures_best(
     words = ("-r", "4", "-l", "16", "--no-check")
     lower = optimize(profile, "--solver", "exact", "-b", "3.0", *words)
     monkeypatch.setattr(
-        "recompile.optimize.greedy.solve_greedy", lambda problem, bits: solve_exact(problem, lower["budget_bits"])
+        "eval.search.initial_recipes.solve_greedy", lambda problem, bits: solve_exact(problem, lower["budget_bits"])
     )
     monkeypatch.setattr(
-        "recompile.cli.mix_kls.MixKls.measure",
+        "eval.mixes.measured.MeasuredMixes.measure",
         lambda self, mixes: [0.1 if dict(mix) == lower["choice"] else 1.0 for mix in mixes],
     )
     words = ("-b", "3.3", *words, "-o", str(profile.with_name("mix.yaml")))
@@ -778,7 +775,7 @@ def test_rows_that_chose_the_start_accept_no_move(profile: Path, monkeypatch: py
 def test_a_short_text_is_used_whole(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n\n".join(f"Document {n}. " + " ".join(f"word{n * k}" for k in range(60)) for n in range(60)))
-    where = RowOptions(4, 32, "cpu", text, None)
+    where = RowOptions(4, 32, text)
     folders = [tiny.base("llama-2")]
     few = where.read_up_to(folders, "choose", 10, 4)
     every = where.read_up_to(folders, "choose", 100_000, 4)

@@ -12,17 +12,16 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from eval.diff import DiffOptions, DiffReport, compare_many
-from eval.search.acceptance import mix_of
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
-from recompile.cli.options import read_rows
 from recompile.costs import load_profile
 from recompile.errors import FormatError
 from recompile.formats.schemes import parse_scheme
-from recompile.merge.overlay import build_overlay
+from recompile.merge.overlay import Overlay, build_overlay
 from recompile.model.activations import InputScheme, fake_quantize
+from recompile.model.rows import read_rows
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 
@@ -130,7 +129,7 @@ def test_a_profile_with_activations_is_a_diff_of_one_swap(built: Path, tmp_path:
     costs = [made.cost(group, "w8a8") for made in (with_inputs, weights_only)]
     base, swapped = open_checkpoint(tiny.base("llama-2")), open_checkpoint(built / "w8a8")
     rows, _ = read_rows([base.path], "choose", 2, 16, None, None, None)
-    mix = mix_of(with_inputs.header, {"fp8-static": base, "w8a8": swapped}, {**everywhere, group: "w8a8"})
+    mix = Overlay.of_choice(with_inputs.header, {"fp8-static": base, "w8a8": swapped}, {**everywhere, group: "w8a8"})
     for cost, quantized in zip(costs, (frozenset({0}), frozenset[int]()), strict=True):
         options = DiffOptions(quantized_inputs=quantized)
         (report,) = (e for e in compare_many([mix], base, rows.ids, options) if isinstance(e, DiffReport))

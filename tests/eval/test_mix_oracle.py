@@ -14,9 +14,9 @@ from eval.diff import DiffReport, compare
 from eval.mixes.oracle import CURVES_KEPT, SAMPLED_EVERY, SAMPLED_FIRST, Curves, MixOracle
 from eval.profile.exact import ProfileJob, ProfileOptions
 from eval.profile.sketch import estimate
-from eval.search.acceptance import mix_of
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import RecompileError
+from recompile.merge.overlay import Overlay
 from recompile.optimize.problem import Group, Option, Problem
 from recompile.optimize.refine import refine
 from tests import tiny
@@ -39,7 +39,7 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
     choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.header.groups)}
     model = made.linearise(choice, 0)
     ids = made.pool[: made.rows_per_step]
-    mix = mix_of(made.header, made.checkpoints, choice)
+    mix = Overlay.of_choice(made.header, made.checkpoints, choice)
     dense = tiny.plain_model(tiny.base(architecture))
     dense.set_experts_implementation("eager")  # the grouped product knows no float64
     dense.double()
@@ -164,7 +164,7 @@ def test_what_is_held_stays_below_the_cap_and_is_decoded_once(monkeypatch: pytes
 def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
     made = oracle("llama")
     choice = {group.name: ("2", "8")[number % 2] for number, group in enumerate(made.header.groups)}
-    mix = mix_of(made.header, made.checkpoints, choice)
+    mix = Overlay.of_choice(made.header, made.checkpoints, choice)
     *_, report = compare(mix, made.reference, made.accept)
     assert isinstance(report, DiffReport)
     np.testing.assert_allclose(made.measure(choice), report.kl_rows, rtol=1e-4)

@@ -11,16 +11,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
+from eval.mixes.oracle import MixOracle
+from eval.search.job import Search
 from recompile.errors import JournalError
+from recompile.optimize.choose import profile_sha256
 from recompile.optimize.refine import RefineStep, SwapModel
-
-if TYPE_CHECKING:
-    from eval.mixes.oracle import MixOracle
-    from recompile.cli.search import Search
 
 FORMAT = 4
 
@@ -163,8 +162,6 @@ class RefineJournal:
 
 
 def _key(search: Search, rows_sha256: str) -> str:
-    from recompile.optimize.choose import profile_sha256
-
     limits = [(row.name, row.limit, row.fixed) for row in search.limits]
     about = [FORMAT, profile_sha256(search.profile), limits, dict(search.start), rows_sha256]
     if search.interactions is not None:

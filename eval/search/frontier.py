@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
+from eval.search.optimize import (
+    OptimizeOptions,
+    check_activations,
+    open_sources,
+    rules_of,
+    tensor_names,
+    write_recipe,
+)
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.costs import Profile, load_profile
+from recompile.errors import ArgumentError, OutputError, RecompileError
+from recompile.events import Note, OnEvent, ignore
+from recompile.io.files import write_text, write_with
+from recompile.io.report import to_json
+from recompile.optimize.choose import profile_sha256
+from recompile.optimize.pareto import Frontier, parse_grid, solve_frontier
+from recompile.optimize.solvers import BY_COSTS
 
-from recompile.cli.common import follow_comparison, format_columns, to_plain
-from recompile.cli.options import compute_device
-from recompile.io.files import write_with
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from recompile.checkpoint.checkpoint import Checkpoint
-    from recompile.cli.verify import RowOptions
-    from recompile.costs import Profile
-    from recompile.optimize.pareto import Frontier
-
+ITS_OWN = "{frontier} has its own budgets, and needs {solver} exact or greedy; leave {bits}, {size} and {start} out"
 MEASURED_TOGETHER = 6  # mixes whose hidden states are held at the same time
 GIB = 2**30
 
@@ -72,57 +78,113 @@ def make_table(frontier: Frontier, measured: Mapping[str, tuple[float, float | N
     return sorted(rows, key=lambda row: (row.total_bytes, row.recipe is not None))
 
 
+@dataclass(frozen=True)
+class FrontierReport:
+    """A folder of recipes, and its table."""
+
+    folder: Path
+    profile_sha256: str
+    solver: str
+    grid: str
+    left_out_bpw: tuple[float, ...]
+    reachable_bpw: tuple[float, ...]  # least, most
+    rows: tuple[FrontierRow, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "profile_sha256": self.profile_sha256,
+            "solver": self.solver,
+            "grid": self.grid,
+            "left_out_bpw": list(self.left_out_bpw),
+            "reachable_bpw": list(self.reachable_bpw),
+            "rows": list(self.rows),
+        }
+
+
+def write_frontier(
+    profile_path: Path, folder: Path, grid: str, options: OptimizeOptions, on_event: OnEvent = ignore
+) -> FrontierReport:
+    """Write a recipe for every budget of a grid ("LOW:HIGH:STEP", bits per weight), with table and plot.
+
+    options: constraints and solver; with `check` every recipe is measured. Raises as `optimize_recipe` does.
+    """
+    profile = load_profile(profile_path)
+    checkpoints = open_sources(profile, profile_path, on_event)
+    if options.activations:
+        check_activations(options, checkpoints)
+    solver = options.solver if options.solver is not None else "exact"
+    if solver not in BY_COSTS:
+        raise ArgumentError(ITS_OWN)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; --frontier writes a folder")
+    found = solve_frontier(profile, parse_grid(grid), solver, rules_of(options, checkpoints))
+    names = tensor_names(checkpoints)
+    folder.mkdir(parents=True, exist_ok=True)
+    for point in found.points:
+        path = folder / f"{point.choice.budget.bpw:g}bpw.yaml"
+        write_recipe(path, point.choice, names, f"model_optimize --frontier {grid}")
+    measured: dict[str, tuple[float, float | None]] = {}
+    if options.check:
+        if checkpoints is None:
+            raise RecompileError("--check: the sources are not at hand")
+        measured = measure_frontier(found, profile, checkpoints, options, on_event)
+    table = tuple(make_table(found, measured))
+    report = FrontierReport(
+        folder, profile_sha256(profile), solver, grid, tuple(found.left_out), tuple(found.reachable), table
+    )
+    write_tables(report)
+    draw(folder, table, f"{Path(profile.header.reference).name}: KL against size", on_event)
+    return report
+
+
 def measure_frontier(
     frontier: Frontier,
     profile: Profile,
     checkpoints: Mapping[str, Checkpoint],
-    where: RowOptions,
-    quiet: bool,
+    options: OptimizeOptions,
+    on_event: OnEvent = ignore,
 ) -> dict[str, tuple[float, float | None]]:
     """name -> (KL, standard error) of every recipe and uniform variant, on rows of the role "accept"."""
-    from eval.diff import DiffOptions, compare_many
-    from eval.search.acceptance import mix_of
-    from recompile.checkpoint.checkpoint import open_checkpoint
+    from eval.diff import DiffOptions
+    from eval.mixes.evaluator import MixEvaluator
+    from recompile.model.devices import compute_device
 
-    header = profile.header
-    reference = open_checkpoint(header.reference)
-    rows, vocab = where.read([reference.path, *(c.path for c in checkpoints.values())], "accept")
-    options = DiffOptions(device=compute_device(where.device), vocab=vocab)
+    reference = open_checkpoint(profile.header.reference)
+    rows, vocab = options.where.read([reference.path, *(c.path for c in checkpoints.values())], "accept")
+    evaluator = MixEvaluator(
+        profile.header, checkpoints, reference, DiffOptions(device=compute_device(options.device), vocab=vocab)
+    )
     mixes = [(f"{p.choice.budget.bpw:g}bpw", p.choice.solution.choice) for p in frontier.points]
     mixes += [(f"uniform {variant.label}", variant.choice) for variant in frontier.uniform]
     measured: dict[str, tuple[float, float | None]] = {}
     for start in range(0, len(mixes), MEASURED_TOGETHER):
         part = mixes[start : start + MEASURED_TOGETHER]
-        sources = [mix_of(header, checkpoints, choice) for _, choice in part]
-        events = compare_many(sources, reference, rows.ids, options)
-        reports = follow_comparison(events, f"measuring {part[0][0]} to {part[-1][0]}", len(part), quiet)
+        what = f"measuring {part[0][0]} to {part[-1][0]}"
+        reports = evaluator.reports([choice for _, choice in part], rows.ids, on_event, what)
         measured |= {name: (r.kl.mean, r.kl.std_error) for (name, _), r in zip(part, reports, strict=True)}
     return measured
 
 
-def write_tables(folder: Path, table: Sequence[FrontierRow], report: Mapping[str, Any], write: Any) -> None:
-    """frontier.csv and frontier.json; `write(path, text)` replaces a file as a whole."""
-    import json
-
+def write_tables(report: FrontierReport) -> None:
+    """frontier.csv and frontier.json."""
     text = io.StringIO()
     columns = list(FrontierRow.__dataclass_fields__)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    for row in table:
+    for row in report.rows:
         writer.writerow(["" if (value := getattr(row, name)) is None else value for name in columns])
-    write(folder / "frontier.csv", text.getvalue())
-    content = to_plain({**report, "rows": list(table)})
-    write(folder / "frontier.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(report.folder / "frontier.csv", text.getvalue())
+    write_text(report.folder / "frontier.json", to_json(report.as_dict()))
 
 
-def draw(folder: Path, table: Sequence[FrontierRow], title: str) -> list[Path]:
-    """frontier.png and frontier.svg: KL against GiB. Returns what was drawn; nothing, with a word on stderr, where
-    matplotlib is not installed."""
+def draw(folder: Path, table: Sequence[FrontierRow], title: str, on_event: OnEvent = ignore) -> list[Path]:
+    """frontier.png and frontier.svg: KL against GiB. Returns what was drawn; nothing, with a Note, where matplotlib is
+    not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        click.echo("Note: no plot: matplotlib is not installed (pip install 'recompile[report]')", err=True)
+        on_event(Note("no plot: matplotlib is not installed (pip install 'recompile[report]')"))
         return []
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -161,27 +223,3 @@ def draw(folder: Path, table: Sequence[FrontierRow], title: str) -> list[Path]:
 
 def _kl(row: FrontierRow, measured: bool) -> float:
     return row.measured_kl_nats if measured and row.measured_kl_nats is not None else row.predicted_kl_nats
-
-
-def describe_table(table: Sequence[FrontierRow]) -> str:
-    is_measured = any(row.measured_kl_nats is not None for row in table)
-    lines = []
-    for row in table:
-        notes = [word for word, applies in (("nested", row.nested), ("dominated", row.dominated)) if applies]
-        line = [
-            row.name,
-            f"{row.bpw:.4f}",
-            f"{row.gib:.4f}",
-            _with_error(row.predicted_kl_nats, row.predicted_std_error),
-        ]
-        if is_measured:
-            line.append(_with_error(row.measured_kl_nats, row.measured_std_error))
-        lines.append((*line, ", ".join(notes)))
-    header = ("recipe", "bpw", "GiB", "predicted KL", *(["measured KL"] if is_measured else []), "")
-    return format_columns(lines, header, range(1, len(header) - 1))
-
-
-def _with_error(kl: float | None, error: float | None) -> str:
-    if kl is None:
-        return "-"
-    return f"{kl:.6f}" + (f" ± {error:.6f}" if error is not None else "")

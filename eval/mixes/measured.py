@@ -7,21 +7,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recompile.cli.common import progress
+from eval.mixes.oracle import MixOracle
+from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.costs import Profile
 from recompile.errors import JournalError
-
-if TYPE_CHECKING:
-    from eval.mixes.oracle import MixOracle
-    from recompile.checkpoint.checkpoint import Checkpoint
-    from recompile.costs import Profile
-    from recompile.model.tokens import Rows
+from recompile.events import OnEvent, Progress, ignore
+from recompile.model.tokens import Rows
+from recompile.optimize.choose import profile_sha256
 
 ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
 
 
-class MixKls:
+class MeasuredMixes:
     """Mean KL of whole mixes (group -> candidate label) of a profile, on some rows.
 
     path: has what was measured, of any rows and profiles; holds: whether decoded weights may stay in memory
@@ -36,15 +35,13 @@ class MixKls:
         rows: Rows,
         device: str,
         path: Path,
-        quiet: bool,
+        on_event: OnEvent = ignore,
         holds: bool = True,
         rough: bool = False,
     ) -> None:
-        from recompile.optimize.choose import profile_sha256
-
         self.rows = rows
         self._header, self._reference, self._checkpoints = profile.header, reference, checkpoints
-        self._device, self._path, self._quiet, self._holds, self._rough = device, path, quiet, holds, rough
+        self._device, self._path, self._on_event, self._holds, self._rough = device, path, on_event, holds, rough
         self._key = digest([profile_sha256(profile), rows.sha256, *(["rough"] if rough else [])])
         self._oracle: MixOracle | None = None
         self._file = self._load()
@@ -55,11 +52,11 @@ class MixKls:
         names = [digest(sorted(mix.items())) for mix in mixes]
         missing = {name: mix for name, mix in zip(names, mixes, strict=True) if name not in self._known}
         if missing:
-            with progress("measuring mixes", len(missing), unit="mixes", quiet=self._quiet) as bar:
-                for done, (name, mix) in enumerate(missing.items(), 1):
-                    self._known[name] = math.fsum(self._open().measure(mix)) / len(self.rows.ids)
-                    self._save()
-                    bar.update(done, "")
+            for done, (name, mix) in enumerate(missing.items()):
+                self._on_event(Progress("measuring mixes", done, len(missing), "mixes"))
+                self._known[name] = math.fsum(self._open().measure(mix)) / len(self.rows.ids)
+                self._save()
+            self._on_event(Progress("measuring mixes", len(missing), len(missing), "mixes"))
         return [self._known[name] for name in names]
 
     def kept(self, name: str) -> Mapping[str, str] | None:
@@ -75,8 +72,6 @@ class MixKls:
     def _open(self) -> MixOracle:
         """The models, once one has to be measured; the reference runs once."""
         if self._oracle is None:
-            from eval.mixes.oracle import MixOracle
-
             ids = self.rows.ids
             models = self._header, self._checkpoints, self._reference
             self._oracle = MixOracle(*models, ids, ids, device=self._device, holds=self._holds, rough=self._rough)

@@ -12,17 +12,17 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-import click
-
-from recompile.cli.mix_kls import ROUGH_ABOVE_NATS, MixKls, digest
-from recompile.cli.options import compute_device
+from eval.mixes.measured import ROUGH_ABOVE_NATS, MeasuredMixes, digest
+from eval.search.job import Search
 from recompile.errors import FitError
-
-if TYPE_CHECKING:
-    from recompile.cli.search import Search
-    from recompile.optimize.superadditive import SuperAdditive
+from recompile.events import Note, Said
+from recompile.optimize.cross_entropy import Tilts, search_tilts
+from recompile.optimize.exact import solve_exact
+from recompile.optimize.greedy import solve_greedy
+from recompile.optimize.limits import solve_rows
+from recompile.optimize.problem import evaluate
+from recompile.optimize.superadditive import SuperAdditive, fit, uniform_mixes
 
 FIT_ROWS = 8  # mixes differ by factors, and few rows tell those
 TILT_SHARE = 0.2  # of the time of a search that starts from tilted costs
@@ -34,7 +34,7 @@ Mix = Mapping[str, str]  # member of a group -> source
 def search_superadditive(search: Search) -> Mix:
     """The super-additive choice, whether or not it measures better than the start. Raises as `fit_law` does."""
     law = fit_law(search, _kls(search))
-    click.echo(_describe(law), err=True)
+    search.on_event(Note(_describe(law), ""))
     return _solve(search, law)
 
 
@@ -46,9 +46,6 @@ def search_tilted(search: Search) -> Mix:
 def better_start(search: Search) -> Search:
     """The search from what measures best on the same rows: its start (the exact choice), the greedy choice, or the one
     by tilted costs (recompile.optimize.cross_entropy); with the time that is left."""
-    from recompile.optimize.greedy import solve_greedy
-    from recompile.optimize.limits import solve_rows
-
     began = time.monotonic()
     kls = _kls(search, ROUGH_TO_COMPARE_NATS)
     starts = {
@@ -59,18 +56,14 @@ def better_start(search: Search) -> Search:
     found = dict(zip(starts, kls.measure(list(starts.values())), strict=True))
     best = min(found, key=found.__getitem__)
     measured = ", ".join(f"{name} {kl:.6f}" for name, kl in found.items())
-    click.echo(f"On {len(kls.rows.ids)} choosing rows: KL {measured}; the search starts from {best}", err=True)
+    search.on_event(Note(f"On {len(kls.rows.ids)} choosing rows: KL {measured}; the search starts from {best}", ""))
     left = None if search.minutes is None else max(0.0, search.minutes - (time.monotonic() - began) / 60)
     return replace(search, start=starts[best], minutes=left)
 
 
-def _tilted(search: Search, kls: MixKls, share: float) -> Mix:
+def _tilted(search: Search, kls: MeasuredMixes, share: float) -> Mix:
     """The best mix that tilted costs choose, in so large a share of the time. What was found is kept, for how far the
     search comes depends on the time."""
-    from recompile.optimize.cross_entropy import Tilts, search_tilts
-    from recompile.optimize.exact import solve_exact
-    from recompile.optimize.limits import solve_rows
-
     began = time.monotonic()
     most = math.inf if search.minutes is None else share * 60 * search.minutes
     limits = [(row.name, row.limit, row.fixed) for row in search.limits]
@@ -84,32 +77,27 @@ def _tilted(search: Search, kls: MixKls, share: float) -> Mix:
         kls.measure,
     ):
         choice = found.choice
-        if not search.quiet:
-            click.echo(f"tilted costs: {found.measured} mixes measured, the best has KL {found.kl_nats:.6f}", err=True)
+        said = f"tilted costs: {found.measured} mixes measured, the best has KL {found.kl_nats:.6f}"
+        search.on_event(Said(said))
         if (time.monotonic() - began) * (found.number + 2) / (found.number + 1) > most:  # another round would end later
             break
     kls.keep(name, choice)
     return choice
 
 
-def _kls(search: Search, rough_above_nats: float = ROUGH_ABOVE_NATS) -> MixKls:
+def _kls(search: Search, rough_above_nats: float = ROUGH_ABOVE_NATS) -> MeasuredMixes:
     """Of mixes on the rows that starts are chosen by; measured in the quickest type where the start's costs add up to
     more than a limit."""
-    from recompile.optimize.problem import evaluate
-
-    directories = [search.reference.path, *(source.path for source in search.checkpoints.values())]
-    rows, _ = search.where.read(directories, "choose", min(search.where.rows, FIT_ROWS))
-    device = compute_device(search.where.device)
+    asked = search.where.rows if search.where.rows is not None else FIT_ROWS
+    rows, _ = search.where.read(search.directories, "choose", min(asked, FIT_ROWS))
     models = search.profile, search.reference, search.checkpoints
     free = search.max_memory_bytes is None
     rough = evaluate(search.problem, search.start)[1] > rough_above_nats
-    return MixKls(*models, rows, device, search.measured, search.quiet, holds=free, rough=rough)
+    return MeasuredMixes(*models, rows, search.device, search.measured, search.on_event, holds=free, rough=rough)
 
 
-def fit_law(search: Search, kls: MixKls) -> SuperAdditive:
+def fit_law(search: Search, kls: MeasuredMixes) -> SuperAdditive:
     """How the costs of the search add up, by its start and the uniform mixes. Raises FitError where they do not say."""
-    from recompile.optimize.superadditive import fit, uniform_mixes
-
     if search.profile.header.context == "base":
         raise FitError(
             "how costs add up is fitted to costs against the reference, and this profile holds differences from its "
@@ -121,9 +109,6 @@ def fit_law(search: Search, kls: MixKls) -> SuperAdditive:
 
 
 def _solve(search: Search, law: SuperAdditive) -> Mix:
-    from recompile.optimize.exact import solve_exact
-    from recompile.optimize.limits import solve_rows
-
     return solve_rows(law.transform(search.problem), search.limits, solve_exact).choice
 
 

@@ -1,0 +1,84 @@
+"""Whole mixes run against the reference: the one place where a choice of the optimizer becomes figures of a model.
+
+`reports` gives all that `model_diff` says of a mix, `kl_rows` and `meter` only its KL. Searches that measure many mixes
+on the same few rows build on it (`eval.mixes.oracle` keeps what the reference makes of those rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from eval.diff import DiffOptions, DiffReport, measure_many
+from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
+from recompile.costs import ProfileHeader
+from recompile.events import OnEvent, ignore
+from recompile.merge.overlay import Overlay
+from recompile.merge.weight_cache import WeightStore, room_for_weights
+from recompile.model.activations import quantizes_inputs
+from recompile.optimize.local import Measure
+
+TOGETHER = 8  # mixes whose hidden states are held at the same time
+
+
+class MixEvaluator:
+    """Choices (group -> candidate label) of a profile as models.
+
+    Decoded weights are held between calls as far as there is room, where `holds`.
+    """
+
+    def __init__(
+        self,
+        header: ProfileHeader,
+        checkpoints: Mapping[str, Checkpoint],
+        reference: WeightSource,
+        options: DiffOptions | None = None,
+        holds: bool = False,
+    ) -> None:
+        self.header, self.checkpoints, self.reference = header, checkpoints, reference
+        self.options = options or DiffOptions()
+        self._store = WeightStore(room_for_weights(self.options.device)) if holds else None
+
+    def source(self, choice: Mapping[str, str]) -> WeightSource:
+        """The mix of a choice. Raises MissingWeight for a module that its source lacks."""
+        mix = Overlay.of_choice(self.header, self.checkpoints, choice)
+        return self._store.over(mix) if self._store is not None else mix
+
+    def reports(
+        self,
+        choices: Sequence[Mapping[str, str]],
+        ids: Tensor,
+        on_event: OnEvent = ignore,
+        what: str = "measuring mixes",
+        *,
+        activations: bool = False,
+    ) -> list[DiffReport]:
+        """Every mix compared with the reference over `ids` (int64 [rows, tokens]), all in one pass.
+
+        activations: with the inputs of maps quantized where a mix says how
+        """
+        mixes = [self.source(choice) for choice in choices]
+        options = self.options
+        if activations:
+            quantized = (n for n, mix in enumerate(mixes) if isinstance(mix, Overlay) and quantizes_inputs(mix))
+            options = replace(options, quantized_inputs=frozenset(quantized))
+        reference = self._store.over(self.reference) if self._store is not None else self.reference
+        return measure_many(mixes, reference, ids, options, on_event, what)
+
+    def kl_rows(self, choices: Sequence[Mapping[str, str]], ids: Tensor) -> list[tuple[float, ...]]:
+        """KL(reference || mix) of every choice at every row of `ids`, nats per token; TOGETHER mixes in a pass."""
+        return [
+            report.kl_rows
+            for start in range(0, len(choices), TOGETHER)
+            for report in self.reports(choices[start : start + TOGETHER], ids)
+        ]
+
+    def meter(self, ids: Tensor) -> Measure:
+        """What recompile.optimize.local measures with: choices and numbers of rows of `ids` -> KL at these rows."""
+
+        def measure(choices: Sequence[Mapping[str, str]], rows: Sequence[int]) -> list[tuple[float, ...]]:
+            return self.kl_rows(choices, ids[list(rows)])
+
+        return measure

@@ -1,0 +1,508 @@
+"""From a profile and a budget to a recipe on disk: solved by costs, searched with the models, measured, written.
+
+Torch is loaded only where models run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.costs import Profile, load_profile
+from recompile.errors import ArgumentError, JournalError, RecompileError
+from recompile.events import Note, OnEvent, ignore
+from recompile.io.files import write_text
+from recompile.io.sizes import parse_size
+from recompile.merge.overlay import build_overlay
+from recompile.model.rows import RowOptions
+from recompile.optimize.baselines import make_rivals
+from recompile.optimize.budget import Budget, Pool, active_share, split_pool
+from recompile.optimize.choose import (
+    Choice,
+    Constraint,
+    Rules,
+    choice_of,
+    choose,
+    limits_of,
+    make_recipe,
+    prepare_problem,
+)
+from recompile.optimize.engine_constraints import refusals
+from recompile.optimize.problem import prepare
+from recompile.optimize.solvers import SOLVERS, solver_named
+from recompile.optimize.start import read_start
+from recompile.recipe.recipe import dump_recipe
+
+if TYPE_CHECKING:
+    from eval.profile.sketch import Sketch
+    from eval.search.acceptance import Contender, Verdict
+    from eval.search.kl_limit import MeasuredLimit
+
+REFINE_MINUTES = 10.0  # at most, where nobody asked for a solver
+
+
+@dataclass(frozen=True)
+class OptimizeOptions:
+    """What is asked of a recipe; see `recompile.optimize` for the meaning of each."""
+
+    bpw: float | None = None
+    size_bytes: int | None = None
+    total_bpw: float | None = None
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
+    active_bpw: float | None = None
+    pools: tuple[str, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    ties: tuple[str, ...] = ()
+    engine: str | None = None
+    max_step: int | None = None
+    solver: str | None = None
+    start: Path | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    max_memory_bytes: int | None = None
+    check: bool | None = None
+    activations: bool = False
+    guard: bool = True
+    where: RowOptions = field(default_factory=lambda: RowOptions(16, 256))
+    device: str = "cpu"
+
+    @property
+    def limits_kl(self) -> bool:
+        return self.max_kl is not None or self.max_ppl_increase is not None
+
+    @property
+    def has_size(self) -> bool:
+        given = (self.bpw, self.size_bytes, self.total_bpw, self.max_kl, self.max_ppl_increase, self.active_bpw)
+        return bool(self.pools) or any(value is not None for value in given)
+
+
+@dataclass(frozen=True)
+class LimitReport:
+    """How a limit on KL was kept by measuring."""
+
+    max_kl_nats: float
+    measured_kl_nats: float  # of what was written
+    rows: int
+    rows_sha256: str
+    tried: tuple[tuple[int, float], ...]  # (stored bits, measured KL)
+
+
+@dataclass(frozen=True)
+class OptimizeReport:
+    """A recipe that was written, and what is known of it."""
+
+    out: Path
+    solved: Choice  # what the solver found
+    written: Choice  # the same, or a simpler mix that measured better
+    verdict: Verdict | None  # None: not measured
+    limit: LimitReport | None
+    best_is_over: bool = False  # the best mix of the verdict is above the limit on KL
+
+    @property
+    def measured(self) -> Contender | None:
+        """What was measured of the recipe that was written."""
+        return measured_of(self.written, self.verdict) if self.verdict is not None else None
+
+    def as_dict(self) -> dict[str, Any]:
+        chosen, verdict = self.written, self.verdict
+        verified = None
+        if verdict is not None:
+            verified = {
+                "ratio": verdict.ratio,
+                "ppl_increase": verdict.ppl_increase,
+                "beats_all": not verdict.unbeaten,
+                "unbeaten": [contender.name for contender in verdict.unbeaten],
+                "best": verdict.best.name,
+                "wrote": "recipe" if self.solved is chosen else chosen.solution.solver,
+                **vars(verdict),
+            }
+        return {
+            "budget": chosen.budget.describe(),
+            "budget_bits": chosen.solution.budget_bits,
+            "bits": chosen.solution.bits,
+            "bpw": chosen.bpw,
+            "total_bytes": chosen.total_bytes,
+            "solver": chosen.solution.solver,
+            "gap": chosen.solution.gap,
+            "predicted_kl_nats": chosen.predicted_kl_nats,
+            "predicted_std_error": chosen.predicted_std_error,
+            "limit": self.limit,
+            "verdict": verified,
+            "choice": dict(chosen.solution.choice),
+        }
+
+
+def optimize_recipe(
+    profile_path: Path, out: Path, options: OptimizeOptions, on_event: OnEvent = ignore
+) -> OptimizeReport:
+    """Choose a source for every group of a profile within a budget, and write the recipe.
+
+    on_event: gets Notes, and what the solver tells. Raises BudgetError, ArgumentError, RecompileError.
+    """
+    return _Optimization(profile_path, out, options, on_event).run()
+
+
+class _Optimization:
+    def __init__(self, profile_path: Path, out: Path, options: OptimizeOptions, on_event: OnEvent) -> None:
+        self.path, self.out, self.options, self.on_event = profile_path, out, options, on_event
+        self.profile = load_profile(profile_path)
+        self.checkpoints = open_sources(self.profile, profile_path, on_event)
+        self.rules = rules_of(options, self.checkpoints)
+        self.solver, self.minutes = self._solver()
+        self.by_costs = "exact" if SOLVERS[self.solver].runs_models else self.solver
+
+    def run(self) -> OptimizeReport:
+        options, profile = self.options, self.profile
+        if options.activations:
+            check_activations(options, self.checkpoints)
+        start = read_start(options.start, profile, self.checkpoints) if options.start is not None else None
+        budget = self._budget(start)
+        held = self._hold(budget, self.on_event) if self._measures_limit(budget) else None
+        chosen = choose(profile, budget, self.by_costs, self.rules) if held is None else held.choice
+        if SOLVERS[self.solver].runs_models:
+            chosen = self._searched(chosen, start, held)
+        if self.checkpoints is not None and not options.constraints and _is_made(profile):
+            from recompile.quantize.lazy_variant import plainly_named
+
+            plain = plainly_named(chosen.solution.choice, profile.header.groups, self.checkpoints)
+            chosen = replace(chosen, solution=replace(chosen.solution, choice=plain))  # the same tensors and bits
+        names, made_by = tensor_names(self.checkpoints), f"model_optimize {self.path.name}"
+        verdict = self._verdict(chosen, start, held) if options.check is not False else None
+        final = chosen if verdict is None or not options.guard else self._guarded(chosen, verdict, held)
+        write_recipe(self.out, final, names, made_by, verdict)  # under its final name only after the check
+        over = held is not None and verdict is not None and not held.keeps(verdict.best.choice)
+        return OptimizeReport(self.out, chosen, final, verdict, _limit_report(held, final), over)
+
+    def _solver(self) -> tuple[str, float | None]:
+        """The solver, and its time: refine for a while where the models are there, unless something else was asked."""
+        options = self.options
+        if options.solver is not None:
+            return solver_named(options.solver).name, options.minutes
+        asked = options.check is not False and not options.limits_kl
+        if asked and self.checkpoints is not None and are_same(self.profile, self.checkpoints):
+            return "refine", REFINE_MINUTES if options.minutes is None else options.minutes
+        return "exact", options.minutes
+
+    def _budget(self, start: Mapping[str, str] | None) -> Budget:
+        options, header = self.options, self.profile.header
+        size_bytes = options.size_bytes
+        if start is not None and not options.has_size:  # its own size
+            bits_of_start = header.fixed_bits + sum(group.bits[start[group.name]] for group in header.groups)
+            size_bytes = -(-(bits_of_start + header.other_bits) // 8)
+        return Budget(
+            options.bpw,
+            options.total_bpw,
+            size_bytes,
+            options.max_kl,
+            options.max_ppl_increase,
+            options.active_bpw,
+            _active_share(self.checkpoints) if options.active_bpw is not None else Fraction(1),
+            tuple(_read_pool(text, self.profile, self.checkpoints) for text in options.pools),
+        )
+
+    # ---- a limit on KL -----------------------------------------------------------------------------------------------
+
+    def _measures_limit(self, budget: Budget) -> bool:
+        """Whether there is a limit on KL that can be measured; says so where there is one that cannot."""
+        if budget.max_kl is None:
+            return False
+        unasked = self.options.check is False
+        if not unasked and self.checkpoints is not None and are_same(self.profile, self.checkpoints):
+            return True
+        why = "--no-check" if unasked else "the models are not at hand"
+        said = f"{why}: the limit on KL is kept by what the profile predicts, nothing is measured."
+        self.on_event(Note(said))
+        return False
+
+    def _hold(self, budget: Budget, on_event: OnEvent) -> MeasuredLimit:
+        from eval.mixes.measured import MeasuredMixes
+        from eval.search.kl_limit import hold_limit
+        from recompile.model.devices import compute_device
+
+        options = self.options
+        if options.activations:
+            raise ArgumentError(
+                "{activations}: a limit on KL is kept for the weights alone; leave it out, or give a size in place of "
+                "{max_kl} and {max_ppl_increase}"
+            )
+        reference, checkpoints = open_models(self.profile, self.checkpoints)
+        directories = [reference.path, *(source.path for source in checkpoints.values())]
+        rows, _ = options.where.read(directories, "accept")
+        free, device = options.max_memory_bytes is None, compute_device(options.device)
+        kls = MeasuredMixes(
+            self.profile, reference, checkpoints, rows, device, self._measured, self.on_event, holds=free
+        )
+        return hold_limit(self.profile, budget, self.by_costs, self.rules, kls, on_event)
+
+    @property
+    def _measured(self) -> Path:
+        """Beside the recipe: KLs of whole mixes, measured once."""
+        return self.out.with_name(f"{self.out.stem}.mixes.json")
+
+    # ---- searching with the models -----------------------------------------------------------------------------------
+
+    def _searched(self, chosen: Choice, start: Mapping[str, str] | None, held: MeasuredLimit | None) -> Choice:
+        """What the solver finds from a choice by costs (or from the start), within the limit on KL where there is
+        one."""
+        from eval.search.kl_limit import shrink
+
+        found = self._search(chosen, start, self.solver)
+        if held is None:
+            return found
+        if not held.keeps(found.solution.choice):
+            said = f"what {self.solver} found is above the limit on KL; the {self.by_costs} recipe is kept."
+            self.on_event(Note(said))
+            return held.choice
+        return shrink(
+            held,
+            found,
+            lambda limit: self._hold(replace(found.budget, max_kl=limit, max_ppl_increase=None), ignore),
+            lambda smaller: self._search(smaller, None, f"{self.solver}-smaller"),
+            self.on_event,
+        )
+
+    def _search(self, chosen: Choice, start: Mapping[str, str] | None, name: str) -> Choice:
+        """Run the solver, from the start or else from `chosen`; refine from the better start. name: of its journal"""
+        from eval.profile.sketch import interactions_of, squared_gradient_scores
+        from eval.search.initial_recipes import better_start
+        from eval.search.job import Search
+        from recompile.model.devices import compute_device
+
+        options, profile, budget, solver = self.options, chosen.profile, chosen.budget, self.solver
+        reference, checkpoints = open_models(profile, self.checkpoints)
+        problem = prepare(prepare_problem(profile, self.rules))
+        chooses_start = solver == "refine" and start is None
+        sketch = self._samples() if solver in ("refine", "tilted") else None
+        tokens, tilts = profile.header.row_tokens, solver == "tilted" or chooses_start
+        search = Search(
+            profile=profile,
+            problem=problem,
+            budget_bits=chosen.solution.budget_bits,
+            limits=limits_of(profile, problem, budget, self.rules, chosen.bits),
+            start=start if start is not None else chosen.solution.choice,
+            reference=reference,
+            checkpoints=checkpoints,
+            where=options.where,
+            steps=options.steps,
+            minutes=self.minutes,
+            journal=self.out.with_name(f"{self.out.stem}.{name}.jsonl"),
+            measured=self._measured,
+            scores=squared_gradient_scores(sketch, tokens) if sketch is not None and tilts else None,
+            interactions=interactions_of(sketch, tokens) if sketch is not None and solver == "refine" else None,
+            max_memory_bytes=options.max_memory_bytes,
+            device=compute_device(options.device),
+            on_event=self.on_event,
+        )
+        if chooses_start:
+            search = better_start(search)
+        return choice_of(profile, problem, SOLVERS[solver].load()(search), budget, solver)
+
+    def _samples(self) -> Sketch | None:
+        """Those beside a sketched profile, where there are any."""
+        from eval.profile.sketch import samples_beside
+
+        try:
+            return samples_beside(self.path, self.profile.header)
+        except JournalError as error:
+            self.on_event(Note(f"the search goes without the samples of the profile: {error}"))
+            return None
+
+    # ---- measuring the result ----------------------------------------------------------------------------------------
+
+    def _verdict(self, chosen: Choice, start: Mapping[str, str] | None, held: MeasuredLimit | None) -> Verdict | None:
+        """The recipe beside its rivals; None, with a Note, where it cannot be measured and nobody asked for that."""
+        try:
+            return self._verify(chosen, start, held)
+        except (RecompileError, OSError) as error:
+            if self.options.check:
+                raise
+            self.on_event(Note(f"the recipe is written but not verified: {error}"))
+            return None
+
+    def _verify(self, chosen: Choice, start: Mapping[str, str] | None, held: MeasuredLimit | None) -> Verdict:
+        from eval.diff import DiffOptions
+        from eval.mixes.evaluator import MixEvaluator
+        from eval.search.acceptance import verify
+        from recompile.model.devices import compute_device
+
+        options, rules, profile, budget = self.options, self.rules, chosen.profile, chosen.budget
+        reference, checkpoints = open_models(profile, self.checkpoints)
+        problem = prepare(prepare_problem(profile, rules))
+        others: dict[str, Mapping[str, str]] = {}
+        if rules.max_step is None:
+            others["greedy"] = choose(profile, budget, "greedy", rules).solution.choice
+        limits = limits_of(profile, problem, budget, rules, chosen.bits)
+        if budget.max_kl is not None:  # its greedy recipe may be larger than the size found
+            others.clear()
+        as_they_are = {"the start": start} if start is not None else {}
+        if held is not None:  # where a search went on to a smaller size it is larger than the limits, and only shown
+            (as_they_are if held.choice.bits > chosen.bits else others)[held.choice.solution.solver] = (
+                held.choice.solution.choice
+            )
+        elif SOLVERS[self.solver].runs_models:
+            others["exact"] = choose(profile, budget, "exact", rules).solution.choice
+        rivals = make_rivals(profile, problem, chosen.solution.choice, limits, others, as_they_are)
+        role = "accept" if held is None else "report"  # the size was found with the accepting rows
+        directories = [reference.path, *(source.path for source in checkpoints.values())]
+        rows, vocab = options.where.read(directories, role)
+        diff = DiffOptions(device=compute_device(options.device), vocab=vocab)
+        return verify(
+            MixEvaluator(profile.header, checkpoints, reference, diff),
+            chosen.solution.choice,
+            chosen.bits,
+            chosen.predicted_kl_nats,
+            rivals,
+            rows,
+            self.on_event,
+            activations=options.activations,
+        )
+
+    def _guarded(self, chosen: Choice, verdict: Verdict, held: MeasuredLimit | None) -> Choice:
+        """The recipe, or the best measured mix within the limits where the recipe does not beat all of them."""
+        best = verdict.best
+        if not verdict.unbeaten or best is verdict.recipe or (held is not None and not held.keeps(best.choice)):
+            return chosen
+        problem = prepare(prepare_problem(chosen.profile, self.rules))
+        return choice_of(chosen.profile, problem, best.choice, chosen.budget, best.name)
+
+
+def _limit_report(held: MeasuredLimit | None, written: Choice) -> LimitReport | None:
+    if held is None:
+        return None
+    rows = held.kls.rows
+    tried = tuple((found.solution.bits, found.kl_nats) for found in held.tried)
+    return LimitReport(held.max_kl_nats, held.kl(written.solution.choice), len(rows.ids), rows.sha256, tried)
+
+
+def measured_of(chosen: Choice, verdict: Verdict) -> Contender:
+    """What was measured of a choice that the verdict compared."""
+    return next(c for c in verdict.contenders if dict(c.choice) == dict(chosen.solution.choice))
+
+
+# ---- what a profile names --------------------------------------------------------------------------------------------
+
+
+def _is_made(profile: Profile) -> bool:
+    """Whether its candidates are made on the fly."""
+    return profile.header.candidate(profile.header.base).spec is not None
+
+
+def open_sources(profile: Profile, path: Path, on_event: OnEvent = ignore) -> dict[str, Checkpoint] | None:
+    """label -> checkpoint (headers only); None, with a Note, where one is not there."""
+    try:
+        if any(candidate.spec is not None for candidate in profile.header.candidates):
+            from recompile.quantize.lazy_variant import open_candidates
+
+            return open_candidates(profile, path)
+        return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
+    except (RecompileError, OSError) as error:
+        on_event(Note(f"the sources are not at hand ({error}): a line for every module, nothing checked."))
+        return None
+
+
+def are_same(profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> bool:
+    """Whether the reference and the sources that were profiled are still there."""
+    same = all(checkpoints[found.label].fingerprint == found.fingerprint for found in profile.header.candidates)
+    return same and Path(profile.header.reference).exists()
+
+
+def open_models(
+    profile: Profile, checkpoints: Mapping[str, Checkpoint] | None
+) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:
+    """The reference and the sources. Raises RecompileError where one is not there, or not what was profiled."""
+    reference = open_checkpoint(profile.header.reference)
+    if checkpoints is None:
+        checkpoints = {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
+    for found in profile.header.candidates:
+        if checkpoints[found.label].fingerprint != found.fingerprint:
+            raise RecompileError(
+                f"{found.model_dir} is not what the profile measured (another fingerprint); profile it again"
+            )
+    return reference, checkpoints
+
+
+def rules_of(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | None) -> Rules:
+    """Constraints, with what the engine refuses, where there is one, and the sources to look at."""
+    engine = options.engine
+    refused = refusals(engine, checkpoints) if engine is not None and checkpoints is not None else None
+    return Rules(options.constraints, options.ties, engine, refused, options.max_step)
+
+
+def check_activations(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | None) -> None:
+    from recompile.model.activations import quantizes_inputs
+
+    if options.check is False or checkpoints is None:
+        raise ArgumentError("{activations} is about {check}, which needs the models of the profile at hand")
+    if not any(quantizes_inputs(build_overlay(checkpoint, None)) for checkpoint in checkpoints.values()):
+        raise ArgumentError(
+            f"{{activations}}: none of {', '.join(checkpoints)} says how inputs are quantized (input_activations in "
+            f"its config groups); leave it out"
+        )
+
+
+def _active_share(checkpoints: Mapping[str, Checkpoint] | None) -> Fraction:
+    if checkpoints is None:
+        raise ArgumentError("{active_bpw} reads the number of experts from a config.json, and no source is at hand")
+    return active_share(next(iter(checkpoints.values())).config)
+
+
+def _read_pool(text: str, profile: Profile, checkpoints: Mapping[str, Checkpoint] | None) -> Pool:
+    """A pool, with what its globs name in the base besides the profiled modules (where the base is there)."""
+    name, globs, size = split_pool(text)
+    pool = Pool(name, globs, parse_size(size))
+    if checkpoints is None:
+        return pool
+    profiled = {module for group in profile.header.groups for module in group.modules}
+    stored = checkpoints[profile.header.base].modules
+    others = [module for module in stored.values() if module.name not in profiled and pool.holds(module.name)]
+    return replace(pool, other_bits=8 * sum(module.size_bytes for module in others))
+
+
+def tensor_names(checkpoints: Mapping[str, Checkpoint] | None) -> list[str] | None:
+    if checkpoints is None:
+        return None
+    return list(dict.fromkeys(name for checkpoint in checkpoints.values() for name in checkpoint.tensors))
+
+
+# ---- the recipe on disk ----------------------------------------------------------------------------------------------
+
+
+def write_recipe(
+    out: Path, chosen: Choice, names: Sequence[str] | None, made_by: str, verdict: Verdict | None = None
+) -> None:
+    """Write the override file of a choice. Raises OutputError."""
+    measured: dict[str, Any] = {}
+    if verdict is not None:
+        found = measured_of(chosen, verdict)
+        measured = {
+            "measured_kl_nats": round(found.kl.mean, 6),
+            "measured_std_error": round(found.kl.std_error, 6) if found.kl.std_error is not None else None,
+            "measured_on": f"{verdict.rows} rows x {verdict.row_tokens} tokens, sha256 {verdict.rows_sha256}",
+        }
+    recipe, comments = make_recipe(chosen, {"made_by": made_by, **measured}, names)
+    base = chosen.profile.header.candidate(chosen.profile.header.base).model_dir
+    said = f", measured {measured['measured_kl_nats']:.6f}" if measured else ""
+    heading = (
+        f"{chosen.bpw:.4f} bits per weight over quantized modules ({chosen.budget.describe()} asked for).\n"
+        f"Predicted KL {chosen.predicted_kl_nats:.6f} nats per token{said}.\n"
+        f"Apply to {base}:\n"
+        f"  {next_step(chosen.profile, out)}\n"
+        f"After each line: KL and bits against the same modules taken from {base}."
+    )
+    write_text(out, dump_recipe(recipe, comments, heading))
+
+
+def next_step(profile: Profile, recipe: Path) -> str:
+    """The command that makes the recipe's model."""
+    base = profile.header.candidate(profile.header.base)
+    if base.spec is not None and "type" in base.spec:
+        keys = "" if profile.header.reference.endswith(".gguf") else " --tokenizer-from MODEL.gguf"
+        return f"model_quantize -i {profile.header.reference} -o OUT.gguf -or {recipe}{keys}"
+    if base.spec is not None:
+        return f"model_quantize -i {profile.header.reference} -o OUT -or {recipe}"
+    return f"recompile -i {base.model_dir} -o OUT -or {recipe}"

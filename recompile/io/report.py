@@ -1,0 +1,75 @@
+"""Reports as JSON, and rows of text in columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recompile import __version__
+from recompile.io.files import write_text
+from recompile.io.printable import printable
+
+
+def to_plain(value: Any) -> Any:
+    """A report as JSON values: dataclasses by their fields, paths as text, what is not finite as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: to_plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not field.name.startswith("_")
+        }
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch values, without importing either
+        return to_plain(value.tolist())
+    return str(value)
+
+
+def to_json(report: Any) -> str:
+    """As to_plain, as text that names this tool, so that the file is known as one that may be replaced."""
+    plain = to_plain(report)
+    if isinstance(plain, dict):
+        plain = {"made_by": f"recompile {__version__}", **plain}
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], report: Any) -> None:
+    """Write a report as JSON, the file as a whole. Raises OutputError if it cannot be written."""
+    write_text(Path(path), to_json(report))
+
+
+def format_columns(
+    rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Iterable[int] = ()
+) -> str:
+    """Rows of text in aligned columns, never cut or wrapped, so that names can be searched and copied.
+
+    right: numbers of the columns that are aligned to the right.
+    """
+    every = [[printable(cell) for cell in row] for row in ([header, *rows] if header else rows)]
+    if not every:
+        return ""
+    rightward = set(right)
+    widths = [max(len(row[column]) for row in every) for column in range(len(every[0]))]
+    lines = []
+    for row in every:
+        cells = [
+            cell.rjust(width) if column in rightward else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    if header:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""Compute dtypes and devices by the names that people give them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recompile.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def compute_dtype(name: str | None) -> torch.dtype | None:
+    """ "bfloat16" -> torch.bfloat16; None: the device's default. Raises ArgumentError."""
+    if name is None:
+        return None
+    from recompile.model.stream import DTYPES
+
+    if name not in DTYPES:
+        raise ArgumentError(f"{{dtype}} {name}: wanted one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def compute_device(name: str) -> str:
+    """ "0" -> "cuda:0". Raises ArgumentError where the device is not there."""
+    import torch
+
+    device = f"cuda:{name}" if name.isdigit() else name
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f'{{device}} {name}: not a device; wanted cpu, cuda:0, or a number ("0" is cuda:0)'
+        ) from error
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise ArgumentError(
+            f"{{device}} {name}: this machine offers {torch.cuda.device_count()} CUDA devices; use {{device}} cpu"
+        )
+    return device

@@ -1,0 +1,95 @@
+"""Token rows as a user asks for them: how many, how long, of which text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recompile.errors import ArgumentError, MismatchError, RecompileError
+
+if TYPE_CHECKING:
+    from recompile.checkpoint.checkpoint import Checkpoint
+    from recompile.model.tokens import Rows
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Where token rows come from: the default text, or one of text, dataset and input_ids."""
+
+    rows: int | None  # None: all there are
+    length: int  # tokens in a row
+    text: Path | None = None  # a UTF-8 file
+    dataset: str | None = None  # of the `datasets` library
+    input_ids: Path | None = None  # safetensors, key input_ids, int64 [rows, tokens]
+
+    def read(self, directories: Sequence[Path], role: str, rows: int | None = None) -> tuple[Rows, int | None]:
+        """As `read_rows`, of a role; rows: as many instead."""
+        return read_rows(directories, role, rows or self.rows, self.length, self.text, self.dataset, self.input_ids)
+
+    def read_up_to(self, directories: Sequence[Path], role: str, most: int, least: int) -> Rows:
+        """`most` rows, or as many as the text has. Raises RecompileError for fewer than `least`."""
+        try:
+            return self.read(directories, role, most)[0]
+        except RecompileError:  # a short text, which is read again at little cost
+            self.read(directories, role, least)
+            return read_rows(directories, role, None, self.length, self.text, self.dataset, self.input_ids)[0]
+
+
+def read_rows(
+    model_dirs: Sequence[Path],
+    role: str,
+    rows: int | None,
+    length: int,
+    text: Path | None = None,
+    dataset: str | None = None,
+    input_ids: Path | None = None,
+    *,
+    split_own_text: bool = True,
+) -> tuple[Rows, int | None]:
+    """Token rows as asked for (rows None: all there are), and the tokenizer's true vocabulary (None where no tokenizer
+    was needed).
+
+    The tokenizer is that of the first directory that has one. `split_own_text`: whether the user's own text is split
+    into roles as the default text is (else all of it is used in order).
+    """
+    from recompile.model import tokens
+
+    if sum(given is not None for given in (text, dataset, input_ids)) > 1:
+        raise ArgumentError("{text}, {dataset} and {input_ids} exclude each other; give one of them")
+    if input_ids is not None:
+        found = tokens.rows_from_file(input_ids)
+        return found, None
+    if text is not None:
+        source = tokens.text_from_file(text)
+    elif dataset is not None:
+        source = tokens.text_from_dataset(dataset)
+    else:
+        source = tokens.default_text()
+    own = text is not None or dataset is not None
+    tokenizer = tokens.load_tokenizer(_first_with_tokenizer(model_dirs))
+    made = tokens.make_rows(source, tokenizer, rows, length, "all" if own and not split_own_text else role)
+    return made, len(tokenizer)
+
+
+def _first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
+    for directory in model_dirs:
+        if directory.suffix == ".gguf":
+            return directory
+        if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return directory
+    return model_dirs[0]  # its error says what is missing
+
+
+def check_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> int | None:
+    """The true vocabulary: the tokenizer's where the model pads it. Raises MismatchError for a tokenizer too large."""
+    config = checkpoint.config
+    nested = config.get("text_config")
+    size = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
+    if vocab is not None and isinstance(size, int) and vocab > size:
+        raise MismatchError(
+            f"{checkpoint.label}: the tokenizer has {vocab} tokens, the model's vocabulary {size}; "
+            f"it is the wrong tokenizer for this model"
+        )
+    return vocab
