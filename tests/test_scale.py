@@ -14,7 +14,7 @@ import pytest
 
 from recompile.checkpoint import checkpoint as checkpoint_module
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.cli.recompile import resolved_table
+from recompile.merge.explain import resolved_table
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import plan_write
 from tests.sparse import moe_checkpoint

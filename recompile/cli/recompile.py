@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint
-from recompile.checkpoint.module_names import role_of
 from recompile.cli.common import check_json_path, print_json, progress, refuse_outputs
 from recompile.cli.options import many_values_command, output_options
 from recompile.errors import CheckpointError, RecipeError, UnsupportedError
@@ -23,22 +22,20 @@ from recompile.io.files import write_text
 from recompile.io.report import format_columns
 from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.engine_rules import ENGINES
-from recompile.merge.overlay import Accounting, Overlay, Placement, account, build_overlay, quantizable
+from recompile.merge.explain import resolved_table
+from recompile.merge.overlay import Accounting, Overlay, account, build_overlay, quantizable
 from recompile.merge.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
 from recompile.merge.write_safetensors import (
     DEFAULT_SHARD_MB,
     WritePlan,
     check_output,
     execute,
-    natural_key,
     plan_write,
 )
 from recompile.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from recompile.merge.check import Problem, VerifyReport
-
-LONG_TABLE = 60  # modules; a longer table is folded over layers
 
 
 @dataclass(frozen=True)
@@ -362,80 +359,6 @@ def _fail_on(problems: Sequence[Problem], directory: str, what: str, listed: boo
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
-
-
-def resolved_table(overlay: Overlay, *, every: bool = False) -> str:
-    """Module, source, bits and the line that decided, for every weight; folded over layers where that is long."""
-    placements = sorted(overlay.placements.values(), key=lambda p: natural_key(p.module))
-    shown = [p for p in placements if every or p.source is not None or _is_weight(p)]
-    if every or len(shown) <= LONG_TABLE:
-        rows = [(p.module, _source(p), f"{p.stored.bits_per_weight:.3f}", _decided(overlay, p)) for p in shown]
-        text = format_columns(rows, ("module", "source", "bits", "decided by"), right=(2,))
-    else:
-        folded: dict[tuple[str, str, str, str], list[str]] = {}
-        for p in shown:
-            bits = f"{p.stored.bits_per_weight:.2f}"
-            key = (_template(p.module), _source(p), bits, _decided(overlay, p))
-            folded.setdefault(key, []).append(p.module)
-        rows5 = [
-            (_fold(names), str(len(names)), source, bits, decided)
-            for (_, source, bits, decided), names in folded.items()
-        ]
-        text = format_columns(rows5, ("module", "modules", "source", "bits", "decided by"), right=(1, 3))
-    names = {p.module for p in shown}
-    rest = [p for p in placements if p.module not in names]
-    if rest:
-        size = sum(p.stored.size_bytes for p in rest)
-        text += f"\n{len(rest)} other modules (norms and the like) from the base, {format_bytes(size)}"
-    return text
-
-
-def _is_weight(placement: Placement) -> bool:
-    stored = placement.stored
-    return (
-        stored.is_quantized or role_of(stored.name) != "layer" or (stored.shape is not None and len(stored.shape) > 1)
-    )
-
-
-def _source(placement: Placement) -> str:
-    return placement.source if placement.source is not None else "(base)"
-
-
-def _decided(overlay: Overlay, placement: Placement) -> str:
-    if placement.override is None or overlay.recipe is None:
-        return "-"
-    return f'{overlay.recipe.name}:{placement.override.line} "{placement.override.key}"'
-
-
-def _template(module: str) -> str:
-    return ".".join("#" if word.isdigit() else word for word in module.split("."))
-
-
-def _fold(modules: Sequence[str]) -> str:
-    """model.layers.{0-3,5}.mlp.up_proj; numbers after the first become * where they differ."""
-    columns = list(zip(*(module.split(".") for module in modules), strict=True))
-    words = []
-    first = True
-    for column in columns:
-        values = list(dict.fromkeys(column))
-        if len(values) == 1:
-            words.append(values[0])
-        elif first:
-            words.append("{" + _ranges([int(value) for value in values]) + "}")
-        else:
-            words.append("*")
-        first = first and not column[0].isdigit()
-    return ".".join(words)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def _sizes(overlay: Overlay, before: Accounting, plan: WritePlan | GgufPlan) -> str:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import common
-from recompile.cli.recompile import _fold, main, resolved_table
+from recompile.cli.recompile import main
 from recompile.errors import RecompileError
+from recompile.merge.explain import fold_modules, resolved_table
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import MANIFEST_NAME
 
@@ -126,10 +127,10 @@ def test_a_long_table_is_folded_over_layers(tmp_path: Path) -> None:
     assert len(resolved_table(overlay, every=True).splitlines()) == len(overlay.placements) + 2
 
 
-def test_fold() -> None:
-    assert _fold(["m.0.up", "m.1.up", "m.3.up"]) == "m.{0-1,3}.up"
-    assert _fold(["m.4.up"]) == "m.4.up"
-    assert _fold(["m.0.experts.0.up", "m.0.experts.1.up", "m.1.experts.0.up"]) == "m.{0-1}.experts.*.up"
+def testfold_modules() -> None:
+    assert fold_modules(["m.0.up", "m.1.up", "m.3.up"]) == "m.{0-1,3}.up"
+    assert fold_modules(["m.4.up"]) == "m.4.up"
+    assert fold_modules(["m.0.experts.0.up", "m.0.experts.1.up", "m.1.experts.0.up"]) == "m.{0-1}.experts.*.up"
 
 
 def bytes_read() -> int:
