@@ -462,7 +462,18 @@ def _parse_line(path: Path, number: int, line: bytes, header: ProfileHeader) -> 
 def header_difference(old: ProfileHeader, new: ProfileHeader) -> list[str]:
     """Fields in which two headers differ, in words. Directories may be spelled differently: fingerprints count."""
     before, after = _comparable(old), _comparable(new)
-    return [f"{key} was {_short(before[key])}, is {_short(after[key])}" for key in before if before[key] != after[key]]
+    changed = [key for key in before if before[key] != after[key]]
+    words = {key: f"{key} was {_short(before[key])}, is {_short(after[key])}" for key in changed}
+    if "reference_fingerprint" in words:
+        words["reference_fingerprint"] = (
+            f"{new.reference} is another model, or its config or tensors were changed since"
+        )
+    offered = [[candidate.label for candidate in header.candidates] for header in (old, new)]
+    if "candidates" in words and offered[0] == offered[1]:
+        pairs = zip(old.candidates, new.candidates, strict=True)
+        others = [now.model_dir for then, now in pairs if then.fingerprint != now.fingerprint]
+        words["candidates"] = f"{', '.join(others)}: other models, or their config or tensors were changed since"
+    return list(words.values())
 
 
 def _comparable(header: ProfileHeader) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def measure_outputs(
     swaps = AdjointPass(model, base, {}, groups, plan, path.parent, observe=collector.see)
     cotangents = FisherCotangents(model, {}, (), wanted.samples, wanted.seed)
     made_of = {
-        "base": base.fingerprint,
+        "base": base.identity,
         "rows": rows_sha256,
         "row_shape": [rows, tokens],
         "samples": wanted.samples,

@@ -173,8 +173,8 @@ def _matches(glob: Glob, module: str) -> bool:
 
 def describe_candidate(source: SourceId, checkpoint: Checkpoint) -> Candidate:
     if isinstance(checkpoint, MadeVariant):
-        return Candidate(source, describe_spec(checkpoint.spec), checkpoint.fingerprint, dict(checkpoint.spec))
-    return Candidate(source, checkpoint.label, checkpoint.fingerprint)
+        return Candidate(source, describe_spec(checkpoint.spec), checkpoint.identity, dict(checkpoint.spec))
+    return Candidate(source, checkpoint.label, checkpoint.identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +246,7 @@ class ProfileJob:
             context=self.options.context,
             level=self.options.level,
             reference=self.reference.label,
-            reference_fingerprint=self.reference.fingerprint,
+            reference_fingerprint=self.reference.identity,
             base=base,
             candidates=described,
             groups=groups,

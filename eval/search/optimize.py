@@ -407,8 +407,10 @@ def open_sources(profile: Profile, path: Path, on_event: OnEvent = ignore) -> di
 
 def are_same(profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> bool:
     """Whether the reference and the sources that were profiled are still there."""
-    same = all(checkpoints[found.label].fingerprint == found.fingerprint for found in profile.header.candidates)
-    return same and Path(profile.header.reference).exists()
+    if not all(checkpoints[found.label].identity == found.fingerprint for found in profile.header.candidates):
+        return False
+    reference = profile.header.reference
+    return Path(reference).exists() and open_checkpoint(reference).identity == profile.header.reference_fingerprint
 
 
 def open_models(
@@ -419,10 +421,16 @@ def open_models(
     if checkpoints is None:
         checkpoints = {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
     for found in profile.header.candidates:
-        if checkpoints[found.label].fingerprint != found.fingerprint:
+        if checkpoints[found.label].identity != found.fingerprint:
             raise RecompileError(
-                f"{found.model_dir} is not what the profile measured (another fingerprint); profile it again"
+                f"{found.model_dir} is not what the profile measured: its config or its tensors were changed since; "
+                f"profile it again"
             )
+    if reference.identity != profile.header.reference_fingerprint:
+        raise RecompileError(
+            f"{profile.header.reference} is not the reference that the profile measured against: its config or its "
+            f"tensors were changed since; profile it again"
+        )
     return reference, checkpoints
 
 

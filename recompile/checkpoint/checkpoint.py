@@ -336,7 +336,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hash of all tensor names, dtypes and shapes and of 12 KiB of every tensor (start, middle, end), hex.
 
-        It tells builds apart without reading whole models; it is not a proof that two builds are equal."""
+        It tells builds apart without reading whole models; it is not a proof that two builds are equal: `identity` is.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             info = self.tensors[name]
@@ -346,6 +347,13 @@ class Checkpoint:
                     file.seek(info.offset + max(0, start))
                     digest.update(file.read(min(FINGERPRINT_BYTES, info.size_bytes)))
         return digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """What journals are continued by: a hash of the config and of every byte of every tensor, hex."""
+        from recompile.checkpoint.identity import identity_of
+
+        return identity_of(self)
 
     # ---- reading --------------------------------------------------------------------------------------------------
 

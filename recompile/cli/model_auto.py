@@ -125,16 +125,16 @@ def main(
     check_made(format_name)
     gguf = not variants and exl is None and _are_gguf_types(offered, out)
     settings: dict[str, Any] = {
-        "base": base.fingerprint,
+        "base": base.identity,
         "budget": budget,
-        "offered": [open_checkpoint(path).fingerprint for path in variants] or [*offered, group_size, str(asym)],
+        "offered": [open_checkpoint(path).identity for path in variants] or [*offered, group_size, str(asym)],
         "level": level,
         "samples": samples,
         "solver": [solver, minutes],
         "rows": [rows, length, calibration_rows, str(text), dataset],
         "dtype": dtype,
         **({"format": exl} if exl else {}),
-        **({"tokenizer_from": open_checkpoint(tokenizer_from).fingerprint} if tokenizer_from else {}),
+        **({"tokenizer_from": open_checkpoint(tokenizer_from).identity} if tokenizer_from else {}),
     }
     work = out.with_name(f"{out.name}.work")
     stages = Stages(work, settings, out)

@@ -347,7 +347,7 @@ def _output_statistics(
     path = stats if stats is not None else out_dir.with_name(out_dir.name + ".stats")  # until the variants are whole
     kept = open_statistics(path)
     if kept is not None:
-        kept.check_base(base.fingerprint, base.label)
+        kept.check_base(base.identity, base.label)
         return kept
     from eval.passes.output_gradients import GradientOptions, GradientsProgress, measure_outputs
 

@@ -298,7 +298,7 @@ class VariantPlan:
             for name in sorted(self.importance.values):
                 digest.update(name.encode() + self.importance.values[name].float().numpy().tobytes())
         return {
-            "base": self.base.fingerprint,
+            "base": self.base.identity,
             "importance": digest.hexdigest(),
             "headers": [hashlib.sha256(variant.layout.header).hexdigest() for variant in self.variants],
         }
@@ -590,9 +590,10 @@ class _Journal:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").split("\n")
             if not lines[0] or json.loads(lines[0]) != self.plan.settings:
-                raise OutputError(
-                    f"{self.path}: an unfinished run with other settings; remove it and its *.building files"
-                )
+                kept = json.loads(lines[0]) if lines[0] else None
+                same = isinstance(kept, dict) and kept.get("base") == self.plan.settings["base"]
+                why = "with other settings" if same else "of another base (or its config or tensors were changed since)"
+                raise OutputError(f"{self.path}: an unfinished run {why}; remove it and its *.building files")
             if all(partial.exists() for partial in self.partials):
                 # the last line may be cut: a tensor counts when its line is whole
                 self.made = [[Made(**entry) for entry in json.loads(line)] for line in lines[1:-1]]

@@ -167,8 +167,16 @@ class MadeVariant(Checkpoint):
     def fingerprint(self) -> str:
         """Of the base, of how it is made, and of the importance."""
         assert self.base is not None
+        return self._made_from(self.base.fingerprint)
+
+    @cached_property
+    def identity(self) -> str:
+        assert self.base is not None
+        return self._made_from(self.base.identity)
+
+    def _made_from(self, base: str) -> str:
         assert self.maker is not None
-        digest = hashlib.sha256(f"{self.base.fingerprint} {json.dumps(dict(self.spec), sort_keys=True)}".encode())
+        digest = hashlib.sha256(f"{base} {json.dumps(dict(self.spec), sort_keys=True)}".encode())
         digest.update(json.dumps(self.maker.description(), sort_keys=True).encode())
         for name in sorted(self.importance or {}):
             digest.update(name.encode() + (self.importance or {})[name].cpu().numpy().tobytes())

@@ -68,9 +68,9 @@ class StoredStatistics:
             ) from error
         return OutputStatistics(found[0], found[1], tokens, held_out_tokens)
 
-    def check_base(self, fingerprint: str, label: str) -> None:
+    def check_base(self, identity: str, label: str) -> None:
         """Raise MismatchError unless they were measured on this base."""
-        if self.about["made_of"]["base"] != fingerprint:
+        if self.about["made_of"]["base"] != identity:
             raise MismatchError(
                 f"{self.path}: was measured on another model than {label}; give another --stats, or remove it"
             )
@@ -104,7 +104,7 @@ def open_statistics(path: Path) -> StoredStatistics | None:
 class StatisticsWriter:
     """Keeps the layers of one measurement, in any order.
 
-    made_of: everything that decides the numbers, with "base", the model's fingerprint
+    made_of: everything that decides the numbers, with "base", the model's identity
     """
 
     path: Path

@@ -268,7 +268,7 @@ class _Build:
         self.finals = [out_dir / name for name in encoder.names]
         self.partials = [final.with_name(final.name + BUILDING_SUFFIX) for final in self.finals]
         self.journal = {
-            "base": base.fingerprint,
+            "base": base.identity,
             "rows": rows_sha256,
             "row_shape": list(ids.shape),
             "head": head,
@@ -727,6 +727,8 @@ def _difference(old: Any, new: Any) -> str:
         return "unreadable journal"
     flat_old, flat_new = _flatten(old), _flatten(new)
     changed = [key for key in {**flat_old, **flat_new} if flat_old.get(key) != flat_new.get(key)]
+    if changed == ["base"]:
+        return "the base model is another one, or its config.json or tensors were changed since"
     return "; ".join(f"{key} was {flat_old.get(key)!r}, is {flat_new.get(key)!r}" for key in changed[:4])
 
 
