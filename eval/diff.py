@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import TracebackType
+from typing import IO, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from eval.metrics import (
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, NotFiniteError, OutputError
 from recompile.events import OnEvent, Progress, ignore
+from recompile.io.files import write_atomically
 from recompile.merge.overlay import Overlay
 from recompile.model.activations import QuantizedInputs
 from recompile.model.finite import WIDER, check_finite, name_of
@@ -387,24 +388,22 @@ def versions() -> dict[str, str]:
 class _LogitFile:
     """Appends logits to a safetensors file, key `logits`, float32 [rows, tokens, vocab]; nothing where path is None.
 
-    Written beside its final name and renamed when whole."""
+    It appears whole or not at all. Raises OutputError."""
 
     def __init__(self, path: Path | None, shape: tuple[int, int, int]) -> None:
         self.path, self.shape = path, shape
-        self.partial = path.with_name(path.name + ".partial") if path else None
-        self.file: Any = None
+        self.file: IO[bytes] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> _LogitFile:
-        if self.partial is None:
+        if self.path is None:
             return self
         size = 4 * math.prod(self.shape)
-        header = json.dumps({"logits": {"dtype": "F32", "shape": list(self.shape), "data_offsets": [0, size]}}).encode()
+        entry = {"dtype": "F32", "shape": list(self.shape), "data_offsets": [0, size]}
+        header = json.dumps({"__metadata__": {"made_by": "recompile"}, "logits": entry}).encode()
         header += b" " * (-len(header) % 8)
-        try:
-            self.file = self.partial.open("wb")
-            self.file.write(len(header).to_bytes(8, "little") + header)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        self.file = self._stack.enter_context(write_atomically(self.path))
+        self.file.write(len(header).to_bytes(8, "little") + header)
         return self
 
     def append(self, logits: Tensor) -> None:
@@ -414,11 +413,7 @@ class _LogitFile:
             except OSError as error:
                 raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
-    def __exit__(self, kind: object, value: object, trace: object) -> None:
-        if self.file is None or self.partial is None or self.path is None:
-            return
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)

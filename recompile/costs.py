@@ -16,10 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import JournalError, NotFiniteError, RecompileError
+from recompile.io.files import read_bytes
+from recompile.io.journal import LineJournal
 from recompile.recipe.recipe import SourceId
 
 JOURNAL_VERSION = 1
@@ -318,38 +320,30 @@ def layer_index(name: str) -> int | None:
 class Journal:
     """An open profile.jsonl. `append` writes and flushes one measurement."""
 
-    def __init__(self, path: Path, profile: Profile, file: IO[bytes]) -> None:
-        self.path, self.profile, self._file = path, profile, file
+    def __init__(self, path: Path, profile: Profile, lines: LineJournal) -> None:
+        self.path, self.profile, self._lines = path, profile, lines
         self._found = dict(profile.measurements)
         self._control = profile.control
 
     def append(self, measurements: Iterable[Measurement]) -> None:
         """Add measurements; on disk when this returns. Raises JournalError where the disk refuses, NotFiniteError for
         a KL that is none, which is never written."""
-        lines = []
+        lines: list[dict[str, Any]] = []
         measurements = list(measurements)
         for found in measurements:
             found.check_sign(self.profile.header.dtype)
         for found in measurements:
             line = {"group": found.group, "source": found.source, "kl_rows": found.kl_rows}
-            lines.append(json.dumps(line if found.reached else {**line, "reached": False}).encode() + b"\n")
+            lines.append(line if found.reached else {**line, "reached": False})
             if found.group is None or found.source is None:
                 self._control = found
             else:
                 self._found[(found.group, found.source)] = found
-        try:
-            self._file.write(b"".join(lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise JournalError(
-                f"{self.path}: cannot be written: {error.strerror or error}; what is in it stays valid, make room and "
-                f"run the same command to go on"
-            ) from error
+        self._lines.append(*lines)
         self.profile = Profile(self.profile.header, self._control, dict(self._found))
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -361,50 +355,42 @@ class Journal:
 def open_journal(path: Path, header: ProfileHeader) -> Journal:
     """Create a journal, or go on with one that has the same header.
 
-    Raises JournalError where the header differs (naming the fields), or a line before the last is damaged.
+    Raises JournalError where the header differs (naming the fields), a line is damaged, or another process writes it.
     """
+    journal = LineJournal(path)
     try:
-        if path.exists() and path.stat().st_size:
-            profile, whole = _read(path)
-            changed = header_difference(profile.header, header)
-            if changed:
-                raise JournalError(
-                    f"{path}: is the journal of another measurement: {'; '.join(changed)}; "
-                    f"choose another -o, or remove it to start again"
-                )
-            file: IO[bytes] = path.open("r+b")
-            file.truncate(whole)
-            file.seek(whole)
-            return Journal(path, profile, file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("wb")
-        file.write((json.dumps(_header_as_dict(header)) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-        return Journal(path, Profile(header, None, {}), file)
-    except OSError as error:
-        raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error
+        if not journal.lines and journal.torn_bytes:
+            raise JournalError(f"{path}: has no whole header line; not a profile, or cut off at once: remove it")
+        if not journal.lines:
+            journal.begin(_header_as_dict(header))
+            return Journal(path, Profile(header, None, {}), journal)
+        profile = _parse(path, journal.lines)
+        changed = header_difference(profile.header, header)
+        if changed:
+            raise JournalError(
+                f"{path}: is the journal of another measurement: {'; '.join(changed)}; "
+                f"choose another -o, or remove it to start again"
+            )
+        return Journal(path, profile, journal)
+    except BaseException:
+        journal.close()
+        raise
 
 
 def load_profile(path: Path) -> Profile:
     """Read a profile, finished or not. Raises JournalError."""
-    return _read(path)[0]
+    lines = read_bytes(path, kind="journal", error=JournalError).split(b"\n")
+    lines.pop()  # what follows the last newline was cut off by a crash
+    if not lines:
+        raise JournalError(f"{path}: has no whole header line; not a profile, or cut off at once: remove it")
+    return _parse(path, lines)
 
 
 def _header_as_dict(header: ProfileHeader) -> dict[str, Any]:
     return {"kind": "recompile-profile", **asdict(header)}
 
 
-def _read(path: Path) -> tuple[Profile, int]:
-    """The profile, and how many bytes of the file are whole lines."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise JournalError(f"{path}: cannot be read: {error.strerror or error}") from error
-    lines = raw.split(b"\n")
-    whole = len(raw) - len(lines.pop())  # what follows the last newline was cut off by a crash
-    if not lines:
-        raise JournalError(f"{path}: has no whole header line; not a profile, or cut off at once: remove it")
+def _parse(path: Path, lines: Sequence[bytes]) -> Profile:
     header = _parse_header(path, lines[0])
     control: Measurement | None = None
     found: dict[tuple[str, str], Measurement] = {}
@@ -420,7 +406,7 @@ def _read(path: Path) -> tuple[Profile, int]:
             )
         else:
             found[(measurement.group, measurement.source)] = measurement
-    return Profile(header, control, found), whole
+    return Profile(header, control, found)
 
 
 def _parse_header(path: Path, line: bytes) -> ProfileHeader:

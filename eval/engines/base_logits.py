@@ -11,8 +11,9 @@ context and a next token.
 
 from __future__ import annotations
 
-import os
 import struct
+import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recompile.errors import CheckpointError, OutputError
+from recompile.io.files import write_atomically
 
 MAGIC = b"_logits_"
 CLIP_NATS = {"llama.cpp": 16.0, "ik_llama.cpp": 24.0}
@@ -141,18 +143,19 @@ class BaseLogitsWriter:
     def __init__(self, path: Path | str, tokens: NDArray[np.int32], n_vocab: int) -> None:
         self.path, self.n_vocab = Path(path), n_vocab
         self.chunks, self.n_ctx = tokens.shape
-        self.partial = self.path.with_name(self.path.name + ".partial")
         self._tokens = np.ascontiguousarray(tokens, np.int32)
         self._file: IO[bytes] | None = None
         self._written = 0
+        self._stack = ExitStack()
 
     def __enter__(self) -> BaseLogitsWriter:
+        self._file = self._stack.enter_context(write_atomically(self.path))
         try:
-            self._file = self.partial.open("wb")
             self._file.write(MAGIC + struct.pack("<Iii", self.n_ctx, self.n_vocab, self.chunks))
             self._file.write(self._tokens.tobytes())
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        except BaseException:
+            self._stack.__exit__(*sys.exc_info())
+            raise
         return self
 
     def append(self, records: NDArray[np.uint16]) -> None:
@@ -165,12 +168,10 @@ class BaseLogitsWriter:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
         self._written += len(records)
 
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        assert self._file is not None
-        self._file.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         start, end = counted(self.n_ctx)
         if kind is None:
             assert self._written == self.chunks * (end - start), "not every counted position was written"
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+        self._stack.__exit__(kind, value, trace)

@@ -14,9 +14,11 @@ from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.costs import Profile
 from recompile.errors import JournalError
 from recompile.events import OnEvent, Progress, ignore
+from recompile.io.journal import LineJournal
 from recompile.model.tokens import Rows
 from recompile.optimize.choose import profile_sha256
 
+KIND = "recompile-mixes"
 ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
 
 
@@ -44,8 +46,9 @@ class MeasuredMixes:
         self._device, self._path, self._on_event, self._holds, self._rough = device, path, on_event, holds, rough
         self._key = digest([profile_sha256(profile), rows.sha256, *(["rough"] if rough else [])])
         self._oracle: MixOracle | None = None
-        self._file = self._load()
-        self._known: dict[str, Any] = self._file.setdefault(self._key, {})
+        self._known: dict[str, float] = {}
+        self._mixes: dict[str, dict[str, str]] = {}
+        self._load()
 
     def measure(self, mixes: Sequence[Mapping[str, str]]) -> list[float]:
         """Nats per token, in the order of `mixes`. Raises JournalError where they cannot be kept."""
@@ -55,19 +58,18 @@ class MeasuredMixes:
             for done, (name, mix) in enumerate(missing.items()):
                 self._on_event(Progress("measuring mixes", done, len(missing), "mixes"))
                 self._known[name] = math.fsum(self._open().measure(mix)) / len(self.rows.ids)
-                self._save()
+                self._append({"mix": name, "kl_nats": self._known[name]})
             self._on_event(Progress("measuring mixes", len(missing), len(missing), "mixes"))
         return [self._known[name] for name in names]
 
     def kept(self, name: str) -> Mapping[str, str] | None:
         """A mix that `keep` was given under a name, in this run or an earlier one."""
-        found = self._file.get(f"{self._key} {name}")
-        return None if found is None else {str(group): str(source) for group, source in found.items()}
+        return self._mixes.get(name)
 
     def keep(self, name: str, mix: Mapping[str, str]) -> None:
         """Raises JournalError where it cannot be kept."""
-        self._file[f"{self._key} {name}"] = dict(mix)
-        self._save()
+        self._mixes[name] = dict(mix)
+        self._append({"name": name, "choice": dict(mix)})
 
     def _open(self) -> MixOracle:
         """The models, once one has to be measured; the reference runs once."""
@@ -77,20 +79,37 @@ class MeasuredMixes:
             self._oracle = MixOracle(*models, ids, ids, device=self._device, holds=self._holds, rough=self._rough)
         return self._oracle
 
-    def _load(self) -> dict[str, dict[str, Any]]:
-        try:
-            return dict(json.loads(self._path.read_text(encoding="utf-8"))) if self._path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise JournalError(f"{self._path}: cannot be read: {error}; remove it") from error
+    def _load(self) -> None:
+        """What is known of these rows and this profile. Raises JournalError."""
+        if not self._path.exists():
+            return
+        with LineJournal(self._path) as journal:
+            lines = journal.values()
+        if lines and (not isinstance(lines[0], dict) or lines[0].get("kind") != KIND):
+            raise JournalError(f"{self._path}:1: not KLs of mixes as this program keeps them; remove it")
+        for number, line in enumerate(lines[1:], start=2):
+            self._read_line(line, number)
 
-    def _save(self) -> None:
-        partial = self._path.with_name(f"{self._path.name}.partial")
+    def _append(self, line: dict[str, Any]) -> None:
+        """The file is held while a line is added only: several of these may share it."""
+        with LineJournal(self._path) as journal:
+            if not journal.lines:
+                journal.begin({"kind": KIND, "version": 1})
+            journal.append({"of": self._key, **line})
+
+    def _read_line(self, line: Any, number: int) -> None:
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self._file) + "\n", encoding="utf-8")
-            partial.replace(self._path)
-        except OSError as error:
-            raise JournalError(f"{self._path}: cannot be written: {error}; choose another -o") from error
+            if line["of"] != self._key:
+                return
+            if "mix" in line:
+                value = float(line["kl_nats"])
+                if not math.isfinite(value):
+                    raise ValueError(f"kl_nats is {value}")
+                self._known[str(line["mix"])] = value
+            else:
+                self._mixes[str(line["name"])] = {str(group): str(source) for group, source in line["choice"].items()}
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise JournalError(f"{self._path}:{number}: not a measured mix ({error}); remove the file") from error
 
 
 def digest(value: Any) -> str:

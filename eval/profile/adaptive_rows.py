@@ -33,6 +33,7 @@ from recompile.costs import (
     open_journal,
 )
 from recompile.errors import JournalError, OutputError
+from recompile.io.files import sync_directory
 from recompile.model.tokens import Rows
 
 FIRST_ROWS = 8
@@ -215,8 +216,11 @@ def publish(path: Path, folder: Path, rows: Rows, parts: Sequence[Profile], sket
             assert profile.control is not None, "every profiler measures it"
             journal.append([profile.control, *profile.measurements.values()])
         partial.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return load_profile(path)
 
 

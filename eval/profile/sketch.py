@@ -50,7 +50,8 @@ from eval.passes.adjoint import AdjointPass, LayerBackward, LayerForward, PassPl
 from eval.passes.fisher import DRAWS, FisherCotangents
 from eval.profile.exact import ProfileJob
 from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, kind_of, open_journal
-from recompile.errors import JournalError, OutputError, RecompileError
+from recompile.errors import JournalError, RecompileError
+from recompile.io.files import write_with
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.optimize.interactions import Interactions
@@ -484,7 +485,6 @@ class SweepStore:
         """Raises OutputError where it cannot be written, NotFiniteError for sums that are no numbers; then nothing of
         it stays."""
         target = self._file(number)
-        partial = target.with_name(f"{target.name}.partial")
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(getattr(sketch, name)))
             for name in ("products2", "products4", "squares", "tokens", "pairs")
@@ -493,13 +493,7 @@ class SweepStore:
         for name, value in tensors.items():
             check_finite(value, f"{target}: {name}")
         about = {"key": self._key, "samples": str(sketch.samples), "swaps": json.dumps(sketch.swaps)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata=about)
-            partial.replace(target)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{target}: cannot be written: {error}; make room and run the same command") from error
+        write_with(target, lambda name: save_file(tensors, name, metadata=about))
 
 
 def samples_beside(path: Path, header: ProfileHeader) -> Sketch | None:

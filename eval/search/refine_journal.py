@@ -6,18 +6,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from eval.mixes.oracle import MixOracle
 from eval.search.job import Search
 from recompile.errors import JournalError
+from recompile.io.journal import LineJournal
 from recompile.optimize.choose import profile_sha256
 from recompile.optimize.refine import RefineStep, SwapModel
 
@@ -29,7 +29,7 @@ class RefineJournal:
     """An open journal; an oracle for `recompile.optimize.refine`. `choice` and `steps` are where the search stands."""
 
     path: Path
-    file: IO[str]
+    file: LineJournal
     oracle: MixOracle
     choice: dict[str, str]
     steps: int = 0  # done
@@ -43,24 +43,17 @@ class RefineJournal:
         A journal of another search is begun anew: what it holds is a recipe that was written already. A line cut off
         by a crash is dropped. Raises JournalError where it cannot be written.
         """
-        key = _key(search, rows_sha256)
-        lines: list[dict[str, Any]] = []
+        header = {"kind": "recompile-refine", "key": _key(search, rows_sha256)}
+        journal = LineJournal(path)
         try:
-            if path.exists():
-                for line in path.read_text(encoding="utf-8").splitlines():
-                    try:
-                        lines.append(json.loads(line))
-                    except json.JSONDecodeError:
-                        break
-            if not lines or lines[0].get("key") != key:
+            lines = journal.values()
+            if not lines or lines[0] != header:
+                journal.begin(header)
                 lines = []
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [{"key": key}]), encoding="utf-8")
-            partial.replace(path)
-            file = path.open("a", encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise JournalError(f"{path}: cannot be written: {error}; choose another -o, or remove it") from error
-        return RefineJournal(path, file, oracle, dict(search.start), _kept=deque(lines[1:]))
+        except BaseException:
+            journal.close()
+            raise
+        return RefineJournal(path, journal, oracle, dict(search.start), _kept=deque(lines[1:]))
 
     @property
     def is_replaying(self) -> bool:
@@ -147,12 +140,7 @@ class RefineJournal:
         return SwapModel(line["kl"], slope, own, cross, {(one, other): value for one, other, value in line["alike"]})
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise JournalError(f"{self.path}: cannot be written: {error.strerror or error}; make room") from error
+        self.file.append(line)
 
     def __enter__(self) -> RefineJournal:
         return self

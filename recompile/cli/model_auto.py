@@ -21,7 +21,8 @@ import click
 
 from recompile.cli.common import check_json_path, print_json, progress
 from recompile.cli.options import check_made, device_options, made_options, many_values_command, output_options
-from recompile.errors import OutputError, RecompileError
+from recompile.errors import JournalError, OutputError, RecompileError
+from recompile.io.files import read_json, write_json
 from recompile.io.report import format_columns
 from recompile.io.sizes import format_bpw, format_bytes
 from recompile.model.devices import compute_device
@@ -215,7 +216,8 @@ class Stages:
         self._settings = json.loads(json.dumps(settings))
         self._done: dict[str, dict[str, Any]] = {}
         if self._path.exists():
-            state = json.loads(self._path.read_text(encoding="utf-8"))
+            state = read_json(self._path, error=JournalError)
+            check_state(self._path, state)
             changed = [key for key, value in self._settings.items() if state["settings"].get(key) != value]
             if changed:
                 raise OutputError(
@@ -252,9 +254,19 @@ class Stages:
         return dict(self._done[name]["result"])
 
     def _save(self) -> None:
-        partial = self._path.with_name(f"{STATE}.partial")
-        partial.write_text(json.dumps({"settings": self._settings, "done": self._done}, indent=2) + "\n")
-        partial.replace(self._path)
+        write_json(self._path, {"settings": self._settings, "done": self._done})
+
+
+def check_state(path: Path, state: Any) -> None:
+    """Raise JournalError unless a state file has the shape that `Stages` gives it."""
+    shaped = isinstance(state, dict) and isinstance(state.get("settings"), dict) and isinstance(state.get("done"), dict)
+    if not shaped or not all(
+        isinstance(stage, dict)
+        and isinstance(stage.get("seconds"), (int, float))
+        and isinstance(stage.get("result"), dict)
+        for stage in state["done"].values()
+    ):
+        raise JournalError(f"{path}: not the state of a model_auto run; remove its folder to start again")
 
 
 def _arguments(options: Mapping[str, object]) -> list[object]:

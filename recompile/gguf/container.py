@@ -21,6 +21,7 @@ from typing import Any
 
 from recompile.errors import CheckpointError, MissingWeight, OutputError
 from recompile.formats.gguf_types import BY_ID, GgufType
+from recompile.io.files import write_atomically
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -542,7 +543,7 @@ def lay_out(
 
 
 def write_gguf(
-    path: str | os.PathLike[str],
+    path: str | Path,
     records: Iterable[bytes],
     tensors: Sequence[NewTensor],
     alignment: int = DEFAULT_ALIGNMENT,
@@ -552,23 +553,13 @@ def write_gguf(
     records: key records, from `encode_key` or `GgufFile.records`
     Raises OutputError if it cannot be written or a tensor's chunks are not as many bytes as its info says.
     """
-    target = Path(path)
     layout = lay_out(records, tensors, alignment)
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(layout.header)
-            for tensor, offset in zip(tensors, layout.offsets, strict=True):
-                file.seek(offset)
-                assert tensor.chunks is not None, f"{tensor.name} has nothing to write"
-                wrote = sum(file.write(chunk) for chunk in tensor.chunks())
-                if wrote != tensor.size_bytes:
-                    raise OutputError(f"{path}: tensor {tensor.name} came as {wrote} bytes, wanted {tensor.size_bytes}")
-            file.truncate(layout.size_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_atomically(path) as file:
+        file.write(layout.header)
+        for tensor, offset in zip(tensors, layout.offsets, strict=True):
+            file.seek(offset)
+            assert tensor.chunks is not None, f"{tensor.name} has nothing to write"
+            wrote = sum(file.write(chunk) for chunk in tensor.chunks())
+            if wrote != tensor.size_bytes:
+                raise OutputError(f"{path}: tensor {tensor.name} came as {wrote} bytes, wanted {tensor.size_bytes}")
+        file.truncate(layout.size_bytes)

@@ -208,7 +208,7 @@ def _begin(path: Path | str, error: Failure) -> tuple[Path, int]:
             raise error(f"{path}: cannot be written: is a directory; choose another file")
         if final.exists() and not final.is_file():
             return final, -1
-        return final, _open_locked(partial_path(final), Path(path), error)
+        return final, open_locked(partial_path(final), Path(path), error)
     except (OSError, ValueError) as failed:
         raise _cannot_write(path, failed, error) from failed
 
@@ -270,7 +270,7 @@ def locked(path: Path | str, what: Path | str | None = None, *, error: Failure =
         os.close(descriptor)
 
 
-def _open_locked(path: Path, what: Path, error: Failure) -> int:
+def open_locked(path: Path, what: Path, error: Failure = OutputError) -> int:
     """Create or take up a file and hold it alone, emptied. Raises OSError, and `error` where another holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -31,6 +31,7 @@ from recompile.checkpoint.coupled_modules import read_scaled_sets
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import CheckpointError, FormatError, MismatchError
 from recompile.formats import FLOAT_DTYPES, FORMATS, exl2_config, exl3_config
+from recompile.io.files import MARKER_NAME
 from recompile.merge import engine_rules as engines
 from recompile.merge.configs import COMPRESSED_FORMATS, family_of, is_linear
 from recompile.merge.overlay import Overlay, Placement
@@ -39,7 +40,6 @@ from recompile.merge.write_safetensors import (
     CHUNK_BYTES,
     MANIFEST_NAME,
     MANIFEST_VERSION,
-    MARKER_NAME,
     Step,
     WritePlan,
     default_workers,

@@ -31,8 +31,9 @@ from recompile.gguf.container import (
     lay_out,
     open_gguf,
 )
+from recompile.io.files import PARTIAL_SUFFIX, open_locked, sync_directory
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, quantizable
-from recompile.merge.write_safetensors import CHUNK_BYTES, MB, PARTIAL_SUFFIX, Step, default_workers, recipe_text
+from recompile.merge.write_safetensors import CHUNK_BYTES, MB, Step, default_workers, recipe_text
 
 PROVENANCE = "recompile."  # keys of this project
 HASHES_KEY = "recompile.tensor_sha256"  # hex digests of all tensors, one after another in the order of the file
@@ -310,7 +311,7 @@ def execute_gguf(plan: GgufPlan, *, workers: int | None = None) -> Generator[Ste
     check_gguf_output(plan)
     partials = [shard.path.with_name(shard.path.name + PARTIAL_SUFFIX) for shard in plan.shards]
     try:
-        with _Files(plan, partials) as files:
+        with _Files(plan, partials) as files:  # holds the partials until they have their names
             hashes: dict[int, str] = {}
             yield from _copy(plan, files, hashes, workers or default_workers())
             digests = "".join(hashes[number] for number in range(len(plan.tensors))).encode()
@@ -318,16 +319,14 @@ def execute_gguf(plan: GgufPlan, *, workers: int | None = None) -> Generator[Ste
             if first.hashes_at is not None:
                 _write_at(files.targets[0], memoryview(digests), first.hashes_at)
             files.finish()
-        for partial, shard in zip(partials, plan.shards, strict=True):
-            os.replace(partial, shard.path)
+            for partial, shard in zip(partials, plan.shards, strict=True):
+                os.replace(partial, shard.path)
+            sync_directory(plan.shards[0].path.parent)
         yield Step("", plan.data_bytes, plan.data_bytes)
     except OSError as error:
         raise OutputError(
             f"{plan.out}: cannot be written: {error.strerror or error} (nothing of it is left)"
         ) from error
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
 
 
 def _copy(plan: GgufPlan, files: _Files, hashes: dict[int, str], workers: int) -> Iterator[Step]:
@@ -396,7 +395,7 @@ class _Files:
                     raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
                 self._stamps[path] = self._stamp(path)
             for partial, shard in zip(self.partials, self.plan.shards, strict=True):
-                self.targets.append(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+                self.targets.append(open_locked(partial, shard.path))
                 os.ftruncate(self.targets[-1], shard.layout.size_bytes)
                 _write_at(self.targets[-1], memoryview(shard.layout.header), 0)
         except BaseException:
@@ -431,6 +430,8 @@ class _Files:
                 raise CheckpointError(f"{path}: was changed while it was being copied; start again")
 
     def __exit__(self, *_: object) -> None:
+        for partial, _held in zip(self.partials, self.targets, strict=False):  # those of another process stay
+            partial.unlink(missing_ok=True)
         for descriptor in (*self.targets, *self._sources.values()):
             os.close(descriptor)
         self.targets, self._sources = [], {}

@@ -9,7 +9,6 @@ The output grows in `OUT.partial`, which holds a marker file of ours, is flushed
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ from recompile.checkpoint.checkpoint import (
 from recompile.checkpoint.coupled_modules import SCALING_NAME, dump_scaled_sets
 from recompile.errors import CheckpointError, OutputError, RecipeError, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FORMATS
+from recompile.io.files import PARTIAL_SUFFIX, OutputDirectory, check_partial, insist, partial_path
 from recompile.merge.configs import dump_json, is_verbatim, merged_texts, origin_of, without_quantization
 from recompile.merge.convert import Conversion, is_expressible, plan_conversions
 from recompile.merge.overlay import PADDING, Accounting, Overlay, Placement, account, quantizable
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "recompile_manifest.json"
 MANIFEST_VERSION = 1
 MANIFEST_ENTRY_BYTES = 400  # about what a module takes there
-MARKER_NAME = ".recompile-partial"  # says that a directory is ours to delete
-PARTIAL_SUFFIX = ".partial"
 DEFAULT_SHARD_MB = 8192
 MB = 1 << 20  # of --shard-size, as exllamav3 counts
 
@@ -475,7 +473,7 @@ def check_output(overlay: Overlay, out: str | os.PathLike[str], needed_bytes: in
     real = Path(os.path.realpath(Path(out).expanduser()))
     if real.name.endswith(PARTIAL_SUFFIX):
         raise OutputError(f"{label}: names ending in {PARTIAL_SUFFIX} are kept for unfinished outputs; choose another")
-    partial = _partial_path(real)
+    partial = partial_path(real)
     for checkpoint in overlay.checkpoints:
         source = Path(os.path.realpath(checkpoint.path))
         for place, what in ((real, label), (partial, f"{label}{PARTIAL_SUFFIX}")):
@@ -490,7 +488,7 @@ def check_output(overlay: Overlay, out: str | os.PathLike[str], needed_bytes: in
     try:
         if real.is_dir() and any(real.iterdir()):
             raise OutputError(f"{label}: exists and is not empty; remove it or choose another output")
-        reclaimed = _check_partial(partial)
+        reclaimed = check_partial(partial)
         parent = _existing_parent(real)
         if not parent.is_dir():
             raise OutputError(f"{label}: {parent} is a file; choose another output")
@@ -506,105 +504,8 @@ def check_output(overlay: Overlay, out: str | os.PathLike[str], needed_bytes: in
         )
 
 
-def _partial_path(real: Path) -> Path:
-    return real.with_name(real.name + PARTIAL_SUFFIX)
-
-
 def _existing_parent(path: Path) -> Path:
     return next((parent for parent in path.parents if parent.exists()), Path(path.anchor))
-
-
-def _check_partial(partial: Path) -> int:
-    """Bytes in an unfinished output of ours, which will be replaced. Raises OutputError if it is not ours."""
-    if not os.path.lexists(partial):
-        return 0
-    ours = partial.is_dir() and not partial.is_symlink()
-    if not ours or (not (partial / MARKER_NAME).is_file() and any(partial.iterdir())):
-        raise OutputError(
-            f"{partial}: exists and is not an unfinished output of recompile (no {MARKER_NAME} in it); "
-            f"move it away or choose another output"
-        )
-    return sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
-
-
-class _Partial:
-    """The directory that the output grows in. Ours alone while we hold the lock on its marker."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = Path(os.path.realpath(out.expanduser()))
-        self.path = _partial_path(self.out)
-        self._marker = -1
-
-    def create(self) -> None:
-        """Make it, in place of one that a killed run left. Raises OutputError where another run is at work."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _check_partial(self.path)
-        marker = self.path / MARKER_NAME
-        if marker.exists():
-            with marker.open("rb") as old:
-                _lock(old.fileno(), self.path)
-                shutil.rmtree(self.path)
-        self.path.mkdir(exist_ok=True)
-        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(descriptor, self.path)
-        except OutputError:
-            os.close(descriptor)
-            raise
-        self._marker = descriptor
-        os.write(self._marker, b"An unfinished output of recompile. The next run with this output replaces it.\n")
-
-    def finish(self) -> None:
-        """Rename it to the output. The marker goes last: a directory without it is never taken for ours to delete."""
-        _fsync(self.path)
-        os.rename(self.path, self.out)
-        _fsync(self.out.parent)
-        (self.out / MARKER_NAME).unlink()
-        _fsync(self.out)
-        self._close()
-
-    def discard(self) -> None:
-        """Remove it, if it was made by this run."""
-        if self._marker >= 0:
-            _insist(lambda: shutil.rmtree(self.path, ignore_errors=True))
-            self._close()
-
-    def _close(self) -> None:
-        if self._marker >= 0:
-            os.close(self._marker)
-            self._marker = -1
-
-
-def _insist(clean_up: Callable[[], None]) -> None:
-    """Clean up to the end, also where Ctrl-C is pressed again meanwhile (or a shell sends it twice)."""
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            clean_up()
-            break
-        except KeyboardInterrupt as error:
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
-
-
-def _lock(descriptor: int, partial: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"{partial}: another recompile is writing it; wait for it or choose another output"
-        ) from error
-    except OSError:
-        pass  # a file system without locks
-
-
-def _fsync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -619,7 +520,7 @@ def execute(plan: WritePlan, *, workers: int | None = None) -> Generator[Step, N
     permission, the output exists by now) and CheckpointError (a source that ends early or changes meanwhile).
     """
     check_output(plan.overlay, plan.out, plan.needed_bytes)
-    partial = _Partial(plan.out)
+    partial = OutputDirectory(plan.out)
     progress = _Progress(plan.data_bytes)
     try:
         partial.create()
@@ -703,7 +604,7 @@ def _run(
                 hashes[name] = digest
     finally:
         stop.set()
-        _insist(lambda: pool.shutdown(wait=True, cancel_futures=True))
+        insist(lambda: pool.shutdown(wait=True, cancel_futures=True))
 
 
 def _write_module(

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recompile.errors import CheckpointError, MismatchError, OutputError, RecompileError
+from recompile.errors import CheckpointError, MismatchError, RecompileError
 from recompile.gguf.container import is_gguf, open_gguf
+from recompile.io.files import write_with
 
 if TYPE_CHECKING:
     import numpy as np
@@ -504,14 +505,11 @@ def _rows(
 
 def save_rows(rows: Rows, path: Path | str) -> None:
     """Write a safetensors file with the key `input_ids`, int64 [rows, tokens]; the rest goes in its metadata."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     about = {"documents": rows.documents, "origins": rows.origins, "source": rows.source, "role": rows.role}
-    try:
-        save_file({"input_ids": rows.ids}, path, metadata={"recompile_rows": json.dumps(about)})
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot write the rows: {error}") from error
+    metadata = {"recompile_rows": json.dumps(about)}
+    write_with(path, lambda name: save_file({"input_ids": rows.ids}, name, metadata=metadata))
 
 
 def rows_from_file(path: Path | str) -> Rows:

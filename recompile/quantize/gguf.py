@@ -29,6 +29,8 @@ from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, en
 from recompile.gguf.imatrix import Imatrix, InputSums
 from recompile.gguf.keys import heads_in, llama3_factors, model_records, tokenizer_records
 from recompile.gguf.names import ARCHITECTURES, Architecture, Place, architecture_of, place_of, row_order
+from recompile.io.files import sync_directory
+from recompile.io.journal import LineJournal
 from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
@@ -579,49 +581,47 @@ class _Journal:
         self.partials = [variant.path.with_name(variant.path.name + BUILDING_SUFFIX) for variant in plan.variants]
         self.files: list[int] = []
         self.made: list[list[Made]] = []
-        self._journal: Any = None
+        self._journal: LineJournal | None = None
 
     @property
     def count(self) -> int:
         return len(self.made)
 
     def open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            if not lines[0] or json.loads(lines[0]) != self.plan.settings:
-                kept = json.loads(lines[0]) if lines[0] else None
-                same = isinstance(kept, dict) and kept.get("base") == self.plan.settings["base"]
-                why = "with other settings" if same else "of another base (or its config or tensors were changed since)"
-                raise OutputError(f"{self.path}: an unfinished run {why}; remove it and its *.building files")
-            if all(partial.exists() for partial in self.partials):
-                # the last line may be cut: a tensor counts when its line is whole
-                self.made = [[Made(**entry) for entry in json.loads(line)] for line in lines[1:-1]]
+        """Begin, or go on where a killed run of the same settings was. Raises OutputError for one of other settings,
+        and where another process is at work."""
+        self._journal = LineJournal(self.path, error=OutputError)
+        settings = json.loads(json.dumps(self.plan.settings))
+        lines = self._journal.values()
+        if lines and lines[0] != settings:
+            same = isinstance(lines[0], dict) and lines[0].get("base") == settings["base"]
+            why = "with other settings" if same else "of another base (or its config or tensors were changed since)"
+            raise OutputError(f"{self.path}: an unfinished run {why}; remove it and its *.building files")
+        if all(partial.exists() for partial in self.partials):
+            self.made = [[Made(**entry) for entry in line] for line in lines[1:]]
         fresh = not self.made
         for partial, variant in zip(self.partials, self.plan.variants, strict=True):
             flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0)
             self.files.append(os.open(partial, flags, 0o666))
             os.ftruncate(self.files[-1], variant.layout.size_bytes)
             _write_at(self.files[-1], variant.layout.header, 0)
-        self._journal = self.path.open("w", encoding="utf-8")
-        self._journal.write(json.dumps(self.plan.settings) + "\n")
-        for entries in self.made:
-            self._line(entries)
-        self._journal.flush()
+        if fresh:
+            self._journal.begin(settings)
 
     def add(self, entries: list[Made]) -> None:
+        """A tensor counts as made once its bytes and its line are on disk."""
+        assert self._journal is not None
+        for file in self.files:
+            os.fdatasync(file)
         self.made.append(entries)
-        self._line(entries)
-        self._journal.flush()
-
-    def _line(self, entries: list[Made]) -> None:
-        self._journal.write(json.dumps([asdict(entry) for entry in entries]) + "\n")
+        self._journal.append([asdict(entry) for entry in entries])
 
     def finish(self) -> None:
         for file in self.files:
             os.fsync(file)
         for partial, variant in zip(self.partials, self.plan.variants, strict=True):
             os.replace(partial, variant.path)
+        sync_directory(self.path.parent)
         self.path.unlink()
 
     def close(self) -> None:

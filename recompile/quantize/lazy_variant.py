@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, TensorInfo, open_checkpoint, split_name
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import Profile, ProfileGroup, candidate_label
-from recompile.errors import CheckpointError, FormatError, OutputError, UnsupportedError
+from recompile.errors import CheckpointError, FormatError, UnsupportedError
+from recompile.io.files import write_with
 from recompile.recipe.recipe import SourceId
 
 if TYPE_CHECKING:
@@ -293,17 +294,10 @@ def importance_file(profile: Path) -> Path:
 
 def save_importance(importance: Mapping[str, Tensor], profile: Path) -> None:
     """Raises OutputError where it cannot be written."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = importance_file(profile)
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.cpu().contiguous().clone() for name, value in importance.items()}, temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+    tensors = {name: value.cpu().contiguous().clone() for name, value in importance.items()}
+    write_with(importance_file(profile), lambda path: save_file(tensors, path))
 
 
 def load_importance(profile: Path) -> dict[str, Tensor] | None:

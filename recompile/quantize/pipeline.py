@@ -14,17 +14,15 @@ after the last layer that all variants hold.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,6 +37,7 @@ from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_s
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ROUTERS, fused_sets
 from recompile.errors import FormatError, OutputError
+from recompile.io.files import PARTIAL_SUFFIX, locked, write_json, write_text, write_with
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, other_files, plan_write
 from recompile.model.stream import LayeredModel
@@ -277,10 +276,15 @@ class _Build:
             **({"sequential": True} if sequential else {}),
         }
         self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
+        self._held = ExitStack()  # locks on the partials, while `run` runs
         self.stages = [*range(self.model.depth), *(["head"] if head else [])]
 
-    @torch.inference_mode()
     def run(self) -> Iterator[LayerDone | QuantizeReport]:
+        with self._held:
+            yield from self._run()
+
+    @torch.inference_mode()
+    def _run(self) -> Iterator[LayerDone | QuantizeReport]:
         first = self._open_outputs()
         if first == len(self.stages):  # killed while the variants were put together
             for number in range(first):
@@ -334,15 +338,18 @@ class _Build:
                     continue
                 journal = partial / JOURNAL
                 if not journal.exists():
-                    if partial.exists() and any(path.suffix != ".tmp" for path in partial.iterdir()):
+                    if partial.exists() and any(PARTIAL_SUFFIX not in path.name for path in partial.iterdir()):
                         raise OutputError(f"{partial}: is not an unfinished build of this tool; remove it")
                     partial.mkdir(parents=True, exist_ok=True)
-                    _write_json(journal, self.journal)
+                    self._held.enter_context(locked(partial, final))
+                    write_json(journal, self.journal)
                 elif read_json(journal) != self.journal:
                     raise OutputError(
                         f"{partial}: was begun with other settings ({_difference(read_json(journal), self.journal)}); "
                         f"remove it, or run with those settings to go on"
                     )
+                else:
+                    self._held.enter_context(locked(partial, final))
                 done.append(self._stages_done(partial))
         except OSError as error:
             raise OutputError(f"{error.filename}: cannot be written: {error.strerror or error}") from error
@@ -377,14 +384,11 @@ class _Build:
             return
         partial = self.partials[variant]
         shard = partial / _stage_shard(number)
-        temporary = shard.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary, {"format": "pt"})
-            _sync(temporary)
-            os.replace(temporary, shard)
-            _write_json(partial / _stage_sets(number), [asdict(found) for found in sets])
-            _write_json(partial / _stage_report(number), [asdict(report) for report in reports])
-        except (OSError, SafetensorError) as error:
+            write_with(shard, lambda path: save_file(tensors, path, {"format": "pt"}))
+            write_json(partial / _stage_sets(number), [asdict(found) for found in sets])
+            write_json(partial / _stage_report(number), [asdict(report) for report in reports])
+        except (OSError, OutputError) as error:
             needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             free = shutil.disk_usage(partial).free
             raise OutputError(
@@ -632,13 +636,13 @@ class _Build:
         if head in quantized:
             config["tie_word_embeddings"] = False
         config["quantization_config"] = self.encoder.quantization_config(variant, report, dense)
-        _write_json(partial / "config.json", config)
-        _write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal})
+        write_json(partial / "config.json", config)
+        write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal})
         sets = [*read_scaled_sets(self.base.path)]
         for number in range(self.model.depth):
             sets += [ScaledSet(e["producer"], tuple(e["consumers"])) for e in read_json(partial / _stage_sets(number))]
         if sets:
-            (partial / SCALING_NAME).write_text(dump_scaled_sets(sets), encoding="utf-8")
+            write_text(partial / SCALING_NAME, dump_scaled_sets(sets))
         for path in other_files(self.base.path):
             shutil.copyfile(path, partial / path.name)
         built = replace(open_checkpoint(partial), label=str(final))
@@ -707,18 +711,6 @@ def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics, p
     note = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
     sqnr = -20 * math.log10(ratio) if ratio else None
     return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note, made.rounding)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -383,8 +383,8 @@ def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
     for name in ("rows", "none"):
         with pytest.raises(RecompileError, match=f"{name}: not a readable safetensors file"):
             rows_from_file(tmp_path / name)
-    with pytest.raises(OutputError, match="cannot write the rows"):
-        save_rows(make_rows(make_source(), TOKENIZER, 1, 16, "all"), tmp_path / "missing" / "rows")
+    with pytest.raises(OutputError, match="rows/below: cannot be written"):
+        save_rows(make_rows(make_source(), TOKENIZER, 1, 16, "all"), tmp_path / "rows" / "below")
 
 
 # ---------------------------------------------------------------- tokenizers
