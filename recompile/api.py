@@ -16,19 +16,126 @@ failure another RecompileError, with one line that says what to do.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from recompile.events import OnEvent, ignore
+from recompile.events import OnEvent, Progress, ignore
 from recompile.io.sizes import size_bytes
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from eval.search.frontier import FrontierReport
     from eval.search.optimize import OptimizeReport
+    from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.optimize.choose import Constraint
+    from recompile.quantize.gguf import VariantsReport
+    from recompile.quantize.pipeline import QuantizeReport
+    from recompile.quantize.run import ConvertedVariants
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
+
+
+def quantize(
+    base: PathLike,
+    out: PathLike,
+    *,
+    bits: Sequence[float | str] = (),
+    scheme: Sequence[str] = (),
+    modifiers: PathLike | None = None,
+    independent: bool = False,
+    recipe: PathLike | None = None,
+    format: str = "compressed-tensors",
+    method: str = "gptq",
+    group_size: int | str = 64,
+    asym: bool = False,
+    importance: bool = True,
+    head_bits: int | None = None,
+    codebook: str = "mul1",
+    tokenizer_from: PathLike | None = None,
+    imatrix: PathLike | None = None,
+    save_imatrix: PathLike | None = None,
+    converter: bool = False,
+    engine: str = "own",
+    rounding: str | None = None,
+    stats: PathLike | None = None,
+    max_memory: int | str | None = None,
+    rows: int | None = 64,
+    length: int = 512,
+    text: PathLike | None = None,
+    dataset: str | None = None,
+    input_ids: PathLike | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> QuantizeReport | VariantsReport | ConvertedVariants:
+    """Quantize a dense model to several bitrates, calibrated once for all; or, with `recipe`, straight to a mix.
+
+        recompile.quantize("base", "variants", bits=[2, 3, 4, 6])                # variants/2bpw, variants/3bpw, ...
+        recompile.quantize("base", "mix", recipe="overrides.yaml")               # sources like {id: 4, bits: 4}
+        recompile.quantize("base", "gguf", bits=["Q4_K", "Q6_K"], format="gguf", tokenizer_from="X.gguf")
+
+    bits: bitrates, or GGUF types; scheme: compressed-tensors schemes ("w4a16-g64", "nvfp4") instead; modifiers: a YAML
+    of them (independent: calibrated on the unquantized model)
+    format: compressed-tensors, exl2, exl3 or gguf; method: rtn, mse or gptq, with schemes also awq and smoothquant;
+    group_size: 32, 64, 128 or "channel"; asym: a zero point a group; importance: weigh errors of fitted grids by
+    inputs; head_bits: of the output head; codebook: of EXL3; rounding: "one-sided" or "two-sided", the statistics of
+    which are kept in stats and measured within max_memory
+    tokenizer_from, imatrix, save_imatrix, converter: of GGUF; engine: whose encoder, "own", "exllamav2" or "exllamav3"
+    rows, length, text, dataset, input_ids: what is calibrated on; device, dtype: where and in what
+
+    Returns a QuantizeReport (`directories`, `variants`), for GGUF a VariantsReport (`files`). Raises ArgumentError,
+    FormatError, OutputError.
+    """
+    from recompile.model.rows import RowOptions
+    from recompile.quantize.run import QuantizeOptions, run_quantize
+
+    options = QuantizeOptions(
+        bits=tuple(str(rate) for rate in bits),
+        schemes=tuple(scheme),
+        modifiers=_path(modifiers),
+        independent=independent,
+        recipe=_path(recipe),
+        format=format,
+        method=method,
+        group_size=str(group_size),
+        asym=asym,
+        importance=importance,
+        head_bits=head_bits,
+        codebook=codebook,
+        tokenizer_from=_path(tokenizer_from),
+        imatrix=_path(imatrix),
+        save_imatrix=_path(save_imatrix),
+        converter=converter,
+        engine=engine,
+        rounding=rounding,
+        stats=_path(stats),
+        max_memory_bytes=size_bytes(max_memory),
+        where=RowOptions(rows, length, _path(text), dataset, _path(input_ids)),
+        device=device,
+        dtype=dtype,
+    )
+    return run_quantize(Path(base), Path(out), options, on_event or ignore, _measure_outputs)
+
+
+def _measure_outputs(
+    base: Checkpoint,
+    ids: Tensor,
+    path: Path,
+    rows_sha256: str,
+    device: str,
+    dtype: torch.dtype | None,
+    cap_bytes: int | None,
+) -> Iterator[object]:
+    from eval.passes.output_gradients import GradientOptions, GradientsProgress, measure_outputs
+
+    options = GradientOptions(dtype=dtype, device=device, max_memory_bytes=cap_bytes)
+    for event in measure_outputs(base, ids, path, options, rows_sha256=rows_sha256):
+        yield event
+        if isinstance(event, GradientsProgress):
+            yield Progress("gradients", event.done, event.total, "layers", event.text)
 
 
 def optimize(

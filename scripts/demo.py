@@ -110,7 +110,7 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
     """Compare every variant and mix with the base on the role "report"; one reference pass for all of them."""
     from eval.diff import measure_many
     from recompile.checkpoint.checkpoint import open_checkpoint
-    from recompile.io.report import format_columns, write_json
+    from recompile.io.report import format_columns, write_report
     from recompile.io.sizes import format_bytes
     from recompile.merge.overlay import build_overlay
     from recompile.model.rows import read_rows
@@ -133,7 +133,7 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
                 {**report.as_dict(), **size, "layers": []} for report, size in zip(reports, sizes, strict=True)
             ],
         }
-        write_json(cached, found)
+        write_report(cached, found)
         found = json.loads(cached.read_text())
     score = found["reports"][0]["score_reference"]
     base_size = reference.size_bytes

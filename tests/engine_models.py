@@ -67,12 +67,9 @@ def calibrated(model: Path) -> Importance:
     passing = collect_importance(
         open_checkpoint(model), make_rows(default_text(), load_tokenizer(model), 4, 128, "calibrate").ids
     )
-    while True:
-        try:
-            next(passing)
-        except StopIteration as stop:
-            found: Importance = stop.value
-            return found
+    *_, found = passing
+    assert isinstance(found, Importance)
+    return found
 
 
 def mix_of(model: Path, name: str, kinds: Sequence[str]) -> Mix:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from recompile.cli.common import check_json_path, print_json, progress
+from recompile.cli.common import Screen, check_json_path, print_json, progress
 from recompile.cli.options import (
     check_made,
     device_options,
@@ -473,22 +473,17 @@ def _gguf_importance(reference: Checkpoint, make: Making) -> Mapping[str, Tensor
     """As `model_quantize --format gguf` gets it: of calibration rows, or of an imatrix file."""
     from recompile.gguf.imatrix import read_imatrix
     from recompile.gguf.names import architecture_of
-    from recompile.quantize.gguf import base_tensors, collect_importance, importance_from
+    from recompile.quantize.gguf import base_tensors, importance_from
+    from recompile.quantize.run import calibrate_importance
 
     if make.imatrix is not None:
         tensors = base_tensors(reference, architecture_of(reference.config.get("model_type")))
         return importance_from(read_imatrix(make.imatrix), tensors, make.imatrix).values
     found, vocab = read_rows([reference.path], "calibrate", make.importance_rows, 512, make.text, make.dataset, None)
     check_vocabulary(reference, vocab)
-    passing = collect_importance(reference, found.ids, device=compute_device(make.device), source=found.source)
-    with progress("calibrating", 1, unit="layers", quiet=make.quiet) as bar:
-        while True:
-            try:
-                step = next(passing)
-            except StopIteration as stop:
-                values: Mapping[str, Tensor] = stop.value.values
-                return values
-            bar.update(step.done, f"layer {step.done}", step.total)
+    with Screen(make.quiet) as screen:
+        values: Mapping[str, Tensor] = calibrate_importance(reference, found, make.device, None, screen).values
+    return values
 
 
 def _named(name: str | None, offered: list[tuple[SourceId, Checkpoint]]) -> SourceId:

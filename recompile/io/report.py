@@ -46,7 +46,7 @@ def to_json(report: Any) -> str:
     return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_json(path: str | os.PathLike[str], report: Any) -> None:
+def write_report(path: str | os.PathLike[str], report: Any) -> None:
     """Write a report as JSON, the file as a whole. Raises OutputError if it cannot be written."""
     write_text(Path(path), to_json(report))
 

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,9 +162,10 @@ class Calibrated:
 @torch.inference_mode()
 def collect_importance(
     base: Checkpoint, ids: Tensor, *, device: str = "cpu", dtype: torch.dtype | None = None, source: str = ""
-) -> Generator[Calibrated, None, Importance]:
-    """One pass of calibration rows (int64 [rows, tokens]) over the layers; returns what was collected. The head's
-    inputs are collected too, under the embedding's name where both are tied: then that is the head."""
+) -> Iterator[Calibrated | Importance]:
+    """One pass of calibration rows (int64 [rows, tokens]) over the layers; yields a Calibrated a layer and last the
+    Importance. The head's inputs are collected too, under the embedding's name where both are tied: then that is the
+    head."""
     model = LayeredModel.of(base, dtype=dtype, device=device)
     model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
     values: dict[str, Tensor] = {}
@@ -196,7 +197,7 @@ def collect_importance(
     tied = base.config.get("tie_word_embeddings") or f"{head}.weight" not in base.tensors
     for name in (head, embedding) if tied else (head,):
         values[name], tokens[name] = total / max(1, count), count
-    return Importance(values, tokens, source)
+    yield Importance(values, tokens, source)
 
 
 def importance_from(imatrix: Imatrix, tensors: Sequence[BaseTensor], source: str) -> Importance:

@@ -12,20 +12,23 @@ Recipes of other tools (llama-quantize, --custom-q, thireus) say the same in the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recompile import __version__
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.errors import FormatError, RecipeError
 from recompile.formats.gguf_encode import resolve
 from recompile.formats.gguf_types import TYPES, find_type
 from recompile.gguf.container import NewTensor
-from recompile.merge.type_recipes import TypeRecipe
+from recompile.gguf.names import architecture_of
+from recompile.merge.type_recipes import TypeRecipe, load_type_recipe, looks_like_type_recipe
 from recompile.merge.write_gguf import file_type_of
-from recompile.quantize.gguf import BaseTensor, Mix, Preset, find_preset
-from recompile.recipe.recipe import Recipe, suggest
+from recompile.quantize.gguf import BaseTensor, Mix, Preset, base_tensors, find_preset
+from recompile.recipe.recipe import Recipe, load_recipe, suggest
 
 
 def makes_gguf(recipe: Recipe) -> bool:
@@ -34,6 +37,35 @@ def makes_gguf(recipe: Recipe) -> bool:
     if isinstance(recipe.base, dict):
         specs.append(recipe.base)
     return any("type" in spec for spec in specs)
+
+
+def is_gguf_recipe(path: Path) -> bool:
+    """Whether a recipe is of GGUF types: ours with such sources, or another tool's."""
+    return looks_like_type_recipe(path) or makes_gguf(load_recipe(path))
+
+
+def read_mix(
+    path: Path, base: Checkpoint, out: Path, bits: Sequence[str] = ()
+) -> tuple[Mix, dict[str, str], tuple[str, ...]]:
+    """The types that a recipe, ours or another tool's, gives to the tensors of a file, what the file's keys say of
+    that, and the recipe's warnings.
+
+    bits: the type or preset of what no line names, at most one"""
+    if len(bits) > 1:
+        raise FormatError("-or: -b gives the type of what no line names, so one type")
+    check_out(out)
+    unnamed = bits[0] if bits else None
+    tensors = base_tensors(base, architecture_of(base.config.get("model_type")))
+    warnings: tuple[str, ...] = ()
+    if looks_like_type_recipe(path):
+        mix = mix_of_types(load_type_recipe(path), base, tensors, unnamed, out.name)
+    else:
+        recipe = load_recipe(path)
+        warnings = tuple(recipe.warnings)
+        mix = mix_of(recipe, base, tensors, unnamed, out.name)
+    source = json.dumps({"file": base.path.resolve().name, "fingerprint": base.fingerprint})
+    keys = {"version": __version__, "base": source, "recipe": path.read_text(encoding="utf-8")}
+    return mix, keys, warnings
 
 
 def mix_of(recipe: Recipe, base: Checkpoint, tensors: Sequence[BaseTensor], unnamed: str | None, name: str) -> Mix:

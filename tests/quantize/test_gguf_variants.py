@@ -17,6 +17,7 @@ from recompile.errors import CheckpointError, FormatError, MismatchError, Output
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.model.stream import LayeredModel
 from recompile.quantize.gguf import (
+    Calibrated,
     Importance,
     TensorDone,
     VariantsReport,
@@ -148,15 +149,9 @@ def test_experts_are_encoded_with_their_own_importance(tmp_path: Path) -> None:
     base = write_hf(tmp_path / "hf", "qwen3_moe")
     checkpoint = open_checkpoint(base)
     rows = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
-    passing = collect_importance(checkpoint, rows)
-    steps = []
-    while True:
-        try:
-            steps.append(next(passing))
-        except StopIteration as stop:
-            importance = stop.value
-            break
-    assert [step.done for step in steps] == [1, 2]
+    *steps, importance = collect_importance(checkpoint, rows)
+    assert isinstance(importance, Importance)
+    assert [step.done for step in steps if isinstance(step, Calibrated)] == [1, 2]
     assert importance.values["model.layers.0.mlp.experts.1.down_proj"].shape == (32,)
     assert importance.values["lm_head"].shape == (64,)
     report = build(base, tmp_path, ["Q4_0"], importance)
@@ -180,12 +175,9 @@ def test_importance_is_the_mean_square_of_inputs(tmp_path: Path) -> None:
     ids = torch.arange(30).reshape(2, 15) % VOCAB
     with torch.no_grad():
         model(ids)
-    passing = collect_importance(open_checkpoint(base), ids)
-    try:
-        while True:
-            next(passing)
-    except StopIteration as stop:
-        have = stop.value.values["model.layers.1.mlp.down_proj"]
+    *_, found = collect_importance(open_checkpoint(base), ids)
+    assert isinstance(found, Importance)
+    have = found.values["model.layers.1.mlp.down_proj"]
     want = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).square().mean(0)
     assert torch.allclose(have, want, rtol=1e-3)
 

@@ -50,12 +50,9 @@ TYPES = ["Q4_K", "IQ4_XS", "IQ4_KS", "Q8_0"]
 
 def calibrated(base: Checkpoint) -> Importance:
     passing = collect_importance(base, torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0)))
-    while True:
-        try:
-            next(passing)
-        except StopIteration as stop:
-            found: Importance = stop.value
-            return found
+    *_, found = passing
+    assert isinstance(found, Importance)
+    return found
 
 
 def files(base: Path, out: Path, names: Sequence[str], importance: Importance | None) -> dict[str, Checkpoint]:

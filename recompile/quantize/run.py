@@ -1,0 +1,286 @@
+"""A dense base to variants at several bitrates, or straight to one mix: the work of `recompile.quantize`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.errors import ArgumentError, FormatError
+from recompile.events import Note, OnEvent, Progress, follow, ignore
+from recompile.gguf.container import open_gguf
+from recompile.gguf.imatrix import read_imatrix, write_imatrix
+from recompile.model.devices import compute_device, compute_dtype
+from recompile.model.rows import RowOptions, check_vocabulary
+from recompile.model.tokens import Rows
+from recompile.quantize.encoder_choice import EncoderChoice, parse_rates
+from recompile.quantize.external_converters import check_engine, plan_engine, run_engine
+from recompile.quantize.gguf import (
+    Importance,
+    Mix,
+    VariantsReport,
+    build_variants,
+    collect_importance,
+    imatrix_of,
+    importance_from,
+    plan_variants,
+)
+from recompile.quantize.gguf_convert import convert
+from recompile.quantize.gguf_mix import is_gguf_recipe, read_mix
+from recompile.quantize.lazy_variant import read_importance
+from recompile.quantize.output_statistics import StoredStatistics, open_statistics
+from recompile.quantize.pipeline import LayerDone, QuantizeReport, quantize_model
+
+ROUNDING_METHODS = ("rtn", "mse", "gptq")
+
+# Measures the gradients at the outputs of all maps of a base on rows (int64 [rows, tokens]) into a directory: a pass of
+# `eval`, handed in from above. (base, ids, directory, rows_sha256, device, dtype, cap in bytes) -> events, last the
+# StoredStatistics
+MeasureOutputs: TypeAlias = Callable[
+    [Checkpoint, Tensor, Path, str, str, "torch.dtype | None", "int | None"], Iterator[object]
+]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What is asked of variants; see `recompile.quantize` for the meaning of each."""
+
+    bits: tuple[str, ...]  # bitrates, or GGUF types
+    schemes: tuple[str, ...]
+    modifiers: Path | None
+    independent: bool
+    recipe: Path | None
+    format: str
+    method: str
+    group_size: str
+    asym: bool
+    importance: bool
+    head_bits: int | None
+    codebook: str
+    tokenizer_from: Path | None
+    imatrix: Path | None
+    save_imatrix: Path | None
+    converter: bool
+    engine: str
+    rounding: str | None
+    stats: Path | None
+    max_memory_bytes: int | None
+    where: RowOptions
+    device: str
+    dtype: str | None
+
+    @property
+    def two_sided(self) -> bool:
+        return self.rounding == "two-sided" or self.stats is not None
+
+    def check(self) -> None:
+        """Raises ArgumentError for what does not go together."""
+        if not self.bits and not self.schemes and self.modifiers is None and self.recipe is None:
+            raise ArgumentError("wanted {bits} with bitrates, {scheme} with names, or {recipe} with a file for one mix")
+        if self.method not in ROUNDING_METHODS and not self.schemes:
+            raise ArgumentError(
+                f"{{method}} {self.method}: wanted rtn, mse or gptq; with {{scheme}} also awq, smoothquant, awq+gptq, "
+                f"... ({{modifiers}} says methods in its file)"
+            )
+        if self.independent and self.modifiers is None:
+            raise ArgumentError("{independent} goes with {modifiers}; variants are always calibrated so")
+        if self.schemes and self.modifiers:
+            raise ArgumentError("{scheme} and {modifiers}: wanted one of them")
+        said = (self.bits, self.recipe, self.format != "compressed-tensors", self.engine != "own", self.asym)
+        if (self.schemes or self.modifiers) and (any(said) or self.head_bits):
+            raise ArgumentError(
+                "{scheme} and {modifiers} say all of the stored form; leave out {bits}, {recipe}, {format}, {engine}, "
+                "{asym} and {head_bits}"
+            )
+        if self.recipe is not None and self.engine != "own":
+            raise ArgumentError("{recipe} goes with {engine} own")
+        if self.rounding == "one-sided" and self.stats is not None:
+            raise ArgumentError("{stats} are for two-sided rounding; leave out {rounding} one-sided")
+        if self.two_sided:
+            self._check_two_sided()
+
+    def _check_two_sided(self) -> None:
+        """What cannot be rounded so is said before the backward pass."""
+        if self.engine != "own" or self.format == "gguf":
+            what = f"{{engine}} {self.engine}" if self.engine != "own" else "{format} gguf"
+            raise ArgumentError(f"{{rounding}} two-sided: not with {what}, whose encoder is not ours to feed back into")
+        if "gptq" not in self.method and self.modifiers is None:
+            raise ArgumentError(f"{{rounding}} two-sided: goes with {{method}} gptq, not {self.method}")
+
+
+@dataclass(frozen=True)
+class ConvertedVariants:
+    """What an engine's own converter made."""
+
+    directories: tuple[str, ...]
+
+
+def run_quantize(
+    base: Path,
+    out: Path,
+    options: QuantizeOptions,
+    on_event: OnEvent = ignore,
+    measure_outputs: MeasureOutputs | None = None,
+) -> QuantizeReport | VariantsReport | ConvertedVariants:
+    """Make all variants that the options ask for; goes on after the last finished layer or tensor of an interrupted
+    run.
+
+    out: the directory of the variants, or with a recipe the mix itself. on_event: gets LayerDone, Calibrated and
+    TensorDone, too.
+    """
+    options.check()
+    if options.format == "gguf" or (options.recipe is not None and is_gguf_recipe(options.recipe)):
+        return _make_gguf(base, out, options, on_event)
+    if options.engine != "own":
+        return _run_engine(base, out, options, on_event)
+    return _make_safetensors(base, out, options, on_event, measure_outputs)
+
+
+def _make_safetensors(
+    base_dir: Path,
+    out: Path,
+    options: QuantizeOptions,
+    on_event: OnEvent,
+    measure_outputs: MeasureOutputs | None,
+) -> QuantizeReport:
+    rates = parse_rates(options.bits)
+    base = open_checkpoint(base_dir)
+    rows, vocab = options.where.read([base.path], "calibrate")
+    check_vocabulary(base, vocab)
+    outputs = None
+    if options.two_sided:
+        assert measure_outputs is not None, "handed in by recompile.api"
+        outputs = _output_statistics(base, out, rows, options, measure_outputs, on_event)
+    names = ("schemes", "modifiers", "recipe", "format", "method", "group_size", "asym", "importance", "head_bits")
+    choice = EncoderChoice(bits=rates, codebook=options.codebook, **{name: getattr(options, name) for name in names})
+    encoder, head = choice.encoder(base, out, rows, outputs, on_event)
+    report: QuantizeReport | None = None
+    for event in quantize_model(
+        base,
+        out if options.recipe is None else out.parent,
+        encoder,
+        rows.ids,
+        head=head,
+        device=compute_device(options.device),
+        dtype=compute_dtype(options.dtype),
+        rows_sha256=rows.sha256,
+        sequential=options.modifiers is not None and not options.independent,
+    ):
+        on_event(event)
+        if isinstance(event, LayerDone):
+            said = event.name + (" (done before)" if event.resumed else "")
+            on_event(Progress("quantizing", event.index + 1, event.total, "layers", said))
+        else:
+            report = event
+    assert report is not None, "quantize_model ends with its report"
+    if outputs is not None and options.stats is None:
+        shutil.rmtree(outputs.path)
+    return report
+
+
+def _output_statistics(
+    base: Checkpoint,
+    out: Path,
+    rows: Rows,
+    options: QuantizeOptions,
+    measure_outputs: MeasureOutputs,
+    on_event: OnEvent,
+) -> StoredStatistics:
+    """Gradients at the outputs of all maps: those kept in `stats`, or measured on the calibration rows."""
+    # without stats they are kept until the variants are whole
+    path = options.stats if options.stats is not None else out.with_name(out.name + ".stats")
+    kept = open_statistics(path)
+    if kept is not None:
+        kept.check_base(base.identity, base.label)
+        return kept
+    device, dtype = compute_device(options.device), compute_dtype(options.dtype)
+    events = measure_outputs(base, rows.ids, path, rows.sha256, device, dtype, options.max_memory_bytes)
+    return follow(events, on_event, StoredStatistics)
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def _make_gguf(base_dir: Path, out: Path, options: QuantizeOptions, on_event: OnEvent) -> VariantsReport:
+    """One GGUF file for each type, preset or mix."""
+    folder = out if options.recipe is None else out.parent
+    if options.converter:
+        base_dir = convert(base_dir, folder, lambda step, what: on_event(Progress("converting", step, 2, text=what)))
+    base = open_checkpoint(base_dir)
+    names: Sequence[str | Mix] = options.bits
+    provenance: Mapping[str, str] = {}
+    if options.recipe is not None:
+        mix, provenance, warnings = read_mix(options.recipe, base, out, options.bits)
+        for warning in warnings:
+            on_event(Note(warning, "Warning"))
+        names = [mix]
+    keys_of = open_gguf(options.tokenizer_from) if options.tokenizer_from is not None else None
+    # refuses what it must before the long work
+    plan = plan_variants(base, folder, names, tokenizer_from=keys_of, provenance=provenance)
+    given = options.imatrix
+    if given is not None and given.suffix == ".safetensors":
+        plan = replace(plan, importance=Importance(read_importance(given), source=str(given)))
+    elif given is not None:
+        plan = replace(plan, importance=importance_from(read_imatrix(given), plan.tensors, str(given)))
+    elif options.importance:
+        rows, vocab = options.where.read([base.path], "calibrate")
+        check_vocabulary(base, vocab)
+        found = calibrate_importance(base, rows, options.device, options.dtype, on_event)
+        plan = replace(plan, importance=found)
+        if options.save_imatrix is not None:
+            write_imatrix(options.save_imatrix, imatrix_of(found, plan.tensors, rows.ids.shape[1]))
+    report: VariantsReport | None = None
+    for event in build_variants(plan):
+        on_event(event)
+        if isinstance(event, VariantsReport):
+            report = event
+        else:
+            on_event(Progress("encoding", event.done_bytes, event.total_bytes, "bytes", event.tensor))
+    assert report is not None, "build_variants ends with its report"
+    return report
+
+
+def calibrate_importance(
+    base: Checkpoint, rows: Rows, device: str = "cpu", dtype: str | None = None, on_event: OnEvent = ignore
+) -> Importance:
+    """Mean squares of the inputs of every matrix over calibration rows, as GGUF encoders weigh errors."""
+    found: Importance | None = None
+    for event in collect_importance(
+        base, rows.ids, device=compute_device(device), dtype=compute_dtype(dtype), source=rows.source
+    ):
+        on_event(event)
+        if isinstance(event, Importance):
+            found = event
+        else:
+            on_event(Progress("calibrating", event.done, event.total, "layers", f"layer {event.done}"))
+    assert found is not None, "collect_importance ends with the importance"
+    return found
+
+
+# ---- engines' own converters -----------------------------------------------------------------------------------------
+
+
+def _run_engine(base: Path, out: Path, options: QuantizeOptions, on_event: OnEvent) -> ConvertedVariants:
+    """Let an engine's own converter make the variants."""
+    engine = options.engine
+    wanted = {"exllamav2": "exl2", "exllamav3": "exl3"}[engine]
+    if options.format != wanted:
+        raise ArgumentError(f"{{engine}} {engine} makes {wanted}: add {{format}} {wanted}")
+    check_engine(engine)
+    number = options.device.rpartition(":")[2] if options.device != "cpu" else "0"
+    where, head_bits = options.where, options.head_bits or 6
+    if where.rows is None:
+        raise FormatError("an engine's converter takes a number of rows")
+    steps = plan_engine(
+        engine, base, out, parse_rates(options.bits), head_bits, where.rows, where.length, number, options.codebook
+    )
+    for output in run_engine(steps):
+        text = f"{output.step.title}: {output.line[-60:]}"
+        on_event(Progress("converting", output.number, len(steps), "runs", text))
+    return ConvertedVariants(tuple(str(step.made) for step in steps if step.made.is_dir()))
