@@ -265,11 +265,12 @@ class _Comparison:
             states[n] = model.run_layer(index, state, n * self.batch)
 
     def _finish_stage(self, name: str, states: list[list[Tensor]], states_b: list[Tensor]) -> Iterator[LayerDrift]:
+        hidden = self.b.hidden_of if name != "norm" else lambda state: state
         for stages, states_a in zip(self.stages, states, strict=True):
             if len(stages) < self.options.keep_reference:
                 for n, state in enumerate(states_b):
                     states_a[n] = state.clone()
-            figures = [drift(a, b) for a, b in zip(states_a, states_b, strict=True)]
+            figures = [drift(hidden(a), hidden(b)) for a, b in zip(states_a, states_b, strict=True)]
             stages.append(LayerDrift(name, len(stages), self.b.depth + 2, mean_drift(figures)))
             yield stages[-1]
 

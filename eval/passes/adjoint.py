@@ -151,8 +151,9 @@ def plan_pass(
     layers = [_LayerSizes.of(model, index) for index in range(model.depth)]
     head = model.vocab_size * hidden * size
     process = resident_bytes()
-    states = (model.depth + 1) * rows * tokens * hidden * size
-    adjoints = samples * rows * tokens * hidden * size
+    state = model.state_size(tokens)
+    states = (model.depth + 1) * rows * tokens * state * size
+    adjoints = samples * rows * tokens * state * size
     chunk = min(LOGIT_CHUNK_TOKENS, tokens)
     # the stored head beside its decoded value, and logits, probabilities and their sums of a chunk
     swapped_head = 2 if any(group.layer is None for group in groups) else 0  # another one, as read and decoded
@@ -301,7 +302,7 @@ class AdjointPass:
         are no numbers."""
         with torch.no_grad():
             states = _States(
-                (self.model.depth + 1, *ids.shape, self.model.hidden_size),
+                (self.model.depth + 1, *ids.shape, self.model.state_size(ids.shape[1])),
                 self.model,
                 self.plan.scratch,
                 self.scratch_folder,
@@ -491,8 +492,12 @@ class AdjointPass:
 
 
 def _vjp(output: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    """Cotangents of the inputs; zero for those that the output does not depend on differentiably, as what only chooses
+    (an indexer, a router's order)."""
+    able = [x for x in inputs if x.requires_grad] if output.requires_grad else []
+    found = iter(torch.autograd.grad(output, able, cotangent, retain_graph=True, allow_unused=True) if able else ())
+    given = [next(found) if able and x.requires_grad else None for x in inputs]
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, given, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -280,14 +280,11 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     Raises RecompileError if not even one swap fits below the cap."""
     size = model.dtype.itemsize
     hidden = model.hidden_size
-    per_layer = [
-        sum(p.numel() for n, p in model.model.named_parameters() if n.startswith(model.prefix_of_layer(i) + "."))
-        for i in range(model.depth)
-    ]
+    per_layer = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
     head = model.vocab_size * hidden
-    state = header.rows * header.row_tokens * hidden * size
+    state = header.rows * header.row_tokens * model.state_size(header.row_tokens) * size
     batch = batch_rows(model, header.row_tokens) * header.row_tokens
-    widest = max(max(p.shape) for n, p in model.model.named_parameters() if ".layers." in n)
+    widest = max(max(p.shape) for layer in model.layers for p in layer.parameters())
     activations = batch * (8 * hidden + 4 * widest) * size
     logits = 3 * min(LOGIT_CHUNK_TOKENS, header.row_tokens) * model.vocab_size * 4
     # a layer beside the stored and decoded copies of its largest weight, or the head beside its stored bytes
@@ -395,8 +392,8 @@ class ExactProfiler:
         if self.plan.resident_weights:
             for index in range(self.context.depth):
                 self.context.load(self.context.layers[index], self.context.prefix_of_layer(index))
-            self.context.load(self.context.head, self.context.prefix_of(self.context.head))
-        self.context.load(self.context.norm, self.context.prefix_of(self.context.norm))
+            self.context.load_head()
+        self.context.load_norm()
         todo = set(journal.profile.missing())
         if only is not None:
             todo &= only
@@ -476,8 +473,8 @@ class ExactProfiler:
                 states = self._advance(index, states, model)
         with model.norm_loaded() as norm, model.head_loaded() as head:
             # row by row, and by the head in the shapes that _kl_rows uses, so that equal states give equal bits
-            normed = torch.stack([norm(state) for state in states])
-            model.watch.see(normed, model.loaded_from, "the final norm", 0, norm)
+            normed = torch.cat([norm(state[None]) for state in states])
+            model.watch.see(normed, model.loaded_from, "the final norm", 0, model.norm_module)
             tail = ReferenceTail(normed)
             if model.head_is_linear(normed[:1, :2]):
                 assert isinstance(head, torch.nn.Linear), "as a linear head is"
@@ -593,7 +590,7 @@ class ExactProfiler:
             if (group.name, source) in todo:
                 weight = self.candidates[source].load(f"{module}.weight", device=self.context.device)
                 shape = self.context.head.weight.shape
-                weight = weight[: shape[0], : shape[1]].to(self.context.dtype)  # type: ignore[index]
+                weight = weight[: shape[0], : shape[1]].to(self.context.dtype)
                 yield Measurement(group.name, source, self._kl_rows_plain(states, weight))
 
     def _kl_rows(self, states: Tensor) -> tuple[float, ...]:
@@ -607,7 +604,7 @@ class ExactProfiler:
             for wanted, wanted_lse, projected, found in zip(
                 *map(self._head_batches, (tail.normed, tail.lse, tail.projected, states)), strict=True
             ):
-                normed = torch.stack([self.context.norm(state) for state in found])
+                normed = torch.cat([self.context.norm(state[None]) for state in found])
                 moved = torch.linalg.vecdot(projected.float(), (normed - wanted).float()).double()
                 result += (log_sum_exp(head, normed) - wanted_lse - moved).mean(1).tolist()
         return tuple(result)
@@ -623,7 +620,7 @@ class ExactProfiler:
         with self._reference_head(), self._head() as head:
             kept = head.weight.data
             for row, state in enumerate(states):
-                normed = self.context.norm(state)
+                normed = self.context.norm(state[None])[0]
                 total = 0.0
                 for start in range(0, len(normed), LOGIT_CHUNK_TOKENS):
                     piece = slice(start, start + LOGIT_CHUNK_TOKENS)

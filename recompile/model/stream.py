@@ -1,18 +1,20 @@
 """Run a causal language model layer by layer, its weights arriving from any weight source and leaving again.
 
-transformers supplies the modules. Parameters live on the meta device; buffers (rotary tables) are real. One pass over
-the base model with recording stand-ins for its layers gives every layer's call arguments (masks, positions, rotary
-tables, which differ per layer type), so that any layer can be replayed from a stored hidden state.
+transformers supplies the modules and the way through them: the model's own forward runs, with the layers' part of it
+taken over. Parameters and persistent buffers live on the meta device until they are asked for; other buffers (rotary
+tables) are real. One run on the base model's rows, its layers skipped, gives every layer's call arguments (masks,
+positions, rotary tables, which differ per layer type), so that any layer can be replayed from a stored state.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
-import logging
+import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -22,11 +24,27 @@ from torch import Tensor, nn
 
 from recompile.checkpoint.checkpoint import WeightSource, split_name
 from recompile.checkpoint.module_names import role_of
-from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
+from recompile.errors import MismatchError, MissingWeight, UnsupportedError
 from recompile.model.finite import FiniteWatch
+from recompile.model.own_forward import Probe, Reached, Structure, name_of, patched, result_of, run_own, zeros_outside
+from recompile.model.skeleton import (
+    Origin,
+    build_skeleton,
+    check_nothing_left,
+    dense_names,
+    find_origins,
+    find_runner,
+    find_stack,
+    module_of,
+    one_line,
+    transformers_config,
+)
+from recompile.model.states import Layout, record_layout
+
+__all__ = ["LayeredModel", "LinearWeights", "dense_names", "transformers_config"]
 
 FREE_BYTES_KEPT = 64 * 2**20  # of freed blocks that the allocator may hold on to
-NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+STRUCTURES_KEPT = 32  # of models, so that skeletons of one config need not be run on zeros again
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -74,41 +92,6 @@ def release_free_memory(device: torch.device) -> None:
         glibc.malloc_trim(0)
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Inside, every parameter a module registers goes to the meta device; buffers stay real.
-
-    Building under `torch.device("meta")` would lose the values of buffers that no checkpoint holds.
-    """
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        original(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes what it is called with and passes the hidden state on."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        for name, value in vars(layer).items():  # attributes that the model's loop reads, e.g. attention_type
-            if not name.startswith("_") and isinstance(value, (str, int, float, bool)):
-                setattr(self, name, value)
-        self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append((hidden_states, args, kwargs))
-        return hidden_states
-
-
 class _HiddenOnly:
     """A base model's output that holds a hidden state and says None to whatever else a head asks for."""
 
@@ -118,28 +101,16 @@ class _HiddenOnly:
     def __getattr__(self, name: str) -> None:
         return None
 
-    def __getitem__(self, index: int) -> Tensor:
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.last_hidden_state if name == "last_hidden_state" else default
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == "last_hidden_state":
+            return self.last_hidden_state
         return (self.last_hidden_state,)[index]
 
 
-class _Passthrough(nn.Module):
-    """Stands in for the base model when only the head is to run."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _HiddenOnly(self.hidden)
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """How one parameter is made: the checkpoint tensors it needs and transformers' converter, if any."""
-
-    tensors: tuple[str, ...]
-    patterns: tuple[str | None, ...]
-    converter: Any = None
+_structures: dict[str, Structure] = {}
 
 
 @dataclass
@@ -154,12 +125,11 @@ class LayeredModel:
     dtype: torch.dtype
     device: torch.device
     model: Any
-    base: Any
+    runner: Any
     layers: nn.ModuleList
-    norm_name: str
     layers_name: str
-    origins: dict[str, _Origin] = field(default_factory=dict)
-    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    layouts: dict[int, Layout] = field(default_factory=dict)  # by tokens of a row
     watch: FiniteWatch = field(default_factory=FiniteWatch)  # sees every state that is handed on
     loaded_from: str = ""  # label of the source that was loaded last
 
@@ -169,40 +139,59 @@ class LayeredModel:
     def of(
         cls, source: WeightSource, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> LayeredModel:
-        """The skeleton of `source`'s architecture, parameters on the meta device.
+        """The skeleton of `source`'s architecture, its weights on the meta device.
 
-        Raises UnsupportedError for an architecture that transformers does not know or that is not a plain stack of
-        layers, and MissingWeight if the source lacks a parameter.
+        Raises UnsupportedError for an architecture that transformers does not know or that is not one sequence of
+        layers, and MissingWeight if the source lacks a weight or holds one that the model does not read.
         """
         device = torch.device(device)
         dtype = dtype or default_dtype(device)
-        model = _skeleton(source.config, dtype, device)
-        base = getattr(model, model.base_model_prefix, None)
-        if base is None or base is model:
-            raise UnsupportedError(f"{type(model).__name__} has no base model under its head; cannot be streamed")
-        layers_name, layers = _find_layers(base, source.config)
-        norm_name = next((name for name in NORM_NAMES if isinstance(getattr(base, name, None), nn.Module)), None)
-        if norm_name is None:
-            raise UnsupportedError(f"{type(base).__name__} has no final norm under any of the names {NORM_NAMES}")
-        made = cls(source, dtype, device, model, base, layers, norm_name, layers_name)
-        made.origins = _origins(model, source)
+        model = build_skeleton(source.config, dtype, device)
+        layers_name, layers = find_stack(model)
+        made = cls(source, dtype, device, model, find_runner(model, layers_name), layers, layers_name)
+        made.origins, left = find_origins(model, source)
         made._check_complete()
+        check_nothing_left(model, layers_name, len(layers), source, left)
         return made
 
     def _check_complete(self) -> None:
-        missing = [name for name, _ in self.model.named_parameters() if name not in self.origins]
+        label = getattr(self.source, "label", "the checkpoint")
+        missing = [name for name in self._shapes if name not in self.origins and self._is_meta(name)]
         if missing:
-            label = getattr(self.source, "label", "the checkpoint")
+            structure = self.structure
+            outside = {*structure.before, *structure.after, *structure.head}
+            missing = [name for name in missing if name in outside or name.startswith(f"{self.layers_name}.")]
+        if missing:
             raise MissingWeight(
-                f"{label}: holds nothing for {len(missing)} of the model's parameters, first {missing[0]}; "
+                f"{label}: holds nothing for {len(missing)} of the model's weights, first {missing[0]}; "
                 f"the checkpoint is incomplete, or config.json is another model's"
             )
         for name, origin in self.origins.items():
             counts = Counter(origin.patterns)
             if len(set(counts.values())) > 1:
-                label = getattr(self.source, "label", "the checkpoint")
                 found = ", ".join(f"{count} of {pattern}" for pattern, count in counts.items())
                 raise MissingWeight(f"{label}: {name} is made of as many tensors of each kind, it has {found}")
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What the model's own forward does around its layers. Raises UnsupportedError, in one sentence, for a model
+        that does not run one sequence of layers."""
+        config = {key: value for key, value in self.source.config.items() if key != "quantization_config"}
+        key = json.dumps([type(self.model).__name__, str(self.dtype), str(self.device), config], default=str)
+        if key not in _structures:
+            probe = Probe(
+                self.model, self.runner, list(self.layers), self.layers_name, self.device, type(self.model).__name__
+            )
+            while len(_structures) >= STRUCTURES_KEPT:
+                del _structures[next(iter(_structures))]
+            try:
+                _structures[key] = probe.run()
+            except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} of transformers does not run on text alone with this config.json: "
+                    f"{type(error).__name__}: {one_line(error)}"
+                ) from error
+        return _structures[key]
 
     @property
     def depth(self) -> int:
@@ -210,35 +199,41 @@ class LayeredModel:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return int(self.head.weight.shape[0])
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        """Width of what the head takes."""
+        return int(self.head.weight.shape[1])
+
+    def state_size(self, tokens: int) -> int:
+        """Values that a state of rows of so many tokens holds for each of them."""
+        structure = self.structure
+        if tokens not in self.layouts:
+            with self._loaded(structure.before, None):
+                self.record(torch.zeros(1, tokens, dtype=torch.int64))
+        return self.layouts[tokens].width
 
     def prefix_of_layer(self, index: int) -> str:
-        return f"{self.model.base_model_prefix}.{self.layers_name}.{index}"
+        return f"{self.layers_name}.{index}"
 
     def prefix_of(self, module: nn.Module) -> str:
         """The dotted name of a submodule within the model."""
-        return next(name for name, found in self.model.named_modules() if found is module)
+        return name_of(self.model, module)
 
     @property
-    def norm(self) -> nn.Module:
-        return getattr(self.base, self.norm_name)
-
-    @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> Any:
         return self.model.get_input_embeddings()
 
     @property
-    def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+    def head(self) -> Any:
+        return self.runner.get_output_embeddings()
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
     def load_parameter(self, name: str, source: WeightSource | None = None) -> Tensor:
-        """The value of one parameter (its full name in the transformers model) in the compute dtype, on the device.
+        """The value of one parameter or buffer (its full name in the transformers model) in the dtype that transformers
+        gives it where it computes in `dtype`, on the device.
 
         Padded formats are cut to the parameter's shape. Raises MismatchError where the shapes do not fit.
         """
@@ -246,7 +241,8 @@ class LayeredModel:
         origin = self.origins[name]
         wanted = self._shapes[name]
         if origin.converter is None:
-            return self._fit(source, origin.tensors[0], source.load(origin.tensors[0], device=self.device), wanted)
+            value = source.load(origin.tensors[0], device=self.device)
+            return self._fit(source, origin.tensors[0], value, wanted).to(self._dtypes[name])
         return self._convert(name, list(zip(origin.tensors, origin.patterns, strict=True)), wanted, source)
 
     def _convert(
@@ -256,9 +252,9 @@ class LayeredModel:
         converter = copy.deepcopy(self.origins[name].converter)
         for tensor, pattern in tensors:
             value = source.load(tensor, device=self.device).to(self.dtype)
-            converter.add_tensor(name, tensor, pattern, value)
+            converter.add_tensor(self.origins[name].made_as, tensor, pattern, value)
         try:
-            made = converter.convert(name, model=self.model, config=self.model.config)
+            made = converter.convert(self.origins[name].made_as, model=self.model, config=self.model.config)
         except (RuntimeError, ValueError) as error:
             label = getattr(source, "label", "the checkpoint")
             raise MismatchError(
@@ -267,7 +263,7 @@ class LayeredModel:
             ) from error
         value = made[name]
         value = value[0] if isinstance(value, list) else value
-        return self._fit(source, name, value, wanted)
+        return self._fit(source, name, value, wanted).to(self._dtypes[name])
 
     def expert_of(self, module: str) -> tuple[str, int] | None:
         """(parameter, expert) of a checkpoint module that transformers keeps as one slice of a fused 3-D parameter.
@@ -287,7 +283,7 @@ class LayeredModel:
                 for tensor, pattern in zip(
                     origin.tensors, origin.patterns, strict=True
                 ):  # pattern by pattern, in order
-                    found[split_name(tensor)[0]] = (name, seen[pattern])
+                    found[module_of(self.source, tensor)] = (name, seen[pattern])
                     seen[pattern] += 1
         return found
 
@@ -304,7 +300,22 @@ class LayeredModel:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self.model.named_parameters(remove_duplicate=False)}
+        """Of every parameter and persistent buffer."""
+        return {name: tuple(value.shape) for name, value in self.model.state_dict(keep_vars=True).items()}
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """What every parameter and persistent buffer is in the model that transformers would load."""
+        state = self.model.state_dict(keep_vars=True)
+        plan = self.model._get_dtype_plan(self.dtype)
+        if not plan:
+            return {name: value.dtype for name, value in state.items()}
+        kept = re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in plan))
+        wide = next(iter(plan.values()))
+        return {name: wide if kept.search(name) else value.dtype for name, value in state.items()}
+
+    def _is_meta(self, name: str) -> bool:
+        return self._value(name).is_meta
 
     def _fit(self, source: WeightSource, name: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor:
         if tuple(value.shape) != wanted:
@@ -316,25 +327,37 @@ class LayeredModel:
                     f"{label}: {name} is {list(value.shape)}, the model of its config.json wants {list(wanted)}"
                 )
             value = value[tuple(slice(0, size) for size in wanted)]
-        return value.to(self.dtype)
+        return value
 
     def load(self, module: nn.Module, prefix: str, source: WeightSource | None = None) -> None:
-        """Give every parameter below `module` (at `prefix`) its value."""
+        """Give every parameter and persistent buffer below `module` (at `prefix`) its value."""
         self.loaded_from = getattr(source or self.source, "label", "") or "the model"
-        for name, _ in list(module.named_parameters()):
+        for name in self._names_in(module, prefix):
             self.set_parameter(module, name, self.load_parameter(f"{prefix}.{name}", source))
 
     def unload(self, module: nn.Module) -> None:
-        """Send every parameter below `module` back to the meta device."""
-        for name, value in list(module.named_parameters()):
-            self.set_parameter(module, name, value.detach().to("meta"))
+        """Send every parameter and persistent buffer below `module` back to the meta device."""
+        prefix = self.prefix_of(module)
+        for name in self._names_in(module, prefix):
+            self.set_parameter(module, name, self._empty(f"{prefix}.{name}"))
         release_free_memory(self.device)
+
+    def _names_in(self, module: nn.Module, prefix: str) -> list[str]:
+        names = [name for name, _ in module.named_parameters()]
+        names += [name for name, _ in module.named_buffers() if f"{prefix}.{name}" in self._shapes]
+        return [name for name in names if f"{prefix}.{name}" in self.origins]
+
+    def _empty(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], dtype=self._dtypes[name], device="meta")
 
     @staticmethod
     def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
         owner, leaf = split_name(name)
         target = module.get_submodule(owner) if owner else module
-        target._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        if leaf in target._buffers:
+            target._buffers[leaf] = value
+        else:
+            target._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     @contextmanager
     def loaded(self, module: nn.Module, prefix: str, source: WeightSource | None = None) -> Iterator[nn.Module]:
@@ -345,6 +368,33 @@ class LayeredModel:
             self.watch.settle()
         finally:
             self.unload(module)
+
+    def load_named(self, names: Iterable[str], source: WeightSource | None = None) -> None:
+        """Give these parameters and buffers of the model their values, for good."""
+        self.loaded_from = getattr(source or self.source, "label", "") or "the model"
+        for name in names:
+            if name in self.origins:
+                self.set_parameter(self.model, name, self.load_parameter(name, source))
+
+    @contextmanager
+    def _loaded(self, names: Iterable[str], source: WeightSource | None) -> Iterator[None]:
+        """Some weights for the length of the block; then what was there before."""
+        kept = {name: self._value(name) for name in names if name in self.origins}
+        try:
+            self.load_named(kept, source)
+            yield
+            self.watch.settle()
+        finally:
+            for name, value in kept.items():
+                self.set_parameter(self.model, name, value)
+            release_free_memory(self.device)
+
+    def _value(self, name: str) -> Tensor:
+        owner, leaf = split_name(name)
+        module = self.model.get_submodule(owner)
+        value = module._buffers[leaf] if leaf in module._buffers else module._parameters[leaf]
+        assert value is not None, "it is in the state"
+        return value
 
     @contextmanager
     def layer(self, index: int, source: WeightSource | None = None) -> Iterator[nn.Module]:
@@ -358,12 +408,16 @@ class LayeredModel:
         for name, origin in self.origins.items():
             if name.startswith(prefix):
                 for tensor in origin.tensors:
-                    found[split_name(tensor)[0]] = None
+                    found[module_of(self.source, tensor)] = None
         return list(found)
 
     def parameters_of(self, module: str) -> list[str]:
         """Names of the parameters that the checkpoint module `module` takes part in."""
-        return [n for n, origin in self.origins.items() if any(split_name(t)[0] == module for t in origin.tensors)]
+        return [
+            name
+            for name, origin in self.origins.items()
+            if any(module_of(self.source, tensor) == module for tensor in origin.tensors)
+        ]
 
     def is_head(self, module: str) -> bool:
         """Whether the output head is made of the checkpoint module `module`: it is the head, or an embedding tied to
@@ -373,78 +427,102 @@ class LayeredModel:
     # ---- running --------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor, batch: int, source: WeightSource | None = None) -> Iterator[Tensor]:
-        """What enters the first layer, a batch of rows at a time; ids [rows, tokens] -> [batch, tokens, hidden].
+        """The states that enter the first layer, a batch of rows at a time; ids [rows, tokens] -> [batch, tokens,
+        width], where the width is that of the hidden state for most architectures.
 
         Records the arguments of every layer's call for this row length. Raises NotFiniteError.
         """
-        embedding = self.embedding
-        self.calls.pop(ids.shape[1], None)
-        with self.loaded(embedding, self.prefix_of(embedding), source):
+        with self._loaded(self.structure.before, source):
             self.record(ids[:1])
+            layout = self.layouts[ids.shape[1]]
             for number, rows in enumerate(ids.split(batch)):
-                first = self._run_recorders(rows)[0].calls[0][0]
-                self.watch.see(first, self.loaded_from, "the embedding", number * batch, embedding)
+                first = layout.first(self.runner, list(self.layers), rows.to(self.device))
+                self.watch.see(first, self.loaded_from, "the embedding", number * batch, self.embedding)
                 yield first
 
     def record(self, ids: Tensor) -> None:
-        """Note every layer's call arguments for rows of this length. The embedding must be loaded."""
-        recorders = self._run_recorders(ids[:1])
-        calls = []
-        for index, recorder in enumerate(recorders):
-            if len(recorder.calls) != 1:
-                raise UnsupportedError(
-                    f"{type(self.base).__name__} calls layer {index} {len(recorder.calls)} times in one pass; "
-                    f"only models that run each layer once can be streamed"
-                )
-            _, args, kwargs = recorder.calls[0]
-            calls.append((args, {key: value for key, value in kwargs.items() if key != "past_key_values"}))
-        self.calls[ids.shape[1]] = calls
+        """Note every layer's call arguments for rows of this length. What is read before the layers must be loaded."""
+        self.layouts[ids.shape[1]] = record_layout(
+            self.structure,
+            self.model,
+            self.runner,
+            list(self.layers),
+            self.layers_name,
+            ids[:1].to(self.device),
+            self.dtype,
+        )
 
-    def _run_recorders(self, ids: Tensor) -> list[_Recorder]:
-        recorders = [_Recorder(layer) for layer in self.layers]
-        norm = self.norm
-        setattr(self.base, self.layers_name, nn.ModuleList(recorders))
-        setattr(self.base, self.norm_name, nn.Identity())
-        try:
-            self.base(input_ids=ids.to(self.device), use_cache=False)
-        finally:
-            setattr(self.base, self.layers_name, self.layers)
-            setattr(self.base, self.norm_name, norm)
-        return recorders
-
-    def run_layer(self, index: int, hidden: Tensor, first_row: int = 0) -> Tensor:
-        """Replay one loaded layer; hidden [batch, tokens, hidden], any batch, a row length that was recorded.
+    def run_layer(self, index: int, state: Tensor, first_row: int = 0) -> Tensor:
+        """Replay one loaded layer; state [batch, tokens, width], any batch, a row length that was recorded.
 
         first_row: what messages call the batch's first row. Raises NotFiniteError; on a device, where nobody waits for
         every state, at the end of the block that loaded the layer, or before logits are made.
         """
-        args, kwargs = self.calls[hidden.shape[1]][index]
-        out = self.layers[index](hidden, *args, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
+        out = self.layouts[state.shape[1]].run(index, self.layers[index], state)
         self.watch.see(out, self.loaded_from, f"layer {index}", first_row, self.layers[index])
         return out
 
+    def hidden_of(self, state: Tensor) -> Tensor:
+        """The hidden state [batch, tokens, ...] flattened to one width, of a state; most states are no more than it."""
+        layout = next(iter(self.layouts.values()))
+        return state if layout.is_plain else state[..., : layout.hidden_width]
+
+    def norm(self, state: Tensor) -> Tensor:
+        """What the head takes [batch, tokens, hidden], of states that leave the last layer; see `norm_loaded`."""
+        layout = next(iter(self.layouts.values()))
+        hidden = layout.hidden_of(state)
+        name = self.structure.norm
+        if name is not None:
+            return self.model.get_submodule(name)(hidden) if name else hidden
+        found: list[Tensor] = []
+        base = self.model.get_submodule(self.structure.base)
+
+        def ended(*args: Any, **kwargs: Any) -> Any:
+            found.append(result_of(type(base).forward(base, *args, **kwargs)))
+            raise Reached
+
+        ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=self.device)
+        stand_ins = layout.stand_ins(len(self.layers), lambda number, args, kwargs: None, last=hidden)
+        with (
+            zeros_outside(self.model, self.layers_name, self.device),
+            patched([*self.layers, base], [*stand_ins, ended]),
+            suppress(Reached),
+        ):
+            run_own(self.runner, ids)
+        return found[0]
+
+    @property
+    def norm_module(self) -> nn.Module:
+        """What makes what the head takes of the last state: a norm, or the base model where it takes more than one."""
+        return self.model.get_submodule(self.structure.norm or self.structure.base)
+
     def logits(self, normed: Tensor, first_row: int | None = None) -> Tensor:
-        """Logits [batch, tokens, vocab] of post-norm hidden states; the head must be loaded. Soft caps and logit scales
-        of the architecture are applied, as its own forward does. Raises NotFiniteError for states that are not finite.
+        """Logits [batch, tokens, vocab] of what `norm` gives; the head must be loaded. Soft caps and logit scales of
+        the architecture are applied, as its own forward does. Raises NotFiniteError for states that are not finite.
         """
-        self.watch.see(normed, self.loaded_from, "the final norm", first_row, self.norm)
-        prefix = self.model.base_model_prefix
-        setattr(self.model, prefix, _Passthrough(normed))
-        try:
-            return self.model(input_ids=None, use_cache=False).logits
-        finally:
-            setattr(self.model, prefix, self.base)
+        self.watch.see(normed, self.loaded_from, "the final norm", first_row, self.norm_module)
+        ids = torch.zeros(normed.shape[:2], dtype=torch.int64, device=normed.device)
+        base = self.model.get_submodule(self.structure.base)
+        with patched([base], [lambda *args, **kwargs: _HiddenOnly(normed)]):
+            return run_own(self.runner, ids).logits
 
     @contextmanager
     def head_loaded(self, source: WeightSource | None = None) -> Iterator[nn.Module]:
-        with self.loaded(self.head, self.prefix_of(self.head), source) as head:
-            yield head
+        with self._loaded(self.structure.head, source):
+            yield self.head
+
+    def load_head(self) -> None:
+        """Until it is unloaded by hand."""
+        self.load_named(self.structure.head)
 
     @contextmanager
-    def norm_loaded(self, source: WeightSource | None = None) -> Iterator[nn.Module]:
-        with self.loaded(self.norm, self.prefix_of(self.norm), source) as norm:
-            yield norm
+    def norm_loaded(self, source: WeightSource | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        with self._loaded(self.structure.after, source):
+            yield self.norm
+
+    def load_norm(self) -> None:
+        """Until it is unloaded by hand."""
+        self.load_named(self.structure.after)
 
     def head_is_linear(self, normed: Tensor) -> bool:
         """Whether logits are exactly `head(hidden)`, with no soft cap or scale after it. The head must be loaded."""
@@ -478,8 +556,10 @@ class LinearWeights:
         prefix = model.prefix_of_layer(index)
         for name, parameter in model.layers[index].named_parameters():
             full = f"{prefix}.{name}"
-            origin = model.origins[full]
-            modules = [split_name(tensor)[0] for tensor in origin.tensors]
+            origin = model.origins.get(full)
+            if origin is None:
+                continue
+            modules = [module_of(model.source, tensor) for tensor in origin.tensors]
             if parameter.dim() == 2 and name.endswith("weight"):
                 self._whole[parameter.data_ptr()] = LinearWeight(tuple(modules), full)
             elif parameter.dim() == 3 and origin.converter is not None and len(modules) % len(parameter) == 0:
@@ -505,99 +585,6 @@ class LinearWeights:
             if start <= address < start + stride * len(experts) and weight.dim() == 2:
                 return experts[(address - start) // stride]
         return None
-
-
-def _skeleton(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model_config = transformers_config(config)
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)  # sdpa where it can, as from_pretrained
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-        raise UnsupportedError(f"transformers cannot build a causal model from config.json: {error}") from error
-    finally:
-        logger.setLevel(level)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-    return model.eval()
-
-
-def transformers_config(config: Mapping[str, Any]) -> Any:
-    """The transformers config object of a config.json, without its quantization.
-
-    Raises CheckpointError if `model_type` is missing or unknown."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"config.json: model_type {model_type!r} is not one that this transformers knows")
-    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(kept)
-    except Exception as error:  # its validators raise classes of their own, which derive from nothing narrower
-        raise CheckpointError(f"config.json: not a valid {model_type} config: {error}") from error
-
-
-def _find_layers(base: nn.Module, config: Mapping[str, Any]) -> tuple[str, nn.ModuleList]:
-    lists = {name: found for name, found in base.named_children() if isinstance(found, nn.ModuleList) and len(found)}
-    for name in ("layers", "h", "blocks"):
-        if name in lists:
-            return name, lists[name]
-    raise UnsupportedError(f"{type(base).__name__} has no stack of layers that can be streamed; it has {list(lists)}")
-
-
-def _origins(model: Any, source: WeightSource) -> dict[str, _Origin]:
-    """For every parameter of the model, the checkpoint tensors that make it, by transformers' own name mapping."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    state = model.state_dict()
-    collected: dict[str, list[tuple[str, str | None]]] = {}
-    for tensor in sorted(dense_names(source), key=dot_natural_key):
-        renamed, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and tensor in state:
-            renamed, pattern = tensor, None
-        if renamed in state:
-            collected.setdefault(renamed, []).append((tensor, pattern))
-    tied = getattr(model, "all_tied_weights_keys", {}) or {}
-    origins = {}
-    for name, found in collected.items():
-        tensors, patterns = zip(*found, strict=True)
-        converter = by_pattern[patterns[0]] if patterns[0] is not None else None
-        origins[name] = _Origin(tensors, patterns, converter)
-    for name, same_as in tied.items():
-        if name not in origins and same_as in origins:
-            origins[name] = origins[same_as]
-        elif same_as not in origins and name in origins:
-            origins[same_as] = origins[name]
-    return origins
-
-
-def dense_names(source: WeightSource) -> list[str]:
-    """Names of all dense values that a source can give: `<module>.weight` for quantized modules, else the tensors."""
-    names = []
-    for module in source.modules.values():
-        if module.is_quantized:
-            names.append(module.dense_name)
-            names += [f"{module.name}.bias"] if "bias" in module.parts else []
-        else:
-            names += [info.name for info in module.parts.values()]
-    return names
 
 
 def check_same_skeleton(reference: LayeredModel, candidate: LayeredModel) -> None:

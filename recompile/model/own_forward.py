@@ -1,0 +1,477 @@
+"""What a model's own forward does around its layers, found by running it once on weights of zero.
+
+One run of a few tokens tells which module holds the layers, what every layer is called with and returns, and which
+weights are read before, after and beside them. Values are not looked at: every tensor is followed from where it comes
+(token ids, a layer's output, neither), so that what differs from row to row is known from what is the same for all.
+
+What a layer reads of earlier ones is the state of a row: the hidden state, and for some architectures more (per-layer
+inputs, keys and values shared between layers, positions chosen by an indexer). A state is one tensor [rows, tokens,
+width]: the hidden state in the first columns, the rest behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from recompile.errors import UnsupportedError
+
+PROBE_ROWS, PROBE_TOKENS = 2, 5
+
+Path = tuple[Any, ...]
+
+
+# ---- trees of arguments ----------------------------------------------------------------------------------------------
+
+
+def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf of nested tuples, lists and mappings, with the way to it."""
+    if isinstance(value, (tuple, list)):
+        for number, item in enumerate(value):
+            yield from walk(item, (*path, number))
+    elif isinstance(value, MutableMapping):
+        for key, item in value.items():
+            yield from walk(item, (*path, key))
+    else:
+        yield path, value
+
+
+def at(value: Any, path: Path) -> Any:
+    """The leaf at the end of a path."""
+    for step in path:
+        value = value[step]
+    return value
+
+
+def rebuild(value: Any, leaf: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """The same tree with every leaf made anew; mappings and lists are fresh ones."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(rebuild(item, leaf, (*path, n)) for n, item in enumerate(value)))
+    if isinstance(value, (tuple, list)):
+        return type(value)(rebuild(item, leaf, (*path, number)) for number, item in enumerate(value))
+    if isinstance(value, MutableMapping):
+        fresh = {key: rebuild(item, leaf, (*path, key)) for key, item in value.items()}
+        return fresh if type(value) is dict else type(value)(fresh)  # type: ignore[call-arg]
+    return leaf(path, value)
+
+
+def is_cache(value: Any) -> bool:
+    from transformers.cache_utils import Cache
+
+    return isinstance(value, Cache)
+
+
+# ---- following tensors -----------------------------------------------------------------------------------------------
+
+_SHAPE_ONLY = (
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided",
+)  # fmt: skip
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Two tensors with the same identity are one value; valid while both are alive."""
+    return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+class Follow(TorchDispatchMode):
+    """Notes what every tensor follows from, "ids" or "layer", and which weights are read."""
+
+    def __init__(self, weights: Mapping[int, str]) -> None:
+        super().__init__()
+        self.labels: dict[int, frozenset[str]] = {}
+        self.paused = False
+        self._read: set[str] = set()
+        self._weights = weights
+        self._alive: list[Any] = []
+
+    def mark(self, tensor: Tensor, label: str) -> None:
+        self._alive.append(tensor)
+        self.labels[storage_of(tensor)] = self.labels.get(storage_of(tensor), frozenset()) | {label}
+
+    def take(self) -> set[str]:
+        """Names of the weights read since it was last asked."""
+        found, self._read = self._read, set()
+        return found
+
+    def of(self, tensor: Tensor) -> frozenset[str]:
+        return self.labels.get(storage_of(tensor), frozenset())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.paused:
+            return out
+        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        labels: frozenset[str] = frozenset()
+        for leaf in inputs:
+            key = storage_of(leaf)
+            if key in self._weights:
+                self._read.add(self._weights[key])
+            labels |= self.labels.get(key, frozenset())
+        if labels and func.overloadpacket.__name__ not in _SHAPE_ONLY:
+            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            if func._schema.is_mutable:
+                made += inputs[:1]
+            for leaf in made:
+                for label in labels:
+                    self.mark(leaf, label)
+        return out
+
+
+# ---- what is found ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Was:
+    """Stands for a tensor of the run on zeros."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Tensor) -> Was:
+        return Was(tuple(tensor.shape), tensor.dtype)
+
+
+@dataclass(frozen=True)
+class LayerPort:
+    """How the state enters and leaves one layer.
+
+    inputs: the tree of (args, kwargs), every leaf None
+    hidden: where in (args, kwargs) the hidden state is
+    reads: where tensors of earlier layers are, and which extra of the state each is
+    result: the value returned, with a Was in place of every tensor
+    out: where in (result, args, kwargs) after the call the hidden state is
+    gives: extras of the state that the layer makes, and where they are then
+    """
+
+    inputs: Any
+    hidden: Path
+    reads: Mapping[Path, int]
+    result: Any
+    out: Path
+    gives: Mapping[int, Path]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's own forward, by names of its modules and weights; holds no tensor.
+
+    before, after, head: weights read before the first layer, between the last one and the head's part, and there
+    base: the module whose result the head's part takes
+    norm: the module that makes it of the hidden state, "" where they are the same, None where it takes more than one
+    extras: how many tensors beside the hidden state layers hand to later ones
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    head: tuple[str, ...]
+    base: str
+    norm: str | None
+    ports: tuple[LayerPort, ...]
+    hidden_shape: tuple[int, ...]  # of PROBE_ROWS rows of PROBE_TOKENS tokens
+    extras: int
+
+
+class Reached(Exception):
+    """The forward has come as far as it was wanted."""
+
+
+@contextmanager
+def patched(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Inside, the modules run these functions."""
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+def run_own(runner: Any, ids: Tensor) -> Any:
+    """The model's own forward on token rows, without a cache."""
+    return runner(input_ids=ids, use_cache=False)
+
+
+# ---- the run on zeros ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Probe:
+    """Runs a model's own forward on weights of zero. The model's weights must all be on the meta device."""
+
+    model: nn.Module
+    runner: nn.Module
+    layers: Sequence[nn.Module]
+    stack_name: str  # of the list of layers in the model
+    device: torch.device
+    what: str  # the class, for messages
+
+    def run(self) -> Structure:
+        """Raises UnsupportedError, in one sentence, for a model that is not one sequence of layers."""
+        with ExitStack() as stack, torch.no_grad():
+            weights = stack.enter_context(zeros_outside(self.model, self.stack_name, self.device))
+            return self._run(weights)
+
+    def _run(self, weights: Mapping[int, str]) -> Structure:
+        follow = Follow(weights)
+        calls: list[tuple[Any, Any, Any]] = []  # (result, args, kwargs), after the call
+        entered: list[list[tuple[Path, Any]]] = []  # the leaves of (args, kwargs) before it
+        inputs: list[Any] = []
+        left: list[list[tuple[Path, Any]]] = []  # the leaves of a call after it; mappings are filled by later ones
+        phases: list[set[str]] = []  # weights read up to the last layer, and to every end of a base
+
+        def forward_of(index: int, layer: nn.Module) -> Callable[..., Any]:
+            original = type(layer).forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if len(calls) != index:
+                    raise UnsupportedError(f"{self.what} does not run its layers once each in order; not supported")
+                if index == len(self.layers) - 1:
+                    phases.append(follow.take())
+                entered.append(list(walk((args, kwargs))))
+                inputs.append(rebuild((args, kwargs), lambda path, leaf: None))
+                follow.paused = True
+                with zero_weights(layer, self.device):
+                    out = original(layer, *args, **kwargs)
+                follow.paused = False
+                calls.append((out, args, kwargs))
+                left.append(list(walk(calls[-1])))
+                for _, leaf in left[-1]:
+                    if isinstance(leaf, Tensor) and not any(leaf is old for _, old in entered[-1]):
+                        follow.mark(leaf, "layer")
+                return out
+
+            return forward
+
+        ids = torch.arange(PROBE_ROWS * PROBE_TOKENS, device=self.device).reshape(PROBE_ROWS, PROBE_TOKENS)
+        follow.mark(ids, "ids")
+        events: list[tuple[str, Tensor, Any]] = []  # module, first argument, result
+        bases: list[tuple[str, Any]] = []
+        with ExitStack() as stack:
+            stack.enter_context(patched(self.layers, [forward_of(n, layer) for n, layer in enumerate(self.layers)]))
+            self._watch(stack, events, bases, phases, follow)
+            with follow:
+                run_own(self.runner, ids)
+        if len(calls) != len(self.layers):
+            raise UnsupportedError(
+                f"{self.what}: {len(calls)} of the {len(self.layers)} layers of {self.stack_name} run; not supported"
+            )
+        if not bases:
+            raise UnsupportedError(f"{self.what} has no base model under its head; not supported")
+        ports, extras, hidden = self._ports(calls, inputs, entered, left, follow)
+        base, result = bases[-1]  # the outermost one ends last
+        before, *after = phases
+        return Structure(
+            before=tuple(sorted(before)),
+            after=tuple(sorted(set().union(*after))),
+            head=tuple(sorted(follow.take())),
+            base=base,
+            norm=_norm_of(events, at(calls[-1], ports[-1].out), result),
+            ports=tuple(ports),
+            hidden_shape=tuple(hidden.shape),
+            extras=extras,
+        )
+
+    def _watch(
+        self,
+        stack: ExitStack,
+        events: list[tuple[str, Tensor, Any]],
+        bases: list[tuple[str, Any]],
+        phases: list[set[str]],
+        follow: Follow,
+    ) -> None:
+        """Hooks on every module outside the layers: single ones note what they make of what, those that hold the
+        layers what has been read when they end."""
+        runner_name = name_of(self.model, self.runner)
+        for name, module in self.model.named_modules():
+            if not name.startswith(f"{runner_name}." if runner_name else "") or name == runner_name:
+                continue
+            if name == self.stack_name or name.startswith(f"{self.stack_name}."):
+                continue
+            if self.stack_name.startswith(f"{name}."):
+
+                def ended(_: Any, __: Any, out: Any, name: str = name) -> None:
+                    bases.append((name, out))
+                    phases.append(follow.take())
+
+                stack.callback(module.register_forward_hook(ended).remove)
+            else:
+
+                def ran(_: Any, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
+                    given = next((leaf for _, leaf in walk((args, kwargs)) if isinstance(leaf, Tensor)), None)
+                    if given is not None:
+                        events.append((name, given, out))
+
+                stack.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
+
+    def _ports(
+        self,
+        calls: Sequence[tuple[Any, Any, Any]],
+        inputs: Sequence[Any],
+        entered: Sequence[list[tuple[Path, Any]]],
+        left: Sequence[list[tuple[Path, Any]]],
+        follow: Follow,
+    ) -> tuple[list[LayerPort], int, Tensor]:
+        first = next(
+            (
+                leaf
+                for _, leaf in entered[0]
+                if isinstance(leaf, Tensor) and leaf.is_floating_point() and "ids" in follow.of(leaf)
+            ),
+            None,
+        )
+        if first is None:
+            raise UnsupportedError(f"{self.what}: its first layer takes nothing that follows from the token ids")
+        hidden = first
+        made: dict[tuple[Any, ...], tuple[int, Path]] = {}  # a tensor -> the layer that gave it, and where
+        extra_of: dict[tuple[Any, ...], int] = {}
+        gives: list[dict[int, Path]] = [{} for _ in calls]
+        outs: list[Path] = []
+        reads: list[dict[Path, int]] = []
+        ins: list[Path] = []
+        chain: tuple[Any, ...] = identity(hidden)
+        for index in range(len(calls)):
+            mine: dict[Path, int] = {}
+            where: Path | None = None
+            given = [(path, leaf) for path, leaf in entered[index] if isinstance(leaf, Tensor)]
+            if index:
+                here = {identity(leaf) for _, leaf in given}
+                candidates = [
+                    (path, leaf)
+                    for path, leaf in left[index - 1]
+                    if isinstance(leaf, Tensor) and leaf.shape == hidden.shape and identity(leaf) in here
+                ]
+                fresh = [entry for entry in candidates if made.get(identity(entry[1]), (None,))[0] == index - 1]
+                fresh = fresh or [entry for entry in candidates if identity(entry[1]) == chain]  # changed in place
+                if not fresh:
+                    raise UnsupportedError(
+                        f"{self.what}: what enters layer {index} is not what leaves layer {index - 1}; not supported"
+                    )
+                outs.append(fresh[0][0])
+                chain = identity(fresh[0][1])
+            for path, leaf in given:
+                key = identity(leaf)
+                if key == chain and where is None:
+                    where = path
+                elif key in made:
+                    maker, place = made[key]
+                    number = extra_of.setdefault(key, len(extra_of))
+                    gives[maker][number] = place
+                    mine[path] = number
+                elif "layer" in follow.of(leaf):
+                    raise UnsupportedError(
+                        f"{self.what}: computes {'.'.join(map(str, path))} of layer {index} between its layers; "
+                        f"not supported"
+                    )
+            assert where is not None, "checked above"
+            ins.append(where)
+            reads.append(mine)
+            old = {id(leaf) for _, leaf in entered[index]}
+            for path, leaf in left[index]:
+                if isinstance(leaf, Tensor) and id(leaf) not in old:
+                    made.setdefault(identity(leaf), (index, path))
+        end = len(calls) - 1
+        last = next(
+            (
+                path
+                for path, leaf in left[end]
+                if isinstance(leaf, Tensor)
+                and leaf.shape == hidden.shape
+                and made.get(identity(leaf), (None,))[0] == end
+            ),
+            None,
+        )
+        if last is None:
+            raise UnsupportedError(f"{self.what}: its last layer returns nothing of the hidden state's shape")
+        outs.append(last)
+        ports = []
+        for index, (result, _, _) in enumerate(calls):
+            if outs[index][0] != 0:
+                raise UnsupportedError(f"{self.what}: layer {index} returns no hidden state; not supported")
+            shapes = rebuild(result, lambda path, leaf: Was.of(leaf) if isinstance(leaf, Tensor) else leaf)
+            ports.append(LayerPort(inputs[index], ins[index], reads[index], shapes, outs[index], gives[index]))
+        return ports, len(extra_of), hidden
+
+
+@contextmanager
+def zeros_outside(model: nn.Module, stack_name: str, device: torch.device) -> Iterator[dict[int, str]]:
+    """Inside, zeros that take no memory are in place of every weight outside the layers that is not loaded; yields
+    their storages and names."""
+    found: dict[int, str] = {}
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            if prefix.startswith(f"{stack_name}."):
+                continue
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, value in table.items():
+                    if value is None or not value.is_meta:
+                        continue
+                    zero = torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
+                    kept.append((table, name, value))
+                    is_parameter = isinstance(value, nn.Parameter)
+                    table[name] = nn.Parameter(zero, requires_grad=False) if is_parameter else zero
+                    found[storage_of(zero)] = f"{prefix}.{name}" if prefix else name
+        yield found
+    finally:
+        for table, name, value in kept:
+            table[name] = value
+
+
+@contextmanager
+def zero_weights(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Zeros in place of a layer's weights; a CPU gives memory to none of them that are not written to."""
+    kept = []
+    for module in layer.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, value in table.items():
+                if value is not None and value.is_meta:
+                    kept.append((table, name, value))
+                    zero = torch.zeros(value.shape, dtype=value.dtype, device=device)
+                    table[name] = nn.Parameter(zero, requires_grad=False) if isinstance(value, nn.Parameter) else zero
+    try:
+        yield
+    finally:
+        for table, name, value in kept:
+            table[name] = value
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """The dotted name of a module within a model."""
+    return next(name for name, found in model.named_modules() if found is module)
+
+
+def result_of(base_output: Any) -> Tensor:
+    """The hidden states that a base model returns."""
+    if isinstance(base_output, Tensor):
+        return base_output
+    found = getattr(base_output, "last_hidden_state", None)
+    return found if isinstance(found, Tensor) else base_output[0]
+
+
+def _norm_of(events: Sequence[tuple[str, Tensor, Any]], last: Tensor, base_output: Any) -> str | None:
+    result = identity(result_of(base_output))
+    if identity(last) == result:
+        return ""
+    for name, given, out in reversed(events):
+        if isinstance(out, Tensor) and identity(out) == result and identity(given) == identity(last):
+            return name
+    return None

@@ -1,0 +1,174 @@
+"""Every architecture runs as transformers runs it, with every stored tensor random: nothing of it stays unread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eval.diff import DiffOptions, DiffReport, compare
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, WeightSource, open_checkpoint
+from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
+from recompile.model.stream import LayeredModel
+
+CLOSE = 1e-5  # of the range of the logits; most are equal to the last bit
+
+
+@torch.inference_mode()
+def logits_of(source: WeightSource, ids: Tensor, batch: int = 2, model: LayeredModel | None = None) -> Tensor:
+    """[rows, tokens, vocab], layer by layer."""
+    model = model or LayeredModel.of(source, dtype=torch.float32)
+    states = list(model.embed(ids, batch, source))
+    for index in range(model.depth):
+        with model.layer(index, source):
+            states = [model.run_layer(index, state) for state in states]
+    with model.norm_loaded(source) as norm:
+        states = [norm(state) for state in states]
+    with model.head_loaded(source):
+        return torch.cat([model.logits(state) for state in states])
+
+
+@pytest.mark.parametrize("name", architectures.TYPES)
+def test_logits_are_those_of_transformers(name: str) -> None:
+    directory, ids = architectures.checkpoint(name), architectures.rows(3, 13)
+    wanted = tiny.plain_logits(architectures.plain_model(directory), ids, 2)
+    found = logits_of(open_checkpoint(directory), ids)
+    assert wanted.std() > 0.05, "a model that predicts nothing would pass anything"
+    assert float((found - wanted).abs().max()) <= CLOSE * float(wanted.max() - wanted.min())
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A checkpoint with one tensor changed."""
+
+    base: Checkpoint
+    name: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.base.config
+
+    @property
+    def modules(self) -> Mapping[str, StoredModule]:
+        return self.base.modules
+
+    def has(self, tensor: str) -> bool:
+        return self.base.has(tensor)
+
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        value = self.base.load(tensor, device=device)
+        return changed(value) if tensor == self.name else value
+
+
+def changed(value: Tensor) -> Tensor:
+    """So that a router's choice moves as well."""
+    return value.flip(-1) * 1.5 + 0.25 if value.is_floating_point() else value + 1
+
+
+@pytest.mark.parametrize("name", ["glm4-moe", "gemma4", "qwen2-vl"])
+def test_a_changed_tensor_changes_the_logits_where_it_changes_those_of_transformers(name: str) -> None:
+    directory, ids = architectures.checkpoint(name), architectures.rows(1, 9)
+    base = open_checkpoint(directory)
+    model = LayeredModel.of(base, dtype=torch.float32)
+    before = logits_of(base, ids, model=model)
+    stored = load_file(directory / "model.safetensors")
+    plain = architectures.plain_model(directory)
+    kind_of_model, config = type(plain), plain.config
+    seen = set()
+    for tensor, value in stored.items():
+        kind = ".".join("N" if part.isdigit() else part for part in tensor.split("."))
+        if kind in seen and "correction_bias" not in kind:  # one of every kind of tensor
+            continue
+        seen.add(kind)
+        theirs = kind_of_model.from_pretrained(None, config=config, state_dict={**stored, tensor: changed(value)})
+        wanted = tiny.plain_logits(theirs.float().eval(), ids)
+        found = logits_of(Changed(base, tensor), ids, model=model)
+        scale = CLOSE * float(wanted.max() - wanted.min())
+        assert float((found - wanted).abs().max()) <= scale, tensor
+        assert torch.equal(found, before) == (float((wanted - before).abs().max()) == 0), tensor
+
+
+@pytest.mark.parametrize("name", ["glm4-moe", "gemma4", "gemma3n", "glm-5"])
+def test_a_model_against_itself_has_kl_zero(name: str) -> None:
+    base = open_checkpoint(architectures.checkpoint(name))
+    *_, report = compare(base, base, architectures.rows(2, 9), DiffOptions(dtype=torch.float32))
+    assert isinstance(report, DiffReport)
+    assert report.identical
+    assert report.kl.mean == 0
+    assert {stage.drift.relative_error for stage in report.layers} == {0.0}
+
+
+def test_text_runs_without_the_weights_of_a_tower(tmp_path: Path) -> None:
+    directory = tiny.copy_of(architectures.checkpoint("gemma3-vision"), tmp_path / "text")
+    ids = architectures.rows(2, 7)
+    whole = logits_of(open_checkpoint(directory), ids)
+    stored = load_file(directory / "model.safetensors")
+    save_file({n: v for n, v in stored.items() if "vision" not in n}, directory / "model.safetensors")
+    assert torch.equal(logits_of(open_checkpoint(directory), ids), whole)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def edit(directory: Path, drop: str = "", add: Mapping[str, Tensor] | None = None) -> Checkpoint:
+    stored = load_file(directory / "model.safetensors")
+    stored = {name: value for name, value in stored.items() if name != drop} | dict(add or {})
+    save_file(stored, directory / "model.safetensors")
+    return open_checkpoint(directory)
+
+
+def test_a_buffer_that_nothing_fills_is_named(tmp_path: Path) -> None:
+    directory = tiny.copy_of(architectures.checkpoint("glm4-moe"), tmp_path / "damaged")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    with pytest.raises(MissingWeight, match=name.replace(".", r"\.")):
+        LayeredModel.of(edit(directory, drop=name))
+
+
+def test_a_tensor_that_nothing_reads_is_named(tmp_path: Path) -> None:
+    directory = tiny.copy_of(architectures.checkpoint("llama"), tmp_path / "more")
+    with pytest.raises(MissingWeight, match=r"more: LlamaForCausalLM reads model\.layers\.1\.mlp\.extra nowhere"):
+        LayeredModel.of(edit(directory, add={"model.layers.1.mlp.extra": torch.zeros(3)}))
+
+
+def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
+    directory = tiny.copy_of(architectures.checkpoint("glm4-moe"), tmp_path / "mtp")
+    ids = architectures.rows(1, 5)
+    before = logits_of(open_checkpoint(directory), ids)
+    more = {"model.layers.2.eh_proj.weight": torch.zeros(32, 64), "model.layers.2.enorm.weight": torch.zeros(32)}
+    assert torch.equal(logits_of(edit(directory, add=more), ids), before)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "error", "says"),
+    [("t5", UnsupportedError, "encoder and a decoder"), ("vit", UnsupportedError, "no model that makes text")],
+)
+def test_types_that_cannot_be_run_are_refused_in_a_sentence(
+    tmp_path: Path, model_type: str, error: type[Exception], says: str
+) -> None:
+    directory = tiny.copy_of(architectures.checkpoint("llama"), tmp_path / "other")
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(error, match=says) as caught:
+        LayeredModel.of(open_checkpoint(directory))
+    assert len(str(caught.value)) < 300
+
+
+def test_infinities_as_transformers_writes_them_are_read(tmp_path: Path) -> None:
+    directory = tiny.copy_of(architectures.checkpoint("falcon-h1"), tmp_path / "inf")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "time_step_limit": [0.0, {"__float__": "Infinity"}]}))
+    ids = architectures.rows(1, 5)
+    wanted = tiny.plain_logits(architectures.plain_model(directory), ids)
+    assert torch.allclose(logits_of(open_checkpoint(directory), ids), wanted, atol=1e-5)
+    path.write_text(json.dumps({**config, "hidden_size": {"__float__": "none"}}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        LayeredModel.of(open_checkpoint(directory))
