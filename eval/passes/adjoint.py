@@ -350,7 +350,7 @@ class AdjointPass:
                 hidden = states.get(model.depth, one, model.device)
                 tokens = hidden.shape[1]
                 normed = norm(hidden)
-                model.watch.see(normed, model.loaded_from, "the final norm", start, norm)
+                model.watch.see(normed, model.loaded_from, "the final norm", start, model.norm_module)
                 found, swaps = cotangents.at_norm(one, normed)
                 for swap, value in swaps.items():
                     products.setdefault(swap, []).append(value)

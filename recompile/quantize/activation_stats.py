@@ -76,7 +76,7 @@ def collect_moments(model: LayeredModel, ids: Tensor, *, head: bool = False) -> 
         with torch.inference_mode(), model.norm_loaded() as norm:
             normed = [norm(state)[0].float() for state in states]
             for row, state in enumerate(normed):
-                model.watch.see(state[None], model.loaded_from, "the final norm", row, norm)
+                model.watch.see(state[None], model.loaded_from, "the final norm", row, model.norm_module)
         yield [
             InputMoments(
                 (model.prefix_of(model.head),),
