@@ -62,6 +62,10 @@ def quantize(
     rounding: str | None = None,
     stats: PathLike | None = None,
     max_memory: int | str | None = None,
+    mtp: str = "quantize",
+    tower: str = "keep",
+    keep: Sequence[str] = (),
+    quantize_also: Sequence[str] = (),
     rows: int | None = 64,
     length: int = 512,
     text: PathLike | None = None,
@@ -83,12 +87,15 @@ def quantize(
     group_size: 32, 64, 128 or "channel"; asym: a zero point a group; importance: weigh errors of fitted grids by
     inputs; head_bits: of the output head; codebook: of EXL3; rounding: "one-sided" or "two-sided", the statistics of
     which are kept in stats and measured within max_memory
+    mtp, tower: "quantize" or "keep" MTP layers and vision or audio towers; keep, quantize_also: globs of modules that
+    stay dense, or are quantized, whatever they are for
     tokenizer_from, imatrix, save_imatrix, converter: of GGUF; engine: whose encoder, "own", "exllamav2" or "exllamav3"
     rows, length, text, dataset, input_ids: what is calibrated on; device, dtype: where and in what
 
     Returns a QuantizeReport (`directories`, `variants`), for GGUF a VariantsReport (`files`). Raises ArgumentError,
     FormatError, OutputError.
     """
+    from recompile.checkpoint.module_names import Dense
     from recompile.model.rows import RowOptions
     from recompile.quantize.run import QuantizeOptions, run_quantize
 
@@ -113,6 +120,7 @@ def quantize(
         rounding=rounding,
         stats=_path(stats),
         max_memory_bytes=size_bytes(max_memory),
+        dense=Dense(tuple(keep), tuple(quantize_also), mtp, tower),
         where=RowOptions(rows, length, _path(text), dataset, _path(input_ids)),
         device=device,
         dtype=dtype,

@@ -14,7 +14,7 @@ exactly 0. Heads that are not linear (soft caps), and swaps of the head itself, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,6 +48,7 @@ from recompile.io.memory import format_mib, resident_bytes
 from recompile.merge.overlay import account, build_overlay, check_same_model, quantizable
 from recompile.model.activations import QuantizedInputs, quantizes_inputs
 from recompile.model.finite import check_finite
+from recompile.model.roles import roles_of
 from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import Rows
 from recompile.quantize.lazy_variant import MadeVariant, making_bytes
@@ -129,15 +130,19 @@ class SwappedSource:
         return self._of(tensor).load(tensor, device=device)
 
     def _of(self, tensor: str) -> WeightSource:
-        return self._other if split_name(tensor)[0] in self._modules else self._base
+        mine = tensor in self._modules or split_name(tensor)[0] in self._modules
+        return self._other if mine else self._base
 
 
 # ---- planning ------------------------------------------------------------------------------------------------------
 
 
-def make_groups(candidates: Mapping[str, Checkpoint], options: ProfileOptions) -> tuple[ProfileGroup, ...]:
+def make_groups(
+    candidates: Mapping[str, Checkpoint], options: ProfileOptions, unused: Collection[str] = ()
+) -> tuple[ProfileGroup, ...]:
     """Group the modules that any candidate stores quantized. Pure: reads headers only.
 
+    unused: modules that take no part in a forward pass of the text model (MTP layers, towers); they are in no group
     Raises MissingWeight where a candidate lacks a module, RecompileError where --match leaves nothing.
     """
     names: dict[str, list[str]] = {}
@@ -147,6 +152,8 @@ def make_groups(candidates: Mapping[str, Checkpoint], options: ProfileOptions) -
     for module in dict.fromkeys(name for c in candidates.values() for name in c.modules):
         stored = [c.modules.get(module) for c in candidates.values()]
         if role_of(module) not in roles or not any(found is not None and found.is_quantized for found in stored):
+            continue
+        if module in unused or (role_of(module) == "layer" and layer_index(module) is None):
             continue
         if match and not any(_matches(glob, module) for glob in match):
             continue
@@ -236,7 +243,8 @@ class ProfileJob:
                     f"be swapped by itself; profile variants made by rtn, mse or gptq. A recipe by hand may take whole "
                     f"layers, attentions or MLPs of it"
                 )
-        groups = make_groups(self.by_label, self.options)
+        aside = {name for name, role in roles_of(self.reference).items() if role.part != "text"}
+        groups = make_groups(self.by_label, self.options, aside)
         base = candidate_label(self.base)
         grouped = {module for group in groups for module in group.modules}
         counted = quantizable(self.by_label.values())

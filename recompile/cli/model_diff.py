@@ -153,7 +153,9 @@ def main(
 
     checkpoint_a, checkpoint_b = open_checkpoint(model_a), open_checkpoint(model_b)
     overlay = build_overlay(checkpoint_a, override, allow_unmatched=allow_unmatched)
-    for warning in overlay.warnings:
+    from recompile.merge.explain import reached_aside
+
+    for warning in [*overlay.warnings, *reached_aside(overlay)]:
         click.echo(f"Warning: {warning}", err=True)
     check_same_model(checkpoint_b, checkpoint_a)
 
@@ -202,7 +204,9 @@ def main(
             click.echo(_with_inputs(report, with_inputs))
     if json_path is not None:
         more = {"with_activations": with_inputs.as_dict()} if with_inputs is not None else {}
-        size = overlay.accounting.as_dict()
+        from recompile.merge.left_dense import left_dense
+
+        size = {**overlay.accounting.as_dict(), "left_dense": left_dense(overlay).as_dict()}
         print_json(json_path, {**report.as_dict(), "size": size, **_origin(overlay, override), **more})
 
 
@@ -272,6 +276,8 @@ def _layer_table(layers: tuple[LayerDrift, ...]) -> str:
 
 
 def _summary(report: DiffReport, overlay: Overlay) -> str:
+    from recompile.merge.left_dense import left_dense
+
     size = overlay.accounting
     a, b = report.score_candidate, report.score_reference
     lines = [
@@ -280,6 +286,7 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         f"B (reference): {report.reference}",
         f"A's size:      {format_bpw(size.bpw)} bpw over quantized modules, head {format_bpw(size.head_bpw)}, "
         f"embedding {format_bpw(size.embedding_bpw)}, {format_bytes(size.total_bytes)} in all",
+        f"               {left_dense(overlay)}",
         f"Measured on:   {report.rows} rows x {report.row_tokens} tokens ({report.tokens} tokens counted, "
         f"{report.unlabelled_tokens} of them, the last of each row, not in perplexity), {report.rows_source}, "
         f"{report.dtype} on {report.device}",

@@ -130,6 +130,33 @@ from recompile.cli.render_quantize import describe_variants
     help="Keep the statistics of those gradients here, and use them again when they are there (some MB a layer).",
 )
 @click.option("--max-memory", help="For that backward pass: never use more memory than this, e.g. 8GiB.")
+@click.option(
+    "--mtp",
+    type=click.Choice(["quantize", "keep"]),
+    default="quantize",
+    show_default=True,
+    help="MTP layers: like the last layer, with its inputs where these fit; or as they are, byte for byte.",
+)
+@click.option(
+    "--tower",
+    type=click.Choice(["keep", "quantize"]),
+    default="keep",
+    show_default=True,
+    help="Vision and audio towers: as they are, byte for byte; or quantized without calibration.",
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="GLOB",
+    help="Modules that stay dense, beside routers, gates, norms, convolutions and embeddings.",
+)
+@click.option(
+    "--quantize",
+    "quantize_also",
+    multiple=True,
+    metavar="GLOB",
+    help="Matrices that are quantized whatever their role is.",
+)
 @text_options(rows=64, length=512)
 @device_options
 @output_options
@@ -145,6 +172,7 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
       model_quantize -i base -o variants --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4
       model_quantize -i base -o awq --scheme w4a16-g64 --method awq
       model_quantize -i base -o variants -b 2 3 4 --rounding two-sided --stats stats
+      model_quantize -i base -o variants -b 3 4 --mtp keep --keep "*.layers.0.*"
       model_quantize -i base -o gguf --format gguf -b Q3_K_S Q4_K Q6_K IQ4_KSS --tokenizer-from X.gguf
       model_quantize -i base -o mix -or overrides.yaml           # straight to the mix, no variants
       model_quantize -i base -o MIX.gguf -or overrides.yaml --tokenizer-from X.gguf

@@ -22,7 +22,7 @@ from recompile.io.files import write_text
 from recompile.io.report import format_columns
 from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.engine_rules import ENGINES
-from recompile.merge.explain import resolved_table
+from recompile.merge.explain import reached_aside, resolved_table
 from recompile.merge.overlay import Accounting, Overlay, account, build_overlay, quantizable
 from recompile.merge.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
 from recompile.merge.write_safetensors import (
@@ -167,7 +167,7 @@ def main(
             check_output(overlay, out_dir)
         size = DEFAULT_SHARD_MB if shard_size is None else shard_size
         plan = plan_write(overlay, out_dir or Path(f"{in_dir}-mix"), size, dense=dense, reencode=reencode)
-    warnings = [*overlay.warnings, *plan.warnings]
+    warnings = [*overlay.warnings, *reached_aside(overlay), *plan.warnings]
     if engine is not None and not dense:
         if isinstance(plan, GgufPlan):
             raise UnsupportedError(f"--engine {engine}: GGUF files are llama.cpp's; leave out --engine")
@@ -368,6 +368,8 @@ def _sizes(overlay: Overlay, before: Accounting, plan: WritePlan | GgufPlan) -> 
     def row(what: str, figure: str, result: str) -> tuple[str, str, str]:
         return (what, figure, result)
 
+    from recompile.merge.left_dense import left_dense
+
     table = format_columns(
         [
             row("bits per weight, quantized modules", format_bpw(before.bpw), format_bpw(after.bpw)),
@@ -384,6 +386,7 @@ def _sizes(overlay: Overlay, before: Accounting, plan: WritePlan | GgufPlan) -> 
     taken = f"{sum(counts.values())} of {len(overlay.placements)} modules overridden" + (
         f": {listed}" if listed else ""
     )
+    taken += "" if plan.dense else f"\n{left_dense(overlay)}"
     files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     return f"{table}\n{taken}\n{len(plan.modules)} modules in {files}" + (", decoded" if plan.dense else "")
 

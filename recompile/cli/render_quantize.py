@@ -41,7 +41,16 @@ def _summary(report: QuantizeReport) -> str:
         )
     header = ("variant", "bpw", "head", "size", "modules", "rel. error", "SQNR dB", "output error")
     text = format_columns(rows, header, range(1, 8))
-    kept: list[ModuleReport] = [module for module in report.variants[0].modules if not module.quantized]
+    modules = report.variants[0].modules
+    borrowed = sum(module.quantized and module.note.startswith("made with the inputs of") for module in modules)
+    blind = sum(module.quantized and module.note.startswith("not calibrated") for module in modules)
+    if borrowed or blind:
+        text += (
+            f"\noutside the layers: {borrowed} modules made with the inputs of the last layer's, {blind} without inputs"
+        )
+    for line in dict.fromkeys(variant.left_dense for variant in report.variants):
+        text += f"\n{line}" if line else ""
+    kept: list[ModuleReport] = [module for module in modules if not module.quantized]
     for module in kept[:10]:
         text += f"\nkept dense: {module.module}: {module.note}"
     if len(kept) > 10:

@@ -161,6 +161,46 @@ def merged_config(
     }
 
 
+def named_for_loaders(config: Mapping[str, Any], loader_names: Mapping[str, str]) -> dict[str, Any]:
+    """A merged config whose targets and `ignore` also match the names that loaders know the modules by.
+
+    loader_names: stored name -> the loader's, of every module; where all are equal the config comes back as it is
+    """
+    renamed = {stored: name for stored, name in loader_names.items() if stored != name}
+    groups = config.get("config_groups")
+    if not renamed or not groups or config.get("quant_method") != QUANT_METHOD:
+        return dict(config)
+    ignored = dict.fromkeys(config.get("ignore") or ())
+    both = NumberedNames(dict.fromkeys([*loader_names, *renamed.values()]))
+    made = {}
+    covered = Targets(config)
+    of_group: dict[int, list[str]] = {}
+    for name in loader_names:
+        if name not in ignored and (group := covered.group_of(name, "")) is not None:
+            of_group.setdefault(id(group), []).append(name)
+    for key, group in groups.items():
+        members = of_group.get(id(group), [])
+        names = [*members, *(renamed[name] for name in members if name in renamed)]
+        made[key] = {**group, "targets": targets_for(list(dict.fromkeys(names)), both)}
+    ignore = sorted({*ignored, *(renamed[name] for name in ignored if name in renamed)})
+    return {**config, "ignore": ignore, "config_groups": made}
+
+
+def names_others(config: Mapping[str, Any], modules: Collection[str]) -> bool:
+    """Whether targets or `ignore` name modules that are not among `modules`, under a loader's names perhaps."""
+    entries = [str(entry) for entry in config.get("ignore") or ()]
+    for group in (config.get("config_groups") or {}).values():
+        entries += map(str, group.get("targets") or ())
+    for entry in entries:
+        if entry.startswith("re:"):
+            pattern = re.compile(entry[3:])
+            if not any(pattern.match(name) for name in modules):
+                return True
+        elif "." in entry and entry not in modules:
+            return True
+    return False
+
+
 def _bits(body: Mapping[str, Any]) -> int:
     weights = body.get("weights")
     return int(weights.get("num_bits", 0)) if isinstance(weights, Mapping) else 0
@@ -200,6 +240,8 @@ def targets_for(modules: Iterable[str], names: NumberedNames) -> list[str]:
     """Targets that match exactly `modules` among `names`: `re:` patterns over layers where they are exact, else
     plain names. Every pattern starts with `.*` (engines rename prefixes), escapes dots and ends in `$`, and has a dot
     before the projection, so that no fused name (`qkv_proj`) ends like a pattern for one shard (`v_proj`)."""
+    modules = list(modules)
+    wanted = set(modules)
     by_tail: dict[tuple[str, str], list[str]] = {}
     plain: list[str] = []
     for module in modules:
@@ -218,7 +260,7 @@ def targets_for(modules: Iterable[str], names: NumberedNames) -> list[str]:
         exact = {f"{prefix}{layer}{tail}" for layer in numbers for tail in tails}
         some = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
         for layers_pattern, allowed in ((r"\d+", None), (some, frozenset(numbers))):
-            if exact.issuperset(names.matching(prefix, allowed, tails)):
+            if wanted.issuperset(names.matching(prefix, allowed, tails)):
                 targets.append(f"re:{_pattern(prefix, layers_pattern, parent, leaves)}")
                 break
         else:

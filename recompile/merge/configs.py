@@ -14,6 +14,7 @@ from recompile.costs import FUSED_SETS
 from recompile.errors import MismatchError, UnsupportedError
 from recompile.formats import FORMATS, compressed_tensors, exl2_config, exl3_config
 from recompile.merge.convert import Conversion, notes_of
+from recompile.merge.left_dense import known_roles
 from recompile.merge.overlay import Overlay, Placement
 
 # Formats whose modules a compressed-tensors config describes.
@@ -181,9 +182,23 @@ def _compressed_texts(overlay: Overlay, conversions: Mapping[str, Conversion]) -
     if inherited.get("quant_method") != compressed_tensors.QUANT_METHOD:
         inherited = {}
     merged = compressed_tensors.merged_config(inherited, quantized.items(), dense, list(overlay.placements))
+    if _has_other_names(overlay):
+        names = {name: role.loader for name, role in known_roles(overlay).items()}
+        merged = compressed_tensors.named_for_loaders(merged, names)
     config = {**overlay.config, "quantization_config": merged}
     warnings += notes_of(conversions)
     return {"config.json": dump_json(config)}, [*warnings, *_scheme_warnings(quantized, dense)]
+
+
+def _has_other_names(overlay: Overlay) -> bool:
+    """Whether loaders may know modules by other names than the stored ones: in wrappers around a text model, and where
+    a source's config names what it does not store."""
+    if any(isinstance(value, Mapping) and "hidden_size" in value for value in overlay.config.values()):
+        return True
+    return any(
+        compressed_tensors.names_others(checkpoint.quantization_config, checkpoint.modules)
+        for checkpoint in overlay.checkpoints
+    )
 
 
 def is_linear(stored: StoredModule) -> bool:

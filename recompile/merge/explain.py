@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from recompile.checkpoint.module_names import role_of
 from recompile.io.report import format_columns
 from recompile.io.sizes import format_bytes
+from recompile.merge.left_dense import known_roles
 from recompile.merge.overlay import Overlay, Placement
 from recompile.merge.write_safetensors import natural_key
 
@@ -37,6 +38,24 @@ def resolved_table(overlay: Overlay, *, every: bool = False) -> str:
         size = sum(p.stored.size_bytes for p in rest)
         text += f"\n{len(rest)} other modules (norms and the like) from the base, {format_bytes(size)}"
     return text
+
+
+def reached_aside(overlay: Overlay) -> list[str]:
+    """What lines of a recipe take beside the text model: modules of a tower or of an MTP layer, with the line."""
+    if overlay.recipe is None:
+        return []
+    roles = known_roles(overlay)
+    found: dict[tuple[int, str, str], list[str]] = {}
+    for placement in overlay.placements.values():
+        part = roles[placement.module].part
+        if placement.override is not None and part in ("tower", "mtp"):
+            found.setdefault((placement.override.line, placement.override.key, part), []).append(placement.module)
+    what = {"tower": "a vision or audio tower", "mtp": "an MTP layer"}
+    return [
+        f'{overlay.recipe.name}:{line}: "{key}" reaches into {what[part]}: {names[0]}'
+        + (f" and {len(names) - 1} more modules" if len(names) > 1 else "")
+        for (line, key, part), names in sorted(found.items())
+    ]
 
 
 def _is_weight(placement: Placement) -> bool:

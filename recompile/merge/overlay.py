@@ -7,6 +7,7 @@ Overlay, so what was measured is what is written. Reads headers only; imports no
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ IDENTITY_FIELDS = (
     "num_local_experts",
     "vocab_size",
 )
+_IN_LAYER = re.compile(r"\.\d+\.")
 PADDING = {"exl2": (32, 32), "exl3": (128, 128)}  # stored shapes are rounded up to these (out, in)
 
 
@@ -125,7 +127,7 @@ def quantizable(checkpoints: Iterable[Checkpoint]) -> frozenset[str]:
             m.name
             for c in checkpoints
             for m in c.modules.values()
-            if m.shape is not None and len(m.shape) == 2 and ".layers." in f".{m.name}"
+            if m.shape is not None and len(m.shape) == 2 and _IN_LAYER.search(m.name)
         }
     return frozenset(name for name in found if role_of(name) == "layer")
 

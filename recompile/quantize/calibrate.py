@@ -31,6 +31,7 @@ class InputStatistics:
     tokens: int = 0
     largest: Tensor | None = None  # [in] float32, largest |x| of every input
     absolute: Tensor | None = None  # [in] float32, sum over tokens of |x|
+    note: str = ""  # whose inputs these are, where they are not the modules' own
 
     def add(self, inputs: Tensor) -> None:
         """Count the inputs of a call, [..., in]."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, TensorInfo, split_name
-from recompile.checkpoint.module_names import role_of
-from recompile.costs import ROUTERS, fused_sets
+from recompile.checkpoint.module_names import Dense, role_of
+from recompile.costs import fused_sets
 from recompile.errors import FormatError
 from recompile.formats import FORMATS, packed_int
 from recompile.formats.gguf import dequantize_rows
@@ -27,6 +27,7 @@ from recompile.formats.gguf_types import GgufType, find_type
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
 from recompile.gguf.names import architecture_of
+from recompile.model.roles import roles_of
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.float_grids import fit_levels, global_scale
 from recompile.quantize.gguf import BaseTensor, Preset, base_tensors, find_preset
@@ -157,12 +158,18 @@ def _of(module: str, importance: Importances | None, weight: Tensor) -> Tensor |
     return found.to(weight.device) if found is not None else None
 
 
-def is_linear(base: Checkpoint, module: str) -> bool:
-    """Whether model_quantize would quantize a module: a matrix of a layer that is no router."""
-    shape = base.modules[module].shape
-    if shape is None or len(shape) != 2 or ".layers." not in f".{module}" or role_of(module) != "layer":
-        return False
-    return module.rpartition(".")[2] not in ROUTERS
+def linear_modules(base: Checkpoint) -> list[str]:
+    """The modules that model_quantize quantizes unless it is told otherwise: linear maps of the layers, and of MTP
+    layers."""
+    roles, default = roles_of(base), Dense()
+    return [
+        name
+        for name, module in base.modules.items()
+        if module.shape is not None
+        and len(module.shape) == 2
+        and "weight" in module.parts
+        and default.why_dense(name, roles[name], module.shape) is None
+    ]
 
 
 def _store_linear(base: Checkpoint, format_name: str, why_not: Any, parts_of: Any) -> Stored:
@@ -172,10 +179,9 @@ def _store_linear(base: Checkpoint, format_name: str, why_not: Any, parts_of: An
     """
     formats: dict[str, str] = {}
     reason = "it has no linear layers"
-    for module in base.modules.values():
-        if not is_linear(base, module.name):
-            continue
-        assert module.shape is not None
+    for name in linear_modules(base):
+        module = base.modules[name]
+        assert module.shape is not None, name
         why = why_not(module.name, (module.shape[0], module.shape[1]))
         if why is None:
             formats[module.name] = format_name

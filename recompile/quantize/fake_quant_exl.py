@@ -31,7 +31,7 @@ from recompile.formats.exl2 import OUT_MULTIPLE
 from recompile.formats.exl3 import BLOCK, TILE
 from recompile.quantize.encoders import EXL_HEAD_BITS, Exl2Encoder, Exl3Encoder
 from recompile.quantize.exl2 import layout_for_bits, plan_groups, quantize_exl2
-from recompile.quantize.fake_quant import NOWHERE, Importances, SharedEncodings, Stored, is_linear
+from recompile.quantize.fake_quant import NOWHERE, Importances, SharedEncodings, Stored, linear_modules
 
 EXL_FORMATS = ("exl2", "exl3")
 # Mean squared error of quantize_exl3 (mul1) over the mean square: 256 x 384 Gaussian weights, uneven rows and columns.
@@ -154,7 +154,7 @@ def _store(base: Checkpoint, encoder: Exl2Encoder | Exl3Encoder, format_name: st
     from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
 
     headers, pads_to = (_exl2_headers, OUT_MULTIPLE) if format_name == "exl2" else (_exl3_headers, BLOCK)
-    widths = {name: bits for name in base.modules if is_linear(base, name)}
+    widths = dict.fromkeys(linear_modules(base), bits)
     head, weight_of_head = _head_of(base)
     if head is not None:
         widths[head] = EXL_HEAD_BITS

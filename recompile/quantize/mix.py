@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import RecipeError
+from recompile.model.roles import roles_of
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.scheme_encoder import SchemeEncoder
 from recompile.recipe.recipe import Recipe, suggest
@@ -125,8 +126,9 @@ def assign(recipe: Recipe, base: Checkpoint, unnamed: str | None, head: str) -> 
                 f"{recipe.location(source)}: {source.model_dir} is a directory; a recipe for model_quantize has "
                 f"sources like {{id: 4, bits: 4}}. To merge directories: recompile -i BASE -o OUT -or {recipe.name}"
             )
+    roles = roles_of(base)
     linear = [m.name for m in base.modules.values() if m.shape is not None and len(m.shape) == 2]
-    layers = [name for name in linear if role_of(name) == "layer" and ".layers." in f".{name}"]
+    layers = [name for name in linear if roles[name].kind != "embedding" and roles[name].part in ("text", "mtp")]
     names = [f"{name}.weight" for name in dict.fromkeys([*layers, head])]
     for line in recipe.unmatched(names):
         near = suggest(line.key, names)

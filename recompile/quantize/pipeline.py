@@ -34,12 +34,16 @@ from recompile.checkpoint.checkpoint import (
     read_safetensors_header,
 )
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
-from recompile.checkpoint.module_names import role_of
-from recompile.costs import ROUTERS, fused_sets
+from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
+from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
+from recompile.formats.compressed_tensors import named_for_loaders
 from recompile.io.files import PARTIAL_SUFFIX, locked, write_json, write_text, write_with
+from recompile.merge.configs import is_linear
+from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, other_files, plan_write
+from recompile.model.roles import roles_of
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 from recompile.quantize.smoothing_mappings import Fold, find_folds
@@ -49,6 +53,7 @@ JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant 
 REPORT = "quantize_report.json"
 BUILDING_SUFFIX = ".building"  # not write.py's ".partial", which the last step uses
 BATCH_TOKENS = 2048
+DEFAULT_DENSE = Dense()
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,7 @@ class VariantReport:
     bpw: float  # over the quantized modules of the layers
     head_bpw: float | None
     size_bytes: int
+    left_dense: str = ""  # the share of the weights that is not quantized, by role
 
 
 @dataclass(frozen=True)
@@ -210,24 +216,30 @@ def quantize_model(
     rows_sha256: str = "",
     shard_mb: int = 8192,
     sequential: bool = False,
+    dense: Dense = DEFAULT_DENSE,
 ) -> Iterator[LayerDone | QuantizeReport]:
     """Quantize `base` to every variant of `encoder`; yields a LayerDone per layer and last the QuantizeReport.
 
     ids: int64 [rows, tokens] calibration rows. `head` also quantizes the output head.
     sequential: calibrate every layer on what the quantized layers before it give, in place of the base's activations;
     for one variant. A run that was killed starts anew, and the modules fit that variant better than a merge.
+    dense: what stays dense beside what its role keeps so (routers, gates, norms, convolutions, embeddings, towers). MTP
+    layers are quantized with the inputs of the last layer's modules of the same kind, or without where none fit.
     Variants that the same run finished before are kept. Raises OutputError if a directory belongs to another run.
     """
     if sequential and len(encoder.names) != 1:
         raise FormatError(f"{len(encoder.names)} variants: one at a time can be calibrated on its own activations")
     if base.is_quantized:
         raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
-    linear = [m for m in base.modules.values() if ".layers." in f".{m.name}" and m.shape and len(m.shape) == 2]
-    reasons = {m.name: encoder.why_not(m.name, (m.shape[0], m.shape[1])) for m in linear if m.shape}
+    roles = roles_of(base)
+    linear = [m for m in base.modules.values() if dense.why_dense(m.name, roles[m.name], m.shape) is None]
+    reasons = {
+        m.name: encoder.why_not(m.name, (m.shape[0], m.shape[1])) for m in linear if m.shape and len(m.shape) == 2
+    }
     if reasons and all(reasons.values()):
         name = next(iter(reasons))
         raise FormatError(f"{base.label}: nothing would be quantized; {name}: {reasons[name]}")
-    yield from _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb, sequential).run()
+    yield from _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb, sequential, dense).run()
 
 
 class _QuantizedLayer:
@@ -258,8 +270,9 @@ class _Build:
         rows_sha256: str,
         shard_mb: int,
         sequential: bool,
+        dense: Dense,
     ) -> None:
-        self.sequential = sequential
+        self.sequential, self.dense, self.roles = sequential, dense, roles_of(base)
         self.decoded: dict[str, Tensor] = {}  # of the layer just quantized, where later ones are calibrated on it
         self.base, self.encoder, self.ids, self.head, self.shard_mb = base, encoder, ids, head, shard_mb
         self.model = LayeredModel.of(base, dtype=dtype, device=device)
@@ -274,10 +287,22 @@ class _Build:
             "dtype": str(self.model.dtype),
             "encoder": encoder.description(),
             **({"sequential": True} if sequential else {}),
+            "dense": {**asdict(dense), "keep": list(dense.keep), "quantize": list(dense.quantize)},
         }
         self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
         self._held = ExitStack()  # locks on the partials, while `run` runs
-        self.stages = [*range(self.model.depth), *(["head"] if head else [])]
+        self.in_layers = {name for n in range(self.model.depth) for name in self.model.modules_of_layer(n)}
+        self.outside = [name for name in base.modules if name not in self.in_layers and self._is_made_outside(name)]
+        likes = {like for name in self.outside if (like := self.roles[name].like) is not None}
+        self.kept: dict[str, InputStatistics] = {}  # of modules whose inputs stand in for those of MTP layers
+        self.likes = {
+            n: found for n in range(self.model.depth) if (found := likes & set(self.model.modules_of_layer(n)))
+        }
+        self.stages = [
+            *map(self.model.prefix_of_layer, range(self.model.depth)),
+            *(["outside the layers"] if self.outside else []),
+            *(["head"] if head else []),
+        ]
 
     def run(self) -> Iterator[LayerDone | QuantizeReport]:
         with self._held:
@@ -295,7 +320,7 @@ class _Build:
         for number in range(self.model.depth):
             with self.model.layer(number):
                 if number < first:
-                    self._advance(number, states)
+                    self._advance_again(number, states)
                     yield self._resumed(number)
                     continue
                 row = states[0][:1].clone()
@@ -307,15 +332,51 @@ class _Build:
                         self._advance(number, states)
                 names = self.model.modules_of_layer(number)
                 folds = find_folds(self.model, number, row) if self._scales_inputs else []
+                self._keep(number, collector.groups)
                 done = self._quantize(number, names, collector.groups, folds)
             if self.sequential:
                 with self.model.layer(number, _QuantizedLayer(self.base, self.decoded)):
                     self._advance(number, states)
                 self.decoded = {}
             yield done
+        if self.outside:
+            at = self.model.depth
+            yield self._resumed(at) if at < first else self._quantize(at, self.outside, self._borrowed())
+            self.kept = {}
         if self.head:
             yield self._quantize_head(states)
         yield self._finish()
+
+    def _advance_again(self, number: int, states: list[Tensor]) -> None:
+        """Run a layer that is quantized already, once more collecting what MTP layers want of it."""
+        if number not in self.likes:
+            self._advance(number, states)
+            return
+        with InputCollector(self.model, number) as collector:
+            self._advance(number, states)
+        self._keep(number, collector.groups)
+
+    def _keep(self, number: int, groups: Sequence[InputStatistics]) -> None:
+        for group in groups if number in self.likes else ():
+            self.kept |= dict.fromkeys(self.likes[number] & set(group.modules), group)
+
+    def _borrowed(self) -> list[InputStatistics]:
+        """The inputs' statistics of modules outside the layers: those of modules like them, where there are any."""
+        borrowed = []
+        for members in fused_sets(name for name in self.outside if self._is_linear(name)):
+            like = self.roles[members[0]].like
+            found = self.kept.get(like) if like is not None else None
+            if found is None or found.hessian is None:
+                borrowed.append(InputStatistics(list(members), note="not calibrated: made without a Hessian"))
+            else:
+                borrowed.append(replace(found, modules=list(members), note=f"made with the inputs of {like}"))
+        return borrowed
+
+    def _is_made_outside(self, name: str) -> bool:
+        """Whether a module is quantized though no layer of the pass holds it: an MTP layer's, one between layers."""
+        if role_of(name) == "head" or name == self._head_module() or not self._is_linear(name):
+            return False
+        return self.dense.why_dense(name, self.roles[name], self.base.modules[name].shape) is None
 
     def _advance(self, index: int, states: list[Tensor]) -> None:
         for n, state in enumerate(states):
@@ -369,8 +430,7 @@ class _Build:
         return number
 
     def _resumed(self, number: int) -> LayerDone:
-        name = self.model.prefix_of_layer(number) if number < self.model.depth else "head"
-        return LayerDone(number, len(self.stages), name, True, {})
+        return LayerDone(number, len(self.stages), self.stages[number], True, {})
 
     def _write_stage(
         self,
@@ -457,8 +517,7 @@ class _Build:
             self._write_stage(number, variant, tensors[variant], reports[variant], scales[variant].sets)
             self.reports[variant].update({report.module: report for report in reports[variant]})
         by_variant = {name: tuple(r) for name, r in zip(self.encoder.names, reports, strict=True)}
-        stage = self.model.prefix_of_layer(number) if number < self.model.depth else "head"
-        return LayerDone(number, len(self.stages), stage, False, by_variant)
+        return LayerDone(number, len(self.stages), self.stages[number], False, by_variant)
 
     def _only(self, variants: Sequence[int]) -> Encoder:
         if not self._scales_inputs or len(variants) == len(self.finals):
@@ -559,7 +618,7 @@ class _Build:
         with self.model.norm_loaded() as norm:
             for state in states:
                 statistics.add(norm(state))
-        return self._quantize(self.model.depth, [], [statistics])
+        return self._quantize(len(self.stages) - 1, [], [statistics])
 
     def _weight_tensor(self, name: str) -> str:
         """The tensor that holds a module's weight: a tied head's is the embedding's."""
@@ -574,9 +633,12 @@ class _Build:
         return shape is not None and len(shape) == 2
 
     def _why_dense(self, name: str) -> str | None:
-        if name.rpartition(".")[2] in ROUTERS:  # they take few bits and their errors are costly
-            return "router, kept dense"
         shape = self._shape(name)
+        role = self.roles.get(name, Role("text", "head", name))  # a tied head is stored nowhere
+        if role.kind != "head":  # asked for as a whole
+            why = self.dense.why_dense(name, role, shape)
+            if why is not None:
+                return f"{why}, kept dense"
         return self.encoder.why_not(name, (shape[0], shape[1]))
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -593,9 +655,11 @@ class _Build:
 
     def _dense_tensors(self, module: StoredModule, scales: _Scales | None = None) -> dict[str, Tensor]:
         tensors = {}
+        role = self.roles[module.name]
+        carried = role.part in ("tower", "unused") or (role.part == "mtp" and self.dense.mtp == "keep")  # byte for byte
         for part, info in module.parts.items():
             value = self.base.read(info.name)
-            if value.is_floating_point():
+            if value.is_floating_point() and not carried:
                 wanted = self.encoder.dense_dtype(value.dtype)
                 if scales is not None:
                     value = _scaled_value(module.name, part, value, scales)
@@ -621,7 +685,7 @@ class _Build:
             if partial.exists():  # killed while it was being removed
                 shutil.rmtree(partial)
             return _read_report(final / REPORT)
-        in_layers = {name for number in range(self.model.depth) for name in self.model.modules_of_layer(number)}
+        in_layers = {*self.in_layers, *self.outside}
         reports = self.reports[variant]
         quantized = {name for name, report in reports.items() if report.quantized}
         rest: dict[str, Tensor] = {}
@@ -631,12 +695,16 @@ class _Build:
         self._write_stage(len(self.stages), variant, rest, [])
         report = _variant_report(self.encoder.names[variant], list(reports.values()), partial)
         head = self._head_module()
-        dense = sorted({name for name in [*reports, head] if name not in quantized})
+        unquantized = {name for name, module in self.base.modules.items() if is_linear(module)} - quantized
+        dense = sorted(unquantized | ({head} - quantized))
         config = dict(self.base.config)
         if head in quantized:
             config["tie_word_embeddings"] = False
-        config["quantization_config"] = self.encoder.quantization_config(variant, report, dense)
+        made = self.encoder.quantization_config(variant, report, dense)
+        config["quantization_config"] = named_for_loaders(made, {n: role.loader for n, role in self.roles.items()})
         write_json(partial / "config.json", config)
+        write_text(partial / ROLES_NAME, dump_roles(self.roles))
+        report = replace(report, left_dense=str(left_dense(open_checkpoint(partial))))
         write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal})
         sets = [*read_scaled_sets(self.base.path)]
         for number in range(self.model.depth):
@@ -708,8 +776,9 @@ def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics, p
     ratio = noise / signal if signal else 0.0
     wrong = _output_power(error, group.hessian)
     output = None if wrong is None or power is None else wrong / power if power else 0.0
-    note = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
+    unseen = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
     sqnr = -20 * math.log10(ratio) if ratio else None
+    note = group.note or unseen
     return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note, made.rounding)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
 from recompile.gguf.container import open_gguf
@@ -71,6 +72,7 @@ class QuantizeOptions:
     rounding: str | None
     stats: Path | None
     max_memory_bytes: int | None
+    dense: Dense
     where: RowOptions
     device: str
     dtype: str | None
@@ -88,6 +90,11 @@ class QuantizeOptions:
                 f"{{method}} {self.method}: wanted rtn, mse or gptq; with {{scheme}} also awq, smoothquant, awq+gptq, "
                 f"... ({{modifiers}} says methods in its file)"
             )
+        for name, value in (("mtp", self.dense.mtp), ("tower", self.dense.tower)):
+            if value not in ("quantize", "keep"):
+                raise ArgumentError(f'{{{name}}} {value}: wanted "quantize" or "keep"')
+        if self.dense != Dense() and (self.format == "gguf" or self.engine != "own"):
+            raise ArgumentError("{mtp}, {tower}, {keep} and {quantize_also} go with our own encoders, not of GGUF")
         if self.independent and self.modifiers is None:
             raise ArgumentError("{independent} goes with {modifiers}; variants are always calibrated so")
         if self.schemes and self.modifiers:
@@ -171,6 +178,7 @@ def _make_safetensors(
         dtype=compute_dtype(options.dtype),
         rows_sha256=rows.sha256,
         sequential=options.modifiers is not None and not options.independent,
+        dense=options.dense,
     ):
         on_event(event)
         if isinstance(event, LayerDone):
