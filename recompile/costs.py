@@ -12,6 +12,7 @@ import math
 import os
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,11 +21,14 @@ from typing import Any
 
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import JournalError, NotFiniteError, RecompileError
-from recompile.io.files import read_bytes
+from recompile.io.files import parse_json, read_bytes
 from recompile.io.journal import LineJournal
+from recompile.io.printable import printable
+from recompile.io.schema import describe, read_as
 from recompile.recipe.recipe import SourceId
 
 JOURNAL_VERSION = 1
+MOST_ROWS = 10_000_000
 # KL is a difference of numbers of some nats; how far below 0 rounding them may take it.
 KL_ROUNDING = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 LEVELS = ("layer", "block", "fused", "expert", "tensor")
@@ -380,9 +384,14 @@ def open_journal(path: Path, header: ProfileHeader) -> Journal:
 def load_profile(path: Path) -> Profile:
     """Read a profile, finished or not. Raises JournalError."""
     lines = read_bytes(path, kind="journal", error=JournalError).split(b"\n")
-    lines.pop()  # what follows the last newline was cut off by a crash
+    torn = lines.pop()
     if not lines:
         raise JournalError(f"{path}: has no whole header line; not a profile, or cut off at once: remove it")
+    if torn:
+        raise JournalError(
+            f"{path}:{len(lines) + 1}: the last line was cut off; run the same model_profile command, it goes on from "
+            f"the line before"
+        )
     return _parse(path, lines)
 
 
@@ -409,39 +418,62 @@ def _parse(path: Path, lines: Sequence[bytes]) -> Profile:
     return Profile(header, control, found)
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A measurement as a line of a journal holds it."""
+
+    group: str | None
+    source: str | None
+    kl_rows: tuple[float, ...]
+    reached: bool = True
+
+
 def _parse_header(path: Path, line: bytes) -> ProfileHeader:
-    try:
-        content = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise JournalError(f"{path}:1: not a profile: the header line is not JSON ({error})") from error
+    place = f"{path}:1"
+    content = parse_json(line, str(path), error=JournalError, line=1)
     if not isinstance(content, dict) or content.pop("kind", None) != "recompile-profile":
-        raise JournalError(f"{path}:1: not a profile made by model_profile")
+        raise JournalError(f"{place}: not a profile made by model_profile")
     if content.get("version") != JOURNAL_VERSION:
         raise JournalError(
-            f"{path}:1: is a profile of version {content.get('version')}, this program reads {JOURNAL_VERSION}"
+            f"{place}: is a profile of version {describe(content.get('version'))}, this program reads {JOURNAL_VERSION}"
         )
-    try:
-        content["candidates"] = tuple(Candidate(**entry) for entry in content["candidates"])
-        content["groups"] = tuple(
-            ProfileGroup(**{**entry, "modules": tuple(entry["modules"])}) for entry in content["groups"]
+    header = read_as(ProfileHeader, content, place, error=JournalError)
+    labels = [candidate.label for candidate in header.candidates]
+    for what, names in (
+        ("candidates", labels),
+        ("groups", [group.name for group in header.groups]),
+        ("modules of groups", [module for group in header.groups for module in group.modules]),
+    ):
+        if not names and what != "modules of groups":
+            raise JournalError(f"{place}: has no {what}")
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            raise JournalError(f'{place}: two {what} are "{printable(twice)[:80]}"')
+    if header.base not in labels:
+        raise JournalError(
+            f'{place}: base "{printable(header.base)[:80]}" is none of its candidates: {", ".join(labels)}'
         )
-        return ProfileHeader(**content)
-    except (TypeError, KeyError) as error:
-        raise JournalError(f"{path}:1: the header is incomplete: {error}") from error
+    if not 1 <= header.rows <= MOST_ROWS:
+        raise JournalError(f"{place}: rows is {header.rows}, wanted 1 to {MOST_ROWS}")
+    known = set(labels)
+    for group in header.groups:
+        strange = group.bits.keys() - known
+        if strange or not group.bits:
+            which = f'"{printable(min(strange))[:80]}", which is no candidate' if strange else "no candidate"
+            raise JournalError(f'{place}: group "{printable(group.name)[:80]}" has bits of {which}')
+    return header
 
 
 def _parse_line(path: Path, number: int, line: bytes, header: ProfileHeader) -> Measurement:
+    place = f"{path}:{number}"
+    found = read_as(_Line, parse_json(line, str(path), error=JournalError, line=number), place, error=JournalError)
     try:
-        content = json.loads(line)
-        values = tuple(float(value) for value in content["kl_rows"])
-        measurement = Measurement(content["group"], content["source"], values, content.get("reached", True) is True)
+        measurement = Measurement(found.group, found.source, found.kl_rows, found.reached)
         measurement.check_sign(header.dtype)
     except NotFiniteError as error:
-        raise JournalError(f"{path}:{number}: {error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise JournalError(f"{path}:{number}: not a measurement ({error}); the journal is damaged here") from error
+        raise JournalError(f"{place}: {error}") from error
     if len(measurement.kl_rows) != header.rows:
-        raise JournalError(f"{path}:{number}: has {len(measurement.kl_rows)} rows, the header says {header.rows}")
+        raise JournalError(f"{place}: has {len(measurement.kl_rows)} rows, the header says {header.rows}")
     return measurement
 
 
