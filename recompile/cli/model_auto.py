@@ -59,7 +59,13 @@ STATE = "auto.json"
 )
 @made_options
 @click.option("--level", default="fused", show_default=True, help="What is chosen together, as in model_profile.")
-@click.option("--samples", default=16, show_default=True, help="Random draws per row of the profile.")
+@click.option(
+    "--samples",
+    type=click.IntRange(2, 65536),
+    default=16,
+    show_default=True,
+    help="Random draws per row of the profile.",
+)
 @click.option("--solver", help="As in model_optimize; its own default if left out.")
 @click.option("--minutes", type=float, help="For a solver that measures.")
 @click.option("-r", "--rows", default=16, show_default=True, help="Rows to profile on; as many others verify.")

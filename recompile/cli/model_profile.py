@@ -104,7 +104,7 @@ DEFAULT_RTOL = 0.05  # of -r auto, where no time is given either
 )
 @click.option(
     "--samples",
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, 65536),
     help="Random draws per row of the estimating modes; default 16, or 3 where --minutes are filled with rows.",
 )
 @click.option(

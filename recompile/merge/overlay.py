@@ -41,6 +41,7 @@ IDENTITY_FIELDS = (
     "vocab_size",
 )
 _IN_LAYER = re.compile(r"\.\d+\.")
+SHOWN_LINES = 20  # of a recipe, of one kind: what a person reads
 PADDING = {"exl2": (32, 32), "exl3": (128, 128)}  # stored shapes are rounded up to these (out, in)
 
 
@@ -297,22 +298,28 @@ def _open_sources(recipe: Recipe, base: Checkpoint, warnings: list[str]) -> dict
 def _check_keys(recipe: Recipe, names: list[str], warnings: list[str], allow_unmatched: bool) -> None:
     unmatched = recipe.unmatched(names)
     if unmatched:
+        numbers = {id(override): number for number, override in enumerate(recipe.overrides)}
         lines = []
-        for override in unmatched:
+        for override in unmatched[:SHOWN_LINES]:
             near = suggest(override.key, [*names, *recipe.aliases.values()])
             hint = f'; did you mean "{near}"?' if near else ""
-            number = recipe.overrides.index(override)
             lines.append(
-                f'{recipe.name}:{override.line}: overrides[{number}].key "{override.key}" matches no tensor{hint}'
+                f"{recipe.name}:{override.line}: overrides[{numbers[id(override)]}].key "
+                f'"{override.key[:200]}" matches no tensor{hint}'
             )
+        if len(unmatched) > SHOWN_LINES:
+            lines.append(f"{recipe.name}: and {len(unmatched) - SHOWN_LINES} more keys that match no tensor")
         if not allow_unmatched:
             raise RecipeError("\n".join(lines) + " (--allow-unmatched goes on without it)")
         warnings += lines
-    for hidden, winner in recipe.shadowed(names):
+    shadowed = recipe.shadowed(names)
+    for hidden, winner in shadowed[:SHOWN_LINES]:
         warnings.append(
             f'{recipe.name}:{hidden.line}: "{hidden.key}" never decides: every tensor it matches is taken by '
             f'"{winner.key}" on line {winner.line} (a directory first named later wins)'
         )
+    if len(shadowed) > SHOWN_LINES:
+        warnings.append(f"{recipe.name}: and {len(shadowed) - SHOWN_LINES} more lines that never decide")
 
 
 def _place(name: str, base: Checkpoint, recipe: Recipe, sources: Mapping[str, Checkpoint]) -> Placement | None:

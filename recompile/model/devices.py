@@ -32,6 +32,8 @@ def compute_device(name: str) -> str:
         raise ArgumentError(
             f'{{device}} {name}: not a device; wanted cpu, cuda:0, or a number ("0" is cuda:0)'
         ) from error
+    if found.type == "meta" or (found.type != "cpu" and not hasattr(torch, found.type)):
+        raise ArgumentError(f"{{device}} {name}: holds no values to compute with; use {{device}} cpu")
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise ArgumentError(
             f"{{device}} {name}: this machine offers {torch.cuda.device_count()} CUDA devices; use {{device}} cpu"

@@ -30,8 +30,9 @@ from typing import Any, TypeAlias
 import yaml
 
 from recompile.errors import RecipeError
+from recompile.io.files import read_bytes
 
-SourceId: TypeAlias = "str | int | float | bool | bytes | datetime.date | None"  # any YAML scalar; datetime is a date
+SourceId: TypeAlias = str | int | float | bool | bytes | datetime.date | None  # any YAML scalar; datetime is a date
 
 # A source that is not there yet: model_quantize makes it. What each says is read by recompile/quantize/made.py.
 MADE_KINDS = ("bits", "type", "scheme")
@@ -517,14 +518,13 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """
     name = os.fspath(path)
     try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise RecipeError(f"{name}: no such file; wanted an override file (YAML)") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{name}: is a directory; wanted an override file (YAML)") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RecipeError(f"{name}: cannot be read: {reason}") from None
+        data = read_bytes(name, kind="recipe", error=RecipeError)
+    except RecipeError as error:
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        if missing or os.path.isdir(name):
+            what = "no such file" if missing else "is a directory"
+            raise RecipeError(f"{name}: {what}; wanted an override file (YAML)") from None
+        raise
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -231,7 +231,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
         "latin.yaml/mix.yaml": "latin.yaml/mix.yaml: cannot be read: Not a directory",
         "latin.yaml": "latin.yaml:2: not UTF-8 (byte 0xe9); save the file as UTF-8",
         "utf16.yaml": "utf16.yaml:1: not UTF-8 (byte 0xff); save the file as UTF-8",
-        "mix\0.yaml": "mix\0.yaml: cannot be read: embedded null byte",
+        "mix\0.yaml": "mix\0.yaml: cannot be read: no file can have this name (embedded null byte)",
     }.items():
         with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
             load_recipe(name)
