@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from eval.heal import HealReport
     from eval.search.frontier import FrontierReport
     from eval.search.optimize import OptimizeReport
     from recompile.checkpoint.checkpoint import Checkpoint
@@ -285,3 +286,49 @@ def _constraints(
 
 def _path(given: PathLike | None) -> Path | None:
     return None if given is None else Path(given)
+
+
+def heal(
+    build: PathLike,
+    base: PathLike,
+    out: PathLike,
+    *,
+    tokens: int = 150_000,
+    minutes: float | None = None,
+    learning_rate: float | None = None,
+    batch_tokens: int = 1024,
+    max_memory: int | str | None = None,
+    rows: int = 16,
+    length: int = 512,
+    text: PathLike | None = None,
+    dataset: str | None = None,
+    input_ids: PathLike | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> HealReport:
+    """Tune the scales, norms and biases of a finished build against its base; every code stays.
+
+        recompile.heal("mix", "base", "mix-healed", minutes=20).report.ratio
+
+    tokens: of training, rows used again where text is short; minutes: of training at most; learning_rate: of Adam on
+    logarithms of scales, None: by the build's bits; batch_tokens: of a step; max_memory: bytes or text
+    rows: of each role that judges; length, text, dataset: of all rows; device, dtype: of the arithmetic
+
+    Raises RecompileError, and writes nothing, where KL on rows of its own is not lower with confidence.
+    """
+    from eval.heal import HealOptions, heal_build
+    from recompile.model.devices import compute_device, compute_dtype
+    from recompile.model.rows import RowOptions
+
+    options = HealOptions(
+        tokens=tokens,
+        minutes=minutes,
+        learning_rate=learning_rate,
+        batch_tokens=batch_tokens,
+        device=compute_device(device),
+        dtype=compute_dtype(dtype),
+        max_memory_bytes=size_bytes(max_memory),
+    )
+    where = RowOptions(rows, length, _path(text), dataset, _path(input_ids))
+    return heal_build(Path(build), Path(base), Path(out), where, options, on_event or ignore)

@@ -68,12 +68,12 @@ def read_rows(
     else:
         source = tokens.default_text()
     own = text is not None or dataset is not None
-    tokenizer = tokens.load_tokenizer(_first_with_tokenizer(model_dirs))
+    tokenizer = tokens.load_tokenizer(first_with_tokenizer(model_dirs))
     made = tokens.make_rows(source, tokenizer, rows, length, "all" if own and not split_own_text else role)
     return made, len(tokenizer)
 
 
-def _first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
+def first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
     for directory in model_dirs:
         if directory.suffix == ".gguf":
             return directory

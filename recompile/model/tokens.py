@@ -8,10 +8,13 @@ numbers are reported on (`report`) never share a document, whichever command ask
 
 from __future__ import annotations
 
+import argparse
+import ast
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import re
 import struct
@@ -119,6 +122,22 @@ def default_text(multilingual: bool = False) -> TextSource:
             documents += [Document(body.strip(), origin) for body in split(text) if body.strip()]
     name = f"exllamav2 {importlib.metadata.version('exllamav2')} calibration text ({', '.join(readers)})"
     return TextSource(name, tuple(documents))
+
+
+def other_text(source: TextSource) -> TextSource:
+    """Text of another kind than `source`, which needs no network: Python's documentation, or, where that is it, the
+    source code of its standard library."""
+    topics = _python_topics()
+    if topics.name != source.name:
+        return topics
+    import dataclasses
+    import statistics
+    import textwrap
+
+    documents: list[Document] = []
+    for module in (argparse, ast, dataclasses, functools, inspect, statistics, textwrap):
+        documents += cut_stretches(inspect.getsource(module), "stdlib")
+    return TextSource(f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}", tuple(documents))
 
 
 def text_from_file(path: Path | str) -> TextSource:

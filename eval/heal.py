@@ -1,0 +1,746 @@
+"""A finished build and its base -> the same codes, format and size with less KL: scales, norms and biases are tuned.
+
+Adam on logarithms of scales (and on norms and biases in units of their size) against KL(base || build), on rows of the
+calibration role. Both models are streamed: the base runs once over a block of steps and leaves its last hidden states;
+the build runs layer by layer, keeping what enters every layer, and backward layer by layer with each layer run again,
+or, where the decoded weights and activations fit (`keeps_graph`), on the graph of the first run. Weights are decoded
+from what would be stored, so what is measured is what is written.
+
+Rows do not overlap: `train` moves the numbers, `choose` says which step was best and when to stop, `accept` whether
+the healed build is kept at all (better by a paired test, one-sided at 95 %), `report` what is claimed, and `second`,
+text of another kind, that it is not only this text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eval.metrics import kl_divergence
+from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
+from recompile.checkpoint.module_names import role_of
+from recompile.errors import ArgumentError, OutputError, RecompileError
+from recompile.events import OnEvent, Progress, ignore
+from recompile.io.files import OutputDirectory, read_json, write_json, write_with
+from recompile.io.journal import LineJournal
+from recompile.io.memory import available_bytes, format_mib, resident_bytes
+from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer
+from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
+from recompile.quantize.movable import Movable, MovedBuild, find_movables, patch
+
+REPORT = "heal_report.json"
+WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its last state
+LOGIT_CHUNK_TOKENS = 256
+LEAST_TRAIN_ROWS = 4
+BLOCK_STEPS = 16  # steps whose rows the base runs over at a time
+BETAS, EPSILON = (
+    (0.9, 0.99),
+    1e-12,
+)  # gradients of single scales are 1e-7 and less; few hundred steps: a second moment of a thousand would never settle
+WARM_SHARE, FINAL_SHARE = 0.05, 0.05  # of the steps, of the learning rate
+CONFIDENCE = 1.645  # standard errors; one-sided 95 %
+# Log steps of Adam by stored bits a weight: coarse codes leave more for scales to make good. Measured at 3 bits and 2.
+LEARNING_RATES = ((2.6, 4e-3), (3.6, 2e-3), (4.8, 1e-3), (99.0, 5e-4))
+
+
+@dataclass(frozen=True)
+class HealRows:
+    """int64 [rows, tokens] each; roles as above. second: another kind of text, named by `second_source`."""
+
+    train: Tensor
+    choose: Tensor
+    accept: Tensor
+    report: Tensor
+    second: Tensor
+    source: str = ""
+    second_source: str = ""
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                digest.update(repr(tuple(value.shape)).encode() + value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    tokens: int = 150_000
+    minutes: float | None = None  # of steps; the steps planned for `tokens` end early, and the rate falls in time
+    learning_rate: float | None = None  # None: by the build's bits
+    batch_tokens: int = 1024
+    check_every: int = 15  # steps between two looks at the choosing rows
+    patience: int = 4  # looks without a new best one before it stops
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    vocab: int | None = None  # true vocabulary where the model pads it
+    max_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class HealStarted:
+    steps: int
+    moving: int  # numbers that move
+    learning_rate: float
+    keeps_graph: bool
+    resumed: int  # steps found from an earlier run
+
+
+@dataclass(frozen=True)
+class HealStep:
+    """A step is done. loss: KL on its training rows before it moved anything, nats a token."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two builds on the same rows: KL(base || build), nats a token; the unit of the doubt is the row."""
+
+    before: float
+    after: float
+    gain: float  # after - before; negative is better
+    std_error: float
+    rows: int
+
+    @staticmethod
+    def of(before: Sequence[float], after: Sequence[float]) -> Paired:
+        old, new = torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)
+        change = new - old
+        error = float(change.std() / math.sqrt(len(change))) if len(change) > 1 else math.inf
+        return Paired(float(old.mean()), float(new.mean()), float(change.mean()), error, len(change))
+
+    @property
+    def is_better(self) -> bool:
+        return self.gain + CONFIDENCE * self.std_error < 0
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before if self.before > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class HealChecked:
+    """A look at the choosing rows; `best` says whether it is the best so far."""
+
+    step: int
+    steps: int
+    choosing: Paired
+    best: bool
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """kept: whether the output was written. accept: the verdict's rows; report, second: the claim's."""
+
+    build: str
+    base: str
+    out: str
+    kept: bool
+    steps: int
+    best_step: int
+    tokens: int
+    seconds: float
+    learning_rate: float
+    moved_tensors: int
+    accept: Paired
+    report: Paired
+    second: Paired
+    rows_source: str
+    second_source: str
+    dtype: str
+    rows_sha256: str
+    kl_rows: Mapping[str, tuple[float, ...]]  # "report" and "second" of the healed build, row means
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: int) -> tuple[HealRows, int | None]:
+    """Rows of every role, where.rows of each that judges and at most `tokens` tokens to train, and the true vocabulary.
+
+    Raises RecompileError for text that is too short, ArgumentError for input_ids, which have no roles.
+    """
+    from recompile.model import tokens as texts
+
+    if where.input_ids is not None:
+        raise ArgumentError("{input_ids}: rows of several roles are needed; give text with {text} or {dataset}")
+    directories = [base.path, build.path]
+    train = where.read_up_to(directories, "calibrate", -(-tokens // where.length), LEAST_TRAIN_ROWS)
+    choose, accept, report = (where.read(directories, role)[0] for role in ("choose", "accept", "report"))
+    own = where.text is not None or where.dataset is not None
+    other = texts.default_text() if own else texts.other_text(texts.default_text())
+    tokenizer = texts.load_tokenizer(first_with_tokenizer(directories))
+    second = texts.make_rows(other, tokenizer, None, where.length, "report")
+    found = HealRows(
+        train=train.ids,
+        choose=choose.ids,
+        accept=accept.ids,
+        report=report.ids,
+        second=second.ids[: where.rows],
+        source=report.source,
+        second_source=second.source,
+    )
+    return found, check_vocabulary(base, len(tokenizer))
+
+
+def heal_build(
+    build: Path, base: Path, out: Path, where: RowOptions, options: HealOptions, on_event: OnEvent = ignore
+) -> HealReport:
+    """`heal` for directories. Tells `on_event` a Progress and the events of `heal`; raises RecompileError where healing
+    did not lower the KL of the accept rows with confidence, so that nothing was written."""
+    from recompile.merge.overlay import check_same_model
+
+    candidate, reference = open_checkpoint(build), open_checkpoint(base)
+    check_same_model(reference, candidate)
+    rows, vocab = heal_rows(reference, candidate, where, options.tokens)
+    gain = ""
+    for event in heal(candidate, reference, out, rows, replace(options, vocab=vocab)):
+        on_event(event)
+        if isinstance(event, HealStarted):
+            on_event(Progress("healing", event.resumed, event.steps, "steps", f"{event.moving} numbers move"))
+        elif isinstance(event, HealStep):
+            on_event(Progress("healing", event.step, event.steps, "steps", f"KL {event.loss:.4f} in training{gain}"))
+        elif isinstance(event, HealChecked):
+            pair = event.choosing
+            gain = f", {pair.after:.4f} held out ({pair.gain:+.4f} ± {pair.std_error:.4f})"
+        elif event.kept:
+            return event
+        else:
+            raise RecompileError(
+                f"{build}: healing did not lower the KL of the accept rows with confidence "
+                f"({event.accept.gain:+.5f} ± {event.accept.std_error:.5f} nats); nothing was written"
+            )
+    raise AssertionError("heal ends with its report")
+
+
+def heal(
+    build: Checkpoint, base: Checkpoint, out: Path, rows: HealRows, options: HealOptions | None = None
+) -> Iterator[HealStarted | HealStep | HealChecked | HealReport]:
+    """Tune what may move in `build` against `base`; yields HealStarted, a HealStep a step, a HealChecked a look, and
+    last the HealReport. Writes `out` only if that is better on the accept rows.
+
+    A run that was killed goes on from its last look when it is started again with the same arguments. Raises
+    UnsupportedError for formats that do not heal, OutputError where `out` cannot be written or belongs to another run,
+    RecompileError for rows or a memory cap that are too small.
+    """
+    yield from _Healing(build, base, out, rows, options or HealOptions()).run()
+
+
+@dataclass
+class _Adam:
+    """Moments of every movable, by tensor."""
+
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    count: int = 0
+
+    @staticmethod
+    def of(movables: Mapping[str, Movable]) -> _Adam:
+        first, second = ({name: torch.zeros_like(m.start) for name, m in movables.items()} for _ in range(2))
+        return _Adam(first, second)
+
+    def step(self, movables: Mapping[str, Movable], gradients: Mapping[str, Tensor], rate: float) -> None:
+        self.count += 1
+        one, two = BETAS
+        for name, gradient in gradients.items():
+            first = self.first[name].mul_(one).add_(gradient, alpha=1 - one)
+            second = self.second[name].mul_(two).addcmul_(gradient, gradient, value=1 - two)
+            root = (second / (1 - two**self.count)).sqrt_().add_(EPSILON)
+            movables[name].delta.addcdiv_(first, root, value=-rate / (1 - one**self.count))
+
+
+class _Healing:
+    def __init__(self, build: Checkpoint, base: Checkpoint, out: Path, rows: HealRows, options: HealOptions) -> None:
+        self.build, self.base, self.out, self.rows, self.options = build, base, out, rows, options
+        for name in ("choose", "accept", "report", "second"):
+            if len(getattr(rows, name)) < 2:
+                raise RecompileError(f"{name} rows: found {len(getattr(rows, name))}, wanted at least 2")
+        if not len(rows.train):
+            raise RecompileError("train rows: found none; give more text")
+        self.model = LayeredModel.of(build, dtype=options.dtype, device=options.device)
+        self.teacher = LayeredModel.of(base, dtype=self.model.dtype, device=options.device)
+        check_same_skeleton(self.teacher, self.model)
+        for model in (self.model, self.teacher):
+            model.model.set_experts_implementation("eager")  # as LinearWeights tells experts apart
+        self.movables = find_movables(build, self.model.device)
+        self.source = MovedBuild(build, self.movables)
+        self.batch_rows = max(1, options.batch_tokens // rows.train.shape[1])
+        self.steps = max(1, math.ceil(options.tokens / (self.batch_rows * rows.train.shape[1])))
+        self.rate = options.learning_rate or default_rate(build)
+        self.adam = _Adam.of(self.movables)
+        self.work = out.with_name(out.name + WORK_SUFFIX)
+        self.best: dict[str, Tensor] = {name: m.delta.clone() for name, m in self.movables.items()}
+        self.best_step, self.best_kl, self.looks_since, self.done = 0, math.inf, 0, 0
+        self.spent = 0.0  # seconds of steps, earlier runs included
+        self.keeps_graph = self._plan()
+        self.head_moves = any(role_of(tensor.rpartition(".")[0]) == "head" for tensor in self.movables)
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> bool:
+        """Whether a step keeps its decoded weights and graph. Raises RecompileError where not even one layer fits."""
+        model, size = self.model, max(4, self.model.dtype.itemsize)
+        tokens = self.batch_rows * self.rows.train.shape[1]
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+        outputs = max(sum(p.shape[0] for p in layer.parameters() if p.dim() == 2) for layer in model.layers)
+        heads = int(getattr(model.model.config, "num_attention_heads", 1))
+        graph = tokens * (8 * model.hidden_size + 4 * outputs + 3 * heads * self.rows.train.shape[1]) * size
+        moving = 5 * 4 * sum(m.start.numel() for m in self.movables.values())
+        head = 3 * model.vocab_size * model.hidden_size * size + 6 * LOGIT_CHUNK_TOKENS * model.vocab_size * 4
+        states = (len(layers) + 2) * tokens * model.hidden_size * size
+        block = BLOCK_STEPS * tokens * model.hidden_size * size
+        fixed = resident_bytes() + moving + head + states + block
+        least = fixed + 3 * max(layers) * size + graph
+        cap = self.options.max_memory_bytes
+        if cap is not None and least > cap:
+            raise RecompileError(
+                f"--max-memory {format_mib(cap)} is too little: healing needs {format_mib(least)} for one layer, the "
+                f"head and what moves; use shorter rows or a smaller --batch-tokens"
+            )
+        whole = fixed + 2 * sum(layers) * size + len(layers) * graph
+        return whole <= (cap if cap is not None else available_bytes(str(model.device)) // 2)
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[HealStarted | HealStep | HealChecked | HealReport]:
+        if self.out.exists():
+            raise OutputError(f"{self.out}: exists already; remove it, or choose another output")
+        with self._journal() as journal:
+            self._take_up(journal)
+            resumed = self.done
+            moving = sum(m.start.numel() for m in self.movables.values())
+            yield HealStarted(self.steps, moving, self.rate, self.keeps_graph, resumed)
+            before = self._before()
+            if self.best_kl == math.inf:
+                self.best_kl = sum(before["choose"]) / len(before["choose"])
+            began = time.monotonic()
+            earlier = self.spent
+            stop = self.done >= self.steps or self.looks_since >= self.options.patience
+            for ids, wanted in self._batches() if not stop else ():
+                loss = self._step(ids, wanted)
+                self.done += 1
+                self.spent = earlier + time.monotonic() - began
+                yield HealStep(self.done, self.steps, loss)
+                late = self.options.minutes is not None and self.spent > 60 * self.options.minutes
+                if self.done % self.options.check_every and self.done != self.steps and not late:
+                    continue
+                kl = self._row_kls(self.rows.choose, self.choose_states)
+                found = Paired.of(before["choose"], kl)
+                is_best = found.after < self.best_kl
+                if is_best:
+                    self.best_kl, self.best_step, self.looks_since = found.after, self.done, 0
+                    self.best = {name: m.delta.clone() for name, m in self.movables.items()}
+                else:
+                    self.looks_since += 1
+                self._save()
+                journal.append({"step": self.done, "loss": loss, "choosing": asdict(found), "best": is_best})
+                yield HealChecked(self.done, self.steps, found, is_best)
+                if late or self.looks_since >= self.options.patience:
+                    break
+            for name, movable in self.movables.items():
+                movable.delta = self.best[name]
+            yield self._verdict(before)
+        shutil.rmtree(self.work)
+
+    def _rate_now(self) -> float:
+        """Up to the full rate, then down a cosine; by the clock where that ends first."""
+        share = self.done / self.steps
+        if self.options.minutes is not None:
+            share = max(share, min(1.0, self.spent / (60 * self.options.minutes)))
+        warm = min(1.0, (self.done + 1) / max(1.0, WARM_SHARE * self.steps))
+        return self.rate * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training rows of the steps still to do, and the base's last hidden states of them. Rows come in an order of
+        their own in every round through them."""
+        count = len(self.rows.train)
+        order: list[int] = []
+        while len(order) < self.steps * self.batch_rows:
+            generator = torch.Generator().manual_seed(self.options.seed + len(order))
+            order += torch.randperm(count, generator=generator).tolist()
+        for first in range(self.done, self.steps, BLOCK_STEPS):
+            last = min(self.steps, first + BLOCK_STEPS)
+            chosen = self.rows.train[order[first * self.batch_rows : last * self.batch_rows]]
+            states = self._teacher_states(chosen)
+            yield from zip(chosen.split(self.batch_rows), states.split(self.batch_rows), strict=True)
+
+    @torch.no_grad()
+    def _teacher_states(self, ids: Tensor) -> Tensor:
+        """The base's post-norm states, [rows, tokens, hidden]."""
+        return _normed(self.teacher, self.base, ids, self.batch_rows)
+
+    def _before(self) -> dict[str, list[float]]:
+        """KL of the build as it is, on all rows that judge; the base's states of the choosing rows are kept."""
+        kept = {name: m.delta for name, m in self.movables.items()}
+        for movable in self.movables.values():
+            movable.delta = torch.zeros_like(movable.delta)
+        found = {}
+        self.choose_states = self._teacher_states(self.rows.choose)
+        found["choose"] = self._row_kls(self.rows.choose, self.choose_states)
+        for name, movable in self.movables.items():
+            movable.delta = kept[name]
+        return found
+
+    def _row_kls(self, ids: Tensor, teacher: Tensor) -> list[float]:
+        """KL(base || what is being healed) of every row, nats a token."""
+        return row_kls(
+            self.model, self.source, self.teacher, self.base, ids, teacher, self.options.vocab, self.batch_rows
+        )
+
+    def _verdict(self, before: Mapping[str, list[float]]) -> HealReport:
+        pairs: dict[str, Paired] = {}
+        rows: dict[str, tuple[float, ...]] = {}
+        untouched = MovedBuild(self.build, {})
+        for name in ("accept", "report", "second"):
+            ids = getattr(self.rows, name)
+            teacher = self._teacher_states(ids)
+            old = row_kls(
+                self.model, untouched, self.teacher, self.base, ids, teacher, self.options.vocab, self.batch_rows
+            )
+            new = self._row_kls(ids, teacher)
+            pairs[name] = Paired.of(old, new)
+            rows[name] = tuple(new)
+        kept = self.best_step > 0 and pairs["accept"].is_better
+        report = HealReport(
+            build=self.build.label,
+            base=self.base.label,
+            out=str(self.out),
+            kept=kept,
+            steps=self.done,
+            best_step=self.best_step,
+            tokens=self.done * self.batch_rows * self.rows.train.shape[1],
+            seconds=round(self.spent, 1),
+            learning_rate=self.rate,
+            moved_tensors=len(self.movables),
+            accept=pairs["accept"],
+            report=pairs["report"],
+            second=pairs["second"],
+            rows_source=self.rows.source,
+            second_source=self.rows.second_source,
+            dtype=str(self.model.dtype),
+            rows_sha256=self.rows.sha256(),
+            kl_rows={name: rows[name] for name in ("report", "second")},
+        )
+        if kept:
+            write_healed(self.build, self.movables, self.out, report.as_dict())
+        return report
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def _step(self, ids: Tensor, teacher: Tensor) -> float:
+        """Move everything once; returns the KL before."""
+        model, source = self.model, self.source
+        gradients: dict[str, Tensor] = {}
+        graphs: list[tuple[Tensor, Tensor, dict[str, Tensor], list[_Place]]] = []
+        with torch.no_grad():
+            hidden = torch.cat(list(model.embed(ids, len(ids), source)))
+        inputs: list[Tensor] = []
+        for index in range(model.depth):
+            inputs.append(hidden)
+            with model.layer(index, source):
+                if self.keeps_graph:
+                    graphs.append(self._run_layer(index, hidden))
+                    hidden = graphs[-1][1].detach()
+                else:
+                    with torch.no_grad():
+                        hidden = model.run_layer(index, hidden)
+        loss, cotangent = self._head(hidden, teacher, gradients)
+        for index in reversed(range(model.depth)):
+            if self.keeps_graph:
+                cotangent = self._pull_back(*graphs.pop(), cotangent, gradients)
+            else:
+                with model.layer(index, source):
+                    cotangent = self._pull_back(*self._run_layer(index, inputs.pop()), cotangent, gradients)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise RecompileError(
+                f"step {self.done + 1}: the loss ({loss:g}) or its gradient is not finite; use a smaller "
+                f"--learning-rate (it was {self.rate:g}), or --dtype float32"
+            )
+        self.adam.step(self.movables, gradients, self._rate_now())
+        return loss
+
+    def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[_Place]]:
+        """The loaded layer's input and output in a graph, its parameters that matter, and whose they are."""
+        layer = self.model.layers[index]
+        places = self._places(index)
+        parameters: dict[str, Tensor] = {place.parameter: layer.get_parameter(place.parameter) for place in places}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        leaf = hidden.detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = self.model.run_layer(index, leaf)
+        return leaf, out, parameters, places
+
+    def _pull_back(
+        self,
+        leaf: Tensor,
+        out: Tensor,
+        parameters: Mapping[str, Tensor],
+        places: Sequence[_Place],
+        cotangent: Tensor,
+        gradients: dict[str, Tensor],
+    ) -> Tensor:
+        """The cotangent of a layer's input; adds what its parameters say to `gradients`."""
+        found = torch.autograd.grad(out, [leaf, *parameters.values()], cotangent.to(out.dtype), allow_unused=True)
+        by_name = dict(zip(parameters, found[1:], strict=True))
+        for place in places:
+            gradient = by_name[place.parameter]
+            if gradient is not None:
+                self._add(place, parameters[place.parameter].detach(), gradient, gradients)
+        assert found[0] is not None, "a layer depends on its input"
+        return found[0]
+
+    def _add(self, place: _Place, value: Tensor, gradient: Tensor, gradients: dict[str, Tensor]) -> None:
+        if place.expert is not None:
+            value, gradient = value[place.expert], gradient[place.expert]
+        if place.rows is not None:
+            value, gradient = value[place.rows], gradient[place.rows]
+        for tensor in place.tensors:
+            movable = self.movables[tensor]
+            found = movable.gradient(None if movable.reduce is None else value, gradient)
+            gradients[tensor] = gradients[tensor] + found if tensor in gradients else found
+
+    def _places(self, index: int) -> list[_Place]:
+        """Where the movables of a loaded layer sit in its parameters."""
+        model, prefix = self.model, f"{self.model.prefix_of_layer(index)}."
+        found = []
+        of_module: dict[str, list[str]] = {}
+        for tensor, movable in self.movables.items():
+            if movable.reduce is not None:
+                of_module.setdefault(self._module_of(tensor), []).append(tensor)
+        for weight in LinearWeights(model, index):
+            shapes = [self.base.modules[module].shape for module in weight.modules]  # the build's may be padded
+            start = 0
+            for module, shape in zip(weight.modules, shapes, strict=True):
+                rows = shape[0] if shape is not None else 0
+                if module in of_module:
+                    part = slice(start, start + rows) if len(weight.modules) > 1 else None
+                    parameter = weight.parameter.removeprefix(prefix)
+                    found.append(_Place(parameter, weight.expert, part, tuple(of_module[module])))
+                start += rows
+        for name, _ in model.layers[index].named_parameters():
+            origin = model.origins[f"{prefix}{name}"]
+            if origin.converter is None and origin.tensors[0] in self.movables:
+                movable = self.movables[origin.tensors[0]]
+                if movable.reduce is None:
+                    found.append(_Place(name, None, None, (origin.tensors[0],)))
+        return found
+
+    def _module_of(self, tensor: str) -> str:
+        return tensor.rpartition(".")[0]
+
+    def _head(self, hidden: Tensor, teacher: Tensor, gradients: dict[str, Tensor]) -> tuple[float, Tensor]:
+        """Mean KL of the batch, and the cotangent of what leaves the last layer."""
+        model, source = self.model, self.source
+        with model.norm_loaded(source) as norm, model.head_loaded(source) as head:
+            moving_norms: dict[str, Tensor] = {}  # by stored tensor
+            for name, parameter in model.model.named_parameters():
+                origin = model.origins.get(name) if name in model.structure.after else None
+                if origin is not None and origin.tensors[0] in self.movables:
+                    moving_norms[origin.tensors[0]] = parameter.requires_grad_(True)
+            leaf = hidden.detach().requires_grad_(True)
+            with torch.enable_grad():
+                normed = norm(leaf)
+            moving = [head.get_parameter("weight")] if self.head_moves else []
+            for parameter in moving:
+                parameter.requires_grad_(True)
+            flat, wanted = normed.detach().flatten(0, 1), teacher.flatten(0, 1)
+            total, pieces = 0.0, []
+            with _OtherHead(self.teacher, self.base) as reference:
+                for start in range(0, len(flat), LOGIT_CHUNK_TOKENS):
+                    part = slice(start, start + LOGIT_CHUNK_TOKENS)
+                    log_p = self._cut(reference(wanted[part])).float().log_softmax(-1)
+                    with torch.enable_grad():
+                        piece = flat[part].clone().requires_grad_(True)
+                        log_q = self._cut(model.logits(piece[None])[0]).float().log_softmax(-1)
+                        loss = (log_p.exp() * (log_p - log_q)).sum() / len(flat)
+                    found = torch.autograd.grad(loss, [piece, *moving])
+                    total += float(loss.detach())
+                    pieces.append(found[0])
+                    for parameter, gradient in zip(moving, found[1:], strict=True):
+                        tensors = tuple(t for t in self.movables if role_of(self._module_of(t)) == "head")
+                        self._add(_Place("", None, None, tensors), parameter.detach(), gradient, gradients)
+            back = torch.autograd.grad(
+                normed, [leaf, *moving_norms.values()], torch.cat(pieces).view_as(normed), allow_unused=True
+            )
+            for tensor, gradient in zip(moving_norms, back[1:], strict=True):
+                if gradient is not None:
+                    gradients[tensor] = self.movables[tensor].gradient(None, gradient)
+        return total, back[0]
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        return logits if self.options.vocab is None else logits[..., : self.options.vocab]
+
+    # ---- going on --------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "kind": "recompile-heal",
+            "build": self.build.fingerprint,
+            "base": self.base.fingerprint,
+            "rows": self.rows.sha256(),
+            "tokens": self.options.tokens,
+            "minutes": self.options.minutes,
+            "learning_rate": self.rate,
+            "batch_tokens": self.options.batch_tokens,
+            "check_every": self.options.check_every,
+            "patience": self.options.patience,
+            "seed": self.options.seed,
+            "dtype": str(self.model.dtype),
+        }
+
+    def _journal(self) -> LineJournal:
+        return LineJournal(self.work / "journal.jsonl")
+
+    def _take_up(self, journal: LineJournal) -> None:
+        """Go on from the last look of an earlier run with the same settings."""
+        if not journal.lines:
+            journal.begin(self._settings())
+            return
+        header = json.loads(journal.lines[0])
+        if header != self._settings():
+            changed = [key for key, value in self._settings().items() if header.get(key) != value]
+            raise OutputError(
+                f"{self.work}: was begun with other settings ({', '.join(changed)}); remove it, or go on with those"
+            )
+        state = self.work / "state.safetensors"
+        if len(journal.lines) < 2 or not state.exists():
+            return
+        about = read_json(self.work / "state.json")
+        tensors = load_file(state, device=str(self.model.device))
+        for name, movable in self.movables.items():
+            movable.delta = tensors[f"delta.{name}"]
+            self.adam.first[name], self.adam.second[name] = tensors[f"first.{name}"], tensors[f"second.{name}"]
+            self.best[name] = tensors[f"best.{name}"]
+        self.done = self.adam.count = int(about["step"])
+        self.best_step, self.best_kl = int(about["best_step"]), float(about["best_kl"])
+        self.looks_since, self.spent = int(about["looks_since"]), float(about["seconds"])
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, movable in self.movables.items():
+            tensors |= {
+                f"delta.{name}": movable.delta,
+                f"first.{name}": self.adam.first[name],
+                f"second.{name}": self.adam.second[name],
+                f"best.{name}": self.best[name],
+            }
+        whole = {name: value.contiguous().cpu().clone() for name, value in tensors.items()}
+        write_with(self.work / "state.safetensors", lambda path: save_file(whole, path))
+        about = {
+            "step": self.done,
+            "best_step": self.best_step,
+            "best_kl": self.best_kl,
+            "looks_since": self.looks_since,
+            "seconds": self.spent,
+        }
+        write_json(self.work / "state.json", about)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where movables sit: a parameter of the layer (name within it), one expert of it, some of its rows."""
+
+    parameter: str
+    expert: int | None
+    rows: slice | None
+    tensors: tuple[str, ...] = field(default=())
+
+
+class _OtherHead:
+    """The base's head, loaded beside the build's: post-norm states [tokens, hidden] -> logits [tokens, vocab]."""
+
+    def __init__(self, model: LayeredModel, source: WeightSource) -> None:
+        self._model, self._loaded = model, model.head_loaded(source)
+
+    def __enter__(self) -> _OtherHead:
+        self._loaded.__enter__()
+        return self
+
+    def __exit__(self, *what: Any) -> None:
+        self._loaded.__exit__(*what)
+
+    @torch.no_grad()
+    def __call__(self, normed: Tensor) -> Tensor:
+        return self._model.logits(normed[None])[0]
+
+
+def default_rate(build: Checkpoint) -> float:
+    """Of the build's mean stored bits a quantized weight."""
+    quantized = [m for m in build.modules.values() if m.is_quantized and role_of(m.name) == "layer"]
+    bits = 8 * sum(m.size_bytes for m in quantized) / max(1, sum(m.numel for m in quantized))
+    return next(rate for limit, rate in LEARNING_RATES if bits < limit or limit == LEARNING_RATES[-1][0])
+
+
+def _normed(model: LayeredModel, source: WeightSource, ids: Tensor, batch: int) -> Tensor:
+    states = list(model.embed(ids, batch, source))
+    for index in range(model.depth):
+        with model.layer(index, source):
+            states = [model.run_layer(index, state) for state in states]
+    with model.norm_loaded(source) as norm:
+        return torch.cat([norm(state) for state in states])
+
+
+@torch.no_grad()
+def row_kls(
+    model: LayeredModel,
+    source: WeightSource,
+    teacher: LayeredModel,
+    base: WeightSource,
+    ids: Tensor,
+    teacher_states: Tensor,
+    vocab: int | None,
+    batch: int,
+) -> list[float]:
+    """Mean KL(base || source) of every row, nats a token; teacher_states: the base's post-norm states of `ids`."""
+    normed = _normed(model, source, ids, batch)
+    found = []
+    with model.head_loaded(source), _OtherHead(teacher, base) as reference:
+        for mine, wanted in zip(normed, teacher_states, strict=True):
+            pieces = []
+            for start in range(0, len(mine), LOGIT_CHUNK_TOKENS):
+                part = slice(start, start + LOGIT_CHUNK_TOKENS)
+                p, q = reference(wanted[part]), model.logits(mine[None, part])[0]
+                pieces.append(kl_divergence(p[..., :vocab], q[..., :vocab]))
+            found.append(float(torch.cat(pieces).double().mean()))
+    return found
+
+
+def write_healed(build: Checkpoint, movables: Mapping[str, Movable], out: Path, report: Mapping[str, Any]) -> None:
+    """Copy a build and overwrite what moved, in place: every other byte is the build's.
+
+    Its recompile_manifest.json is left out: it says which bytes came from which variant, and these no longer do."""
+    directory = OutputDirectory(out)
+    with directory as folder:
+        _copy_files(build, folder)
+        for name, movable in movables.items():
+            info = build.tensors[name]
+            value = movable.stored
+            if tuple(value.shape) != tuple(info.shape):
+                raise OutputError(f"{name}: is {list(value.shape)} now, was {list(info.shape)}")
+            patch(folder / info.path.relative_to(build.path), info.offset, value)
+        write_json(folder / REPORT, report)
+        directory.finish()
+
+
+def _copy_files(build: Checkpoint, folder: Path) -> None:
+    for path in sorted(build.path.iterdir()):
+        if path.is_file() and path.name not in ("recompile_manifest.json", REPORT) and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)

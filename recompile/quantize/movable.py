@@ -1,0 +1,214 @@
+"""What may move in a finished build while its codes stay: scales, norms and biases, and how a gradient reaches them.
+
+A weight is a code times its scales, W = code * s (less a zero point that is scaled too), so for any tensor of scales
+
+    d loss / d log s = sum over the weights that the scale multiplies of (d loss / d W) * W
+
+whatever the format, whatever else multiplies them (Hadamard transforms of EXL3 included). A format is one row of
+`SCALES`: the part that moves, and the function that adds up (d loss / d W) * W over the weights of each of its numbers.
+Norms and biases move by themselves, in steps of their own size. What moves is held in float32 and used as it will be
+stored: rounded to its stored dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, read_tensor, split_name
+from recompile.checkpoint.module_names import role_of
+from recompile.errors import UnsupportedError
+from recompile.formats import FLOAT_DTYPES
+from recompile.formats.scale_grid import ScaleGrid
+
+Reduce = Callable[[Tensor], Tensor]  # [out, in], (d loss / d W) * W -> the gradient of the log of every scale
+
+
+@dataclass
+class Movable:
+    """One stored tensor. Its value is start * exp(delta) for scales, start + unit * delta for norms and biases.
+
+    start, delta: float32, the tensor's shape;  dtype: the stored one
+    reduce: for scales, None for norms and biases;  unit: the root mean square of `start`, 1 where that is 0
+    """
+
+    tensor: str
+    start: Tensor
+    dtype: torch.dtype
+    reduce: Reduce | None
+    unit: float = 1.0
+    delta: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.delta = torch.zeros_like(self.start)
+
+    @property
+    def stored(self) -> Tensor:
+        """As it will be stored; a number keeps its start where it moved beyond what the dtype holds."""
+        scaled = self.reduce is not None
+        moved = self.start * self.delta.exp() if scaled else self.start + self.unit * self.delta
+        rounded = moved.to(self.dtype)
+        lost = ~rounded.float().isfinite() | ((rounded.float() == 0) & (self.start != 0) & scaled)
+        return torch.where(lost, self.start.to(self.dtype).float(), rounded.float()).to(self.dtype)
+
+    def gradient(self, weight: Tensor | None, gradient: Tensor) -> Tensor:
+        """Of `delta`; weight and gradient of the decoded weight [out, in], or of the vector itself (weight None)."""
+        if self.reduce is None:
+            return gradient.float() * self.unit
+        assert weight is not None, "scales are asked for with their weight"
+        return self.reduce(gradient.float() * weight.float()).reshape(self.start.shape)
+
+
+class MovedBuild:
+    """A weight source: a build whose movable tensors have the values of `movables`. Implements WeightSource."""
+
+    def __init__(self, build: Checkpoint, movables: Mapping[str, Movable]) -> None:
+        self.build, self.movables = build, movables
+        self.config, self.modules, self.label = build.config, build.modules, build.label
+
+    def has(self, tensor: str) -> bool:
+        return self.build.has(tensor)
+
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        if tensor in self.movables:
+            return self.movables[tensor].stored.to(device)
+        module = self.modules.get(tensor) or self.modules.get(split_name(tensor)[0])
+        if module is None or not module.is_quantized or tensor != module.dense_name:
+            return self.build.load(tensor, device=device)
+        moving = {part: self.movables.get(info.name) for part, info in module.parts.items()}
+        if not any(moving.values()):
+            return self.build.load(tensor, device=device)
+        parts = {
+            part: read_tensor(info, device) if moved is None else moved.stored.to(device)
+            for (part, info), moved in zip(module.parts.items(), moving.values(), strict=True)
+        }
+        return self.build.decode(module, parts)
+
+
+# ---- which tensors ---------------------------------------------------------------------------------------------------
+
+
+def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict[str, Movable]:
+    """By tensor name: the scales of quantized modules, and norms and biases of the layers, the final norm included.
+
+    Raises UnsupportedError for a build with nothing quantized or with a format whose scales cannot move, naming it.
+    """
+    quantized = [module for module in build.modules.values() if module.is_quantized]
+    if not quantized:
+        raise UnsupportedError(f"{build.label}: nothing in it is quantized, so there is nothing to heal")
+    unknown = next((module for module in quantized if module.format not in SCALES), None)
+    if unknown is not None:
+        raise UnsupportedError(
+            f"{build.label}: {unknown.name} is stored as {unknown.format}, whose scales model_heal does not move; it "
+            f"heals {', '.join(SCALES)}"
+        )
+    found: dict[str, Movable] = {}
+
+    def add(tensor: str, reduce: Reduce | None) -> None:
+        value = build.read(tensor, device)
+        start = value.float()
+        size = float(start.square().mean().sqrt())
+        found[tensor] = Movable(tensor, start, value.dtype, reduce, size if size > 0 else 1.0)
+
+    for module in build.modules.values():
+        if module.is_quantized and role_of(module.name) != "embedding":
+            row = SCALES[module.format]
+            for part, reduce in row(build, module).items():
+                add(module.parts[part].name, reduce)
+        for part, info in module.parts.items():
+            is_vector = len(info.shape) == 1 and info.dtype in FLOAT_DTYPES
+            if is_vector and (part == "bias" or (not module.is_quantized and part == "weight")):
+                add(info.name, None)
+    return found
+
+
+def _shape(module: StoredModule) -> tuple[int, int]:
+    assert module.shape is not None, f"{module.name}: a quantized weight has a shape"
+    return (module.shape[0], module.shape[1])
+
+
+def _packed(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    scheme = build.scheme(module)
+    if "weight_g_idx" in module.parts:
+        index = build.read(module.parts["weight_g_idx"].name)
+        if bool((index >= 0).all()):
+            return {"weight_scale": lambda product: _scatter(product, index, module.parts["weight_scale"].shape[1])}
+    return {"weight_scale": lambda product: over_grid(product, ScaleGrid(1, scheme.group_size))}
+
+
+def _scatter(product: Tensor, index: Tensor, groups: int) -> Tensor:
+    return product.new_zeros(len(product), groups).index_add_(1, index.to(product.device).long(), product)
+
+
+def _plain(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    scheme = build.scheme(module)
+    part = getattr(scheme, "scale_part", "weight_scale")
+    return {part: lambda product: over_grid(product, scheme.grid)}
+
+
+def _nvfp4(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    """Scales of 16 weights are 8-bit floats of 3 mantissa bits: most keep their code, some reach the next one."""
+    return {"weight_scale": lambda product: over_grid(product, ScaleGrid(1, 16))}
+
+
+def _none(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    """MX scales are powers of two: no neighbour is near enough. Norms and biases of such builds move."""
+    return {}
+
+
+def _exl3(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    rows, columns = _shape(module)  # padded
+    return {
+        "suh": lambda product: pad(product.sum(0), (0, columns - product.shape[1])),
+        "svh": lambda product: pad(product.sum(1), (0, rows - product.shape[0])),
+    }
+
+
+def _exl2(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    from recompile.formats import exl2
+
+    parts = {name: build.read(info.name) for name, info in module.parts.items() if name in exl2.PARTS}
+    groups = exl2.group_layout(parts)
+    of_packed = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([group.rows for group in groups]))
+    of_input = of_packed[parts["q_invperm"].long()]  # the packed row of every input channel, hence its group
+
+    def reduce(product: Tensor) -> Tensor:
+        columns = product.sum(0)
+        return columns.new_zeros(len(groups)).index_add_(0, of_input[: len(columns)].to(columns.device), columns)
+
+    return {"q_scale_max": reduce}
+
+
+def over_grid(product: Tensor, grid: ScaleGrid) -> Tensor:
+    """Sums over the weights [out, in] of each scale of a grid, [scale rows, scale columns]."""
+    out_features, in_features = product.shape
+    rows, columns = grid.rows or out_features, grid.columns or in_features
+    padded = pad(product, (0, -in_features % columns, 0, -out_features % rows))
+    return padded.unflatten(1, (-1, columns)).sum(2).unflatten(0, (-1, rows)).sum(1)
+
+
+SCALES: Mapping[str, Callable[[Checkpoint, StoredModule], Mapping[str, Reduce]]] = {
+    "pack-quantized": _packed,
+    "int-quantized": _plain,
+    "float-quantized": _plain,
+    "fp8-scale-inv": _plain,
+    "nvfp4-pack-quantized": _nvfp4,
+    "mxfp4-pack-quantized": _none,
+    "mxfp6-pack-quantized": _none,
+    "mxfp8-quantized": _none,
+    "exl2": _exl2,
+    "exl3": _exl3,
+}
+
+
+def patch(path: Any, offset: int, value: Tensor) -> None:
+    """Overwrite a stored tensor in place: same dtype, same shape, same bytes around it."""
+    raw = value.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(raw)

@@ -1,0 +1,294 @@
+"""model_heal: gradients against finite differences, what is written against what was measured, going on, refusing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mixes
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from eval.diff import DiffReport, compare
+from eval.heal import REPORT, HealChecked, HealOptions, HealReport, HealRows, HealStep, Paired, _Healing, heal
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.cli.model_heal import main as model_heal
+from recompile.cli.recompile import main as recompile_command
+from recompile.errors import OutputError, RecompileError, UnsupportedError
+from recompile.quantize.encoders import Exl2Encoder, IntEncoder
+from recompile.quantize.movable import Movable, find_movables
+from recompile.quantize.pipeline import Encoder, quantize_model
+from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+from tests.commands import refusal, run
+
+TOKENS = 24
+
+
+def encoder_of(kind: str) -> Encoder:
+    from recompile.formats.schemes import parse_scheme
+
+    if kind == "exl2":
+        return Exl2Encoder((2.5,), 4)
+    if kind.startswith("int"):
+        return IntEncoder((int(kind[3]),), 32, "asym" not in kind, "rtn", head_bits=4 if "head" in kind else None)
+    return SchemeEncoder((uniform(parse_scheme(kind), "rtn"),))
+
+
+def make_build(kind: str, folder: Path, architecture: str = "llama") -> Checkpoint:
+    base, encoder = open_checkpoint(tiny.base(architecture)), encoder_of(kind)
+    has_head = kind.startswith("exl") or "head" in kind
+    for _ in quantize_model(base, folder, encoder, tiny.rows(2, 16), head=has_head):
+        pass
+    return open_checkpoint(folder / encoder.names[0])
+
+
+def make_rows(train: int = 24, judges: int = 6) -> HealRows:
+    judging = (tiny.rows(judges, TOKENS, seed=10 + n) for n in range(4))
+    return HealRows(tiny.rows(train, TOKENS, seed=3), *judging, source="random tokens", second_source="others")
+
+
+OPTIONS = HealOptions(tokens=24 * TOKENS, batch_tokens=4 * TOKENS, check_every=2, learning_rate=0.01)
+
+
+def healing(build: Checkpoint, out: Path, options: HealOptions = OPTIONS, architecture: str = "llama") -> _Healing:
+    return _Healing(build, open_checkpoint(tiny.base(architecture)), out, make_rows(), options)
+
+
+def finish(build: Checkpoint, out: Path, options: HealOptions = OPTIONS, architecture: str = "llama") -> HealReport:
+    *_, last = heal(build, open_checkpoint(tiny.base(architecture)), out, make_rows(), options)
+    assert isinstance(last, HealReport)
+    return last
+
+
+def bytes_of(checkpoint: Checkpoint, tensor: str) -> Tensor:
+    return checkpoint.read(tensor).contiguous().flatten().view(torch.uint8)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+# Every kind of format whose scales move.
+KINDS = ["int3", "int3-asym", "int4-head", "w8a16", "fp8-channel", "fp8-block", "nvfp4", "exl2", "exl3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_s_gradient_is_what_doubling_it_does(kind: str, tmp_path: Path) -> None:
+    """<G, W> is linear in every scale, and doubling is exact: <G, W(2 s)> - <G, W(s)> = s d<G, W>/ds."""
+    is_exl3 = kind == "exl3"  # its encoder is slow
+    build = open_checkpoint(mixes.as_exl3(tmp_path / "v", 2)) if is_exl3 else make_build(kind, tmp_path / "v")
+    movables = find_movables(build)
+    modules = {tensor.rpartition(".")[0] for tensor, movable in movables.items() if movable.reduce is not None}
+    generator = torch.Generator().manual_seed(0)
+    for module in sorted(modules)[:: max(1, len(modules) // 4)]:
+        stored = build.modules[module]
+        weight = build.load(stored.dense_name).float()
+        gradient = torch.randn(weight.shape, generator=generator)
+        parts = {part: build.read(info.name) for part, info in stored.parts.items()}
+        for part, info in stored.parts.items():
+            movable = movables.get(info.name)
+            if movable is None or movable.reduce is None:
+                continue
+            found = movable.gradient(weight, gradient).flatten()
+            for place in torch.randperm(found.numel(), generator=generator)[:6].tolist():
+                doubled = parts[part].clone()
+                flat = doubled.view(-1)
+                flat[place] = (flat[place].float() * 2).to(flat.dtype)
+                after = build.decode(stored, {**parts, part: doubled}).float()
+                change = float(((after - weight).double() * gradient).sum())
+                assert float(found[place]) == pytest.approx(change, rel=5e-3, abs=5e-3), (module, part, place)
+
+
+@pytest.mark.parametrize("keeps_graph", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [("int3", "llama"), ("int3-asym", "llama-bias"), ("int4-head", "llama"), ("int3", "qwen2-moe"), ("int3", "gemma2")],
+)
+def test_gradients_are_those_of_finite_differences(
+    kind: str, architecture: str, keeps_graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along a random direction of each kind of tensor; numbers move in float32, so that differences are smooth."""
+    work = healing(make_build(kind, tmp_path / "v", architecture), tmp_path / "out", architecture=architecture)
+    work.keeps_graph = keeps_graph
+    for name, movable in work.movables.items():
+        work.movables[name] = replace(movable, dtype=torch.float32)
+    found: dict[str, Tensor] = {}
+    monkeypatch.setattr(work.adam, "step", lambda movables, gradients, rate: found.update(gradients))
+    ids = work.rows.train[: work.batch_rows]
+    wanted = work._teacher_states(ids)
+    work._step(ids, wanted)
+    gradients = dict(found)
+    assert all(".experts." in name for name in set(work.movables) - set(gradients)), "an expert may see no token"
+    generator = torch.Generator().manual_seed(5)
+    direction = {name: torch.randn(m.start.shape, generator=generator) for name, m in work.movables.items()}
+    kinds: dict[str, set[str]] = {}
+    for name in gradients:
+        place = (
+            "head"
+            if name.startswith("lm_head")
+            else "experts"
+            if ".experts." in name
+            else "norm"
+            if "norm" in name
+            else ""
+        )
+        kinds.setdefault(f"{place} {name.rpartition('.')[2]}", set()).add(name)
+
+    def loss_along(names: set[str], size: float) -> float:
+        for name in names:
+            work.movables[name].delta = size * direction[name]
+        loss = work._step(ids, wanted)
+        for name in names:
+            work.movables[name].delta = torch.zeros_like(direction[name])
+        return loss
+
+    is_routed = "moe" in architecture  # a step that sends a token to another expert makes the loss jump
+    step = 1e-4 if is_routed else 2e-3
+    for label, names in kinds.items():
+        slope = (loss_along(names, step) - loss_along(names, -step)) / (2 * step)
+        predicted = sum(float((gradients[name] * direction[name]).sum()) for name in names)
+        size = sum(float(gradients[name].square().sum()) for name in names) ** 0.5
+        assert slope == pytest.approx(predicted, abs=0.02 * size + (1e-2 if is_routed else 1e-4)), label
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int3", "int3-asym", "nvfp4", "exl2", "mix"])
+def test_what_is_written_is_what_was_measured(kind: str, tmp_path: Path) -> None:
+    if kind == "mix":
+        made = tiny.variants("llama", (2, 4))
+        recipe = mixes.recipe(tmp_path / "mix.yaml", {"*.mlp.*": made[4]})
+        run(recompile_command, "-i", made[2], "-o", tmp_path / "mix", "-or", recipe, "--quiet")
+        build = open_checkpoint(tmp_path / "mix")
+    else:
+        build = make_build(kind, tmp_path / "v")
+    out, base = tmp_path / "out", open_checkpoint(tiny.base("llama"))
+    rows = make_rows()
+    options = replace(OPTIONS, learning_rate=0.003) if kind == "nvfp4" else OPTIONS
+    *_, report = heal(build, base, out, rows, options)
+    assert isinstance(report, HealReport)
+    assert report.kept
+    assert report.accept.is_better
+    assert report.report.after < report.report.before
+    healed = open_checkpoint(out)
+    moved = {name for name in build.tensors if not torch.equal(bytes_of(healed, name), bytes_of(build, name))}
+    assert moved
+    assert moved <= set(find_movables(build)), "codes stay"
+    assert {name: (i.dtype, i.shape) for name, i in healed.tensors.items()} == {
+        name: (i.dtype, i.shape) for name, i in build.tensors.items()
+    }
+    *_, measured = compare(healed, base, rows.report)
+    assert isinstance(measured, DiffReport)
+    assert measured.kl.mean == pytest.approx(report.report.after, rel=1e-5)
+    assert measured.kl_rows == pytest.approx(report.kl_rows["report"], rel=1e-4)
+    run(recompile_command, "--check", out)
+    assert json.loads((out / REPORT).read_text())["best_step"] == report.best_step
+    assert not list(tmp_path.glob("*.healing"))
+    if kind in ("int3", "mix"):
+        model = tiny.plain_model(out)
+        assert torch.allclose(
+            tiny.plain_logits(model, rows.report[:1]),
+            tiny.plain_logits(
+                tiny.plain_model(tiny.dense_copy(healed, tmp_path / "dense", tiny.base("llama"))), rows.report[:1]
+            ),
+            atol=1e-4,
+        )
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    build = make_build("int2", tmp_path / "v")
+    whole = finish(build, tmp_path / "whole")
+    events = heal(build, open_checkpoint(tiny.base("llama")), tmp_path / "out", make_rows(), OPTIONS)
+    looks = 0
+    for event in events:
+        looks += isinstance(event, HealChecked)
+        if looks == 2 and isinstance(event, HealStep):  # a step after the second look: its work is done again
+            break
+    events.close()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="other settings"):
+        finish(build, tmp_path / "out", replace(OPTIONS, seed=1))
+    again = finish(build, tmp_path / "out")
+    assert again.best_step == whole.best_step
+    assert again.report == whole.report
+    for name in build.tensors:
+        assert torch.equal(open_checkpoint(tmp_path / "out").read(name), open_checkpoint(tmp_path / "whole").read(name))
+    with pytest.raises(OutputError, match="exists already"):
+        finish(build, tmp_path / "out")
+
+
+def test_what_is_not_better_is_not_written(tmp_path: Path) -> None:
+    build = make_build("int4", tmp_path / "v")
+    report = finish(build, tmp_path / "out", replace(OPTIONS, learning_rate=3.0, patience=2))
+    assert not report.kept
+    assert report.best_step == 0
+    assert report.steps == 4, "it stopped when two looks found nothing"
+    assert report.report.before == pytest.approx(report.report.after)
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+def test_the_verdict_asks_for_more_than_luck() -> None:
+    clear = Paired.of([1.0, 2.0, 3.0, 4.0], [0.9, 1.9, 2.9, 3.9])
+    luck = Paired.of([1.0, 2.0, 3.0, 4.0], [0.2, 2.1, 3.1, 4.1])
+    assert clear.is_better
+    assert clear.gain == pytest.approx(-0.1)
+    assert luck.gain < 0
+    assert not luck.is_better
+
+
+def test_numbers_stay_within_what_their_type_holds() -> None:
+    start = torch.tensor([6e4, 6e-8, 1.0, -2.0])
+    movable = Movable("s", start, torch.float16, lambda product: product)
+    assert torch.equal(movable.stored, start.half())
+    movable.delta = torch.tensor([1.0, -3.0, 1.0, 1.0])
+    assert movable.stored.float().tolist() == pytest.approx([6e4, 6e-8, 2.718, -5.437], rel=1e-2)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_healed_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    base = open_checkpoint(tiny.base("llama"))
+    with pytest.raises(UnsupportedError, match="nothing in it is quantized"):
+        finish(base, tmp_path / "out")
+    build = make_build("int3", tmp_path / "v")
+    with pytest.raises(RecompileError, match="too little: healing needs"):
+        finish(build, tmp_path / "out", replace(OPTIONS, max_memory_bytes=1 << 20))
+    rows = replace(make_rows(), accept=tiny.rows(1, TOKENS))
+    with pytest.raises(RecompileError, match="accept rows"):
+        next(heal(build, base, tmp_path / "out", rows, OPTIONS))
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    build = make_build("int2", tmp_path / "v")
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n\n".join(f"Document {n}. " + " ".join(f"word{(n * k) % 97}" for k in range(60)) for n in range(80))
+    )
+    common = ("-i", build.path, "-mb", tiny.base("llama"), "--text", text, "-r", 4, "-l", 32, "--batch-tokens", 128)
+    json_path = tmp_path / "report.json"
+    said = run(
+        model_heal,
+        *common,
+        "-o",
+        tmp_path / "out",
+        "--tokens",
+        3000,
+        "--learning-rate",
+        0.01,
+        "--json",
+        json_path,
+        "--quiet",
+    )
+    assert "another kind of text" in said
+    report = json.loads(json_path.read_text())
+    assert report["kept"]
+    assert report["accept"]["after"] < report["accept"]["before"]
+    said = refusal(model_heal, *common, "-o", tmp_path / "worse", "--tokens", 600, "--learning-rate", 5, "--quiet")
+    assert "nothing was written" in said
+    assert not (tmp_path / "worse").exists()
+    shutil.rmtree(tmp_path / "out")
