@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from eval.engines.builds import EngineError, Installed, find_engine
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
-from recompile.gguf.names import architecture_of
 from recompile.model.tokens import default_text, load_tokenizer, make_rows
 from recompile.quantize.gguf import Importance, Mix, base_tensors, build_variants, collect_importance, plan_variants
 
@@ -75,7 +74,7 @@ def calibrated(model: Path) -> Importance:
 def mix_of(model: Path, name: str, kinds: Sequence[str]) -> Mix:
     """Matrices of the layers get the types in turn, the embedding and the head Q6_K."""
     base = open_checkpoint(model)
-    weighty = [t for t in base_tensors(base, architecture_of(base.config["model_type"])) if not t.plain]
+    weighty = [t for t in base_tensors(base) if not t.plain]
     inner = [tensor.name for tensor in weighty if tensor.name.startswith("blk.")]
     assert len(inner) >= len(kinds), "every type is to be in the file"
     types = {name: kinds[number % len(kinds)] for number, name in enumerate(inner)}

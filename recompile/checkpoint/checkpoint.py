@@ -19,9 +19,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, WEIGHT_PARTS, FormatSpec, format_of
 from recompile.formats.gguf_types import QUANTIZED_TYPES
-from recompile.gguf.config import config_of, heads_of
+from recompile.gguf.config import config_of
 from recompile.gguf.container import GgufFile, GgufTensor, find_gguf, is_gguf, open_gguf
-from recompile.gguf.names import ARCHITECTURES, Place, place_of, row_order, to_hf
+from recompile.gguf.keys import heads_in
+from recompile.gguf.names import (
+    ARCHITECTURES,
+    Heads,
+    Joined,
+    Place,
+    is_stacked,
+    joined_of,
+    places_of,
+    row_order,
+    steps_of,
+    text_config_of,
+    to_hf,
+)
+from recompile.gguf.values import join_one
 
 if TYPE_CHECKING:
     import torch
@@ -509,15 +523,37 @@ class GgufCheckpoint(Checkpoint):
 
     `tensors` have Hugging Face names and lie in the file as they are; each expert of a 3-D tensor is one of its own.
     `read`, `load` and `decode` give values in Hugging Face's order of rows and without what GGUF adds to norms.
-    `path` is the (first) file.
+    `joined` are the tensors that such checkpoints fuse and the file has in parts, which `load` puts together.
+    `path` is the (first) file; `heads` are None for an architecture without a table of names.
     """
 
     file: GgufFile = field(kw_only=True, repr=False)
     places: Mapping[str, Place] = field(kw_only=True, repr=False)
+    joined: Mapping[str, Joined] = field(kw_only=True, repr=False, default_factory=dict)
+    heads: Heads | None = field(kw_only=True, repr=False, default=None)
 
     @cached_property
     def aliases(self) -> Mapping[str, str]:
         return {name: place.gguf for name, place in self.places.items()}
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.joined or super().has(tensor)
+
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        if tensor in self.joined:
+            return self.join(self.joined[tensor], lambda part: self.load(part, device=device))
+        return super().load(tensor, device=device)
+
+    def join(self, whole: Joined, load: Callable[[str], Tensor]) -> Tensor:
+        """A fused tensor as Hugging Face has it, its parts loaded by `load`, from here or from another source."""
+        assert self.heads is not None, "joined tensors are those of known architectures"
+        return join_parts(whole, [[load(name) for name in names] for names in whole.parts], self.heads)
+
+    def joined_shape(self, whole: Joined) -> tuple[int, ...]:
+        """The shape of a fused tensor, without reading any part."""
+        import torch
+
+        return tuple(self.join(whole, lambda part: torch.empty(self.tensors[part].shape, device="meta")).shape)
 
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
         value = super().read(tensor, device)
@@ -533,7 +569,27 @@ class GgufCheckpoint(Checkpoint):
             return value
         if place.heads:
             value = value[row_order(value.shape[0], place.heads, back=True)]
+        if place.steps and self.heads is not None:
+            for step in reversed(steps_of(place, self.heads)):
+                value = step.to_hf(value)
         return value - place.offset if place.offset else value
+
+
+def no_names(checkpoint: GgufCheckpoint) -> str:
+    """Why a GGUF file cannot be run or decoded: one sentence."""
+    return (
+        f"{checkpoint.label}: GGUF architecture {checkpoint.file.value('general.architecture')!r} has no table of "
+        f"Hugging Face names here; it can be merged, quantized and run by an engine (--engine), not by transformers"
+    )
+
+
+def join_parts(whole: Joined, parts: list[list[Tensor]], heads: Heads) -> Tensor:
+    """The fused tensor that the values of its parts make: for each part one, or one an expert."""
+    import torch
+
+    if not whole.stacked:
+        return join_one(whole.how, [part[0] for part in parts], heads)
+    return torch.stack([join_one(whole.how, of_one, heads) for of_one in zip(*parts, strict=True)])
 
 
 def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -550,27 +606,46 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
     beside = file.path.parent / "config.json"
     if beside.is_file() and architecture is not None:
         found = read_json(beside)
-        if isinstance(found, dict) and found.get("model_type") in architecture.model_types:
-            config, notes = {key: value for key, value in found.items() if key != "quantization_config"}, []
+        text = text_config_of(found) if isinstance(found, dict) else {}
+        if text.get("model_type") in architecture.model_types:
+            config, notes = {key: value for key, value in text.items() if key != "quantization_config"}, []
             config["tie_word_embeddings"] = "output.weight" not in file.tensors
+    heads = heads_in(config) if architecture is not None else None
     tensors: dict[str, TensorInfo] = {}
     places: dict[str, Place] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for tensor in file.tensors.values():
-        experts = tensor.ne[2] if len(tensor.ne) == 3 else None
-        names = to_hf(architecture, tensor.name, experts)
-        for number, name in enumerate(names):
-            tensors[name] = _slice_of(tensor, name, number, experts if name != tensor.name else None)
-            place = place_of(architecture, name, heads_of(file)) if architecture is not None else None
+        found_names = to_hf(architecture, tensor.name, tensor.shape[0])
+        names[tensor.name] = tuple(found_names)
+        stacked = architecture is not None and found_names[0] != tensor.name and is_stacked(architecture, tensor.name)
+        for number, name in enumerate(found_names):
+            place = None
+            if architecture is not None and heads is not None:
+                found_places = places_of(
+                    architecture, name, heads
+                )  # of others where old files hold a whole in one piece
+                known = Place(tensor.name) if name != tensor.name else None
+                place = next((p for p in found_places if p.gguf == tensor.name), known)
+            tensors[name] = _slice_of(tensor, name, number, len(found_names) if stacked else None, place, heads)
             if place is not None:
                 places[name] = place
-    return GgufCheckpoint(file.path, label, config, tensors, tuple(notes), file=file, places=places)
+    joined = joined_of(architecture, names) if architecture is not None else {}
+    return GgufCheckpoint(
+        file.path, label, config, tensors, tuple(notes), file=file, places=places, joined=joined, heads=heads
+    )
 
 
-def _slice_of(tensor: GgufTensor, name: str, number: int, count: int | None) -> TensorInfo:
-    """A tensor as it lies in the file, or its expert `number` of `count`."""
+def _slice_of(
+    tensor: GgufTensor, name: str, number: int, count: int | None, place: Place | None, heads: Heads | None
+) -> TensorInfo:
+    """A tensor as it lies in the file, or its expert `number` of `count`, with the shape of Hugging Face's."""
     if count is None:
-        # a map to one value is a matrix of one row in Hugging Face's files and a vector in GGUF
-        shape = (1, *tensor.shape) if name.endswith(".shared_expert_gate.weight") else tensor.shape
+        shape = tensor.shape
+        if place is not None and heads is not None:
+            for step in reversed(steps_of(place, heads)):
+                shape = step.shape(shape)
+        if len(shape) == 3 and not (place is not None and place.steps):  # heads that are no experts: rows one by one
+            shape = (shape[0] * shape[1], shape[2])
         return TensorInfo(name, tensor.type.name, shape, tensor.path, tensor.offset, tensor.size_bytes)
     size = tensor.size_bytes // count
     return TensorInfo(name, tensor.type.name, tensor.shape[1:], tensor.path, tensor.offset + number * size, size)

@@ -472,12 +472,11 @@ def _check_gguf_groups(reference: Checkpoint, make: Making) -> None:
 def _gguf_importance(reference: Checkpoint, make: Making) -> Mapping[str, Tensor]:
     """As `model_quantize --format gguf` gets it: of calibration rows, or of an imatrix file."""
     from recompile.gguf.imatrix import read_imatrix
-    from recompile.gguf.names import architecture_of
     from recompile.quantize.gguf import base_tensors, importance_from
     from recompile.quantize.run import calibrate_importance
 
     if make.imatrix is not None:
-        tensors = base_tensors(reference, architecture_of(reference.config.get("model_type")))
+        tensors = base_tensors(reference)
         return importance_from(read_imatrix(make.imatrix), tensors, make.imatrix).values
     found, vocab = read_rows([reference.path], "calibrate", make.importance_rows, 512, make.text, make.dataset, None)
     check_vocabulary(reference, vocab)

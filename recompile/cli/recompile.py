@@ -241,7 +241,6 @@ def _is_to_be_made(base: Checkpoint, override: str) -> bool:
 
 def _emit_made(base: Checkpoint, override: str, dialect: str, out: Path | None) -> None:
     """The types that `model_quantize -i BASE -or FILE` would give, as a recipe of another tool."""
-    from recompile.gguf.names import architecture_of
     from recompile.merge.type_recipes import emit
     from recompile.quantize.gguf import base_tensors
     from recompile.quantize.gguf_mix import read_mix, types_got
@@ -249,7 +248,7 @@ def _emit_made(base: Checkpoint, override: str, dialect: str, out: Path | None) 
     mix, _, warnings = read_mix(Path(override), base, Path("mix.gguf"))
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
-    tensors = base_tensors(base, architecture_of(base.config.get("model_type")))
+    tensors = base_tensors(base)
     types = types_got(mix.kinds, tensors)
     _warn_of_forks_types(types, dialect)
     _put(emit(types, dialect, f"{base.label} ({override})"), out)

@@ -77,6 +77,11 @@ def _gguf_summary(report: VariantsReport) -> str:
         for (asked, got, note), count in noted.items():
             what = f"tensors asked to be {asked} are {got}" if asked != got else f"{got} tensors"
             text += f"\n{preset}: {count} {what}: {note}"
+    if report.left_out:
+        text += (
+            f"\nleft out: {len(report.left_out)} tensors of vision, audio or draft parts, which llama.cpp takes from a "
+            f"file of their own, first {report.left_out[0]}"
+        )
     return text
 
 

@@ -1,34 +1,59 @@
 """The Hugging Face config that the keys of a GGUF file amount to, so that transformers can build the model.
 
-Covers the architectures of `recompile.gguf.names`. What a GGUF file does not say is a constant of the architecture,
-named where it is used.
+Covers the architectures of `recompile.gguf.architectures`, by the table in `recompile.gguf.fields`.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from recompile.errors import CheckpointError
 from recompile.gguf.container import GgufFile
+from recompile.gguf.fields import (
+    EPSILON,
+    EXPERT_SIZES,
+    FIELDS,
+    MAVERICK_EXPERTS,
+    PARTIAL_ROTARY,
+    REQUIRED,
+    RMS_EPSILON,
+    SIGMOID,
+    constants,
+)
 from recompile.gguf.keys import llama3_factors
-from recompile.gguf.names import ARCHITECTURES, Heads
+from recompile.gguf.names import ARCHITECTURES
 
 # Gemma's largest models scale attention by hidden size / heads, all others by the head size; told apart by depth.
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 GEMMA3_LOCAL_ROPE = 10000.0
+SMALLEST_UNTURNED = 1e20  # a frequency that is divided by more does not turn at all
 
 
-def heads_of(file: GgufFile) -> Heads:
-    """Query and key heads. Raises CheckpointError where a file has no such keys, or other numbers a layer."""
-    arch = file.value("general.architecture")
-    query = file.require(f"{arch}.attention.head_count")
-    key = file.value(f"{arch}.attention.head_count_kv", query)
-    if not isinstance(query, int) or not isinstance(key, int):
-        raise CheckpointError(
-            f"{file.label}: {arch}.attention.head_count is a list; layers with other numbers of heads"
-        )
-    return Heads(query, key)
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of one architecture in a file, and its tensors."""
+
+    file: GgufFile
+    arch: str
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return _short(self.file.value(f"{self.arch}.{key}", default))
+
+    def need(self, key: str) -> Any:
+        return _short(self.file.require(f"{self.arch}.{key}"))
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.file.tensors
+
+    def in_any_layer(self, leaf: str, layers: int) -> bool:
+        return any(self.has(f"blk.{number}.{leaf}") for number in range(layers))
+
+    def layer_types(self, layers: int, leaf: str, there: str, absent: str) -> list[str]:
+        """Which layers have a tensor and which do not."""
+        return [there if self.has(f"blk.{number}.{leaf}") else absent for number in range(layers)]
 
 
 def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
@@ -42,39 +67,48 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
         return {"gguf_architecture": arch}, []
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.label}: has no tensor token_embd.weight; it is not a whole {arch} model")
-
-    def get(key: str, default: Any = None) -> Any:
-        return _short(file.value(f"{arch}.{key}", default))
-
-    def need(key: str) -> Any:
-        return _short(file.require(f"{arch}.{key}"))
-
-    heads = heads_of(file)
-    hidden = need("embedding_length")
+    keys = _Keys(file, known.name)
+    query, hidden = _one(keys.need("attention.head_count")), keys.need("embedding_length")
+    epsilon_key, epsilon = EPSILON.get(known.name, RMS_EPSILON)
     config: dict[str, Any] = {
         "model_type": known.model_types[0],
         "hidden_size": hidden,
-        "num_hidden_layers": need("block_count"),
-        "num_attention_heads": heads.query,
-        "num_key_value_heads": heads.key,
-        "head_dim": get("attention.key_length", hidden // heads.query),
-        "intermediate_size": need("feed_forward_length"),
-        "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10000.0),
+        "num_hidden_layers": keys.need("block_count") - keys.get("nextn_predict_layers", 0),
+        "num_attention_heads": query,
+        "num_key_value_heads": _one(keys.get("attention.head_count_kv", query)),
+        "head_dim": keys.get("attention.key_length", hidden // max(1, query)),
+        "intermediate_size": _one(keys.get("feed_forward_length") or keys.need("expert_feed_forward_length")),
+        "max_position_embeddings": keys.need("context_length"),
+        epsilon: keys.need(epsilon_key),
+        "rope_theta": keys.get("rope.freq_base", 10000.0),
         "vocab_size": file.tensors["token_embd.weight"].ne[1],
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
-    for key, there in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
-        token = file.value(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
-            config[there] = token
-    config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    notes = _add_rope_scaling(file, arch, config)
-    if arch.startswith("gemma"):
-        _add_gemma(arch, get, config)
-    if get("expert_count"):
-        _add_experts(arch, get, need, config)
+    layers = config["num_hidden_layers"]
+    for there, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
+        config[name] = file.value(f"tokenizer.ggml.{there}_token_id")  # None, not the default of another vocabulary
+    config["attention_bias"] = keys.in_any_layer("attn_q.bias", layers)
+    experts = keys.get("expert_count")
+    for entry in FIELDS.get(known.name, ()):
+        absent = config["intermediate_size"] if entry.key in EXPERT_SIZES else entry.default
+        found = keys.need(entry.key) if absent is REQUIRED else keys.get(entry.key, absent)
+        if found is not None:
+            config[entry.name] = found
+    config |= constants(known.name, layers)
+    if known.name in PARTIAL_ROTARY:
+        turned = keys.get("rope.dimension_count", config["head_dim"])
+        config["partial_rotary_factor"] = turned / config["head_dim"]
+    notes = _add_rope_scaling(keys, config)
+    if known.name.startswith("gemma"):
+        _add_gemma(keys, config)
+    elif known.name == "llama" and experts:
+        config |= {
+            "model_type": "mixtral",
+            "num_local_experts": experts,
+            "num_experts_per_tok": keys.need("expert_used_count"),
+        }
+    else:
+        _add_special(keys, config, layers)
     return config, notes
 
 
@@ -83,10 +117,104 @@ def _short(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _add_rope_scaling(file: GgufFile, arch: str, config: dict[str, Any]) -> list[str]:
-    kind = file.value(f"{arch}.rope.scaling.type", "none")
-    factor = file.value(f"{arch}.rope.scaling.factor", 1.0)
-    if "rope_freqs.weight" in file.tensors:
+def _one(value: Any) -> int:
+    """A number, or the largest of a list with one a layer (layers without attention have none)."""
+    return max(value) if isinstance(value, list) and value else value
+
+
+def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    """What is particular to one architecture, and is more than a key's value."""
+    arch = keys.arch
+    if arch in ("qwen2moe", "qwen3moe"):
+        config["num_local_experts"] = config["num_experts"]
+    elif arch in ("qwen3next", "qwen35", "qwen35moe"):
+        config["linear_value_head_dim"] = keys.need("ssm.inner_size") // config["linear_num_value_heads"]
+        config["layer_types"] = keys.layer_types(layers, "attn_q.weight", "full_attention", "linear_attention")
+    elif arch == "glm4moe":
+        config["use_qk_norm"] = keys.in_any_layer("attn_q_norm.weight", layers)
+    elif arch in ("deepseek2", "deepseek32", "glm-dsa"):
+        _add_latent(keys, config, layers)
+    elif arch == "llama4":
+        step = config["interleave_moe_layer_step"]
+        config["moe_layers"] = list(range(step - 1, layers, step))
+        config["use_qk_norm"] = config["num_local_experts"] != MAVERICK_EXPERTS  # the engine's rule
+    elif arch == "mistral3":
+        scale = keys.get("attention.temperature_scale")
+        if scale is None:
+            config["model_type"] = "mistral"
+        else:
+            config["rope_scaling"] = {**config.get("rope_scaling", {}), "llama_4_scaling_beta": scale}
+    elif arch == "minimax-m2":
+        config["rotary_dim"] = keys.get("rope.dimension_count", config["head_dim"])
+    elif arch == "granitemoe" and config.get("shared_intermediate_size"):
+        config["model_type"] = "granitemoeshared"
+    elif arch == "command-r":
+        config["use_qk_norm"] = keys.in_any_layer("attn_q_norm.weight", layers)
+    elif arch == "ernie4_5-moe":
+        config["moe_layer_end_index"] = layers - 1
+    elif arch == "olmo2" and config.get("sliding_window"):
+        config |= {"model_type": "olmo3", "layer_types": _pattern(keys, layers, 4)}
+        local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", config["rope_theta"])}
+        whole = {"rope_type": "default", **config.pop("rope_scaling", {}), "rope_theta": config.pop("rope_theta")}
+        config["rope_parameters"] = {"full_attention": whole, "sliding_attention": local}
+    elif arch == "exaone4":
+        windowed = config.get("sliding_window") is not None
+        config["layer_types"] = _pattern(keys, layers, 4) if windowed else ["full_attention"] * layers
+    elif arch == "seed_oss":
+        config["attention_out_bias"] = keys.in_any_layer("attn_output.bias", layers)
+    elif arch in ("lfm2", "lfm2moe"):
+        config["layer_types"] = keys.layer_types(layers, "attn_q.weight", "full_attention", "conv")
+        config["block_auto_adjust_ff_dim"] = False
+        if arch == "lfm2moe":
+            config["use_expert_bias"] = keys.in_any_layer("exp_probs_b.bias", layers)
+    elif arch == "starcoder2":
+        config |= {"use_bias": config["attention_bias"], "sliding_window": None}
+    elif arch == "phi3":
+        config["sliding_window"] = keys.get("attention.sliding_window") or None
+        config.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+
+
+def _add_latent(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    """Multi-head latent attention; what files before its keys and values were split call it is understood."""
+    turned = keys.need("rope.dimension_count")
+    head = keys.get("attention.key_length_mla") or keys.need("attention.key_length")
+    config |= {
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": head - turned,
+        "v_head_dim": keys.get("attention.value_length_mla") or keys.need("attention.value_length"),
+        "head_dim": turned,
+        "num_key_value_heads": config["num_attention_heads"],
+        "q_lora_rank": config.get("q_lora_rank"),  # None: queries are one map
+    }
+    if keys.arch == "deepseek2":
+        sigmoid = keys.get("expert_gating_func") == SIGMOID or keys.in_any_layer("exp_probs_b.bias", layers)
+        grouped = config["n_group"] > 1
+        if not sigmoid:
+            config |= {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy" if grouped else "greedy"}
+    else:
+        dense = config["first_k_dense_replace"]
+        config["mlp_layer_types"] = ["dense" if number < dense else "sparse" for number in range(layers)]
+        del config["head_dim"]
+
+
+def _pattern(keys: _Keys, layers: int, interval: int) -> list[str]:
+    """Which layers see a window only: a list in the file, or all but each `interval`-th."""
+    found = keys.get("attention.sliding_window_pattern", interval)
+    if isinstance(found, list):
+        return ["sliding_attention" if local else "full_attention" for local in found[:layers]]
+    return ["full_attention" if (i + 1) % found == 0 else "sliding_attention" for i in range(layers)]
+
+
+# ---- rotary embeddings -----------------------------------------------------------------------------------------------
+
+
+def _add_rope_scaling(keys: _Keys, config: dict[str, Any]) -> list[str]:
+    file = keys.file
+    kind, factor = keys.get("rope.scaling.type", "none"), keys.get("rope.scaling.factor", 1.0)
+    if "rope_factors_long.weight" in file.tensors or "rope_factors_short.weight" in file.tensors:
+        del config["model_type"]
+        return [f"{file.label}: rope factors for short and long texts are not read; put its config.json beside it"]
+    if "rope_freqs.weight" in file.tensors and keys.arch != "gemma4":
         scaling = _llama3_scaling(file, config)
         if scaling is None:
             del config["model_type"]
@@ -96,26 +224,39 @@ def _add_rope_scaling(file: GgufFile, arch: str, config: dict[str, Any]) -> list
             ]
         config["rope_scaling"] = scaling
     elif kind == "linear" and factor != 1.0:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": _short(factor)}
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
-        original = file.value(f"{arch}.rope.scaling.original_context_length")
-        config["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": _short(factor),
-            "original_max_position_embeddings": original,
-        }
+        config["rope_scaling"] = _yarn(keys, factor)
     elif kind not in ("none", "linear"):
         del config["model_type"]
         return [f"{file.label}: rope scaling of type {kind!r} is not known here; put its config.json beside it"]
     return []
 
 
+def _yarn(keys: _Keys, factor: float) -> dict[str, Any]:
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": keys.get("rope.scaling.original_context_length"),
+    }
+    for key in ("beta_fast", "beta_slow"):
+        value = keys.get(f"rope.scaling.yarn_{key}")
+        if value is not None:
+            scaling[key] = value
+    multiplier = keys.get("rope.scaling.yarn_log_multiplier")
+    if multiplier is not None:  # DeepSeek's is a tenth of the field
+        scale = multiplier if keys.arch == "mistral3" else _short(10 * multiplier)
+        scaling |= {"mscale": scale, "mscale_all_dim": scale}
+    if keys.arch == "gpt-oss":
+        scaling["truncate"] = False
+    return scaling
+
+
 def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
     """The llama3 scaling whose factors are stored, if it has the constants that all Llama 3 models have."""
-    info = file.tensors["rope_freqs.weight"]
-    if info.type.name != "F32":
+    stored = _rope_factors(file)
+    if stored is None:
         return None
-    stored = struct.unpack(f"<{info.numel}f", file.read(info))
     scaling = {
         "rope_type": "llama3",
         "factor": _short(max(stored)),
@@ -130,42 +271,63 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | 
     return scaling if same else None
 
 
-def _add_gemma(arch: str, get: Any, config: dict[str, Any]) -> None:
+def _rope_factors(file: GgufFile) -> tuple[float, ...] | None:
+    info = file.tensors["rope_freqs.weight"]
+    return struct.unpack(f"<{info.numel}f", file.read(info)) if info.type.name == "F32" else None
+
+
+# ---- Gemma -----------------------------------------------------------------------------------------------------------
+
+
+def _add_gemma(keys: _Keys, config: dict[str, Any]) -> None:
     # "gelu_pytorch_tanh" is what every Gemma computes, whatever its config.json calls it
+    arch = keys.arch
     config["hidden_activation"] = config["hidden_act"] = "gelu_pytorch_tanh"
-    if arch == "gemma":
+    if arch == "gemma4":
+        _add_gemma4(keys, config)
+    if arch in ("gemma", "gemma4"):
         return
     large = config["num_hidden_layers"] == GEMMA_27B_LAYERS[arch]
     config["query_pre_attn_scalar"] = (
         config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
     )
-    config["sliding_window"] = get("attention.sliding_window", 4096)
     if arch == "gemma2":
-        config["attn_logit_softcapping"] = get("attn_logit_softcapping", 50.0)
-        config["final_logit_softcapping"] = get("final_logit_softcapping", 30.0)
+        config["attn_logit_softcapping"] = keys.get("attn_logit_softcapping", 50.0)
+        config["final_logit_softcapping"] = keys.get("final_logit_softcapping", 30.0)
         return
-    config["rope_local_base_freq"] = get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE)
-    config["final_logit_softcapping"] = get("final_logit_softcapping")
-    pattern = get("attention.sliding_window_pattern", 6)
-    if isinstance(pattern, list):
-        config["layer_types"] = ["sliding_attention" if local else "full_attention" for local in pattern]
-    else:
-        config["layer_types"] = [
-            "full_attention" if (i + 1) % pattern == 0 else "sliding_attention"
-            for i in range(config["num_hidden_layers"])
-        ]
+    config["rope_local_base_freq"] = keys.get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE)
+    config["final_logit_softcapping"] = keys.get("final_logit_softcapping")
+    config["layer_types"] = _pattern(keys, config["num_hidden_layers"], 6)
 
 
-def _add_experts(arch: str, get: Any, need: Any, config: dict[str, Any]) -> None:
-    count, used = get("expert_count"), need("expert_used_count")
-    config["num_experts_per_tok"] = used
-    if arch == "llama":
-        config |= {"model_type": "mixtral", "num_local_experts": count}
-        return
-    config["num_experts"] = config["num_local_experts"] = count
-    config["moe_intermediate_size"] = get("expert_feed_forward_length", config["intermediate_size"])
-    config["norm_topk_prob"] = arch == "qwen3moe"  # the engine's rule: Qwen3 normalizes the chosen experts' weights
-    if arch == "qwen2moe":
-        config["shared_expert_intermediate_size"] = get(
-            "expert_shared_feed_forward_length", config["intermediate_size"]
-        )
+def _add_gemma4(keys: _Keys, config: dict[str, Any]) -> None:
+    """Head sizes, key heads and rotary embeddings of two kinds of layers; whole ones turn a part of their frequencies,
+    and those that do not turn are divided by a number beyond all others."""
+    layers = config["num_hidden_layers"]
+    config["layer_types"] = types = _pattern(keys, layers, 6)
+    config["global_head_dim"] = config["head_dim"]
+    config["head_dim"] = keys.get("attention.key_length_swa", config["head_dim"])
+    key_heads = keys.get("attention.head_count_kv")
+    if isinstance(key_heads, list):
+        by_type: Mapping[str, int] = dict(zip(types, key_heads, strict=False))
+        config["num_key_value_heads"] = by_type.get("sliding_attention", max(key_heads))
+        config["num_global_key_value_heads"] = by_type.get("full_attention", max(key_heads))
+    whole = [number for number, kind in enumerate(types) if kind == "full_attention"]
+    config["attention_k_eq_v"] = any(
+        keys.has(f"blk.{number}.attn_k.weight") and not keys.has(f"blk.{number}.attn_v.weight") for number in whole
+    )
+    sizes = keys.get("feed_forward_length")
+    config["use_double_wide_mlp"] = isinstance(sizes, list) and max(sizes) > min(sizes)
+    config["intermediate_size"] = min(sizes) if isinstance(sizes, list) else sizes
+    config["enable_moe_block"] = bool(config.get("num_experts"))
+    config["vocab_size_per_layer_input"] = config["vocab_size"]
+    factors = _rope_factors(keys.file) if keys.has("rope_freqs.weight") else None
+    turned = sum(factor < SMALLEST_UNTURNED for factor in factors) / len(factors) if factors else 1.0
+    config["rope_parameters"] = {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": config.pop("rope_theta"),
+            "partial_rotary_factor": turned,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE)},
+    }

@@ -7,64 +7,96 @@ from typing import Any
 
 from recompile.errors import CheckpointError, UnsupportedError
 from recompile.gguf.container import GgufFile, encode_key
+from recompile.gguf.fields import (
+    EPSILON,
+    FIELDS,
+    MAVERICK_EXPERTS,
+    PARTIAL_ROTARY,
+    REQUIRED,
+    RMS_EPSILON,
+    SIGMOID,
+    SIGMOID_ROUTERS,
+    constants,
+    every,
+)
 from recompile.gguf.names import Architecture, Heads
 
 TOKENIZER = "tokenizer."
 
 
 def heads_in(config: Mapping[str, Any]) -> Heads:
-    """Query and key heads of a config.json."""
+    """The sizes in a config.json that the order of rows depends on; those that a model does not have are 0."""
     query = int(_need(config, "num_attention_heads"))
-    return Heads(query, int(config.get("num_key_value_heads") or query))
+
+    def size(name: str) -> int:
+        return int(config.get(name) or 0)
+
+    return Heads(
+        query,
+        int(config.get("num_key_value_heads") or query),
+        size("linear_num_key_heads"),
+        size("linear_num_value_heads"),
+        size("linear_key_head_dim"),
+        size("linear_value_head_dim"),
+        size("qk_nope_head_dim"),
+        size("v_head_dim"),
+        size("kv_lora_rank"),
+    )
+
+
+SYNONYMS = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}  # versions of transformers differ
+Values = dict[str, tuple[Any, str]]  # key below the architecture's name -> value and its kind
 
 
 def model_records(architecture: Architecture, config: Mapping[str, Any], name: str) -> dict[str, bytes]:
     """The keys that say what the model is, as records by name; those of the tokenizer are not among them.
 
-    Raises CheckpointError for a config without a field that the architecture needs, UnsupportedError for one that
-    GGUF's keys cannot express here (a kind of rope scaling, layers that differ otherwise than by a pattern).
+    config: of the text model. Raises CheckpointError for a config without a field that the architecture needs,
+    UnsupportedError for one that GGUF's keys cannot express here (a kind of rope scaling, layers that differ otherwise
+    than by a pattern) or that the engine would compute differently.
     """
     arch = architecture.name
     heads = heads_in(config)
-    hidden = int(_need(config, "hidden_size"))
+    hidden, layers = int(_need(config, "hidden_size")), int(_need(config, "num_hidden_layers"))
     head_dim = int(config.get("head_dim") or hidden // heads.query)
     rope = _rope(config)
-    values: dict[str, tuple[Any, str]] = {
-        "block_count": (_need(config, "num_hidden_layers"), "u32"),
+    epsilon_key, epsilon = EPSILON.get(arch, RMS_EPSILON)
+    values: Values = {
+        "block_count": (layers, "u32"),
         "context_length": (_need(config, "max_position_embeddings"), "u32"),
         "embedding_length": (hidden, "u32"),
-        "feed_forward_length": (_need(config, "intermediate_size"), "u32"),
+        "feed_forward_length": (config.get("intermediate_size") or _need(config, "moe_intermediate_size"), "u32"),
         "attention.head_count": (heads.query, "u32"),
         "attention.head_count_kv": (heads.key, "u32"),
         "attention.key_length": (head_dim, "u32"),
         "attention.value_length": (head_dim, "u32"),
-        "attention.layer_norm_rms_epsilon": (_need(config, "rms_norm_eps"), "f32"),
+        epsilon_key: (_need(config, epsilon), "f32"),
         "rope.freq_base": (rope["rope_theta"], "f32"),
         "rope.dimension_count": (head_dim, "u32"),
         "vocab_size": (_need(config, "vocab_size"), "u32"),
     }
-    kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        values["rope.scaling.type"] = (kind, "string")
-        values["rope.scaling.factor"] = (rope["factor"], "f32")
-        if kind == "yarn":
-            original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-            values["rope.scaling.original_context_length"] = (original, "u32")
-    elif kind not in ("default", "llama3"):
-        raise UnsupportedError(f"config.json: rope_type {kind!r} has no GGUF keys here; use llama.cpp's own converter")
-    if arch in ("gemma2", "gemma3"):
-        values["attention.sliding_window"] = (_need(config, "sliding_window"), "u32")
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if config.get(key):
-                values[key] = (config[key], "f32")
-    experts = config.get("num_experts") or config.get("num_local_experts")
-    if experts:
-        values["expert_count"] = (experts, "u32")
-        values["expert_used_count"] = (_need(config, "num_experts_per_tok"), "u32")
-        if arch != "llama":
-            values["expert_feed_forward_length"] = (_need(config, "moe_intermediate_size"), "u32")
-        if arch == "qwen2moe":
-            values["expert_shared_feed_forward_length"] = (_need(config, "shared_expert_intermediate_size"), "u32")
+    for wanted, value in constants(arch, layers).items():
+        found = config.get(wanted)
+        if found is not None and found != value:
+            raise UnsupportedError(
+                f"config.json: {wanted} is {found}, and llama.cpp computes {arch} with {value} whatever a file says"
+            )
+    for entry in FIELDS.get(arch, ()):
+        found = config.get(entry.name, config.get(SYNONYMS.get(entry.name, entry.name)))
+        if found is None and entry.default is REQUIRED:
+            _need(config, entry.name)
+        if isinstance(found, list):  # one a layer, all alike in the models there are
+            if len(set(found)) != 1:
+                raise UnsupportedError(f"config.json: {entry.name} is {found}, and a GGUF file has one for all layers")
+            found = found[0]
+        if found is not None:
+            values[entry.key] = (found, entry.kind)
+    if arch in PARTIAL_ROTARY:
+        values["rope.dimension_count"] = (int(head_dim * rope.get("partial_rotary_factor", 1.0)), "u32")
+    if arch in SIGMOID_ROUTERS:
+        values["expert_gating_func"] = (SIGMOID, "u32")
+    _add_scaling(arch, config, rope, values)
+    _add_special(arch, config, values, layers)
     records = {
         "general.architecture": encode_key("general.architecture", arch),
         "general.type": encode_key("general.type", "model"),
@@ -72,6 +104,177 @@ def model_records(architecture: Architecture, config: Mapping[str, Any], name: s
     }
     records |= {f"{arch}.{key}": encode_key(f"{arch}.{key}", value, kind) for key, (value, kind) in values.items()}
     return records
+
+
+def _add_scaling(arch: str, config: Mapping[str, Any], rope: Mapping[str, Any], values: Values) -> None:
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        values["rope.scaling.type"] = (kind, "string")
+        values["rope.scaling.factor"] = (rope["factor"], "f32")
+        if kind == "yarn":
+            original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+            values["rope.scaling.original_context_length"] = (original, "u32")
+            for key in ("beta_fast", "beta_slow"):
+                if rope.get(key) is not None:
+                    values[f"rope.scaling.yarn_{key}"] = (rope[key], "f32")
+            if rope.get("mscale_all_dim"):
+                tenth = 1.0 if arch == "mistral3" else 0.1
+                values["rope.scaling.yarn_log_multiplier"] = (tenth * rope["mscale_all_dim"], "f32")
+    elif kind == "proportional" and arch == "gemma4":
+        pass  # in the factors of rope_freqs.weight
+    elif kind not in ("default", "llama3"):
+        raise UnsupportedError(f"config.json: rope_type {kind!r} has no GGUF keys here; use llama.cpp's own converter")
+
+
+def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: int) -> None:
+    """What is particular to one architecture, and is more than a field's value."""
+    types = config.get("layer_types")
+    if "nextn_predict_layers" in values:  # draft layers are blocks like others
+        values["block_count"] = (layers + values["nextn_predict_layers"][0], "u32")
+    if arch in ("gemma2", "gemma3"):
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if config.get(key):
+                values[key] = (config[key], "f32")
+    if arch in ("gemma3", "gemma4", "exaone4", "olmo2") and types:
+        if arch != "gemma3" and config.get("sliding_window"):
+            values["attention.sliding_window_pattern"] = ([kind == "sliding_attention" for kind in types], "bool")
+        local = dict(config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
+        local = local or config.get("rope_local_base_freq")
+        if local:
+            values["rope.freq_base_swa"] = (local, "f32")
+    if arch == "llama" and config.get("num_local_experts"):
+        values["expert_count"] = (config["num_local_experts"], "u32")
+        values["expert_used_count"] = (_need(config, "num_experts_per_tok"), "u32")
+    if arch in ("qwen3next", "qwen35", "qwen35moe"):
+        head = _need(config, "linear_value_head_dim")
+        values["ssm.inner_size"] = (head * config["linear_num_value_heads"], "u32")
+        values["full_attention_interval"] = (_interval(config, layers), "u32")
+        if arch != "qwen3next":  # rotary sections of images; text has one position
+            sections = _rope(config).get("mrope_section") or [11, 11, 10]
+            values["rope.dimension_sections"] = ([*sections, 0][:4], "i32")
+    if arch in ("deepseek2", "deepseek32", "glm-dsa"):
+        _add_latent(arch, config, values)
+    if arch == "gemma4":
+        _add_gemma4(config, values, types)
+    if arch == "mistral3" and _rope(config).get("llama_4_scaling_beta") is not None:
+        values["attention.temperature_scale"] = (_rope(config)["llama_4_scaling_beta"], "f32")
+    if arch == "minimax-m2":
+        values["rope.dimension_count"] = (config.get("rotary_dim") or values["rope.dimension_count"][0], "u32")
+        values["expert_gating_func"] = (SIGMOID, "u32")
+    if arch == "llama4" and config.get("use_qk_norm", True) != (config["num_local_experts"] != MAVERICK_EXPERTS):
+        raise UnsupportedError(
+            f"config.json: use_qk_norm is {config.get('use_qk_norm')} with {config['num_local_experts']} experts; "
+            f"llama.cpp normalizes queries and keys unless there are {MAVERICK_EXPERTS}"
+        )
+    if arch in ("command-r", "cohere2", "nemotron"):
+        values["rope.scaling.type"] = ("none", "string")
+    if arch == "ernie4_5-moe" and config.get("moe_num_shared_experts"):
+        shared = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
+        values["expert_shared_feed_forward_length"] = (shared, "u32")
+    if arch == "hunyuan-moe":
+        values["expert_shared_feed_forward_length"] = (_need(config, "intermediate_size"), "u32")
+        values.setdefault("expert_shared_count", (1, "u32"))
+    if arch in ("lfm2", "lfm2moe") and types:
+        keys = values["attention.head_count_kv"][0]
+        values["attention.head_count_kv"] = ([keys if kind == "full_attention" else 0 for kind in types], "i32")
+    if arch == "lfm2":
+        values["feed_forward_length"] = (_lfm2_size(config), "u32")
+    if arch == "phi3":
+        values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
+    if arch == "dots1":
+        values["expert_gating_func"] = (SIGMOID, "u32")
+
+
+def _interval(config: Mapping[str, Any], layers: int) -> int:
+    """Every how many layers one has full attention. Raises UnsupportedError where the layers follow no such rule."""
+    types = config.get("layer_types")
+    asked = config.get("full_attention_interval")
+    if types is None:
+        return int(asked or 4)
+    rules = [asked] if asked else range(1, layers + 1)
+    for rule in rules:
+        if list(types) == every(layers, rule, "full_attention", "linear_attention"):
+            return int(rule)
+    raise UnsupportedError(
+        f"config.json: layer_types {list(types)} has full attention at no regular interval, as llama.cpp wants it"
+    )
+
+
+def _lfm2_size(config: Mapping[str, Any]) -> int:
+    """Rows of the feed-forward maps, as LFM2's config defines them."""
+    size = int(_need(config, "intermediate_size"))
+    if not config.get("block_auto_adjust_ff_dim", True):
+        return size
+    size = int(2 * size / 3)
+    if config.get("block_ffn_dim_multiplier") is not None:
+        size = int(config["block_ffn_dim_multiplier"] * size)
+    multiple = int(config.get("block_multiple_of") or 256)
+    return multiple * -(-size // multiple)
+
+
+def _add_latent(arch: str, config: Mapping[str, Any], values: Values) -> None:
+    turned, rank = int(_need(config, "qk_rope_head_dim")), int(_need(config, "kv_lora_rank"))
+    values |= {
+        "attention.head_count_kv": (1, "u32"),  # keys and values are split: one latent head serves all
+        "attention.key_length": (rank + turned, "u32"),
+        "attention.value_length": (rank, "u32"),
+        "attention.key_length_mla": (int(_need(config, "qk_nope_head_dim")) + turned, "u32"),
+        "attention.value_length_mla": (_need(config, "v_head_dim"), "u32"),
+        "rope.dimension_count": (turned, "u32"),
+    }
+    if "expert_gating_func" not in values:
+        values["expert_gating_func"] = (1 if config.get("model_type") == "deepseek_v2" else SIGMOID, "u32")
+    if config.get("topk_method") == "greedy":  # groups that the config has and the model does not use
+        values |= {"expert_group_count": (1, "u32"), "expert_group_used_count": (1, "u32")}
+    types = config.get("mlp_layer_types")
+    if types:
+        dense = list(types).count("dense")
+        if list(types) != ["dense"] * dense + ["sparse"] * (len(types) - dense):
+            raise UnsupportedError(
+                f"config.json: mlp_layer_types {list(types)}; llama.cpp wants all dense layers first"
+            )
+        values["leading_dense_block_count"] = (dense, "u32")
+
+
+def _add_gemma4(config: Mapping[str, Any], values: Values, types: Any) -> None:
+    local = int(_need(config, "head_dim"))
+    whole = _of_layers(config, "head_dim", "full_attention") or int(config.get("global_head_dim") or local)
+    values |= {
+        "attention.key_length": (whole, "u32"),
+        "attention.value_length": (whole, "u32"),
+        "attention.key_length_swa": (local, "u32"),
+        "attention.value_length_swa": (local, "u32"),
+        "rope.dimension_count": (whole, "u32"),
+        "rope.dimension_count_swa": (local, "u32"),
+    }
+    keys = _of_layers(config, "num_key_value_heads", "full_attention") or config.get("num_global_key_value_heads")
+    if keys:
+        usual = config["num_key_value_heads"]
+        values["attention.head_count_kv"] = ([usual if kind == "sliding_attention" else keys for kind in types], "i32")
+    if config.get("use_double_wide_mlp"):
+        size, shared = int(config["intermediate_size"]), int(config.get("num_kv_shared_layers") or 0)
+        sizes = [size * (2 if number >= len(types) - shared else 1) for number in range(len(types))]
+        values["feed_forward_length"] = (sizes, "i32")
+
+
+def _of_layers(config: Mapping[str, Any], name: str, kind: str) -> int | None:
+    """What `per_layer_config` says of the layers of one kind; None where it says nothing. Raises UnsupportedError where
+    layers of one kind differ."""
+    each = config.get("per_layer_config") or {}
+    types = config.get("layer_types") or []
+    found = {each.get(str(number), {}).get(name) for number, other in enumerate(types) if other == kind}
+    if len(found) > 1:
+        raise UnsupportedError(f"config.json: {name} differs between layers of {kind}, which GGUF's keys cannot say")
+    return next(iter(found), None)
+
+
+def gemma4_rope_factors(config: Mapping[str, Any]) -> list[float]:
+    """What Gemma 4's whole layers divide each rotary frequency by (float, head / 2): the part that turns by 1, the rest
+    by a number so large that it does not turn."""
+    whole = _of_layers(config, "head_dim", "full_attention") or int(config.get("global_head_dim") or config["head_dim"])
+    share = _rope(config).get("partial_rotary_factor", 1.0)
+    turned = int(whole * share / 2)
+    return [1.0] * turned + [1e30] * (whole // 2 - turned)
 
 
 def _need(config: Mapping[str, Any], key: str) -> Any:
@@ -90,6 +293,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= scaling
     found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
     found.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    if config.get("partial_rotary_factor") is not None:
+        found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     return found
 
 

@@ -1,123 +1,105 @@
-"""GGUF tensor names <-> Hugging Face names, and what conversion did to the values, for each architecture.
+"""GGUF tensor names <-> Hugging Face names, and what conversion did to the values, by the table of architectures.
 
-From the GGUF format spec, section 3. Conversion changes only whole rows (llama: the rows of q and k are reordered,
-head by head) and norm weights (gemma: one is added), so stored blocks are the same bytes under both conventions.
-
-A 3-D tensor of experts [experts, out, in] stands for one module an expert, as Hugging Face checkpoints have them.
+Conversion changes whole rows and norm weights and splits fused tensors, so stored blocks are the same bytes under both
+conventions. A 3-D tensor of experts [experts, out, in] stands for one module an expert, as Hugging Face checkpoints
+have them. Where such a checkpoint fuses what GGUF keeps apart (`Fused`), the parts have names of their own here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from recompile.errors import UnsupportedError
+from recompile.gguf.architectures import ARCHITECTURES, Architecture, Fused
+from recompile.gguf.values import Heads, Step, make_step, row_order
 
-OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+__all__ = ["ARCHITECTURES", "Architecture", "Fused", "Heads", "Joined", "Place", "row_order"]
 
-_ATTENTION = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_PRE_NORM = {"ffn_norm": "post_attention_layernorm"}
-_SANDWICH_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_EXPERTS = {
-    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-    "ffn_up_exps": "mlp.experts.{}.up_proj",
-    "ffn_down_exps": "mlp.experts.{}.down_proj",
-}
-_SHARED_EXPERT = {
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}
-_MIXTRAL = {
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one `general.architecture` is named and changed.
-
-    name:        in the GGUF file
-    model_types: in config.json; the first is what a GGUF file is read as
-    layer:       leaf in GGUF ("attn_q") -> leaf in a Hugging Face layer; "{}" is the number of an expert
-    permuted:    whether the rows of attn_q and attn_k are reordered head by head
-    norm_offset: what was added to every norm weight
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    layer: Mapping[str, str] = field(repr=False)
-    permuted: bool = False
-    norm_offset: float = 0.0
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    row.name: row
-    for row in (
-        Architecture("llama", ("llama", "mistral", "mixtral"), _ATTENTION | _PRE_NORM | _MLP | _MIXTRAL, permuted=True),
-        Architecture("qwen2", ("qwen2",), _ATTENTION | _PRE_NORM | _MLP),
-        Architecture("qwen3", ("qwen3",), _ATTENTION | _QK_NORMS | _PRE_NORM | _MLP),
-        Architecture(
-            "qwen2moe",
-            ("qwen2_moe",),
-            _ATTENTION | _PRE_NORM | _MLP | _EXPERTS | _SHARED_EXPERT | {"ffn_gate_inp": "mlp.gate"},
-        ),
-        Architecture(
-            "qwen3moe",
-            ("qwen3_moe",),
-            _ATTENTION | _QK_NORMS | _PRE_NORM | _MLP | _EXPERTS | {"ffn_gate_inp": "mlp.gate"},
-        ),
-        Architecture("gemma", ("gemma",), _ATTENTION | _PRE_NORM | _MLP, norm_offset=1.0),
-        Architecture("gemma2", ("gemma2",), _ATTENTION | _SANDWICH_NORMS | _MLP, norm_offset=1.0),
-        Architecture(
-            "gemma3", ("gemma3_text", "gemma3"), _ATTENTION | _QK_NORMS | _SANDWICH_NORMS | _MLP, norm_offset=1.0
-        ),
-    )
-}
+# Where the text model of a multimodal checkpoint stands, and what becomes of it -> its name in a text checkpoint.
+_WRAPPED = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.text_model.", "model."),
+)
+# Towers and projectors are a file of their own for llama.cpp (mmproj); heads that draft tokens are not taken here.
+TOWERS = (
+    "model.visual.",
+    "visual.",
+    "model.vision_tower.",
+    "vision_tower.",
+    "model.vision_model.",
+    "vision_model.",
+    "model.multi_modal_projector.",
+    "multi_modal_projector.",
+    "model.embed_vision.",
+    "model.audio_tower.",
+    "audio_tower.",
+    "model.embed_audio.",
+    "mtp.",
+)
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_HF_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+_HF_EXPERT = re.compile(r"(.+\.experts|experts)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a Hugging Face tensor is in a GGUF file, and how its values differ there.
+    """Where a Hugging Face tensor, or a part of a fused one, is in a GGUF file, and how its values differ there.
 
     expert: which slice of a 3-D tensor; None for a tensor of its own
     heads:  rows are reordered head by head for this many heads; 0 where they are not
     offset: what the stored values have in addition
+    steps:  other changes, in order
+    fused:  the Hugging Face tensor is more than this one; part: which of its `parts`; stacked: [experts, ...]
     """
 
     gguf: str
     expert: int | None = None
     heads: int = 0
     offset: float = 0.0
+    steps: tuple[str, ...] = ()
+    fused: Fused | None = None
+    part: int = 0
+    stacked: bool = False
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether a row of the stored tensor is another row, or none, of the Hugging Face one."""
+        return bool(self.heads or self.steps or self.fused)
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Attention heads of a model, for the row order: queries and keys."""
+class Joined:
+    """A tensor of a Hugging Face checkpoint that a GGUF file keeps in parts.
 
-    query: int
-    key: int
+    name:  of the whole; parts: for each part its names, one or one an expert; how, stacked: see `Fused`
+    """
+
+    name: str
+    parts: tuple[tuple[str, ...], ...]
+    how: str
+    stacked: bool
+
+
+# ---- look-ups --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _reverse(name: str) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, Fused]]:
+    """Of an architecture: Hugging Face leaf -> GGUF leaf for modules and tensors of a layer and for modules outside of
+    layers, and what is fused."""
+    row = ARCHITECTURES[name]
+    return (
+        {there: here for here, there in row.layer.items()},
+        {there: here for here, there in row.tensors.items()},
+        {there: here for here, there in row.outer.items()},
+        {fused.hf: fused for fused in row.fused},
+    )
 
 
 def architecture_of(model_type: Any) -> Architecture:
@@ -132,66 +114,139 @@ def architecture_of(model_type: Any) -> Architecture:
     )
 
 
+def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: that of a multimodal one's language part, else the config itself."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return config
+    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return {**inner, **outer}
+
+
+def text_name(hf: str) -> str | None:
+    """The name in a text model of a tensor of a multimodal one; None for a tensor of a tower or a draft head."""
+    if hf.startswith(TOWERS):
+        return None
+    for wrapped, plain in _WRAPPED:
+        if hf.startswith(wrapped):
+            return plain + hf.removeprefix(wrapped)
+    return hf
+
+
 def to_hf(architecture: Architecture | None, name: str, experts: int | None = None) -> list[str]:
     """The Hugging Face names that a GGUF tensor stands for: one, or one an expert.
 
-    experts: length of the expert axis of a 3-D tensor. Names that the architecture does not have stay as they are.
+    experts: length of the slowest axis, which is that of experts where the architecture says so. Names that the
+    architecture does not have stay as they are.
     """
     module, _, part = name.rpartition(".")
     if architecture is None:
         return [name]
-    if module in OUTER:
-        return [f"{OUTER[module]}.{part}"]
-    match = _LAYER.fullmatch(module)
-    leaf = architecture.layer.get(match[2]) if match else None
-    if match is None or leaf is None:
+    if module in architecture.outer:
+        return [f"{architecture.outer[module]}.{part}"]
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return [name]
+    if match[2] in architecture.tensors:
+        return [f"model.layers.{match[1]}.{architecture.tensors[match[2]]}"]
+    leaf = architecture.layer.get(match[2].rpartition(".")[0])
+    if leaf is None:
         return [name]
     if "{}" not in leaf:
         return [f"model.layers.{match[1]}.{leaf}.{part}"]
     return [f"model.layers.{match[1]}.{leaf.format(number)}.{part}" for number in range(experts or 0)]
 
 
+def is_stacked(architecture: Architecture, name: str) -> bool:
+    """Whether a GGUF tensor holds one module for each expert along its slowest axis."""
+    match = _LAYER.fullmatch(name)
+    if match is None or match[2] in architecture.tensors:
+        return False
+    return "{}" in architecture.layer.get(match[2].rpartition(".")[0], "")
+
+
 def place_of(architecture: Architecture, hf: str, heads: Heads) -> Place | None:
-    """Where a Hugging Face tensor goes in a GGUF file; None for one that the architecture does not have."""
+    """Where a Hugging Face tensor goes in a GGUF file, the first place of a fused one; None for one that the
+    architecture does not have."""
+    return next(iter(places_of(architecture, hf, heads)), None)
+
+
+def places_of(architecture: Architecture, hf: str, heads: Heads) -> tuple[Place, ...]:
+    """All places of a Hugging Face tensor: one, or those of its parts for one that is fused."""
+    modules, tensors, outer, fused = _reverse(architecture.name)
     module, _, part = hf.rpartition(".")
-    outer = {there: here for here, there in OUTER.items()}
     if module in outer:
-        return Place(f"{outer[module]}.{part}", offset=architecture.norm_offset if "norm" in outer[module] else 0.0)
-    match = _HF_LAYER.fullmatch(module)
+        return (_place(architecture, f"{outer[module]}.{part}", outer[module], part, heads),)
+    match = _HF_LAYER.fullmatch(hf)
     if match is None:
-        return None
-    leaf, expert = match[2], None
+        return ()
+    blk, leaf = f"blk.{match[1]}.", match[2]
+    if leaf in fused:
+        return tuple(
+            Place(
+                f"{blk}{name}",
+                fused=fused[leaf],
+                part=number,
+                stacked="{}" in architecture.layer[name.rpartition(".")[0]],
+                steps=architecture.steps.get(name, ()),
+            )
+            for number, name in enumerate(fused[leaf].parts)
+        )
+    if leaf in tensors:
+        return (Place(f"{blk}{tensors[leaf]}", steps=architecture.steps.get(tensors[leaf], ())),)
+    leaf, expert = leaf.rpartition(".")[0], None
     inside = _HF_EXPERT.fullmatch(leaf)
     if inside is not None:
         leaf, expert = f"{inside[1]}.{{}}.{inside[3]}", int(inside[2])
-    for gguf, there in architecture.layer.items():
-        if there == leaf:
-            return Place(
-                f"blk.{match[1]}.{gguf}.{part}",
-                expert,
-                (heads.query if gguf == "attn_q" else heads.key if gguf == "attn_k" else 0)
-                if architecture.permuted
-                else 0,
-                architecture.norm_offset if gguf.endswith("norm") else 0.0,
-            )
-    return None
+    gguf = modules.get(leaf)
+    if gguf is None:
+        return ()
+    return (_place(architecture, f"{blk}{gguf}.{part}", gguf, part, heads, expert),)
 
 
-def row_order(rows: int, heads: int, *, back: bool) -> list[int]:
-    """Which row goes where: new[i] = old[order[i]]. To GGUF the two halves of a head are interleaved; `back` undoes it.
+def _place(
+    architecture: Architecture, gguf: str, leaf: str, part: str, heads: Heads, expert: int | None = None
+) -> Place:
+    turned = {"attn_q": heads.query, "attn_k": heads.key}.get(leaf, 0) if architecture.permuted else 0
+    added = "norm" in leaf and part == "weight" and leaf not in architecture.plain_norms
+    return Place(
+        gguf,
+        expert,
+        turned,
+        architecture.norm_offset if added else 0.0,
+        architecture.steps.get(f"{leaf}.{part}", ()),
+    )
 
-    rows: heads * head_dim, head_dim even. Raises UnsupportedError where the rows are not whole heads.
+
+def joined_of(architecture: Architecture, names: Mapping[str, tuple[str, ...]]) -> dict[str, Joined]:
+    """The fused tensors of Hugging Face's checkpoint that a GGUF file holds all parts of.
+
+    names: GGUF tensor -> the names that it has here. Raises nothing: a part that is missing is found by whoever needs
+    the whole.
     """
-    if heads < 1 or rows % (2 * heads):
-        raise UnsupportedError(
-            f"{rows} rows cannot be reordered for {heads} heads: a head must be a whole, even number of rows"
-        )
-    size = rows // heads
-    half = size // 2
-    order = []
-    for start in range(0, rows, size):
-        if back:
-            order += [start + 2 * i + j for j in range(2) for i in range(half)]
-        else:
-            order += [start + j * half + i for i in range(half) for j in range(2)]
-    return order
+    found = {}
+    for layer in dict.fromkeys(match[1] for name in names if (match := _LAYER.fullmatch(name))):
+        for fused in architecture.fused:
+            stored = [names.get(f"blk.{layer}.{part}") for part in fused.parts]
+            if all(stored):
+                name = f"model.layers.{layer}.{fused.hf}"
+                stacked = "{}" in architecture.layer[fused.parts[0].rpartition(".")[0]]
+                found[name] = Joined(name, tuple(part for part in stored if part), fused.how, stacked)
+    return found
+
+
+def steps_of(place: Place, heads: Heads) -> tuple[Step, ...]:
+    """The changes of a place that are functions, in the order in which conversion does them."""
+    return tuple(make_step(name, heads) for name in place.steps)
+
+
+def unnamed(architecture: Architecture, tensors: Iterable[str], heads: Heads) -> tuple[list[str], list[str]]:
+    """Of the tensors of a Hugging Face checkpoint: those without a name in GGUF, and those of towers and drafts."""
+    unknown, left = [], []
+    for name in tensors:
+        plain = text_name(name)
+        if plain is None:
+            left.append(name)
+        elif not places_of(architecture, plain, heads) and not plain.endswith(("rotary_emb.inv_freq",)):
+            unknown.append(name)
+    return unknown, left

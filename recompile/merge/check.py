@@ -712,7 +712,7 @@ def row_block(checkpoint: Checkpoint, module: StoredModule, first: int) -> Tenso
     parts = module.parts
     if isinstance(checkpoint, GgufCheckpoint):
         place = checkpoint.places.get(module.dense_name)
-        if place is not None and place.heads:  # rows stand in another order in the file
+        if place is not None and place.moves_rows:  # rows stand in another order in the file
             return checkpoint.load(module.dense_name)[first:last]
         if module.is_quantized:
             return checkpoint.decode(module, {"weight": read_tensor(_rows_of(parts["weight"], first, last))})

@@ -15,11 +15,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, TensorInfo, open_checkpoint, split_name
+from recompile.checkpoint.checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    StoredModule,
+    TensorInfo,
+    open_checkpoint,
+    split_name,
+)
 from recompile.checkpoint.coupled_modules import ScaledSet, read_scaled_sets
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ProfileHeader
 from recompile.errors import MismatchError, MissingWeight, RecipeError
+from recompile.gguf.names import Heads, Joined
 from recompile.recipe.recipe import Override, Recipe, load_recipe, resolve_dir, suggest
 
 if TYPE_CHECKING:
@@ -218,6 +226,15 @@ class Overlay:
         return tuple(found)
 
     @property
+    def joined(self) -> Mapping[str, Joined]:
+        """The fused tensors that the mix holds in parts."""
+        return self.base.joined if isinstance(self.base, GgufCheckpoint) else {}
+
+    @property
+    def heads(self) -> Heads | None:
+        return self.base.heads if isinstance(self.base, GgufCheckpoint) else None
+
+    @property
     def overridden(self) -> int:
         return sum(placement.source is not None for placement in self.placements.values())
 
@@ -226,7 +243,11 @@ class Overlay:
         return placement is not None and placement.checkpoint.has(tensor)
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        """As Checkpoint.load, from the source that holds the tensor's module."""
+        """As Checkpoint.load, from the source that holds the tensor's module; fused tensors that GGUF files keep in
+        parts are put together of parts from where each is taken."""
+        if tensor in self.joined:
+            assert isinstance(self.base, GgufCheckpoint), "only GGUF files keep tensors in parts"
+            return self.base.join(self.joined[tensor], lambda part: self.load(part, device=device))
         return self.source_of(tensor).load(tensor, device=device)
 
     def source_of(self, tensor: str) -> Checkpoint:

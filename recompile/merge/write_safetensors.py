@@ -29,12 +29,14 @@ from recompile.checkpoint.checkpoint import (
     StoredModule,
     TensorInfo,
     dense_dtype,
+    no_names,
     read_safetensors_header,
     read_tensor,
 )
 from recompile.checkpoint.coupled_modules import SCALING_NAME, dump_scaled_sets
 from recompile.errors import CheckpointError, OutputError, RecipeError, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FORMATS
+from recompile.gguf.names import Joined
 from recompile.io.files import PARTIAL_SUFFIX, OutputDirectory, check_partial, insist, partial_path
 from recompile.merge.configs import dump_json, is_verbatim, merged_texts, origin_of, without_quantization
 from recompile.merge.convert import Conversion, is_expressible, plan_conversions
@@ -364,6 +366,8 @@ def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[
 
     Raises UnsupportedError for a format that cannot be decoded, FormatError for a module that no config covers.
     """
+    if isinstance(overlay.base, GgufCheckpoint) and overlay.base.heads is None:
+        raise UnsupportedError(no_names(overlay.base))
     dtype = dense_dtype(overlay.base.modules.values())
     for placement in ordered:
         if not FORMATS[placement.stored.format].runnable:
@@ -374,12 +378,20 @@ def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[
         if placement.stored.is_quantized:
             placement.checkpoint.scheme(placement.stored)
     shapes = _true_shapes(overlay)
+    whole_of = {name: whole for whole in overlay.joined.values() for names in whole.parts for name in names}
     wanted: list[list[_Wanted]] = []
     for placement in ordered:
         stored = placement.stored
         if isinstance(placement.checkpoint, GgufCheckpoint):  # stored in GGUF's own order and convention
             infos = [info for _, info in sorted(stored.parts.items()) if info.name in placement.checkpoint.places]
-            wanted.append([_wanted(info.name, dtype, info.shape) for info in infos])
+            whole = [(whole_of.get(info.name), info) for info in infos]
+            wanted.append(
+                [
+                    _wanted(info.name, dtype, info.shape) if joined is None else _joined(overlay, joined, dtype)
+                    for joined, info in whole
+                    if joined is None or info.name == joined.parts[0][0]
+                ]
+            )
             continue
         if not stored.is_quantized:
             wanted.append(_copied(placement))
@@ -396,6 +408,12 @@ def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[
             tensors.insert(0, _Wanted(bias.name, bias.dtype, shape[:1], cut, cut.size_bytes))
         wanted.append(tensors)
     return wanted
+
+
+def _joined(overlay: Overlay, whole: Joined, dtype: str) -> _Wanted:
+    """A tensor that Hugging Face's checkpoints fuse and a GGUF base keeps in parts."""
+    assert isinstance(overlay.base, GgufCheckpoint), "only GGUF files keep tensors in parts"
+    return _wanted(whole.name, dtype, overlay.base.joined_shape(whole))
 
 
 def _true_shapes(overlay: Overlay) -> dict[str, tuple[int, ...]]:

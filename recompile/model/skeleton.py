@@ -7,13 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from recompile.checkpoint.checkpoint import WeightSource, split_name
+from recompile.checkpoint.checkpoint import WeightSource, join_parts, split_name
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
+from recompile.gguf.names import Joined
+from recompile.model.joined import JoinConverter, patterned
 from recompile.model.own_forward import name_of
 
 # Last parts of tensors that say how something is quantized, not what a weight is.
@@ -235,9 +238,12 @@ def find_origins(model: Any, source: WeightSource) -> tuple[dict[str, Origin], l
         if converter is not None and len(converter.target_patterns) > 1:
             first = converter.target_patterns[0]
             targets = [name.replace(first, target) for target in converter.target_patterns]
+        made = Origin(tensors, patterns, converter, name)
+        if any(tensor in _joined(source) for tensor in tensors):
+            made = _joined_origin(source, name, found, converter)
         for target in targets:
             if target in state:
-                origins[target] = Origin(tensors, patterns, converter, name)
+                origins[target] = made
     for name, same_as in tied.items():
         if name not in origins and same_as in origins:
             origins[name] = origins[same_as]
@@ -281,8 +287,31 @@ def check_nothing_left(
         )
 
 
+def _joined(source: WeightSource) -> Mapping[str, Joined]:
+    """The tensors that a source keeps in parts; only GGUF files do."""
+    return getattr(source, "joined", {})
+
+
+def _joined_origin(source: Any, name: str, found: list[tuple[str, str | None]], converter: Any) -> Origin:
+    """The origin of a parameter made of tensors that a GGUF file keeps in parts: the parts."""
+    wholes, parts = {}, []
+    for tensor, pattern in found:
+        whole = source.joined[tensor]
+        wholes[tensor] = (partial(join_parts, whole, heads=source.heads), pattern)
+        parts += patterned(whole)
+    tensors, patterns = zip(*parts, strict=True)
+    return Origin(tensors, patterns, JoinConverter(wholes, converter), name)
+
+
 def dense_names(source: WeightSource) -> list[str]:
-    """Names of all dense values that a source can give: `<module>.weight` for quantized modules, else the tensors."""
+    """Names of all dense values that a source can give: `<module>.weight` for quantized modules, else the tensors; of
+    tensors that it keeps in parts, the whole."""
+    whole = _joined(source)
+    parts = {name for joined in whole.values() for names in joined.parts for name in names}
+    return [name for name in _stored_names(source) if name not in parts] + list(whole)
+
+
+def _stored_names(source: WeightSource) -> list[str]:
     names = []
     for module in source.modules.values():
         if module.is_quantized:

@@ -26,11 +26,10 @@ from recompile.formats.gguf_encode import NEEDS_IMPORTANCE, quantize_rows, resol
 from recompile.formats.gguf_types import GgufType, find_type
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
-from recompile.gguf.names import architecture_of
 from recompile.model.roles import roles_of
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.float_grids import fit_levels, global_scale
-from recompile.quantize.gguf import BaseTensor, Preset, base_tensors, find_preset
+from recompile.quantize.gguf import BaseTensor, Preset, base_tensors, find_preset, layers_of
 from recompile.quantize.int_grids import fit_grid, normalise_importance, quantize_to_grid
 from recompile.quantize.scheme_encoder import NVFP4, PACKED, SchemeEncoder, uniform
 
@@ -278,7 +277,7 @@ class GgufMaker:
         return find_preset(self.kind)
 
     def store(self, base: Checkpoint) -> Stored:
-        planned = base_tensors(base, architecture_of(base.config.get("model_type")))
+        planned = base_tensors(base)
         kinds = gguf_types(base, planned, self.preset, self.literal)
         tensors: dict[str, TensorInfo] = {}
         formats: dict[str, str] = {}
@@ -320,7 +319,7 @@ def gguf_types(
     base: Checkpoint, planned: Sequence[BaseTensor], preset: Preset, literal: frozenset[str] = frozenset()
 ) -> dict[str, tuple[str, GgufType]]:
     """GGUF tensor -> (type asked for, type it gets). Raises FormatError for an unknown type."""
-    layers = int(base.config["num_hidden_layers"])
+    layers = layers_of(base, planned)
     tied = not any(tensor.name == "output.weight" for tensor in planned)
     found = {}
     for tensor in planned:

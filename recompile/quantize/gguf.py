@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, read_tensor
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
 from recompile.formats.gguf_encode import ENCODABLE, NEEDS_IMPORTANCE, quantize_rows, resolve
 from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
 from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, encode_key, lay_out
 from recompile.gguf.imatrix import Imatrix, InputSums
-from recompile.gguf.keys import heads_in, llama3_factors, model_records, tokenizer_records
-from recompile.gguf.names import ARCHITECTURES, Architecture, Place, architecture_of, place_of, row_order
+from recompile.gguf.keys import gemma4_rope_factors, heads_in, llama3_factors, model_records, tokenizer_records
+from recompile.gguf.names import (
+    ARCHITECTURES,
+    Architecture,
+    Heads,
+    Place,
+    architecture_of,
+    places_of,
+    row_order,
+    steps_of,
+    text_config_of,
+    text_name,
+    unnamed,
+)
+from recompile.gguf.values import split_one
 from recompile.io.files import sync_directory
 from recompile.io.journal import LineJournal
 from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
@@ -39,8 +52,26 @@ from recompile.quantize.calibrate import InputCollector, InputPower
 BUILDING_SUFFIX = ".building"
 BATCH_TOKENS = 2048
 CHUNK_ROWS_BYTES = 1 << 28  # float32 bytes encoded at a time
-ROUTER = "ffn_gate_inp"
-F32_LEAVES = ("norm", ROUTER)  # never quantized; GGUF keeps them as float32
+# Never quantized; GGUF keeps them as float32, whatever the architecture (llama.cpp's quantizer passes over the same).
+F32_LEAVES = (
+    "norm",
+    "ffn_gate_inp",
+    "ssm_conv1d",
+    "shortconv.conv",
+    "per_layer_model_proj",
+    "altup_proj",
+    "altup_unembd_proj",
+    "attn_rel_b",
+    "position_embd",
+    "token_types",
+    "time_mix_first",
+    "time_mix_w1",
+    "time_mix_w2",
+    "time_mix_decay_w1",
+    "time_mix_decay_w2",
+    "time_mix_lerp_fused",
+)
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # of the config, in truth
 
 
 # ---- what to make ----------------------------------------------------------------------------------------------------
@@ -287,11 +318,12 @@ class VariantPlan:
     """Everything that `build_variants` will do."""
 
     base: Checkpoint
-    architecture: Architecture
     tensors: tuple[BaseTensor, ...]
     variants: tuple[Variant, ...]
     importance: Importance | None
     extra: Mapping[str, Tensor]  # tensors that follow from the config: rope factors
+    layers: int  # that presets count
+    left_out: tuple[str, ...] = ()  # tensors of towers and draft heads, which are files of their own for the engine
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -320,6 +352,7 @@ class VariantsReport:
 
     files: tuple[str, ...]
     tensors: Mapping[str, tuple[Made, ...]]  # by preset
+    left_out: tuple[str, ...] = ()  # tensors of the base that are in no file: towers, draft heads
 
     def noted(self, preset: str) -> list[Made]:
         return [made for made in self.tensors[preset] if made.note]
@@ -352,36 +385,29 @@ def plan_variants(
     if base.is_quantized:
         raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
     if isinstance(base, GgufCheckpoint):
-        architecture = ARCHITECTURES.get(str(base.file.value("general.architecture")))
-        if architecture is None:
-            architecture = architecture_of(base.config.get("model_type"))  # raises, with those that are known
         kept = base.file.records((*SPLIT_KEYS, "general.file_type", "general.quantization_version"))
         records = {name: record for name, record in kept.items() if not name.startswith(PROVENANCE)}
     else:
-        architecture = architecture_of(base.config.get("model_type"))
+        architecture = gguf_architecture(base)
+        assert architecture is not None, "only of a GGUF file may it be unknown"
         if tokenizer_from is None:
             raise CheckpointError(
                 f"{base.label}: a GGUF file holds its tokenizer, which cannot be made from tokenizer.json here: give a "
                 f"GGUF file of the same model with --tokenizer-from, or convert with --converter"
             )
-        records = model_records(architecture, base.config, base.path.resolve().name)
+        records = model_records(architecture, _stored_config(base), base.path.resolve().name)
         records |= tokenizer_records(tokenizer_from)
         tokens = len(tokenizer_from.value("tokenizer.ggml.tokens"))
-        vocab = base.config.get("vocab_size")
+        vocab = text_config_of(base.config).get("vocab_size")
         if tokens != vocab:
             raise MismatchError(
                 f"{tokenizer_from.label}: has {tokens} tokens, {base.label} has a vocabulary of {vocab}; give a GGUF "
                 f"file of the same model"
             )
-    tensors = base_tensors(base, architecture)
-    extra: dict[str, Tensor] = {}
-    factors = llama3_factors(base.config)
-    if "rope_freqs.weight" in base.tensors:
-        extra["rope_freqs.weight"] = base.load("rope_freqs.weight").float()
-    elif factors is not None:
-        extra["rope_freqs.weight"] = torch.tensor(factors)
+    tensors = base_tensors(base)
+    extra = _extra_tensors(base)
     tied = not any(tensor.name == "output.weight" for tensor in tensors)
-    layers = int(base.config["num_hidden_layers"])
+    layers = layers_of(base, tensors)
     variants = []
     for name in names:
         preset = find_preset(name) if isinstance(name, str) else name
@@ -410,45 +436,110 @@ def plan_variants(
     for variant in variants:
         if variant.path.exists():
             raise OutputError(f"{variant.path}: exists; remove it or choose another --out-dir")
-    return VariantPlan(base, architecture, tuple(tensors), tuple(variants), importance, extra)
+    return VariantPlan(base, tuple(tensors), tuple(variants), importance, extra, layers, tuple(left_out(base)))
 
 
-def base_tensors(base: Checkpoint, architecture: Architecture) -> list[BaseTensor]:
-    """The tensors of a GGUF file of this model, in a fixed order: embedding, layers, norm, head."""
-    heads = heads_in(base.config)
+def _stored_config(base: Checkpoint) -> Mapping[str, Any]:
+    """The text model's config, with as many draft layers as the checkpoint holds: transformers saves none."""
+    config = dict(text_config_of(base.config))
+    first = int(config.get("num_hidden_layers") or 0)
+    drafts = {int(match[1]) for name in base.tensors if (match := re.search(r"\.layers\.(\d+)\.", name))}
+    config["num_nextn_predict_layers"] = len([number for number in drafts if number >= first])
+    return config
+
+
+def gguf_architecture(base: Checkpoint) -> Architecture | None:
+    """The architecture of a base; None for a GGUF file of one without a table of names, whose tensors keep theirs.
+
+    Raises UnsupportedError for a Hugging Face model of a type that has no row in the table."""
+    if isinstance(base, GgufCheckpoint):
+        return ARCHITECTURES.get(str(base.file.value("general.architecture")))
+    return architecture_of(base.config.get("model_type"))
+
+
+def left_out(base: Checkpoint) -> list[str]:
+    """The tensors of a Hugging Face checkpoint that a GGUF file of its text model does not hold."""
+    return [] if isinstance(base, GgufCheckpoint) else [name for name in base.tensors if text_name(name) is None]
+
+
+def layers_of(base: Checkpoint, tensors: Iterable[BaseTensor]) -> int:
+    """How many layers presets count: those of the config, or those that a GGUF file of any architecture has."""
+    known = text_config_of(base.config).get("num_hidden_layers")
+    found = [int(match[1]) for tensor in tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))]
+    return int(known) if known is not None else max(found, default=-1) + 1
+
+
+def _extra_tensors(base: Checkpoint) -> dict[str, Tensor]:
+    """Factors of rotary frequencies: as a GGUF base stores them, or as a config says."""
+    if isinstance(base, GgufCheckpoint):
+        return {name: base.load(name).float() for name in ROPE_TENSORS if name in base.tensors}
+    config = text_config_of(base.config)
+    factors = gemma4_rope_factors(config) if config.get("model_type") == "gemma4_text" else llama3_factors(config)
+    return {} if factors is None else {"rope_freqs.weight": torch.tensor(factors)}
+
+
+def base_tensors(base: Checkpoint) -> list[BaseTensor]:
+    """The tensors of a GGUF file of this model, in a fixed order: embedding, layers, norm, head.
+
+    Raises UnsupportedError and FormatError for a Hugging Face model without names in GGUF."""
+    architecture = gguf_architecture(base)
+    if isinstance(base, GgufCheckpoint):
+        return _stored_tensors(base)
+    assert architecture is not None, "only of a GGUF file may it be unknown"
+    config = text_config_of(base.config)
+    heads = heads_in(config)
     found: dict[str, list[tuple[int, str, Place]]] = {}
-    unknown = []
-    for name in base.tensors:
-        place = place_of(architecture, name, heads)
-        if place is None:
-            if not name.endswith(("rotary_emb.inv_freq", "rope_freqs.weight")):
-                unknown.append(name)
-            continue
-        if place.gguf == "output.weight" and base.config.get("tie_word_embeddings"):
-            continue  # some checkpoints store the tied head once more
-        found.setdefault(place.gguf, []).append((-1 if place.expert is None else place.expert, name, place))
+    unknown, _ = unnamed(architecture, base.tensors, heads)
     if unknown:
         raise FormatError(
             f"{base.label}: {len(unknown)} tensors have no name in GGUF's {architecture.name}, first {unknown[0]}; "
             f"convert with llama.cpp's own converter"
         )
+    tied = base.config.get("tie_word_embeddings")
+    for name in base.tensors:
+        plain = text_name(name)
+        for place in places_of(architecture, plain, heads) if plain is not None else ():
+            if place.gguf != "output.weight" or not tied:  # some checkpoints store the tied head once more
+                found.setdefault(place.gguf, []).append((-1 if place.expert is None else place.expert, name, place))
     tensors = []
     for gguf in sorted(found, key=_order):
         pieces = sorted(found[gguf], key=lambda piece: piece[0])
-        info = base.tensors[pieces[0][1]]
         experts = (len(pieces),) if pieces[0][0] >= 0 else ()
         if experts and [piece[0] for piece in pieces] != list(range(len(pieces))):
             raise CheckpointError(
                 f"{base.label}: experts of {gguf} are missing; found {[piece[0] for piece in pieces]}"
             )
-        leaf = gguf.removesuffix(".weight").rpartition(".")[2]
-        shape = (*experts, *info.shape)
-        plain = len(info.shape) < 2 or leaf.endswith(F32_LEAVES) or not gguf.endswith(".weight")
-        if leaf == "ffn_gate_inp_shexp":  # [1, hidden] in Hugging Face's files, a vector in GGUF
-            shape, plain = (math.prod(info.shape),), True
+        place = pieces[0][2]
+        shape = (*experts, *_gguf_shape(base.tensors[pieces[0][1]].shape, place, heads))
         ne = tuple(reversed(shape))
-        tensors.append(BaseTensor(gguf, ne, tuple(piece[1] for piece in pieces), pieces[0][2], plain))
+        tensors.append(BaseTensor(gguf, ne, tuple(piece[1] for piece in pieces), place, is_plain(gguf, shape)))
     return tensors
+
+
+def _stored_tensors(base: GgufCheckpoint) -> list[BaseTensor]:
+    """Those of a GGUF base, whatever its architecture: as they are stored, no value is changed twice."""
+    names: dict[str, list[str]] = {}
+    for name in base.tensors:
+        place = base.places.get(name)
+        names.setdefault(place.gguf if place is not None else name, []).append(name)
+    return [
+        BaseTensor(
+            gguf, info.ne, tuple(names[gguf]), base.places.get(names[gguf][0], Place(gguf)), is_plain(gguf, info.shape)
+        )
+        for gguf in sorted(base.file.tensors, key=_order)
+        if gguf not in ROPE_TENSORS and (info := base.file.tensors[gguf])
+    ]
+
+
+def is_plain(gguf: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor stays float32: a vector, a norm, a router, a convolution, or none of the engine's weights."""
+    leaf = gguf.removesuffix(".weight")
+    return len(shape) < 2 or min(shape) == 1 or not gguf.endswith(".weight") or leaf.endswith(F32_LEAVES)
+
+
+def _gguf_shape(shape: tuple[int, ...], place: Place, heads: Heads) -> tuple[int, ...]:
+    """The shape of a Hugging Face tensor, or of the part of it that a place is, in GGUF."""
+    return tuple(place_pieces(torch.empty(shape, device="meta"), place, heads, whole=True)[0].shape)
 
 
 def _order(name: str) -> tuple[int, int, str]:
@@ -492,6 +583,7 @@ def build_variants(plan: VariantPlan) -> Iterator[TensorDone | VariantsReport]:
     yield VariantsReport(
         tuple(str(variant.path) for variant in plan.variants),
         {v.preset.name: tuple(entries[n] for entries in journal.made) for n, v in enumerate(plan.variants)},
+        plan.left_out,
     )
 
 
@@ -501,10 +593,8 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
     sizes, unseen = [0] * len(plan.variants), False
     noise, signal = [0.0] * len(plan.variants), 0.0
     offsets = [variant.layout.offsets[number] for variant in plan.variants]
-    for source in tensor.sources:  # the tensor, or its experts one after another
-        weight = to_gguf(plan.base.load(source).float(), tensor.place)
-        rows = weight.reshape(-1, tensor.ne[0])
-        importance = _importance_of(plan, source, tensor)
+    for module, rows in _rows_of(plan.base, tensor):  # the tensor, or its experts one after another
+        importance = _importance_of(plan, module, tensor)
         looked_up = tensor.name == "token_embd.weight"  # unless it is the head too, it has no inputs to weigh errors by
         unseen = unseen or (plan.importance is not None and importance is None and not tensor.plain and not looked_up)
         step = max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
@@ -524,11 +614,10 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
                 sizes[n] += len(raw)
                 noise[n] += error
     made = []
-    layers = int(plan.base.config["num_hidden_layers"])
     tied = not any(other.name == "output.weight" for other in plan.tensors)
     for n, variant in enumerate(plan.variants):
         kind = variant.kinds[number]
-        asked = kind.name if tensor.plain else find_type(variant.preset.wanted(tensor.name, layers, tied)).name
+        asked = kind.name if tensor.plain else find_type(variant.preset.wanted(tensor.name, plan.layers, tied)).name
         note = "" if asked == kind.name else f"{asked} has blocks of {TYPES[asked].block}, its rows are {tensor.ne[0]}"
         if unseen and kind.is_quantized:
             note += ("; " if note else "") + "no calibration token reached it: made without importance"
@@ -549,20 +638,46 @@ def _encode(kind: GgufType, rows: Tensor, importance: Tensor | None, name: str) 
     return packed.numpy().tobytes(), float((dense - rows).double().square().sum())
 
 
-def _importance_of(plan: VariantPlan, source: str, tensor: BaseTensor) -> Tensor | None:
-    if plan.importance is None or tensor.plain:
-        return None
-    found = plan.importance.values.get(source.rpartition(".")[0])
+def _rows_of(base: Checkpoint, tensor: BaseTensor) -> Iterator[tuple[str, Tensor]]:
+    """The rows of a tensor as GGUF has them, float32 [rows, ne 0], expert by expert, each with its module's name.
+
+    Those of a GGUF base are what is stored; no order or offset of it is undone and done again."""
+    if isinstance(base, GgufCheckpoint):
+        for source in tensor.sources:
+            yield source.rpartition(".")[0], read_tensor(base.tensors[source]).float().reshape(-1, tensor.ne[0])
+        return
+    heads = heads_in(text_config_of(base.config))
+    for source in tensor.sources:
+        module = source.rpartition(".")[0] if source.endswith((".weight", ".bias")) else source
+        for number, piece in enumerate(place_pieces(base.load(source), tensor.place, heads)):
+            name = f"{module}.{number}" if tensor.place.stacked else module
+            yield name, piece.float().reshape(-1, tensor.ne[0])
+
+
+def _importance_of(plan: VariantPlan, module: str, tensor: BaseTensor) -> Tensor | None:
+    if plan.importance is None or tensor.plain or (tensor.place.fused is not None and tensor.place.fused.how == "kv_b"):
+        return None  # keys and values of a latent are multiplied the other way round
+    found = plan.importance.values.get(module)
     if found is None or found.shape != (tensor.ne[0],) or not bool(found.any()):
         return None
     return found
 
 
-def to_gguf(value: Tensor, place: Place) -> Tensor:
-    """A Hugging Face tensor in GGUF's order of rows and with what GGUF adds to norms."""
-    if place.heads:
-        value = value[row_order(value.shape[0], place.heads, back=False)]
-    return value + place.offset if place.offset else value
+def place_pieces(value: Tensor, place: Place, heads: Heads, *, whole: bool = False) -> list[Tensor]:
+    """A Hugging Face tensor, or the part of it that a place is, in GGUF's order and convention: in one piece, or one an
+    expert where the tensor holds all experts (`whole`: put together again)."""
+    if place.fused is None:
+        if place.heads:
+            value = value[row_order(value.shape[0], place.heads, back=False)]
+        value = value.float() + place.offset if place.offset else value  # 16 bits could not hold the sum
+        pieces = [value]
+    else:
+        how, count = place.fused.how, len(place.fused.parts)
+        each = value if place.stacked else [value]
+        pieces = [split_one(how, one, place.part, count, heads) for one in each]
+    for step in steps_of(place, heads):
+        pieces = [step.to_gguf(piece) for piece in pieces]
+    return [torch.stack(pieces)] if whole and place.stacked else pieces
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:

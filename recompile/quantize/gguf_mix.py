@@ -24,10 +24,9 @@ from recompile.errors import FormatError, RecipeError
 from recompile.formats.gguf_encode import resolve
 from recompile.formats.gguf_types import TYPES, find_type
 from recompile.gguf.container import NewTensor
-from recompile.gguf.names import architecture_of
 from recompile.merge.type_recipes import TypeRecipe, load_type_recipe, looks_like_type_recipe
 from recompile.merge.write_gguf import file_type_of
-from recompile.quantize.gguf import BaseTensor, Mix, Preset, base_tensors, find_preset
+from recompile.quantize.gguf import BaseTensor, Mix, Preset, base_tensors, find_preset, layers_of
 from recompile.recipe.recipe import Recipe, load_recipe, suggest
 
 
@@ -55,7 +54,7 @@ def read_mix(
         raise FormatError("-or: -b gives the type of what no line names, so one type")
     check_out(out)
     unnamed = bits[0] if bits else None
-    tensors = base_tensors(base, architecture_of(base.config.get("model_type")))
+    tensors = base_tensors(base)
     warnings: tuple[str, ...] = ()
     if looks_like_type_recipe(path):
         mix = mix_of_types(load_type_recipe(path), base, tensors, unnamed, out.name)
@@ -130,7 +129,7 @@ def _finish(
     kinds: dict[str, str], base: Checkpoint, weighty: Sequence[BaseTensor], unnamed: str | None, name: str
 ) -> Mix:
     preset: Preset | None = find_preset(unnamed) if unnamed is not None else None
-    layers = int(base.config["num_hidden_layers"])
+    layers = layers_of(base, weighty)
     tied = not any(tensor.name == "output.weight" for tensor in weighty)
     for tensor in weighty:
         if tensor.name not in kinds:

@@ -20,10 +20,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, TensorInfo, open_checkpoint, split_name
+from recompile.checkpoint.checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    StoredModule,
+    TensorInfo,
+    open_checkpoint,
+    split_name,
+)
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import Profile, ProfileGroup, candidate_label
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
+from recompile.gguf.names import Heads, Joined
 from recompile.io.files import write_with
 from recompile.recipe.recipe import SourceId
 
@@ -138,6 +146,15 @@ class MadeVariant(Checkpoint):
     forms: Mapping[str, str] = field(default_factory=dict)  # of the modules that are made
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module -> type asked for, type it gets
     copies: Mapping[str, str] = field(default_factory=dict)  # tensor -> the base's that it is one more copy of
+
+    @property
+    def joined(self) -> Mapping[str, Joined]:
+        """The fused tensors that the base keeps in parts, as a GGUF file does."""
+        return self.base.joined if isinstance(self.base, GgufCheckpoint) else {}
+
+    @property
+    def heads(self) -> Heads | None:
+        return self.base.heads if isinstance(self.base, GgufCheckpoint) else None
 
     @property
     def made(self) -> frozenset[str]:

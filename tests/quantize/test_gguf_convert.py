@@ -31,7 +31,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stand_in(body: str) -> Path:
     """The converter's command, which does what `body` says; it notes how it was called."""
-    command = gguf_convert.environment() / "bin" / gguf_convert.COMMAND
+    command = gguf_convert.command_in(gguf_convert.environment())
     command.parent.mkdir(parents=True, exist_ok=True)
     command.write_text(
         f"#!{sys.executable}\nimport os, sys\n"

@@ -24,7 +24,6 @@ from recompile.costs import Profile, ProfileGroup, load_profile
 from recompile.errors import FormatError, RecipeError, UnsupportedError
 from recompile.formats import gguf_encode
 from recompile.gguf.container import open_gguf
-from recompile.gguf.names import architecture_of
 from recompile.merge.overlay import build_overlay
 from recompile.merge.type_recipes import parse_type_recipe
 from recompile.merge.write_gguf import execute_gguf, plan_gguf
@@ -261,7 +260,7 @@ def test_an_interrupted_profile_of_types_goes_on(tmp_path: Path) -> None:
 
 def mix_recipe(body: str, folder: Path, model_type: str = "llama") -> Mapping[str, str]:
     base = open_checkpoint(write_hf(folder / "hf", model_type))
-    tensors = base_tensors(base, architecture_of(base.config["model_type"]))
+    tensors = base_tensors(base)
     mix = mix_of(parse_recipe(body), base, tensors, None, "mix.gguf")
     return types_got(mix.kinds, tensors)
 

@@ -1,0 +1,174 @@
+"""What conversion to GGUF does to the values of a tensor, and back: reordered rows, -exp, splits of fused tensors.
+
+Functions of one torch tensor, or of one expert of a stack; torch is not imported before one is called. Sources: the
+definitions in transformers' modeling files and files that llama.cpp's converter wrote, with which tests compare them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recompile.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of a model that the order of rows depends on.
+
+    query, key:          attention heads of queries and keys
+    linear_key, _value:  heads of linear attention; head_value: rows of one of its value heads; head_key: of a key head
+    nope, value, rank:   of multi-head latent attention: rows a head without position, value rows a head, latent width
+    """
+
+    query: int
+    key: int
+    linear_key: int = 0
+    linear_value: int = 0
+    head_key: int = 0
+    head_value: int = 0
+    nope: int = 0
+    value: int = 0
+    rank: int = 0
+
+
+def row_order(rows: int, heads: int, *, back: bool) -> list[int]:
+    """Which row goes where: new[i] = old[order[i]]. To GGUF the two halves of a head are interleaved; `back` undoes it.
+
+    rows: heads * head_dim, head_dim even. Raises UnsupportedError where the rows are not whole heads.
+    """
+    if heads < 1 or rows % (2 * heads):
+        raise UnsupportedError(
+            f"{rows} rows cannot be reordered for {heads} heads: a head must be a whole, even number of rows"
+        )
+    size = rows // heads
+    half = size // 2
+    order = []
+    for start in range(0, rows, size):
+        if back:
+            order += [start + 2 * i + j for j in range(2) for i in range(half)]
+        else:
+            order += [start + j * half + i for i in range(half) for j in range(2)]
+    return order
+
+
+# ---- steps: one tensor to one tensor ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of values; `shape` is that of the Hugging Face tensor, given GGUF's."""
+
+    to_gguf: Callable[[Tensor], Tensor]
+    to_hf: Callable[[Tensor], Tensor]
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+
+
+def _value_head_order(heads: Heads, *, back: bool) -> list[int]:
+    """Value heads of linear attention: Hugging Face has those of one key head together, GGUF one of each key head."""
+    keys, each = heads.linear_key, heads.linear_value // heads.linear_key
+    if back:
+        return [each_one * keys + key for key in range(keys) for each_one in range(each)]
+    return [key * each + each_one for each_one in range(each) for key in range(keys)]
+
+
+def _value_rows(heads: Heads, rows: int, size: int, *, back: bool) -> list[int]:
+    """The order of `rows` rows of which the last ones are value heads of `size` rows each."""
+    first = rows - heads.linear_value * size
+    return [
+        *range(first),
+        *(first + head * size + i for head in _value_head_order(heads, back=back) for i in range(size)),
+    ]
+
+
+def _reorder_values(heads: Heads, size: int, axis: int = 0) -> Step:
+    def change(value: Tensor, back: bool) -> Tensor:
+        order = _value_rows(heads, value.shape[axis], size, back=back)
+        return value[order] if axis == 0 else value[:, order]
+
+    return Step(lambda value: change(value, False), lambda value: change(value, True))
+
+
+def make_step(name: str, heads: Heads) -> Step:
+    """A step by its name in the table of architectures."""
+    if name == "neg_exp":  # A_log -> A
+        return Step(lambda value: -value.float().exp(), lambda value: (-value.float()).log())
+    if name == "conv":  # [channels, 1, width] -> [channels, width]
+        return Step(
+            lambda value: value.reshape(value.shape[0], -1),
+            lambda value: value.reshape(value.shape[0], 1, -1),
+            lambda shape: (shape[0], 1, shape[-1]),
+        )
+    if name in ("one_row", "column"):  # a vector of its own, which Hugging Face keeps as a matrix of one row
+        return Step(
+            (lambda value: value.reshape(-1)) if name == "one_row" else (lambda value: value),
+            lambda value: value.reshape(1, -1),
+            lambda shape: (1, shape[-1]),
+        )
+    if name == "value_rows":
+        return _reorder_values(heads, heads.head_value)
+    if name == "value_columns":
+        return _reorder_values(heads, heads.head_value, axis=1)
+    assert name == "value_heads", name
+    return _reorder_values(heads, 1)
+
+
+# ---- joins: several GGUF tensors that are one in Hugging Face's checkpoint -------------------------------------------
+
+
+def _turned(value: Tensor) -> Tensor:
+    return value.transpose(0, 1) if value.dim() == 2 else value
+
+
+def split_one(how: str, value: Tensor, part: int, count: int, heads: Heads) -> Tensor:
+    """Part `part` of `count` of a Hugging Face tensor (of one expert), as GGUF has it. how: a key of `Fused`."""
+    if how == "kv_b":  # [heads * (nope + value), rank]: keys are kept transposed, head by head
+        whole = value.reshape(heads.query, heads.nope + heads.value, -1)
+        return whole[:, : heads.nope].transpose(1, 2) if part == 0 else whole[:, heads.nope :]
+    if how == "qkvz":  # for each key head its q, k, v and z rows -> all q, all k, all v; z apart
+        kept = _qkvz_parts(value, heads)
+        rows = kept[3:] if part else kept[:3]
+        return _concatenate([piece.reshape(-1, value.shape[-1]) for piece in rows])
+    value = _turned(value) if how.endswith("_turned") else value
+    if how.startswith("alternate"):
+        return value[part::count]
+    if value.shape[0] % count:
+        raise UnsupportedError(f"{value.shape[0]} rows cannot be split in {count} equal parts")
+    return value.chunk(count)[part]
+
+
+def join_one(how: str, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+    """The reverse of `split_one`, given all parts."""
+    import torch
+
+    if how == "kv_b":
+        key_rows = parts[0].reshape(heads.query, -1, heads.nope).transpose(1, 2)
+        value_rows = parts[1].reshape(heads.query, heads.value, -1)
+        return torch.cat((key_rows, value_rows), 1).reshape(-1, key_rows.shape[-1])
+    if how == "qkvz":
+        columns = parts[0].shape[-1]
+        keys = heads.linear_key * heads.head_key
+        q, k, v = parts[0].split((keys, keys, parts[0].shape[0] - 2 * keys))
+        pieces = [piece.reshape(heads.linear_key, -1, columns) for piece in (q, k, v, parts[1])]
+        return torch.cat(pieces, 1).reshape(-1, columns)
+    if how.startswith("alternate"):
+        joined = torch.stack(tuple(parts), 1).flatten(0, 1)
+    else:
+        joined = torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
+    return _turned(joined) if how.endswith("_turned") else joined
+
+
+def _qkvz_parts(value: Tensor, heads: Heads) -> list[Any]:
+    values = heads.linear_value // heads.linear_key * heads.head_value
+    whole = value.reshape(heads.linear_key, -1, value.shape[-1])
+    return list(whole.split((heads.head_key, heads.head_key, values, values), 1))
+
+
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(tuple(parts))

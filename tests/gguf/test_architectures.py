@@ -1,0 +1,159 @@
+"""Every row of the table of architectures against what llama.cpp's converter makes of the same tiny model: names,
+shapes, values and keys; then back, fused tensors put together again. scripts/gguf_golden.py writes the expectations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf_tiny
+import pytest
+import torch
+
+from recompile.checkpoint.checkpoint import GgufCheckpoint, open_checkpoint
+from recompile.errors import FormatError, UnsupportedError
+from recompile.gguf.architectures import ARCHITECTURES
+from recompile.gguf.container import GgufFile, encode_key, open_gguf, write_gguf
+from recompile.gguf.keys import model_records
+from recompile.gguf.names import architecture_of, text_name
+from recompile.model.stream import dense_names, transformers_config
+from recompile.quantize.gguf import build_variants, plan_variants
+
+# Keys that the converter leaves out and the engine would fill in with the same values, and the other way round.
+OPTIONAL = {
+    "vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length", "rope.freq_base",
+    "expert_gating_func", "nextn_predict_layers", "attention.layer_norm_rms_epsilon",
+}  # fmt: skip
+
+
+@cache
+def golden() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(gguf_tiny.GOLDEN.read_text())
+    return found
+
+
+def ours(folder: Path, entry: dict[str, Any]) -> GgufFile:
+    """Our float32 file of the tiny model of an entry."""
+    base = gguf_tiny.write_tiny(folder / "base", entry)
+    tokens = folder / "tokens.gguf"
+    write_gguf(tokens, [encode_key("tokenizer.ggml.tokens", ["x"] * gguf_tiny.VOCAB)], [])
+    plan = plan_variants(open_checkpoint(base), folder, ["F32"], tokenizer_from=open_gguf(tokens))
+    for _ in build_variants(plan):
+        pass
+    return open_gguf(folder / "base-F32.gguf")
+
+
+def test_every_architecture_of_the_table_was_compared() -> None:
+    assert {entry["architecture"] for entry in golden().values()} == set(ARCHITECTURES)
+    assert set(golden()) == set(gguf_tiny.BUILDS)
+
+
+@pytest.mark.parametrize("name", gguf_tiny.BUILDS)
+def test_our_file_is_the_converters(name: str, tmp_path: Path) -> None:
+    """Names, shapes, values to the bit (to float32's rounding where an exponential is in it), and keys; from the file
+    alone the tensors of the Hugging Face checkpoint again."""
+    entry = golden()[name]
+    file = ours(tmp_path, entry)
+    assert file.value("general.architecture") == entry["architecture"]
+    assert set(file.tensors) == set(entry["gguf"])
+    for tensor, (shape, wanted) in entry["gguf"].items():
+        info = file.tensors[tensor]
+        assert [size for size in info.shape if size > 1] == [size for size in shape if size > 1], tensor
+        raw = file.read(info)
+        if isinstance(wanted, list):
+            have = torch.frombuffer(bytearray(raw), dtype=torch.float32).tolist()
+            assert have == pytest.approx(wanted, rel=1e-6), tensor
+        else:
+            assert hashlib.sha256(raw).hexdigest()[:12] == wanted, tensor
+    keys = {key.split(".", 1)[1]: value for key, value in entry["keys"].items()}
+    made = {key.split(".", 1)[1]: file.value(key) for key in file.keys if key.startswith(f"{entry['architecture']}.")}
+    for key in (set(keys) | set(made)) - OPTIONAL:
+        assert made.get(key) == pytest.approx(keys.get(key)), key
+    for key in OPTIONAL & set(keys) & set(made):
+        assert made[key] == pytest.approx(keys[key]), key
+
+    checkpoint = open_checkpoint(file.path)
+    assert isinstance(checkpoint, GgufCheckpoint)
+    wanted_names = {plain: hf for hf in gguf_tiny.spelled_out(entry["hf"]) if (plain := text_name(hf)) is not None}
+    wanted_names.pop("lm_head.weight" if "output.weight" not in file.tensors else "", None)
+    assert {found for found in dense_names(checkpoint) if not found.startswith("rope_")} == set(wanted_names)
+    shapes = gguf_tiny.spelled_out(entry["hf"])
+    for plain, hf in wanted_names.items():
+        have, want = checkpoint.load(plain).float(), gguf_tiny.values_of(hf, shapes[hf])
+        assert have.shape == want.shape, plain
+        assert torch.allclose(have, want, rtol=1e-5, atol=1e-6), plain
+    config, stated = transformers_config(checkpoint.config), entry["config"]
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        assert getattr(config, key) == stated.get("text_config", stated)[key], key
+
+
+def test_names_are_those_of_the_gguf_package() -> None:
+    """Its maps know every name of ours, and give the same name in GGUF."""
+    gguf = pytest.importorskip("gguf")
+    kinds = {spelled: kind for kind, spelled in gguf.MODEL_ARCH_NAMES.items()}
+    newer = {"deepseek32"}  # than the package
+    own = {"in_proj_qkv", "in_proj_z", "k_b_proj", "v_b_proj", "input_linear"}  # our names of parts of fused tensors
+    compared = 0
+    for row in ARCHITECTURES.values():
+        if row.name in newer:
+            continue
+        kind = kinds[row.name]
+        table = gguf.get_tensor_name_map(kind, 4)
+        for leaf, there in row.layer.items():
+            hf = f"model.layers.2.{there.replace('.{}', '')}"
+            if there.rpartition(".")[2] in own or any(leaf in part for fused in row.fused for part in fused.parts):
+                continue
+            found = table.get_name(hf)
+            if found is None and leaf == "ffn_gate" and gguf.MODEL_TENSOR.FFN_GATE not in gguf.MODEL_TENSORS[kind]:
+                continue  # of layers that these models do not have
+            if found is None and there.startswith("mlp.") and "ffn_gate_exps" in row.layer:
+                continue  # a layer without experts, of which the package does not know
+            if found is None and "{}" in there:  # the converter stacks them under a name of its own
+                continue
+            assert found == f"blk.2.{leaf}", (row.name, leaf, there)
+            compared += 1
+    assert compared > 400
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is False, and llama.cpp computes qwen3moe with True"),
+        ("llama4", {"attention_chunk_size": 64}, "attention_chunk_size is 64, and llama.cpp computes llama4 with 8192"),
+        ("llama4", {"use_qk_norm": False}, "use_qk_norm is False with 4 experts"),
+        ("qwen35", {"layer_types": ["linear_attention"] * 2}, "full attention at no regular interval"),
+        ("glm-dsa", {"mlp_layer_types": ["sparse", "dense"]}, "llama.cpp wants all dense layers first"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type 'dynamic' has no"),
+    ],
+)  # fmt: skip
+def test_what_the_engine_would_compute_otherwise_is_refused(name: str, change: dict[str, Any], message: str) -> None:
+    config = {**golden()[name]["config"], **change}
+    with pytest.raises(UnsupportedError, match=message):
+        model_records(architecture_of(config["model_type"]), config, "x")
+
+
+def test_a_tensor_without_a_name_is_named(tmp_path: Path) -> None:
+    entry = json.loads(json.dumps(golden()["granite"]))
+    entry["hf"]["model.layers.0.self_attn.extra.weight"] = [4, 4]
+    with pytest.raises(
+        FormatError, match=r"1 tensors have no name in GGUF's granite, first model\.layers\.0\.self_attn\.extra"
+    ):
+        ours(tmp_path, entry)
+
+
+def test_towers_and_drafts_are_left_out_and_told(tmp_path: Path) -> None:
+    entry = golden()["gemma3 wrapped"]
+    base = open_checkpoint(gguf_tiny.write_tiny(tmp_path / "base", entry))
+    write_gguf(tmp_path / "t.gguf", [encode_key("tokenizer.ggml.tokens", ["x"] * gguf_tiny.VOCAB)], [])
+    plan = plan_variants(base, tmp_path, ["F32"], tokenizer_from=open_gguf(tmp_path / "t.gguf"))
+    assert set(plan.left_out) == {name for name in base.tensors if "vision" in name or "multi_modal" in name}
+    assert len(plan.left_out) > 10
+
+
+@pytest.mark.parametrize("name", ["qwen3 wrapped", "x"])
+def test_model_types_of_no_row_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"cannot be written as GGUF here; known: .*glm4_moe.*gpt_oss"):
+        architecture_of(name)

@@ -1,0 +1,222 @@
+"""Tiny models of every architecture that has names in GGUF: config fields that make it small and still exercise all of
+it, and values that follow from a tensor's name, so that files of two programs can be compared without either.
+
+    BUILDS["glm4moe"]             -> (model_type, fields of its config)
+    write_tiny(folder, entry)     a Hugging Face directory of an entry of tests/data/gguf_architectures.json
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "data" / "gguf_architectures.json"
+VOCAB = 48
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, "pad_token_id": None,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+HEAD = {"head_dim": 16}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+SHARED = {"shared_expert_intermediate_size": 32}
+GROUPED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 2,
+    "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    "scoring_func": "sigmoid", "num_nextn_predict_layers": 0,
+}  # fmt: skip
+LATENT = {
+    **GROUPED, "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "qk_nope_head_dim": 12,
+}  # fmt: skip
+SPARSE = {"mlp_layer_types": ["dense", "sparse"], "index_topk": 16, "index_head_dim": 16, "index_n_heads": 4}
+LINEAR = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6, "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+WINDOW = {"sliding_window": 8}
+FOURTH = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+GEMMA4 = {
+    "tie_word_embeddings": True, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+TYPED = {**YARN, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "type": "yarn"}
+GRANITE = {"embedding_multiplier": 6.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+SHORT_CONV = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "tie_word_embeddings": True}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8}
+TOKENS = {"image_token_index": 40, "boi_token_index": 41, "eoi_token_index": 42, "mm_tokens_per_image": 4}
+GEMMA3 = {**COMMON, **HEAD, **WINDOW, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
+
+BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", HEAD),
+    "mistral": ("mistral", HEAD),
+    "mixtral": ("mixtral", {**HEAD, **LOCAL_MOE}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", HEAD),
+    "qwen2moe": ("qwen2_moe", {**MOE, **SHARED, "norm_topk_prob": False}),
+    "qwen3moe": ("qwen3_moe", {**HEAD, **MOE, "norm_topk_prob": True}),
+    "qwen3next": ("qwen3_next", {**HEAD, **MOE, **SHARED, **LINEAR}),
+    "qwen35": ("qwen3_5_text", {**HEAD, **LINEAR}),
+    "qwen35moe": ("qwen3_5_moe_text", {**HEAD, **MOE, **SHARED, **LINEAR}),
+    "gemma": ("gemma", {**HEAD, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**HEAD, **WINDOW, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3 wrapped": ("gemma3", {"text_config": GEMMA3, "vision_config": SIGLIP, **TOKENS}),
+    "gemma4": (
+        "gemma4_text",
+        {**HEAD, **WINDOW, **GEMMA4, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0},
+    ),
+    "gemma4 experts": (
+        "gemma4_text",
+        {
+            **HEAD,
+            **WINDOW,
+            **GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "glm4": ("glm4", HEAD),
+    "glm4moe": ("glm4_moe", {**HEAD, **GROUPED, "use_qk_norm": True, "attention_bias": True}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            **HEAD,
+            **LOCAL_MOE,
+            **WINDOW,
+            "rope_parameters": {**YARN, "factor": 4.0, "truncate": False},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "deepseek2": ("deepseek_v3", LATENT),
+    "deepseek2 yarn": (
+        "deepseek_v3",
+        {**LATENT, "rope_parameters": {**YARN, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek2 of version 2": (
+        "deepseek_v2",
+        {**LATENT, "n_group": 1, "topk_method": "greedy", "q_lora_rank": None, "scoring_func": "softmax"},
+    ),
+    "deepseek2 of glm": ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "deepseek32": ("deepseek_v32", {**LATENT, **SPARSE}),
+    "glm-dsa": ("glm_moe_dsa", {**LATENT, **SPARSE}),
+    "dots1": ("dots1", {**HEAD, **GROUPED, "n_group": 1}),
+    "llama4": (
+        "llama4_text",
+        {
+            **HEAD,
+            **LOCAL_MOE,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8192,
+        },
+    ),
+    "mistral3": ("ministral3", {**HEAD, "rope_parameters": TYPED}),
+    "mistral3 wrapped": (
+        "mistral3",
+        {
+            "text_config": {**COMMON, **HEAD, "model_type": "ministral3", "rope_parameters": TYPED},
+            "vision_config": {**VISION, "model_type": "pixtral", "image_size": 32, "patch_size": 8, "head_dim": 16},
+            "image_token_index": 40,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "minimax-m2": ("minimax_m2", {**HEAD, **LOCAL_MOE, "rotary_dim": 8, "scoring_func": "sigmoid"}),
+    "granite": ("granite", GRANITE),
+    "granitemoe": ("granitemoe", {**GRANITE, **LOCAL_MOE}),
+    "granitemoe shared": ("granitemoeshared", {**GRANITE, **LOCAL_MOE, "shared_intermediate_size": 48}),
+    "command-r": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
+    "cohere2": ("cohere2", {**WINDOW, **FOURTH, "tie_word_embeddings": True, "logit_scale": 0.25, "rotary_pct": 1.0}),
+    "ernie4_5": ("ernie4_5", HEAD),
+    "ernie4_5-moe": (
+        "ernie4_5_moe",
+        {
+            **HEAD,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 48,
+            "moe_layer_start_index": 1,
+            "moe_layer_interval": 1,
+            "moe_num_shared_experts": 1,
+            "use_bias": False,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2 of version 3": ("olmo3", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    "olmoe": ("olmoe", {**LOCAL_MOE, "num_experts": 4}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+    "seed_oss": ("seed_oss", HEAD),
+    "exaone4": ("exaone4", {**HEAD, **WINDOW, **FOURTH, "sliding_window_pattern": 4}),
+    "hunyuan-dense": ("hunyuan_v1_dense", HEAD),
+    "hunyuan-moe": ("hunyuan_v1_moe", {**HEAD, "num_experts": 4, "moe_topk": 2, "intermediate_size": 32}),
+    "lfm2": ("lfm2", {**SHORT_CONV, "block_auto_adjust_ff_dim": False}),
+    "lfm2moe": ("lfm2_moe", {**SHORT_CONV, **MOE, "num_dense_layers": 1}),
+    "arcee": ("arcee", HEAD),
+    "nemotron": ("nemotron", HEAD),
+    "starcoder2": ("starcoder2", {"use_bias": True}),
+    "afmoe": (
+        "afmoe",
+        {**HEAD, **MOE, **WINDOW, **FOURTH, "num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True},
+    ),
+}
+EXTRA = ("scoring_func", "rotary_pct", "full_attention_interval", "global_head_dim")  # transformers drops them
+STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it, and transformers does not
+    "hunyuan-moe": {"moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1], "moe_topk": [2, 2]},
+    "mistral3": {"rope_parameters": TYPED},
+    "mistral3 wrapped": {"text_config": {"rope_parameters": TYPED}},
+}
+
+
+def fields_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The model type and the whole config of an entry of BUILDS."""
+    model_type, fields = BUILDS[name]
+    return model_type, fields if "text_config" in fields else {**COMMON, **fields}
+
+
+def values_of(name: str, shape: tuple[int, ...] | list[int]) -> Tensor:
+    """Numbers between -1 and 1 that bfloat16 holds exactly; they follow from the name and the place alone."""
+    count = 1
+    for size in shape:
+        count *= size
+    numbers = (torch.arange(count, dtype=torch.int64) * 37 + zlib.crc32(name.encode())) % 251
+    return ((numbers - 125).float() / 128).reshape(tuple(shape))
+
+
+def spelled_out(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """`x.{}.y: [3, 4, 5]`, three tensors [4, 5], under names of their own."""
+    found = {}
+    for name, shape in shapes.items():
+        if "{}" in name:
+            found |= {name.format(number): shape[1:] for number in range(shape[0])}
+        else:
+            found[name] = shape
+    return found
+
+
+def write_tiny(folder: Path, entry: Mapping[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(entry["config"]))
+    tensors = {name: values_of(name, shape) for name, shape in spelled_out(entry["hf"]).items()}
+    save_file({name: value.bfloat16() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
