@@ -174,6 +174,8 @@ class Structure:
     before, after, head: weights read before the first layer, between the last one and the head's part, and there
     base: the module whose result the head's part takes
     norm: the module that makes it of the hidden state, "" where they are the same, None where it takes more than one
+    ran: numbers of the layers that run on text, in order; those that read images alone do not
+    ports: of every one of them
     extras: how many tensors beside the hidden state layers hand to later ones
     """
 
@@ -182,6 +184,7 @@ class Structure:
     head: tuple[str, ...]
     base: str
     norm: str | None
+    ran: tuple[int, ...]
     ports: tuple[LayerPort, ...]
     hidden_shape: tuple[int, ...]  # of PROBE_ROWS rows of PROBE_TOKENS tokens
     extras: int
@@ -234,16 +237,18 @@ class Probe:
         entered: list[list[tuple[Path, Any]]] = []  # the leaves of (args, kwargs) before it
         inputs: list[Any] = []
         left: list[list[tuple[Path, Any]]] = []  # the leaves of a call after it; mappings are filled by later ones
-        phases: list[set[str]] = []  # weights read up to the last layer, and to every end of a base
+        ran: list[int] = []
+        before: set[str] = set()  # weights read up to the last layer
+        phases: list[set[str]] = []  # and up to every end of a base
 
         def forward_of(index: int, layer: nn.Module) -> Callable[..., Any]:
             original = type(layer).forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if len(calls) != index:
+                if ran and index <= ran[-1]:
                     raise UnsupportedError(f"{self.what} does not run its layers once each in order; not supported")
-                if index == len(self.layers) - 1:
-                    phases.append(follow.take())
+                ran.append(index)
+                before.update(follow.take())
                 entered.append(list(walk((args, kwargs))))
                 inputs.append(rebuild((args, kwargs), lambda path, leaf: None))
                 follow.paused = True
@@ -268,21 +273,19 @@ class Probe:
             self._watch(stack, events, bases, phases, follow)
             with follow:
                 run_own(self.runner, ids)
-        if len(calls) != len(self.layers):
-            raise UnsupportedError(
-                f"{self.what}: {len(calls)} of the {len(self.layers)} layers of {self.stack_name} run; not supported"
-            )
+        if not ran:
+            raise UnsupportedError(f"{self.what} runs none of the layers of {self.stack_name}; not supported")
         if not bases:
             raise UnsupportedError(f"{self.what} has no base model under its head; not supported")
         ports, extras, hidden = self._ports(calls, inputs, entered, left, follow)
         base, result = bases[-1]  # the outermost one ends last
-        before, *after = phases
         return Structure(
             before=tuple(sorted(before)),
-            after=tuple(sorted(set().union(*after))),
+            after=tuple(sorted(set().union(*phases))),
             head=tuple(sorted(follow.take())),
             base=base,
             norm=_norm_of(events, at(calls[-1], ports[-1].out), result),
+            ran=tuple(ran),
             ports=tuple(ports),
             hidden_shape=tuple(hidden.shape),
             extras=extras,

@@ -54,7 +54,7 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype, device: torch.
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    if not isinstance(model_config, model_class.config_class):  # the class of the text alone
+    if model_class.config_class is model_config.sub_configs.get("text_config"):  # the class of the text alone
         model_config = model_config.get_text_config()
     try:
         with _parameters_on_meta():

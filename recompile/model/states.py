@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,6 +116,11 @@ class Layout:
     extras: list[_Extra]
     _ready: dict[tuple[int, int], Any] = field(default_factory=dict)  # calls by layer and rows
 
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """Of every layer that runs, its number among them."""
+        return {layer: place for place, layer in enumerate(self.structure.ran)}
+
     @property
     def hidden_width(self) -> int:
         return math.prod(self.hidden.row) // self.tokens
@@ -171,6 +177,9 @@ class Layout:
 
     def run(self, index: int, layer: nn.Module, state: Tensor) -> Tensor:
         """One loaded layer on a state."""
+        if index not in self._places:
+            return state
+        index = self._places[index]
         rows, port = len(state), self.structure.ports[index]
         ready = self._ready.get((index, rows))
         if ready is None:
@@ -208,13 +217,15 @@ class Layout:
             if index == max(wanted):
                 raise Reached
 
-        run_until_reached(runner, layers, self.stand_ins(len(layers), seen), ids)
+        run_until_reached(runner, self.running(layers), self.stand_ins(seen), ids)
         return self.pack(hidden[0], found, None)
 
-    def stand_ins(
-        self, depth: int, seen: Callable[[int, Any, Any], None], last: Tensor | None = None
-    ) -> list[Callable[..., Any]]:
-        return stand_ins(self.structure.ports[:depth], seen, last)
+    def running(self, layers: Sequence[nn.Module]) -> list[nn.Module]:
+        """Those of the layers that run on text."""
+        return [layers[number] for number in self.structure.ran]
+
+    def stand_ins(self, seen: Callable[[int, Any, Any], None], last: Tensor | None = None) -> list[Callable[..., Any]]:
+        return stand_ins(self.structure.ports, seen, last)
 
 
 def stand_ins(
@@ -308,6 +319,7 @@ def record_layout(
 ) -> Layout:
     """What the layers are called with for rows as long as ids, [1, tokens]. What is read before them must be loaded."""
     what, ports = type(model).__name__, structure.ports
+    layers = [layers[number] for number in structure.ran]
     follow = Follow({})
     follow.mark(ids, "ids")
     with follow:

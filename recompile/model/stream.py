@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -436,21 +436,33 @@ class LayeredModel:
             self.record(ids[:1])
             layout = self.layouts[ids.shape[1]]
             for number, rows in enumerate(ids.split(batch)):
-                first = layout.first(self.runner, list(self.layers), rows.to(self.device))
+                with self._towers_there():
+                    first = layout.first(self.runner, list(self.layers), rows.to(self.device))
                 self.watch.see(first, self.loaded_from, "the embedding", number * batch, self.embedding)
                 yield first
 
     def record(self, ids: Tensor) -> None:
         """Note every layer's call arguments for rows of this length. What is read before the layers must be loaded."""
-        self.layouts[ids.shape[1]] = record_layout(
-            self.structure,
-            self.model,
-            self.runner,
-            list(self.layers),
-            self.layers_name,
-            ids[:1].to(self.device),
-            self.dtype,
-        )
+        ids = ids[:1].to(self.device)
+        with self._towers_there():
+            self.layouts[ids.shape[1]] = record_layout(
+                self.structure, self.model, self.runner, list(self.layers), self.layers_name, ids, self.dtype
+            )
+
+    def _towers_there(self) -> AbstractContextManager[Any]:
+        """Inside, weights that are not loaded are zeros, for models that ask their first weight for its device."""
+        if any(module.device.type == "meta" for module in self._on_the_way):
+            return zeros_outside(self.model, self.layers_name, self.device)
+        return nullcontext()
+
+    @cached_property
+    def _on_the_way(self) -> list[Any]:
+        """The models around the layers."""
+        return [
+            module
+            for name, module in self.model.named_modules()
+            if hasattr(type(module), "device") and (not name or self.layers_name.startswith(f"{name}."))
+        ]
 
     def run_layer(self, index: int, state: Tensor, first_row: int = 0) -> Tensor:
         """Replay one loaded layer; state [batch, tokens, width], any batch, a row length that was recorded.
@@ -482,10 +494,10 @@ class LayeredModel:
             raise Reached
 
         ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=self.device)
-        stand_ins = layout.stand_ins(len(self.layers), lambda number, args, kwargs: None, last=hidden)
+        stand_ins = layout.stand_ins(lambda number, args, kwargs: None, last=hidden)
         with (
             zeros_outside(self.model, self.layers_name, self.device),
-            patched([*self.layers, base], [*stand_ins, ended]),
+            patched([*layout.running(list(self.layers)), base], [*stand_ins, ended]),
             suppress(Reached),
         ):
             run_own(self.runner, ids)
