@@ -35,6 +35,7 @@ from eval.metrics import (
     quantiles,
     token_metrics,
 )
+from eval.routing import ExpertChoices, LayerRouting, compare_choices
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, NotFiniteError, OutputError
 from recompile.events import OnEvent, Progress, ignore
@@ -110,6 +111,7 @@ class DiffReport:
     versions: dict[str, str]
     metrics_version: int = METRICS_VERSION
     kl_histogram: Histogram | None = None  # tokens by KL(reference || candidate)
+    routing: tuple[LayerRouting, ...] = ()  # of the layers with experts, in order
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -225,6 +227,7 @@ class _Comparison:
         self.batch = options.batch or max(1, BATCH_TOKENS // ids.shape[1])
         self.floor_ids = ids[:1, : min(FLOOR_TOKENS, max(2, ids.shape[1] // 2))]
         self.stages: list[list[LayerDrift]] = [[] for _ in candidates]
+        self.routing: list[list[LayerRouting]] = [[] for _ in candidates]
 
     @torch.inference_mode()
     def run(self) -> Iterator[Event]:
@@ -235,10 +238,17 @@ class _Comparison:
         for index in range(self.b.depth):
             with self.b.layer(index):
                 floor = self.b.run_layer(index, floor)
-                self._run_layer(self.b, index, states_b)
+                with ExpertChoices().watching(self.b.layers[index]) as chosen_b:
+                    self._run_layer(self.b, index, states_b)
             for number, (model, states_a) in enumerate(zip(self.candidates, states, strict=True)):
-                with model.layer(index), self._inputs(number, index):
+                with (
+                    model.layer(index) as layer,
+                    self._inputs(number, index),
+                    ExpertChoices().watching(layer) as chosen,
+                ):
                     self._run_layer(model, index, states_a)
+                routing = compare_choices(self.b.prefix_of_layer(index), chosen_b, chosen, len(self.ids))
+                self.routing[number] += [routing] if routing is not None else []
             yield from self._finish_stage(self.b.prefix_of_layer(index), states, states_b)
         with self.b.norm_loaded() as norm:
             floor = norm(floor)
@@ -345,6 +355,7 @@ class _Comparison:
             rows_source=self.rows_source,
             versions=versions(),
             kl_histogram=kl_histogram(found.kl),
+            routing=tuple(self.routing[number]),
         )
 
 

@@ -18,7 +18,7 @@ from recompile.model.rows import check_vocabulary, read_rows
 if TYPE_CHECKING:
     import torch
 
-    from eval.diff import DiffReport, LayerDrift
+    from eval.diff import DiffReport
     from recompile.merge.overlay import Overlay
 
 
@@ -198,7 +198,7 @@ def main(
         )
     with_inputs: DiffReport | None = others[0] if others else None
     if str(json_path) != "-":
-        click.echo(_layer_table(report.layers))
+        click.echo(_layer_table(report))
         click.echo(_summary(report, overlay))
         if with_inputs is not None:
             click.echo(_with_inputs(report, with_inputs))
@@ -261,7 +261,8 @@ def _with_chat_prompt(ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     return torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
 
 
-def _layer_table(layers: tuple[LayerDrift, ...]) -> str:
+def _layer_table(report: DiffReport) -> str:
+    kept = {layer.name: f"{100 * layer.same_experts.mean:.2f} %" for layer in report.routing}
     rows = [
         (
             layer.name,
@@ -269,10 +270,28 @@ def _layer_table(layers: tuple[LayerDrift, ...]) -> str:
             f"{layer.drift.max_difference:.6f}",
             f"{layer.drift.sqnr_db:.2f}",
             f"{layer.drift.cosine_error:.6f}",
+            *([kept.get(layer.name, "")] if kept else []),
         )
-        for layer in layers
+        for layer in report.layers
     ]
-    return format_columns(rows, ("state after", "rel. error", "max diff/norm", "SQNR dB", "cosine error"), (1, 2, 3, 4))
+    header = ("state after", "rel. error", "max diff/norm", "SQNR dB", "cosine error", "same experts")
+    return format_columns(rows, header[: len(rows[0])], tuple(range(1, len(rows[0]))))
+
+
+def _routing(report: DiffReport) -> list[str]:
+    """What A's errors do to the choice of experts; nothing for a model without them."""
+    if not report.routing:
+        return []
+    mean = sum(layer.same_experts.mean for layer in report.routing) / len(report.routing)
+    worst = min(report.routing, key=lambda layer: layer.same_experts.mean)
+    unused, experts = sum(layer.unused for layer in report.routing), sum(layer.experts for layer in report.routing)
+    fullest = max(max(layer.load) * layer.experts / max(1, sum(layer.load)) for layer in report.routing)
+    return [
+        f"Routing: {100 * mean:.2f} % of tokens keep all {worst.chosen} of their experts (mean of "
+        f"{len(report.routing)} layers), fewest after {worst.name}: {100 * worst.same_experts.mean:.2f} %"
+        f"{_error(100 * worst.same_experts.std_error if worst.same_experts.std_error is not None else None, 2)}",
+        f"Expert load in B: {unused} of {experts} experts saw no token, the fullest {fullest:.1f} times its share",
+    ]
 
 
 def _summary(report: DiffReport, overlay: Overlay) -> str:
@@ -311,6 +330,7 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         f"KL(B || A) per token: median {q.median:.6f}, p90 {q.p90:.6f}, p99 {q.p99:.6f}, max {q.max:.6f}",
         f"Noise floor: {report.noise_floor:.2e} nats (B against itself, run in another shape)",
     ]
+    lines += _routing(report)
     if report.identical:
         lines.append("Every logit of A equals B's to the last bit.")
     bins = [
