@@ -261,8 +261,9 @@ def test_logits_are_saved(tmp_path: Path) -> None:
 
 def test_logits_that_cannot_be_saved_are_one_error(tmp_path: Path) -> None:
     base = open_checkpoint(tiny.base("llama-2"))
-    options = DiffOptions(save_reference_logits=tmp_path / "no" / "such" / "folder.safetensors")
-    with pytest.raises(OutputError, match=r"folder\.safetensors: cannot be written"):
+    (tmp_path / "file").write_text("no folder")
+    options = DiffOptions(save_reference_logits=tmp_path / "file" / "logits.safetensors")
+    with pytest.raises(OutputError, match=r"logits\.safetensors: cannot be written"):
         report_of(base, base, tiny.rows(1, 4), options)
 
 
