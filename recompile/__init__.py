@@ -1,3 +1,50 @@
-"""recompile: build mixed-bitrate checkpoints from quantized variants of one model, and measure them."""
+"""recompile: build mixed-bitrate checkpoints from quantized variants of one model, and measure them.
+
+    import recompile
+
+    recompile.quantize("base", "variants", bits=[2, 3, 4, 6])
+    recompile.profile("base", "variants/3bpw", ["variants/2bpw", "variants/4bpw", "variants/6bpw"], mode="sketch")
+    recompile.optimize("profile.jsonl", bits=3.5)
+    recompile.merge("variants/3bpw", "mix", recipe="overrides.yaml")
+
+docs/python-api.md shows the whole way. All names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+API = (
+    "auto",
+    "check",
+    "diff",
+    "emit",
+    "engine_diff",
+    "frontier",
+    "heal",
+    "load_recipe",
+    "merge",
+    "open_checkpoint",
+    "optimize",
+    "profile",
+    "quantize",
+)
+__all__ = [*API, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in API:
+        return load_verb(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load_verb(name: str) -> Any:
+    """A function of the API by its name."""
+    return getattr(import_module("recompile.auto" if name == "auto" else "recompile.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *API})

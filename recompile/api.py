@@ -27,14 +27,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from eval.engines.run import EngineDiff
     from eval.heal import HealReport
+    from eval.run_diff import ModelDiff
     from eval.search.frontier import FrontierReport
     from eval.search.optimize import OptimizeReport
     from recompile.checkpoint.checkpoint import Checkpoint
+    from recompile.costs import Profile
+    from recompile.merge.run import CheckReport, MergeReport
     from recompile.optimize.choose import Constraint
     from recompile.quantize.gguf import VariantsReport
     from recompile.quantize.pipeline import QuantizeReport
     from recompile.quantize.run import ConvertedVariants
+    from recompile.recipe.recipe import Recipe
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -103,9 +108,9 @@ def quantize(
     options = QuantizeOptions(
         bits=tuple(str(rate) for rate in bits),
         schemes=tuple(scheme),
-        modifiers=_path(modifiers),
+        modifiers=as_path(modifiers),
         independent=independent,
-        recipe=_path(recipe),
+        recipe=as_path(recipe),
         format=format,
         method=method,
         group_size=str(group_size),
@@ -113,16 +118,16 @@ def quantize(
         importance=importance,
         head_bits=head_bits,
         codebook=codebook,
-        tokenizer_from=_path(tokenizer_from),
-        imatrix=_path(imatrix),
-        save_imatrix=_path(save_imatrix),
+        tokenizer_from=as_path(tokenizer_from),
+        imatrix=as_path(imatrix),
+        save_imatrix=as_path(save_imatrix),
         converter=converter,
         engine=engine,
         rounding=rounding,
-        stats=_path(stats),
+        stats=as_path(stats),
         max_memory_bytes=size_bytes(max_memory),
         dense=Dense(tuple(keep), tuple(quantize_also), mtp, tower),
-        where=RowOptions(rows, length, _path(text), dataset, _path(input_ids)),
+        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids)),
         device=device,
         dtype=dtype,
     )
@@ -145,6 +150,118 @@ def _measure_outputs(
         yield event
         if isinstance(event, GradientsProgress):
             yield Progress("gradients", event.done, event.total, "layers", event.text)
+
+
+def profile(
+    reference: PathLike,
+    base: str | None = None,
+    sources: Sequence[str] = (),
+    out: PathLike = "profile.jsonl",
+    *,
+    candidates: Sequence[str] = (),
+    format: str = "compressed-tensors",
+    group_size: int | str | None = None,
+    asym: bool = False,
+    importance_rows: int = 16,
+    imatrix: PathLike | None = None,
+    level: str = "fused",
+    context: str = "clean",
+    mode: str = "exact",
+    importance: bool = True,
+    samples: int | None = None,
+    minutes: float | None = None,
+    rtol: float | None = None,
+    max_rows: int = 256,
+    seed: int = 0,
+    pairs: bool = False,
+    bits: float | None = None,
+    match: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    activations: bool = False,
+    head: bool = False,
+    embedding: bool = False,
+    ray: str | None = None,
+    max_memory: int | str | None = None,
+    rows: int | str | None = None,
+    length: int = 512,
+    text: PathLike | None = None,
+    dataset: str | None = None,
+    input_ids: PathLike | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> Profile:
+    """Measure what every group of modules costs in KL when it is taken from each source, into the journal `out`.
+
+        recompile.profile("base", "variants/3bpw", ["variants/2bpw", "variants/4bpw"], "profile.jsonl", mode="sketch")
+        recompile.profile("base", candidates=["2,3,4,6"], mode="sketch")         # needs no variants
+
+    base: the variant that recipes start from, and sources: others, "DIR" or "ID=DIR"; or candidates, made on the fly:
+    bits and schemes ("nvfp4"), rounded as format, group_size (default 64) and asym say, or GGUF types; errors weighed
+    by the inputs of importance_rows calibration rows or an imatrix file. base is then the name of one
+    level: layer, block, fused, expert or tensor; context: swap into the reference ("clean") or into base ("base");
+    match, skip: globs of modules; head, embedding: groups, too; activations: swapped modules see quantized inputs
+    mode: exact (every swap is run), sketch, hybrid (checks the decisions of a budget of `bits`, for `minutes`),
+    diagonal or weights (importance: weighed by inputs); samples, seed, pairs: of random draws
+    rows: a number, or "auto": until the standard error is below rtol, or for so many minutes, at most max_rows;
+    default 16. length, text, dataset, input_ids: of these rows
+    ray: "local" or the address of a cluster; max_memory: bytes or text such as "8GiB"; device, dtype: where and in what
+
+    Returns the Profile (`cost(group, source)`, `header.groups`). An unfinished journal goes on. Raises ArgumentError,
+    JournalError for a journal of another measurement.
+    """
+    from eval.profile.exact import ProfileOptions
+    from eval.profile.run import ProfileRequest, run_profile
+    from recompile.model.devices import compute_device, compute_dtype
+    from recompile.model.rows import RowOptions
+    from recompile.quantize.candidates import CandidateOptions
+
+    cap, target = size_bytes(max_memory), Path(out)
+    roles = frozenset(role for role, asked in (("head", head), ("embedding", embedding)) if asked)
+    request = ProfileRequest(
+        base=None if base is None else str(base),
+        sources=tuple(str(source) for source in sources),
+        candidates=tuple(str(candidate) for candidate in candidates),
+        making=CandidateOptions(
+            format=format,
+            group_size=group_size,
+            asym=asym,
+            importance_rows=importance_rows,
+            imatrix=as_path(imatrix),
+            text=as_path(text),
+            dataset=dataset,
+            device=device,
+            out=target,
+            level=level,
+            roles=roles,
+            cap_bytes=cap,
+        ),
+        options=ProfileOptions(
+            level=level,
+            context=context,
+            match=tuple(match),
+            skip=tuple(skip),
+            head=head,
+            embedding=embedding,
+            dtype=compute_dtype(dtype),
+            device=compute_device(device),
+            max_memory_bytes=cap,
+            activations=activations,
+        ),
+        mode=mode,
+        importance=importance,
+        samples=samples,
+        minutes=minutes,
+        rtol=rtol,
+        max_rows=max_rows,
+        seed=seed,
+        pairs=pairs,
+        bpw=bits,
+        ray=ray,
+        rows=rows,
+        where=RowOptions(None, length, as_path(text), dataset, as_path(input_ids)),
+    )
+    return run_profile(str(reference), target, request, on_event or ignore)
 
 
 def optimize(
@@ -215,14 +332,14 @@ def optimize(
         engine=engine,
         max_step=max_step,
         solver=solver,
-        start=_path(start),
+        start=as_path(start),
         steps=steps,
         minutes=minutes,
         max_memory_bytes=size_bytes(max_memory),
         check=check,
         activations=activations,
         guard=guard,
-        where=RowOptions(rows, length, _path(text), dataset),
+        where=RowOptions(rows, length, as_path(text), dataset),
         device=device,
     )
     return optimize_recipe(Path(profile), Path(out or "overrides.yaml"), options, on_event or ignore)
@@ -269,10 +386,216 @@ def frontier(
         engine=engine,
         check=check,
         activations=activations,
-        where=RowOptions(rows, length, _path(text), dataset),
+        where=RowOptions(rows, length, as_path(text), dataset),
         device=device,
     )
     return write_frontier(Path(profile), Path(out or "frontier"), grid, options, on_event or ignore)
+
+
+def merge(
+    base: PathLike,
+    out: PathLike | None = None,
+    *,
+    recipe: PathLike | None = None,
+    shard_size: int | None = None,
+    type_sources: Sequence[str] = (),
+    dry_run: bool = False,
+    verify: bool = False,
+    dense: bool = False,
+    allow_unmatched: bool = False,
+    probe: bool = True,
+    engine: str | None = None,
+    reencode: bool = False,
+    on_event: OnEvent | None = None,
+) -> MergeReport:
+    """Write a new checkpoint: a variant with the modules that the recipe takes from others, byte for byte.
+
+        report = recompile.merge("variants/3bpw", "mix", recipe="overrides.yaml", verify=True)
+        print(report.plan.accounting.bpw, report.overridden)
+
+    recipe: the override file, none: a plain copy; type_sources: "TYPE=FILE" each, for a recipe of GGUF types
+    dry_run: plan only (`out` may be left out); verify: read the result again; dense: write decoded weights; probe: test
+    that the sources were made from the same weights; engine: refuse what it does not run; shard_size: MiB a file;
+    allow_unmatched: go on where a key matches no tensor; reencode: one scale for fused nvfp4 projections
+
+    The output appears whole or not at all. Raises RecipeError, MismatchError, OutputError, UnsupportedError, and
+    VerifyFailed.
+    """
+    from recompile.merge.run import MergeOptions, run_merge
+
+    options = MergeOptions(
+        recipe=as_path(recipe),
+        shard_size=shard_size,
+        type_sources=tuple(type_sources),
+        dry_run=dry_run,
+        verify=verify,
+        dense=dense,
+        allow_unmatched=allow_unmatched,
+        probe=probe,
+        engine=engine,
+        reencode=reencode,
+    )
+    return run_merge(str(base), as_path(out), options, on_event or ignore)
+
+
+def emit(
+    base: PathLike,
+    dialect: str,
+    *,
+    recipe: PathLike | None = None,
+    type_sources: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    on_event: OnEvent | None = None,
+) -> str:
+    """A mix of GGUF types as a recipe of another tool: "llama-quantize", "ik-custom-q" or "thireus".
+
+    print(recompile.emit("Q3_K.gguf", "ik-custom-q", recipe="overrides.yaml"))
+    """
+    from recompile.merge.run import MergeOptions
+    from recompile.quantize.emit import emit_recipe
+
+    options = MergeOptions(recipe=as_path(recipe), type_sources=tuple(type_sources), allow_unmatched=allow_unmatched)
+    return emit_recipe(str(base), dialect, options, on_event or ignore)
+
+
+def check(
+    path: PathLike, *, verify: bool = False, engine: str | None = None, on_event: OnEvent | None = None
+) -> CheckReport:
+    """Check a finished checkpoint of any origin, as its engine reads it; writes nothing.
+
+        assert not recompile.check("mix").errors
+
+    verify: read all of it again and compare it with its manifest and sources; engine: ask whether it runs there
+    """
+    from recompile.merge.run import run_check
+
+    return run_check(str(path), verify, engine, on_event or ignore)
+
+
+def diff(
+    candidate: PathLike,
+    reference: PathLike,
+    *,
+    recipe: PathLike | None = None,
+    allow_unmatched: bool = False,
+    activations: bool = False,
+    rows: int = 10,
+    length: int = 2048,
+    text: PathLike | None = None,
+    dataset: str | None = None,
+    input_ids: PathLike | None = None,
+    keep_b: int = 0,
+    topk_max: int = 5,
+    batch_size: int | None = None,
+    gen_prompt: bool = False,
+    save_input_ids: PathLike | None = None,
+    save_logits_a: PathLike | None = None,
+    save_logits_b: PathLike | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> ModelDiff:
+    """How far the predictions of a candidate are from those of the reference: KL in nats per token, and more.
+
+        found = recompile.diff("variants/3bpw", "base", recipe="overrides.yaml", rows=10)
+        print(found.report.kl, found.report.score_candidate.perplexity)
+
+    recipe: applied to the candidate in memory; activations: also with inputs quantized as its schemes say
+    rows, length, text, dataset, input_ids: what is run; gen_prompt: behind the chat template's generation prompt
+    keep_b: take the reference's state after so many stages; topk_max: the largest K; batch_size: rows a batch
+    save_...: files for the token rows and both models' logits
+
+    Both are streamed layer by layer, and nothing is written. Raises MismatchError for builds of different models.
+    """
+    from eval.run_diff import DiffRequest, run_diff
+    from recompile.model.rows import RowOptions
+
+    request = DiffRequest(
+        recipe=as_path(recipe),
+        allow_unmatched=allow_unmatched,
+        activations=activations,
+        keep_b=keep_b,
+        topk_max=topk_max,
+        batch_size=batch_size,
+        gen_prompt=gen_prompt,
+        save_input_ids=as_path(save_input_ids),
+        save_logits_a=as_path(save_logits_a),
+        save_logits_b=as_path(save_logits_b),
+        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids)),
+        device=device,
+        dtype=dtype,
+    )
+    return run_diff(str(candidate), str(reference), request, on_event or ignore)
+
+
+def engine_diff(
+    candidate: PathLike,
+    reference: PathLike | None = None,
+    *,
+    engine: str = "llama.cpp",
+    library: PathLike | None = None,
+    chunks: int | None = None,
+    length: int = 512,
+    text: PathLike | None = None,
+    dataset: str | None = None,
+    input_ids: PathLike | None = None,
+    base_logits: PathLike | None = None,
+    save_base_logits: PathLike | None = None,
+    with_torch: bool = True,
+    threads: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> EngineDiff:
+    """Two GGUF files in llama.cpp or ik_llama.cpp, with llama-perplexity's KL statistics and ours.
+
+        found = recompile.engine_diff("Q4_K_M.gguf", "BF16.gguf", chunks=20)
+        print(found.report.kl)
+
+    chunks of `length` tokens, default 8, of which the second half counts; library: your own libllama; base_logits: a
+    file of llama-perplexity in place of the reference's run; save_base_logits: writes one; with_torch: our own forward
+    pass beside it
+    """
+    from eval.engines.run import EngineRun, run_engine_diff
+
+    run = EngineRun(
+        engine=engine,
+        library=as_path(library),
+        candidate=str(candidate),
+        reference=None if reference is None else str(reference),
+        chunks=chunks,
+        n_ctx=length,
+        text=as_path(text),
+        dataset=dataset,
+        input_ids=as_path(input_ids),
+        base_logits=as_path(base_logits),
+        save_base_logits=as_path(save_base_logits),
+        with_torch=with_torch,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+    )
+    return run_engine_diff(run, on_event or ignore)
+
+
+def open_checkpoint(path: PathLike) -> Checkpoint:
+    """A directory or GGUF file, headers only: `modules`, `tensors`, `config`, and `read` of any tensor.
+
+    print(len(recompile.open_checkpoint("variants/3bpw").modules))
+    """
+    from recompile.checkpoint.checkpoint import open_checkpoint as opened
+
+    return opened(path)
+
+
+def load_recipe(path: PathLike) -> Recipe:
+    """An override file as values: `sources`, `overrides`, `warnings`.
+
+    for line in recompile.load_recipe("overrides.yaml").overrides: print(line.key, line.source)
+    """
+    from recompile.recipe.recipe import load_recipe as loaded
+
+    return loaded(path)
 
 
 def _constraints(
@@ -284,7 +607,7 @@ def _constraints(
     return tuple(Constraint.parse(kind, text) for kind, given in kinds for text in given)
 
 
-def _path(given: PathLike | None) -> Path | None:
+def as_path(given: PathLike | None) -> Path | None:
     return None if given is None else Path(given)
 
 
@@ -330,5 +653,5 @@ def heal(
         dtype=compute_dtype(dtype),
         max_memory_bytes=size_bytes(max_memory),
     )
-    where = RowOptions(rows, length, _path(text), dataset, _path(input_ids))
+    where = RowOptions(rows, length, as_path(text), dataset, as_path(input_ids))
     return heal_build(Path(build), Path(base), Path(out), where, options, on_event or ignore)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from recompile.cli.common import Command
-from recompile.errors import RecompileError
 
 
 class ManyValuesCommand(Command):
@@ -52,29 +50,35 @@ def many_values_command(name: str, **options: Any) -> Callable[[Callable[..., An
 
 
 class RowCount(click.ParamType):
-    """A number of rows, or "auto" (None): as many as an error asks for."""
+    """A number of rows, or "auto": as many as an error asks for."""
 
     name = "integer|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value is None or isinstance(value, int):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if isinstance(value, int) or value == "auto":
             return value
-        if value == "auto":
-            return None
         if not re.fullmatch(r"[1-9]\d*", value):
             self.fail(f'"{value}" is neither a number of rows nor "auto"', param, ctx)
         return int(value)
 
 
 def text_options(rows: int, length: int, *, auto: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`-r -l --text --dataset --input-ids`: where token rows come from; `auto`: -r auto is a choice, given as None."""
+    """`-r -l --text --dataset --input-ids`: where token rows come from; `auto`: -r auto is a choice, and nothing given
+    is None."""
     row_type: Any = RowCount() if auto else int
     row_help = "Rows of tokens; auto: as many as --rtol asks for." if auto else "Rows of tokens."
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(
             (
-                click.option("-r", "--rows", type=row_type, default=rows, show_default=True, help=row_help),
+                click.option(
+                    "-r",
+                    "--rows",
+                    type=row_type,
+                    default=None if auto else rows,
+                    show_default=str(rows),
+                    help=row_help,
+                ),
                 click.option("-l", "--length", default=length, show_default=True, help="Tokens in a row."),
                 click.option(
                     "--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text."
@@ -106,12 +110,12 @@ def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def made_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--format -g --asym`: what candidates made on the fly are. `check_made` refuses what does not go together."""
+    """`--format -g --asym`: what candidates made on the fly are."""
     for option in reversed(
         (
             click.option(
                 "--format",
-                "format_name",
+                "format",
                 type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
                 default="compressed-tensors",
                 show_default=True,
@@ -121,8 +125,7 @@ def made_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "-g",
                 "--group-size",
-                default="64",
-                show_default=True,
+                show_default="64",
                 help="Of --candidates: 32, 64, 128 or channel.",
             ),
             click.option("--asym", is_flag=True, help="--candidates have a zero point per group."),
@@ -130,16 +133,6 @@ def made_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
-
-
-def check_made(format_name: str) -> None:
-    """Raises RecompileError where settings of integers are given for a format that has none."""
-    source = click.get_current_context().get_parameter_source
-    given = [
-        flag for flag, name in (("-g", "group_size"), ("--asym", "asym")) if source(name) is not ParameterSource.DEFAULT
-    ]
-    if given and format_name != "compressed-tensors":
-        raise RecompileError(f"{', '.join(given)}: of integers; --format {format_name} has groups of its own")
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,9 +145,12 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["llama.cpp", "ik_llama.cpp"]),
                 help="Run GGUF files in this engine and print llama-perplexity's KL statistics, beside our own.",
             ),
-            click.option("--engine-lib", type=path, help="Your own libllama in place of the pinned wheel's."),
+            click.option(
+                "--engine-lib", "library", type=path, help="Your own libllama in place of the pinned wheel's."
+            ),
             click.option(
                 "--llama-chunks",
+                "chunks",
                 type=click.IntRange(min=1),
                 help="With --engine: chunks of -l tokens (default 8 of 512), of which the second half counts.",
             ),
@@ -170,7 +166,12 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 type=path,
                 help="With --engine: write B's logits as llama-perplexity's base file.",
             ),
-            click.option("--no-torch", is_flag=True, help="With --engine: leave out our own forward pass beside it."),
+            click.option(
+                "--torch/--no-torch",
+                "with_torch",
+                default=True,
+                help="With --engine; --no-torch leaves out our own forward pass beside it.",
+            ),
             click.option("--threads", type=click.IntRange(min=1), help="With --engine: its threads."),
         )
     ):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
+from recompile.auto import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
@@ -66,7 +67,7 @@ def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, mo
     """Stopped in every stage in turn; no stage that was finished runs again."""
     base, out, ran = tiny.base("llama-2"), tmp_path / "mix", []
     options = (base, out, text, "-b", 4.3, "--candidates", "3,4", "-g", GROUP)
-    whole = model_auto.Stages.run
+    whole = Stages.run
     for number, stopped in enumerate(("profile", "recipe", "build", "verify")):
 
         def run(self: Any, name: str, stage: Any, stopped: str = stopped) -> Any:
@@ -78,7 +79,7 @@ def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, mo
 
             return whole(self, name, counted)
 
-        monkeypatch.setattr(model_auto.Stages, "run", run)
+        monkeypatch.setattr(Stages, "run", run)
         assert auto(*options).exit_code == 130
         monkeypatch.undo()
         done = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]

@@ -1,0 +1,123 @@
+"""Two GGUF files compared in llama.cpp or ik_llama.cpp: the work of `recompile.engine_diff`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.engines.base_logits import BaseLogits, open_base_logits
+from eval.engines.builds import Installed, find_engine
+from eval.engines.engine_diff import ChunkDone, EngineReport, compare_with_engine, report_text, tokenize_with_engine
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.errors import ArgumentError, MismatchError, RecompileError
+from recompile.events import OnEvent, Progress, ignore
+from recompile.merge.overlay import check_same_model
+from recompile.model import tokens
+from recompile.model.devices import compute_device, compute_dtype
+
+DEFAULT_N_CTX = 512
+DEFAULT_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """See `recompile.engine_diff` for the meaning of each."""
+
+    engine: str
+    library: Path | None
+    candidate: str
+    reference: str | None
+    chunks: int | None
+    n_ctx: int
+    text: Path | None
+    dataset: str | None
+    input_ids: Path | None
+    base_logits: Path | None
+    save_base_logits: Path | None
+    with_torch: bool
+    threads: int | None
+    device: str
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class EngineDiff:
+    """What was measured. chunks: the figures after each chunk, as llama-perplexity prints them."""
+
+    report: EngineReport
+    chunks: tuple[ChunkDone, ...]
+
+
+def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
+    """Compare in the engine. on_event: gets a ChunkDone a chunk."""
+    installed = find_engine(run.engine, run.library)
+    base = None
+    if run.base_logits is not None:
+        if run.save_base_logits is not None:
+            raise ArgumentError("{base_logits} reads a file that {save_base_logits} would write; give one of them")
+        base = open_base_logits(run.base_logits)
+    elif run.reference is None:
+        raise ArgumentError("{reference} BASE.gguf is needed, or {base_logits} FILE")
+    chunks, text = _chunks(run, installed, base)
+    sources: Any = None
+    if run.with_torch and run.reference is not None:
+        candidate, reference = open_checkpoint(run.candidate), open_checkpoint(run.reference)
+        check_same_model(reference, candidate)
+        sources = (candidate, reference)
+    report: EngineReport | None = None
+    done: list[ChunkDone] = []
+    what = f"chunks in {run.engine}"
+    on_event(Progress(what, 0, len(chunks), "chunks"))
+    for event in compare_with_engine(
+        installed,
+        run.candidate,
+        run.reference if base is None else None,
+        chunks,
+        base=base,
+        save_base=run.save_base_logits,
+        sources=sources,
+        device=compute_device(run.device),
+        dtype=compute_dtype(run.dtype),
+        text=text,
+        threads=run.threads,
+    ):
+        if isinstance(event, EngineReport):
+            report = event
+        else:
+            done.append(event)
+            on_event(event)
+            on_event(Progress(what, event.done, len(chunks), "chunks"))
+    assert report is not None, "compare_with_engine ends with its report"
+    return EngineDiff(report, tuple(done))
+
+
+def _chunks(run: EngineRun, installed: Installed, base: BaseLogits | None) -> tuple[NDArray[Any], str]:
+    """Token chunks, and where they are from."""
+    given = [n for n, v in (("{text}", run.text), ("{dataset}", run.dataset), ("{input_ids}", run.input_ids)) if v]
+    if len(given) > 1 or (given and base is not None):
+        names = given + (["{base_logits}"] if base is not None else [])
+        raise ArgumentError(f"{' and '.join(names)}: each brings its own tokens; give one of them")
+    if base is not None:
+        if run.chunks is not None and run.chunks > base.chunks:
+            raise MismatchError(f"{base.path} holds {base.chunks} chunks, --llama-chunks asks for {run.chunks}")
+        return np.asarray(base.tokens[: run.chunks]), str(base.path)
+    if run.input_ids is not None:
+        rows = tokens.rows_from_file(run.input_ids)
+        return rows.ids[: run.chunks].numpy().astype(np.int32), rows.source
+    assert run.reference is not None
+    if run.text is not None:
+        name = str(run.text)
+        try:
+            text = run.text.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecompileError(f"{run.text}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        chunks = run.chunks
+    else:
+        source = tokens.text_from_dataset(run.dataset) if run.dataset else tokens.default_text()
+        name, chunks = source.name, run.chunks or DEFAULT_CHUNKS
+        text = "".join(document.text for document in source.documents) if run.dataset else report_text(source)
+    return tokenize_with_engine(installed, run.reference, text, run.n_ctx, chunks, threads=run.threads), name

@@ -1,0 +1,68 @@
+"""Finished builds of one model compared with the reference and with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.diff import DiffOptions, measure_many
+from eval.metrics import paired_difference
+from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.events import OnEvent, ignore
+from recompile.merge.overlay import account, quantizable
+from recompile.model.devices import compute_device
+from recompile.model.rows import read_rows
+
+
+def compare_builds(
+    reference: Checkpoint,
+    mix: Checkpoint,
+    rivals: Sequence[Checkpoint],
+    rows: tuple[int, int, Path | None, str | None],
+    device: str = "cpu",
+    on_event: OnEvent = ignore,
+) -> dict[str, Any]:
+    """The mix and other builds against the reference on rows of the role "report", paired by row; as JSON values.
+
+    rows: how many, of how many tokens, of which text and data set
+    """
+    found, vocab = read_rows([reference.path, mix.path], "report", *rows)
+    builds = [mix, *rivals]
+    options = DiffOptions(device=compute_device(device), vocab=vocab)
+    reports = measure_many(
+        builds,
+        reference,
+        found.ids,
+        options,
+        on_event,
+        "verifying",
+        rows_source=found.source,
+        rows_sha256=found.sha256,
+    )
+    counted = quantizable(builds)
+    told = []
+    for build, report in zip(builds, reports, strict=True):
+        sizes = account(build.modules.values(), counted)
+        entry: dict[str, Any] = {
+            "build": build.label,
+            "bpw": sizes.bpw,
+            "total_bytes": sizes.total_bytes,
+            "kl_nats": report.kl.mean,
+            "kl_std_error": report.kl.std_error,
+            "perplexity": report.score_candidate.perplexity,
+        }
+        if build is not mix:
+            mean, interval = paired_difference(torch.tensor(reports[0].kl_rows), torch.tensor(report.kl_rows))
+            entry |= {"mix_minus_this_nats": mean.mean, "interval_95": list(interval)}
+        told.append(entry)
+    return {
+        "builds": told,
+        "reference_perplexity": reports[0].score_reference.perplexity,
+        "rows": len(found.ids),
+        "row_tokens": found.ids.shape[1],
+        "rows_sha256": found.sha256,
+        "rows_source": found.source,
+    }

@@ -1,0 +1,229 @@
+"""A profile from beginning to end, in any of its modes: the work of `recompile.profile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eval.profile.adaptive_rows import FILLING_SAMPLES, RowLimits, RowsDone, profile_more_rows
+from eval.profile.exact import Measured, ProfileJob, ProfileOptions, Started, profile_exact
+from eval.profile.hybrid import HybridOptions, HybridRound, profile_hybrid
+from eval.profile.sketch import SketchOptions, SketchProgress, SketchStarted, SweepDone, profile_sketch
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.costs import Profile, id_of_directory
+from recompile.errors import ArgumentError
+from recompile.events import Note, OnEvent, Progress, ignore
+from recompile.io.sizes import format_bytes, format_seconds
+from recompile.model.rows import RowOptions, check_vocabulary
+from recompile.optimize.budget import Budget
+from recompile.quantize.candidates import CandidateOptions, candidate_named, make_candidates
+from recompile.recipe.recipe import SourceId
+
+DEFAULT_ROWS = 16
+DEFAULT_SAMPLES = 16
+DEFAULT_RTOL = 0.05  # where rows are added and no time is given either
+HYBRID_MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What is asked of a profile; see `recompile.profile` for the meaning of each."""
+
+    base: str | None  # ID=DIR, DIR, or with candidates the name of one
+    sources: tuple[str, ...]
+    candidates: tuple[str, ...]
+    making: CandidateOptions
+    options: ProfileOptions
+    mode: str
+    importance: bool
+    samples: int | None
+    minutes: float | None
+    rtol: float | None
+    max_rows: int
+    seed: int
+    pairs: bool
+    bpw: float | None
+    ray: str | None
+    rows: int | str | None  # None: DEFAULT_ROWS, or as many as fit in the minutes; "auto": as rtol asks for
+    where: RowOptions  # its `rows` is not looked at
+
+    @property
+    def adds_rows(self) -> bool:
+        """Whether the number of rows is found on the way. Raises ArgumentError for what contradicts that."""
+        auto = self.rows == "auto" or (self.rows is None and self.minutes is not None and self.mode != "hybrid")
+        if auto and self.mode == "weights":
+            raise ArgumentError("{mode} weights has no noise of rows; give a number of rows in place of {rows} auto")
+        if self.rtol is not None and not auto:
+            rows = DEFAULT_ROWS if self.rows is None else self.rows
+            raise ArgumentError(
+                f"{{rtol}} adds rows until the error is small enough, and {{rows}} {rows} fixes them: give {{rows}} "
+                f"auto"
+            )
+        return auto
+
+    def check(self) -> None:
+        """Raises ArgumentError for what does not go together."""
+        if self.options.activations and (self.mode != "exact" or self.ray is not None):
+            raise ArgumentError("{activations} runs swaps one by one: it needs {mode} exact, without {ray}")
+        if self.mode == "hybrid" and self.bpw is None:
+            raise ArgumentError("{mode} hybrid checks the decisions of one budget: give it, e.g. {bits} 3.5")
+        if self.candidates and self.sources:
+            raise ArgumentError("{candidates} and {sources} exclude each other: candidates are made, sources are there")
+        if not self.candidates and (self.base is None or not self.sources):
+            raise ArgumentError(
+                "give {base} VARIANT and {sources} VARIANT..., or {candidates} 2,3,4,6 to make them on the fly"
+            )
+        if self.ray is not None and self.mode not in ("exact", "sketch", "diagonal"):
+            raise ArgumentError(
+                f"{{ray}} spreads exact swaps, or rows of a sketch; {{mode}} {self.mode} runs in one process"
+            )
+
+
+def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event: OnEvent = ignore) -> Profile:
+    """Measure what every group of modules costs from each source, into the journal `out`; an unfinished one goes on.
+
+    on_event: gets Notes, and the events of the profiler (Started, Measured, SketchStarted, SweepDone, HybridRound,
+    RowsDone, ...). Raises ArgumentError, JournalError, MismatchError.
+    """
+    request.check()
+    reference = open_checkpoint(reference_dir)
+    base_id, offered = _sources(reference, request, on_event)
+    for _, checkpoint in offered:
+        for note in checkpoint.notes:
+            on_event(Note(note, "Warning"))
+    auto, mode, minutes = request.adds_rows, request.mode, request.minutes
+    directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
+    fixed = request.rows if isinstance(request.rows, int) else DEFAULT_ROWS
+    found, vocab = replace(request.where, rows=None if auto else fixed).read(directories, "choose")
+    check_vocabulary(reference, vocab)
+    if auto:
+        found = found.part(0, min(request.max_rows, len(found.ids)))
+    fills_time = auto and minutes is not None and mode != "hybrid"
+    samples = request.samples
+    if samples is None:
+        samples = FILLING_SAMPLES if fills_time else DEFAULT_SAMPLES
+    for_draws = minutes if mode != "hybrid" and not auto else None
+    sketch = SketchOptions(samples, for_draws, request.seed, keep_pairs=request.pairs, mode=mode)
+    job = ProfileJob(reference, base_id, offered, found.ids, out, request.options, found.sha256, found.source)
+    run = _profiler(sketch, request.importance, request.ray)
+    if auto:
+        for_rows = minutes if mode != "hybrid" else None
+        rtol = DEFAULT_RTOL if request.rtol is None and for_rows is None else request.rtol
+        settings = None if mode == "exact" else sketch
+        events = profile_more_rows(
+            found, out, RowLimits(rtol, for_rows), lambda some, n, to: run(job.over(some, to), n), settings
+        )
+    else:
+        events = run(job, 0)
+    most = "at most " if auto else ""
+    on_event(Note(f"{most}{len(found.ids)} rows x {found.ids.shape[1]} tokens", ""))
+    if mode == "hybrid":
+        wanted = HybridOptions(Budget(bpw=request.bpw), HYBRID_MINUTES if minutes is None else minutes)
+        events = profile_hybrid(job, sketch, wanted, sketching=events)
+    profile: Profile | None = None
+    for event in events:
+        if isinstance(event, Profile):
+            profile = event
+            continue
+        on_event(event)
+        for said in _tell(event, out):
+            on_event(said)
+    assert profile is not None, "every profiler ends with the profile"
+    return profile
+
+
+def _sources(
+    reference: Checkpoint, request: ProfileRequest, on_event: OnEvent
+) -> tuple[SourceId, list[tuple[SourceId, Checkpoint]]]:
+    """What is swapped in, and which of it recipes start from."""
+    if request.candidates:
+        offered = make_candidates(reference, request.candidates, request.making, on_event)
+        return candidate_named(request.base, offered), offered
+    assert request.base is not None, "checked before"
+    named = [_source(given) for given in (request.base, *request.sources)]
+    return named[0][0], [(source_id, open_checkpoint(directory)) for source_id, directory in named]
+
+
+def _source(given: str) -> tuple[SourceId, str]:
+    """`ID=DIR` or `DIR`."""
+    name, separator, directory = given.partition("=")
+    if separator and name and "/" not in name:
+        return (int(name) if name.isdigit() else name), directory
+    return id_of_directory(given), given
+
+
+def _profiler(sketch: SketchOptions, importance: bool, ray: str | None) -> Callable[[ProfileJob, int], Iterator[Any]]:
+    """What carries out a job: (job, number of the first of its rows) -> events, last a Profile."""
+    mode = sketch.mode
+    profiler: Callable[..., Iterator[Any]] = profile_exact if mode == "exact" else profile_sketch
+    if ray is not None:
+        from eval.profile.cluster import profile_on_ray, sketch_on_ray
+
+        address = None if ray == "local" else ray
+        profiler = partial(profile_on_ray if mode == "exact" else sketch_on_ray, address=address)
+    elif mode == "weights":
+        from eval.profile.weights import profile_weights
+
+        profiler = partial(profile_weights, importance=importance)
+
+    def run(job: ProfileJob, first_row: int) -> Iterator[Any]:
+        settings = [] if mode in ("exact", "weights") else [replace(sketch, first_row=first_row)]
+        return profiler(job, *settings)
+
+    return run
+
+
+# ---- events in words -------------------------------------------------------------------------------------------------
+
+
+def _tell(event: object, out: Path) -> Iterator[Progress | Note]:
+    """An event of a profiler for a bar, or for people."""
+    if isinstance(event, Measured):
+        swap = event.measurement
+        text = f"{swap.group or 'control'} from {swap.source or '-'}: {swap.mean:.5f}"
+        yield Progress("profiling", event.done, event.total, text=text)
+    elif isinstance(event, SketchProgress):
+        yield Progress("profiling", event.done, event.total, text=event.text)
+    elif isinstance(event, Started):
+        layers = "kept loaded" if event.plan.resident_weights else "read again for every wave"
+        yield Note(
+            f"{event.total} swaps, {event.resumed} of them already in {out}; plan: {format_bytes(event.plan.total)} of "
+            f"memory at most, layers {layers}",
+            "",
+        )
+    elif isinstance(event, SketchStarted):
+        yield Note(f"{event.sweeps} sweeps, {event.resumed} of them done before; plan: {event.plan.describe()}", "")
+    elif isinstance(event, SweepDone):
+        seconds = format_seconds(event.seconds)
+        yield Note(f"sweep {event.sweeps} took {seconds}; dearest: {_dearest(event.profile)}", "")
+    elif isinstance(event, HybridRound):
+        yield Note(
+            f"{event.swaps} swaps run after {format_seconds(event.seconds)}; the next decision is worth "
+            f"{event.gain_nats:.2g} nats per token",
+            "",
+        )
+    elif isinstance(event, RowsDone):
+        yield Note(_rows_done(event), "")
+
+
+def _rows_done(state: RowsDone) -> str:
+    """How well the total is known, and what follows."""
+    text = f"{state.rows} rows of {state.documents} documents: standard error of the total {100 * state.error:.2g} %"
+    text += f" (candidate {state.candidate})"
+    if state.limits.rtol is not None:
+        text += f", wanted {100 * state.limits.rtol:.2g} %"
+    if state.reason is None:
+        return f"{text}; {state.next_rows} more rows, of at most {state.most}"
+    if state.limits.rtol is not None and not state.reached:
+        text += ", NOT reached"
+    return f"{text}; stopped: {state.reason}"
+
+
+def _dearest(profile: Profile, most: int = 3) -> str:
+    """The groups that cost most at the base variant's bits."""
+    costs = {group.name: profile.cost(group.name, profile.header.base) for group in profile.header.groups}
+    ranked = sorted(((c.kl_nats, name) for name, c in costs.items() if c is not None), reverse=True)
+    return ", ".join(f"{name} {kl:.4f}" for kl, name in ranked[:most])

@@ -1,0 +1,370 @@
+"""From a base model to the best mix of a size, in stages that an interrupted run goes on after: `recompile.auto`.
+
+A sketch of candidates made on the fly, the recipe, one calibrated pass straight to the mix (or a merge of variants),
+and a comparison with the nearest uniform build on rows of the role "report". OUT.work/ holds what each stage left.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recompile import api
+from recompile.callable_rooms import make_callable
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.costs import Candidate, Profile, load_profile
+from recompile.errors import ArgumentError, JournalError, OutputError
+from recompile.events import Note, OnEvent, ignore
+from recompile.io.files import read_json, write_json
+
+make_callable(__name__)
+STATE = "auto.json"
+DEFAULT_CANDIDATES = "2,3,4,5,6,8"
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A stage ran; report: what the function behind it returned. Told to `on_event`."""
+
+    name: str
+    report: Any
+
+
+@dataclass(frozen=True)
+class AutoReport:
+    """The mix beside other builds. builds: as `eval.mixes.builds.compare_builds` gives them, the mix first."""
+
+    builds: tuple[Mapping[str, Any], ...]
+    reference_perplexity: float
+    rows: int
+    row_tokens: int
+    rows_sha256: str
+    rows_source: str
+    seconds: Mapping[str, float]  # by stage
+    recipe: str
+    out: str
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """See `recompile.auto` for the meaning of each."""
+
+    bits: float | None
+    total_bpw: float | None
+    size: int | str | None
+    candidates: tuple[str, ...]
+    format: str
+    tokenizer_from: Path | None
+    variants: tuple[Path, ...]
+    group_size: int | str | None
+    asym: bool
+    level: str
+    samples: int
+    solver: str | None
+    minutes: float | None
+    rows: int
+    length: int
+    calibration_rows: int
+    text: Path | None
+    dataset: str | None
+    max_memory: int | str | None
+    verify: bool
+    device: str
+    dtype: str | None
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The one budget, as an argument of `recompile.optimize`. Raises ArgumentError."""
+        given = {"bits": self.bits, "total_bpw": self.total_bpw, "size": self.size}
+        found = {name: value for name, value in given.items() if value is not None}
+        if len(found) != 1:
+            raise ArgumentError("give one budget: {bits} 3.5, {total_bpw} 4 or {size} 4.2GiB")
+        return found
+
+    def check(self) -> None:
+        """Raises ArgumentError for what does not go together."""
+        from recompile.quantize.candidates import check_rounding
+
+        assert self.budget, "raises where there is none"
+        if self.variants and self.candidates:
+            raise ArgumentError(
+                "{variants} and {candidates} exclude each other: variants are there, candidates are made"
+            )
+        if len(self.variants) == 1:
+            raise ArgumentError("{variants}: one variant leaves nothing to choose; give two or more")
+        if self.format != "compressed-tensors" and self.variants:
+            raise ArgumentError("{variants} are in a format of their own; leave {format} out")
+        check_rounding(self.format, self.group_size, self.asym)
+
+
+def auto(
+    base: api.PathLike,
+    out: api.PathLike,
+    *,
+    bits: float | None = None,
+    total_bpw: float | None = None,
+    size: int | str | None = None,
+    candidates: Sequence[str] = (),
+    format: str = "compressed-tensors",
+    tokenizer_from: api.PathLike | None = None,
+    variants: Sequence[api.PathLike] = (),
+    group_size: int | str | None = None,
+    asym: bool = False,
+    level: str = "fused",
+    samples: int = 16,
+    solver: str | None = None,
+    minutes: float | None = None,
+    rows: int = 16,
+    length: int = 512,
+    calibration_rows: int = 64,
+    text: api.PathLike | None = None,
+    dataset: str | None = None,
+    max_memory: int | str | None = None,
+    verify: bool = True,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> AutoReport:
+    """Profile, choose, build and verify: the best mix of a size, in one call that goes on where it was stopped.
+
+        report = recompile.auto("base", "mix", bits=3.5)
+        print(report.builds[0]["bpw"], report.builds[0]["kl_nats"])
+
+    bits, total_bpw, size: the one budget, as in `optimize`; candidates: made on the fly, as in `profile`; variants:
+    merge these directories instead, the first is the one that recipes start from
+    verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
+    `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
+    """
+    options = AutoOptions(
+        bits=bits,
+        total_bpw=total_bpw,
+        size=size,
+        candidates=tuple(str(candidate) for candidate in candidates),
+        format=format,
+        tokenizer_from=api.as_path(tokenizer_from),
+        variants=tuple(Path(variant) for variant in variants),
+        group_size=group_size,
+        asym=asym,
+        level=level,
+        samples=samples,
+        solver=solver,
+        minutes=minutes,
+        rows=rows,
+        length=length,
+        calibration_rows=calibration_rows,
+        text=api.as_path(text),
+        dataset=dataset,
+        max_memory=max_memory,
+        verify=verify,
+        device=device,
+        dtype=dtype,
+    )
+    return run_auto(Path(base), Path(out), options, on_event or ignore)
+
+
+def run_auto(base: Path, out: Path, options: AutoOptions, on_event: OnEvent = ignore) -> AutoReport:
+    """All stages; those that are done already are not run again. on_event: gets a StageDone after each that ran."""
+    options.check()
+    return _Auto(base, out, options, on_event).run()
+
+
+class _Auto:
+    def __init__(self, base: Path, out: Path, options: AutoOptions, on_event: OnEvent) -> None:
+        self.base, self.out, self.options, self.on_event = open_checkpoint(base), out, options, on_event
+        self.base_dir = str(base)
+        self.offered = list(options.candidates) or [DEFAULT_CANDIDATES]
+        self.is_exl = options.format != "compressed-tensors"
+        self.gguf = not options.variants and not self.is_exl and are_gguf_types(self.offered, out)
+        self.work = out.with_name(f"{out.name}.work")
+        self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
+        self.texts: dict[str, Any] = {"text": options.text, "dataset": options.dataset, "device": options.device}
+        # what candidates are rounded to, where there is a choice
+        self.rounding: dict[str, Any] = (
+            {} if self.gguf or self.is_exl else {"group_size": self.group_size, "asym": options.asym}
+        )
+
+    @property
+    def group_size(self) -> int | str:
+        return 64 if self.options.group_size is None else self.options.group_size
+
+    def run(self) -> AutoReport:
+        stages = Stages(self.work, self._settings(), self.out, self.on_event)
+        stages.run("profile", self._profile)
+        stages.run("recipe", self._recipe)
+        stages.run("build", self._build)
+        found = stages.run("verify", self._measure)
+        builds = tuple(found.pop("builds"))
+        return AutoReport(builds, **found, seconds=stages.seconds, recipe=str(self.recipe), out=str(self.out))
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run must not be gone on with another of."""
+        options = self.options
+        ((name, value),) = options.budget.items()
+        budget = [{"bits": "-b", "total_bpw": "--total-bpw", "size": "--size"}[name], value]
+        made = [*self.offered, str(self.group_size), str(options.asym)]
+        return {
+            "base": self.base.identity,
+            "budget": budget,
+            "offered": [open_checkpoint(path).identity for path in options.variants] or made,
+            "level": options.level,
+            "samples": options.samples,
+            "solver": [options.solver, options.minutes],
+            "rows": [options.rows, options.length, options.calibration_rows, str(options.text), options.dataset],
+            "dtype": options.dtype,
+            **({"format": options.format} if self.is_exl else {}),
+            **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
+        }
+
+    def _profile(self) -> Profile:
+        options = self.options
+        how: dict[str, Any] = {"mode": "sketch", "samples": options.samples, "level": options.level}
+        if options.variants:
+            how |= {"base": str(options.variants[0]), "sources": [str(path) for path in options.variants[1:]]}
+        else:
+            how |= {"candidates": self.offered, "format": options.format, **self.rounding}
+        if self.gguf:
+            how["importance_rows"] = options.calibration_rows
+        rows: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
+        rows["max_memory"] = options.max_memory
+        return api.profile(self.base_dir, out=self.profile, **how, **rows, **self.texts, on_event=self.on_event)
+
+    def _recipe(self) -> object:
+        options = self.options
+        how: dict[str, Any] = {"solver": options.solver, "minutes": options.minutes, "rows": options.rows}
+        return api.optimize(
+            self.profile, self.recipe, **options.budget, **how, length=options.length, **self.texts,
+            on_event=self.on_event,
+        )  # fmt: skip
+
+    def _build(self) -> object:
+        if self.options.variants:
+            return api.merge(str(self.options.variants[0]), self.out, recipe=self.recipe, on_event=self.on_event)
+        return self._quantize(self.out, recipe=self.recipe)
+
+    def _quantize(self, out: Path, **what: Any) -> object:
+        from recompile.quantize.lazy_variant import importance_file
+
+        options = self.options
+        shape: dict[str, Any] = {"rows": options.calibration_rows, "length": options.length, "dtype": options.dtype}
+        how: dict[str, Any] = dict(self.rounding)
+        if self.gguf:  # with the importance that the candidates were made with
+            how |= {"tokenizer_from": options.tokenizer_from, "imatrix": importance_file(self.profile)}
+        return api.quantize(self.base_dir, out, **what, **how, **shape, **self.texts, on_event=self.on_event)
+
+    def _measure(self) -> dict[str, Any]:
+        from eval.mixes.builds import compare_builds
+
+        options = self.options
+        rivals: list[Checkpoint] = [open_checkpoint(path) for path in options.variants]
+        mix = open_checkpoint(self.out)
+        if options.verify and not options.variants:
+            rivals = [self._uniform(mix.size_bytes)]
+        rows = (options.rows, options.length, options.text, options.dataset)
+        result = compare_builds(self.base, mix, rivals, rows, options.device, self.on_event)
+        shutil.rmtree(self.work / "uniform", ignore_errors=True)
+        return result
+
+    def _uniform(self, size_bytes: int) -> Checkpoint:
+        """A uniform build of about the size of the mix, made the same way."""
+        uniform = uniform_candidate(load_profile(self.profile), size_bytes)
+        rate, scheme = uniform.label, "scheme" in (uniform.spec or {})
+        form = "gguf" if self.gguf else self.options.format
+        how: dict[str, Any] = {"scheme": [rate]} if scheme else {"bits": [rate], "format": form}
+        report = self._quantize(self.work / "uniform", **how)
+        self.on_event(StageDone("uniform", report))
+        stem = self.base.path.resolve().name.removesuffix(".gguf")
+        name = f"{stem}-{rate}.gguf" if self.gguf else rate if scheme else f"{rate}bpw"
+        return open_checkpoint(self.work / "uniform" / name)
+
+
+class Stages:
+    """What is done already, in `work/auto.json`. Raises OutputError where it was done with other settings."""
+
+    def __init__(self, work: Path, settings: Mapping[str, Any], out: Path, on_event: OnEvent = ignore) -> None:
+        self._path, self._on_event = work / STATE, on_event
+        self._settings = json.loads(json.dumps(settings))
+        self._done: dict[str, dict[str, Any]] = {}
+        if self._path.exists():
+            state = read_json(self._path, error=JournalError)
+            check_state(self._path, state)
+            changed = [key for key, value in self._settings.items() if state["settings"].get(key) != value]
+            if changed:
+                raise OutputError(
+                    f"{work}: was begun with other settings ({', '.join(changed)}); remove it and {out} to start "
+                    f"again, or choose another -o"
+                )
+            self._done = state["done"]
+        elif out.exists():
+            raise OutputError(f"{out}: exists and was not made by model_auto; remove it, or choose another -o")
+        else:
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{work}: cannot be made: {error.strerror or error}") from error
+            self._save()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: stage["seconds"] for name, stage in self._done.items()}
+
+    def run(self, name: str, stage: Callable[[], Any]) -> dict[str, Any]:
+        """Run a stage unless it is done; returns its result, then or now, where that is a dict, else nothing."""
+        if name in self._done:
+            self._on_event(Note(f"{name}: done before", ""))
+            return dict(self._done[name]["result"])
+        self._on_event(Note(f"{name} ...", ""))
+        started = time.monotonic()
+        result = stage()
+        seconds = round(time.monotonic() - started, 1)
+        kept = json.loads(json.dumps(result)) if isinstance(result, dict) else {}
+        self._done[name] = {"seconds": seconds, "result": kept}
+        self._save()
+        self._on_event(StageDone(name, result))
+        return dict(kept)
+
+    def _save(self) -> None:
+        write_json(self._path, {"settings": self._settings, "done": self._done})
+
+
+def check_state(path: Path, state: Any) -> None:
+    """Raise JournalError unless a state file has the shape that `Stages` gives it."""
+    shaped = isinstance(state, dict) and isinstance(state.get("settings"), dict) and isinstance(state.get("done"), dict)
+    if not shaped or not all(
+        isinstance(stage, dict)
+        and isinstance(stage.get("seconds"), (int, float))
+        and isinstance(stage.get("result"), dict)
+        for stage in state["done"].values()
+    ):
+        raise JournalError(f"{path}: not the state of a model_auto run; remove its folder to start again")
+
+
+def uniform_candidate(profile: Profile, size_bytes: int) -> Candidate:
+    """The largest uniform candidate that takes no more than `size_bytes`, or the smallest there is."""
+    header = profile.header
+    totals = {
+        candidate.label: header.fixed_bits
+        + header.other_bits
+        + sum(group.bits[candidate.label] for group in header.groups)
+        for candidate in header.candidates
+    }
+    fitting = [label for label, total in totals.items() if total <= 8 * size_bytes]
+    return header.candidate(max(fitting, key=lambda x: totals[x]) if fitting else min(totals, key=lambda x: totals[x]))
+
+
+def are_gguf_types(offered: Sequence[str], out: Path) -> bool:
+    """Whether candidates are GGUF types. Raises ArgumentError where some are and some are not, FormatError where `out`
+    is no file's name."""
+    from recompile.quantize.gguf_mix import check_out
+    from recompile.quantize.lazy_variant import parse_candidates, spec_of
+
+    kinds = {next(iter(spec_of(name)[1])) for name in parse_candidates(offered)}
+    if "type" in kinds and len(kinds) > 1:
+        raise ArgumentError("{candidates}: GGUF types and other forms are never in one build; give one kind")
+    if "type" in kinds:
+        check_out(out)
+    return "type" in kinds

@@ -1,0 +1,66 @@
+"""What `model_auto` prints: the mix beside other builds, and on the way what its stages print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from recompile.cli.render_merge import describe_merge
+from recompile.cli.render_optimize import describe_recipe
+from recompile.cli.render_profile import describe_next
+from recompile.cli.render_quantize import describe_variants
+from recompile.io.report import format_columns
+from recompile.io.sizes import format_bpw, format_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from recompile.auto import AutoReport, StageDone
+
+
+def describe_stage(stage: StageDone, work: Path) -> str:
+    """What the command of that stage would print."""
+    from recompile.merge.run import MergeReport
+
+    report: Any = stage.report
+    if stage.name == "profile":
+        return describe_next(report, work / "profile.jsonl")
+    if stage.name == "recipe":
+        return describe_recipe(report)
+    if stage.name in ("build", "uniform"):
+        return describe_merge(report) if isinstance(report, MergeReport) else describe_variants(report)
+    return ""
+
+
+def describe_auto(report: AutoReport) -> str:
+    rows, verdicts = [], []
+    mix = report.builds[0]
+    for entry in report.builds:
+        error = f" ± {entry['kl_std_error']:.4f}" if entry["kl_std_error"] is not None else ""
+        versus = ""
+        if entry is not mix:
+            low, high = entry["interval_95"]
+            versus = f"{entry['mix_minus_this_nats']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            smaller = entry["total_bytes"] <= mix["total_bytes"]
+            if smaller and low > 0:
+                verdicts.append(f"{entry['build']} is not larger and measures better with confidence: use it instead.")
+            elif smaller and high >= 0:
+                verdicts.append(f"The mix is not better than {entry['build']} with confidence: more -r rows may tell.")
+        rows.append(
+            (
+                entry["build"],
+                format_bpw(entry["bpw"]),
+                format_bytes(entry["total_bytes"]),
+                f"{entry['kl_nats']:.4f}{error}",
+                f"{entry['perplexity']:.3f}",
+                versus,
+            )
+        )
+    header = ("build", "bpw", "size", "KL(base || build), nats/token", "perplexity", "mix - this [95 %]")
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
+    lines = [
+        format_columns(rows, header, range(1, 6)),
+        f"on {report.rows} rows x {report.row_tokens} tokens that nothing else used",
+        *verdicts,
+        f"Stages: {seconds}. Recipe: {report.recipe}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""What `model_diff` prints: drift by layer, sizes, perplexities, top-K agreement and KL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recompile.io.report import format_columns
+from recompile.io.sizes import format_bpw, format_bytes
+from recompile.merge.left_dense import left_dense
+
+if TYPE_CHECKING:
+    from eval.diff import DiffReport
+    from eval.run_diff import ModelDiff
+    from recompile.merge.overlay import Overlay
+
+
+def describe_diff(found: ModelDiff) -> str:
+    parts = [_layer_table(found.report), _summary(found.report, found.overlay)]
+    if found.with_activations is not None:
+        parts.append(_with_inputs(found.report, found.with_activations))
+    return "\n".join(parts)
+
+
+def _layer_table(report: DiffReport) -> str:
+    kept = {layer.name: f"{100 * layer.same_experts.mean:.2f} %" for layer in report.routing}
+    rows = [
+        (
+            layer.name,
+            f"{layer.drift.relative_error:.6f}",
+            f"{layer.drift.max_difference:.6f}",
+            f"{layer.drift.sqnr_db:.2f}",
+            f"{layer.drift.cosine_error:.6f}",
+            *([kept.get(layer.name, "")] if kept else []),
+        )
+        for layer in report.layers
+    ]
+    header = ("state after", "rel. error", "max diff/norm", "SQNR dB", "cosine error", "same experts")
+    return format_columns(rows, header[: len(rows[0])], tuple(range(1, len(rows[0]))))
+
+
+def _routing(report: DiffReport) -> list[str]:
+    """What A's errors do to the choice of experts; nothing for a model without them."""
+    if not report.routing:
+        return []
+    mean = sum(layer.same_experts.mean for layer in report.routing) / len(report.routing)
+    worst = min(report.routing, key=lambda layer: layer.same_experts.mean)
+    unused, experts = sum(layer.unused for layer in report.routing), sum(layer.experts for layer in report.routing)
+    fullest = max(max(layer.load) * layer.experts / max(1, sum(layer.load)) for layer in report.routing)
+    return [
+        f"Routing: {100 * mean:.2f} % of tokens keep all {worst.chosen} of their experts (mean of "
+        f"{len(report.routing)} layers), fewest after {worst.name}: {100 * worst.same_experts.mean:.2f} %"
+        f"{_error(100 * worst.same_experts.std_error if worst.same_experts.std_error is not None else None, 2)}",
+        f"Expert load in B: {unused} of {experts} experts saw no token, the fullest {fullest:.1f} times its share",
+    ]
+
+
+def _summary(report: DiffReport, overlay: Overlay) -> str:
+    size = overlay.accounting
+    a, b = report.score_candidate, report.score_reference
+    lines = [
+        "",
+        f"A (candidate): {report.candidate}",
+        f"B (reference): {report.reference}",
+        f"A's size:      {format_bpw(size.bpw)} bpw over quantized modules, head {format_bpw(size.head_bpw)}, "
+        f"embedding {format_bpw(size.embedding_bpw)}, {format_bytes(size.total_bytes)} in all",
+        f"               {left_dense(overlay)}",
+        f"Measured on:   {report.rows} rows x {report.row_tokens} tokens ({report.tokens} tokens counted, "
+        f"{report.unlabelled_tokens} of them, the last of each row, not in perplexity), {report.rows_source}, "
+        f"{report.dtype} on {report.device}",
+        "",
+        f"A perplexity: {a.perplexity:.8f}" + _error(a.perplexity_std_error),
+        f"B perplexity: {b.perplexity:.8f}" + _error(b.perplexity_std_error),
+        "",
+    ]
+    table = [
+        (f"K = {k}", f"{hit_a:.4f}", f"{hit_b:.4f}", f"{agree.mean:.4f}" + _error(agree.std_error, 4))
+        for k, (hit_a, hit_b, agree) in enumerate(
+            zip(a.label_in_top_k, b.label_in_top_k, report.top_k_agreement, strict=True), 1
+        )
+    ]
+    header = ("", "label in A's top K", "label in B's top K", "same top K in A and B")
+    lines += [format_columns(table, header, (1, 2, 3)), ""]
+    q = report.kl_quantiles
+    lines += [
+        f"KL(B || A), the candidate measured by the reference: {report.kl.mean:.8f}{_error(report.kl.std_error)} nats",
+        f"KL(A || B), the other way round:                     {report.kl_reverse.mean:.8f}"
+        f"{_error(report.kl_reverse.std_error)} nats",
+        f"KL(B || A) per token: median {q.median:.6f}, p90 {q.p90:.6f}, p99 {q.p99:.6f}, max {q.max:.6f}",
+        f"Noise floor: {report.noise_floor:.2e} nats (B against itself, run in another shape)",
+    ]
+    lines += _routing(report)
+    if report.identical:
+        lines.append("Every logit of A equals B's to the last bit.")
+    bins = [
+        (
+            f"{bin.low:.2f} - {bin.high:.2f}",
+            f"{100 * bin.share:.1f} %",
+            f"{bin.kl_mean:.6f}" if bin.tokens else "-",
+            f"{bin.kl_median:.6f}" if bin.tokens else "-",
+        )
+        for bin in report.kl_by_confidence
+    ]
+    lines += ["", format_columns(bins, ("B's top probability", "of tokens", "mean KL", "median KL"), (1, 2, 3))]
+    return "\n".join(lines)
+
+
+def _with_inputs(report: DiffReport, with_inputs: DiffReport) -> str:
+    lines = [
+        "",
+        f"Weights alone:             KL(B || A) {report.kl.mean:.8f}{_error(report.kl.std_error)} nats (as above)",
+        f"Inputs quantized as well:  KL(B || A) {with_inputs.kl.mean:.8f}{_error(with_inputs.kl.std_error)} nats, "
+        f"perplexity {with_inputs.score_candidate.perplexity:.6f}, "
+        f"same top token {100 * with_inputs.top_k_agreement[0].mean:.1f} %",
+    ]
+    return "\n".join(lines)
+
+
+def _error(std_error: float | None, digits: int = 8) -> str:
+    return f" ± {std_error:.{digits}f}" if std_error is not None else ""

@@ -1,0 +1,73 @@
+"""What `model_profile` prints: the groups that cost most, from every source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recompile.io.report import format_columns
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from recompile.costs import Profile
+
+
+def profile_summary(profile: Profile) -> dict[str, object]:
+    """Per group and source the cost and the bits, for --json."""
+    groups = []
+    unreached = set(profile.unreached())
+    for group in profile.header.groups:
+        costs = {source: profile.cost(group.name, source) for source in group.bits}
+        groups.append(
+            {
+                "name": group.name,
+                "weights": group.weights,
+                "bits": dict(group.bits),
+                "costs": costs,
+                "reached": group.name not in unreached,
+            }
+        )
+    control = profile.control.mean if profile.control is not None else None
+    return {"header": profile.header, "control_kl_nats": control, "groups": groups}
+
+
+def describe_next(profile: Profile, out: Path) -> str:
+    return f"{describe_profile(profile)}\n\nNext: model_optimize {out} -b 4.0 -o overrides.yaml"
+
+
+def describe_profile(profile: Profile, most: int = 20) -> str:
+    """The groups that hurt most at the base variant's bits, with every candidate's cost."""
+    header = profile.header
+    labels = [candidate.label for candidate in header.candidates]
+    order = sorted(
+        header.groups,
+        key=lambda group: (
+            -max(
+                (cost.kl_nats for label in labels if (cost := profile.cost(group.name, label)) is not None),
+                default=float("-inf"),
+            )
+        ),
+    )
+    rows = []
+    for group in order[:most]:
+        cells = []
+        for label in labels:
+            cost = profile.cost(group.name, label)
+            mark = " prior" if cost is not None and cost.is_prior else ""
+            cells.append("-" if cost is None else f"{cost.kl_nats:.5f} ± {cost.std_error:.5f}{mark}")
+        rows.append((group.name, *cells))
+    where = "the reference" if header.context == "clean" else f"the {header.base} variant"
+    title = f"KL in nats per token of taking a group from each source, swapped into {where}"
+    if header.method == "weights":
+        title = "Weighted relative error of the weights, times rows, of taking a group from each source (no nats)"
+    if len(order) > most:
+        title += f" (the {most} dearest of {len(order)} groups)"
+    text = f"{title}\n" + format_columns(rows, ("group", *labels), range(1, len(labels) + 1))
+    unreached = profile.unreached()
+    if unreached:
+        text += (
+            f"\n{len(unreached)} of {len(header.groups)} groups are experts that no token of these rows reached, such "
+            f"as {unreached[0]}: unmeasured. Their prior is the median over the same projection of the other experts; "
+            f"more rows help."
+        )
+    return text

@@ -1,0 +1,154 @@
+"""Candidates made on the fly from a dense reference, before any variant exists: what `--candidates` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.costs import is_expert
+from recompile.errors import ArgumentError
+from recompile.events import Note, OnEvent, ignore
+from recompile.gguf.imatrix import read_imatrix
+from recompile.model.devices import compute_device
+from recompile.model.rows import check_vocabulary, read_rows
+from recompile.model.tokens import Rows
+from recompile.quantize.calibrate import input_power
+from recompile.quantize.fake_quant import KEEP_BYTES
+from recompile.quantize.gguf import base_tensors, importance_from
+from recompile.quantize.lazy_variant import (
+    exl_spec_of,
+    fallbacks_of,
+    make_variants,
+    parse_candidates,
+    save_importance,
+    spec_of,
+)
+from recompile.quantize.run import calibrate_importance
+from recompile.recipe.recipe import SourceId
+
+CALIBRATION_LENGTH = 512
+DEFAULT_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class CandidateOptions:
+    """How candidates are made. importance_rows: calibration rows by whose inputs errors are weighed; 0: all alike.
+    roles: other than layers that are groups of the profile too; out: the profile, beside which the importance is
+    kept."""
+
+    format: str
+    group_size: int | str | None
+    asym: bool
+    importance_rows: int
+    imatrix: Path | None
+    text: Path | None
+    dataset: str | None
+    device: str
+    out: Path
+    level: str
+    roles: frozenset[str]
+    cap_bytes: int | None
+
+
+def check_rounding(format_name: str, group_size: int | str | None, asym: bool) -> None:
+    """Raises ArgumentError where settings of integers are given for a format that has none."""
+    given = [name for name, value in (("{group_size}", group_size is not None), ("{asym}", asym)) if value]
+    if given and format_name != "compressed-tensors":
+        raise ArgumentError(f"{', '.join(given)}: of integers; {{format}} {format_name} has groups of its own")
+
+
+def make_candidates(
+    reference: Checkpoint, names: Sequence[str], options: CandidateOptions, on_event: OnEvent = ignore
+) -> list[tuple[SourceId, Checkpoint]]:
+    """The candidates that `names` name ("2,3,4", "nvfp4", "Q4_K"), made from the reference when they are read.
+
+    Raises ArgumentError for what does not go together.
+    """
+    check_rounding(options.format, options.group_size, options.asym)
+    specs = _specs(names, options, on_event)
+    types = [source_id for source_id, spec in specs if "type" in spec]
+    if types:
+        _check_gguf_groups(reference, options)
+        if len(types) < len(specs):
+            said = "GGUF types and compressed-tensors forms are never in one file: ban one kind in model_optimize."
+            on_event(Note(said))
+    elif options.imatrix is not None:
+        raise ArgumentError("{imatrix}: goes with {candidates} of GGUF types")
+    importance: Mapping[str, Tensor] | None = None
+    if types and (options.imatrix is not None or options.importance_rows):
+        importance = _gguf_importance(reference, options, on_event)
+    elif options.importance_rows and options.format != "exl3":  # noise has no use for it
+        rows = _calibration_rows(reference, options)
+        importance = input_power(reference, rows.ids, device=compute_device(options.device))
+    keep = KEEP_BYTES if options.cap_bytes is None else 0
+    offered = make_variants(reference, specs, importance, options.roles, keep)
+    if importance is not None:
+        save_importance(importance, options.out)
+    for line in fallbacks_of(offered):
+        on_event(Note(line, ""))
+    return list(offered)
+
+
+def _specs(
+    names: Sequence[str], options: CandidateOptions, on_event: OnEvent
+) -> list[tuple[SourceId, dict[str, object]]]:
+    given = str(DEFAULT_GROUP_SIZE if options.group_size is None else options.group_size)
+    if given != "channel" and not given.isdigit():
+        raise ArgumentError(f"{{group_size}} {given}: wanted a number such as 64, or channel")
+    if options.format not in ("exl2", "exl3"):
+        size = None if given == "channel" else int(given)
+        return [spec_of(name, group_size=size, symmetric=not options.asym) for name in parse_candidates(names)]
+    specs = [exl_spec_of(name, options.format) for name in parse_candidates(names)]
+    if options.roles:
+        raise ArgumentError(
+            f"{{head}}, {{embedding}}: {options.format} candidates have one head of 6 bits, and a dense embedding"
+        )
+    if options.format == "exl3":
+        on_event(
+            Note(
+                "EXL3 candidates are stand-ins, the weight with noise as large as what the encoder leaves; sizes "
+                "are the files'."
+            )
+        )
+    return specs
+
+
+def _check_gguf_groups(reference: Checkpoint, options: CandidateOptions) -> None:
+    """Raise ArgumentError for groups that no GGUF file can tell apart."""
+    if options.level in ("expert", "tensor") and any(is_expert(name) for name in reference.modules):
+        raise ArgumentError(
+            f"{{level}} {options.level}: in GGUF all experts of a projection are one tensor of one type; use {{level}} "
+            f"fused"
+        )
+
+
+def _gguf_importance(reference: Checkpoint, options: CandidateOptions, on_event: OnEvent) -> Mapping[str, Tensor]:
+    """As `recompile.quantize` gets it for GGUF: of calibration rows, or of an imatrix file."""
+    if options.imatrix is not None:
+        tensors = base_tensors(reference)
+        return importance_from(read_imatrix(options.imatrix), tensors, str(options.imatrix)).values
+    rows = _calibration_rows(reference, options)
+    return calibrate_importance(reference, rows, options.device, None, on_event).values
+
+
+def _calibration_rows(reference: Checkpoint, options: CandidateOptions) -> Rows:
+    rows, vocab = read_rows(
+        [reference.path], "calibrate", options.importance_rows, CALIBRATION_LENGTH, options.text, options.dataset
+    )
+    check_vocabulary(reference, vocab)
+    return rows
+
+
+def candidate_named(name: str | None, offered: Sequence[tuple[SourceId, Checkpoint]]) -> SourceId:
+    """The candidate that recipes start from: the one named, else the middle one. Raises ArgumentError."""
+    ids = [source_id for source_id, _ in offered]
+    if name is None:
+        return ids[(len(ids) - 1) // 2]
+    found = next((source_id for source_id in ids if str(source_id) == name), None)
+    if found is None:
+        raise ArgumentError(f"{{base}} {name}: with {{candidates}} it names one of them: {', '.join(map(str, ids))}")
+    return found

@@ -1,0 +1,47 @@
+"""A mix of GGUF types as another tool's recipe: llama-quantize, ik_llama.cpp's --custom-q, thireus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
+from recompile.events import Note, OnEvent, ignore
+from recompile.formats.gguf_types import TYPES
+from recompile.io.sizes import format_bpw
+from recompile.merge.overlay import build_overlay
+from recompile.merge.run import MergeOptions, read_type_recipe
+from recompile.merge.type_recipes import emit, looks_like_type_recipe, types_of
+from recompile.quantize.gguf import base_tensors
+from recompile.quantize.gguf_mix import makes_gguf, read_mix, types_got
+from recompile.recipe.recipe import load_recipe
+
+DIALECTS = ("llama-quantize", "ik-custom-q", "thireus")
+
+
+def emit_recipe(base_dir: str, dialect: str, options: MergeOptions, on_event: OnEvent = ignore) -> str:
+    """The types of a mix that a merge would write, or that `recompile.quantize` would make of a dense base, as a recipe
+    of another tool."""
+    base, path = open_checkpoint(base_dir), options.recipe
+    if path is not None and not options.type_sources and _is_to_be_made(base, path):
+        mix, _, warnings = read_mix(path, base, Path("mix.gguf"))
+        types = types_got(mix.kinds, base_tensors(base))
+        comment = f"{base.label} ({path})"
+    else:
+        recipe = read_type_recipe(base, path, options.type_sources, options.allow_unmatched)
+        overlay = build_overlay(base, recipe or path, allow_unmatched=options.allow_unmatched)
+        warnings, types = tuple(overlay.warnings), types_of(overlay)
+        comment = f"{overlay.label}, {format_bpw(overlay.accounting.bpw)} bpw over quantized modules"
+    for warning in warnings:
+        on_event(Note(warning, "Warning"))
+    own = sorted({name for name in types.values() if TYPES[name].fork})
+    if own and dialect == "llama-quantize":
+        said = f"{', '.join(own)}: ik_llama.cpp's own, which llama.cpp's llama-quantize refuses"
+        on_event(Note(said, "Warning"))
+    return emit(types, dialect, comment)
+
+
+def _is_to_be_made(base: Checkpoint, path: Path) -> bool:
+    """Whether a recipe is of GGUF types that model_quantize would make of a dense base."""
+    if looks_like_type_recipe(path):
+        return not base.is_quantized and not isinstance(base, GgufCheckpoint)
+    return makes_gguf(load_recipe(path))
