@@ -19,6 +19,8 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import common
 from recompile.cli.recompile import main
 from recompile.errors import RecompileError
+from recompile.io.report import format_columns, to_plain
+from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.explain import fold_modules, resolved_table
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import MANIFEST_NAME
@@ -305,21 +307,18 @@ def test_how_commands_end() -> None:
 
 
 def test_figures() -> None:
-    assert common.format_bytes(0) == "0 B"
-    assert common.format_bytes(1536) == "1.50 KiB"
-    assert common.format_bytes(5 * 2**30) == "5.00 GiB"
-    assert common.format_bytes(5000 * 2**30) == "5000.00 GiB"
-    assert (common.format_bpw(4.25), common.format_bpw(None)) == ("4.250", "-")
-    assert (common.format_seconds(1.25), common.format_seconds(75)) == ("1.2 s", "1 min 15 s")
-    assert common.format_seconds(7260) == "2 h 1 min"
-    assert (
-        common.format_columns([("a", "10"), ("bbb", "2")], ("x", "y"), right=(1,))
-        == "x     y\n---  --\na    10\nbbb   2"
-    )
+    assert format_bytes(0) == "0 B"
+    assert format_bytes(1536) == "1.50 KiB"
+    assert format_bytes(5 * 2**30) == "5.00 GiB"
+    assert format_bytes(5000 * 2**30) == "5000.00 GiB"
+    assert (format_bpw(4.25), format_bpw(None)) == ("4.250", "-")
+    assert (format_seconds(1.25), format_seconds(75)) == ("1.2 s", "1 min 15 s")
+    assert format_seconds(7260) == "2 h 1 min"
+    assert format_columns([("a", "10"), ("bbb", "2")], ("x", "y"), right=(1,)) == "x     y\n---  --\na    10\nbbb   2"
 
 
 def test_json_values(tmp_path: Path) -> None:
-    assert common.to_plain({1: float("nan"), "p": Path("x"), "s": {2, 1}, "t": torch.tensor([1.0])}) == {
+    assert to_plain({1: float("nan"), "p": Path("x"), "s": {2, 1}, "t": torch.tensor([1.0])}) == {
         "1": None,
         "p": "x",
         "s": [1, 2],
