@@ -183,6 +183,7 @@ class Exl2Encoder:
     row_tokens: int = 0
     method: str = "gptq"
     damping: float = 0.12
+    outputs: OutputSource | None = None  # with it, GPTQ is followed by two-sided rounding where that is better
 
     @property
     def names(self) -> list[str]:
@@ -201,8 +202,12 @@ class Exl2Encoder:
             rates = [float(self.head_bits or b) if role_of(name) == "head" else float(b) for b in self.bits]
             layouts = [layout_for_bits(rate, weight.shape[1], weight.shape[0]) for rate in rates]
             used = hessian if self.method == "gptq" else None
-            for variant, parts in enumerate(quantize_exl2_many(weight, used, layouts, biases.get(name), self.damping)):
-                made[variant][name] = Encoded(parts, exl2.dequantize(parts, module=name)[: len(weight)])
+            outputs = self.outputs.of(name, weight.device) if self.outputs is not None else None
+            notes: list[str] = []
+            found = quantize_exl2_many(weight, used, layouts, biases.get(name), self.damping, outputs, notes)
+            for variant, parts in enumerate(found):
+                dense = exl2.dequantize(parts, module=name)[: len(weight)]
+                made[variant][name] = Encoded(parts, dense, notes[variant] if notes else "")
         return made
 
     def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
@@ -224,6 +229,7 @@ class Exl2Encoder:
             "head_bits": self.head_bits,
             "method": self.method,
             "damping": self.damping,
+            **rounding_of(self.outputs),
         }
 
 
@@ -237,6 +243,7 @@ class Exl3Encoder:
     rows: int = 0
     row_tokens: int = 0
     method: str = "gptq"
+    outputs: OutputSource | None = None  # with it, LDLQ is followed by a two-sided search, kept where that is better
 
     def __post_init__(self) -> None:
         for bits in self.bits:
@@ -259,8 +266,10 @@ class Exl3Encoder:
 
         made: list[dict[str, Encoded]] = [{} for _ in self.bits]
         for name, weight in weights.items():
+            outputs = self.outputs.of(name, weight.device) if self.outputs is not None else None
             for variant, bits in enumerate(self.bits):
                 rate = self.head_bits or bits if role_of(name) == "head" else bits
+                notes: list[str] = []
                 parts = quantize_exl3(
                     weight,
                     hessian if self.method == "gptq" else None,
@@ -268,9 +277,11 @@ class Exl3Encoder:
                     codebook=self.codebook,
                     seed=zlib.crc32(name.encode()),  # every module its own signs, the same in every run
                     bias=biases.get(name),
+                    outputs=outputs,
+                    notes=notes,
                 )
                 dense = exl3.dequantize(parts, module=name)[: weight.shape[0], : weight.shape[1]]
-                made[variant][name] = Encoded(parts, dense)
+                made[variant][name] = Encoded(parts, dense, notes[0] if notes else "")
         return made
 
     def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
@@ -294,4 +305,5 @@ class Exl3Encoder:
             "head_bits": self.head_bits,
             "codebook": self.codebook,
             "method": self.method,
+            **rounding_of(self.outputs),
         }

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from recompile.errors import FormatError
 from recompile.formats.exl2 import OUT_MULTIPLE, ROW_MULTIPLE, WIDTHS, pack, storage_bits, stored_scale
+from recompile.quantize.two_sided import OutputStatistics, RoundingGrid, round_where_better
 
 
 @dataclass(frozen=True)
@@ -399,10 +400,14 @@ def quantize_exl2_many(
     layouts: Sequence[Layout],
     bias: Tensor | None = None,
     damping: float = 0.12,
+    outputs: OutputStatistics | None = None,
+    notes: list[str] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Quantize one linear layer to several layouts; the permutation and the Cholesky factor are computed once.
 
     Arguments and errors as for `quantize_exl2`; one dict of parts for every layout, in order.
+    outputs: of gradients at the layer's outputs: codes are then rounded once more, two-sided, on the scales that GPTQ
+    chose, and kept where that is better on held-out rows; notes: gets a line a layout on what was done
     """
     if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise FormatError(f"weight: found {weight.dtype} {list(weight.shape)}; wanted floats [out, in]")
@@ -423,10 +428,50 @@ def quantize_exl2_many(
     _check_finite("hessian", hessian)
     feedback = _feedback(hessian.to(weight.device, torch.float32), damping)
     rows = rows.index_select(0, feedback.perm)
-    return [
-        _pack(_quantize_gptq(rows, feedback, plan), plan, feedback.perm, padded_bias)
-        for plan in _plans(layouts, in_features)
-    ]
+    plans = _plans(layouts, in_features)
+    made = [_quantize_gptq(rows, feedback, plan) for plan in plans]
+    if outputs is not None:
+        inputs = hessian.to(weight.device, torch.float32)
+        made = [
+            _round_two_sided(found, plan, feedback.perm, weight.float(), inputs, damping, outputs, notes)
+            for found, plan in zip(made, plans, strict=True)
+        ]
+    return [_pack(found, plan, feedback.perm, padded_bias) for found, plan in zip(made, plans, strict=True)]
+
+
+def _round_two_sided(
+    quantized: tuple[Tensor, ...],
+    groups: Sequence[tuple[int, int]],
+    perm: Tensor,
+    weight: Tensor,
+    hessian: Tensor,
+    damping: float,
+    outputs: OutputStatistics,
+    notes: list[str] | None,
+) -> tuple[Tensor, ...]:
+    """The same scales with codes rounded two-sided, where that is better; weight [out, in]."""
+    codes, scale_codes, scale_max = quantized
+    out_features, device = len(weight), weight.device
+    rows = torch.tensor([count for _, count in groups], device=device)
+    bits = torch.tensor([width for width, _ in groups], device=device)
+    of_packed = torch.repeat_interleave(torch.arange(len(groups), device=device), rows)  # packed row -> group
+    group = torch.empty_like(of_packed)
+    group[perm] = of_packed
+    step = stored_scale(scale_codes, scale_max).float()[:, :out_features].t()  # [out, G]
+    zero = (2 ** (bits - 1)).float().expand_as(step)
+    scale = torch.where(step > 0, step, 1.0)  # no step: every code is the zero point, which stays
+    low, high = (torch.where(step > 0, limit, 0.0) for limit in (-zero, zero - 1))
+    before = torch.empty(weight.shape, device=device)
+    before[:, perm] = codes[:, :out_features].t().float() - zero[:, of_packed]
+    grid = RoundingGrid(scale.contiguous(), group, low.contiguous(), high.contiguous())
+    ((levels, done),) = round_where_better(weight, hessian, outputs, [grid], [before], damping)
+    if notes is not None:
+        notes.append(done.note())
+    if done.rounding == "one-sided":
+        return quantized
+    codes = codes.clone()
+    codes[:, :out_features] = (levels[:, perm] + zero[:, of_packed]).t().to(torch.uint8)
+    return codes, scale_codes, scale_max
 
 
 def _plans(layouts: Sequence[Layout], in_features: int) -> list[tuple[tuple[int, int], ...]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +31,7 @@ from recompile.formats.exl3 import (
     pack_states,
     tiles_to_matrix,
 )
+from recompile.quantize.two_sided import MatrixRounding, OutputStatistics, choose_damping
 
 # Standard deviation of the rotated weight at which Gaussian data is coded best, by codebook and K. Measured on 64 tiles
 # (parabola through the best three of eight values); the optimum is flat, and `_search_gain` refines it per tensor.
@@ -55,6 +57,8 @@ def quantize_exl3(
     bias: Tensor | None = None,
     device: torch.device | str | None = None,
     refit: bool = True,
+    outputs: OutputStatistics | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """Encode one linear as EXL3 (EXL3 format spec, section 8). Same arguments, same parts, on one kind of device.
 
@@ -66,6 +70,9 @@ def quantize_exl3(
     bias:     [out] or None; stored as float16
     device:   where to compute (default: that of `weight`, which is also where the parts are returned)
     refit:    fit suh and svh to the weight by least squares once the trellis is fixed
+    outputs:  of gradients at the layer's outputs; with a Hessian the trellis is then searched once more with errors fed
+              back on both sides, and kept where that is better on held-out rows
+    notes:    gets a line on what that did
     returns:  trellis int16 [in'/16, out'/16, 16*K], suh float16 [in'], svh float16 [out'], marker int32 [] (not for
               3inst), bias float16 [out'] if given; in' and out' are padded up to multiples of 128
     raises UnsupportedError for a K or codebook that EXL3 does not have; CheckpointError for values that are not finite,
@@ -95,9 +102,14 @@ def quantize_exl3(
         states = states.view(rows // TILE, columns // TILE, TILE_WEIGHTS)
     else:
         states = _ldlq(rotated, _feedback(metric, su), codebook, bits)
+    table = codebook_table(codebook, device).float()
+    scales = (su, sv)
     if refit:
-        values = codebook_table(codebook, device).float()[states]
-        su, sv = _refit(target, tiles_to_matrix(values), su, sv, metric)
+        scales = _refit(target, tiles_to_matrix(table[states]), su, sv, metric)
+    if outputs is not None and metric is not None:
+        two_sided = _TwoSided(target, rotated, metric, (su, sv), codebook, bits, refit)
+        states, scales = two_sided.better_of(states, scales, outputs, [] if notes is None else notes)
+    su, sv = scales
 
     _check_finite_scales(su.half(), sv.half())
     parts = {"trellis": pack_states(states, bits), "suh": su.half(), "svh": sv.half()}
@@ -307,16 +319,24 @@ def _damped(hessian: Tensor, size: int) -> Tensor:
     return pad(metric, (0, size - metric.shape[0], 0, size - metric.shape[0]))
 
 
-def _feedback(metric: Tensor, su: Tensor) -> Tensor:
+def _turned(metric: Tensor, scale: Tensor) -> Tensor:
+    """Hn diag(scale) metric diag(scale) Hn, float64: a metric of the weight's rows or columns, of the rotated weight.
+
+    The signs and sizes of the scale both belong in: then an error counts as it does in the layer's output.
+    """
+    scale = scale.double()
+    return _rotate_columns(_rotate_rows(metric * scale[:, None] * scale))
+
+
+def _feedback(metric: Tensor, su: Tensor, dampings: Sequence[float] = (_ROTATED_DAMPING, 1e-2, 1.0)) -> Tensor:
     """Block-16 unit lower factor L, L D L^T = Hn diag(su) metric diag(su) Hn: float32 [in', in'].
 
-    The signs and sizes of su both belong in: then an error counts as it does in the layer's output.
+    dampings: of the mean diagonal after rotation; the first with which it can be factored
     """
-    scale = su.double()
-    rotated = _rotate_columns(_rotate_rows(metric * scale[:, None] * scale))
+    rotated = _turned(metric, su)
     size = rotated.shape[0]
     mean = rotated.diagonal().mean().clamp(min=1e-300)
-    for damping in (_ROTATED_DAMPING, 1e-2, 1.0):
+    for damping in dampings:
         damped = rotated / mean
         damped.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -345,6 +365,88 @@ def _ldlq(rotated: Tensor, lower: Tensor, codebook: str, bits: int | float) -> T
         states[band] = viterbi(matrix_to_tiles(target)[0], codebook, bits)
         error[start:end] = rotated[start:end] - tiles_to_matrix(table[states[band : band + 1]])
     return states
+
+
+@dataclass(frozen=True)
+class _TwoSided:
+    """The search with errors weighed by what becomes of the outputs too (`two_sided.py` has the maths).
+
+    In the rotated weight an error E [in', out'] costs tr(Hin E Hout E^T), both sides turned as the weight is. With
+    block-16 unit lower factors, Hin ~ L D L^T and Hout ~ M C M^T, tile (i, j) aims at X_ij + A_ij + S_ij:
+
+        A = sum over i' > i of L[i', i]^T E[i', j],    S = sum over j' > j of (L^T E)[i, j'] M[j', j]
+
+    Tiles need only those below and to the right of them, so all with i + j alike are searched together.
+    """
+
+    target: Tensor  # [in', out'], as stored
+    rotated: Tensor  # [in', out']
+    metric: Tensor  # [in', in'] float64, damped, of the inputs
+    scales: tuple[Tensor, Tensor]  # su, sv, before they were refitted
+    codebook: str
+    bits: int | float
+    refit: bool
+
+    def better_of(
+        self, states: Tensor, scales: tuple[Tensor, Tensor], outputs: OutputStatistics, notes: list[str]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The states and scales given, which are one-sided, or better ones; better on the rows held out."""
+        su, sv = self.scales
+        size = len(sv)
+        fit, held_out = (
+            pad(matrix.to(sv.device).double(), (0, size - len(matrix), 0, size - len(matrix)))
+            for matrix in (outputs.fit, outputs.held_out)
+        )
+        turned = [_turned(matrix, sv).float() for matrix in (fit, held_out)]
+        damping, _ = choose_damping(OutputStatistics(turned[0], turned[1], outputs.tokens, outputs.held_out_tokens))
+        if damping is None:
+            notes.append(MatrixRounding("one-sided", reason="no damping of its output side is expected to gain").note())
+            return states, scales
+        lower_out = _feedback(fit, sv, (damping, 10 * damping))
+        found = self._search(_feedback(self.metric, su), lower_out)
+        inner = tiles_to_matrix(codebook_table(self.codebook, su.device).float()[found])
+        tried = [self.scales, *([_refit(self.target, inner, su, sv, self.metric)] if self.refit else [])]
+        one_sided = self._error(states, scales, held_out)
+        errors = [self._error(found, pair, held_out) for pair in tried]
+        best = min(range(len(tried)), key=errors.__getitem__)
+        ratio = errors[best] / one_sided if one_sided > 0 else 1.0
+        if ratio < 1:
+            notes.append(MatrixRounding("two-sided", damping, ratio).note())
+            return found, tried[best]
+        why = f"two-sided has {ratio:.3f} x its error on held-out rows"
+        notes.append(MatrixRounding("one-sided", damping, ratio, why).note())
+        return states, scales
+
+    def _error(self, states: Tensor, scales: tuple[Tensor, Tensor], held_out: Tensor) -> float:
+        """tr(Hin E Hout E^T) of the weight as it would be stored."""
+        su, sv = (scale.half().float() for scale in scales)
+        inner = tiles_to_matrix(codebook_table(self.codebook, su.device).float()[states])
+        error = (self.target - su[:, None] * _rotate_columns(_rotate_rows(inner)) * sv).double()
+        return float(((self.metric @ error) * (error @ held_out)).sum())
+
+    def _search(self, lower_in: Tensor, lower_out: Tensor) -> Tensor:
+        rows, columns = self.rotated.shape
+        bands, stacks = rows // TILE, columns // TILE
+        table = codebook_table(self.codebook, self.rotated.device).float()
+        error, carried = torch.zeros_like(self.rotated), torch.zeros_like(self.rotated)  # E and L^T E
+        states = torch.empty(bands, stacks, TILE_WEIGHTS, dtype=torch.int32, device=self.rotated.device)
+        for step in reversed(range(bands + stacks - 1)):
+            places = [(band, step - band) for band in range(max(0, step - stacks + 1), min(bands, step + 1))]
+            pulls, targets = [], []
+            for band, stack in places:
+                i, j = slice(band * TILE, (band + 1) * TILE), slice(stack * TILE, (stack + 1) * TILE)
+                pull = lower_in[i.stop :, i].t() @ error[i.stop :, j]
+                pulls.append(pull)
+                targets.append(self.rotated[i, j] + pull + carried[i, j.stop :] @ lower_out[j.stop :, j])
+            tiles = matrix_to_tiles(torch.cat(targets))  # [places, 1, 256]
+            found = viterbi(tiles[:, 0], self.codebook, self.bits)
+            coded = tiles_to_matrix(table[found[:, None]]).view(len(places), TILE, TILE)
+            for number, (band, stack) in enumerate(places):
+                i, j = slice(band * TILE, (band + 1) * TILE), slice(stack * TILE, (stack + 1) * TILE)
+                states[band, stack] = found[number]
+                error[i, j] = self.rotated[i, j] - coded[number]
+                carried[i, j] = error[i, j] + pulls[number]
+        return states
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from recompile.errors import FormatError
+from recompile.formats import exl2, exl3
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import parse_scheme
+from recompile.quantize import exl2 as exl2_encoder
+from recompile.quantize import exl3 as exl3_encoder
 from recompile.quantize import two_sided
 from recompile.quantize.float_grids import LEVELS, fit_levels
 from recompile.quantize.gptq import quantize_gptq
@@ -250,3 +253,50 @@ def test_shapes_that_do_not_fit_are_told() -> None:
     statistics = OutputStatistics(torch.eye(3), torch.eye(3), 1, 1)
     with pytest.raises(FormatError, match="output statistics"):
         round_where_better(torch.zeros(2, 4), torch.eye(4), statistics, [unit_grid(2, 4)], [torch.zeros(2, 4)])
+
+
+# ---- EXL2 and EXL3 ---------------------------------------------------------------------------------------------------
+
+
+def correlated_outputs(size: int) -> OutputStatistics:
+    return OutputStatistics(gradients(20000, 1, size), gradients(2000, 2, size), 20000, 2000)
+
+
+def test_exl2_codes_are_better_on_held_out_rows_with_the_same_scales() -> None:
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(4)) * 0.02
+    inputs, outputs = covariance(128, 400, 3), correlated_outputs(96)
+    layouts = [exl2_encoder.layout_for_bits(rate, 128, 96) for rate in (2.5, 4.0)]
+    notes: list[str] = []
+    before = exl2_encoder.quantize_exl2_many(weight, inputs, layouts)
+    after = exl2_encoder.quantize_exl2_many(weight, inputs, layouts, None, 0.12, outputs, notes)
+    assert [note.startswith("two-sided") for note in notes] == [True, True]
+    for old, new in zip(before, after, strict=True):
+        assert not torch.equal(old["q_weight"], new["q_weight"])
+        assert all(torch.equal(old[part], new[part]) for part in ("q_scale", "q_scale_max", "q_groups", "q_invperm"))
+        errors = [weight - exl2.dequantize(parts)[:96].float() for parts in (old, new)]
+        assert proxy(errors[1], inputs, outputs.held_out) < 0.97 * proxy(errors[0], inputs, outputs.held_out)
+
+
+def test_exl3_tiles_aim_at_what_both_sides_ask_for() -> None:
+    pytest.importorskip("numba")
+    weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(6)) * 0.02
+    inputs, outputs = covariance(128, 400, 3), correlated_outputs(128)
+    notes: list[str] = []
+    old = exl3_encoder.quantize_exl3(weight, inputs, 2, "mul1")
+    new = exl3_encoder.quantize_exl3(weight, inputs, 2, "mul1", outputs=outputs, notes=notes)
+    assert notes[0].startswith("two-sided")
+    assert not torch.equal(old["trellis"], new["trellis"])
+    errors = [weight - exl3.dequantize(parts).float() for parts in (old, new)]
+    assert proxy(errors[1], inputs, outputs.held_out) < 0.97 * proxy(errors[0], inputs, outputs.held_out)
+
+    # Every tile is the best path for what the formula, taken whole, asks of it; with no output side it is LDLQ's.
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(7))
+    ones = torch.ones(128)
+    lower_in, lower_out = (exl3_encoder._feedback(damped(m, 0.3), ones) for m in (inputs, outputs.fit))
+    search = exl3_encoder._TwoSided(x, x, inputs.double(), (ones, ones), "mul1", 2, False)
+    states = search._search(lower_in, lower_out)
+    error = x - exl3.tiles_to_matrix(exl3.codebook_table("mul1", x.device).float()[states])
+    aims = x + lower_in.t() @ error @ lower_out - error
+    found = exl3_encoder.viterbi(exl3.matrix_to_tiles(aims).view(-1, 256), "mul1", 2).view(states.shape)
+    assert (found == states).all(-1).float().mean() > 0.97, "a sum in another order may tip a path"
+    assert torch.equal(search._search(lower_in, torch.eye(128)), exl3_encoder._ldlq(x, lower_in, "mul1", 2))
