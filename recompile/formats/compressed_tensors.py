@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recompile.errors import FormatError, MismatchError, UnsupportedError
 from recompile.formats import FORMATS
+from recompile.io.patterns import Regex, compile_regex
 
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
@@ -32,12 +33,10 @@ class Targets:
         for group in (config.get("config_groups") or {}).values():
             for target in group.get("targets") or ():
                 self._named.setdefault(str(target), group)
-        self._patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+        self._patterns: list[tuple[Regex, Mapping[str, Any]]] = []
         for target in sorted(target for target in self._named if target.startswith("re:")):
-            try:
-                self._patterns.append((re.compile(target[3:]), self._named[target]))
-            except re.error as error:
-                raise FormatError(f"config_groups: target {target!r} is not a regular expression: {error}") from error
+            pattern = compile_regex(target[3:], f"config_groups: target {target[:100]!r}")
+            self._patterns.append((pattern, self._named[target]))
 
     def group_of(self, module: str, class_name: str = "Linear") -> Mapping[str, Any] | None:
         """The config group that a module falls in, as compressed-tensors matches: the exact name, then `re:` patterns
@@ -193,7 +192,7 @@ def names_others(config: Mapping[str, Any], modules: Collection[str]) -> bool:
         entries += map(str, group.get("targets") or ())
     for entry in entries:
         if entry.startswith("re:"):
-            pattern = re.compile(entry[3:])
+            pattern = compile_regex(entry[3:], f"quantization_config: {entry[:100]!r}")
             if not any(pattern.match(name) for name in modules):
                 return True
         elif "." in entry and entry not in modules:

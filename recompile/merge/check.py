@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from recompile.checkpoint.module_names import role_of
 from recompile.errors import CheckpointError, FormatError, MismatchError
 from recompile.formats import FLOAT_DTYPES, FORMATS, exl2_config, exl3_config
 from recompile.io.files import MARKER_NAME
+from recompile.io.patterns import Regex, compile_regex
 from recompile.merge import engine_rules as engines
 from recompile.merge.configs import COMPRESSED_FORMATS, family_of, is_linear
 from recompile.merge.overlay import Overlay, Placement
@@ -416,10 +417,16 @@ def _matches(target: Any, module: str) -> bool:
         return False
     if not target.startswith("re:"):
         return target == module
+    pattern = _compiled(target[3:])
+    return pattern is not None and pattern.match(module)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Regex | None:
     try:
-        return re.match(target[3:], module) is not None
-    except re.error:
-        return False
+        return compile_regex(pattern, "target")
+    except FormatError:
+        return None  # another check says so
 
 
 def _is_ignored(config: Mapping[str, Any], module: str) -> bool:

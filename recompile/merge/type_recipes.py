@@ -26,9 +26,12 @@ from recompile.checkpoint.checkpoint import GgufCheckpoint
 from recompile.errors import FormatError, RecipeError
 from recompile.formats.gguf_types import TYPES, find_type
 from recompile.gguf.container import GgufFile, open_gguf
+from recompile.io.files import open_regular, read_text
+from recompile.io.patterns import Regex, compile_regex
 from recompile.merge.overlay import Overlay
 from recompile.recipe.recipe import Override, Recipe, Source
 
+SHOWN_RULES = 10
 DIALECTS = ("llama-quantize", "ik-custom-q", "thireus")
 _FLAGS = ("--tensor-type-file", "--tensor-type", "--custom-q")
 # What Python's `re` takes and the tools' std::regex refuses or reads in another way.
@@ -46,8 +49,8 @@ class TypeRule:
     line: int = 0  # from 1; 0 where no file was read
 
     @cached_property
-    def regex(self) -> re.Pattern[str]:
-        return re.compile(self.pattern)
+    def regex(self) -> Regex:
+        return compile_regex(self.pattern, f"line {self.line}", error=RecipeError)
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,28 @@ class TypeRecipe:
         names = list(tensors)
         return [rule for rule in self.rules if not any(rule.regex.search(name) for name in names)]
 
+    def shadowed(self, tensors: Iterable[str]) -> list[tuple[TypeRule, TypeRule]]:
+        """Rules that are found in some names and decide none, each with the rule that decides the first of them."""
+        names = list(tensors)
+        decided = {name: self.rule_of(name) for name in names}
+        deciding = {id(rule) for rule in decided.values()}
+        hidden = []
+        for rule in self.rules:
+            first = (
+                next((name for name in names if rule.regex.search(name)), None) if id(rule) not in deciding else None
+            )
+            winner = decided[first] if first is not None else None
+            if winner is not None:
+                hidden.append((rule, winner))
+        return hidden
+
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def load_type_recipe(path: str | os.PathLike[str], dialect: str | None = None) -> TypeRecipe:
     """Read a file; see `parse_type_recipe`. Raises RecipeError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{path}: cannot be read: {reason}") from error
+    text = read_text(os.fspath(path), kind="recipe", error=RecipeError)
     return parse_type_recipe(text, os.fspath(path), dialect)
 
 
@@ -101,7 +115,7 @@ def parse_type_recipe(text: str, name: str = "<string>", dialect: str | None = N
         where = f"{name}:{number}"
         pattern, equals, type_name = word.rpartition("=")
         if not equals or not pattern.strip() or not type_name.strip():
-            raise RecipeError(f'{where}: "{word}" is no rule; wanted REGEX=TYPE, such as blk\\.0\\.ffn_down=q6_K')
+            raise RecipeError(f'{where}: "{word[:200]}" is no rule; wanted REGEX=TYPE, such as blk\\.0\\.ffn_down=q6_K')
         pattern = pattern.strip()
         if dialect == "llama-quantize":
             pattern = pattern.lower()  # as the tool does
@@ -115,9 +129,9 @@ def parse_type_recipe(text: str, name: str = "<string>", dialect: str | None = N
 def looks_like_type_recipe(path: str | os.PathLike[str]) -> bool:
     """Whether the first lines of a file that say something are rules `regex=type` with a known type."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file.read(1 << 16).splitlines()]
-    except (OSError, UnicodeDecodeError):
+        with open_regular(os.fspath(path), kind="recipe", error=RecipeError) as file:
+            lines = [line.strip() for line in file.read(1 << 16).decode("utf-8", "replace").splitlines()]
+    except (RecipeError, OSError):
         return False
     said = next((line for line in lines if line and not line.startswith("#")), "")
     for flag in _FLAGS:
@@ -162,10 +176,7 @@ def _type(text: str, where: str) -> str:
 
 
 def _check_regex(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f'{where}: "{pattern}" is no regular expression: {error}') from error
+    compile_regex(pattern, where, error=RecipeError)
     found = _NOT_ECMASCRIPT.search(pattern)
     if found:
         raise RecipeError(f'{where}: "{pattern}": the tools\' regular expressions (ECMAScript) have no "{found[0]}"')
@@ -339,10 +350,23 @@ def as_recipe(
     warnings: list[str] = []
     stray = types.unmatched(base.tensors)
     if stray:
-        said = "; ".join(f'{types.name}:{rule.line}: "{rule.pattern}" is found in no tensor name' for rule in stray)
+        said = "; ".join(
+            f'{types.name}:{rule.line}: "{rule.pattern[:200]}" is found in no tensor name'
+            for rule in stray[:SHOWN_RULES]
+        )
+        if len(stray) > SHOWN_RULES:
+            said += f"; and {len(stray) - SHOWN_RULES} more rules"
         if not allow_unmatched:
             raise RecipeError(f"{said} (--allow-unmatched goes on without)")
         warnings.append(said)
+    shadowed = types.shadowed(base.tensors)
+    for hidden, winner in shadowed[:SHOWN_RULES]:
+        warnings.append(
+            f'{types.name}:{hidden.line}: "{hidden.pattern[:200]}" never decides: it is found only in names that '
+            f'"{winner.pattern[:200]}" on line {winner.line} decides before it (the first rule found in a name wins)'
+        )
+    if len(shadowed) > SHOWN_RULES:
+        warnings.append(f"{types.name}: and {len(shadowed) - SHOWN_RULES} more rules that never decide")
     by_type = {source.type: source for source in sources}
     overrides: list[Override] = []
     used: dict[str, TypeSource] = {}

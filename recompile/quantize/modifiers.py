@@ -22,8 +22,9 @@ from typing import Any
 
 import yaml
 
-from recompile.errors import RecipeError, UnsupportedError
+from recompile.errors import FormatError, RecipeError, UnsupportedError
 from recompile.formats.schemes import Scheme, parse_scheme
+from recompile.io.files import read_text
 from recompile.quantize.scheme_encoder import (
     METHODS,
     SCALED_METHODS,
@@ -63,12 +64,13 @@ def load_modifiers(path: Path) -> tuple[SchemeVariant, list[str]]:
     Raises RecipeError, naming file and place, for what is not a recipe of modifiers; UnsupportedError for methods that
     are not made here (SpinQuant and others); FormatError for schemes that do not exist.
     """
+    text = read_text(path, kind="recipe", error=RecipeError)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())[:300]}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: not a recipe: the YAML is nested too deeply") from error
     if not isinstance(content, Mapping) or not content:
         raise RecipeError(f"{path}: wanted `modifiers:` with a list, or a recipe of llm-compressor")
     notes: list[str] = []
@@ -113,7 +115,13 @@ def _own_rules(entry: Any, where: str) -> list[SchemeRule | ScalingRule]:
     if scaling is not None:
         found.append(ScalingRule(scaling, targets, ignore, _strength(entry.get("strength", 0.5), where)))
     if "scheme" in entry:
-        scheme = None if entry["scheme"] in (None, "dense") else parse_scheme(str(entry["scheme"]))
+        named = entry["scheme"]
+        if not isinstance(named, str) and named is not None:
+            raise RecipeError(f"{where}: scheme: found {named!r}, wanted a name such as w4a16-g64")
+        try:
+            scheme = None if named in (None, "dense") else parse_scheme(named)
+        except FormatError as error:
+            raise RecipeError(f"{where}: {error}") from error
         found.append(SchemeRule(scheme, rounding, targets, ignore))
     elif method not in SCALINGS:
         raise RecipeError(f"{where}: scheme is missing")

@@ -23,6 +23,7 @@ from recompile.formats import FORMATS, packed_int
 from recompile.formats.compressed_tensors import merged_config
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
+from recompile.io.patterns import Regex, compile_regex
 from recompile.quantize.calibrate import InputStatistics
 from recompile.quantize.float_grids import E2M1_MAX, E4M3_MAX, LevelGrid, fit_levels, global_scale
 from recompile.quantize.gptq import QuantizedWeight, quantize_gptq
@@ -124,15 +125,12 @@ def uniform(scheme: Scheme, method: str = "gptq") -> SchemeVariant:
 
 
 @lru_cache(maxsize=1024)
-def _pattern(target: str) -> re.Pattern[str]:
+def _pattern(target: str) -> Regex:
     if target.startswith("re:"):
-        try:
-            return re.compile(target[3:])
-        except re.error as error:
-            raise FormatError(f"target {target!r} is not a regular expression: {error}") from error
+        return compile_regex(target[3:], f"target {target[:100]!r}")
     if target == "Linear":
         target = "*"
-    return re.compile(".*".join(re.escape(piece) for piece in target.split("*")) + r"\Z")
+    return compile_regex(".*".join(re.escape(piece) for piece in target.split("*")) + "$", f"target {target[:100]!r}")
 
 
 def _any_matches(targets: Sequence[str], module: str) -> bool:
