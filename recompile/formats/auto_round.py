@@ -3,14 +3,15 @@ points are stored. Keys are those of AutoRound 0.15."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.awq import BITS as AWQ_BITS
 from recompile.formats.awq import AwqScheme
 from recompile.formats.gptq import GptqScheme
+from recompile.io.patterns import Regex, compile_regex
 
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
@@ -51,6 +52,11 @@ def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> GptqScheme | AwqS
         raise FormatError(f"{checkpoint.label}: config of {module.name}: {error}") from error
 
 
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Regex:
+    return compile_regex(pattern, "extra_config")
+
+
 def read_values(config: Mapping[str, Any], module: str) -> dict[str, Any]:
     """`bits`, `group_size` and `sym` of a module: the base values, changed by `extra_config` under the module's exact
     name, else under the first regex found in it. Raises FormatError for a module that is not to be quantized."""
@@ -60,10 +66,7 @@ def read_values(config: Mapping[str, Any], module: str) -> dict[str, Any]:
         raise FormatError(f"extra_config: found {type(extra).__name__}, wanted an object")
     overrides = extra.get(module)
     if overrides is None:
-        try:
-            overrides = next((extra[pattern] for pattern in extra if re.search(pattern, module)), {})
-        except re.error as error:
-            raise FormatError(f"extra_config: a key is not a regular expression: {error}") from error
+        overrides = next((extra[pattern] for pattern in extra if _compiled(str(pattern)).search(module)), {})
     if not isinstance(overrides, Mapping):
         raise FormatError(f"extra_config: found {overrides!r}, wanted an object")
     values |= {key: overrides[key] for key in values if overrides.get(key) is not None}

@@ -14,9 +14,9 @@ config keys are those of AutoGPTQ and GPTQModel (7.7).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.checks import SCALE_DTYPES, check_finite, check_matrix, get_part, row_chunks
 from recompile.formats.packed_int import unpack_rows
+from recompile.io.patterns import Regex, compile_regex
 
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
@@ -99,6 +100,11 @@ def read_scheme(config: Mapping[str, Any], module: str) -> GptqScheme:
     return GptqScheme(values["bits"], None if group_size in (None, -1) else group_size, values["sym"], str(layout))
 
 
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Regex:
+    return compile_regex(pattern, "dynamic")
+
+
 def _first_rule(dynamic: Any, module: str) -> tuple[str, Mapping[str, Any]] | None:
     """The first rule of `dynamic` whose regex matches from the start of the module's name."""
     if not dynamic:
@@ -107,11 +113,7 @@ def _first_rule(dynamic: Any, module: str) -> tuple[str, Mapping[str, Any]] | No
         raise FormatError(f"dynamic: found {type(dynamic).__name__}, wanted an object of rules")
     for pattern, overrides in dynamic.items():
         regex = pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
-        try:
-            matched = re.match(regex, module)
-        except re.error as error:
-            raise FormatError(f"dynamic: {pattern!r} is not a regular expression: {error}") from error
-        if matched:
+        if _compiled(regex).match(module):
             if overrides is not None and not isinstance(overrides, Mapping):
                 raise FormatError(f"dynamic rule {pattern!r}: found {overrides!r}, wanted an object")
             return pattern, overrides or {}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from recompile.checkpoint.checkpoint import WeightSource, join_parts, split_name
+from recompile.checkpoint.config_fields import check_config, taken
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.gguf.names import Joined
 from recompile.model.joined import JoinConverter, patterned
@@ -45,12 +46,15 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+def build_skeleton(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, place: str = "config.json"
+) -> Any:
     """The model, its parameters and persistent buffers on the meta device, other buffers real and on `device`.
 
     Raises UnsupportedError for what transformers has no causal model of, CheckpointError for a config it refuses."""
-    model_config = transformers_config(config)
-    model_class = _model_class(config, model_config)
+    check_config(config, place)
+    model_config = transformers_config(config, place)
+    model_class = _model_class(config, model_config, place)
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -59,9 +63,9 @@ def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype, device: torch.
     try:
         with _parameters_on_meta():
             model = model_class._from_config(model_config, dtype=dtype)  # sdpa where it can, as from_pretrained
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UnsupportedError(
-            f"transformers cannot build a {model_class.__name__} from config.json: {one_line(error)}"
+            f"transformers cannot build a {model_class.__name__} from {place}: {one_line(error)}"
         ) from error
     finally:
         logger.setLevel(level)
@@ -84,7 +88,7 @@ def _may_lack(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
 
 
-def _model_class(config: Mapping[str, Any], model_config: Any) -> Any:
+def _model_class(config: Mapping[str, Any], model_config: Any, place: str) -> Any:
     """The class that config.json names where it is one that makes text, else what transformers takes for its type."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -101,12 +105,12 @@ def _model_class(config: Mapping[str, Any], model_config: Any) -> Any:
         makes_text += [found] if isinstance(found, str) else list(found)
     if getattr(model_config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"config.json: model_type {model_type!r} is an encoder and a decoder; only models of one stack of layers "
+            f"{place}: model_type {model_type!r} is an encoder and a decoder; only models of one stack of layers "
             f"can be run"
         )
     if not makes_text:
         raise UnsupportedError(
-            f"config.json: transformers has no model that makes text for model_type {model_type!r}; it cannot be run"
+            f"{place}: transformers has no model that makes text for model_type {model_type!r}; it cannot be run"
         )
     named = config.get("architectures")
     wanted = [name for name in named if name in makes_text] if isinstance(named, list) else []
@@ -114,10 +118,10 @@ def _model_class(config: Mapping[str, Any], model_config: Any) -> Any:
         model_class = getattr(transformers, name, None)
         if model_class is not None:
             return model_class
-    raise UnsupportedError(f"config.json: this transformers has no class {makes_text[0]}; it cannot be run")
+    raise UnsupportedError(f"{place}: this transformers has no class {makes_text[0]}; it cannot be run")
 
 
-def transformers_config(config: Mapping[str, Any]) -> Any:
+def transformers_config(config: Mapping[str, Any], place: str = "config.json") -> Any:
     """The transformers config object of a config.json, without its quantization.
 
     Raises CheckpointError if `model_type` is missing or unknown."""
@@ -125,14 +129,12 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"config.json: model_type {model_type!r} is not one that this transformers knows")
+        raise CheckpointError(f"{place}: model_type {model_type!r} is not one that this transformers knows")
     try:
-        kept = {
-            key: _plain_floats(value) for key, value in config.items() if key not in ("quantization_config", "auto_map")
-        }
+        kept = {key: _plain_floats(value) for key, value in taken(config).items() if key != "quantization_config"}
         return CONFIG_MAPPING[model_type].from_dict(kept)
     except Exception as error:  # its validators raise classes of their own, which derive from nothing narrower
-        raise CheckpointError(f"config.json: not a valid {model_type} config: {one_line(error)}") from error
+        raise CheckpointError(f"{place}: not a valid {model_type} config: {one_line(error)}") from error
 
 
 def _plain_floats(value: Any) -> Any:

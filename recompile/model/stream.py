@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from recompile.checkpoint.checkpoint import WeightSource, split_name
+from recompile.checkpoint.config_fields import config_place
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import MismatchError, MissingWeight, UnsupportedError
 from recompile.model.finite import FiniteWatch
@@ -146,7 +147,7 @@ class LayeredModel:
         """
         device = torch.device(device)
         dtype = dtype or default_dtype(device)
-        model = build_skeleton(source.config, dtype, device)
+        model = build_skeleton(source.config, dtype, device, config_place(getattr(source, "label", "the checkpoint")))
         layers_name, layers = find_stack(model)
         made = cls(source, dtype, device, model, find_runner(model, layers_name), layers, layers_name)
         made.origins, left = find_origins(model, source)

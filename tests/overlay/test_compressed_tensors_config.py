@@ -230,7 +230,7 @@ def test_groups_are_found_as_the_library_finds_them() -> None:
     alone = {"config_groups": {"b": config["config_groups"]["b"]}}
     assert Targets(alone).group_of("model.layers.1.self_attn.q_proj") is None
     assert Targets({}).group_of("x") is None
-    with pytest.raises(FormatError, match="not a regular expression"):
+    with pytest.raises(FormatError, match="no regular expression"):
         Targets({"config_groups": {"a": {"targets": ["re:("]}}})
 
 
