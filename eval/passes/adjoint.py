@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.checkpoint.module_names import role_of
@@ -34,6 +33,7 @@ from recompile.costs import ProfileGroup
 from recompile.errors import NotFiniteError, OutputError, RecompileError, UnsupportedError
 from recompile.io.memory import format_mib, resident_bytes
 from recompile.model.finite import WIDER, is_finite, name_of
+from recompile.model.linear_calls import LinearMode
 from recompile.model.stream import FREE_BYTES_KEPT, LayeredModel, LinearWeight, LinearWeights, release_free_memory
 
 PASS_TOKENS = 512  # rows of a batch hold about this many tokens
@@ -225,23 +225,19 @@ class _LinearCall:
     output: Tensor  # the same with out, in the graph
 
 
-class _Tape(TorchFunctionMode):
+class _Tape(LinearMode):
     """Inside it, linear calls of one loaded layer are noted."""
 
     def __init__(self, weights: LinearWeights, wanted: frozenset[str]) -> None:
-        super().__init__()
+        super().__init__(weights)
         self.calls: list[_LinearCall] = []
-        self._weights, self._wanted = weights, wanted
+        self._wanted = wanted
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is nn.functional.linear:
-            found = self._weights.find(args[1] if len(args) > 1 else kwargs["weight"])
-            if found is not None and not self._wanted.isdisjoint(found.modules):
-                self.calls.append(_LinearCall(found, (args[0] if args else kwargs["input"]).detach(), out))
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = super().linear(x, weight, bias)
+        found = self.weights.find(weight)
+        if found is not None and not self._wanted.isdisjoint(found.modules):
+            self.calls.append(_LinearCall(found, x.detach(), out))
         return out
 
 
@@ -434,9 +430,11 @@ class AdjointPass:
             parts: dict[str, list[tuple[ProfileGroup, Any]]] = {}  # of every parameter whose it is, and which part
             for weight in LinearWeights(model, index):
                 if not wanted.isdisjoint(weight.modules):
-                    outputs = layer.get_parameter(weight.parameter.removeprefix(deltas.prefix)).shape[-2]
+                    axis = -1 if weight.transposed else -2
+                    outputs = layer.get_parameter(weight.parameter.removeprefix(deltas.prefix)).shape[axis]
                     for module, share in deltas.shares(weight, outputs):
-                        part = share if weight.expert is None else (weight.expert, share)
+                        features = (slice(None), share) if weight.transposed else (share,)
+                        part = features if weight.expert is None else (weight.expert, *features)
                         parts.setdefault(weight.parameter, []).append((deltas.group_of[module], part))
             parameters = [layer.get_parameter(name.removeprefix(deltas.prefix)).requires_grad_(True) for name in parts]
             sums: list[dict[str, Tensor]] = [{} for _ in adjoints]  # of every sample the gradients, by parameter
@@ -533,7 +531,8 @@ class _Deltas:
                 inputs = calls[number].inputs
                 for module, share in self.shares(calls[number].weight, calls[number].output.shape[-1]):
                     labels = self.labels(self.group_of[module])
-                    shape = (len(labels), inputs.shape[:-1].numel(), share.stop - share.start)
+                    features = len(range(*share.indices(calls[number].output.shape[-1])))
+                    shape = (len(labels), inputs.shape[:-1].numel(), features)
                     found[number, module] = share, labels, inputs.new_empty(shape)
             for label in self._owner.candidates:
                 asked = [(number, *entry) for (number, _), entry in found.items() if label in entry[1]]
@@ -541,7 +540,9 @@ class _Deltas:
                     continue
                 delta = self.of(parameter, label)
                 for number, share, labels, values in asked:
-                    weight = delta if calls[number].weight.expert is None else delta[calls[number].weight.expert]
+                    which = calls[number].weight
+                    weight = delta if which.expert is None else delta[which.expert]
+                    weight = weight.T if which.transposed else weight
                     torch.mm(calls[number].inputs.flatten(0, -2), weight[share].T, out=values[labels.index(label)])
             for (number, module), (share, labels, values) in found.items():
                 if labels:
@@ -566,7 +567,10 @@ class _Deltas:
                     f"weight {outputs}; cannot tell which rows are whose"
                 )
             ends = [sum(sizes[: number + 1]) for number in range(count)]
-            shares = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+            if weight.alternating:
+                shares = [slice(number, None, count) for number in range(count)]
+            else:
+                shares = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         return [
             (module, share) for module, share in zip(weight.modules, shares, strict=True) if module in self.group_of
         ]

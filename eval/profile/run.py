@@ -20,6 +20,7 @@ from recompile.io.sizes import format_bytes, format_seconds
 from recompile.model.rows import RowOptions, check_vocabulary
 from recompile.optimize.budget import Budget
 from recompile.quantize.candidates import CandidateOptions, candidate_named, make_candidates
+from recompile.quantize.lazy_variant import MadeVariant
 from recompile.recipe.recipe import SourceId
 
 DEFAULT_ROWS = 16
@@ -141,6 +142,8 @@ def _sources(
     """What is swapped in, and which of it recipes start from."""
     if request.candidates:
         offered = make_candidates(reference, request.candidates, request.making, on_event)
+        if isinstance(made := offered[0][1], MadeVariant) and made.base is not None:
+            reference = made.base  # fused experts in one piece where the candidates keep them so
         return candidate_named(request.base, offered), offered
     assert request.base is not None, "checked before"
     named = [_source(given) for given in (request.base, *request.sources)]

@@ -10,12 +10,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol
 
+from recompile.checkpoint.fused_experts import View, split_experts
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, WEIGHT_PARTS, FormatSpec, format_of
 from recompile.formats.gguf_types import QUANTIZED_TYPES
@@ -58,6 +59,12 @@ class TensorInfo:
     path: Path
     offset: int  # of the first byte, from the start of the file
     size_bytes: int
+    view: View | None = None  # one expert's part of a stored tensor; its bytes are not in a row where `columns` is set
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether its bytes do not lie in a row, so that only `read_tensor` gives them."""
+        return self.view is not None and self.view.columns is not None
 
     @property
     def numel(self) -> int:
@@ -211,6 +218,10 @@ class OpenFiles:
 
     def read(self, info: TensorInfo) -> bytes:
         """The bytes of one tensor. Raises CheckpointError for a file that cannot be read or ends early."""
+        if info.is_scattered:
+            import torch
+
+            return read_tensor(info).reshape(-1).view(torch.uint8).numpy().tobytes()
         try:
             descriptor = self._descriptors.get(info.path)
             if descriptor is None:
@@ -243,7 +254,8 @@ class WeightSource(Protocol):
 class Checkpoint:
     """A model directory: safetensors shards, config and tokenizer files.
 
-    `label` is the directory as the user wrote it, for messages.
+    `label` is the directory as the user wrote it, for messages. Experts that a dense checkpoint keeps in one tensor are
+    seen one by one (fused_experts.py): `whole` is the same checkpoint without that.
     """
 
     path: Path
@@ -252,8 +264,32 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...] = ()
     _modules: dict[str, StoredModule] = field(default_factory=dict, repr=False, compare=False)
+    # stored name -> the names that it is seen under; and the tensors as stored, where some are seen otherwise
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, kw_only=True)
+    as_stored: Mapping[str, TensorInfo] | None = field(default=None, repr=False, kw_only=True)
 
     # ---- what is stored -------------------------------------------------------------------------------------------
+
+    @property
+    def stored_tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors under the names and shapes that the files have."""
+        return self.tensors if self.as_stored is None else self.as_stored
+
+    @cached_property
+    def whole(self) -> Checkpoint:
+        """This checkpoint with its tensors as they are stored."""
+        return replace(self, tensors=self.stored_tensors, fused={}, as_stored=None) if self.fused else self
+
+    @cached_property
+    def fused_blocks(self) -> tuple[tuple[frozenset[str], tuple[str, ...]], ...]:
+        """Of every block of fused experts, the modules that it is seen as and the stored tensors that it is."""
+        blocks: dict[str, tuple[set[str], list[str]]] = {}
+        for stored, seen in self.fused.items():
+            container = seen[0].rpartition(".")[0].rpartition(".")[0].rpartition(".")[0]
+            modules, names = blocks.setdefault(container, (set(), []))
+            modules |= {split_name(name)[0] for name in seen}
+            names.append(stored)
+        return tuple((frozenset(modules), tuple(names)) for modules, names in blocks.values())
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -353,8 +389,8 @@ class Checkpoint:
         It tells builds apart without reading whole models; it is not a proof that two builds are equal: `identity` is.
         """
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            info = self.tensors[name]
+        for name in sorted(self.stored_tensors):
+            info = self.stored_tensors[name]
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
             with info.path.open("rb") as file:
                 for start in (0, (info.size_bytes - FINGERPRINT_BYTES) // 2, info.size_bytes - FINGERPRINT_BYTES):
@@ -493,6 +529,16 @@ def _stack_experts(dequantize: Callable[..., Tensor], parts: Mapping[str, Tensor
 def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:
     """The bytes of one tensor as a torch tensor of its own dtype, read once into its final host buffer."""
     import torch
+
+    if info.view is not None and info.view.columns is not None:
+        stored, (start, step) = info.view.stored, info.view.columns
+        size = stored.size_bytes // stored.shape[0]
+        whole = replace(
+            stored, shape=stored.shape[1:], offset=stored.offset + info.view.index * size, size_bytes=size, view=None
+        )
+        count = info.shape[0]
+        part = read_tensor(whole, device)[..., start : start + step * count : step]
+        return (part.T if part.dim() == 2 else part).contiguous()
     from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
 
     buffer = torch.empty(info.size_bytes, dtype=torch.uint8)
@@ -690,7 +736,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             tensors[name] = info
     if listed is not None and quant_method(config) != "exl2":  # EXL2 directories carry a stale index
         _check_index(label, listed, tensors)
-    return Checkpoint(path, label, config, tensors, tuple(notes))
+    seen, fused = split_experts(tensors, config)
+    return Checkpoint(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors)
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:

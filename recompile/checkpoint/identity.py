@@ -50,7 +50,7 @@ def identity_of(checkpoint: Checkpoint) -> str:
 
 
 def _digest_of_tensors(checkpoint: Checkpoint) -> str:
-    paths = sorted({info.path for info in checkpoint.tensors.values()})
+    paths = sorted({info.path for info in checkpoint.stored_tensors.values()})
     files = [_status(path) for path in paths]
     stored = _cache_file(checkpoint.path) if checkpoint.size_bytes >= CACHED_BYTES else None
     names = hashlib.sha256(repr([_described(info) for info in _in_order(checkpoint)]).encode()).hexdigest()
@@ -73,7 +73,7 @@ def _digest_of_tensors(checkpoint: Checkpoint) -> str:
 
 
 def _in_order(checkpoint: Checkpoint) -> list[TensorInfo]:
-    return [checkpoint.tensors[name] for name in sorted(checkpoint.tensors)]
+    return [checkpoint.stored_tensors[name] for name in sorted(checkpoint.stored_tensors)]
 
 
 def _described(info: TensorInfo) -> tuple[object, ...]:

@@ -21,6 +21,7 @@ from recompile.checkpoint.checkpoint import (
     INDEX_NAME,
     Checkpoint,
     GgufCheckpoint,
+    OpenFiles,
     StoredModule,
     TensorInfo,
     open_checkpoint,
@@ -100,7 +101,7 @@ def verify(out: str | os.PathLike[str], on_step: Callable[[Step], None] | None =
 
     Raises CheckpointError if the directory cannot be opened or has no manifest of ours; contradictions are reported.
     """
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(out).whole
     if isinstance(checkpoint, GgufCheckpoint):
         return _verify_gguf(checkpoint)
     manifest = _read_manifest(checkpoint)
@@ -120,8 +121,9 @@ def verify(out: str | os.PathLike[str], on_step: Callable[[Step], None] | None =
         source = listed[name].get("source")
         if source not in sources or listed[name].keys() & {"decoded_from", "converted_from"}:
             continue
-        if name in sources[source].modules:
-            originals[name] = sources[source].modules[name]
+        original = sources[source].modules.get(name) or sources[source].whole.modules.get(name)
+        if original is not None:
+            originals[name] = original
         else:
             problems.append(Problem(name, f"is not in {source or 'the base'}, which it was taken from"))
     total = sum(module.size_bytes for module in (*stored.values(), *originals.values()))
@@ -223,6 +225,10 @@ def hash_module(module: StoredModule) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for _, info in sorted(module.parts.items()):
+        if info.is_scattered:
+            with OpenFiles() as files:
+                digest.update(files.read(info))
+            continue
         try:
             with info.path.open("rb", buffering=0) as file:
                 file.seek(info.offset)
@@ -723,6 +729,8 @@ def row_block(checkpoint: Checkpoint, module: StoredModule, first: int) -> Tenso
             return checkpoint.load(module.dense_name)[first:last]
         if module.is_quantized:
             return checkpoint.decode(module, {"weight": read_tensor(_rows_of(parts["weight"], first, last))})
+    if not module.is_quantized and parts["weight"].is_scattered:
+        return read_tensor(parts["weight"])[first:last]
     if not module.is_quantized:
         return read_tensor(_rows_of(parts["weight"], first, last))
     if module.format == "pack-quantized":

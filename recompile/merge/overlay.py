@@ -471,6 +471,8 @@ def check_shapes(module: str, base: StoredModule, other: StoredModule, base_labe
     else:
         left, right = str(list(base.shape)), str(list(other.shape))
         same = _padded(base, other) == _padded(other, base)
+        if base.is_quantized != other.is_quantized:  # a dense Conv1D is stored [in, out], a quantized one [out, in]
+            same = same or (len(base.shape) == 2 and base.shape == other.shape[::-1])
     if not same:
         raise MismatchError(f"{other_label}: {module} is {right}, in {base_label} it is {left}; not the same model")
 

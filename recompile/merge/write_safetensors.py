@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,14 @@ from recompile.checkpoint.checkpoint import (
     INDEX_NAME,
     Checkpoint,
     GgufCheckpoint,
+    OpenFiles,
     StoredModule,
     TensorInfo,
     dense_dtype,
     no_names,
     read_safetensors_header,
     read_tensor,
+    split_name,
 )
 from recompile.checkpoint.coupled_modules import SCALING_NAME, dump_scaled_sets
 from recompile.errors import CheckpointError, OutputError, RecipeError, UnsupportedError
@@ -139,6 +141,25 @@ class Step:
     total_bytes: int
 
 
+def with_whole_experts(overlay: Overlay) -> Overlay:
+    """The overlay with fused experts of which none is quantized as their checkpoint stores them, in one piece."""
+    placements = dict(overlay.placements)
+    changed = False
+    for checkpoint in {id(p.checkpoint): p.checkpoint for p in placements.values()}.values():
+        for modules, stored in checkpoint.fused_blocks:
+            members = [placements.get(name) for name in modules]
+            if any(p is None or p.checkpoint is not checkpoint or p.stored.is_quantized for p in members):
+                continue
+            changed, first = True, placements[next(iter(modules))]
+            for name in modules:
+                del placements[name]
+            for tensor in stored:
+                module = next(name for name in (tensor, split_name(tensor)[0]) if name in checkpoint.whole.modules)
+                whole = checkpoint.whole.modules[module]
+                placements[module] = Placement(module, whole, checkpoint.whole, first.source, first.override)
+    return replace(overlay, placements=placements) if changed else overlay
+
+
 def plan_write(
     overlay: Overlay,
     out: str | os.PathLike[str],
@@ -160,6 +181,7 @@ def plan_write(
     if shard_mb < 1:
         raise OutputError(f"--shard-size {shard_mb}: wanted at least 1 (MB)")
     out = Path(out)
+    overlay = with_whole_experts(overlay)
     warnings: list[str] = []
     conversions: dict[str, Conversion] = {}
     ordered = [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
@@ -637,6 +659,9 @@ def _write_module(
             chunks = _in_chunks(made[tensor.info.name])
         elif tensor.source is None:
             chunks = _in_chunks(_decode(plan.overlay, module, tensor))
+        elif tensor.source.is_scattered:
+            with OpenFiles() as opened:
+                chunks = _in_chunks(memoryview(opened.read(tensor.source)))
         else:
             chunks = files.read(tensor.source)
         at = tensor.info.offset
@@ -714,7 +739,7 @@ class _OpenFiles:
             if isinstance(module.placement.checkpoint, GgufCheckpoint):
                 continue  # is decoded, which reads it as it is opened
             for info in module.placement.stored.parts.values():
-                wanted.setdefault(info.path, []).append(info)
+                wanted.setdefault(info.path, []).append(info if info.view is None else info.view.stored)
         for path, infos in wanted.items():
             now, _ = read_safetensors_header(path)
             if any(now.get(info.name) != info for info in infos):

@@ -17,6 +17,7 @@ from recompile.checkpoint.checkpoint import WeightSource, join_parts, split_name
 from recompile.checkpoint.config_fields import check_config, taken
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.gguf.names import Joined
+from recompile.model.fused_experts import ExpertStacks
 from recompile.model.joined import JoinConverter, patterned
 from recompile.model.own_forward import name_of
 
@@ -221,6 +222,7 @@ def find_origins(model: Any, source: WeightSource) -> tuple[dict[str, Origin], l
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state = model.state_dict()
+    experts = ExpertStacks(model)
     collected: dict[str, list[tuple[str, str | None]]] = {}
     left: list[tuple[str, str]] = []
     for tensor in sorted(dense_names(source), key=dot_natural_key):
@@ -229,13 +231,15 @@ def find_origins(model: Any, source: WeightSource) -> tuple[dict[str, Origin], l
             renamed, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
         if renamed in state:
             collected.setdefault(renamed, []).append((tensor, pattern))
+        elif (place := experts.place(tensor, renamed)) is not None:
+            collected.setdefault(place[0], []).append((tensor, place[1]))
         else:
             left.append((tensor, renamed))
     tied = getattr(model, "all_tied_weights_keys", {}) or {}
     origins: dict[str, Origin] = {}
     for name, found in collected.items():
         tensors, patterns = zip(*found, strict=True)
-        converter = by_pattern[patterns[0]] if patterns[0] is not None else None
+        converter = experts.converter(name) or (by_pattern[patterns[0]] if patterns[0] is not None else None)
         targets = [name]
         if converter is not None and len(converter.target_patterns) > 1:
             first = converter.target_patterns[0]

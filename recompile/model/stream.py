@@ -27,6 +27,7 @@ from recompile.checkpoint.config_fields import config_place
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import MismatchError, MissingWeight, UnsupportedError
 from recompile.model.finite import FiniteWatch
+from recompile.model.fused_experts import is_transposed
 from recompile.model.own_forward import Probe, Reached, Structure, name_of, patched, result_of, run_own, zeros_outside
 from recompile.model.skeleton import (
     Origin,
@@ -243,6 +244,9 @@ class LayeredModel:
         wanted = self._shapes[name]
         if origin.converter is None:
             value = source.load(origin.tensors[0], device=self.device)
+            stored = source.modules.get(module_of(source, origin.tensors[0]))
+            if stored is not None and stored.is_quantized and self._is_turned(name):
+                value = value.T  # quantized weights are [out, in] whatever the model has
             return self._fit(source, origin.tensors[0], value, wanted).to(self._dtypes[name])
         return self._convert(name, list(zip(origin.tensors, origin.patterns, strict=True)), wanted, source)
 
@@ -265,6 +269,15 @@ class LayeredModel:
         value = made[name]
         value = value[0] if isinstance(value, list) else value
         return self._fit(source, name, value, wanted).to(self._dtypes[name])
+
+    def _is_turned(self, parameter: str) -> bool:
+        """Whether a parameter is the weight of a Conv1D, [in, out]."""
+        owner, leaf = split_name(parameter)
+        return leaf == "weight" and type(self.model.get_submodule(owner)).__name__ == "Conv1D"
+
+    def is_turned(self, module: str) -> bool:
+        """Whether a dense checkpoint stores the weight of `module` as [in, out]; quantized ones are [out, in]."""
+        return any(self._is_turned(name) for name in self.parameters_of(module))
 
     def expert_of(self, module: str) -> tuple[str, int] | None:
         """(parameter, expert) of a checkpoint module that transformers keeps as one slice of a fused 3-D parameter.
@@ -547,13 +560,17 @@ class LayeredModel:
 class LinearWeight:
     """What one weight handed to `torch.nn.functional.linear` is: [out, in], or one expert's slice of a 3-D parameter.
 
-    modules: the checkpoint modules whose rows make it up, one after another along `out`
+    modules: the checkpoint modules whose rows make it up, one after another along `out`, or row by row in turn
+    (`alternating`)
     parameter: its full name in the model; expert: the slice, None for a 2-D parameter
+    transposed: the parameter is [in, out], or [experts, in, out]
     """
 
     modules: tuple[str, ...]
     parameter: str
     expert: int | None = None
+    transposed: bool = False
+    alternating: bool = False
 
 
 class LinearWeights:
@@ -574,13 +591,16 @@ class LinearWeights:
                 continue
             modules = [module_of(model.source, tensor) for tensor in origin.tensors]
             if parameter.dim() == 2 and name.endswith("weight"):
-                self._whole[parameter.data_ptr()] = LinearWeight(tuple(modules), full)
+                turned = type(model.model.get_submodule(full.rpartition(".")[0])).__name__ == "Conv1D"
+                self._whole[parameter.data_ptr()] = LinearWeight(tuple(modules), full, transposed=turned)
             elif parameter.dim() == 3 and origin.converter is not None and len(modules) % len(parameter) == 0:
                 by_pattern: dict[str | None, list[str]] = {}  # a fused parameter lists them pattern by pattern
                 for module, pattern in zip(modules, origin.patterns, strict=True):
                     by_pattern.setdefault(pattern, []).append(module)
+                block = model.model.get_submodule(full.rpartition(".")[0])
+                how = is_transposed(block), getattr(block, "is_concatenated", True) is False and len(by_pattern) > 1
                 experts = [
-                    LinearWeight(tuple(found[e] for found in by_pattern.values()), full, e)
+                    LinearWeight(tuple(found[e] for found in by_pattern.values()), full, e, *how)
                     for e in range(len(parameter))
                 ]
                 self._slices[parameter.data_ptr()] = (parameter[0].numel() * parameter.element_size(), experts)
@@ -598,6 +618,10 @@ class LinearWeights:
             if start <= address < start + stride * len(experts) and weight.dim() == 2:
                 return experts[(address - start) // stride]
         return None
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a tensor is the whole parameter of all experts of a layer."""
+        return weight.dim() == 3 and weight.data_ptr() in self._slices
 
 
 def check_same_skeleton(reference: LayeredModel, candidate: LayeredModel) -> None:

@@ -7,16 +7,15 @@ by which slice of it the call reads, so each expert gets the Hessian of the toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.model.finite import check_finite
+from recompile.model.linear_calls import LinearMode
 from recompile.model.stream import LayeredModel, LinearWeights
 
 BATCH_TOKENS = 2048
@@ -60,7 +59,7 @@ class InputPower(InputStatistics):
 
 
 @dataclass
-class InputCollector(TorchFunctionMode):
+class InputCollector(LinearMode):
     """Context manager: inside it, linear calls of one loaded layer add to the Hessians of their inputs. Leaving it
     raises NotFiniteError where these are no numbers.
 
@@ -71,22 +70,17 @@ class InputCollector(TorchFunctionMode):
     statistics: type[InputStatistics] = InputStatistics
 
     def __init__(self, model: LayeredModel, index: int) -> None:
-        super().__init__()
+        super().__init__(LinearWeights(model, index))
         self.groups = []
         self._group_of: dict[str, InputStatistics] = {}
-        self._weights, self._label = LinearWeights(model, index), model.loaded_from
+        self._label = model.loaded_from
         self._last: tuple[Tensor, InputStatistics] | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            found = self._weights.find(weight)
-            if found is not None:
-                self._add(found.modules, args[0] if args else kwargs["input"])
-        return func(*args, **kwargs)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found = self.weights.find(weight)
+        if found is not None:
+            self._add(found.modules, x)
+        return super().linear(x, weight, bias)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)

@@ -80,7 +80,7 @@ def make_candidates(
         raise ArgumentError("{imatrix}: goes with {candidates} of GGUF types")
     importance: Mapping[str, Tensor] | None = None
     if types and (options.imatrix is not None or options.importance_rows):
-        importance = _gguf_importance(reference, options, on_event)
+        importance = _gguf_importance(reference.whole, options, on_event)
     elif options.importance_rows and options.format != "exl3":  # noise has no use for it
         rows = _calibration_rows(reference, options)
         importance = input_power(reference, rows.ids, device=compute_device(options.device))

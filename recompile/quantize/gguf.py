@@ -197,6 +197,7 @@ def collect_importance(
     """One pass of calibration rows (int64 [rows, tokens]) over the layers; yields a Calibrated a layer and last the
     Importance. The head's inputs are collected too, under the embedding's name where both are tied: then that is the
     head."""
+    base = base.whole
     model = LayeredModel.of(base, dtype=dtype, device=device)
     model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
     values: dict[str, Tensor] = {}
@@ -379,6 +380,7 @@ def plan_variants(
     Raises FormatError (an unknown or doubled type, a base that is quantized), UnsupportedError (an architecture without
     names), CheckpointError (no tokenizer keys), MismatchError (another model's tokenizer), OutputError (a file exists).
     """
+    base = base.whole  # GGUF keeps fused experts fused
     plain = [name.upper() for name in names if isinstance(name, str)]
     if len(set(plain)) != len(plain):
         raise FormatError("-b: a type is given twice")
@@ -482,6 +484,7 @@ def base_tensors(base: Checkpoint) -> list[BaseTensor]:
     """The tensors of a GGUF file of this model, in a fixed order: embedding, layers, norm, head.
 
     Raises UnsupportedError and FormatError for a Hugging Face model without names in GGUF."""
+    base = base.whole  # GGUF keeps fused experts fused
     architecture = gguf_architecture(base)
     if isinstance(base, GgufCheckpoint):
         return _stored_tensors(base)

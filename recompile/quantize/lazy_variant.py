@@ -237,6 +237,8 @@ def make_variant(
     if base.is_quantized:
         raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
     maker = maker or maker_of(spec)
+    if str(maker.description().get("format")) == "gguf":  # keeps fused experts fused
+        base = base.whole
     stored = maker.store(base)
     label = f"{base.label} ({', '.join(f'{key}: {value}' for key, value in spec.items())})"
     config = {**base.config, "tie_word_embeddings": False} if stored.copies else base.config

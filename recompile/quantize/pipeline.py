@@ -32,6 +32,7 @@ from recompile.checkpoint.checkpoint import (
     open_checkpoint,
     read_json,
     read_safetensors_header,
+    read_tensor,
 )
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
@@ -44,6 +45,7 @@ from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, other_files, plan_write
 from recompile.model.roles import roles_of
+from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 from recompile.quantize.smoothing_mappings import Fold, find_folds
@@ -293,6 +295,7 @@ class _Build:
         self._held = ExitStack()  # locks on the partials, while `run` runs
         self.in_layers = {name for n in range(self.model.depth) for name in self.model.modules_of_layer(n)}
         self.outside = [name for name in base.modules if name not in self.in_layers and self._is_made_outside(name)]
+        self.turned = {name for name in self.in_layers if self.model.is_turned(name)}  # stored as [in, out]
         likes = {like for name in self.outside if (like := self.roles[name].like) is not None}
         self.kept: dict[str, InputStatistics] = {}  # of modules whose inputs stand in for those of MTP layers
         self.likes = {
@@ -480,7 +483,8 @@ class _Build:
                     for report in reports:
                         report.append(self._dense_report(name, why, group.tokens))
                     continue
-                weights[name] = self.base.load(self._weight_tensor(name), device=self.model.device).float()
+                weight = self.base.load(self._weight_tensor(name), device=self.model.device).float()
+                weights[name] = weight.T.contiguous() if name in self.turned else weight
                 if f"{name}.bias" in self.base.tensors:
                     biases[name] = self.base.load(f"{name}.bias", device=self.model.device)
             if not weights:
@@ -507,10 +511,9 @@ class _Build:
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
                     reports[variant].append(_measure(name, weight, made, statistics, own_power[name]))
             taken.update(weights)
-        for name in names:
-            if name not in taken:
-                for variant in range(variants):
-                    tensors[variant].update(self._dense_tensors(self.base.modules[name], scales[variant]))
+        untaken = [name for name in names if name not in taken]
+        for variant in range(variants):
+            tensors[variant].update(self._all_dense(untaken, scales[variant]))
         if self.sequential:
             self.decoded = tensors[0] | self.decoded
         for variant in range(variants):
@@ -645,7 +648,7 @@ class _Build:
         stored = self.base.modules.get(name)
         if stored is None or stored.shape is None:  # a tied head has no tensors of its own
             return (self.model.vocab_size, self.model.hidden_size)
-        return stored.shape
+        return stored.shape[::-1] if name in self.turned else stored.shape
 
     def _dense_report(self, name: str, why: str, tokens: int) -> ModuleReport:
         module = self.base.modules.get(name)  # None for a tied head, which takes no room of its own
@@ -653,12 +656,28 @@ class _Build:
         size = sum(value.numel() * value.element_size() for value in stored)
         return ModuleReport(name, math.prod(self._shape(name)), size, 0.0, None, 0.0, tokens, False, why)
 
-    def _dense_tensors(self, module: StoredModule, scales: _Scales | None = None) -> dict[str, Tensor]:
+    def _all_dense(self, names: Sequence[str], scales: _Scales | None = None) -> dict[str, Tensor]:
+        """Modules as they are; fused experts of which none is quantized in the tensors that the base has them in."""
+        left = dict.fromkeys(names)
+        tensors: dict[str, Tensor] = {}
+        for modules, stored in self.base.fused_blocks:
+            if modules <= left.keys():
+                left = {name: None for name in left if name not in modules}
+                for name in stored:
+                    module = self.base.whole.modules[module_of(self.base.whole, name)]
+                    tensors |= self._dense_tensors(module, role=self.roles[next(iter(modules))])
+        for name in left:
+            tensors |= self._dense_tensors(self.base.modules[name], scales)
+        return tensors
+
+    def _dense_tensors(
+        self, module: StoredModule, scales: _Scales | None = None, role: Role | None = None
+    ) -> dict[str, Tensor]:
         tensors = {}
-        role = self.roles[module.name]
+        role = role or self.roles[module.name]
         carried = role.part in ("tower", "unused") or (role.part == "mtp" and self.dense.mtp == "keep")  # byte for byte
         for part, info in module.parts.items():
-            value = self.base.read(info.name)
+            value = read_tensor(info)
             if value.is_floating_point() and not carried:
                 wanted = self.encoder.dense_dtype(value.dtype)
                 if scales is not None:
@@ -688,10 +707,7 @@ class _Build:
         in_layers = {*self.in_layers, *self.outside}
         reports = self.reports[variant]
         quantized = {name for name, report in reports.items() if report.quantized}
-        rest: dict[str, Tensor] = {}
-        for name, module in self.base.modules.items():
-            if name not in in_layers and name not in quantized:
-                rest.update(self._dense_tensors(module))
+        rest = self._all_dense([n for n in self.base.modules if n not in in_layers and n not in quantized])
         self._write_stage(len(self.stages), variant, rest, [])
         report = _variant_report(self.encoder.names[variant], list(reports.values()), partial)
         head = self._head_module()

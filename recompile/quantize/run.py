@@ -220,7 +220,7 @@ def _make_gguf(base_dir: Path, out: Path, options: QuantizeOptions, on_event: On
     folder = out if options.recipe is None else out.parent
     if options.converter:
         base_dir = convert(base_dir, folder, lambda step, what: on_event(Progress("converting", step, 2, text=what)))
-    base = open_checkpoint(base_dir)
+    base = open_checkpoint(base_dir).whole
     names: Sequence[str | Mix] = options.bits
     provenance: Mapping[str, str] = {}
     if options.recipe is not None:

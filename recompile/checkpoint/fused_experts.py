@@ -1,0 +1,135 @@
+"""Experts of a layer that a checkpoint keeps in one 3-D tensor, seen expert by expert. Headers only; no torch.
+
+`mlp.experts.gate_up_proj` [experts, 2 x intermediate, hidden] is seen as `mlp.experts.7.gate_proj.weight`
+[intermediate, hidden], `mlp.experts.7.up_proj.weight` and so on, under the names that engines give to experts of
+their own. Which tensor is what, and which axis is the output, follows from the shapes: what enters down_proj is half as
+wide as what leaves gate_up_proj. Only whether gate and up alternate does not show; in gpt-oss they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from recompile.formats import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from recompile.checkpoint.checkpoint import TensorInfo
+
+ALTERNATING = frozenset({"gpt_oss"})  # model types whose gate_up_proj has gate and up in turn
+LEAVES = ("gate_proj", "up_proj", "down_proj")
+OLD_LEAVES = ("w1", "w3", "w2")  # the same three where the block is called block_sparse_moe, as in Mixtral
+ROLES = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor that is a part of a larger stored one.
+
+    stored:  as the file's header says it, [experts, ...]
+    index:   the expert
+    columns: (start, step) along the last axis of the expert's slice, which is transposed then; None: rows of it, one
+             after another in the file
+    """
+
+    stored: TensorInfo
+    index: int
+    columns: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """One stored tensor of all experts."""
+
+    info: TensorInfo
+    roles: tuple[str, ...]  # of its parts along the output axis
+    transposed: bool
+    alternating: bool
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that is about the text model."""
+    for key in ("text_config", "llm_config", "language_config"):
+        found = config.get(key)
+        if isinstance(found, Mapping):
+            return found
+    return config
+
+
+def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
+    """Numbers of experts that a config may mean."""
+    text = text_config(config)
+    return frozenset(v for k, v in text.items() if "expert" in k and type(v) is int and v > 1)
+
+
+def split_experts(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, ...]]]:
+    """All tensors, fused experts as one tensor an expert and projection; and stored name -> the names it is seen under.
+
+    Tensors that are no stack of experts, by shape and by the config's number of experts, stay as they are.
+    """
+    counts = expert_counts(config)
+    stacks: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if len(info.shape) == 3 and info.shape[0] in counts and min(info.shape[1:]) > 1 and info.dtype in FLOAT_DTYPES:
+            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+            stacks.setdefault(parent, {})[leaf] = info
+    found: dict[str, dict[str, TensorInfo]] = {}  # stored name -> its parts
+    for parent, members in stacks.items():
+        container = parent if parent.rpartition(".")[2] == "experts" else f"{parent}.experts"
+        leaves = dict(zip(ROLES, OLD_LEAVES if "block_sparse_moe" in parent else LEAVES, strict=True))
+        for leaf, stack in _stacks(members, config).items():
+            found[stack.info.name] = dict(_parts(stack, container, leaves, "weight"))
+            bias = tensors.get(f"{parent}.{leaf}_bias")
+            if bias is not None and len(bias.shape) == 2 and bias.shape[0] == stack.info.shape[0]:
+                found[bias.name] = dict(_parts(replace(stack, info=bias), container, leaves, "bias"))
+    made: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        made |= found.get(name, {name: info})
+    return made, {name: tuple(parts) for name, parts in found.items()}
+
+
+def _stacks(members: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, _Stack]:
+    """What the 3-D tensors of one block are; none where their shapes do not fit together."""
+    alternating = text_config(config).get("model_type") in ALTERNATING
+    if len(members) == 2:
+        for first, second in (tuple(members), tuple(members)[::-1]):
+            pair, down = members[first].shape, members[second].shape
+            plain = (pair[2], pair[1]) == (down[1], 2 * down[2])
+            if plain or (pair[1], pair[2]) == (down[2], 2 * down[1]):
+                return {
+                    first: _Stack(members[first], ("gate", "up"), not plain, alternating),
+                    second: _Stack(members[second], ("down",), not plain, False),
+                }
+    hidden = text_config(config).get("hidden_size")
+    roles = {leaf: role for role, leaf in [*zip(ROLES, LEAVES, strict=True), *zip(ROLES, OLD_LEAVES, strict=True)]}
+    if not all(leaf in roles for leaf in members):
+        return {}
+    found = {}
+    for leaf, info in members.items():
+        out, into = info.shape[1:] if roles[leaf] == "down" else info.shape[:0:-1]
+        found[leaf] = _Stack(info, (roles[leaf],), out != hidden and into == hidden, False)
+    return found
+
+
+def _parts(stack: _Stack, container: str, leaves: Mapping[str, str], part: str) -> Iterator[tuple[str, TensorInfo]]:
+    info = stack.info
+    count = len(stack.roles)
+    outputs = info.shape[-1] if stack.transposed or part == "bias" else info.shape[1]
+    share = outputs // count
+    slice_bytes = info.size_bytes // info.shape[0]
+    for expert in range(info.shape[0]):
+        for number, role in enumerate(stack.roles):
+            name = f"{container}.{expert}.{leaves[role]}.{part}"
+            start, step = (number, count) if stack.alternating else (number * share, 1)
+            shape: tuple[int, ...] = (share,)
+            if part == "weight":
+                shape = (share, info.shape[1] if stack.transposed else info.shape[2])
+            offset = info.offset + expert * slice_bytes
+            scattered = (stack.transposed and part == "weight") or step > 1
+            view = View(info, expert, (start, step) if scattered else None)
+            if not scattered:
+                offset += number * slice_bytes // count
+            yield name, replace(info, name=name, shape=shape, offset=offset, size_bytes=slice_bytes // count, view=view)

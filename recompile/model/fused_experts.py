@@ -1,0 +1,92 @@
+"""Parameters of all experts of a layer that a checkpoint stores expert by expert, where transformers' own mapping does
+not put them together: the other way around of checkpoint/fused_experts.py."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recompile.checkpoint.fused_experts import LEAVES, OLD_LEAVES, ROLES
+
+_EXPERT = re.compile(r"(.+)\.(\d+)\.([a-z]\w*)\.(weight|bias)")
+_ROLE = {leaf: role for leaves in (LEAVES, OLD_LEAVES) for leaf, role in zip(leaves, ROLES, strict=True)}
+
+
+class ExpertStack:
+    """Puts one parameter together, as a converter of transformers does; add every tensor, then `convert`.
+
+    roles: of its parts along the output axis, "gate" and "up"; alternating: they take turns row by row
+    transposed: the parameter is [experts, in, out]; a bias is [experts, out] in any case
+    """
+
+    def __init__(self, name: str, roles: tuple[str, ...], transposed: bool, alternating: bool) -> None:
+        self.target_patterns = [name]
+        self.roles, self.transposed, self.alternating = roles, transposed, alternating
+        self._values: dict[str | None, list[Tensor]] = {}
+
+    def add_tensor(self, target: str, source: str, pattern: str | None, value: Tensor) -> None:
+        self._values.setdefault(pattern, []).append(value)
+
+    def convert(self, name: str, model: Any = None, config: Any = None) -> dict[str, Tensor]:
+        """name -> [experts, out, in], [experts, in, out] or, of biases, [experts, out]."""
+        parts = [torch.stack(self._values[role]) for role in self.roles]
+        whole = torch.stack(parts, 2).flatten(1, 2) if self.alternating else torch.cat(parts, 1)
+        return {name: whole.transpose(1, 2).contiguous() if self.transposed and whole.dim() == 3 else whole}
+
+
+class ExpertStacks:
+    """The fused experts of a model, and where a tensor of one expert belongs in them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._blocks = {name: module for name, module in model.named_modules() if _is_block(module)}
+        self._by_layer: dict[str, list[str]] = {}
+        for name in self._blocks:
+            for number in re.findall(r"(?<=\.)\d+(?=\.)", f"{name}.")[:1]:
+                self._by_layer.setdefault(number, []).append(name)
+        self._made: dict[str, ExpertStack] = {}
+
+    def place(self, tensor: str, renamed: str) -> tuple[str, str] | None:
+        """(parameter, role) of a tensor such as `...experts.7.up_proj.weight`; None where it is no expert's.
+
+        renamed: the tensor's name as transformers' mapping changes it
+        """
+        found = _EXPERT.fullmatch(renamed)
+        role = _ROLE.get(found[3]) if found else None
+        if found is None or role is None:
+            return None
+        name = found[1]
+        if name not in self._blocks:  # the mapping renames the fused tensor, and does not know one expert's
+            number = re.search(r"\.(\d+)\.", name)
+            near = self._by_layer.get(number[1], []) if number and ".experts" in name else []
+            if len(near) != 1:
+                return None
+            (name,) = near
+        block = self._blocks[name]
+        leaf = "gate_up_proj" if role != "down" and hasattr(block, "gate_up_proj") else f"{role}_proj"
+        parameter = f"{name}.{leaf}" + ("_bias" if found[4] == "bias" else "")
+        if parameter.removeprefix(f"{name}.") not in block._parameters:
+            return None
+        if parameter not in self._made:
+            roles = ("gate", "up") if leaf == "gate_up_proj" else (role,)
+            alternating = getattr(block, "is_concatenated", True) is False and len(roles) > 1
+            self._made[parameter] = ExpertStack(parameter, roles, is_transposed(block), alternating)
+        return parameter, role
+
+    def converter(self, parameter: str) -> ExpertStack | None:
+        return self._made.get(parameter)
+
+
+def _is_block(module: nn.Module) -> bool:
+    stacks = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    return len(stacks) > 1 and len({len(p) for p in stacks}) == 1 and hasattr(module, "down_proj")
+
+
+def is_transposed(block: nn.Module) -> bool:
+    """Whether fused experts are [experts, in, out]."""
+    pair, down = getattr(block, "gate_up_proj", None), getattr(block, "down_proj", None)
+    if isinstance(pair, Tensor) and isinstance(down, Tensor):
+        return (pair.shape[1], pair.shape[2]) == (down.shape[2], 2 * down.shape[1])
+    return bool(getattr(block, "is_transposed", False))
