@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import math
 import os
 import re
@@ -37,12 +36,18 @@ from recompile.gguf.names import (
     to_hf,
 )
 from recompile.gguf.values import join_one
+from recompile.io.files import open_regular, parse_json
+from recompile.io.files import read_json as read_json
+from recompile.io.printable import printable
+from recompile.io.schema import describe
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+MOST_TENSORS, MOST_AXES = 500_000, 16  # DeepSeek-V3 has 135,459 of at most 3
 MAX_HEADER_BYTES = 100 * 1000 * 1000  # the limit of the safetensors format itself
+INTEGER_DTYPES = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 INDEX_NAME = "model.safetensors.index.json"
 # Files that say how a model is quantized where config.json does not -> quant_method, where they name none.
 OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -129,8 +134,8 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
     does not fit, unknown dtypes, offsets that do not match shape and dtype, overlap, holes, a truncated file.
     """
     try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
@@ -141,14 +146,18 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
             raw = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not JSON ({error}); the file is damaged") from error
+    count = raw.count(b"data_offsets")
+    if count > MOST_TENSORS:
+        raise CheckpointError(
+            f"{path}: the safetensors header has {count} tensors, at most {MOST_TENSORS} are read here"
+        )
+    header = parse_json(raw, f"{path}: the safetensors header")
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is {type(header).__name__}, wanted an object")
     start = 8 + header_bytes
     metadata = header.pop("__metadata__", {}) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ of the safetensors header is no object of texts; write it again")
     tensors: dict[str, TensorInfo] = {}
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few differ; 135,000 tensors of 256 experts share them
     for name, entry in header.items():
@@ -175,11 +184,16 @@ def _tensor_info(
     try:
         dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: header entry of tensor {name} is malformed: {entry!r}") from error
+        raise CheckpointError(f"{path}: header entry of tensor {name} is malformed: {repr(entry)[:200]}") from error
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}, known: {', '.join(DTYPE_BYTES)}")
-    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, stop)):
-        raise CheckpointError(f"{path}: tensor {name} has shape {list(shape)} and offsets {begin}..{stop}")
+        raise CheckpointError(f"{path}: tensor {name} has dtype {repr(dtype)[:80]}, known: {', '.join(DTYPE_BYTES)}")
+    sizes = (*shape, begin, stop)
+    if len(shape) > MOST_AXES or not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
+        found = f"shape {describe(list(shape))} and offsets {describe(begin)}..{describe(stop)}"
+        found = f"shape {list(shape)} and offsets {begin}..{stop}" if len(str(sizes)) < 200 else found
+        raise CheckpointError(
+            f"{path}: tensor {name} has {found}; wanted at most {MOST_AXES} axes, and whole numbers from 0 to 2^63"
+        )
     wanted = DTYPE_BYTES[dtype]
     for size in shape:
         wanted *= size
@@ -188,18 +202,6 @@ def _tensor_info(
             f"{path}: tensor {name} {dtype} {list(shape)} needs {wanted} bytes, its offsets give {stop - begin}"
         )
     return TensorInfo(intern(name), intern(dtype), shapes.setdefault(shape, shape), path, start + begin, wanted)
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises CheckpointError with the file, line and column."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
 
 
 class OpenFiles:
@@ -326,6 +328,12 @@ class Checkpoint:
 
     def _stored(self, name: str, parts: dict[str, TensorInfo], files: OpenFiles) -> StoredModule:
         spec = format_of(parts)
+        weight = parts.get("weight")
+        if spec.name == "dense" and weight is not None and len(weight.shape) > 1 and weight.dtype in INTEGER_DTYPES:
+            raise FormatError(
+                f"{weight.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)} without scales; wanted a "
+                f"float dtype, or the parts of a format that is known here"
+            )
         shape = self._shape(spec, name, parts, files)
         return StoredModule(name, parts, shape, spec.name)
 
@@ -763,6 +771,8 @@ def _shards(
     method = quant_method(config)
     if method == "exl2":
         return found
+    if listed is not None and not listed:
+        raise CheckpointError(f"{path / INDEX_NAME}: its weight_map is empty, and {found[0].name} is there; remove it")
     if method == "exl3":
         if listed is not None:
             stray = [file.name for file in found if file.name not in set(listed.values())]
@@ -779,12 +789,19 @@ def _shards(
     else:
         chosen = found
     for file in chosen:
-        if not file.exists():
-            raise CheckpointError(f"{label}: shard {file.name} is listed in {INDEX_NAME} and missing")
+        if not _is_there(file):
+            raise CheckpointError(f"{label}: shard {file.name} is listed in {INDEX_NAME} and missing"[:500])
     ignored = [file.name for file in found if file not in chosen]
     if ignored:
         notes.append(f"{label}: ignored {', '.join(ignored)} (not part of the model's index)")
     return chosen
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _index_map(path: Path) -> dict[str, str] | None:
@@ -797,7 +814,7 @@ def _index_map(path: Path) -> dict[str, str] | None:
         raise CheckpointError(f'{index}: has no "weight_map" object of tensor names to file names')
     outside = [name for name in dict.fromkeys(weight_map.values()) if Path(name).name != name]
     if outside:
-        raise CheckpointError(f"{index}: names a file outside its directory: {outside[0]}")
+        raise CheckpointError(f"{index}: names a file outside its directory: {printable(outside[0])[:200]}")
     return weight_map
 
 

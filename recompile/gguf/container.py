@@ -21,7 +21,7 @@ from typing import Any
 
 from recompile.errors import CheckpointError, MissingWeight, OutputError
 from recompile.formats.gguf_types import BY_ID, GgufType
-from recompile.io.files import write_atomically
+from recompile.io.files import open_regular, write_atomically
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -30,6 +30,8 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63  # engines keep names in 64 bytes
 MAX_KEY_BYTES = 65535  # of a key's name
+MAX_KEY_SECTION_BYTES = 2**30  # all keys; a tokenizer takes 10 MB
+MAX_STRINGS = 2**25  # of one array; vocabularies have 2^18
 
 # Value types -> struct code; 8 is a string, 9 an array.
 SCALARS: dict[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -196,7 +198,18 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     count = file.value("split.count", 0)
     if not isinstance(count, int) or isinstance(count, bool):
         raise CheckpointError(f"{label}: split.count is {count!r}, wanted a number")
+    match = _SPLIT_NAME.fullmatch(first.name)
+    named = int(match[3]) if match is not None else 1
+    if count < 0 or (count == 0 and ("split.count" in file.keys or named > 1)) or (count == 1 and named > 1):
+        said = f"split.count is {count}" if "split.count" in file.keys else "it has no split.count"
+        raise CheckpointError(f"{label}: its name says it is one of {named} splits, and {said}; write it again")
     if count <= 1:
+        total = file.value("split.tensors.count")
+        if total is not None and total != len(file.tensors):
+            raise CheckpointError(
+                f"{label}: holds {len(file.tensors)} tensors, split.tensors.count is {total}: it is a part of a model "
+                f"that was split; join it with the other splits"
+            )
         return file
     match = _SPLIT_NAME.fullmatch(first.name)
     if match is None or int(match[3]) != count:
@@ -238,7 +251,7 @@ def _read_file(path: Path, label: str) -> GgufFile:
 @contextmanager
 def _mapped(path: Path, label: str) -> Iterator[mmap.mmap | bytes]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise CheckpointError(f"{label}: is empty; download or write it again")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -338,6 +351,10 @@ class _Header:
             self.skip_value(kind, f"key {name}")
             if name in keys:
                 raise self.fail(f"key {name} is there twice; the file is damaged, write it again")
+            if self.at - base > MAX_KEY_SECTION_BYTES:
+                raise self.fail(
+                    f"the keys up to {name} take more than {MAX_KEY_SECTION_BYTES} bytes; the file is damaged"
+                )
             keys[name] = GgufKey(name, kind, start - base, value_start - base, self.at - base)
         return keys
 
@@ -352,6 +369,8 @@ class _Header:
             if element in SCALARS:
                 self.skip(count * struct.calcsize(f"<{SCALARS[element]}"), f"{what} ({count} numbers)")
             elif element == STRING:
+                if count > MAX_STRINGS:
+                    raise self.fail(f"{what} asks for {count} strings, at most {MAX_STRINGS} are read here")
                 if count * 8 > self.size - self.at:
                     raise self.fail(f"{what} asks for {count} strings in the {self.size - self.at} bytes that are left")
                 self.skip_strings(count, what)
