@@ -287,6 +287,7 @@ def optimize(
     max_step: int | None = None,
     tie: Sequence[str] = (),
     engine: str | None = None,
+    free_experts: bool = False,
     check: bool | None = None,
     activations: bool = False,
     guard: bool = True,
@@ -308,7 +309,7 @@ def optimize(
     solver: a name of recompile.optimize.solvers.SOLVERS; None: refine for at most 10 minutes where the models are still
     there, else exact. steps, minutes: the most that a solver which runs models may take; max_memory: bytes or text
     pin, minimum, maximum, ban: "GLOB=ID" each; tie: globs; max_step: sources between neighbouring layers; engine: only
-    what it loads
+    what it loads; free_experts: without an engine, experts of a layer may differ, which few engines load
     check: measure the recipe beside uniform, hand-made and greedy mixes on rows that nothing else uses; None: where the
     models are there. guard: write the best of those where the recipe does not beat them with confidence. rows, length,
     text, dataset, device: of what is run; activations: with inputs quantized as schemes say
@@ -330,6 +331,7 @@ def optimize(
         constraints=_constraints(pin, minimum, maximum, ban),
         ties=tuple(tie),
         engine=engine,
+        free_experts=free_experts,
         max_step=max_step,
         solver=solver,
         start=as_path(start),
@@ -358,6 +360,7 @@ def frontier(
     max_step: int | None = None,
     tie: Sequence[str] = (),
     engine: str | None = None,
+    free_experts: bool = False,
     check: bool | None = None,
     activations: bool = False,
     rows: int = 16,
@@ -384,6 +387,7 @@ def frontier(
         max_step=max_step,
         ties=tuple(tie),
         engine=engine,
+        free_experts=free_experts,
         check=check,
         activations=activations,
         where=RowOptions(rows, length, as_path(text), dataset),

@@ -92,6 +92,8 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
     request.check()
     reference = open_checkpoint(reference_dir)
     base_id, offered = _sources(reference, request, on_event)
+    if isinstance(first := offered[0][1], MadeVariant) and first.base is not None:
+        reference = first.base  # fused experts in one piece where the candidates keep them so
     for _, checkpoint in offered:
         for note in checkpoint.notes:
             on_event(Note(note, "Warning"))
@@ -142,8 +144,6 @@ def _sources(
     """What is swapped in, and which of it recipes start from."""
     if request.candidates:
         offered = make_candidates(reference, request.candidates, request.making, on_event)
-        if isinstance(made := offered[0][1], MadeVariant) and made.base is not None:
-            reference = made.base  # fused experts in one piece where the candidates keep them so
         return candidate_named(request.base, offered), offered
     assert request.base is not None, "checked before"
     named = [_source(given) for given in (request.base, *request.sources)]

@@ -15,6 +15,7 @@ from eval.search.optimize import (
     check_activations,
     open_sources,
     rules_of,
+    say_of_experts,
     tensor_names,
     write_recipe,
 )
@@ -117,7 +118,9 @@ def write_frontier(
         raise ArgumentError(ITS_OWN)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; --frontier writes a folder")
-    found = solve_frontier(profile, parse_grid(grid), solver, rules_of(options, checkpoints))
+    rules = rules_of(options, checkpoints)
+    say_of_experts(rules, profile, on_event)
+    found = solve_frontier(profile, parse_grid(grid), solver, rules)
     names = tensor_names(checkpoints)
     folder.mkdir(parents=True, exist_ok=True)
     for point in found.points:

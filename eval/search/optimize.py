@@ -30,6 +30,7 @@ from recompile.optimize.choose import (
     limits_of,
     make_recipe,
     prepare_problem,
+    tied_experts,
 )
 from recompile.optimize.engine_constraints import refusals
 from recompile.optimize.problem import prepare
@@ -59,6 +60,7 @@ class OptimizeOptions:
     constraints: tuple[Constraint, ...] = ()
     ties: tuple[str, ...] = ()
     engine: str | None = None
+    free_experts: bool = False
     max_step: int | None = None
     solver: str | None = None
     start: Path | None = None
@@ -153,6 +155,7 @@ class _Optimization:
         self.profile = load_profile(profile_path)
         self.checkpoints = open_sources(self.profile, profile_path, on_event)
         self.rules = rules_of(options, self.checkpoints)
+        say_of_experts(self.rules, self.profile, on_event)
         self.solver, self.minutes = self._solver()
         self.by_costs = "exact" if SOLVERS[self.solver].runs_models else self.solver
 
@@ -435,10 +438,35 @@ def open_models(
 
 
 def rules_of(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | None) -> Rules:
-    """Constraints, with what the engine refuses, where there is one, and the sources to look at."""
+    """Constraints, with what the engine refuses, where there is one, and the sources to look at.
+
+    Without an engine, the experts of a layer share sources as the engine of the sources' format loads them, unless they
+    are asked to be free.
+    """
     engine = options.engine
     refused = refusals(engine, checkpoints) if engine is not None and checkpoints is not None else None
-    return Rules(options.constraints, options.ties, engine, refused, options.max_step)
+    experts = None if engine is not None or options.free_experts else _engine_of_format(checkpoints)
+    return Rules(options.constraints, options.ties, engine, refused, options.max_step, experts)
+
+
+def _engine_of_format(checkpoints: Mapping[str, Checkpoint] | None) -> str | None:
+    """Whose sets of experts sources of this format should keep to; None for EXL2, which has one kernel an expert."""
+    formats = {name for checkpoint in (checkpoints or {}).values() for name in checkpoint.formats}
+    if "exl2" in formats:
+        return None
+    return "exllamav3" if "exl3" in formats else "llama.cpp" if "gguf" in formats else "vllm"
+
+
+def say_of_experts(rules: Rules, profile: Profile, on_event: OnEvent) -> None:
+    """Tell where experts that were profiled apart share a source though nobody asked for it."""
+    tied = tied_experts(profile.header.groups, rules.experts_of) if rules.experts_of is not None else 0
+    if tied:
+        on_event(
+            Note(
+                f"{tied} groups of experts share sources layer by layer, as {rules.experts_of} loads them; "
+                f"--free-experts lets each choose (recompile --check says where such a mix runs)"
+            )
+        )
 
 
 def check_activations(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | None) -> None:

@@ -93,6 +93,12 @@ ITS_OWN = "{frontier} has its own budgets; leave {bits}, {size} and {start} out"
     help="Only what this engine loads: modules that it fuses share a source, widths without a kernel are left out.",
 )
 @click.option(
+    "--free-experts",
+    is_flag=True,
+    help="Let experts of a layer have different sources. Default: they share, as the engine of the format loads them "
+    "(vLLM: one for all experts of a layer; EXL3, GGUF: one a projection).",
+)
+@click.option(
     "--check/--no-check",
     default=None,
     help="Measure the recipe beside uniform, hand-made and greedy mixes of its size, on rows that nothing else uses. "

@@ -329,9 +329,41 @@ def check_engine(directory: str | os.PathLike[str], engine: str) -> list[Problem
     a damaged one: `check_checkpoint` names that."""
     try:
         checkpoint = open_checkpoint(directory)
-        return [_as_problem(finding) for finding in engines.findings(engine, checkpoint)]
+        found = [_as_problem(finding) for finding in engines.findings(engine, checkpoint)]
+        return found + _left_out(checkpoint) if engine == "transformers" else found
     except CheckpointError:
         return []
+
+
+def _left_out(checkpoint: Checkpoint) -> list[Problem]:
+    """Modules that transformers passes over while loading, one line for each reason."""
+    if checkpoint.quantization_config.get("quant_method") != "compressed-tensors":
+        return []
+    from recompile.model.loads import left_out_by_transformers
+
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_out_by_transformers(checkpoint):
+        reasons.setdefault(why, []).append(name)
+    more = {why: f" ({len(names)} modules like it)" if len(names) > 1 else "" for why, names in reasons.items()}
+    return [Problem(names[0], why + more[why]) for why, names in reasons.items()]
+
+
+def loaders_that_fail(directory: str | os.PathLike[str]) -> list[Problem]:
+    """A warning for every engine of the checkpoint's format that would not run it, with the first reason."""
+    try:
+        checkpoint = open_checkpoint(directory)
+        if isinstance(checkpoint, GgufCheckpoint) or not set(checkpoint.formats) & COMPRESSED_FORMATS:
+            return []
+    except CheckpointError:
+        return []
+    warnings = []
+    for engine in engines.ENGINES:
+        errors = [found for found in check_engine(directory, engine) if found.severity == "error"]
+        if errors:
+            more = f"; --engine {engine} lists {len(errors)} reasons" if len(errors) > 1 else ""
+            told = f"{engine} does not run this: {errors[0].where}: {errors[0].message}{more}"
+            warnings.append(Problem(os.fspath(directory), told, "warning"))
+    return warnings
 
 
 def check_plan(plan: WritePlan, engine: str) -> list[Problem]:

@@ -237,7 +237,7 @@ def run_verify(directory: str, on_event: OnEvent = ignore) -> VerifyReport:
 
 def run_check(directory: str, verify: bool, engine: str | None, on_event: OnEvent = ignore) -> CheckReport:
     """Check a finished checkpoint of any origin, as its engine reads it; writes nothing."""
-    from recompile.merge.check import check_checkpoint, check_engine
+    from recompile.merge.check import check_checkpoint, check_engine, loaders_that_fail
 
     if verify and engine:
         raise ArgumentError("{check} DIR takes {verify} or {engine}, one after the other")
@@ -245,8 +245,8 @@ def run_check(directory: str, verify: bool, engine: str | None, on_event: OnEven
         report = run_verify(directory, on_event)
         return CheckReport(directory, tuple(report.problems), report)
     problems = check_checkpoint(directory)
-    if engine is not None:
-        problems = [*problems, *check_engine(directory, engine)]
+    found = loaders_that_fail(directory) if engine is None else check_engine(directory, engine)
+    problems = [*problems, *found]
     return CheckReport(directory, tuple(problems))
 
 

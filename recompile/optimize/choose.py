@@ -17,7 +17,7 @@ from typing import Any
 from recompile.costs import Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget
-from recompile.optimize.engine_constraints import check_engine, loaded_together
+from recompile.optimize.engine_constraints import check_engine, is_routed_expert, loaded_together
 from recompile.optimize.frontier import lagrangian_path, solve_for_cost
 from recompile.optimize.limits import Row, solve_rows, step_rows
 from recompile.optimize.problem import (
@@ -63,9 +63,12 @@ class Rules:
     engine: str | None = None  # one of engines.ENGINES
     refused: Mapping[str, Mapping[str, str]] | None = None  # candidate label -> module -> why the engine refuses it
     max_step: int | None = None  # rungs between the same modules of neighbouring layers
+    experts_of: str | None = None  # without an engine: routed experts share sources as this one loads them
 
     def __bool__(self) -> bool:
-        return bool(self.constraints or self.ties or self.engine or self.max_step is not None)
+        return bool(
+            self.constraints or self.ties or self.engine or self.experts_of is not None or self.max_step is not None
+        )
 
 
 def make_problem(profile: Profile) -> Problem:
@@ -112,7 +115,20 @@ def constrain(problem: Problem, groups: Sequence[ProfileGroup], rules: Rules) ->
             problem = _tie(
                 problem, names, _common(names), f"--engine {engine}: {members[0]} and others are loaded together"
             )
+    elif rules.experts_of is not None:
+        group_of = {m: group.name for group in groups for m in group.modules if is_routed_expert(m)}
+        for members in loaded_together(rules.experts_of, group_of):
+            names = list(dict.fromkeys(group_of[module] for module in members))
+            what = f"{members[0]} and other experts share a source, as {rules.experts_of} loads them (--free-experts)"
+            problem = _tie(problem, names, _common(names), what)
     return problem
+
+
+def tied_experts(groups: Sequence[ProfileGroup], engine: str) -> int:
+    """Groups of routed experts that would choose for themselves and share a source, as `engine` loads them."""
+    group_of = {m: group.name for group in groups for m in group.modules if is_routed_expert(m)}
+    sets = [{group_of[module] for module in members} for members in loaded_together(engine, group_of)]
+    return sum(len(names) for names in sets if len(names) > 1)
 
 
 def _matched_groups(groups: Sequence[ProfileGroup], pattern: str, what: str) -> list[ProfileGroup]:

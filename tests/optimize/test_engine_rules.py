@@ -10,9 +10,11 @@ import tiny
 import torch
 
 from eval.profile.exact import ProfileJob, ProfileOptions
+from eval.search.optimize import OptimizeOptions, rules_of, say_of_experts
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Measurement, Profile
 from recompile.errors import RecompileError
+from recompile.events import Note
 from recompile.optimize.choose import Budget, Constraint, Rules, choose
 from recompile.optimize.engine_constraints import ENGINES, check_engine, loaded_together, refusals, why_refused
 
@@ -71,6 +73,27 @@ def test_fused_groups_of_a_profile_are_merged_further_where_the_engine_asks_it()
     chosen = choose_for_bits(profile, "vllm", 3.0)
     for layer in ("0", "1"):
         assert len({s for m, s in chosen.items() if f".{layer}.mlp.experts." in m}) == 1
+
+
+def test_experts_of_a_layer_share_a_source_unless_they_are_free() -> None:
+    """Without --engine too: a mix of experts is loaded by hardly anything."""
+    profile = profile_of("qwen2-moe", (2, 3, 4, 6))
+    sources = {label: open_checkpoint(path) for label, path in tiny_paths("qwen2-moe", (2, 3, 4, 6)).items()}
+    for free in (False, True):
+        rules = rules_of(OptimizeOptions(free_experts=free), sources)
+        chosen = sources_of(profile, dict(choose(profile, Budget(bpw=3.8), "exact", rules).solution.choice))
+        layers = [{s for m, s in chosen.items() if f".{n}.mlp.experts." in m} for n in range(2)]
+        assert all(len(found) == 1 for found in layers) is not free
+        qkv = {s for m, s in chosen.items() if m.startswith("model.layers.0.self_attn.") and not m.endswith("o_proj")}
+        assert len(qkv) > 1, "what transformers loads one by one may differ"
+        told: list[Note] = []
+        say_of_experts(rules, profile, told.append)  # type: ignore[arg-type]
+        assert [note.text.split(" ")[0] for note in told] == ([] if free else ["24"])
+    assert rules_of(OptimizeOptions(engine="transformers"), None).experts_of is None
+
+
+def tiny_paths(architecture: str, bits: tuple[int, ...]) -> dict[str, Path]:
+    return {str(n): path for n, path in tiny.variants(architecture, bits).items()}
 
 
 def choose_for_bits(profile: Profile, engine: str, bpw: float) -> dict[str, str]:

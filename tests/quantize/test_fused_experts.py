@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.module_names import Dense
-from recompile.merge.check import verify
+from recompile.merge.check import loaders_that_fail, verify
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
 from recompile.model.stream import LayeredModel
@@ -159,6 +159,17 @@ def test_experts_that_stay_dense_stay_in_one_tensor(made: tuple[str, Any, Path],
         pass
     assert verify(tmp_path / "copy").ok
     assert open_checkpoint(tmp_path / "copy").fingerprint == base.fingerprint
+
+
+def test_loaders_that_would_leave_experts_random_are_told(made: tuple[str, Any, Path]) -> None:
+    """transformers makes a list of Llama 4's experts before it loads packed ones; others it knows fused only."""
+    name, _, work = made
+    told = [problem for problem in loaders_that_fail(work / "4bpw") if "transformers does not run this" in str(problem)]
+    assert all(problem.severity == "warning" for problem in told)
+    assert [NAMES[name].format(0).rpartition(".")[0] in str(problem) for problem in told] == (
+        [] if name == "llama4_text" else [True]
+    )
+    assert loaders_that_fail(work / "base") == []
 
 
 def test_calibration_counts_what_every_expert_saw(made: tuple[str, Any, Path]) -> None:

@@ -1,0 +1,82 @@
+"""Which quantized modules transformers' loader would not take, told by its own model and key mapping.
+
+compressed-tensors packs modules of class Linear. Experts that the model fuses in one parameter are put together while
+loading, where its key mapping collects them one by one; elsewhere their tensors are passed over and the parameter keeps
+random values, with a load report only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from torch import nn
+
+from recompile.checkpoint.checkpoint import WeightSource
+from recompile.errors import CheckpointError, UnsupportedError
+from recompile.model.roles import loader_model
+
+
+def left_out_by_transformers(source: WeightSource) -> list[tuple[str, str]]:
+    """(module, why) of the quantized modules that transformers with compressed-tensors leaves out; none where it does
+    not know the architecture at all."""
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    try:
+        model = loader_model(json.dumps(config, sort_keys=True, default=str))
+    except (CheckpointError, UnsupportedError):
+        return []
+    from transformers import __version__
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    found = []
+    kinds: dict[str, str | None] = {}
+    for name, module in source.modules.items():
+        if not module.is_quantized:
+            continue
+        kind = re.sub(r"\d+", "#", name)
+        if kind not in kinds:
+            target, pattern = rename_source_key(
+                module.dense_name, renamings, converters, model.base_model_prefix, state
+            )
+            kinds[kind] = _why_not(model, target, pattern, kind)
+        why = kinds[kind]
+        if why is not None:
+            found.append((name, f"transformers {__version__} {why}"))
+    return found
+
+
+def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | None:
+    name, _, leaf = target.rpartition(".")
+    try:
+        owner = model.get_submodule(name)
+    except AttributeError:
+        owner = None
+    if owner is not None and leaf in owner._parameters and pattern is not None:
+        return None  # experts that the mapping collects
+    if isinstance(owner, nn.Linear):
+        return None
+    if type(owner).__name__ == "Conv1D":
+        return "packs modules of class Linear, not Conv1D; the weight stays random"
+    container = re.sub(r"\.\d+\.\w+$", "", name)
+    try:
+        block = model.get_submodule(container)
+    except AttributeError:
+        block = None
+    if ".experts." in f".{kind}." and not isinstance(block, nn.ModuleList):
+        if type(block).__name__ in _patched():
+            return None
+        return f"has no experts of their own in {type(model).__name__}; they stay random"
+    return None  # MTP layers and what else it passes over on purpose
+
+
+def _patched() -> frozenset[str]:
+    """Classes that transformers replaces by lists of experts before it loads packed ones."""
+    from transformers.quantizers import base
+
+    return frozenset(getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {}))
