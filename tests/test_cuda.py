@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mixes
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
@@ -25,6 +23,7 @@ from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.costs import load_profile
 from recompile.recipe.recipe import load_recipe
+from tests import mixes, tiny
 from tests.commands import run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -118,6 +118,58 @@ def test_rooms_import_lower_ones_only(path: Path) -> None:
 def test_eval_knows_nothing_of_commands(path: Path) -> None:
     for line, name in imports_of(path):
         assert not name.startswith("recompile.cli"), f"{name_of(path)}:{line}"
+
+
+def test_imports_for_types_make_no_circle() -> None:
+    """`if TYPE_CHECKING:` hides a circle from Python, not from a reader: these imports count, too."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in LIBRARY}
+    edges = {name: {other for other in imports_at_top(path, names) if other != name} for name, path in names.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
+
+
+def imports_at_top(path: Path, names: Mapping[str, Path]) -> Iterator[str]:
+    """Modules of ours that a file imports outside of functions, also for types only."""
+    nodes: list[ast.stmt] = list(tree_of(path).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.If, ast.ClassDef, ast.Try)):
+            nodes += node.body
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                found = f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in names else str(node.module)
+                if found in names:
+                    yield found
+
+
+def test_tests_import_helpers_in_one_way() -> None:
+    """`import tiny` and `from tests import tiny` would be two modules, with caches of their own."""
+    helpers = {path.stem for path in (ROOT / "tests").rglob("*.py") if not path.stem.startswith("test_")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for line, name in imports_of(path):
+            where = f"{name_of(path)}:{line}"
+            assert name.split(".")[0] not in helpers, f"{where}: write from tests import {name}"
+
+
+def test_only_whole_packages_are_skipped() -> None:
+    """So that a module that upstream moved fails a test, where it would skip it."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(tree_of(path)):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
+            if named == "importorskip":
+                package = ast.literal_eval(node.args[0])
+                assert "." not in package, f"{name_of(path)}:{node.lineno}: skip on {package.split('.')[0]}"
 
 
 COMMANDS = {path.stem for path in (ROOT / "recompile" / "cli").glob("*.py")} & {"recompile"} | {

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from recompile.costs import Profile, ProfileGroup
-from recompile.errors import BudgetError, RecompileError
+from recompile.errors import ArgumentError, BudgetError, RecompileError
 from recompile.optimize.engine_constraints import is_routed_expert
 from recompile.optimize.limits import Row
 from recompile.optimize.problem import Problem
@@ -79,11 +79,13 @@ class Budget:
     def __post_init__(self) -> None:
         sizes = (self.bpw, self.total_bpw, self.size_bytes, self.max_kl, self.max_ppl_increase)
         if sum(size is not None for size in sizes) > 1:
-            raise RecompileError("give one of -b, --total-bpw, --size, --max-kl and --max-ppl-increase")
+            raise ArgumentError("give one of {bits}, {total_bpw}, {size}, {max_kl} and {max_ppl_increase}")
         if self.max_ppl_increase is not None:
             object.__setattr__(self, "max_kl", max_kl_for(self.max_ppl_increase))
         if all(size is None for size in sizes) and self.active_bpw is None and not self.pools:
-            raise RecompileError("give a budget: -b 3.5, --size 4.2GiB, --total-bpw 4.0, --max-kl 0.02 or --pool ...")
+            raise ArgumentError(
+                "give a budget: {bits} 3.5, {size} 4.2GiB, {total_bpw} 4.0, {max_kl} 0.02 or {pool} ..."
+            )
         names = [pool.name for pool in self.pools]
         if len(set(names)) < len(names):
             raise RecompileError(f'two pools are called "{max(names, key=names.count)}"')

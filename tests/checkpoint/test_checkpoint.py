@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +34,7 @@ from recompile.checkpoint.checkpoint import (
 )
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import FORMATS
+from tests import tiny
 
 
 @pytest.fixture

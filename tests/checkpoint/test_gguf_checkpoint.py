@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_models import KV, write_model
 
 from recompile.checkpoint.checkpoint import GgufCheckpoint, open_checkpoint
 from recompile.errors import RecipeError, UnsupportedError
@@ -24,6 +23,7 @@ from recompile.gguf.names import (
 from recompile.merge.overlay import build_overlay
 from recompile.model.tokens import tokenizer_sha256
 from recompile.recipe.recipe import parse_recipe
+from tests.gguf_models import KV, write_model
 
 
 def test_row_order_by_hand() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from click.testing import CliRunner, Result
 
 from recompile.auto import Stages
@@ -16,6 +15,7 @@ from recompile.cli import model_auto
 from recompile.costs import load_profile
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.recipe.recipe import load_recipe
+from tests import tiny
 
 GROUP = tiny.GROUP_SIZE
 TEXT = "\n\n\n".join(f"Document {n}. " + " ".join(f"word{(n * k) % 97}" for k in range(120)) for n in range(60))
@@ -107,10 +107,20 @@ def test_it_refuses_a_directory_that_it_did_not_make(text: Path, tmp_path: Path)
     assert "was not made by model_auto" in result.output
 
 
-@pytest.mark.parametrize("more", [(), ("-b", 4, "--size", "1MiB"), ("-b", 4, "--variants", "x")])
-def test_what_is_missing_is_said_first(more: tuple[object, ...], text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ((), "give one budget: -b 3.5, --total-bpw 4 or --size 4.2GiB"),
+        (("-b", 4, "--size", "1MiB"), "give one budget: -b 3.5, --total-bpw 4 or --size 4.2GiB"),
+        (("-b", 4, "--variants", "x"), "--variants: one variant leaves nothing to choose; give two or more"),
+        (("-b", 4, "--variants", "x", "y", "--candidates", "3,4"), "--variants and --candidates exclude each other"),
+        (("-b", 4, "--format", "exl2", "-g", 32), "-g: of integers; --format exl2 has groups of its own"),
+    ],
+)
+def test_what_is_missing_is_said_first(more: tuple[object, ...], says: str, text: Path, tmp_path: Path) -> None:
     result = auto(tiny.base("llama-2"), tmp_path / "mix", text, *more)
     assert result.exit_code == 1
+    assert says in " ".join(result.output.split())
     assert not (tmp_path / "mix.work").exists()
 
 

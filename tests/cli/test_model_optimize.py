@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner, Result
 
@@ -28,6 +27,7 @@ from recompile.optimize.choose import Choice
 from recompile.optimize.cross_entropy import POPULATION, ROUNDS
 from recompile.optimize.exact import solve_exact
 from recompile.recipe.recipe import load_recipe
+from tests import tiny
 
 
 def write_profile(
@@ -235,10 +235,16 @@ def test_a_limit_without_models_is_said_to_be_predicted(profile: Path) -> None:
     assert profile.with_name("mix.yaml").exists()
 
 
-def test_a_limit_is_for_the_weights_alone(profile: Path) -> None:
-    result = run(profile, "--max-kl", "0.2", "--activations", "-o", profile.with_name("no.yaml"))
-    assert result.exit_code == 1
-    assert "--activations" in result.output
+def test_a_limit_is_for_the_weights_alone(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--max-kl", "0.2", "--activations", "-o", profile.with_name("no.yaml"))
+    refused = run(profile, *words)
+    assert refused.exit_code == 1
+    assert "--activations: none of 3, 2, 4, 6 says how inputs are quantized" in " ".join(refused.output.split())
+    monkeypatch.setattr("recompile.model.activations.quantizes_inputs", lambda overlay: True)
+    refused = run(profile, *words)
+    assert refused.exit_code == 1
+    assert "--activations: a limit on KL is kept for the weights alone" in " ".join(refused.output.split())
+    assert not profile.with_name("no.yaml").exists()
 
 
 def test_what_a_search_finds_keeps_the_limit(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mixes
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -24,6 +23,7 @@ from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.explain import fold_modules, resolved_table
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import MANIFEST_NAME
+from tests import mixes
 
 
 def run(*arguments: object) -> Result:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
@@ -24,6 +24,7 @@ from recompile.model.activations import InputScheme, fake_quantize
 from recompile.model.rows import read_rows
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+from tests import tiny
 
 NAMES = ("w8a8", "fp8-dynamic", "fp8-static", "nvfp4-a4", "mxfp4-a4")
 
@@ -67,7 +68,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["w8a8", "fp8-dynamic", "fp8-block-dynamic", "nvfp4-a4", "mxfp4-a4", "mxfp8-a8"])
 def test_values_are_the_librarys(name: str) -> None:
-    library = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    pytest.importorskip("compressed_tensors")
+    library = importlib.import_module("compressed_tensors.quantization.lifecycle.forward")
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 

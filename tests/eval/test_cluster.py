@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from eval.profile.cluster import profile_on_ray, sketch_on_ray
@@ -20,6 +19,7 @@ from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
 from eval.profile.sketch import SketchOptions, SketchProgress, SweepDone, SweepStore, profile_sketch
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
+from tests import tiny
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'recompile[ray]'")
 OPTIONS = ProfileOptions(level="tensor")

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, NotFiniteError, OutputError
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
+from tests import tiny
 
 
 def report_of(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from engine_models import calibrated, installed, mix_of, sharpened, write_files
 
 from eval.engines import builds
 from eval.engines.base_logits import open_base_logits
@@ -20,6 +19,7 @@ from recompile.cli.model_diff import main as model_diff
 from recompile.formats import ik
 from recompile.gguf.container import open_gguf
 from recompile.model.tokens import default_text, load_tokenizer
+from tests.engine_models import calibrated, installed, mix_of, sharpened, write_files
 
 pytest.importorskip("libgguf")
 K_AND_IQ = (

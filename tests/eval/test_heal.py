@@ -7,9 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import mixes
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from recompile.quantize.encoders import Exl2Encoder, IntEncoder
 from recompile.quantize.movable import Movable, find_movables
 from recompile.quantize.pipeline import Encoder, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+from tests import mixes, tiny
 from tests.commands import refusal, run
 
 TOKENS = 24

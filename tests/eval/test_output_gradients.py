@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from recompile.quantize.output_statistics import (
     StoredStatistics,
     open_statistics,
 )
+from tests import tiny
 
 CPU = torch.device("cpu")
 FLOAT32 = GradientOptions(samples=2, dtype=torch.float32)

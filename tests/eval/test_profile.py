@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from eval.profile.exact import Measured, ProfileJob, ProfileOptions, Started, pr
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import LEVELS, Cost, Profile, group_name, load_profile
 from recompile.errors import JournalError, MismatchError, MissingWeight, RecompileError
+from tests import tiny
 
 BITS = (2, 3, 4)
 BASE = 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from eval.diff import DiffReport, compare
 from eval.routing import ExpertChoices, compare_choices
 from recompile.checkpoint.checkpoint import open_checkpoint
+from tests import tiny
 
 ROWS, TOKENS = 3, 16
 

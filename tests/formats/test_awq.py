@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packers import AWQ_POSITION, pack_awq, signed
 from safetensors.torch import save_file
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.awq import AwqScheme, dequantize, read_scheme, unpack_words
+from tests.formats.packers import AWQ_POSITION, pack_awq, signed
 
 
 def test_nibbles_by_hand() -> None:

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from packers import pack_awq, pack_gptq
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +21,8 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.packed_int import IntScheme, pack
 from recompile.model.stream import LayeredModel
+from tests import tiny
+from tests.formats.packers import pack_awq, pack_gptq
 
 E4M3 = torch.float8_e4m3fn
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from pathlib import Path
 
@@ -129,8 +130,10 @@ def test_any_shapes_are_read_or_refused(packed: tuple[int, int], scale: tuple[in
 
 def test_equal_to_the_compressed_tensors_library() -> None:
     """In bfloat16, which is what the library computes in."""
-    nvfp4 = pytest.importorskip("compressed_tensors.compressors.nvfp4.base")
-    presets = pytest.importorskip("compressed_tensors.quantization")
+    pytest.importorskip("compressed_tensors")
+    nvfp4 = importlib.import_module("compressed_tensors.compressors.nvfp4.base")
+    pytest.importorskip("compressed_tensors")
+    presets = importlib.import_module("compressed_tensors.quantization")
     generator = torch.Generator().manual_seed(4)
     parts = {
         "weight_packed": torch.randint(0, 256, (40, 32), generator=generator, dtype=torch.uint8),
@@ -144,7 +147,8 @@ def test_equal_to_the_compressed_tensors_library() -> None:
 
 
 def test_the_config_of_the_library_is_read() -> None:
-    presets = pytest.importorskip("compressed_tensors.quantization")
+    pytest.importorskip("compressed_tensors")
+    presets = importlib.import_module("compressed_tensors.quantization")
     for name in ("NVFP4", "NVFP4A16"):
         weights = presets.preset_name_to_scheme(name, ["Linear"]).model_dump(mode="json")["weights"]
         assert read_scheme(weights) == SCHEME

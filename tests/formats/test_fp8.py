@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from pathlib import Path
 
@@ -208,8 +209,10 @@ def test_any_shapes_are_read_or_refused(
 
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
 def test_equal_to_the_compressed_tensors_library(strategy: str) -> None:
-    naive = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
+    pytest.importorskip("compressed_tensors")
+    naive = importlib.import_module("compressed_tensors.compressors.naive_quantized.base")
+    pytest.importorskip("compressed_tensors")
+    quantization = importlib.import_module("compressed_tensors.quantization")
     weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True}
     weights |= {"block_structure": [32, 16]} if strategy == "block" else {}
     scheme = read_scheme(weights)

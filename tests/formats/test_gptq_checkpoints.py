@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packers import pack_gptq, pack_planes, pack_stream, signed
 from safetensors.torch import save_file
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.gptq import GptqScheme, dequantize, read_scheme, unpack_planes, unpack_zeros
+from tests.formats.packers import pack_gptq, pack_planes, pack_stream, signed
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 
 import pytest
 import torch
@@ -149,8 +150,10 @@ def test_any_config_is_read_or_refused(weights: dict[str, object]) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
 def test_equal_to_the_compressed_tensors_library(strategy: str, symmetric: bool) -> None:
-    naive = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
+    pytest.importorskip("compressed_tensors")
+    naive = importlib.import_module("compressed_tensors.compressors.naive_quantized.base")
+    pytest.importorskip("compressed_tensors")
+    quantization = importlib.import_module("compressed_tensors.quantization")
     weights = {"num_bits": 8, "type": "int", "strategy": strategy, "symmetric": symmetric}
     weights |= {"group_size": 32} if strategy == "group" else {}
     scheme = read_scheme(weights)

@@ -6,15 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mixes
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_checkpoints import CASES, GPTQ, Packer, awq, compressed, fp8, gptq, nvfp4, streamed_logits, write_pair
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.recompile import main as recompile_command
@@ -26,6 +23,19 @@ from recompile.merge.convert import reciprocal
 from recompile.merge.engine_rules import findings, kind_of_scheme, tied_sets, why_not
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
+from tests import mixes, tiny
+from tests.formats.test_checkpoints import (
+    CASES,
+    GPTQ,
+    Packer,
+    awq,
+    compressed,
+    fp8,
+    gptq,
+    nvfp4,
+    streamed_logits,
+    write_pair,
+)
 
 
 def variant(folder: Path, name: str, packer: Packer, quantization: dict[str, Any], base: str = "llama-2") -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 
 import pytest
 import torch
@@ -149,8 +150,10 @@ def test_any_shapes_are_read_or_refused(bits: int, shape: tuple[int, int], scale
 )
 def test_equal_to_the_compressed_tensors_library(bits: int, module: str, name: str) -> None:
     """Exactly: powers of two lose nothing in the library's bfloat16."""
-    base = pytest.importorskip(f"compressed_tensors.compressors.{module}.base")
-    presets = pytest.importorskip("compressed_tensors.quantization")
+    pytest.importorskip("compressed_tensors")
+    base = importlib.import_module(f"compressed_tensors.compressors.{module}.base")
+    pytest.importorskip("compressed_tensors")
+    presets = importlib.import_module("compressed_tensors.quantization")
     group = presets.preset_name_to_scheme(f"MXFP{bits}A16", ["Linear"])
     assert read_scheme(group.model_dump(mode="json")["weights"]) == MxScheme(bits)
     generator = torch.Generator().manual_seed(5)

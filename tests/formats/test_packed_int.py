@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -427,9 +429,8 @@ def test_configs_that_are_not_packed_integers_are_refused(change: dict[str, obje
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_equal_to_the_compressed_tensors_library(bits: int) -> None:
-    helpers = pytest.importorskip(
-        "compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors 0.20 is not installed"
-    )
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors 0.20 is not installed")
+    helpers = importlib.import_module("compressed_tensors.compressors.pack_quantized.helpers")
     generator = torch.Generator().manual_seed(bits)
     scheme = IntScheme(bits, 5, False)
     codes = torch.randint(scheme.code_min, scheme.code_max + 1, (13, 35), generator=generator).to(torch.int8)
@@ -442,7 +443,8 @@ def test_equal_to_the_compressed_tensors_library(bits: int) -> None:
 
 
 def test_the_library_accepts_our_config() -> None:
-    quantization = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    quantization = importlib.import_module("compressed_tensors.quantization")
     for scheme in (IntScheme(4, 32, True), IntScheme(3, None, False), IntScheme(8, 128, False)):
         args = quantization.QuantizationArgs(**scheme.to_config())
         assert IntScheme.from_config(args.model_dump(mode="json")) == scheme

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf_tiny
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from recompile.gguf.keys import model_records
 from recompile.gguf.names import architecture_of, text_name
 from recompile.model.stream import dense_names, transformers_config
 from recompile.quantize.gguf import build_variants, plan_variants
+from tests import gguf_tiny
 
 # Keys that the converter leaves out and the engine would fill in with the same values, and the other way round.
 OPTIONAL = {

@@ -11,7 +11,6 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import make_profile
 
 from recompile.costs import Measurement, Profile, ProfileGroup
 from recompile.errors import BudgetError, RecompileError
@@ -21,6 +20,7 @@ from recompile.optimize.exact import solve_exact
 from recompile.optimize.greedy import solve_greedy
 from recompile.optimize.limits import Row, solve_rows, step_rows
 from recompile.optimize.problem import Group, Option, Problem
+from tests.profiles import make_profile
 
 
 def moe_profile(layers: int = 3, experts: int = 4) -> Profile:

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import make_profile
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import LEVELS, Measurement, Profile, layer_index
@@ -20,6 +18,8 @@ from recompile.errors import BudgetError, RecompileError
 from recompile.merge.overlay import build_overlay
 from recompile.optimize.choose import Budget, Choice, Constraint, choose, make_recipe, predict, profile_sha256
 from recompile.recipe.recipe import dump_recipe, load_recipe, parse_recipe
+from tests import tiny
+from tests.profiles import make_profile
 
 
 def chosen_bits(choice: Choice) -> int:

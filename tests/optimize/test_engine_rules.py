@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from eval.profile.exact import ProfileJob, ProfileOptions
@@ -17,6 +16,7 @@ from recompile.errors import RecompileError
 from recompile.events import Note
 from recompile.optimize.choose import Budget, Constraint, Rules, choose
 from recompile.optimize.engine_constraints import ENGINES, check_engine, loaded_together, refusals, why_refused
+from tests import tiny
 
 
 def profile_of(architecture: str, bits: tuple[int, ...], level: str = "tensor") -> Profile:

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_up import SOURCES, MadeUp
 
 from recompile.optimize.interactions import Interactions
 from recompile.optimize.problem import Group, Option, Problem, Swap
 from recompile.optimize.refine import Costs, SwapModel, refine
+from tests.made_up import SOURCES, MadeUp
 
 GROUPS, TOKENS = 6, 8
 START = {f"g{n}": "3" for n in range(GROUPS)}

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Mapping
 
 import pytest
-from profiles import make_profile
 
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget, Pool
@@ -15,6 +14,7 @@ from recompile.optimize.choose import Choice, Rules, predict
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.kl_limit import MOST_TRIES, NEAR, Tried, hold_kl, least_size
 from recompile.optimize.problem import Problem, evaluate, reachable_range
+from tests.profiles import make_profile
 
 Law = Callable[[Mapping[str, str]], float]
 

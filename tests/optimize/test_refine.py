@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from made_up import SOURCES, MadeUp
 
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.problem import Problem, evaluate, tie
 from recompile.optimize.refine import FIRST_DAMPING, PATIENCE, STALLED, SWAPS, Costs, Damping, priced, refine
 from recompile.optimize.trust_region import propose
+from tests.made_up import SOURCES, MadeUp
 
 
 def best(made: MadeUp, problem: Problem, budget: int) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import make_profile
 
 from recompile.costs import Profile
 from recompile.optimize.baselines import Rival, make_rivals
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Choice, Constraint, Rules, choose, limits_of, prepare_problem
 from recompile.optimize.problem import Problem, evaluate, reachable_range
+from tests.profiles import make_profile
 
 
 def rivals_of(profile: Profile, budget: Budget, rules: Rules) -> tuple[Choice, list[Rival]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from profiles import make_profile
 
 from recompile.errors import BudgetError, RecompileError
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Constraint, Rules, choose
 from recompile.optimize.pareto import NESTED_SHARE, parse_grid, solve_frontier
+from tests.profiles import make_profile
 
 
 def test_the_grid_is_read() -> None:

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import FormatError, MismatchError
 from recompile.formats.compressed_tensors import NumberedNames, Targets, merged_config, targets_for
+from tests import tiny
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

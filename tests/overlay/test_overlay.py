@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from recompile.checkpoint.module_names import role_of
 from recompile.errors import MismatchError, MissingWeight, RecipeError
 from recompile.merge.overlay import Overlay, account, build_overlay, check_shapes, quantizable
 from recompile.recipe.recipe import load_recipe
+from tests import tiny
 
 
 class Mixer:

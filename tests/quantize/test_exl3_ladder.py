@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-import tiny
-
 from eval.diff import DiffReport, compare
 from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
 from recompile.merge.check import check_checkpoint
@@ -14,6 +12,7 @@ from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
 from recompile.quantize.encoders import Exl3Encoder
 from recompile.quantize.pipeline import quantize_model
+from tests import tiny
 
 
 def kl(candidate: WeightSource, reference: WeightSource) -> float:

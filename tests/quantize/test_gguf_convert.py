@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from gguf_models import write_model
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_quantize import main
 from recompile.errors import OutputError, UnsupportedError
 from recompile.quantize import gguf_convert
+from tests.gguf_models import write_model
 
 GOOD = "import shutil; shutil.copy({model!r}, sys.argv[sys.argv.index('--outfile') + 1])"
 

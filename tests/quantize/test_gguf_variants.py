@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from gguf_models import VOCAB, write_model
 from safetensors.torch import save_file
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
@@ -26,6 +25,7 @@ from recompile.quantize.gguf import (
     find_preset,
     plan_variants,
 )
+from tests.gguf_models import VOCAB, write_model
 
 pytest.importorskip("libgguf")
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "gemma2", "gemma3_text")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
 from torch import Tensor
@@ -28,6 +27,7 @@ from recompile.quantize.lazy_variant import make_variant, parse_candidates, spec
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
+from tests import tiny
 from tests.commands import run
 
 GROUP = tiny.GROUP_SIZE

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from recompile.quantize.fake_quant_exl import Exl3StandIn
 from recompile.quantize.lazy_variant import exl_spec_of, make_variant, maker_of
 from recompile.quantize.pipeline import quantize_model
 from recompile.recipe.recipe import Recipe, Source, dump_recipe, load_recipe, parse_recipe
+from tests import tiny
 from tests.commands import refusal, run
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from gguf_models import VOCAB
 from safetensors.torch import save_file
-from test_gguf_variants import tokenizer_file, write_hf
 
 from eval.metrics import kl_divergence
 from eval.profile.exact import ProfileJob, ProfileOptions, SwappedSource, profile_exact
@@ -42,6 +40,8 @@ from recompile.quantize.lazy_variant import (
 )
 from recompile.recipe.recipe import load_recipe, parse_recipe
 from tests.commands import refusal, run
+from tests.gguf_models import VOCAB
+from tests.quantize.test_gguf_variants import tokenizer_file, write_hf
 
 pytest.importorskip("libgguf")
 TYPES = ["Q4_K", "IQ4_XS", "IQ4_KS", "Q8_0"]

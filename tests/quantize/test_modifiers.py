@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mixes
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -26,6 +24,7 @@ from recompile.quantize.calibrate import InputCollector
 from recompile.quantize.modifiers import load_modifiers
 from recompile.quantize.pipeline import LayerDone, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
+from tests import mixes, tiny
 
 ATTENTION, DOWN, UP = (f"model.layers.3.{leaf}_proj" for leaf in ("self_attn.q", "mlp.down", "mlp.up"))
 

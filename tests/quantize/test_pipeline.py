@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from recompile.quantize import pipeline
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder, variant_name
 from recompile.quantize.pipeline import LayerDone, QuantizeReport, quantize_model
+from tests import tiny
 
 IDS = tiny.rows(6, 32, seed=5)
 

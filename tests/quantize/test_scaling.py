@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mixes
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -32,6 +30,7 @@ from recompile.quantize.pipeline import Encoded, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, SchemeVariant, uniform
 from recompile.quantize.smoothing_mappings import Fold, find_folds
 from recompile.quantize.smoothing_scales import awq_scale, powers_of_two, smoothquant_scale
+from tests import mixes, tiny
 
 
 def folds_of(architecture: str, layer: int) -> dict[str, Fold]:

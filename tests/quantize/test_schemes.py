@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from recompile.quantize.gptq import proxy_error
 from recompile.quantize.gptq_float import round_gptq
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, SchemeRule, SchemeVariant, uniform
+from tests import tiny
 
 FLOATS = ("w8a8", "fp8-tensor", "fp8-channel", "fp8-block", "nvfp4", "mxfp4", "mxfp6", "mxfp8")
 
@@ -129,7 +130,8 @@ def test_names_of_schemes() -> None:
 
 
 def test_the_library_accepts_every_group(tmp_path: Path) -> None:
-    config = pytest.importorskip("compressed_tensors.quantization").QuantizationConfig
+    pytest.importorskip("compressed_tensors")
+    config = importlib.import_module("compressed_tensors.quantization").QuantizationConfig
     names = [*FLOATS, *PRESETS.values(), "w8a16", "w3a16-g32-asym", "w8a8-static", "mxfp8-a8"]
     for name in names:
         group = {"targets": ["Linear"], **parse_scheme(name).group()}

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import tiny
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.merge.overlay import Overlay, build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
 from recompile.recipe.recipe import Recipe, load_recipe
+from tests import tiny
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shutil
 import time
@@ -10,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from click.testing import CliRunner
-from made import write_diff, write_profile
 
 from eval.report.data import choice_of, gather
 from eval.report.page import render
@@ -23,6 +22,8 @@ from recompile.costs import Candidate, Measurement, ProfileGroup, ProfileHeader,
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Constraint, Rules, choose
 from recompile.recipe.recipe import load_recipe, parse_recipe
+from tests import tiny
+from tests.report.made import write_diff, write_profile
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -36,7 +37,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("no chromium is installed (scripts/setup installs Debian's where it may): the page is not opened")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: dev)")
+    pytest.importorskip("playwright", reason="playwright is not installed (extra: dev)")
+    api = importlib.import_module("playwright.sync_api")
     with api.sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             tmp_path_factory.mktemp("chromium"),

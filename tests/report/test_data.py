@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from made import write_diff, write_profile
 
 from eval.metrics import kl_histogram
 from eval.report.card import card
@@ -29,6 +28,7 @@ from recompile.costs import load_profile
 from recompile.errors import RecompileError
 from recompile.optimize.choose import predict
 from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
+from tests.report.made import write_diff, write_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = (

@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from torch import Tensor
+
+from tests import tiny
 
 VOCAB = 96
 COMMON = {

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +17,8 @@ from eval.diff import DiffOptions, DiffReport, compare
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, WeightSource, open_checkpoint
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.model.stream import LayeredModel
+from tests import tiny
+from tests.stream import architectures
 
 CLOSE = 1e-5  # of the range of the logits; most are equal to the last bit
 

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
 from recompile.merge.overlay import build_overlay
 from recompile.model.stream import LayeredModel, check_same_skeleton, dense_names, release_free_memory
+from tests import tiny
 
 ARCHITECTURES = ("llama", "llama-tied", "llama-bias", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3")
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mixes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ from recompile.merge.check import (
 )
 from recompile.merge.overlay import Overlay, build_overlay
 from recompile.merge.write_safetensors import MANIFEST_NAME, execute, plan_write
+from tests import mixes
 
 
 def overlay_of(base: Path, recipe: Path | None = None) -> Overlay:

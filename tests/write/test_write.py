@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mixes
 import pytest
 import torch
 from safetensors import safe_open
@@ -34,6 +33,7 @@ from recompile.merge.write_safetensors import (
     execute,
     plan_write,
 )
+from tests import mixes
 
 
 def overlay_of(base: Path, recipe: Path | None = None) -> Overlay:

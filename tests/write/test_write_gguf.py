@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from gguf_models import write_model
 
 from recompile.checkpoint.checkpoint import GgufCheckpoint, open_checkpoint
 from recompile.cli.recompile import main
@@ -17,6 +16,7 @@ from recompile.gguf.container import open_gguf
 from recompile.merge.overlay import Overlay, build_overlay
 from recompile.merge.write_gguf import check_hashes, execute_gguf, plan_gguf, verify_gguf
 from recompile.recipe.recipe import parse_recipe
+from tests.gguf_models import write_model
 
 
 def mix_of(base: Path, lines: dict[str, Path]) -> Overlay:

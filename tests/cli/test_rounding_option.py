@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
@@ -15,6 +14,7 @@ import eval.passes.output_gradients as output_gradients
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.model_quantize import main as model_quantize
+from tests import tiny
 from tests.commands import refusal, run
 
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mixes
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_checkpoints import CASES, write_pair
 
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.recompile import main as recompile_command
+from tests import mixes, tiny
+from tests.formats.test_checkpoints import CASES, write_pair
 
 
 def run(command, *arguments: str | Path) -> str:
