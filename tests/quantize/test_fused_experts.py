@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from recompile.merge.write_safetensors import execute, plan_write
 from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.pipeline import quantize_model
+from tests import tiny
 
 EXPERTS, HIDDEN, INNER = 4, 64, 32
 COMMON = {
