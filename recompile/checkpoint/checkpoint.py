@@ -15,7 +15,8 @@ from pathlib import Path
 from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol
 
-from recompile.checkpoint.fused_experts import View, split_experts
+from recompile.checkpoint.fused_experts import split_experts
+from recompile.checkpoint.tensor_info import TensorInfo as TensorInfo
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, WEIGHT_PARTS, FormatSpec, format_of
 from recompile.formats.gguf_types import QUANTIZED_TYPES
@@ -52,31 +53,6 @@ INDEX_NAME = "model.safetensors.index.json"
 # Files that say how a model is quantized where config.json does not -> quant_method, where they name none.
 OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 FINGERPRINT_BYTES = 4096  # read at the start, the middle and the end of every tensor
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One stored tensor: what its header says and where its bytes are."""
-
-    name: str
-    dtype: str  # safetensors spelling: "BF16", "I32"; a tensor type of GGUF files: "Q4_K"
-    shape: tuple[int, ...]
-    path: Path
-    offset: int  # of the first byte, from the start of the file
-    size_bytes: int
-    view: View | None = None  # one expert's part of a stored tensor; its bytes are not in a row where `columns` is set
-
-    @property
-    def is_scattered(self) -> bool:
-        """Whether its bytes do not lie in a row, so that only `read_tensor` gives them."""
-        return self.view is not None and self.view.columns is not None
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,32 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from recompile.checkpoint.tensor_info import TensorInfo, View
 from recompile.formats import FLOAT_DTYPES
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import TensorInfo
 
 ALTERNATING = frozenset({"gpt_oss"})  # model types whose gate_up_proj has gate and up in turn
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 OLD_LEAVES = ("w1", "w3", "w2")  # the same three where the block is called block_sparse_moe, as in Mixtral
 ROLES = ("gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor that is a part of a larger stored one.
-
-    stored:  as the file's header says it, [experts, ...]
-    index:   the expert
-    columns: (start, step) along the last axis of the expert's slice, which is transposed then; None: rows of it, one
-             after another in the file
-    """
-
-    stored: TensorInfo
-    index: int
-    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
