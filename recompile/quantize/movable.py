@@ -184,6 +184,17 @@ def _exl2(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
     return {"q_scale_max": reduce}
 
 
+def _transposed(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    """GPTQ and AWQ files: scales [groups, out]; GPTQ with activation order says the group of every column."""
+    in_features, groups = _shape(module)[1], module.parts["scales"].shape[0]
+    if "g_idx" in module.parts:
+        index = build.read(module.parts["g_idx"].name).long()
+    else:
+        size = build.scheme(module).group_size or in_features
+        index = torch.arange(in_features) // size
+    return {"scales": lambda product: _scatter(product, index, groups).t()}
+
+
 def over_grid(product: Tensor, grid: ScaleGrid) -> Tensor:
     """Sums over the weights [out, in] of each scale of a grid, [scale rows, scale columns]."""
     out_features, in_features = product.shape
@@ -201,6 +212,8 @@ SCALES: Mapping[str, Callable[[Checkpoint, StoredModule], Mapping[str, Reduce]]]
     "mxfp4-pack-quantized": _none,
     "mxfp6-pack-quantized": _none,
     "mxfp8-quantized": _none,
+    "gptq": _transposed,
+    "awq": _transposed,
     "exl2": _exl2,
     "exl3": _exl3,
 }

@@ -17,12 +17,14 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_heal import main as model_heal
 from recompile.cli.recompile import main as recompile_command
 from recompile.errors import OutputError, RecompileError, UnsupportedError
+from recompile.formats.gptq import GptqScheme
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
 from recompile.quantize.movable import Movable, find_movables
 from recompile.quantize.pipeline import Encoder, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import mixes, tiny
 from tests.commands import refusal, run
+from tests.formats.packers import pack_awq, pack_gptq
 
 TOKENS = 24
 
@@ -63,6 +65,28 @@ def finish(build: Checkpoint, out: Path, options: HealOptions = OPTIONS, archite
     return last
 
 
+def one_module(kind: str, directory: Path) -> Path:
+    """A GPTQ or AWQ file of one module [32, 64] in groups of 32."""
+    generator = torch.Generator().manual_seed(9)
+    codes, zeros = torch.randint(0, 16, (32, 64), generator=generator), torch.full((32, 2), 8)
+    scales = (0.1 + torch.rand(32, 2, generator=generator)).half()
+    order = torch.randperm(64, generator=generator) // 32 if kind == "gptq-order" else None
+    if kind == "awq":
+        parts = pack_awq(codes, zeros, scales)
+        settings: dict[str, object] = {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 32,
+            "zero_point": True,
+            "version": "gemm",
+        }
+    else:
+        parts = pack_gptq(codes, zeros, scales, GptqScheme(4, 32, True, "gptq"), order)
+        settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": order is not None}
+    tensors = {f"model.layers.0.mlp.up_proj.{part}": value for part, value in parts.items()}
+    return mixes.save(directory, tensors, {**mixes.config(), "quantization_config": settings})
+
+
 def bytes_of(checkpoint: Checkpoint, tensor: str) -> Tensor:
     return checkpoint.read(tensor).contiguous().flatten().view(torch.uint8)
 
@@ -70,14 +94,28 @@ def bytes_of(checkpoint: Checkpoint, tensor: str) -> Tensor:
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 # Every kind of format whose scales move.
-KINDS = ["int3", "int3-asym", "int4-head", "w8a16", "fp8-channel", "fp8-block", "nvfp4", "exl2", "exl3"]
+KINDS = [
+    "int3",
+    "int3-asym",
+    "int4-head",
+    "w8a16",
+    "fp8-channel",
+    "fp8-block",
+    "nvfp4",
+    "gptq",
+    "gptq-order",
+    "awq",
+    "exl2",
+    "exl3",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scale_s_gradient_is_what_doubling_it_does(kind: str, tmp_path: Path) -> None:
     """<G, W> is linear in every scale, and doubling is exact: <G, W(2 s)> - <G, W(s)> = s d<G, W>/ds."""
-    is_exl3 = kind == "exl3"  # its encoder is slow
-    build = open_checkpoint(mixes.as_exl3(tmp_path / "v", 2)) if is_exl3 else make_build(kind, tmp_path / "v")
+    made_up = {"exl3": lambda: mixes.as_exl3(tmp_path / "v", 2)}  # its encoder is slow
+    made_up |= {name: lambda: one_module(kind, tmp_path / "v") for name in ("gptq", "gptq-order", "awq")}
+    build = open_checkpoint(made_up[kind]()) if kind in made_up else make_build(kind, tmp_path / "v")
     movables = find_movables(build)
     modules = {tensor.rpartition(".")[0] for tensor, movable in movables.items() if movable.reduce is not None}
     generator = torch.Generator().manual_seed(0)
