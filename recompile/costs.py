@@ -15,7 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ class Candidate:
         return candidate_label(self.id)
 
 
+@lru_cache(maxsize=1024, typed=True)  # 1, 1.0 and true are equal and have labels of their own
 def candidate_label(source_id: SourceId) -> str:
+    """The id as text: as it is, or as JSON where it is no text or looks like a number."""
     return source_id if isinstance(source_id, str) and not _looks_like_number(source_id) else json.dumps(source_id)
 
 
@@ -112,7 +114,7 @@ class ProfileHeader:
     version: int = JOURNAL_VERSION
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method: seed, draws, ...
 
-    @property
+    @cached_property
     def group_weights(self) -> int:
         return sum(group.weights for group in self.groups)
 

@@ -20,15 +20,19 @@ def make_profile(
     rows: int = 4,
     directories: Mapping[object, str] = DIRECTORIES,
     context: str = "clean",
+    experts: int = 0,
 ) -> Profile:
     """Costs fall by about 4 a bit, differ by layer and projection, and are noisy enough to be non-monotone at times."""
     ids = list(directories)
     candidates = tuple(Candidate(n, where, f"print-{n}") for n, where in directories.items())
     labels = [candidate.label for candidate in candidates]
     base = labels[1]
+    projections = dict(PROJECTIONS)
+    for number in range(experts):  # of every layer, beside its mlp
+        projections |= {f"mlp.experts.{number}.{name}_proj": 1024 for name in ("gate", "up", "down")}
     members: dict[str, list[tuple[str, int]]] = {}
     for layer in range(layers):
-        for name, weights in PROJECTIONS.items():
+        for name, weights in projections.items():
             module = f"model.layers.{layer}.{name}"
             members.setdefault(group_name(module, level), []).append((module, weights))
     groups = []
@@ -49,11 +53,11 @@ def make_profile(
     control = tuple(0.0 if context == "clean" else 0.05 + 0.01 * noise() for _ in range(rows))
     measurements = {}
     for group in groups:
-        dear = 0.2 * noise() ** 2
+        worst = 0.2 * noise() ** 2
         for label in labels:
             if context == "base" and label == base:
                 continue
-            kl = dear * 4.0 ** (2 - rates[label])
+            kl = worst * 4.0 ** (2 - rates[label])
             values = tuple(zero + kl * (0.8 + 0.4 * noise()) for zero in control)
             measurements[group.name, label] = Measurement(group.name, label, values)
     header = ProfileHeader(

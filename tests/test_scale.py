@@ -14,9 +14,14 @@ import pytest
 
 from recompile.checkpoint import checkpoint as checkpoint_module
 from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.costs import open_journal
 from recompile.merge.explain import resolved_table
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import plan_write
+from recompile.optimize.budget import Budget
+from recompile.optimize.choose import Rules, choose, make_recipe
+from recompile.recipe.recipe import dump_recipe
+from tests.profiles import make_profile
 from tests.sparse import moe_checkpoint
 
 MORE = 1.15  # a sort or a hash table costs a little more a module when there are more of them
@@ -80,6 +85,47 @@ def test_a_dry_run_is_linear_in_the_modules(tmp_path: Path, grow: str, many_line
 
         return calls_of(plan)
 
+    assert_linear(run, (24, 48, 72))
+
+
+@pytest.mark.parametrize("engine", [None, "vllm"])
+def test_choosing_a_recipe_is_linear_in_the_groups(engine: str | None) -> None:
+    def run(experts: int) -> Counter[str]:
+        profile = make_profile("expert", layers=4, experts=experts)
+        names = [f"{module}.weight" for group in profile.header.groups for module in group.modules]
+
+        def choose_one() -> None:
+            choice = choose(profile, Budget(bpw=3.5), "greedy", Rules(engine=engine))
+            assert dump_recipe(*make_recipe(choice, {}, names)).count("key:") > 5
+
+        return calls_of(choose_one)
+
+    run(4)  # what is loaded late is loaded now
+    assert_linear(run, (24, 48, 72))
+
+
+def test_a_report_is_linear_in_the_groups(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from eval.report.data import gather
+    from eval.report.page import render
+    from eval.report.pictures import shown_choice, write_pictures
+
+    def run(experts: int) -> Counter[str]:
+        path = tmp_path / f"{experts}.jsonl"
+        profile = make_profile("expert", layers=4, experts=experts)
+        assert profile.control is not None
+        with open_journal(path, profile.header) as journal:
+            journal.append([profile.control, *profile.measurements.values()])
+
+        def report() -> None:
+            data = gather(path)
+            assert len(shown_choice(data)) == len(profile.header.groups)
+            assert "script" in render(data)
+            write_pictures(data, tmp_path / f"{experts}", "svg")
+
+        return calls_of(report)
+
+    run(4)
     assert_linear(run, (24, 48, 72))
 
 

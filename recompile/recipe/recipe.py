@@ -839,12 +839,18 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
+_PLAIN = re.compile(r"[A-Za-z0-9_.*-]+")  # keys of recipes, as a rule
+
+
 def _dump(value: Any, **options: Any) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, allow_unicode=True, width=math.inf, **options))
 
 
+@lru_cache(maxsize=1024, typed=True)  # 1, 1.0 and true are equal and spelled apart
 def _flow(value: SourceId, quoted: bool = False) -> str:
     """A scalar as it may stand inside {...} on one line."""
+    if quoted and isinstance(value, str) and _PLAIN.fullmatch(value):
+        return f'"{value}"'  # what YAML's emitter writes, a hundred times as fast
     text = _dump([value], default_flow_style=True, default_style='"' if quoted else None).strip()[1:-1]
     if not quoted and isinstance(value, str) and text[:1] == "'":
         return _flow(value, quoted=True)
