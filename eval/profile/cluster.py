@@ -11,7 +11,9 @@ Workers open the checkpoints by the paths of the driver: they need the same file
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,6 +167,17 @@ def _row_tasks(sketch: SketchJob, plan: PassPlan, first: int, workers: int) -> l
     return [(sweep, slice(start, min(rows, start + size))) for sweep in sweeps for start in range(0, rows, size)]
 
 
+def _check_address(address: str | None) -> None:
+    """Raise RecompileError for what is no address of a Ray cluster: HOST:PORT, ray://HOST:PORT, or auto."""
+    if address is None or address == "auto":
+        return
+    found = re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})", address)
+    if found is None or not 0 < int(found[3]) < 65536:
+        raise RecompileError(f"--ray {address}: no address of a cluster; wanted HOST:PORT, auto, or no address at all")
+    if found[1] and importlib.util.find_spec("grpc") is None:
+        raise RecompileError(f"--ray {address}: Ray's client is not installed; pip install 'ray[client]'")
+
+
 @contextmanager
 def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
     """The ray module, connected; a connection that is begun here ends with the block."""
@@ -176,6 +189,7 @@ def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
     begun = not ray.is_initialized()
     try:
         if begun:
+            _check_address(address)
             ray.init(
                 address=address,
                 include_dashboard=False if address is None else None,

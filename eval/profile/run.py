@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,10 +153,12 @@ def _sources(
 
 
 def _source(given: str) -> tuple[SourceId, str]:
-    """`ID=DIR` or `DIR`."""
+    """`ID=DIR` or `DIR`; a directory that is there by the whole text is one, whatever "=" it has."""
+    if os.path.exists(given):
+        return id_of_directory(given), given
     name, separator, directory = given.partition("=")
     if separator and name and "/" not in name:
-        return (int(name) if name.isdigit() else name), directory
+        return (int(name) if re.fullmatch("[0-9]{1,9}", name) else name), directory
     return id_of_directory(given), given
 
 

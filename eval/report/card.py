@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from eval.report.data import ReportData
 from eval.report.pictures import shown_choice
+from recompile.io.printable import printable
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Choice, make_recipe, predict
 from recompile.optimize.problem import Solution
@@ -60,10 +62,11 @@ def card(data: ReportData) -> str:
     fence = "`" * (max((len(run) for line in text for run in re.findall(r"`+", line)), default=2) + 1)
     fence = max(fence, "```", key=len)
     more = len(text) - RECIPE_LINES
+    text = [printable(line) for line in text]
     shown = text if more <= 0 else [*text[:RECIPE_LINES], f"# ... {more} more lines"]
-    base = header.candidate(header.base).model_dir
+    base = shlex.quote(printable(header.candidate(header.base).model_dir))
     lines += [f"{fence}yaml", *shown, fence, "", f"{fence}", f"recompile -i {base} -o OUT -or overrides.yaml", fence]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"<!-- made_by: model_report {_cell(data.profile_name)} -->"]) + "\n"
 
 
 def recipe_text(data: ReportData, choice: dict[str, str]) -> str:
@@ -78,7 +81,7 @@ def recipe_text(data: ReportData, choice: dict[str, str]) -> str:
 
 def _cell(text: str) -> str:
     """Text in a Markdown table: no mark-up, no line break, no cell border."""
-    flat = " ".join(str(text).split())
+    flat = printable(" ".join(str(text).split()))
     flat = flat if len(flat) <= 80 else f"{flat[:79]}…"
     return re.sub(r"([\\`*_\[\]<>|~#$])", r"\\\1", flat).replace("&", "&amp;")
 

@@ -5,6 +5,7 @@ Torch is loaded only where models run.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -534,11 +535,12 @@ def write_recipe(
 
 
 def next_step(profile: Profile, recipe: Path) -> str:
-    """The command that makes the recipe's model."""
+    """The command that makes the recipe's model, for a shell."""
     base = profile.header.candidate(profile.header.base)
+    reference, start, given = (shlex.quote(str(path)) for path in (profile.header.reference, base.model_dir, recipe))
     if base.spec is not None and "type" in base.spec:
         keys = "" if profile.header.reference.endswith(".gguf") else " --tokenizer-from MODEL.gguf"
-        return f"model_quantize -i {profile.header.reference} -o OUT.gguf -or {recipe}{keys}"
+        return f"model_quantize -i {reference} -o OUT.gguf -or {given}{keys}"
     if base.spec is not None:
-        return f"model_quantize -i {profile.header.reference} -o OUT -or {recipe}"
-    return f"recompile -i {base.model_dir} -o OUT -or {recipe}"
+        return f"model_quantize -i {reference} -o OUT -or {given}"
+    return f"recompile -i {start} -o OUT -or {given}"

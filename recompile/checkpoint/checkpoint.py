@@ -154,6 +154,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
     return tensors, metadata
 
 
+_ODD = re.compile(r"[^\x00-\x7f]|[0-9]{10}")
+
+
 def _tensor_info(
     path: Path, name: str, entry: Any, start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
 ) -> TensorInfo:
@@ -161,6 +164,12 @@ def _tensor_info(
         dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: header entry of tensor {name} is malformed: {repr(entry)[:200]}") from error
+    if _ODD.search(name) and any(
+        word.isdigit() and not (word.isascii() and len(word) < 10) for word in name.split(".")
+    ):
+        raise CheckpointError(
+            f"{path}: tensor {printable(name)[:80]} has a number in its name that none has; the file is damaged"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{path}: tensor {name} has dtype {repr(dtype)[:80]}, known: {', '.join(DTYPE_BYTES)}")
     sizes = (*shape, begin, stop)
@@ -305,7 +314,7 @@ class Checkpoint:
     def _stored(self, name: str, parts: dict[str, TensorInfo], files: OpenFiles) -> StoredModule:
         spec = format_of(parts)
         weight = parts.get("weight")
-        if spec.name == "dense" and weight is not None and len(weight.shape) > 1 and weight.dtype in INTEGER_DTYPES:
+        if spec.name == "dense" and weight is not None and weight.dtype in INTEGER_DTYPES:
             raise FormatError(
                 f"{weight.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)} without scales; wanted a "
                 f"float dtype, or the parts of a format that is known here"

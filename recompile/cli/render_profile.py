@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from recompile.io.report import format_columns
@@ -32,7 +33,7 @@ def profile_summary(profile: Profile) -> dict[str, object]:
 
 
 def describe_next(profile: Profile, out: Path) -> str:
-    return f"{describe_profile(profile)}\n\nNext: model_optimize {out} -b 4.0 -o overrides.yaml"
+    return f"{describe_profile(profile)}\n\nNext: model_optimize {shlex.quote(str(out))} -b 4.0 -o overrides.yaml"
 
 
 def describe_profile(profile: Profile, most: int = 20) -> str:

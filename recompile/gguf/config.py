@@ -32,6 +32,9 @@ GEMMA3_LOCAL_ROPE = 10000.0
 SMALLEST_UNTURNED = 1e20  # a frequency that is divided by more does not turn at all
 
 
+MOST_LAYERS = 2000
+
+
 @dataclass(frozen=True)
 class _Keys:
     """The keys of one architecture in a file, and its tensors."""
@@ -68,6 +71,12 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.label}: has no tensor token_embd.weight; it is not a whole {arch} model")
     keys = _Keys(file, known.name)
+    layers = keys.need("block_count")
+    if type(layers) is not int or not 1 <= layers <= MOST_LAYERS:
+        raise CheckpointError(
+            f"{file.label}: key {known.name}.block_count is {str(layers)[:60]}, wanted a whole number from 1 to "
+            f"{MOST_LAYERS}"
+        )
     query, hidden = _one(keys.need("attention.head_count")), keys.need("embedding_length")
     epsilon_key, epsilon = EPSILON.get(known.name, RMS_EPSILON)
     config: dict[str, Any] = {

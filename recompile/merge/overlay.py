@@ -49,7 +49,7 @@ IDENTITY_FIELDS = (
     "vocab_size",
 )
 _IN_LAYER = re.compile(r"\.\d+\.")
-SHOWN_LINES = 20  # of a recipe, of one kind: what a person reads
+SHOWN_LINES = 8  # of a recipe, of one kind: what a person reads
 PADDING = {"exl2": (32, 32), "exl3": (128, 128)}  # stored shapes are rounded up to these (out, in)
 
 

@@ -810,7 +810,7 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _write_text(target: Path, text: str) -> None:
-    with target.open("x", encoding="utf-8") as writer:
+    with target.open("x", encoding="utf-8", errors="backslashreplace") as writer:
         writer.write(text)
         writer.flush()
         os.fsync(writer.fileno())

@@ -32,10 +32,16 @@ def compute_device(name: str) -> str:
         raise ArgumentError(
             f'{{device}} {name}: not a device; wanted cpu, cuda:0, or a number ("0" is cuda:0)'
         ) from error
-    if found.type == "meta" or (found.type != "cpu" and not hasattr(torch, found.type)):
+    if found.type == "meta":
         raise ArgumentError(f"{{device}} {name}: holds no values to compute with; use {{device}} cpu")
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise ArgumentError(
             f"{{device}} {name}: this machine offers {torch.cuda.device_count()} CUDA devices; use {{device}} cpu"
         )
+    if found.type not in ("cpu", "cuda"):
+        try:
+            torch.ones(1, device=found).item()
+        except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or ["it computes nothing"])[0][:200]
+            raise ArgumentError(f"{{device}} {name}: cannot be used here: {reason}; use {{device}} cpu") from error
     return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def _specs(
     names: Sequence[str], options: CandidateOptions, on_event: OnEvent
 ) -> list[tuple[SourceId, dict[str, object]]]:
     given = str(DEFAULT_GROUP_SIZE if options.group_size is None else options.group_size)
-    if given != "channel" and not given.isdigit():
+    if given != "channel" and not re.fullmatch("[0-9]{1,9}", given):
         raise ArgumentError(f"{{group_size}} {given}: wanted a number such as 64, or channel")
     if options.format not in ("exl2", "exl3"):
         size = None if given == "channel" else int(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.checkpoint.module_names import HEAD_NAMES
-from recompile.errors import ArgumentError, RecipeError
+from recompile.errors import ArgumentError, FormatError, RecipeError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats.schemes import parse_scheme
 from recompile.model.tokens import Rows
@@ -72,7 +73,13 @@ class EncoderChoice:
             return Exl2Encoder(bits, self.head_bits, *shape, self.method), True
         if self.format == "exl3":
             return Exl3Encoder(bits, self.head_bits, self.codebook, *shape, self.method), True
-        size = None if self.group_size == "channel" else int(self.group_size) if self.group_size.isdigit() else 0
+        size = (
+            None
+            if self.group_size == "channel"
+            else int(self.group_size)
+            if re.fullmatch("[0-9]{1,9}", self.group_size)
+            else 0
+        )
         if size == 0:
             raise ArgumentError(f"{{group_size}} {self.group_size}: wanted a number such as 64, or channel")
         whole = [int(rate) for rate in bits if rate == int(rate)]
@@ -129,10 +136,13 @@ class EncoderChoice:
 def parse_rates(bits: Sequence[str]) -> tuple[float, ...]:
     """Bitrates as numbers. Raises FormatError."""
     try:
-        return tuple(float(rate) for rate in bits)
+        rates = tuple(float(rate) for rate in bits)
+        if not all(0 < rate <= 16 for rate in rates):  # NaN is not
+            raise ValueError
+        return rates
     except ValueError:
         raise ArgumentError(
-            f"{{bits}} {' '.join(bits)}: wanted numbers (tensor types go with {{format}} gguf)"
+            f"{{bits}} {' '.join(bits)}: wanted numbers above 0, at most 16 (tensor types go with {{format}} gguf)"
         ) from None
 
 
@@ -190,7 +200,16 @@ def mix_encoder(
                 f"{recipe.name}: a source given by {kind} cannot be made by model_quantize; wanted bits or a scheme"
             )
     used = set(assignment.values())
-    encoders = {key: encoder_of(spec) for key, spec in specs.items() if key in used}
+    lines = {source.model_dir: recipe.location(source) for source in recipe.sources}
+
+    def made(key: str, spec: Mapping[str, Any]) -> Encoder:
+        try:
+            return encoder_of(spec)
+        except (FormatError, ArgumentError) as error:
+            said = str(error).replace("{group_size}", "group_size").replace("{bits}", "bits")
+            raise RecipeError(f"{lines.get(key, recipe.name)}: {said}") from error
+
+    encoders = {key: made(key, spec) for key, spec in specs.items() if key in used}
     if not encoders:
         raise RecipeError(f"{recipe.name}: quantizes nothing; give -b, a `base:` or a line that names a module")
     return MixEncoder(out.name, encoders, assignment), head in assignment

@@ -766,7 +766,25 @@ def _read_source(entry: _Mapping) -> Source:
         both = ["model_dir", *kinds] if "model_dir" in entry.value else kinds
         raise entry.at.error(f"{' and '.join(map(_quote, both))} exclude each other; a source is there or is made")
     spec = {kinds[0]: entry.scalar(kinds[0]), **{key: entry.scalar(key) for key in settings}}
+    for key, value in spec.items():
+        _check_setting(entry.place(key), key, value)
     return Source(entry.scalar("id"), describe_spec(spec), entry.at.line, entry.note(), spec)
+
+
+def _check_setting(at: _Place, key: str, value: Any) -> None:
+    """Raise RecipeError for a value of a made source that is of another type than its key has."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e6 < value < 1e6  # NaN is not
+    wanted = {
+        "bits": (number, "a number"),
+        "group_size": (
+            (number and isinstance(value, int) and value > 0) or value == "channel",
+            "a whole number, or channel",
+        ),
+        "symmetric": (isinstance(value, bool), "true or false"),
+    }
+    fits, what = wanted.get(key, (isinstance(value, str), "a name"))
+    if not fits:
+        raise at.error(f"{_show_typed(value)[:200]} cannot be {key}; wanted {what}")
 
 
 def resolve_dir(recipe: Recipe, model_dir: str) -> tuple[Path, str | None]:

@@ -298,7 +298,7 @@ def test_documents_of_a_file(tmp_path: Path, text: str) -> None:
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "empty.txt").write_text(" \n\f\n")
-    with pytest.raises(RecompileError, match=r"latin\.txt: not UTF-8 text: byte 3"):
+    with pytest.raises(RecompileError, match=r"latin\.txt: not UTF-8 text: .* at byte 3"):
         text_from_file(tmp_path / "latin.txt")
     with pytest.raises(RecompileError, match=r"empty\.txt: there is no text"):
         text_from_file(tmp_path / "empty.txt")
