@@ -175,6 +175,7 @@ def profile(
     seed: int = 0,
     pairs: bool = False,
     bits: float | None = None,
+    whole_mixes: bool = True,
     match: Sequence[str] = (),
     skip: Sequence[str] = (),
     activations: bool = False,
@@ -202,7 +203,8 @@ def profile(
     level: layer, block, fused, expert or tensor; context: swap into the reference ("clean") or into base ("base");
     match, skip: globs of modules; head, embedding: groups, too; activations: swapped modules see quantized inputs
     mode: exact (every swap is run), sketch, hybrid (checks the decisions of a budget of `bits`, for `minutes`),
-    diagonal or weights (importance: weighed by inputs); samples, seed, pairs: of random draws
+    diagonal or weights (importance: weighed by inputs); samples, seed, pairs: of random draws; whole_mixes: after a
+    sketch of a mixture of experts, measure a few mixes and multiply costs by measured / predicted
     rows: a number, or "auto": until the standard error is below rtol, or for so many minutes, at most max_rows;
     default 16. length, text, dataset, input_ids: of these rows
     ray: "local" or the address of a cluster; max_memory: bytes or text such as "8GiB"; device, dtype: where and in what
@@ -257,6 +259,7 @@ def profile(
         seed=seed,
         pairs=pairs,
         bpw=bits,
+        whole_mixes=whole_mixes,
         ray=ray,
         rows=rows,
         where=RowOptions(None, length, as_path(text), dataset, as_path(input_ids)),

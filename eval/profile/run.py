@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval.diff import DiffOptions
+from eval.mixes.evaluator import TOGETHER
 from eval.profile.adaptive_rows import FILLING_SAMPLES, RowLimits, RowsDone, profile_more_rows
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, Started, profile_exact
 from eval.profile.hybrid import HybridOptions, HybridRound, profile_hybrid
 from eval.profile.sketch import SketchOptions, SketchProgress, SketchStarted, SweepDone, profile_sketch
+from eval.profile.whole_mixes import corrected, keep_corrected, measure_factors
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, id_of_directory
 from recompile.errors import ArgumentError
@@ -49,6 +52,7 @@ class ProfileRequest:
     seed: int
     pairs: bool
     bpw: float | None
+    whole_mixes: bool  # of a mixture of experts, after a sketch: measured, to correct the costs
     ray: str | None
     rows: int | str | None  # None: DEFAULT_ROWS, or as many as fit in the minutes; "auto": as rtol asks for
     where: RowOptions  # its `rows` is not looked at
@@ -137,7 +141,22 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
         for said in _tell(event, out):
             on_event(said)
     assert profile is not None, "every profiler ends with the profile"
-    return profile
+    return _corrected(profile, job, out, on_event) if request.whole_mixes and mode == "sketch" else profile
+
+
+def _corrected(profile: Profile, job: ProfileJob, out: Path, on_event: OnEvent) -> Profile:
+    """Costs of a mixture of experts, multiplied by what a few whole mixes tell of them."""
+    options = DiffOptions(dtype=job.options.dtype, device=str(job.options.device))
+    together = TOGETHER if job.options.max_memory_bytes is None else 1
+    ids = job.ids[: profile.header.rows]
+    kept = out.with_name(f"{out.name}.mixes.json")
+    factors = measure_factors(profile, job.reference, job.by_label, ids, options, kept, together, on_event)
+    if not factors:
+        return profile
+    for factor in factors:
+        on_event(Note(f"whole mixes, {factor.described()}", ""))
+    on_event(Note("costs are multiplied by these ratios: a sketch does not see tokens that go to other experts", ""))
+    return keep_corrected(out, corrected(profile, factors))
 
 
 def _sources(

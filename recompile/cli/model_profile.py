@@ -98,6 +98,13 @@ from recompile.costs import LEVELS, load_profile
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
 @click.option("--pairs", is_flag=True, help="Keep every draw, from which interactions of pairs can be had.")
 @click.option("-b", "--bits", type=float, help="With --mode hybrid: the budget whose decisions are checked, in bpw.")
+@click.option(
+    "--whole-mixes/--no-whole-mixes",
+    default=True,
+    show_default=True,
+    help="With --mode sketch of a mixture of experts: measure a few whole mixes and multiply costs by measured / "
+    "predicted, since a sketch does not see tokens that go to other experts.",
+)
 @click.option("--match", multiple=True, help="Only modules that match a glob (* crosses dots).")
 @click.option("--skip", multiple=True, help="Not the modules that match a glob.")
 @click.option(
