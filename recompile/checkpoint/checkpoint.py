@@ -290,7 +290,9 @@ class Checkpoint:
         for name, info in self.tensors.items():
             module, part = split_name(name)
             fused = _FUSED_PART.fullmatch(name) if ".experts." in name else None
-            if fused and (f"{fused[1]}_packed" in self.tensors or self._holds_fused_codes(fused[1])):
+            if part == "scale" and self._is_fp8(f"{module}.weight"):
+                grouped.setdefault(module, {})["weight_scale_inv"] = info  # DeepSeek's own name for it
+            elif fused and (f"{fused[1]}_packed" in self.tensors or self._holds_fused_codes(fused[1])):
                 grouped.setdefault(fused[1], {})[f"weight_{fused[2]}"] = info  # all experts of a layer in 3-D tensors
             elif self._holds_fused_codes(name):
                 grouped.setdefault(name, {})["weight"] = info
@@ -300,6 +302,10 @@ class Checkpoint:
                 grouped.setdefault(name, {})[""] = info
         with OpenFiles() as files:
             return {name: self._stored(name, parts, files) for name, parts in grouped.items()}
+
+    def _is_fp8(self, name: str) -> bool:
+        info = self.tensors.get(name)
+        return info is not None and info.dtype in ("F8_E4M3", "F8_E5M2")
 
     def _holds_fused_codes(self, name: str) -> bool:
         """Whether `name` holds 8-bit codes of all experts of a layer, with a `<name>_scale` beside it."""
@@ -523,13 +529,15 @@ def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:
     """The bytes of one tensor as a torch tensor of its own dtype, read once into its final host buffer."""
     import torch
 
-    if info.view is not None and info.view.columns is not None:
-        stored, (start, step) = info.view.stored, info.view.columns
+    if info.view is not None and info.is_scattered:
+        stored, (start, step) = info.view.stored, info.view.columns or info.view.rows or (0, 1)
         size = stored.size_bytes // stored.shape[0]
         whole = replace(
             stored, shape=stored.shape[1:], offset=stored.offset + info.view.index * size, size_bytes=size, view=None
         )
         count = info.shape[0]
+        if info.view.rows is not None:
+            return read_tensor(whole, device)[start : start + step * count : step].reshape(info.shape)
         part = read_tensor(whole, device)[..., start : start + step * count : step]
         return (part.T if part.dim() == 2 else part).contiguous()
     from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
@@ -550,7 +558,7 @@ def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:
     if info.dtype in QUANTIZED_TYPES:  # rows of bytes
         buffer = buffer.view(*info.shape[:-1], -1)
         return buffer if torch.device(device).type == "cpu" else buffer.to(device)
-    dtype = TORCH_DTYPES[info.dtype]
+    dtype = torch.float8_e8m0fnu if info.dtype == "F8_E8M0" else TORCH_DTYPES[info.dtype]
     assert dtype is not None, "DTYPE_BYTES lists only dtypes that torch has"
     tensor = buffer.view(dtype).reshape(info.shape)
     return tensor if torch.device(device).type == "cpu" else tensor.to(device)

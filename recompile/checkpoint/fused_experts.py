@@ -68,10 +68,49 @@ def split_experts(
             bias = tensors.get(f"{parent}.{leaf}_bias")
             if bias is not None and len(bias.shape) == 2 and bias.shape[0] == stack.info.shape[0]:
                 found[bias.name] = dict(_parts(replace(stack, info=bias), container, leaves, "bias"))
+    found |= _split_blocks(tensors, counts)
     made: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         made |= found.get(name, {name: info})
     return made, {name: tuple(parts) for name, parts in found.items()}
+
+
+def _split_blocks(tensors: Mapping[str, TensorInfo], counts: frozenset[int]) -> dict[str, dict[str, TensorInfo]]:
+    """gpt-oss as OpenAI publishes it: `gate_up_proj_blocks` [experts, out, in / 32, 16] and `gate_up_proj_scales`
+    [experts, out, in / 32] are MXFP4 of the experts one after another, the rows of gate and up in turn."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, blocks in tensors.items():
+        whole = name.removesuffix("_blocks")
+        scales = tensors.get(f"{whole}_scales")
+        if whole == name or scales is None or len(blocks.shape) != 4 or blocks.shape[0] not in counts:
+            continue
+        if scales.shape != blocks.shape[:3]:
+            continue
+        container, _, leaf = whole.rpartition(".")
+        leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf)
+        if leaves is None:
+            continue
+        for info, part in ((blocks, "weight_packed"), (scales, "weight_scale"), (tensors.get(f"{whole}_bias"), "bias")):
+            if info is not None:
+                found[info.name] = dict(_block_parts(info, container, leaves, part))
+    return found
+
+
+def _block_parts(
+    info: TensorInfo, container: str, leaves: tuple[str, ...], part: str
+) -> Iterator[tuple[str, TensorInfo]]:
+    experts, outputs, *rest = info.shape
+    width = (rest[0] * rest[1],) if len(rest) == 2 else tuple(rest)
+    size = info.size_bytes // experts
+    for expert in range(experts):
+        for number, leaf in enumerate(leaves):
+            name, shape = f"{container}.{expert}.{leaf}.{part}", (outputs // len(leaves), *width)
+            view = View(info, expert, rows=(number, len(leaves)) if len(leaves) > 1 else None)
+            offset = info.offset + expert * size
+            yield (
+                name,
+                replace(info, name=name, shape=shape, offset=offset, size_bytes=size // len(leaves), view=view),
+            )
 
 
 def _stacks(members: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, _Stack]:

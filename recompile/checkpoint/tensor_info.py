@@ -12,13 +12,15 @@ class View:
 
     stored:  as the file's header says it, [experts, ...]
     index:   the expert
-    columns: (start, step) along the last axis of the expert's slice, which is transposed then; None: rows of it, one
-             after another in the file
+    columns: (start, step) along the last axis of the expert's slice, which is transposed then
+    rows:    (start, step) along its first axis
+             neither: rows of it, one after another in the file
     """
 
     stored: TensorInfo
     index: int
     columns: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,12 @@ class TensorInfo:
     path: Path
     offset: int  # of the first byte, from the start of the file
     size_bytes: int
-    view: View | None = None  # one expert's part of a stored tensor; its bytes are not in a row where `columns` is set
+    view: View | None = None  # one expert's part of a stored tensor; see is_scattered
 
     @property
     def is_scattered(self) -> bool:
         """Whether its bytes do not lie in a row, so that only `read_tensor` gives them."""
-        return self.view is not None and self.view.columns is not None
+        return self.view is not None and (self.view.columns is not None or self.view.rows is not None)
 
     @property
     def numel(self) -> int:

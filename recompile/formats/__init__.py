@@ -191,7 +191,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight_packed", _UINT8),
             "mx",
             _nvfp4_shape,
-            readers=_COMPRESSED_TENSORS,
+            readers=_COMPRESSED_TENSORS | {"mxfp4": "mx"},
         ),
         FormatSpec(
             "mxfp8-quantized",

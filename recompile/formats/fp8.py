@@ -91,7 +91,9 @@ def dequantize(parts: Mapping[str, Tensor], scheme: Fp8Scheme, module: str = "te
     name = f"{module}.{scheme.scale_part}"
     if scheme.scale_part not in parts:
         raise FormatError(f"{name}: not found, wanted beside an 8-bit float weight")
-    scale = check_scale(parts[scheme.scale_part], name, scheme.grid, shape)
+    stored = parts[scheme.scale_part]
+    stored = stored.float() if stored.dtype == torch.float8_e8m0fnu else stored  # powers of two, DeepSeek's ue8m0
+    scale = check_scale(stored, name, scheme.grid, shape)
     zero_point = parts.get("weight_zero_point")  # old writers stored zeros
     if zero_point is not None and bool((zero_point.float() != 0).any()):
         raise FormatError(f"{module}.weight_zero_point: found values other than 0, wanted none with 8-bit floats")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from recompile.errors import FormatError
 from recompile.formats.checks import check_finite, check_matrix, get_part, row_chunks
 from recompile.formats.fp4 import check_float_group, unpack_e2m1
 from recompile.formats.scale_grid import read_bits
+
+if TYPE_CHECKING:
+    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 GROUP_SIZE = 32
 SCALE_BIAS = 127
@@ -47,6 +50,11 @@ def read_scheme(weights: Mapping[str, Any]) -> MxScheme:
     bits = read_bits(weights, "float", (4, 6, 8))
     check_float_group(weights, bits, GROUP_SIZE, ("group",))
     return MxScheme(bits)
+
+
+def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> MxScheme:
+    """Of configs without groups (`quant_method` mxfp4)."""
+    return MxScheme(4)
 
 
 def unpack_e2m3(packed: Tensor) -> Tensor:

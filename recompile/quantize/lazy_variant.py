@@ -28,6 +28,7 @@ from recompile.checkpoint.checkpoint import (
     open_checkpoint,
     split_name,
 )
+from recompile.checkpoint.decoded import as_dense
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import Profile, ProfileGroup, candidate_label
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
@@ -234,8 +235,7 @@ def make_variant(
     maker: of the spec, where it is not the plain one. Raises FormatError where the base is quantized already, or where
     nothing would be; UnsupportedError for a GGUF type of a model that has no names in GGUF.
     """
-    if base.is_quantized:
-        raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
+    base = as_dense(base)
     maker = maker or maker_of(spec)
     if str(maker.description().get("format")) == "gguf":  # keeps fused experts fused
         base = base.whole

@@ -35,6 +35,7 @@ from recompile.checkpoint.checkpoint import (
     read_tensor,
 )
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
+from recompile.checkpoint.decoded import as_dense
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
@@ -231,8 +232,7 @@ def quantize_model(
     """
     if sequential and len(encoder.names) != 1:
         raise FormatError(f"{len(encoder.names)} variants: one at a time can be calibrated on its own activations")
-    if base.is_quantized:
-        raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
+    base = as_dense(base)
     roles = roles_of(base)
     linear = [m for m in base.modules.values() if dense.why_dense(m.name, roles[m.name], m.shape) is None]
     reasons = {

@@ -63,7 +63,9 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         **MLA, "mlp_layer_types": ["dense", "sparse"], "index_topk": 6, "index_head_dim": 8, "index_n_heads": 2,
     }),
     "minimax-m2": ("minimax_m2", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}),
-    "gpt-oss": ("gpt_oss", {**COMMON, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": ("gpt_oss", {
+        **COMMON, **SLIDING, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }),
     "qwen3-next": ("qwen3_next", {**COMMON, **MOE, **LINEAR, "shared_expert_intermediate_size": 16}),
     "granitemoe": ("granitemoe", {**NO_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama4-text": ("llama4_text", {
