@@ -8,12 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_architectures import logits_of
 from torch import Tensor
 
 from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
@@ -25,6 +22,9 @@ from recompile.errors import FormatError, UnsupportedError
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.lazy_variant import make_variants, spec_of
 from recompile.quantize.pipeline import quantize_model
+from tests import tiny
+from tests.stream import architectures
+from tests.stream.test_architectures import logits_of
 
 BLOCK = 16
 _kept: list[Any] = []
