@@ -68,7 +68,7 @@ def trimmed(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: trimmed(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if (value is not None or key == "q_lora_rank") and not NOISE.fullmatch(key)
+        if (value is not None or key in ("q_lora_rank", "sliding_window")) and not NOISE.fullmatch(key)
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ LATENT = {
 }  # fmt: skip
 SPARSE = {"mlp_layer_types": ["dense", "sparse"], "index_topk": 16, "index_head_dim": 16, "index_n_heads": 4}
 LINEAR = {
-    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 6, "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
 }  # fmt: skip
@@ -47,7 +47,7 @@ WINDOW = {"sliding_window": 8}
 FOURTH = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
 GEMMA4 = {
     "tie_word_embeddings": True, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32,
-    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 YARN = {
     "rope_type": "yarn",
@@ -73,15 +73,23 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2moe": ("qwen2_moe", {**MOE, **SHARED, "norm_topk_prob": False}),
     "qwen3moe": ("qwen3_moe", {**HEAD, **MOE, "norm_topk_prob": True}),
     "qwen3next": ("qwen3_next", {**HEAD, **MOE, **SHARED, **LINEAR}),
-    "qwen35": ("qwen3_5_text", {**HEAD, **LINEAR}),
-    "qwen35moe": ("qwen3_5_moe_text", {**HEAD, **MOE, **SHARED, **LINEAR}),
+    "qwen35": ("qwen3_5_text", {**LINEAR, "head_dim": 32}),
+    "qwen35moe": ("qwen3_5_moe_text", {"head_dim": 32, **MOE, **SHARED, **LINEAR}),
     "gemma": ("gemma", {**HEAD, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {**HEAD, **WINDOW, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", GEMMA3),
     "gemma3 wrapped": ("gemma3", {"text_config": GEMMA3, "vision_config": SIGLIP, **TOKENS}),
     "gemma4": (
         "gemma4_text",
-        {**HEAD, **WINDOW, **GEMMA4, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0},
+        {
+            **HEAD,
+            **WINDOW,
+            **GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 32,
+            "num_kv_shared_layers": 2,
+        },
     ),
     "gemma4 experts": (
         "gemma4_text",
@@ -125,6 +133,7 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **HEAD,
             **LOCAL_MOE,
+            "num_hidden_layers": 4,
             "num_experts_per_tok": 1,
             "intermediate_size_mlp": 96,
             "interleave_moe_layer_step": 2,
@@ -163,11 +172,11 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("olmo2", {}),
-    "olmo2 of version 3": ("olmo3", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    "olmo2 of version 3": ("olmo3", {**WINDOW, **FOURTH}),
     "olmoe": ("olmoe", {**LOCAL_MOE, "num_experts": 4}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
     "seed_oss": ("seed_oss", HEAD),
-    "exaone4": ("exaone4", {**HEAD, **WINDOW, **FOURTH, "sliding_window_pattern": 4}),
+    "exaone4": ("exaone4", {**HEAD, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "hunyuan-dense": ("hunyuan_v1_dense", HEAD),
     "hunyuan-moe": ("hunyuan_v1_moe", {**HEAD, "num_experts": 4, "moe_topk": 2, "intermediate_size": 32}),
     "lfm2": ("lfm2", {**SHORT_CONV, "block_auto_adjust_ff_dim": False}),
@@ -183,6 +192,7 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
 EXTRA = ("scoring_func", "rotary_pct", "full_attention_interval", "global_head_dim")  # transformers drops them
 STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it, and transformers does not
     "hunyuan-moe": {"moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1], "moe_topk": [2, 2]},
+    "afmoe": {"route_norm": True, "score_func": "sigmoid"},
     "mistral3": {"rope_parameters": TYPED},
     "mistral3 wrapped": {"text_config": {"rope_parameters": TYPED}},
 }
@@ -214,9 +224,24 @@ def spelled_out(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
     return found
 
 
-def write_tiny(folder: Path, entry: Mapping[str, Any]) -> Path:
+def sound_values(name: str, shape: tuple[int, ...] | list[int]) -> Tensor:
+    """Seeded numbers with which a model's states stay of one size: norms near one, maps by their width."""
+    drawn = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.1 * drawn
+    if len(shape) < 2 or name.endswith("bias"):
+        return 0.1 * drawn
+    return drawn / 4 if "embed" in name else drawn / 8  # widths are 32 to 96
+
+
+def write_tiny(
+    folder: Path,
+    entry: Mapping[str, Any],
+    values: Callable[[str, list[int]], Tensor] = values_of,
+) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(entry["config"]))
-    tensors = {name: values_of(name, shape) for name, shape in spelled_out(entry["hf"]).items()}
+    config = {**entry["config"], "pad_token_id": None}  # not transformers' own, which this vocabulary has not
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: values(name, shape) for name, shape in spelled_out(entry["hf"]).items()}
     save_file({name: value.bfloat16() for name, value in tensors.items()}, folder / "model.safetensors")
     return folder

@@ -99,10 +99,11 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
     config["attention_bias"] = keys.in_any_layer("attn_q.bias", layers)
     experts = keys.get("expert_count")
     for entry in FIELDS.get(known.name, ()):
-        absent = config["intermediate_size"] if entry.key in EXPERT_SIZES else entry.default
-        found = keys.need(entry.key) if absent is REQUIRED else keys.get(entry.key, absent)
-        if found is not None:
-            config[entry.name] = found
+        absent = entry.default
+        if absent is REQUIRED and entry.key in EXPERT_SIZES:
+            absent = config["intermediate_size"]
+        # None is written as well: transformers' own default would be another model's
+        config[entry.name] = keys.need(entry.key) if absent is REQUIRED else keys.get(entry.key, absent)
     config |= constants(known.name, layers)
     if known.name in PARTIAL_ROTARY:
         turned = keys.get("rope.dimension_count", config["head_dim"])
@@ -147,6 +148,8 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         step = config["interleave_moe_layer_step"]
         config["moe_layers"] = list(range(step - 1, layers, step))
         config["use_qk_norm"] = config["num_local_experts"] != MAVERICK_EXPERTS  # the engine's rule
+    elif arch == "gpt-oss" and "rope_scaling" not in config:  # which transformers would take for the published one
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     elif arch == "mistral3":
         scale = keys.get("attention.temperature_scale")
         if scale is None:
@@ -180,7 +183,9 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config |= {"use_bias": config["attention_bias"], "sliding_window": None}
     elif arch == "phi3":
         config["sliding_window"] = keys.get("attention.sliding_window") or None
-        config.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        config["original_max_position_embeddings"] = (
+            config["original_max_position_embeddings"] or config["max_position_embeddings"]
+        )
 
 
 def _add_latent(keys: _Keys, config: dict[str, Any], layers: int) -> None:
@@ -313,6 +318,7 @@ def _add_gemma4(keys: _Keys, config: dict[str, Any]) -> None:
     """Head sizes, key heads and rotary embeddings of two kinds of layers; whole ones turn a part of their frequencies,
     and those that do not turn are divided by a number beyond all others."""
     layers = config["num_hidden_layers"]
+    config["final_logit_softcapping"] = config["final_logit_softcapping"] or None  # 0 turns it off
     config["layer_types"] = types = _pattern(keys, layers, 6)
     config["global_head_dim"] = config["head_dim"]
     config["head_dim"] = keys.get("attention.key_length_swa", config["head_dim"])

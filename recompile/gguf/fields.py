@@ -80,7 +80,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         _WINDOW,
         Field("embedding_length_per_layer_input", "hidden_size_per_layer_input", default=0),
         Field("attention.shared_kv_layers", "num_kv_shared_layers", default=0),
-        Field("final_logit_softcapping", "final_logit_softcapping", "f32", None),
+        Field("final_logit_softcapping", "final_logit_softcapping", "f32", 30.0),
         Field("expert_count", "num_experts", default=None),
         Field("expert_used_count", "top_k_experts", default=None),
         Field("expert_feed_forward_length", "moe_intermediate_size", default=None),
@@ -143,7 +143,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("expert_shared_count", "num_shared_experts"),
         Field("leading_dense_block_count", "num_dense_layers"),
         Field("expert_weights_scale", "route_scale", "f32", 1.0),
-        Field("expert_weights_norm", "route_norm", "bool", False),
+        Field("expert_weights_norm", "route_norm", "bool", True),
     ),
 }
 
@@ -162,10 +162,11 @@ RMS_EPSILON = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 PARTIAL_ROTARY = frozenset({"glm4", "glm4moe", "minimax-m2", "qwen3next", "qwen35", "qwen35moe", "nemotron", "phi3"})
 EXPERT_SIZES = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})  # old files lack them
 SIGMOID = 2  # expert_gating_func
-SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe"})
+SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe"})
 LLAMA4_CHUNK = 8192
 MAVERICK_EXPERTS = 128  # Llama 4 normalizes queries and keys, but for the model of 128 experts
 NO_ROPE_INTERVAL = 4
+EXAONE4_LAYERS = 64  # of the one EXAONE 4 with windows
 
 
 def every(layers: int, interval: int, special: str, usual: str) -> list[str]:

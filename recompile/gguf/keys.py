@@ -8,6 +8,7 @@ from typing import Any
 from recompile.errors import CheckpointError, UnsupportedError
 from recompile.gguf.container import GgufFile, encode_key
 from recompile.gguf.fields import (
+    EXAONE4_LAYERS,
     EPSILON,
     FIELDS,
     MAVERICK_EXPERTS,
@@ -137,6 +138,7 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
                 values[key] = (config[key], "f32")
     if arch in ("gemma3", "gemma4", "exaone4", "olmo2") and types:
         if arch != "gemma3" and config.get("sliding_window"):
+            _check_windows(arch, list(types))
             values["attention.sliding_window_pattern"] = ([kind == "sliding_attention" for kind in types], "bool")
         local = dict(config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
         local = local or config.get("rope_local_base_freq")
@@ -171,6 +173,8 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
     if arch == "ernie4_5-moe" and config.get("moe_num_shared_experts"):
         shared = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
         values["expert_shared_feed_forward_length"] = (shared, "u32")
+    if arch == "afmoe":  # transformers normalizes without being told
+        values.setdefault("expert_weights_norm", (True, "bool"))
     if arch == "hunyuan-moe":
         values["expert_shared_feed_forward_length"] = (_need(config, "intermediate_size"), "u32")
         values.setdefault("expert_shared_count", (1, "u32"))
@@ -183,6 +187,19 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
     if arch == "dots1":
         values["expert_gating_func"] = (SIGMOID, "u32")
+
+
+def _check_windows(arch: str, types: list[str]) -> None:
+    """Raise UnsupportedError for windows where the engine has none: its rules know layers by their number."""
+    if arch in ("exaone4", "olmo2") and types != every(len(types), 4, "full_attention", "sliding_attention"):
+        raise UnsupportedError(
+            f"config.json: layer_types is {types}, and llama.cpp computes {arch} with full attention in every 4th layer"
+        )
+    if arch == "exaone4" and len(types) != EXAONE4_LAYERS:
+        raise UnsupportedError(
+            f"config.json: sliding_window with {len(types)} layers; llama.cpp has windows in EXAONE 4 of "
+            f"{EXAONE4_LAYERS} layers only"
+        )
 
 
 def _interval(config: Mapping[str, Any], layers: int) -> int:
@@ -247,6 +264,7 @@ def _add_gemma4(config: Mapping[str, Any], values: Values, types: Any) -> None:
         "rope.dimension_count": (whole, "u32"),
         "rope.dimension_count_swa": (local, "u32"),
     }
+    values.setdefault("final_logit_softcapping", (0.0, "f32"))  # without the key the engine caps at 30
     keys = _of_layers(config, "num_key_value_heads", "full_attention") or config.get("num_global_key_value_heads")
     if keys:
         usual = config["num_key_value_heads"]
