@@ -8,8 +8,8 @@ from typing import Any
 from recompile.errors import CheckpointError, UnsupportedError
 from recompile.gguf.container import GgufFile, encode_key
 from recompile.gguf.fields import (
-    EXAONE4_LAYERS,
     EPSILON,
+    EXAONE4_LAYERS,
     FIELDS,
     MAVERICK_EXPERTS,
     PARTIAL_ROTARY,
