@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
-import gguf_tiny  # noqa: E402
-
-from recompile.checkpoint.checkpoint import read_safetensors_header  # noqa: E402
-from recompile.gguf.container import GgufFile, open_gguf  # noqa: E402
-from recompile.quantize.gguf_convert import FOLDER, environment, install  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from recompile.checkpoint.checkpoint import read_safetensors_header
+from recompile.gguf.container import GgufFile, open_gguf
+from recompile.quantize.gguf_convert import FOLDER, environment, install
+from tests import gguf_tiny
 
 NOISE = re.compile(
     r"dtype|transformers_version|initializer_range|use_cache|.*dropout|output_router_logits|router_.*coef|.*_pdrop"

@@ -9,17 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf_tiny
 import numpy as np
 import pytest
 import torch
-from engine_models import installed
 
 from eval.engines.engine_diff import EngineReport, compare_with_engine
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.model.stream import LayeredModel
 from recompile.quantize.gguf import Mix, base_tensors, build_variants, plan_variants
+from tests import gguf_tiny
+from tests.engine_models import installed
 
 KINDS = ("Q8_0", "Q4_0", "Q5_1", "Q4_1")
 RELATIVE, ABSOLUTE = 1e-2, 3e-3  # engines round activations to 8 bits
