@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eval.heal import HealOptions, HealRows, heal
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_auto import main as model_auto
 from recompile.cli.model_diff import main as model_diff
@@ -90,6 +91,9 @@ QUANTIZED: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "rtn": ("3bpw", ("-b", 3, "-g", GROUP, "--method", "rtn")),
     "mse-zeros": ("3bpw", ("-b", 3, "-g", GROUP, "--method", "mse", "--asym")),
     "gptq": ("3bpw", ("-b", 3, "-g", GROUP, "--method", "gptq")),
+    "two-sided": ("3bpw", ("-b", 3, "-g", GROUP, "--rounding", "two-sided")),
+    "nvfp4 two-sided": ("nvfp4", ("--scheme", "nvfp4", "--rounding", "two-sided")),
+    "exl2 two-sided": ("3bpw", ("-b", 3, "--format", "exl2", "--rounding", "two-sided")),
     "awq": ("w4a16-g32", ("--scheme", "w4a16-g32", "--method", "awq")),
     "smoothquant": ("w8a8", ("--scheme", "w8a8", "--method", "smoothquant")),
     "fp8": ("fp8-channel", ("--scheme", "fp8-channel")),
@@ -114,6 +118,20 @@ def test_a_variant_made_there_is_as_good(kind: str, architecture: str, ids: Path
     same_values(open_checkpoint(tmp_path / DEVICE / name), 1e-6)
     assert 0 < found["cpu"] < 5
     assert found[DEVICE] == pytest.approx(found["cpu"], rel=0.1)
+
+
+def test_a_build_is_healed_there(tmp_path: Path) -> None:
+    build, base = open_checkpoint(tiny.variants("qwen3-moe", (3,))[3]), open_checkpoint(tiny.base("qwen3-moe"))
+    judges = {name: tiny.rows(6, 24, seed=n) for n, name in enumerate(("choose", "accept", "report", "second"), 20)}
+    rows, gains = HealRows(train=tiny.rows(24, 24), **judges), {}
+    for device in ("cpu", DEVICE):
+        options = HealOptions(
+            tokens=576, batch_tokens=96, check_every=3, learning_rate=0.01, device=device, dtype=torch.float32
+        )
+        *_, report = heal(build, base, tmp_path / device, rows, options)
+        gains[device] = report.report.ratio
+    assert gains["cpu"] < 1
+    assert gains[DEVICE] == pytest.approx(gains["cpu"], rel=0.05)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
