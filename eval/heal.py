@@ -526,7 +526,8 @@ class _Healing:
             if movable.reduce is not None:
                 of_module.setdefault(self._module_of(tensor), []).append(tensor)
         for weight in LinearWeights(model, index):
-            shapes = [self.base.modules[module].shape for module in weight.modules]  # the build's may be padded
+            of_base = self.base.modules  # the build's shapes may be padded
+            shapes = [(of_base.get(name) or self.build.modules[name]).shape for name in weight.modules]
             start = 0
             for module, shape in zip(weight.modules, shapes, strict=True):
                 rows = shape[0] if shape is not None else 0

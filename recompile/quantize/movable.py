@@ -107,6 +107,11 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
             f"{build.label}: {unknown.name} is stored as {unknown.format}, whose scales model_heal does not move; it "
             f"heals {', '.join(SCALES)}"
         )
+    stacked = next((module for module in quantized if module.shape is None or len(module.shape) != 2), None)
+    if stacked is not None:
+        raise UnsupportedError(
+            f"{build.label}: {stacked.name} holds all experts of a layer in one tensor; model_heal wants one for each"
+        )
     found: dict[str, Movable] = {}
 
     def add(tensor: str, reduce: Reduce | None) -> None:

@@ -19,7 +19,7 @@ from recompile.cli.recompile import main as recompile_command
 from recompile.errors import OutputError, RecompileError, UnsupportedError
 from recompile.formats.gptq import GptqScheme
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
-from recompile.quantize.movable import Movable, find_movables
+from recompile.quantize.movable import SCALES, Movable, find_movables
 from recompile.quantize.pipeline import Encoder, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import mixes, tiny
@@ -125,10 +125,10 @@ def test_a_scale_s_gradient_is_what_doubling_it_does(kind: str, tmp_path: Path) 
         gradient = torch.randn(weight.shape, generator=generator)
         parts = {part: build.read(info.name) for part, info in stored.parts.items()}
         for part, info in stored.parts.items():
-            movable = movables.get(info.name)
-            if movable is None or movable.reduce is None:
+            moving = movables.get(info.name)
+            if moving is None or moving.reduce is None:
                 continue
-            found = movable.gradient(weight, gradient).flatten()
+            found = moving.gradient(weight, gradient).flatten()
             for place in torch.randperm(found.numel(), generator=generator)[:6].tolist():
                 doubled = parts[part].clone()
                 flat = doubled.view(-1)
@@ -287,11 +287,15 @@ def test_numbers_stay_within_what_their_type_holds() -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_healed_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_healed_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = open_checkpoint(tiny.base("llama"))
     with pytest.raises(UnsupportedError, match="nothing in it is quantized"):
         finish(base, tmp_path / "out")
     build = make_build("int3", tmp_path / "v")
+    monkeypatch.delitem(SCALES, "pack-quantized")  # as GGUF's types are missing
+    with pytest.raises(UnsupportedError, match="is stored as pack-quantized, whose scales model_heal does not move"):
+        finish(build, tmp_path / "out")
+    monkeypatch.undo()
     with pytest.raises(RecompileError, match="too little: healing needs"):
         finish(build, tmp_path / "out", replace(OPTIONS, max_memory_bytes=1 << 20))
     rows = replace(make_rows(), accept=tiny.rows(1, TOKENS))
