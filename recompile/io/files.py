@@ -386,7 +386,9 @@ class OutputDirectory:
 
 
 def partial_path(out: Path) -> Path:
-    """Where an output grows."""
+    """Where an output grows. Raises OutputError for the root of a file system, which has no name."""
+    if not out.name:
+        raise OutputError(f"{out}: cannot be written: it is the root of a file system; choose another output")
     return out.with_name(out.name + PARTIAL_SUFFIX)
 
 

@@ -216,7 +216,7 @@ def plan_write(
         other_files(overlay.base.path, skipped),
         recipe_text(overlay),
         accounting,
-        tuple(warnings),
+        (*warnings, *_code_notes(overlay.base, skipped)),
     )
 
 
@@ -334,6 +334,17 @@ def _index(modules: Sequence[PlannedModule], shards: Sequence[PlannedShard]) -> 
         "metadata": {"total_size": sum(module.stored.size_bytes for module in modules)},
         "weight_map": dict(sorted(weight_map.items())),
     }
+
+
+def _code_notes(base: Checkpoint, skipped: frozenset[str]) -> tuple[str, ...]:
+    """What a loader with trust_remote_code would run, which a merge takes over as it is: said, never run here."""
+    code = [path.name for path in other_files(base.path, skipped) if path.suffix.lower() == ".py"]
+    notes = [f"{base.label}: its code is copied with it and not run here: {', '.join(code[:8])}"] if code else []
+    if base.config.get("auto_map"):
+        notes.append(
+            f"{base.label}/config.json: auto_map is copied; loaders run that code with trust_remote_code alone"
+        )
+    return tuple(notes)
 
 
 def other_files(directory: Path, skipped: frozenset[str] = REWRITTEN_FILES) -> tuple[Path, ...]:

@@ -204,7 +204,10 @@ class Exl2Encoder:
             used = hessian if self.method == "gptq" else None
             outputs = self.outputs.of(name, weight.device) if self.outputs is not None else None
             notes: list[str] = []
-            found = quantize_exl2_many(weight, used, layouts, biases.get(name), self.damping, outputs, notes)
+            try:
+                found = quantize_exl2_many(weight, used, layouts, biases.get(name), self.damping, outputs, notes)
+            except FormatError as error:
+                raise FormatError(f"{name}: {error}") from error
             for variant, parts in enumerate(found):
                 dense = exl2.dequantize(parts, module=name)[: len(weight)]
                 made[variant][name] = Encoded(parts, dense, notes[variant] if notes else "")

@@ -414,6 +414,12 @@ def quantize_exl2_many(
     out_features, in_features = weight.shape
     _check_in_features(in_features)
     _check_finite("weight", weight)
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if largest > _FLOAT16_MAX:
+        raise FormatError(
+            f"weight: holds {largest:.6g}, and EXL2 decodes to float16, at most {_FLOAT16_MAX:.0f}; keep this module "
+            f"dense, or take another format"
+        )
     padded_bias = None if bias is None else _pad_bias(bias, out_features)
     rows = torch.zeros((in_features, _padded(out_features)), dtype=torch.float32, device=weight.device)
     rows[:, :out_features] = weight.t()

@@ -25,6 +25,7 @@ import yaml
 from recompile.errors import FormatError, RecipeError, UnsupportedError
 from recompile.formats.schemes import Scheme, parse_scheme
 from recompile.io.files import read_text
+from recompile.io.patterns import compile_regex
 from recompile.quantize.scheme_encoder import (
     METHODS,
     SCALED_METHODS,
@@ -138,6 +139,9 @@ def _names(value: Any, where: str) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(name, str) for name in values):
         raise RecipeError(f"{where}: found {value!r}, wanted a name pattern or a list of them")
+    for name in values:
+        if name.startswith("re:"):
+            compile_regex(name[3:], where, error=RecipeError)
     return tuple(values)
 
 

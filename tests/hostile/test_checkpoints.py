@@ -1,0 +1,233 @@
+"""Checkpoints that are damaged, lie about themselves, or carry what no model has: one message that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recompile.checkpoint.checkpoint import open_checkpoint, read_safetensors_header
+from recompile.checkpoint.config_fields import check_config, taken
+from recompile.cli.recompile import main as recompile
+from recompile.errors import CheckpointError
+from tests import tiny
+from tests.hostile.refusals import refuses, run_on
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "m"
+    tiny.write_model(path, "llama")
+    return path
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "m"))
+
+
+def packed(header: Any, data: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def opened(path: Path) -> tuple[dict[str, Any], bytes]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+WHOLE: dict[str, bytes] = {
+    "empty": b"",
+    "seven bytes": b"\0" * 7,
+    "header of 2^63": (1 << 63).to_bytes(8, "little") + b"{}",
+    "open brackets": packed(b"[" * 1_000_000),
+    "nested": packed(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "list": packed(b"[]"),
+    "null": packed(b"null"),
+    "utf16": packed('{"a": 1}'.encode("utf-16")),
+    "byte order mark": packed(b"\xef\xbb\xbf{}"),
+    "no utf8": packed(b'{"\xff":1}'),
+    "trailing": packed(b"{}x"),
+    "half a surrogate": packed(rb'{"\ud800.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+    "long number": packed(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,' + b"9" * 5000 + b"]}}"),
+    "600,000 tensors": packed(
+        b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(600_000)) + b"}"
+    ),
+    "a million axes": packed(b'{"a":{"dtype":"F32","shape":[' + b"0," * 999_999 + b'0],"data_offsets":[0,0]}}'),
+    "metadata": packed(b'{"__metadata__":[1],"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_file_that_is_no_safetensors(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(WHOLE[name])
+    with pytest.raises(CheckpointError) as refused:
+        read_safetensors_header(path)
+    assert str(refused.value).startswith(str(path))
+    assert len(str(refused.value)) < 600
+
+
+ENTRIES: dict[str, Any] = {
+    **{f"offsets {value!r}"[:40]: {"data_offsets": value} for value in (
+        [-4, 100], [100, 0], [0.0, 32768.0], ["0", "1"], None, [0], [False, True], {"a": 1}, [10**15, 10**15 + 8], 3,
+        [0, 10**4000],
+    )},
+    **{f"shape {value!r}"[:40]: {"shape": value} for value in (
+        [-1, -16384], [256.0, 64], "ab", {"a": 1}, None, 5, [10**30], [0, 10**18], [True, 16384], [1, 2],
+    )},
+    **{f"dtype {value!r}": {"dtype": value} for value in ("Q99", 3, ["F32"], {}, "bf16", None)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_tensor_that_is_none(name: str, copy: Path, tmp_path: Path) -> None:
+    header, data = opened(copy / "model.safetensors")
+    first = next(key for key in header if key != "__metadata__")
+    header[first] |= ENTRIES[name]
+    (copy / "model.safetensors").write_bytes(packed(header, data))
+    refuses(tmp_path, recompile, "-i", copy, "-o", tmp_path / "OUT", "--quiet", names="model.safetensors")
+
+
+NAMES = {
+    "up": "../../../../tmp/evil.weight",
+    "absolute": "/tmp/evil.weight",
+    "nul": "a\0b.weight",
+    "newline": "a\nError: fake\nb.weight",
+    "escape": "\x1b[2J\x1b]0;title\x07.weight",
+    "bidi": "\u202egnp.exe\u202c.weight",
+    "empty": "",
+    "digits": "model.layers." + "9" * 5000 + ".mlp.up_proj.weight",
+    "superscript": "model.layers.\u00b2.mlp.up_proj.weight",
+    "arabic": "model.layers.\u0661.mlp.up_proj.weight",
+    "long": "a" * 100_000 + ".weight",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_only_names(name: str, copy: Path, tmp_path: Path) -> None:
+    header, data = opened(copy / "model.safetensors")
+    old = "model.layers.0.mlp.up_proj.weight"
+    renamed = {NAMES[name] if key == old else key: value for key, value in header.items()}
+    (copy / "model.safetensors").write_bytes(packed(renamed, data))
+    run_on(recompile, "-i", copy, "-o", tmp_path / "OUT", "--quiet")
+    run_on(recompile, "--check", copy)
+    assert {path.name for path in tmp_path.iterdir()} <= {"m", "OUT"}
+    assert not Path("/tmp/evil.weight").exists()
+
+
+def as_kind(kind: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "directory":
+            path.mkdir()
+        elif kind == "loop":
+            path.symlink_to(path.name)
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "loop"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_files_that_are_none(kind: str, name: str, copy: Path, tmp_path: Path) -> None:
+    as_kind(kind)(copy / name)
+    refuses(tmp_path, recompile, "-i", copy, "-o", tmp_path / "OUT", "--quiet", names=str(copy))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map":[]}', '{"weight_map":{}}', '{"weight_map":{"a":1}}', "[" * 100_000,
+     '{"metadata":' + "9" * 5000 + "}", '{"weight_map":{"a":"../x.safetensors"}}',
+     '{"weight_map":{"a":"' + "a" * 5000 + '"}}',
+     '{"weight_map":{"a":"a\\u0000.safetensors"}}', '{"weight_map":{"a":"\\ud800"}}'],
+    ids=range(13),
+)  # fmt: skip
+def test_an_index_that_is_none(text: str, copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors.index.json").write_text(text)
+    refuses(tmp_path, recompile, "-i", copy, "-o", tmp_path / "OUT", "--quiet", names=str(copy))
+
+
+def test_integers_without_scales_are_no_weights(copy: Path, tmp_path: Path) -> None:
+    header, data = opened(copy / "model.safetensors")
+    header["model.layers.1.mlp.up_proj.weight"]["dtype"] = "I16"
+    (copy / "model.safetensors").write_bytes(packed(header, data))
+    refuses(tmp_path, recompile, "-i", copy, "-o", tmp_path / "OUT", "--quiet", names="up_proj.weight is I16")
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_hidden_layers", value) for value in (0, -1, 100_000, 2**32 - 1, "2", 2.5, True, float("nan"), [2])),
+        *(("hidden_size", value) for value in (0, "64", 2**32)),
+        *(("num_attention_heads", value) for value in (0, -4, "4", 2**32)),
+        *(("num_key_value_heads", value) for value in (0, [])),
+        *(("vocab_size", value) for value in (0, 2**40, None)),
+        *(("intermediate_size", value) for value in (-1, 2**40)),
+        *(("rms_norm_eps", value) for value in ("x", float("nan"), float("inf"), -1.0)),
+        *(("rope_theta", value) for value in (0.0, "x", float("nan"))),
+    ],
+)
+def test_a_config_is_checked_before_a_model_is_built(field: str, value: Any) -> None:
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256, field: value}
+    if value in ([2], [], None):  # a list is one value a layer, null is unset
+        return check_config(config, "m/config.json")
+    for place, whole in (("", config), ("text_config.", {"text_config": config})):
+        with pytest.raises(CheckpointError, match=rf"^m/config\.json: {place}{field} is .*, wanted "):
+            check_config(whole, "m/config.json")
+    return None
+
+
+def test_a_config_names_no_code() -> None:
+    config = {
+        "model_type": "llama",
+        "auto_map": {"AutoModel": "org/repo--x.Y"},
+        "_attn_implementation": "org/kernel",
+        "attn_implementation": "org/kernel",
+        "_experts_implementation": "org/kernel",
+        "trust_remote_code": True,
+        "text_config": {"_attn_implementation_internal": "org/kernel", "hidden_size": 64},
+        "_name_or_path": "x",
+        "rope_scaling": {"factor": {"__float__": "Infinity"}},
+    }
+    assert taken(config) == {
+        "model_type": "llama",
+        "text_config": {"hidden_size": 64},
+        "_name_or_path": "x",
+        "rope_scaling": {"factor": {"__float__": "Infinity"}},
+    }
+
+
+def test_a_kernel_of_the_hub_is_never_asked_for(copy: Path) -> None:
+    from recompile.model.stream import LayeredModel
+
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "_attn_implementation": "org/kernel"}))
+    assert LayeredModel.of(open_checkpoint(copy)).model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_code_that_a_merge_copies_is_told(copy: Path, tmp_path: Path) -> None:
+    (copy / "modeling_x.py").write_text("raise SystemExit('run')\n")
+    code, output = run_on(recompile, "-i", copy, "-o", tmp_path / "OUT", "--quiet")
+    assert code == 0
+    assert "its code is copied with it and not run here: modeling_x.py" in output
+    assert (tmp_path / "OUT" / "modeling_x.py").read_text() == "raise SystemExit('run')\n"
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", "m", "m/config.json", "m/sub/../../m"])
+def test_outputs_that_are_none(out: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuses(tmp_path, recompile, "-i", "m", "-o", out, "--quiet", names="")
+    refuses(tmp_path, recompile, "-i", "m", "-o", "OUT", "--dry-run", "--json", "m/config.json", names="m/config.json")
