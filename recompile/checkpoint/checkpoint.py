@@ -16,10 +16,10 @@ from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recompile.checkpoint.fused_experts import split_experts
-from recompile.checkpoint.tensor_info import TensorInfo as TensorInfo
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
-from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, WEIGHT_PARTS, FormatSpec, format_of
+from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, FORMATS, WEIGHT_PARTS, FormatSpec, ShardRules, format_of
 from recompile.formats.gguf_types import QUANTIZED_TYPES
+from recompile.formats.stored import FUSED_EXPERTS, StoredModule, TensorInfo
 from recompile.gguf.config import config_of
 from recompile.gguf.container import GgufFile, GgufTensor, find_gguf, is_gguf, open_gguf
 from recompile.gguf.keys import heads_in
@@ -54,46 +54,6 @@ INDEX_NAME = "model.safetensors.index.json"
 OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 FINGERPRINT_BYTES = 4096  # read at the start, the middle and the end of every tensor
 
-
-@dataclass(frozen=True, slots=True)
-class StoredModule:
-    """One module as stored: all tensors `<name>.<part>` that belong together."""
-
-    name: str
-    parts: Mapping[str, TensorInfo]
-    shape: tuple[int, ...] | None  # (out_features, in_features) as stored; None for loose parameters
-    format: str
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(part.size_bytes for part in self.parts.values())
-
-    @property
-    def numel(self) -> int:
-        """Weights in the module: those of the weight if it has one, else of all parameters."""
-        if self.shape is None:
-            return sum(part.numel for part in self.parts.values())
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits stored per weight, scales, zero points and bias included."""
-        return 8 * self.size_bytes / max(1, self.numel)
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.format != "dense"
-
-    @property
-    def dense_name(self) -> str:
-        """The name of the dense weight that the parts stand for; fused experts are a parameter of their own."""
-        return self.name if _FUSED_EXPERTS.search(self.name) else f"{self.name}.weight"
-
-
-_FUSED_EXPERTS = re.compile(r"\.experts\.[a-z]\w*$")
 _FUSED_PART = re.compile(r"(.+\.experts\.[a-z]\w*?)_(packed|scale|shape|zero_point|global_scale|g_idx)")
 
 
@@ -312,7 +272,7 @@ class Checkpoint:
         info = self.tensors.get(name)
         return (
             info is not None
-            and _FUSED_EXPERTS.search(name) is not None
+            and FUSED_EXPERTS.search(name) is not None
             and info.dtype not in FLOAT_DTYPES
             and f"{name}_scale" in self.tensors
         )
@@ -457,8 +417,6 @@ class Checkpoint:
 
     def decode(self, module: StoredModule, parts: Mapping[str, Tensor]) -> Tensor:
         """Dense weight [out_features, in_features] of a quantized module from its parts; [experts, ...] if fused."""
-        from recompile.formats import FORMATS
-
         spec = FORMATS[module.format]
         if not spec.runnable:
             readable = ", ".join(spec.name for spec in FORMATS.values() if spec.runnable)
@@ -468,7 +426,7 @@ class Checkpoint:
             )
         try:
             code, scheme = spec.load_code(), self.scheme(module)
-            if not _FUSED_EXPERTS.search(module.name):
+            if not FUSED_EXPERTS.search(module.name):
                 return _with_input_scale(code.dequantize(parts, scheme, module=module.name), parts, module.name)
             return _stack_experts(code.dequantize, parts, scheme, module.name)
         except FormatError as error:
@@ -476,8 +434,6 @@ class Checkpoint:
 
     def scheme(self, module: StoredModule) -> Any:
         """What the config says of how this module is quantized; None where the parts alone say it all."""
-        from recompile.formats import FORMATS
-
         spec = FORMATS[module.format]
         method = self.quantization_config.get("quant_method")
         try:
@@ -735,7 +691,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
                     f"one or the other: remove the shard that does not belong here"
                 )
             tensors[name] = info
-    if listed is not None and quant_method(config) != "exl2":  # EXL2 directories carry a stale index
+    if listed is not None and shards_of(config).index_counts:
         _check_index(label, listed, tensors)
     seen, fused = split_experts(tensors, config)
     return Checkpoint(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors)
@@ -747,13 +703,19 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
     return str(found.get("quant_method")) if isinstance(found, Mapping) else None
 
 
+def shards_of(config: Mapping[str, Any]) -> ShardRules:
+    """What the engine of a checkpoint's format makes of the files in its directory."""
+    spec = FORMATS.get(quant_method(config) or "")
+    return spec.shards if spec is not None else ShardRules()
+
+
 def _shards(
     path: Path, label: str, config: Mapping[str, Any], listed: Mapping[str, str] | None, notes: list[str]
 ) -> list[Path]:
     """The shards that belong to the checkpoint, in order.
 
-    EXL2 and EXL3 engines load every *.safetensors in the directory, so every one counts there, and one that the index
-    of an EXL3 model does not list is an error. Elsewhere the index, or model.safetensors, is what loaders read.
+    Where the format's engine loads every *.safetensors in the directory, every one counts, and one that an index which
+    counts does not list is an error. Elsewhere the index, or model.safetensors, is what loaders read.
     """
     found = sorted(path.glob("*.safetensors"))
     if not found:
@@ -761,18 +723,18 @@ def _shards(
         hint = f" (it has {', '.join(other)} files: convert them to safetensors first)" if other else ""
         index = " though it has an index of them" if (path / INDEX_NAME).exists() else ""
         raise CheckpointError(f"{label}: has no *.safetensors{index}{hint}")
-    method = quant_method(config)
-    if method == "exl2":
+    rules = shards_of(config)
+    if rules.all_are_loaded and not rules.index_counts:
         return found
     if listed is not None and not listed:
         raise CheckpointError(f"{path / INDEX_NAME}: its weight_map is empty, and {found[0].name} is there; remove it")
-    if method == "exl3":
+    if rules.all_are_loaded:
         if listed is not None:
             stray = [file.name for file in found if file.name not in set(listed.values())]
             if stray:
                 raise CheckpointError(
-                    f"{label}: {', '.join(stray)} is not listed in {INDEX_NAME}, and EXL3 engines load every shard in "
-                    f"the directory; remove it"
+                    f"{label}: {', '.join(stray)} is not listed in {INDEX_NAME}, and {rules.engines} load every "
+                    f"shard in the directory; remove it"
                 )
         return found
     if listed is not None:

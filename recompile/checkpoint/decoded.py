@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
 from recompile.errors import UnsupportedError
+from recompile.formats import FORMATS
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PADDED = ("exl2", "exl3")
 NOWHERE = -1  # offset of a tensor that lies in no file: whoever tries to copy its bytes is told
 
 
@@ -58,7 +58,7 @@ def as_dense(checkpoint: Checkpoint) -> Checkpoint:
     Raises UnsupportedError for a quantized one whose true shapes stand in no file (EXL2, EXL3), and for a GGUF file."""
     if not checkpoint.is_quantized:
         return checkpoint
-    padded = [name for name in checkpoint.formats if name in PADDED]
+    padded = [name for name in checkpoint.formats if FORMATS[name].pads_to is not None]
     if padded or isinstance(checkpoint, GgufCheckpoint):
         what = padded[0] if padded else "GGUF"
         raise UnsupportedError(

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recompile.checkpoint.tensor_info import TensorInfo, View
 from recompile.formats import FLOAT_DTYPES
+from recompile.formats.stored import TensorInfo, View
 
 ALTERNATING = frozenset({"gpt_oss"})  # model types whose gate_up_proj has gate and up in turn
 LEAVES = ("gate_proj", "up_proj", "down_proj")

@@ -46,6 +46,22 @@ Headers = Mapping[str, Header]
 
 
 @dataclass(frozen=True)
+class ShardRules:
+    """What a format's engine makes of the files in a model directory.
+
+    all_are_loaded: every *.safetensors there, whatever an index says
+    index_counts:   model.safetensors.index.json is read, and must be true
+    prefix:         how the shards are called that a merge writes
+    engines:        who loads, for messages
+    """
+
+    all_are_loaded: bool = False
+    index_counts: bool = True
+    prefix: str = "model"
+    engines: str = "engines"
+
+
+@dataclass(frozen=True)
 class FormatSpec:
     """One way to store a weight.
 
@@ -60,6 +76,11 @@ class FormatSpec:
     readers:  quant_method in config.json -> file with `scheme_of`; the first also serves configs that name no method.
               Empty where the parts alone say all
     runnable: False for formats that are recognised only to be refused by name
+    pads_to:  stored (out, in) are the model's rounded up to multiples of these
+    shards:   how its engine reads a directory
+    engine:   the one engine that loads it; None: general ones, by the rules of merge/engine_rules.py
+    merge:    file beside this one that says what a merge of such modules needs, see `load_merge`; None: a family that
+              merge/configs.py knows by its quant_method
     """
 
     name: str
@@ -71,6 +92,10 @@ class FormatSpec:
     when: Callable[[Headers], bool] = lambda parts: True
     readers: Mapping[str, str] = field(default_factory=dict)
     runnable: bool = True
+    pads_to: tuple[int, int] | None = None
+    shards: ShardRules = ShardRules()
+    engine: str | None = None
+    merge: str | None = None
 
     def matches(self, parts: Headers) -> bool:
         if any(part not in parts for part in self.required) or any(part in parts for part in self.unless):
@@ -86,6 +111,10 @@ class FormatSpec:
             return None
         name = next(iter(self.readers.values())) if quant_method is None else self.readers[quant_method]
         return importlib.import_module(f"recompile.formats.{name}")
+
+    def load_merge(self) -> ModuleType | None:
+        """The file with `problems(mix)` and `merged_files(mix)` (see mix_facts.py), for formats that have their own."""
+        return importlib.import_module(f"recompile.formats.{self.merge}") if self.merge is not None else None
 
     def load_code(self) -> ModuleType:
         assert self.code is not None, f"{self.name} has nothing to decode"
@@ -150,8 +179,28 @@ _FP8_READERS = {"fp8": "fp8", "modelopt": "fp8", "fbgemm_fp8": "fp8"}
 FORMATS: dict[str, FormatSpec] = {
     row.name: row
     for row in (
-        FormatSpec("exl2", ("q_weight",), ("q_weight", _INT32), "exl2", _exl2_shape),
-        FormatSpec("exl3", ("trellis",), ("trellis", frozenset({"I16"})), "exl3", _exl3_shape),
+        FormatSpec(
+            "exl2",
+            ("q_weight",),
+            ("q_weight", _INT32),
+            "exl2",
+            _exl2_shape,
+            pads_to=(32, 32),
+            shards=ShardRules(True, index_counts=False, prefix="output", engines="EXL2 engines"),  # its index is stale
+            engine="exllamav2",
+            merge="exl2_config",
+        ),
+        FormatSpec(
+            "exl3",
+            ("trellis",),
+            ("trellis", frozenset({"I16"})),
+            "exl3",
+            _exl3_shape,
+            pads_to=(128, 128),
+            shards=ShardRules(True, engines="EXL3 engines"),
+            engine="exllamav3",
+            merge="exl3_config",
+        ),
         FormatSpec(
             "pack-quantized",
             ("weight_packed", "weight_scale"),
@@ -243,7 +292,15 @@ FORMATS: dict[str, FormatSpec] = {
             _awq_shape,
             readers={"awq": "awq", "auto-round": "auto_round", "intel/auto-round": "auto_round", "gptq": "gptq"},
         ),
-        FormatSpec("gguf", ("weight",), ("weight", QUANTIZED_TYPES), "gguf", _weight_shape, readers={"gguf": "gguf"}),
+        FormatSpec(
+            "gguf",
+            ("weight",),
+            ("weight", QUANTIZED_TYPES),
+            "gguf",
+            _weight_shape,
+            readers={"gguf": "gguf"},
+            engine="llama.cpp",
+        ),
         FormatSpec("dense", (), ("weight", FLOAT_DTYPES), None, _weight_shape, unless=("weight_scale",)),
     )
 }

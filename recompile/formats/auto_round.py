@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.awq import BITS as AWQ_BITS
 from recompile.formats.awq import AwqScheme
 from recompile.formats.gptq import GptqScheme
+from recompile.formats.stored import Described, StoredModule
 from recompile.io.patterns import Regex, compile_regex
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 # packing_format -> (format of the tensors, GPTQ layout: v1 stores zero points minus one)
 PACKINGS = {
@@ -25,7 +23,7 @@ PACKINGS = {
 }
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> GptqScheme | AwqScheme:
+def scheme_of(checkpoint: Described, module: StoredModule) -> GptqScheme | AwqScheme:
     """The scheme of a module by the checkpoint's config. Raises FormatError where it does not fit what is stored,
     UnsupportedError for packings that hold no GPTQ or AWQ tensors."""
     config = checkpoint.quantization_config

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.checks import SCALE_DTYPES, check_finite, check_matrix, get_part, row_chunks
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.formats.stored import Described, StoredModule
 
 BITS = 4
 PER_WORD = 8
@@ -45,7 +43,7 @@ class AwqScheme:
             raise FormatError(f"zero_point: found {self.zero_point!r}, wanted true or false")
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> AwqScheme:
+def scheme_of(checkpoint: Described, module: StoredModule) -> AwqScheme:
     """The scheme of a module by the checkpoint's config. Raises FormatError, or UnsupportedError for other versions."""
     try:
         scheme = read_scheme(checkpoint.quantization_config)

@@ -10,14 +10,12 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recompile.errors import FormatError, MismatchError, UnsupportedError
 from recompile.formats import FORMATS
+from recompile.formats.stored import Described, StoredModule
 from recompile.io.patterns import Regex, compile_regex
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 QUANT_METHOD = "compressed-tensors"
 WRITTEN_VERSION = "0.20.0"
@@ -67,7 +65,7 @@ class _Same:
         return isinstance(other, _Same) and other.config is self.config
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> Any:
+def scheme_of(checkpoint: Described, module: StoredModule) -> Any:
     """The scheme of a module, of the class that its format's `dequantize` takes.
 
     What is stored decides the format: a group's `format` is advice, often missing. The group's `weights` must fit what
@@ -85,13 +83,13 @@ def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> Any:
         raise FormatError(f"{checkpoint.label}: config group of {module.name}: {error}") from error
 
 
-def weights_of(checkpoint: Checkpoint, module: StoredModule) -> Mapping[str, Any]:
+def weights_of(checkpoint: Described, module: StoredModule) -> Mapping[str, Any]:
     """The `weights` entry of the config group that covers a module."""
     weights: Mapping[str, Any] = group_for(checkpoint, module)["weights"]
     return weights
 
 
-def group_for(checkpoint: Checkpoint, module: StoredModule) -> Mapping[str, Any]:
+def group_for(checkpoint: Described, module: StoredModule) -> Mapping[str, Any]:
     """The config group that covers a module. Raises FormatError where none does."""
     config = checkpoint.quantization_config
     is_embedding = module.name.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings")

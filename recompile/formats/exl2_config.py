@@ -7,12 +7,11 @@ config is for people and for tools that dispatch on `quant_method`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recompile.formats import FLOAT_DTYPES
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import StoredModule
+from recompile.formats.mix_facts import MergedFile, MergeProblem, MixFacts
+from recompile.formats.stored import StoredModule
 
 QUANT_METHOD = "exl2"
 DENSE_DTYPE = "F16"  # of everything that is stored unquantized
@@ -62,3 +61,24 @@ def dense_problems(modules: Iterable[StoredModule]) -> list[str]:
             if info.dtype in FLOAT_DTYPES and info.dtype != DENSE_DTYPE:
                 found.append(f"{info.name} is {info.dtype}, and EXL2 engines read unquantized tensors as float16 only")
     return found
+
+
+# ---- what a merge asks -----------------------------------------------------------------------------------------------
+
+
+def problems(mix: MixFacts) -> list[MergeProblem]:
+    """What keeps the engine from loading the mix."""
+    way_out = "take it from an EXL2 variant or from a float16 copy of the model, or write a decoded copy with --dense"
+    return [MergeProblem(dense_problems(mix.foreign_dense), way_out)]
+
+
+def merged_files(mix: MixFacts) -> tuple[list[MergedFile], list[str]]:
+    """The JSON files of the output, and warnings."""
+    config = merged_config(
+        mix.base_config,
+        mix.inherited,
+        bits=mix.bpw,
+        head_bits=mix.head_bpw,
+        head_is_dense=any(not mix.modules[name].is_quantized for name in mix.heads),
+    )
+    return [MergedFile("config.json", config)], []

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recompile.formats import FLOAT_DTYPES
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import StoredModule
+from recompile.formats.mix_facts import MergedFile, MergeProblem, MixFacts
+from recompile.formats.stored import StoredModule
 
 QUANT_METHOD = "exl3"
 STORAGE_FILE = "quantization_config.json"
@@ -192,3 +191,27 @@ def dense_problems(modules: Iterable[StoredModule], embeddings: Collection[str])
                 wanted = "float16" if linear else "float16 or bfloat16"
                 found.append(f"{info.name} is {info.dtype}, and EXL3 engines read it as {wanted} only")
     return found
+
+
+# ---- what a merge asks -----------------------------------------------------------------------------------------------
+
+
+def problems(mix: MixFacts) -> list[MergeProblem]:
+    """What keeps the engine from loading the mix."""
+    return [
+        MergeProblem(
+            dense_problems(mix.foreign_dense, mix.embeddings),
+            "take it from an EXL3 variant or from a float16 copy of the model, or write a decoded copy with --dense",
+        ),
+        MergeProblem(
+            fusion_problems(mix.modules),
+            "take such modules together from one source, or write a decoded copy with --dense",
+        ),
+    ]
+
+
+def merged_files(mix: MixFacts) -> tuple[list[MergedFile], list[str]]:
+    """The JSON files of the output, and warnings."""
+    config, storage = merged_config(mix.config, mix.inherited, mix.modules, heads=mix.heads, embeddings=mix.embeddings)
+    files = [MergedFile("config.json", config), MergedFile(STORAGE_FILE, storage, indent=4)]
+    return files, expert_warnings(mix.modules)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from torch import Tensor
 from recompile.errors import FormatError
 from recompile.formats.checks import check_finite, check_matrix, get_part, row_chunks
 from recompile.formats.scale_grid import read_bits, read_symmetric
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.formats.stored import Described, StoredModule
 
 GROUP_SIZE = 16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits of a code; bit 3 is the sign
@@ -45,7 +43,7 @@ def read_scheme(weights: Mapping[str, Any]) -> Nvfp4Scheme:
     return Nvfp4Scheme()
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> Nvfp4Scheme:
+def scheme_of(checkpoint: Described, module: StoredModule) -> Nvfp4Scheme:
     """ModelOpt's spelling: the parts say all."""
     return Nvfp4Scheme("weight", "weight_scale_2", divides=False)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,7 @@ from recompile.formats.scale_grid import (
     read_symmetric,
     scale_codes,
 )
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.formats.stored import Described, StoredModule
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 E4M3_MAX = 448.0
@@ -60,7 +58,7 @@ def read_scheme(weights: Mapping[str, Any]) -> Fp8Scheme:
     return Fp8Scheme(read_grid(weights))
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> Fp8Scheme:
+def scheme_of(checkpoint: Described, module: StoredModule) -> Fp8Scheme:
     """For configs without groups (`quant_method` fp8, fbgemm_fp8, modelopt): `weight_block_size` if the scale is a
     matrix of blocks, else what the shape of the scale says. Raises FormatError where neither does."""
     part = "weight_scale_inv" if "weight_scale_inv" in module.parts else "weight_scale"

@@ -7,7 +7,6 @@ ik_llama.cpp's, `ik`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from torch import Tensor
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats import gguf_decode, gguf_decode_iq, ik
 from recompile.formats.gguf_types import GgufType, find_type
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.formats.stored import Described, StoredModule
 
 # Weights decoded at a time. CPU: temporaries that stay in the second-level cache. Elsewhere: enough to fill a GPU.
 CHUNK_WEIGHTS_CPU = 1 << 17
@@ -62,7 +59,7 @@ def dequantize_rows(kind: str | GgufType, data: Tensor, columns: int) -> Tensor:
     return dense.view(rows, columns)
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> tuple[str, tuple[int, ...]]:
+def scheme_of(checkpoint: Described, module: StoredModule) -> tuple[str, tuple[int, ...]]:
     """The tensor type and the shape, which stand in the tensor's own info."""
     info = module.parts["weight"]
     return info.dtype, info.shape

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,8 @@ from torch import Tensor
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.checks import SCALE_DTYPES, check_finite, check_matrix, get_part, row_chunks
 from recompile.formats.packed_int import unpack_rows
+from recompile.formats.stored import Described, StoredModule
 from recompile.io.patterns import Regex, compile_regex
-
-if TYPE_CHECKING:
-    from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 
 LAYOUTS = ("gptq", "gptq_v2", "gptq_p")
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # low bits first
@@ -55,7 +53,7 @@ class GptqScheme:
             raise FormatError(f"checkpoint_format: found {self.layout!r}, wanted {' or '.join(LAYOUTS)}")
 
 
-def scheme_of(checkpoint: Checkpoint, module: StoredModule) -> GptqScheme:
+def scheme_of(checkpoint: Described, module: StoredModule) -> GptqScheme:
     """The scheme of a module by the checkpoint's config. Raises FormatError, or UnsupportedError for layouts that were
     repacked for one kernel."""
     try:

@@ -12,7 +12,8 @@ from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import FUSED_SETS
 from recompile.errors import MismatchError, UnsupportedError
-from recompile.formats import FORMATS, compressed_tensors, exl2_config, exl3_config
+from recompile.formats import FORMATS, FormatSpec, compressed_tensors
+from recompile.formats.mix_facts import MixFacts
 from recompile.merge.convert import Conversion, notes_of
 from recompile.merge.left_dense import known_roles
 from recompile.merge.overlay import Overlay, Placement
@@ -62,10 +63,9 @@ def merged_texts(
     if not families:
         return {"config.json": dump_json(without_quantization(overlay.config))}, []
     (family,) = families
-    if family == "exl2":
-        return _exl2_texts(overlay), []
-    if family == "exl3":
-        return _exl3_texts(overlay)
+    spec = FORMATS.get(family)
+    if spec is not None and spec.merge is not None:
+        return _own_texts(overlay, spec)
     if is_verbatim(overlay):
         return {"config.json": dump_json(dict(overlay.config))}, []
     if family != compressed_tensors.QUANT_METHOD:
@@ -109,45 +109,26 @@ def _named(overlay: Overlay, role: str) -> frozenset[str]:
     return frozenset(name for name in overlay.placements if role_of(name) == role)
 
 
-def _exl2_texts(overlay: Overlay) -> dict[str, str]:
-    _refuse(
-        overlay,
-        exl2_config.dense_problems(_foreign_dense(overlay, "exl2")),
-        "take it from an EXL2 variant or from a float16 copy of the model, or write a decoded copy with --dense",
-    )
-    heads = [overlay.modules[name] for name in _named(overlay, "head")]
+def _own_texts(overlay: Overlay, spec: FormatSpec) -> tuple[dict[str, str], list[str]]:
+    """The files of a mix of a format that says itself what a merge needs."""
+    rules = spec.load_merge()
+    assert rules is not None, f"{spec.name} names no merge file"
     figures = overlay.accounting
-    config = exl2_config.merged_config(
+    mix = MixFacts(
         overlay.base.config,
-        _inherited(overlay, "exl2"),
-        bits=figures.bpw,
-        head_bits=figures.head_bpw,
-        head_is_dense=any(not head.is_quantized for head in heads),
-    )
-    return {"config.json": dump_json(config)}
-
-
-def _exl3_texts(overlay: Overlay) -> tuple[dict[str, str], list[str]]:
-    embeddings = _named(overlay, "embedding")
-    _refuse(
-        overlay,
-        exl3_config.dense_problems(_foreign_dense(overlay, "exl3"), embeddings),
-        "take it from an EXL3 variant or from a float16 copy of the model, or write a decoded copy with --dense",
-    )
-    _refuse(
-        overlay,
-        exl3_config.fusion_problems(overlay.modules),
-        "take such modules together from one source, or write a decoded copy with --dense",
-    )
-    config, storage = exl3_config.merged_config(
         overlay.config,
-        _inherited(overlay, "exl3"),
+        _inherited(overlay, spec.name),
         overlay.modules,
-        heads=_named(overlay, "head"),
-        embeddings=embeddings,
+        _named(overlay, "head"),
+        _named(overlay, "embedding"),
+        _foreign_dense(overlay, spec.name),
+        figures.bpw,
+        figures.head_bpw,
     )
-    texts = {"config.json": dump_json(config), exl3_config.STORAGE_FILE: dump_json(storage, indent=4)}
-    return texts, exl3_config.expert_warnings(overlay.modules)
+    for problem in rules.problems(mix):
+        _refuse(overlay, problem.causes, problem.way_out)
+    files, warnings = rules.merged_files(mix)
+    return {file.name: dump_json(file.content, file.indent) for file in files}, warnings
 
 
 def _compressed_texts(overlay: Overlay, conversions: Mapping[str, Conversion]) -> tuple[dict[str, str], list[str]]:

@@ -23,7 +23,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import fused_sets
 from recompile.errors import FormatError
-from recompile.formats import compressed_tensors
+from recompile.formats import FORMATS, compressed_tensors
 from recompile.formats.schemes import Scheme
 
 ENGINES = ("vllm", "transformers", "sglang")
@@ -395,7 +395,7 @@ def findings_of(
     kinds: dict[str, Kind | None] = {}
     found: list[Finding] = []
     for name, (checkpoint, module) in placed.items():
-        if module.format.startswith(("exl2", "exl3", "gguf")):
+        if FORMATS[module.format].engine is not None:
             return [Finding(name, f"is stored as {module.format}, which {engine} does not load")]
         if module.shape is None or len(module.shape) < 2:
             continue

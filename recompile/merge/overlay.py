@@ -27,6 +27,7 @@ from recompile.checkpoint.coupled_modules import ScaledSet, read_scaled_sets
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ProfileHeader
 from recompile.errors import MismatchError, MissingWeight, RecipeError
+from recompile.formats import FORMATS
 from recompile.gguf.names import Heads, Joined
 from recompile.recipe.recipe import Override, Recipe, load_recipe, resolve_dir, suggest
 
@@ -50,7 +51,6 @@ IDENTITY_FIELDS = (
 )
 _IN_LAYER = re.compile(r"\.\d+\.")
 SHOWN_LINES = 8  # of a recipe, of one kind: what a person reads
-PADDING = {"exl2": (32, 32), "exl3": (128, 128)}  # stored shapes are rounded up to these (out, in)
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,7 +481,7 @@ def _padded(module: StoredModule, other: StoredModule) -> tuple[int, ...]:
     shape = module.shape or ()
     if len(shape) != 2:
         return shape
-    steps = [PADDING[fmt] for fmt in (module.format, other.format) if fmt in PADDING]
+    steps = [step for fmt in (module.format, other.format) if (step := FORMATS[fmt].pads_to) is not None]
     if not steps:
         return shape
     out_step, in_step = max(step[0] for step in steps), max(step[1] for step in steps)

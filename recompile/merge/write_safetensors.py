@@ -37,12 +37,12 @@ from recompile.checkpoint.checkpoint import (
 )
 from recompile.checkpoint.coupled_modules import SCALING_NAME, dump_scaled_sets
 from recompile.errors import CheckpointError, OutputError, RecipeError, UnsupportedError
-from recompile.formats import DTYPE_BYTES, FORMATS
+from recompile.formats import DTYPE_BYTES, FORMATS, ShardRules
 from recompile.gguf.names import Joined
 from recompile.io.files import PARTIAL_SUFFIX, OutputDirectory, check_partial, insist, partial_path
 from recompile.merge.configs import dump_json, is_verbatim, merged_texts, origin_of, without_quantization
 from recompile.merge.convert import Conversion, is_expressible, plan_conversions
-from recompile.merge.overlay import PADDING, Accounting, Overlay, Placement, account, quantizable
+from recompile.merge.overlay import Accounting, Overlay, Placement, account, quantizable
 from recompile.recipe.recipe import dump_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -194,8 +194,8 @@ def plan_write(
             conversions = plan_conversions(overlay, reencode=reencode)
         wanted = [_copied(p) if p.module not in conversions else _converted(p, conversions) for p in ordered]
         texts, warnings = merged_texts(overlay, conversions)
-        exl2 = "exl2" in overlay.formats
-        prefix, with_index = ("output", False) if exl2 else ("model", True)
+        rules = next((FORMATS[name].shards for name in overlay.formats), ShardRules())
+        prefix, with_index = rules.prefix, rules.index_counts
     shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, prefix, conversions)
     if with_index and len(shards) > 1:
         texts[INDEX_NAME] = dump_json(_index(modules, shards))
@@ -457,10 +457,12 @@ def _true_shapes(overlay: Overlay) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     missing = []
     for name, stored in overlay.modules.items():
-        if stored.format not in PADDING:
+        if FORMATS[stored.format].pads_to is None:
             continue
         unpadded = (c.modules.get(name) for c in overlay.checkpoints)
-        shape = next((m.shape for m in unpadded if m is not None and m.format not in PADDING and m.shape), None)
+        shape = next(
+            (m.shape for m in unpadded if m is not None and FORMATS[m.format].pads_to is None and m.shape), None
+        )
         if shape is not None:
             found[name] = shape
         else:

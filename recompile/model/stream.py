@@ -26,6 +26,7 @@ from recompile.checkpoint.checkpoint import WeightSource, split_name
 from recompile.checkpoint.config_fields import config_place
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import MismatchError, MissingWeight, UnsupportedError
+from recompile.formats import FORMATS
 from recompile.model.finite import FiniteWatch
 from recompile.model.fused_experts import is_transposed
 from recompile.model.own_forward import Probe, Reached, Structure, name_of, patched, result_of, run_own, zeros_outside
@@ -334,7 +335,7 @@ class LayeredModel:
     def _fit(self, source: WeightSource, name: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor:
         if tuple(value.shape) != wanted:
             stored = source.modules.get(split_name(name)[0])
-            padded = stored is not None and stored.format in ("exl2", "exl3")
+            padded = stored is not None and FORMATS[stored.format].pads_to is not None
             if not padded or value.dim() != len(wanted) or any(h < w for h, w in zip(value.shape, wanted, strict=True)):
                 label = getattr(source, "label", "the checkpoint")
                 raise MismatchError(

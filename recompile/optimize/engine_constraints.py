@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import FormatError, RecompileError
+from recompile.formats import FORMATS
 from recompile.merge import engine_rules as engines
 
 OWN_FORMATS: Mapping[str, tuple[str, ...] | None] = {
-    "exllamav3": ("exl3",),
+    "exllamav3": tuple(spec.name for spec in FORMATS.values() if spec.engine == "exllamav3"),
     "llama.cpp": None,  # any GGUF type, and those that model_quantize can make
 }
 ENGINES = (*engines.ENGINES, *OWN_FORMATS)

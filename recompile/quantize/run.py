@@ -15,6 +15,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
+from recompile.formats import FORMATS
 from recompile.gguf.container import open_gguf
 from recompile.gguf.imatrix import read_imatrix, write_imatrix
 from recompile.model.devices import compute_device, compute_dtype
@@ -277,7 +278,7 @@ def calibrate_importance(
 def _run_engine(base: Path, out: Path, options: QuantizeOptions, on_event: OnEvent) -> ConvertedVariants:
     """Let an engine's own converter make the variants."""
     engine = options.engine
-    wanted = {"exllamav2": "exl2", "exllamav3": "exl3"}[engine]
+    wanted = next(spec.name for spec in FORMATS.values() if spec.engine == engine)
     if options.format != wanted:
         raise ArgumentError(f"{{engine}} {engine} makes {wanted}: add {{format}} {wanted}")
     check_engine(engine)
