@@ -260,12 +260,12 @@ class _Auto:
         from eval.mixes.builds import compare_builds
 
         options = self.options
-        rivals: list[Checkpoint] = [open_checkpoint(path) for path in options.variants]
+        baselines: list[Checkpoint] = [open_checkpoint(path) for path in options.variants]
         mix = open_checkpoint(self.out)
         if options.verify and not options.variants:
-            rivals = [self._uniform(mix.size_bytes)]
+            baselines = [self._uniform(mix.size_bytes)]
         rows = (options.rows, options.length, options.text, options.dataset)
-        result = compare_builds(self.base, mix, rivals, rows, options.device, self.on_event)
+        result = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
         shutil.rmtree(self.work / "uniform", ignore_errors=True)
         return result
 

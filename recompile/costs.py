@@ -196,8 +196,9 @@ class Profile:
         return self._measured_cost(found) if found.reached else self.prior(group, source)
 
     def prior(self, group: str, source: str) -> Cost | None:
-        """What an expert costs as far as its kin tell: the median over the experts of the same layer, projection and
-        candidate that tokens reached, else over those of all layers; as doubtful as they are spread, or as it is large.
+        """What an expert costs as far as similar experts tell: the median over the experts of the same layer,
+        projection and candidate that tokens reached, else over those of all layers; as doubtful as they are spread, or
+        as it is large.
         """
         kin = kin_of_expert(group)
         for key in (kin, kin.rpartition(".")[2]):

@@ -45,7 +45,7 @@ from eval.search.job import Search  # noqa: E402
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.costs import Profile  # noqa: E402
 from recompile.model.rows import RowOptions, read_rows  # noqa: E402
-from recompile.optimize.baselines import make_rivals  # noqa: E402
+from recompile.optimize.baselines import make_baselines  # noqa: E402
 from recompile.optimize.budget import Budget  # noqa: E402
 from recompile.optimize.choose import Rules, limits_of, make_problem, prepare_problem  # noqa: E402
 from recompile.optimize.exact import solve_exact  # noqa: E402
@@ -191,10 +191,10 @@ def first_last(bench: Bench, bits: int) -> Choice:
 
 def _rival(bench: Bench, bits: int, wanted: Callable[[str], bool]) -> Choice:
     recipe = solve_exact(bench.problem, bits).choice
-    for rival in make_rivals(bench.main, bench.problem, recipe, bench.limits(bits)):
-        if rival.within is not None and wanted(rival.name):
-            return rival.within
-    return recipe  # the same mix as the recipe, which is why it is no rival
+    for baseline in make_baselines(bench.main, bench.problem, recipe, bench.limits(bits)):
+        if baseline.within is not None and wanted(baseline.name):
+            return baseline.within
+    return recipe  # the same mix as the recipe, which is why it is no baseline
 
 
 def weight_error(bench: Bench, bits: int) -> Choice:

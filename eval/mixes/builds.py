@@ -20,7 +20,7 @@ from recompile.model.rows import read_rows
 def compare_builds(
     reference: Checkpoint,
     mix: Checkpoint,
-    rivals: Sequence[Checkpoint],
+    baselines: Sequence[Checkpoint],
     rows: tuple[int, int, Path | None, str | None],
     device: str = "cpu",
     on_event: OnEvent = ignore,
@@ -30,7 +30,7 @@ def compare_builds(
     rows: how many, of how many tokens, of which text and data set
     """
     found, vocab = read_rows([reference.path, mix.path], "report", *rows)
-    builds = [mix, *rivals]
+    builds = [mix, *baselines]
     options = DiffOptions(device=compute_device(device), vocab=vocab)
     reports = measure_many(
         builds,

@@ -656,7 +656,7 @@ class ExactProfiler:
 
 
 class _Resident:
-    """A module that stays loaded, in the clothes of `LayeredModel.loaded`."""
+    """A module that stays loaded, with the interface of `LayeredModel.loaded`."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module

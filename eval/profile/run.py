@@ -224,7 +224,7 @@ def _tell(event: object, out: Path) -> Iterator[Progress | Note]:
         yield Note(f"{event.sweeps} sweeps, {event.resumed} of them done before; plan: {event.plan.describe()}", "")
     elif isinstance(event, SweepDone):
         seconds = format_seconds(event.seconds)
-        yield Note(f"sweep {event.sweeps} took {seconds}; dearest: {_dearest(event.profile)}", "")
+        yield Note(f"sweep {event.sweeps} took {seconds}; most expensive: {_most_expensive(event.profile)}", "")
     elif isinstance(event, HybridRound):
         yield Note(
             f"{event.swaps} swaps run after {format_seconds(event.seconds)}; the next decision is worth "
@@ -248,7 +248,7 @@ def _rows_done(state: RowsDone) -> str:
     return f"{text}; stopped: {state.reason}"
 
 
-def _dearest(profile: Profile, most: int = 3) -> str:
+def _most_expensive(profile: Profile, most: int = 3) -> str:
     """The groups that cost most at the base variant's bits."""
     costs = {group.name: profile.cost(group.name, profile.header.base) for group in profile.header.groups}
     ranked = sorted(((c.kl_nats, name) for name, c in costs.items() if c is not None), reverse=True)

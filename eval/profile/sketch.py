@@ -511,5 +511,5 @@ def squared_gradient_scores(sketch: Sketch, row_tokens: int) -> dict[tuple[str, 
 
 
 def interactions_of(sketch: Sketch, row_tokens: int) -> Interactions | None:
-    """What swaps cost in company; None where the samples of single swaps were not kept (--pairs)."""
+    """What swaps cost together; None where the samples of single swaps were not kept (--pairs)."""
     return None if sketch.pairs is None else Interactions.of(sketch.swaps, sketch.pairs, row_tokens)

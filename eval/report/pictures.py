@@ -185,15 +185,15 @@ def draw_bit_map(figure: Any, data: ReportData) -> None:
 
 
 def draw_heat_map(figure: Any, data: ReportData) -> None:
-    """KL that a further million bits save, from the base to the next dearer source (or the two dearest)."""
+    """KL that a further million bits save, from the base to the next larger source (or between the two largest)."""
     low, high = _step(data)
 
     def saved(groups: list[ProfileGroup]) -> float:
         kl, bits = 0.0, 0
         for group in groups:
-            cheap, dear = data.profile.cost(group.name, low), data.profile.cost(group.name, high)
-            if cheap is not None and dear is not None and low in group.bits and high in group.bits:
-                kl += cheap.kl_nats - dear.kl_nats
+            cheap, expensive = data.profile.cost(group.name, low), data.profile.cost(group.name, high)
+            if cheap is not None and expensive is not None and low in group.bits and high in group.bits:
+                kl += cheap.kl_nats - expensive.kl_nats
                 bits += group.bits[high] - group.bits[low]
         return 1e6 * kl / bits if bits else math.nan
 
@@ -344,7 +344,7 @@ def _map(
 
 
 def _step(data: ReportData) -> tuple[str, str]:
-    """The base and the next dearer source; the two dearest where the base is the dearest."""
+    """The base and the next more expensive source; the two most expensive where the base is the most expensive."""
     header = data.profile.header
     sizes = {
         candidate.label: sum(group.bits.get(candidate.label, 0) for group in header.groups)

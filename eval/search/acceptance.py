@@ -19,7 +19,7 @@ from eval.metrics import Mean, paired_difference
 from eval.mixes.evaluator import MixEvaluator
 from recompile.events import OnEvent, ignore
 from recompile.model.tokens import Rows
-from recompile.optimize.baselines import Rival
+from recompile.optimize.baselines import Baseline
 
 RECIPE = "recipe"
 
@@ -89,42 +89,48 @@ def verify(
     recipe: Mapping[str, str],
     bits: int,
     predicted_kl_nats: float,
-    rivals: Sequence[Rival],
+    baselines: Sequence[Baseline],
     rows: Rows,
     on_event: OnEvent = ignore,
     *,
     activations: bool = False,
 ) -> Verdict:
-    """Measure a recipe and its rivals on rows that nothing else used. Where a rival that is over the limits is not
-    beaten, its form within them is measured in a second pass.
+    """Measure a recipe and its baselines on rows that nothing else used. Where a baseline that is over the limits is
+    not beaten, its form within them is measured in a second pass.
 
     bits, predicted_kl_nats: of the recipe; activations: run every mix with the inputs of its maps quantized as their
     schemes say. on_event: gets what `eval.diff.measure_many` tells.
     """
     header = mixes.header
-    choices: list[Mapping[str, str]] = [recipe, *(r.choice for r in rivals)]
+    choices: list[Mapping[str, str]] = [recipe, *(r.choice for r in baselines)]
     reports = mixes.reports(choices, rows.ids, on_event, "checking", activations=activations)
     contenders = [_contender(RECIPE, recipe, bits, False, True, reports[0], None)]
-    for rival, report in zip(rivals, reports[1:], strict=True):
-        competes = rival.within is not None
+    for baseline, report in zip(baselines, reports[1:], strict=True):
+        competes = baseline.within is not None
         contenders.append(
             _contender(
-                rival.name, rival.choice, rival.bits, rival.is_over or not competes, competes, report, reports[0]
+                baseline.name,
+                baseline.choice,
+                baseline.bits,
+                baseline.is_over or not competes,
+                competes,
+                report,
+                reports[0],
             )
         )
     again = [
-        rival
-        for rival, found in zip(rivals, contenders[1:], strict=True)
-        if rival.is_over and not found.is_beaten and rival.within is not None
+        baseline
+        for baseline, found in zip(baselines, contenders[1:], strict=True)
+        if baseline.is_over and not found.is_beaten and baseline.within is not None
     ]
     known = [dict(contender.choice) for contender in contenders]
-    again = [rival for rival in again if rival.within is not None and dict(rival.within) not in known]
+    again = [baseline for baseline in again if baseline.within is not None and dict(baseline.within) not in known]
     if again:
-        choices = [rival.within for rival in again if rival.within is not None]
+        choices = [baseline.within for baseline in again if baseline.within is not None]
         more = mixes.reports(choices, rows.ids, on_event, "checking", activations=activations)
-        for rival, choice, report in zip(again, choices, more, strict=True):
+        for baseline, choice, report in zip(again, choices, more, strict=True):
             smaller = header.fixed_bits + sum(group.bits[choice[group.name]] for group in header.groups)
-            name = f"{rival.name} (within the limits)"
+            name = f"{baseline.name} (within the limits)"
             contenders.append(_contender(name, choice, smaller, False, True, report, reports[0]))
     return Verdict(
         tuple(contenders),

@@ -129,7 +129,7 @@ def write_frontier(
     measured: dict[str, tuple[float, float | None]] = {}
     if options.check:
         if checkpoints is None:
-            raise RecompileError("--check: the sources are not at hand")
+            raise RecompileError("--check: the sources are not available")
         measured = measure_frontier(found, profile, checkpoints, options, on_event)
     table = tuple(make_table(found, measured))
     report = FrontierReport(

@@ -17,7 +17,7 @@ from eval.mixes.measured import ROUGH_ABOVE_NATS, MeasuredMixes, digest
 from eval.search.job import Search
 from recompile.errors import FitError
 from recompile.events import Note, Said
-from recompile.optimize.cross_entropy import Tilts, search_tilts
+from recompile.optimize.cross_entropy import CostFactors, search_factors
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.greedy import solve_greedy
 from recompile.optimize.limits import solve_rows
@@ -71,8 +71,8 @@ def _tilted(search: Search, kls: MeasuredMixes, share: float) -> Mix:
     if (kept := kls.kept(name)) is not None:
         return kept
     choice: Mix = search.start
-    for found in search_tilts(
-        Tilts.of(search.problem, search.scores),
+    for found in search_factors(
+        CostFactors.of(search.problem, search.scores),
         lambda problem: solve_rows(problem, search.limits, solve_exact),
         kls.measure,
     ):

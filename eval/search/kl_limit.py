@@ -1,4 +1,4 @@
-"""`--max-kl` and `--max-ppl-increase` where the models are at hand: the limit holds for the measured KL.
+"""`--max-kl` and `--max-ppl-increase` where the models are available: the limit holds for the measured KL.
 
 The size is searched with rows of the role "accept"; what was found is then verified on rows of the role "report".
 """

@@ -20,7 +20,7 @@ from recompile.io.files import write_text
 from recompile.io.sizes import parse_size
 from recompile.merge.overlay import build_overlay
 from recompile.model.rows import RowOptions
-from recompile.optimize.baselines import make_rivals
+from recompile.optimize.baselines import make_baselines
 from recompile.optimize.budget import Budget, Pool, active_share, split_pool
 from recompile.optimize.choose import (
     Choice,
@@ -218,7 +218,7 @@ class _Optimization:
         unasked = self.options.check is False
         if not unasked and self.checkpoints is not None and are_same(self.profile, self.checkpoints):
             return True
-        why = "--no-check" if unasked else "the models are not at hand"
+        why = "--no-check" if unasked else "the models are not available"
         said = f"{why}: the limit on KL is kept by what the profile predicts, nothing is measured."
         self.on_event(Note(said))
         return False
@@ -319,7 +319,7 @@ class _Optimization:
     # ---- measuring the result ----------------------------------------------------------------------------------------
 
     def _verdict(self, chosen: Choice, start: Mapping[str, str] | None, held: MeasuredLimit | None) -> Verdict | None:
-        """The recipe beside its rivals; None, with a Note, where it cannot be measured and nobody asked for that."""
+        """The recipe beside its baselines; None, with a Note, where it cannot be measured and nobody asked for that."""
         try:
             return self._verify(chosen, start, held)
         except (RecompileError, OSError) as error:
@@ -350,7 +350,7 @@ class _Optimization:
             )
         elif SOLVERS[self.solver].runs_models:
             others["exact"] = choose(profile, budget, "exact", rules).solution.choice
-        rivals = make_rivals(profile, problem, chosen.solution.choice, limits, others, as_they_are)
+        baselines = make_baselines(profile, problem, chosen.solution.choice, limits, others, as_they_are)
         role = "accept" if held is None else "report"  # the size was found with the accepting rows
         directories = [reference.path, *(source.path for source in checkpoints.values())]
         rows, vocab = options.where.read(directories, role)
@@ -360,7 +360,7 @@ class _Optimization:
             chosen.solution.choice,
             chosen.bits,
             chosen.predicted_kl_nats,
-            rivals,
+            baselines,
             rows,
             self.on_event,
             activations=options.activations,
@@ -405,7 +405,7 @@ def open_sources(profile: Profile, path: Path, on_event: OnEvent = ignore) -> di
             return open_candidates(profile, path)
         return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
     except (RecompileError, OSError) as error:
-        on_event(Note(f"the sources are not at hand ({error}): a line for every module, nothing checked."))
+        on_event(Note(f"the sources are not available ({error}): a line for every module, nothing checked."))
         return None
 
 
@@ -474,7 +474,7 @@ def check_activations(options: OptimizeOptions, checkpoints: Mapping[str, Checkp
     from recompile.model.activations import quantizes_inputs
 
     if options.check is False or checkpoints is None:
-        raise ArgumentError("{activations} is about {check}, which needs the models of the profile at hand")
+        raise ArgumentError("{activations} is about {check}, which needs the models of the profile")
     if not any(quantizes_inputs(build_overlay(checkpoint, None)) for checkpoint in checkpoints.values()):
         raise ArgumentError(
             f"{{activations}}: none of {', '.join(checkpoints)} says how inputs are quantized (input_activations in "
@@ -484,7 +484,7 @@ def check_activations(options: OptimizeOptions, checkpoints: Mapping[str, Checkp
 
 def _active_share(checkpoints: Mapping[str, Checkpoint] | None) -> Fraction:
     if checkpoints is None:
-        raise ArgumentError("{active_bpw} reads the number of experts from a config.json, and no source is at hand")
+        raise ArgumentError("{active_bpw} reads the number of experts from a config.json, and no source is available")
     return active_share(next(iter(checkpoints.values())).config)
 
 

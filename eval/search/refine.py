@@ -88,7 +88,7 @@ def search_refine(search: Search) -> Mapping[str, str]:
 def _describe(step: RefineStep, rows: int) -> str:
     said = f"step {step.step + 1}: " + (f"{step.measured} swaps measured, " if step.measured else "")
     if not step.moved:
-        return f"{said}no move would pay; KL {step.kl_nats:.5f} on {rows} rows of its own"
+        return f"{said}no improving move predicted; KL {step.kl_nats:.5f} on {rows} rows of its own"
     against = f"{step.change_nats:+.5f} ± {step.change_std_error:.5f} against the best"
     best = "the best now" if step.accepted else "not kept"
     now = f"{step.kl_nats:.5f} on {rows} rows of its own"

@@ -36,7 +36,7 @@ ITS_OWN = "{frontier} has its own budgets; leave {bits}, {size} and {start} out"
 @click.option(
     "--max-kl",
     type=float,
-    help="The smallest size whose KL is no more than this, nats per token: measured, where the models are at hand.",
+    help="The smallest size whose KL is no more than this, nats per token: measured, where the models are available.",
 )
 @click.option("--max-ppl-increase", help="The same for a rise of perplexity, e.g. 2%: KL of ln(1.02).")
 @click.option(
@@ -64,7 +64,7 @@ ITS_OWN = "{frontier} has its own budgets; leave {bits}, {size} and {start} out"
     "--solver",
     type=click.Choice(list(SOLVERS)),
     help="; ".join(f"{solver.name}: {solver.says}" for solver in SOLVERS.values()) + ". Default: refine where the "
-    "models are at hand, for at most 10 minutes; exact without them and with --no-check.",
+    "models are available, for at most 10 minutes; exact without them and with --no-check.",
 )
 @click.option(
     "--start",
@@ -102,7 +102,7 @@ ITS_OWN = "{frontier} has its own budgets; leave {bits}, {size} and {start} out"
     "--check/--no-check",
     default=None,
     help="Measure the recipe beside uniform, hand-made and greedy mixes of its size, on rows that nothing else uses. "
-    "Default: where the models are at hand.",
+    "Default: where the models are available.",
 )
 @click.option(
     "--activations",

@@ -108,15 +108,15 @@ def _mark(contender: Contender) -> str:
     if contender.interval is None:
         return ""
     if not contender.competes:
-        return "larger than asked for; not a rival"
+        return "larger than asked for; shown only"
     return "beaten" if contender.is_beaten else ("better" if contender.interval[0] > 0 else "open")
 
 
 def verdict_line(verdict: Verdict) -> str:
     ratio = f"{verdict.ratio:.2f}" if math.isfinite(verdict.ratio) else "not a number"
     said = f"Measured / predicted KL: {ratio}; perplexity {100 * verdict.ppl_increase:+.2f} % against the reference."
-    rivals = [contender for contender in verdict.contenders[1:] if contender.competes]
-    if not rivals:
+    baselines = [contender for contender in verdict.contenders[1:] if contender.competes]
+    if not baselines:
         return f"{said}\nNo other mix of this size to compare with."
     if verdict.rows < 2:
         return f"{said}\nOne row gives no interval: nothing is proved; use -r 8 or more."

@@ -62,7 +62,7 @@ def describe_profile(profile: Profile, most: int = 20) -> str:
     if header.method == "weights":
         title = "Weighted relative error of the weights, times rows, of taking a group from each source (no nats)"
     if len(order) > most:
-        title += f" (the {most} dearest of {len(order)} groups)"
+        title += f" (the {most} most expensive of {len(order)} groups)"
     text = f"{title}\n" + format_columns(rows, ("group", *labels), range(1, len(labels) + 1))
     unreached = profile.unreached()
     if unreached:

@@ -278,8 +278,8 @@ def assign_roles(source: TextSource) -> tuple[str, ...]:
     """The role of every document of a source.
 
     A hash of the words decides, so blanks, line ends and the order of documents do not move one. Documents that share
-    a stretch of text (copies, quotations, the same snippet twice) are kin, and all kin get one role; only what many
-    documents repeat, such as a licence on top of each, is not held against them.
+    a stretch of text (copies, quotations, the same snippet twice) are near duplicates, and all of these get one role;
+    only what many documents repeat, such as a licence on top of each, is not held against them.
     """
     hashes = [_text_hash(document.text) for document in source.documents]
     return tuple(_role_of_hash(hashes[first]) for first in _first_kin(source.documents, hashes))
@@ -297,7 +297,7 @@ def _role_of_hash(text_hash: str) -> str:
 
 
 def _first_kin(documents: Sequence[Document], hashes: Sequence[str]) -> list[int]:
-    """For each document the one of its kin, itself included, that has the smallest hash."""
+    """For each document the one of its near duplicates, itself included, that has the smallest hash."""
     import numpy as np
 
     windows = [_window_hashes(document.text) for document in documents]
@@ -309,12 +309,12 @@ def _first_kin(documents: Sequence[Document], hashes: Sequence[str]) -> list[int
     sizes = np.diff(np.r_[first, len(every)])
     many = max(MANY_DOCUMENTS, len(documents) // 20)
 
-    kin = list(range(len(documents)))
+    parent_of = list(range(len(documents)))
 
     def head(document: int) -> int:
-        while kin[document] != document:
-            kin[document] = kin[kin[document]]
-            document = kin[document]
+        while parent_of[document] != document:
+            parent_of[document] = parent_of[parent_of[document]]
+            document = parent_of[document]
         return document
 
     shared = (sizes > 1) & (sizes <= many)
@@ -322,7 +322,7 @@ def _first_kin(documents: Sequence[Document], hashes: Sequence[str]) -> list[int
         one, *others = (head(int(document)) for document in owner[start : start + size])
         for other in others:
             one, other = sorted((head(one), head(other)), key=lambda document: (hashes[document], document))
-            kin[other] = one
+            parent_of[other] = one
     return [head(document) for document in range(len(documents))]
 
 

@@ -1,8 +1,8 @@
 """The mixes that people make without a profile, at the size of a recipe: what it has to beat.
 
 Each starts from the largest uniform variant within the limits and spends the rest by a rule of thumb, one rung at a
-time. "At no fewer bytes": a rival that the limits would leave below the recipe gets one more small upgrade, and is then
-marked as over them; `within` is the same without it, which could be written.
+time. "At no fewer bytes": a baseline that the limits would leave below the recipe gets one more small upgrade, and is
+then marked as over them; `within` is the same without it, which could be written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recompile.optimize.problem import Group, Problem, evaluate
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     name: str
     choice: Mapping[str, str]  # member of a group -> source
     bits: int  # stored bits, fixed_bits included
@@ -28,33 +28,33 @@ class Rival:
         return self.within is not None and self.within != self.choice
 
 
-def make_rivals(
+def make_baselines(
     profile: Profile,
     problem: Problem,
     recipe: Mapping[str, str],
     limits: Sequence[Row],
     others: Mapping[str, Mapping[str, str]] | None = None,
     as_they_are: Mapping[str, Mapping[str, str]] | None = None,
-) -> list[Rival]:
-    """The rivals of a recipe, each different from it and from the others.
+) -> list[Baseline]:
+    """The baselines of a recipe, each different from it and from the others.
 
-    problem: as solved, constraints applied (rivals keep them). limits: all rows that the recipe keeps. others: further
+    problem: as solved, constraints applied (baselines keep them). limits: all that the recipe keeps. others: further
     choices by name, e.g. greedy's, raised to the recipe's size; they have to be within the limits. as_they_are: choices
     that are measured as given, and do not compete where they are over the limits.
     """
     field = _Field(profile, problem, recipe, limits)
-    rivals = [*field.uniform_ones(), *field.heuristics()]
+    baselines = [*field.uniform_ones(), *field.heuristics()]
     for name, choice in (others or {}).items():
-        rivals.append(field.raised(name, field.numbers_of(choice)))
+        baselines.append(field.raised(name, field.numbers_of(choice)))
     for name, choice in (as_they_are or {}).items():
         bits = evaluate(problem, choice)[0]  # raises where it is no choice of this problem
-        rivals.append(Rival(name, choice, bits, choice if field.fits(field.numbers_of(choice)) else None))
+        baselines.append(Baseline(name, choice, bits, choice if field.fits(field.numbers_of(choice)) else None))
     seen: list[Mapping[str, str]] = [dict(recipe)]
     found = []
-    for rival in rivals:
-        if dict(rival.choice) not in seen:
-            seen.append(dict(rival.choice))
-            found.append(rival)
+    for baseline in baselines:
+        if dict(baseline.choice) not in seen:
+            seen.append(dict(baseline.choice))
+            found.append(baseline)
     return found
 
 
@@ -132,18 +132,18 @@ class _Field:
             numbers.append(exact[0] if exact else max(below, default=0))
         return numbers
 
-    # ---- rivals ----
+    # ---- baselines ----
 
-    def uniform_ones(self) -> Iterator[Rival]:
+    def uniform_ones(self) -> Iterator[Baseline]:
         """The largest uniform variant within the limits, and the smallest beyond them, for comparison only."""
         inside, outside = self._sorted_uniform()
         if inside:
             label, numbers = inside[-1]
             choice = self.choice_of(numbers)
-            yield Rival(f"uniform {label}", choice, self.bits_of(numbers), choice)
+            yield Baseline(f"uniform {label}", choice, self.bits_of(numbers), choice)
         if outside:
             label, numbers = outside[0]
-            yield Rival(f"uniform {label} (larger)", self.choice_of(numbers), self.bits_of(numbers), None)
+            yield Baseline(f"uniform {label} (larger)", self.choice_of(numbers), self.bits_of(numbers), None)
 
     def _sorted_uniform(self) -> tuple[list[tuple[str, list[int]]], list[tuple[str, list[int]]]]:
         made = [(c.label, self._uniform(c.label)) for c in self.profile.header.candidates]
@@ -151,7 +151,7 @@ class _Field:
         inside = [entry for entry in made if self.fits(entry[1])]
         return inside, [entry for entry in made if entry not in inside and self.bits_of(entry[1]) > self.wanted_bits]
 
-    def heuristics(self) -> Iterator[Rival]:
+    def heuristics(self) -> Iterator[Baseline]:
         inside, _ = self._sorted_uniform()
         label, start = inside[-1] if inside else ("smallest", [0] * len(self.options))
         if not self.fits(start):
@@ -175,7 +175,7 @@ class _Field:
         layer = self.places[group].layer
         return -1 if layer is None else min(layer, self.last - layer)
 
-    def filled(self, name: str, start: Sequence[int], order: Iterable[int]) -> Rival:
+    def filled(self, name: str, start: Sequence[int], order: Iterable[int]) -> Baseline:
         """One rung up for each group of the order in turn, those that do not fit passed over, until as large as the
         recipe; then the order again."""
         numbers, used, bits = list(start), self.used_by(start), self.bits_of(start)
@@ -206,13 +206,13 @@ class _Field:
             used[row] += more
         return options[above].bits - options[before].bits
 
-    def raised(self, name: str, numbers: Sequence[int]) -> Rival:
+    def raised(self, name: str, numbers: Sequence[int]) -> Baseline:
         """A choice within the limits; if it is smaller than the recipe, with the smallest upgrade that makes up for it
         (the largest there is, where none does)."""
         within = self.choice_of(numbers)
         short = self.wanted_bits - self.bits_of(numbers)
         if short <= 0:
-            return Rival(name, within, self.bits_of(numbers), within)
+            return Baseline(name, within, self.bits_of(numbers), within)
         steps = [
             (option.bits - options[number].bits, group, n)
             for group, (options, number) in enumerate(zip(self.options, numbers, strict=True))
@@ -221,11 +221,11 @@ class _Field:
         ]
         enough = [step for step in steps if step[0] >= short]
         if not steps:
-            return Rival(name, within, self.bits_of(numbers), within)
+            return Baseline(name, within, self.bits_of(numbers), within)
         _, group, number = min(enough) if enough else max(steps)
         more = list(numbers)
         more[group] = number
-        return Rival(name, self.choice_of(more), self.bits_of(more), within)
+        return Baseline(name, self.choice_of(more), self.bits_of(more), within)
 
 
 def _by_size(group: Group) -> list[int]:

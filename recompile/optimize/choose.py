@@ -258,16 +258,18 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
             path = lagrangian_path(problem)
             least, most = (control + path.points[at].cost for at in (-1, 0))
             raise BudgetError(
-                f"budget {budget.describe()} is below what the dearest sources reach; reachable range: {least:.6g} to "
-                f"{most:.6g} nats per token{narrowed}"
+                f"budget {budget.describe()} is below what the most expensive sources reach; reachable range: "
+                f"{least:.6g} to {most:.6g} nats per token{narrowed}"
             ) from None
     if budget.has_primary:
         bits = budget.bits(profile)
         fewest, most_bits = reachable_range(problem)
         if not fewest <= bits <= most_bits:
-            wrong = "below what the cheapest sources take" if bits < fewest else "above what the dearest sources take"
+            wrong = "below what the cheapest" if bits < fewest else "above what the most expensive"
             spelled = budget.spell_range(fewest, most_bits, profile)
-            raise BudgetError(f"budget {budget.describe()} is {wrong}; reachable range: {spelled}{narrowed}")
+            raise BudgetError(
+                f"budget {budget.describe()} is {wrong} sources take; reachable range: {spelled}{narrowed}"
+            )
         if not steps and not limits:
             return load_by_costs(solver)(problem, bits)
         limits = [budget.primary_row(profile, problem), *limits]

@@ -1,7 +1,7 @@
 """Costs tilted until the mix that they choose measures best.
 
 Costs of swaps made one at a time rank swaps of one kind well. Where kinds differ they err together: errors of early
-layers, of one kind of projection, of the lowest rung cost more, or less, in company than alone. So every cost is
+layers, of one kind of projection, of the lowest rung cost more, or less, together than alone. So every cost is
 multiplied by
 
     exp(theta . features),   features: the source (the lowest two, and size), the kind of module, depth, depth^2,
@@ -33,13 +33,13 @@ POPULATION = 10  # mixes a round
 FEWEST_BEST = 3  # thetas that the distribution moves to after the first round, and one more a round
 SPREAD, BLEND_SPREAD = 0.35, 0.5  # first standard deviations: of log factors, of the share of the score
 SPREAD_KEPT = 0.7  # share of the standard deviation that a round leaves, whatever the best ones say
-LOWEST_DEARER = math.log(2)  # of the lowest source, in some of the first thetas
+LOWEST_RAISED = math.log(2)  # of the lowest source, in some of the first thetas
 
 Choice = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class TiltRound:
+class CrossEntropyRound:
     """After a round: the best mix so far, and how many were measured."""
 
     number: int
@@ -49,7 +49,7 @@ class TiltRound:
 
 
 @dataclass(frozen=True)
-class Tilts:
+class CostFactors:
     """The factors that a theta gives every option.
 
     logs: features of every option, [options, features], groups and their options in the problem's order
@@ -61,7 +61,7 @@ class Tilts:
     names: tuple[str, ...]
 
     @staticmethod
-    def of(problem: Problem, scores: Mapping[Swap, float] | None = None) -> Tilts:
+    def of(problem: Problem, scores: Mapping[Swap, float] | None = None) -> CostFactors:
         """scores: a second opinion on costs, by (member, source); members of one group are added up."""
         sizes: dict[str, int] = {}
         for group in problem.groups:
@@ -86,7 +86,7 @@ class Tilts:
                     named.setdefault(name, []).append(value)
         kept = {name: values for name, values in named.items() if max(values) > min(values)}
         logs = np.array(list(kept.values())).T.reshape(len(next(iter(named.values()), [])), len(kept))
-        return Tilts(problem, logs, tuple(kept))
+        return CostFactors(problem, logs, tuple(kept))
 
     def apply(self, theta: NDArray[np.float64]) -> Problem:
         """The problem with its costs times exp(theta . features). Costs of 0 or less, which are noise, become 0."""
@@ -94,28 +94,28 @@ class Tilts:
         return with_costs(self.problem, lambda group, option: max(option.cost, 0.0) * next(factors))
 
     def first(self) -> list[NDArray[np.float64]]:
-        """Where the search begins: the costs as they are, the score in their place, and the lowest source dearer."""
+        """Where the search begins: the costs as they are, the score in their place, and the lowest source at more."""
         found: list[NDArray[np.float64]] = []
         lowest = next((name for name in self.names if name.startswith("source ")), None)
-        for blend, dearer in ((0.0, 0.0), (1.0, 0.0), (0.0, LOWEST_DEARER), (1.0, LOWEST_DEARER), (0.5, LOWEST_DEARER)):
+        for blend, raised in ((0.0, 0.0), (1.0, 0.0), (0.0, LOWEST_RAISED), (1.0, LOWEST_RAISED), (0.5, LOWEST_RAISED)):
             theta = np.zeros(len(self.names))
             for number, name in enumerate(self.names):
-                theta[number] = blend if name == "score" else dearer if name == lowest else 0.0
+                theta[number] = blend if name == "score" else raised if name == lowest else 0.0
             if not any(np.array_equal(theta, other) for other in found):
                 found.append(theta)
         return found
 
 
-def search_tilts(
-    tilts: Tilts,
+def search_factors(
+    tilts: CostFactors,
     solve: Callable[[Problem], Solution],
     measure: Callable[[Sequence[Choice]], Sequence[float]],
     *,
     rounds: int = ROUNDS,
     population: int = POPULATION,
     seed: int = 0,
-) -> Iterator[TiltRound]:
-    """Yields a TiltRound after every round.
+) -> Iterator[CrossEntropyRound]:
+    """Yields a CrossEntropyRound after every round.
 
     solve: within the limits; measure: KL of whole mixes, nats per token, the same rows each time
     """
@@ -136,7 +136,7 @@ def search_tilts(
         best = np.array([theta for _, theta, _ in found[: FEWEST_BEST + number]])
         mean = best.mean(0)
         spread = SPREAD_KEPT * spread + (1 - SPREAD_KEPT) * best.std(0)
-        yield TiltRound(number, found[0][2], found[0][0], len(known))
+        yield CrossEntropyRound(number, found[0][2], found[0][0], len(known))
 
 
 def _log_ratio(members: Sequence[str], source: str, cost: float, scores: Mapping[Swap, float] | None) -> float:

@@ -17,7 +17,7 @@ Solver = Callable[[Problem, int], Solution]  # solve_greedy or solve_exact
 
 @dataclass(frozen=True)
 class HullPoint:
-    """One solution on the path: the one before it with one group moved to a dearer source."""
+    """One solution on the path: the one before it with one group moved to a more expensive source."""
 
     bits: int  # stored bits, fixed_bits included
     cost: float  # predicted KL, nats per token
@@ -45,7 +45,7 @@ class LagrangianPath:
         return choice
 
     def index_within(self, budget_bits: int) -> int:
-        """The dearest point of at most budget_bits. Raises BudgetError below the first."""
+        """The most expensive point of at most budget_bits. Raises BudgetError below the first."""
         index = bisect_right(self.points, budget_bits, key=lambda point: point.bits) - 1
         if index < 0:
             raise BudgetError(f"budget {budget_bits} bits is below the cheapest choice of {self.points[0].bits} bits")

@@ -29,7 +29,7 @@ def solve_greedy(problem: Problem, budget_bits: int) -> Solution:
     """A good choice within budget_bits (bits, fixed_bits included), never above it, exact fits accepted.
 
     Starts from the fewest bits, takes the hull upgrades in order of KL saved per bit, passing over those that do not
-    fit; then makes the exchange that lowers the cost most, one option for a dearer one or one down and one up, until
+    fit; then makes the exchange that lowers the cost most, one option for a larger one or one down and one up, until
     none is left. An option that costs more KL for more bits is never taken: budget that would only do harm is left.
     Ties: at equal KL saved per bit the upgrade of fewer bits, then the earlier group, then the source label that
     sorts first; within a group, equal bits and cost go to the label that sorts first, equal cost to fewer bits.

@@ -1,4 +1,4 @@
-"""What the errors of different groups cost in company, from the draws that `model_profile --pairs` keeps.
+"""What the errors of different groups cost together, from the draws that `model_profile --pairs` keeps.
 
 With G_d the gradient of a Fisher sample, <G_d, e_a> <G_d, e_b> is e_a' F e_b in expectation: what two errors, made
 together, cost beyond the sum of each alone. One draw says next to nothing, and errors of two groups hardly correlate;

@@ -137,7 +137,7 @@ def uniform_points(profile: Profile) -> list[UniformPoint]:
 
 
 def _is_dominated(choice: Choice, others: Sequence[Choice], uniform: Sequence[UniformPoint]) -> bool:
-    rivals = [(other.bits, other.predicted_kl_nats) for other in others if other is not choice]
-    rivals += [(point.bits, point.predicted_kl_nats) for point in uniform]
+    baselines = [(other.bits, other.predicted_kl_nats) for other in others if other is not choice]
+    baselines += [(point.bits, point.predicted_kl_nats) for point in uniform]
     margin = 1e-12 * abs(choice.predicted_kl_nats)
-    return any(bits <= choice.bits and kl < choice.predicted_kl_nats - margin for bits, kl in rivals)
+    return any(bits <= choice.bits and kl < choice.predicted_kl_nats - margin for bits, kl in baselines)

@@ -114,11 +114,11 @@ def reachable_range(problem: Problem) -> tuple[int, int]:
 
 
 def check_budget(problem: Problem, budget_bits: int) -> None:
-    """Raise BudgetError, with the reachable range in bits, for a budget below the cheapest or above the dearest."""
+    """Raise BudgetError, with the reachable range in bits, for a budget below the smallest or above the largest."""
     fewest, most = reachable_range(problem)
     if fewest <= budget_bits <= most:
         return
-    wrong = "below the cheapest choice" if budget_bits < fewest else "above the dearest choice"
+    wrong = "below the cheapest choice" if budget_bits < fewest else "above the most expensive choice"
     fixed = f" ({problem.fixed_bits} of them fixed)" if problem.fixed_bits else ""
     raise BudgetError(f"budget {budget_bits} bits is {wrong}; reachable range: {fewest} to {most} bits{fixed}")
 

@@ -13,9 +13,9 @@ On it the budgeted choice is solved, with at most a share of the groups moved at
 do not quite add up.
 
 What the quadratic form of single swaps leaves out is measured: every move tells which factor on own and cross would
-have foretold it (the damping; 1.0 to 1.2 on SmolLM2 at 3.4 bits), and the next is solved with the average of these.
+have predicted it (the damping; 1.0 to 1.2 on SmolLM2 at 3.4 bits), and the next is solved with the average of these.
 
-What groups that move together cost in company comes from the draws of `model_profile --pairs`, where there are any
+What groups that move together cost together comes from the draws of `model_profile --pairs`, where there are any
 (recompile.optimize.interactions): they join the quadratic part, as far as other rows confirm them. That is little on
 SmolLM2, where errors of two groups correlate by 0.02 at 3.4 bits (root mean square, 2,160 samples).
 
@@ -38,21 +38,21 @@ import numpy as np
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.interactions import Interactions
 from recompile.optimize.problem import Group, Option, Problem, Swap, choice_key, evaluate, with_costs
-from recompile.optimize.thompson import Beliefs, moves_to_measure, swaps_to_measure
+from recompile.optimize.thompson import Posterior, moves_to_measure, swaps_to_measure
 from recompile.optimize.trust_region import Solve, moved_groups, propose
 
 KEPT = 0.98  # weight of the steps so far when another one is averaged in
 PRIOR_STEPS = 2.0  # steps that the profile's costs count for
 FIRST_DAMPING = 1.1
 LEAST_DAMPING, MOST_DAMPING = 0.1, 10.0
-BOLDER = 1.3  # by so much the damping is lowered, again and again, where no untried move is foretold to pay
+BOLDER = 1.3  # by so much the damping is lowered, again and again, where no untried move is predicted to improve
 DAMPING_SPREAD = 0.3  # standard deviation of the damping before anything is measured
 LINEAR_ERROR = 0.25  # of a move's linear part, relative: what one move says of the damping is no surer than that
 MOVED_SHARE = 12  # at most one group in so many is moved in a step, but never held to fewer than LEAST_MOVED
 LEAST_MOVED = 4
 STALLED = 10  # steps in a row without a better recipe, and swaps are measured one at a time from there on
 PATIENCE = 3  # steps in a row of the last kind without a better recipe, and the search ends
-MOST_SURVEYED = 2000  # groups; of more, what can be measured one at a time says little
+MOST_SWAPPED_GROUPS = 2000  # groups; of more, what can be measured one at a time says little
 SWAPS = (100, 40, 20, 20)  # that are measured one at a time in such a step, on fresh rows each time
 COMPANIES = 3  # times at most that a move is looked for again in the company of the last one found
 
@@ -105,8 +105,8 @@ class RefineStep:
     change_nats: float  # of the tried recipe against the best one before it, paired over rows: mean
     change_std_error: float
     predicted_nats: float  # of the step's move, from where it began
-    moved: int  # groups that the move changes; 0: none was foretold to pay
-    damping: float  # by which the moves so far would best have been foretold
+    moved: int  # groups that the move changes; 0: none was predicted to improve
+    damping: float  # by which the moves so far would best have been predicted
     measured: int = 0  # swaps that the step measured one at a time
 
 
@@ -150,7 +150,7 @@ class Damping:
         return min(max(self.total / self.weight, LEAST_DAMPING), MOST_DAMPING)
 
     def see(self, change: float, error: float, linear: float, quadratic: float) -> None:
-        """A move that was measured, and what was foretold: linear + damping * quadratic."""
+        """A move that was measured, and what was predicted: linear + damping * quadratic."""
         variance = error**2 + (LINEAR_ERROR * linear) ** 2
         if 0 < variance < math.inf:
             self.total += quadratic * (change - linear) / variance
@@ -175,11 +175,11 @@ def refine(
 
     A recipe that is not better on the accepting rows is gone on from all the same, for their noise is larger than what
     a step gains; unless it is worse beyond two standard errors: then the best one is gone back to. Where no untried
-    move is foretold to pay, one is tried that would with less damping, and taken only if it is better. After moves that
-    are gone back on half as many groups are moved at once, after a better recipe twice as many again.
+    move is predicted to improve, one is tried that would with less damping, and taken only if it is better. After moves
+    that are gone back on half as many groups are moved at once, after a better recipe twice as many again.
 
-    After STALLED steps without a better recipe what can be foretold is used up: from there on swaps are measured one at
-    a time at the best recipe (recompile.optimize.thompson), where there are no more than MOST_SURVEYED groups. Ends
+    After STALLED steps without a better recipe predictions are used up: from there on swaps are measured one at a time
+    at the best recipe (recompile.optimize.thompson), where there are no more than MOST_SWAPPED_GROUPS groups. Ends
     after `steps`, after PATIENCE of the last kind of steps without a better recipe, or out of time; the result is the
     best recipe measured.
     """
@@ -194,32 +194,32 @@ def refine(
         if out_of_time() and not over:
             return
         if idle == STALLED and not over:
-            if len(problem.groups) > MOST_SURVEYED:
+            if len(problem.groups) > MOST_SWAPPED_GROUPS:
                 return
             left = range(step, steps)
-            yield from _survey(problem, budget_bits, best, best_rows, oracle, left, tried, factor, solve, out_of_time)
+            yield from _swaps(problem, budget_bits, best, best_rows, oracle, left, tried, factor, solve, out_of_time)
             return
         idle += 1
         costs.add(oracle.linearise(current, step), shift)
         held_to = len(problem.groups) if over else most
         move = partial(propose, budget_bits=budget_bits, current=current, most=held_to, solve=solve)
-        foretold = used = factor.value
-        proposal = _in_company(problem, costs, used, current, move, interactions)
+        fitted = used = factor.value
+        proposal = _solve_together(problem, costs, used, current, move, interactions)
         while (proposal == current or choice_key(proposal) in tried) and used > LEAST_DAMPING:
             used = max(LEAST_DAMPING, used / BOLDER)
-            proposal = _in_company(problem, costs, used, current, move, interactions)
+            proposal = _solve_together(problem, costs, used, current, move, interactions)
         moved = len(moved_groups(problem, current, proposal)) if choice_key(proposal) not in tried else 0
         mean, error, predicted, accepted, shift = 0.0, 0.0, 0.0, False, 0.0
         if moved:
             tried.add(choice_key(proposal))
             found = list(oracle.measure(proposal))
-            linear, quadratic = _foretold(costs, current, proposal, interactions)
+            linear, quadratic = _predict(costs, current, proposal, interactions)
             predicted = linear + used * quadratic
             factor.see(*_mean_and_error(found, rows), linear, quadratic)
             mean, error = _mean_and_error(found, best_rows)
             accepted = over or mean < 0
             before = current
-            if not accepted and used < foretold:
+            if not accepted and used < fitted:
                 most = max(2, most // 2)  # a move on trial; an exchange takes two
             elif not accepted and mean > 2 * error:
                 current, rows, most = best, best_rows, max(2, most // 2)
@@ -239,7 +239,7 @@ def most_moved(problem: Problem) -> int:
     return max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
 
 
-def _survey(
+def _swaps(
     problem: Problem,
     budget_bits: int,
     best: Mapping[str, str],
@@ -253,7 +253,7 @@ def _survey(
 ) -> Iterator[RefineStep]:
     """The steps that are left, by swaps measured at the best recipe: each measures many on a few fresh rows and fewer
     on more, then the moves that are believed to be best; the best of those is taken if it is better."""
-    beliefs, rng, most = Beliefs(problem, best, _mean(best_rows)), np.random.default_rng(0), most_moved(problem)
+    posterior, rng, most = Posterior(problem, best, _mean(best_rows)), np.random.default_rng(0), most_moved(problem)
     idle = 0
     for step in left:
         if out_of_time() or idle == PATIENCE:
@@ -261,24 +261,26 @@ def _survey(
         idle += 1
         measured = set()
         for heat, count in enumerate(SWAPS):
-            swaps = swaps_to_measure(beliefs, budget_bits, most, count, solve, rng)
+            swaps = swaps_to_measure(posterior, budget_bits, most, count, solve, rng)
             asked = [dict.fromkeys(group.members, source) for group, source in swaps]
             changes = oracle.changes(best, asked, len(SWAPS) * step + heat) if asked else ()
             for (group, source), rows in zip(swaps, changes, strict=True):
-                beliefs.see((group.name, source), rows)
+                posterior.see((group.name, source), rows)
                 measured.add((group.name, source))
-        moves = [move for move in moves_to_measure(beliefs, budget_bits, most, solve) if choice_key(move) not in tried]
+        moves = [
+            move for move in moves_to_measure(posterior, budget_bits, most, solve) if choice_key(move) not in tried
+        ]
         tried.update(map(choice_key, moves))
         found = [(move, list(oracle.measure(move))) for move in moves]
         mean, error, predicted, moved, accepted = 0.0, 0.0, 0.0, 0, False
         if found:
             move, move_rows = min(found, key=lambda one: _mean(one[1]))
-            predicted, moved = beliefs.change(move), len(moved_groups(problem, best, move))
+            predicted, moved = posterior.change(move), len(moved_groups(problem, best, move))
             mean, error = _mean_and_error(move_rows, best_rows)
             accepted = mean < 0
         if accepted:
             best, best_rows, idle = move, move_rows, 0
-            beliefs.settle(best, _mean(best_rows))
+            posterior.settle(best, _mean(best_rows))
         bits, kl = evaluate(problem, best)[0], _mean(best_rows)
         yield RefineStep(
             step, accepted, dict(best), bits, kl, mean, error, predicted, moved, factor.value, len(measured)
@@ -298,7 +300,7 @@ def priced(problem: Problem, costs: Costs, damping: float) -> Problem:
     return with_costs(problem, cost)
 
 
-def _in_company(
+def _solve_together(
     problem: Problem,
     costs: Costs,
     damping: float,
@@ -307,19 +309,19 @@ def _in_company(
     interactions: Interactions | None,
 ) -> dict[str, str]:
     """What `move` finds by the costs. With interactions it looks again, by what each swap costs in the company of the
-    last one found, until that finds none that is foretold to be better."""
+    last one found, until that finds none that is predicted to be better."""
     alone = priced(problem, costs, damping)
     best = move(alone)
     if interactions is None:
         return best
 
-    def foretold(choice: Mapping[str, str]) -> float:
-        linear, quadratic = _foretold(costs, current, choice, interactions)
+    def predicted(choice: Mapping[str, str]) -> float:
+        linear, quadratic = _predict(costs, current, choice, interactions)
         return linear + damping * quadratic
 
     for _ in range(COMPANIES):
         found = move(_dearer(alone, interactions.beside(current, best), damping))
-        if not foretold(found) < foretold(best):
+        if not predicted(found) < predicted(best):
             break
         best = found
     return best
@@ -332,7 +334,7 @@ def _dearer(problem: Problem, company: Mapping[Swap, float], damping: float) -> 
     return with_costs(problem, cost)
 
 
-def _foretold(
+def _predict(
     costs: Costs, before: Mapping[str, str], after: Mapping[str, str], interactions: Interactions | None
 ) -> tuple[float, float]:
     """(linear, quadratic) parts of a move's change of KL."""

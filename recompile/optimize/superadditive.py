@@ -6,8 +6,8 @@ lowest rung. The model here is one exponent and one scale,
     KL(mix)  ~  scale * sum over groups of cost ** power,
 
 fitted by least squares of log KL over mixes that were measured as a whole (uniform variants are the natural ones). A
-power above 1 makes large costs dearer than small ones and keeps an optimum off the lowest rung; a power of 1 is the
-plain sum. The solvers take the transformed costs as they take any others. Numbers only.
+power above 1 makes large costs larger still and keeps an optimum off the lowest rung; a power of 1 is the plain sum.
+ The solvers take the transformed costs as they take any others. Numbers only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from recompile.errors import FitError, RecompileError
 from recompile.optimize.problem import Group, Option, Problem, with_costs
 
-POWERS = (1.0, 4.0)  # looked for in between; below 1 small errors would be dearer than large ones
+POWERS = (1.0, 4.0)  # looked for in between; below 1 small errors would be more expensive than large ones
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 

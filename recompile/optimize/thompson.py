@@ -6,10 +6,10 @@ reference, correlated by 0.87 at the right size, and exchanges by them made the 
 picks the costs that are wrong. So swaps are measured at the recipe itself, all the model's answer and nothing else.
 
 What is believed of a swap is normal: first the profile's cost, right to a share of itself; every row that it is
-measured on sharpens it. To measure all would take too long, so costs are drawn from the beliefs, a move is solved with
-them, and what it moves is measured next, for that may belong to the best move (Thompson, "On the likelihood that one
-unknown probability exceeds another in view of the evidence of two samples", Biometrika 25, 1933). Many are seen on a
-few rows first, and those that still may on more (successive halving: Karnin, Koren and Somekh, ICML 2013).
+measured on sharpens it. To measure all would take too long, so costs are drawn from the posterior, a move is solved
+with them, and what it moves is measured next, for that may belong to the best move (Thompson, "On the likelihood that
+one unknown probability exceeds another in view of the evidence of two samples", Biometrika 25, 1933). Many are seen on
+a few rows first, and those that still may on more (successive halving: Karnin, Koren and Somekh, ICML 2013).
 
 Numbers only: what measures is handed in.
 """
@@ -35,14 +35,14 @@ AGED = 0.003  # what a recipe's move adds to all that was believed
 CARE = 0.5  # standard deviations by which a swap is taken to be worse than believed, when a move is chosen
 DRAWS = 24  # of moves, to find what to measure; fewer where they make so many swaps:
 SWAPS_DRAWN = 400
-WIDER = (1.0, 2.0, 4.0)  # how much less sure beliefs are taken to be, where nothing is found otherwise
+WIDER = (1.0, 2.0, 4.0)  # how much less sure posterior are taken to be, where nothing is found otherwise
 
 
 @dataclass
-class Beliefs:
+class Posterior:
     """What moving a group from what it has to another source changes, nats per token, by (group, source).
 
-    problem: its costs are the first beliefs; choice: member -> source; kl_nats: of that recipe
+    problem: its costs are the first posterior; choice: member -> source; kl_nats: of that recipe
     """
 
     problem: Problem
@@ -92,8 +92,8 @@ class Beliefs:
             self.mean[here] = self.variance[here] = 0.0
         self.choice, self.kl_nats, self._seen = dict(choice), kl_nats, {}
 
-    def drawn(self, rng: np.random.Generator, wider: float = 1.0) -> Problem:
-        """The problem with costs drawn from the beliefs, or from ones so many times as wide."""
+    def sample(self, rng: np.random.Generator, wider: float = 1.0) -> Problem:
+        """The problem with costs drawn from the posterior, or from ones so many times as wide."""
 
         def cost(group: Group, option: Option) -> float:
             mean, variance = self.of((group.name, option.source))
@@ -117,30 +117,30 @@ class Beliefs:
 
 
 def swaps_to_measure(
-    beliefs: Beliefs, budget_bits: int, most_moved: int, count: int, solve: Solve, rng: np.random.Generator
+    posterior: Posterior, budget_bits: int, most_moved: int, count: int, solve: Solve, rng: np.random.Generator
 ) -> list[tuple[Group, str]]:
     """At most `count` swaps that may belong to the best move of at most so many groups: those that most of the drawn
-    moves make. None where even by beliefs that are far less sure nothing would move."""
+    moves make. None where even by posterior that are far less sure nothing would move."""
     drawn: Counter[Swap] = Counter()
     for wider in WIDER:
         for _ in range(DRAWS):
-            move = propose(beliefs.drawn(rng, wider), budget_bits, beliefs.choice, most_moved, solve)
-            moved = moved_groups(beliefs.problem, beliefs.choice, move)
+            move = propose(posterior.sample(rng, wider), budget_bits, posterior.choice, most_moved, solve)
+            moved = moved_groups(posterior.problem, posterior.choice, move)
             drawn.update((group.name, move[group.members[0]]) for group in moved)
             if drawn.total() >= SWAPS_DRAWN:
                 break
         if drawn:
             break
-    groups = {group.name: group for group in beliefs.problem.groups}
+    groups = {group.name: group for group in posterior.problem.groups}
     return [(groups[name], source) for (name, source), _ in drawn.most_common(count)]
 
 
-def moves_to_measure(beliefs: Beliefs, budget_bits: int, most_moved: int, solve: Solve) -> list[dict[str, str]]:
+def moves_to_measure(posterior: Posterior, budget_bits: int, most_moved: int, solve: Solve) -> list[dict[str, str]]:
     """The best moves of at most so many groups, of half as many, and of half of that; they all differ."""
-    careful = beliefs.careful()
+    careful = posterior.careful()
     found: list[dict[str, str]] = []
     for most in (most_moved, most_moved // 2, most_moved // 4):
-        move = propose(careful, budget_bits, beliefs.choice, max(2, most), solve)  # an exchange takes two
-        if move != beliefs.choice and move not in found:
+        move = propose(careful, budget_bits, posterior.choice, max(2, most), solve)  # an exchange takes two
+        if move != posterior.choice and move not in found:
             found.append(move)
     return found

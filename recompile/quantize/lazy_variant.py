@@ -138,7 +138,7 @@ def encoder_of(spec: Spec, method: str = "mse", importance: bool = True) -> IntE
 
 @dataclass(frozen=True)
 class MadeVariant(Checkpoint):
-    """A variant of `base` in the clothes of a Checkpoint. Make with `make_variant`."""
+    """A variant of `base` that implements Checkpoint. Make with `make_variant`."""
 
     base: Checkpoint | None = None
     spec: Spec = field(default_factory=dict)

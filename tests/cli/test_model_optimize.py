@@ -37,7 +37,7 @@ def write_profile(
     level: str = "tensor",
     wrong: bool = False,
 ) -> ProfileHeader:
-    """A whole journal; the first of `bits` is the base. Attention is dear, layer 0 most. wrong: more bits cost more."""
+    """A whole journal; the first of `bits` is the base. Attention costs more; wrong: more bits cost more."""
     checkpoints = [(n, open_checkpoint(directory)) for n, directory in tiny.variants(architecture, bits).items()]
     reference = open_checkpoint(tiny.base(architecture))
     options = ProfileOptions(level=level)
@@ -45,9 +45,9 @@ def write_profile(
     with open_journal(path, header) as journal:
         journal.append([Measurement(None, None, (0.0, 0.0))])
         for number, group in enumerate(header.groups):
-            dear = (3.0 if "self_attn" in group.name else 1.0) * (2.0 if ".0." in group.name else 1.0)
+            expensive = (3.0 if "self_attn" in group.name else 1.0) * (2.0 if ".0." in group.name else 1.0)
             for label in group.bits:
-                kl = (dear + 0.01 * number) * 4.0 ** (int(label) - 9 if wrong else -int(label))
+                kl = (expensive + 0.01 * number) * 4.0 ** (int(label) - 9 if wrong else -int(label))
                 journal.append([Measurement(group.name, label, (kl, 1.1 * kl))])
     return header
 
@@ -108,7 +108,7 @@ def test_sources_that_are_gone_give_a_plain_recipe_and_a_note(tmp_path: Path, mo
     profile.write_text(text)
     result = run(profile, "-b", "3.9", "-o", tmp_path / "mix.yaml", "--pin", "*.v_proj=6")
     assert result.exit_code == 0
-    assert "the sources are not at hand" in result.output
+    assert "the sources are not available" in result.output
     recipe = load_recipe(tmp_path / "mix.yaml")
     assert not any("*" in override.key.removesuffix(".*") for override in recipe.overrides)
 
@@ -231,7 +231,7 @@ def test_a_limit_without_models_is_said_to_be_predicted(profile: Path) -> None:
     profile.write_text(profile.read_text().replace(header.candidates[0].fingerprint, "0" * 16))
     result = run(profile, "--max-kl", "0.2", "-o", profile.with_name("mix.yaml"), "-r", "4", "-l", "16")
     assert result.exit_code == 0, result.output
-    assert "Note: the models are not at hand: the limit on KL is kept by what the profile predicts" in result.output
+    assert "Note: the models are not available: the limit on KL is kept by what the profile predicts" in result.output
     assert profile.with_name("mix.yaml").exists()
 
 
@@ -732,8 +732,8 @@ def test_the_tilted_choice_is_better_where_kinds_of_modules_err_together(
     costs, measured = load_profile(profile), []
 
     def true_kl(choice: Mapping[str, str]) -> float:
-        dear = {group: 8.0 if "v_proj" in group else 3.0 if "down_proj" in group else 1.0 for group in choice}
-        return sum(dear[group] * cost.kl_nats for group, label in choice.items()
+        expensive = {group: 8.0 if "v_proj" in group else 3.0 if "down_proj" in group else 1.0 for group in choice}
+        return sum(expensive[group] * cost.kl_nats for group, label in choice.items()
                    if (cost := costs.cost(group, label)) is not None)  # fmt: skip
 
     def measure(self: MixOracle, choice: Mapping[str, str]) -> list[float]:

@@ -35,9 +35,9 @@ def moe_profile(layers: int = 3, experts: int = 4) -> Profile:
             module = f"model.layers.{layer}.{name}"
             group = ProfileGroup(module, (module,), 4096, {str(b): 4096 * b for b in (2, 3, 4, 6)}, layer)
             groups.append(group)
-            dear = 0.01 * (1 + layer) * (3 if number < 2 else 1 + 0.1 * number)
+            expensive = 0.01 * (1 + layer) * (3 if number < 2 else 1 + 0.1 * number)
             for b in (2, 3, 4, 6):
-                measurements[module, str(b)] = Measurement(module, str(b), (dear * 4.0**-b,) * header.rows)
+                measurements[module, str(b)] = Measurement(module, str(b), (expensive * 4.0**-b,) * header.rows)
     return Profile(dataclasses.replace(header, groups=tuple(groups)), dense.control, measurements)
 
 

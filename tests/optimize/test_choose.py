@@ -226,7 +226,7 @@ def test_a_budget_out_of_reach_says_the_range_and_the_range_is_true(kind: str) -
     profile = make_profile()
     for value, says in (
         (0.001, "below what the cheapest sources take"),
-        (1000.0, "above what the dearest sources take"),
+        (1000.0, "above what the most expensive sources take"),
     ):
         budget = Budget(**{kind: int(value * 1e6) if kind == "size_bytes" else value})
         with pytest.raises(BudgetError, match=f"budget {re.escape(budget.describe())} is {says}") as caught:
@@ -283,9 +283,9 @@ def test_constraints_name_modules_or_tensors() -> None:
 
 def test_constraints_that_exclude_each_other_are_refused() -> None:
     for one, other, says in (("min", "pin", "pin .*o_proj"), ("max", "min", "min .*o_proj|max .*o_proj")):
-        rivals = [Constraint(one, "*.o_proj", "4"), Constraint(other, "*.o_proj", "2" if other == "pin" else "6")]
+        baselines = [Constraint(one, "*.o_proj", "4"), Constraint(other, "*.o_proj", "2" if other == "pin" else "6")]
         with pytest.raises(RecompileError, match=says):
-            choose(make_profile(), Budget(bpw=4), "greedy", rivals)
+            choose(make_profile(), Budget(bpw=4), "greedy", baselines)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ def profile_of(architecture: str, bits: tuple[int, ...], level: str = "tensor") 
     header = ProfileJob(reference, bits[0], checkpoints, tiny.rows(2, 8), Path(), options).header(torch.float32)
     measurements = {}
     for number, group in enumerate(header.groups):
-        dear = 10.0 ** -((7 * number) % 5)
+        expensive = 10.0 ** -((7 * number) % 5)
         for label in group.bits:
-            kl = dear * 4.0 ** -int(label)
+            kl = expensive * 4.0 ** -int(label)
             measurements[group.name, label] = Measurement(group.name, label, (kl, kl))
     return Profile(header, Measurement(None, None, (0.0, 0.0)), measurements)
 

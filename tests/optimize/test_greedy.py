@@ -78,7 +78,7 @@ def test_unmeasured_options_are_not_chosen():
 
 # The worst loss of 75 instances each, relative to the optimum for "ladder" (4 of 75 lose anything: 0.02, 0.07, 0.18 and
 # 0.53, where three of the six groups must move at once), and for the others, whose optimum may be zero or negative,
-# to what the dearest choice saves.
+# to what the most expensive choice saves.
 @pytest.mark.parametrize(("kind", "worst"), [("ladder", 0.53), ("wild", 0.04), ("noise", 0.001), ("tied", 0.18)])
 def test_near_brute_force_on_300_small_instances(random_problem, brute_force, kind, worst):
     rng = random.Random(5)

@@ -37,7 +37,7 @@ def exactly(made: MadeUp) -> Interactions:
     return Interactions({swap: n for n, swap in enumerate(made.vectors)}, vectors, 1.0)
 
 
-def test_a_move_of_many_groups_is_foretold_to_the_bit() -> None:
+def test_a_move_of_many_groups_is_predicted_to_the_bit() -> None:
     made = made_up()
     after = {f"g{n}": "243243"[n] for n in range(GROUPS)}
     costs = Costs()

@@ -24,8 +24,8 @@ class Model:
         rng = random.Random(seed)
         made = []
         for number in range(groups):
-            dear, weights = rng.lognormvariate(0, 1) * 1e-2, rng.choice([64, 128])
-            options = tuple(Option(str(b), weights * b, dear * 4.0 ** (2 - b)) for b in (2, 3, 4, 6))
+            expensive, weights = rng.lognormvariate(0, 1) * 1e-2, rng.choice([64, 128])
+            options = tuple(Option(str(b), weights * b, expensive * 4.0 ** (2 - b)) for b in (2, 3, 4, 6))
             made.append(Group(f"g{number}", options))
         self.problem = Problem(tuple(made))
         self.pairs = {n: rng.choice([0.0, 0.0, 6.0]) for n in range(groups - 1)}

@@ -47,7 +47,7 @@ def test_reachable_range_counts_the_fixed_bits():
 
 @pytest.mark.parametrize("solver", [solve_greedy, solve_exact])
 def test_budgets_outside_the_range_are_errors_that_give_it(solver):
-    for budget, wrong in ((446, "below the cheapest"), (888, "above the dearest")):
+    for budget, wrong in ((446, "below the cheapest"), (888, "above the most expensive")):
         with pytest.raises(
             BudgetError, match=rf"budget {budget} bits is {wrong} choice; reachable range: 447 to 887 bits"
         ):

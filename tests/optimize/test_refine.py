@@ -81,7 +81,7 @@ def test_tied_members_move_together() -> None:
     assert set(steps[-1].choice.values()) == {"3"}
 
 
-def test_where_what_is_foretold_makes_nothing_better_swaps_are_measured() -> None:
+def test_where_no_improving_move_is_predicted_swaps_are_measured() -> None:
     class Worse(MadeUp):
         def measure(self, choice: Mapping[str, str]) -> Sequence[float]:
             return [float(len(self.measured)) for _ in (self.measured.append(choice), *range(2))]  # ever worse

@@ -14,9 +14,9 @@ def make_problem(groups: int = 30, seed: int = 0) -> Problem:
     rng = random.Random(seed)
     made = []
     for number in range(groups):
-        dear, weights = rng.lognormvariate(0, 1) * 1e-2, rng.choice([64, 256, 1024])
+        expensive, weights = rng.lognormvariate(0, 1) * 1e-2, rng.choice([64, 256, 1024])
         made.append(
-            Group(f"g{number}", tuple(Option(str(b), weights * b, dear * 4.0 ** (2 - b)) for b in (2, 3, 4, 6)))
+            Group(f"g{number}", tuple(Option(str(b), weights * b, expensive * 4.0 ** (2 - b)) for b in (2, 3, 4, 6)))
         )
     return Problem(tuple(made))
 

@@ -357,14 +357,14 @@ def test_a_target_out_of_reach_gives_the_smallest_or_the_largest_layout() -> Non
 
 
 def test_layouts_of_equal_size_are_chosen_by_their_error() -> None:
-    # The rival has the bits of the same menu (the converter's 5,3), is a little larger, and still loses.
+    # The baseline has the bits of the same menu (the converter's 5,3), is a little larger, and still loses.
     weight, hessian = example(64, 512)
     chosen = layout_for_bits(4.2, 512, 64)
     assert chosen == Layout((4, 3), (0.625, 0.375), (64, 64))
-    rival = Layout((5, 3), (0.375, 0.625), (64, 64))
-    assert layout_bits_per_weight(rival, 512, 64) > layout_bits_per_weight(chosen, 512, 64)
+    baseline = Layout((5, 3), (0.375, 0.625), (64, 64))
+    assert layout_bits_per_weight(baseline, 512, 64) > layout_bits_per_weight(chosen, 512, 64)
     losses = [
         relative_errors(weight, exl2_format.dequantize(parts), hessian)[1]
-        for parts in exl2.quantize_exl2_many(weight, hessian, [chosen, rival])
+        for parts in exl2.quantize_exl2_many(weight, hessian, [chosen, baseline])
     ]
     assert losses[0] < losses[1]

@@ -1,4 +1,4 @@
-"""Beliefs of swaps against the arithmetic of normal distributions, and searches that only measured swaps can guide."""
+"""The posterior of swaps against the arithmetic of normal distributions, and searches that measured swaps guide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recompile.optimize.thompson import (
     COST_ERROR,
     COST_FLOOR,
     MEASURED_FLOOR,
-    Beliefs,
+    Posterior,
     swaps_to_measure,
 )
 
@@ -26,10 +26,10 @@ SOURCES = ("2", "3", "4")
 
 def problem(groups: int = 12, seed: int = 0) -> Problem:
     rng = np.random.default_rng(seed)
-    dear = rng.lognormal(0.0, 0.7, groups)
+    expensive = rng.lognormal(0.0, 0.7, groups)
     return Problem(
         tuple(
-            Group(f"g{n}", tuple(Option(s, 100 * int(s), float(dear[n]) * 4.0 ** -int(s)) for s in SOURCES))
+            Group(f"g{n}", tuple(Option(s, 100 * int(s), float(expensive[n]) * 4.0 ** -int(s)) for s in SOURCES))
             for n in range(groups)
         )
     )
@@ -37,54 +37,54 @@ def problem(groups: int = 12, seed: int = 0) -> Problem:
 
 def test_a_belief_is_the_profiles_cost_until_it_is_measured() -> None:
     of = problem()
-    beliefs = Beliefs(of, {f"g{n}": "3" for n in range(12)}, 0.5)
+    posterior = Posterior(of, {f"g{n}": "3" for n in range(12)}, 0.5)
     up = of.groups[4].options[2].cost - of.groups[4].options[1].cost
-    mean, variance = beliefs.of(("g4", "4"))
+    mean, variance = posterior.of(("g4", "4"))
     assert mean == pytest.approx(up)
     assert variance == pytest.approx((COST_FLOOR * 0.5 + COST_ERROR * abs(up)) ** 2)
-    assert beliefs.of(("g4", "3")) == (0.0, 0.0)
+    assert posterior.of(("g4", "3")) == (0.0, 0.0)
     rows = [-0.03, -0.01, -0.05, 0.01]
-    beliefs.see(("g4", "4"), rows[:2])
-    beliefs.see(("g4", "4"), rows[2:])
+    posterior.see(("g4", "4"), rows[:2])
+    posterior.see(("g4", "4"), rows[2:])
     error = np.var(rows, ddof=1) / 4 + (MEASURED_FLOOR * 0.5) ** 2
-    found = beliefs.of(("g4", "4"))
+    found = posterior.of(("g4", "4"))
     assert found[1] == pytest.approx(1 / (1 / error + 1 / variance))
     assert found[0] == pytest.approx(found[1] * (np.mean(rows) / error + up / variance))
     assert min(up, -0.02) < found[0] < max(up, -0.02)
 
 
 def test_beliefs_move_with_the_recipe() -> None:
-    beliefs = Beliefs(problem(), {f"g{n}": "3" for n in range(12)}, 0.5)
-    beliefs.see(("g4", "4"), [-0.02] * 8)
-    before = {swap: beliefs.of(swap) for swap in beliefs.mean}
+    posterior = Posterior(problem(), {f"g{n}": "3" for n in range(12)}, 0.5)
+    posterior.see(("g4", "4"), [-0.02] * 8)
+    before = {swap: posterior.of(swap) for swap in posterior.mean}
     after = {f"g{n}": "4" if n == 4 else "3" for n in range(12)}
-    assert beliefs.change(after) == before["g4", "4"][0]
-    beliefs.settle(after, 0.4)
+    assert posterior.change(after) == before["g4", "4"][0]
+    posterior.settle(after, 0.4)
     aged = (AGED * 0.4) ** 2
-    assert beliefs.of(("g4", "4")) == (0.0, 0.0)
-    mean, variance = beliefs.of(("g4", "3"))
+    assert posterior.of(("g4", "4")) == (0.0, 0.0)
+    mean, variance = posterior.of(("g4", "3"))
     assert mean == pytest.approx(-before["g4", "4"][0])
     assert variance == pytest.approx(before["g4", "4"][1] + aged)
-    mean, variance = beliefs.of(("g4", "2"))
+    mean, variance = posterior.of(("g4", "2"))
     assert mean == pytest.approx(before["g4", "2"][0] - before["g4", "4"][0])
     assert variance == pytest.approx(before["g4", "2"][1] + before["g4", "4"][1] + aged)
-    assert beliefs.of(("g5", "2")) == pytest.approx((before["g5", "2"][0], before["g5", "2"][1] + aged))
+    assert posterior.of(("g5", "2")) == pytest.approx((before["g5", "2"][0], before["g5", "2"][1] + aged))
 
 
 def test_what_is_measured_may_belong_to_the_best_move() -> None:
     of = problem(40)
     budget = 40 * 300
     choice = dict(solve_exact(of, budget).choice)
-    beliefs = Beliefs(of, choice, 0.5)
+    posterior = Posterior(of, choice, 0.5)
     rng = np.random.default_rng(0)
-    found = swaps_to_measure(beliefs, budget, 6, 10, solve_exact, rng)
+    found = swaps_to_measure(posterior, budget, 6, 10, solve_exact, rng)
     assert 2 <= len(found) <= 10
     assert len({(group.name, source) for group, source in found}) == len(found)
     assert all(choice[group.name] != source for group, source in found)
     # what was measured to be bad, over and over, is not asked again
     bad = found[0][0].name, found[0][1]
-    beliefs.see(bad, [0.5] * 50)
-    again = [swap for _ in range(5) for swap in swaps_to_measure(beliefs, budget, 6, 10, solve_exact, rng)]
+    posterior.see(bad, [0.5] * 50)
+    again = [swap for _ in range(5) for swap in swaps_to_measure(posterior, budget, 6, 10, solve_exact, rng)]
     assert bad not in [(group.name, source) for group, source in again]
     # and what nobody has a cost for is never asked
     unknown = Problem(
@@ -93,7 +93,7 @@ def test_what_is_measured_may_belong_to_the_best_move() -> None:
             for g in of.groups
         )
     )
-    cautious = Beliefs(unknown, {f"g{n}": "3" for n in range(40)}, 0.5)
+    cautious = Posterior(unknown, {f"g{n}": "3" for n in range(40)}, 0.5)
     asked = swaps_to_measure(cautious, budget, 6, 10, solve_exact, rng)
     assert all(source != "4" for _, source in asked)
 
@@ -150,7 +150,7 @@ def test_measured_swaps_find_what_costs_do_not_say(noise: float) -> None:
 
 
 def test_thousands_of_groups_are_not_measured_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recompile.optimize.refine.MOST_SURVEYED", 11)
+    monkeypatch.setattr("recompile.optimize.refine.MOST_SWAPPED_GROUPS", 11)
     made = Misled(12)
     steps = list(refine(made.asked, 12 * 300, solve_exact(made.asked, 12 * 300).choice, made, steps=30))
     assert not made.changed

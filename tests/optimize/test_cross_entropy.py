@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from recompile.optimize.cross_entropy import POPULATION, ROUNDS, TiltRound, Tilts, search_tilts
+from recompile.optimize.cross_entropy import POPULATION, ROUNDS, CostFactors, CrossEntropyRound, search_factors
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.problem import Group, Option, Problem, evaluate
 
@@ -38,8 +38,8 @@ def made(seed: int) -> tuple[Problem, Problem]:
     of_group: dict[str, float] = {}
     said, true = {}, {}
     for name, source, _ in swaps():
-        dear = of_group.setdefault(name, math.exp(rng.gauss(0, 0.7)))
-        said[name, source] = dear * 4.0 ** -BITS[source]
+        expensive = of_group.setdefault(name, math.exp(rng.gauss(0, 0.7)))
+        said[name, source] = expensive * 4.0 ** -BITS[source]
         layer, kind = int(name.split(".")[2]), name.split(".", 3)[3]
         factor = of_kind[kind] * (2.5 if source == "2" else 1.0) * math.exp(0.5 * (2 * layer / (LAYERS - 1) - 1))
         true[name, source] = said[name, source] * factor
@@ -47,11 +47,13 @@ def made(seed: int) -> tuple[Problem, Problem]:
 
 
 def search(said: Problem, true: Problem, budget: int, scores: Mapping[tuple[str, str], float] | None = None, **more: int
-           ) -> list[TiltRound]:  # fmt: skip
+           ) -> list[CrossEntropyRound]:  # fmt: skip
     def measure(choices: Sequence[Mapping[str, str]]) -> list[float]:
         return [evaluate(true, choice)[1] for choice in choices]
 
-    return list(search_tilts(Tilts.of(said, scores), lambda problem: solve_exact(problem, budget), measure, **more))
+    return list(
+        search_factors(CostFactors.of(said, scores), lambda problem: solve_exact(problem, budget), measure, **more)
+    )
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.2, 4.1])
@@ -85,16 +87,18 @@ def test_a_second_opinion_that_is_right_is_taken_at_once() -> None:
 
 def test_costs_that_are_noise_become_nothing_and_one_group_is_enough() -> None:
     group = Group("lm_head", (Option("2", 20, -0.1), Option("4", 40, 0.0), Option("6", 60, 0.2)))
-    tilts = Tilts.of(Problem((group,)), {("lm_head", "6"): 0.3})
+    tilts = CostFactors.of(Problem((group,)), {("lm_head", "6"): 0.3})
     theta = np.full(len(tilts.names), 0.5)
     (tilted,) = tilts.apply(theta).groups
     assert [option.cost for option in tilted.options[:2]] == [0.0, 0.0]
     assert tilted.options[2].cost > 0.2
-    found = search_tilts(tilts, lambda p: solve_exact(p, 45), lambda c: [1.0] * len(c))
+    found = search_factors(tilts, lambda p: solve_exact(p, 45), lambda c: [1.0] * len(c))
     assert list(found)[-1].choice["lm_head"] in ("2", "4")
 
 
 def test_one_option_each_has_no_features_that_matter() -> None:
     groups = tuple(Group(f"model.layers.{n}.mlp.up_proj", (Option("4", 4, 0.1),)) for n in range(3))
-    (last,) = search_tilts(Tilts.of(Problem(groups)), lambda p: solve_exact(p, 12), lambda c: [1.0] * len(c), rounds=1)
+    (last,) = search_factors(
+        CostFactors.of(Problem(groups)), lambda p: solve_exact(p, 12), lambda c: [1.0] * len(c), rounds=1
+    )
     assert last.measured == 1
