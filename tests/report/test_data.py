@@ -25,7 +25,7 @@ from eval.report.data import choice_of, gather
 from eval.report.page import page_data, render
 from recompile.cli.model_report import main
 from recompile.costs import load_profile
-from recompile.errors import RecompileError
+from recompile.errors import NotFiniteError, RecompileError
 from recompile.optimize.choose import predict
 from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from tests.report.made import write_diff, write_profile
@@ -43,11 +43,13 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_histogram_of_known_values() -> None:
-    found = kl_histogram(torch.tensor([[0.0, 1e-9, 1.5e-8, 0.5], [0.5, 150.0, -1e-9, float("nan")]]))
+    found = kl_histogram(torch.tensor([0.0, 1e-9, 1.5e-8, 0.5, 0.5, 150.0, -1e-9]))
     assert (found.below, found.above, len(found.counts)) == (3, 1, 50)
     assert found.counts[0] == 1  # 1.5e-8: the first fifth of the decade above 1e-8
     assert found.counts[38] == 2  # log10(0.5) = -0.301: bin floor((8 - 0.301) * 5)
-    assert sum(found.counts) + found.below + found.above == 7  # NaN is left out
+    assert sum(found.counts) + found.below + found.above == 7
+    with pytest.raises(NotFiniteError):
+        kl_histogram(torch.tensor([0.5, float("nan")]))
 
 
 def test_page_holds_every_number_of_the_profile(profile: Path) -> None:
