@@ -36,6 +36,7 @@ from recompile.io.files import MARKER_NAME
 from recompile.io.patterns import Regex, compile_regex
 from recompile.merge import engine_rules as engines
 from recompile.merge.configs import COMPRESSED_FORMATS, family_of, is_linear
+from recompile.merge.left_dense import is_plain, known_roles
 from recompile.merge.overlay import Overlay, Placement
 from recompile.merge.write_gguf import HASHES_KEY, MAINLINE_ONLY, check_hashes
 from recompile.merge.write_safetensors import (
@@ -423,6 +424,27 @@ def _compressed_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
         if key not in used:
             yield Problem(f"{where}: {key}", "its targets match no quantized module", "warning")
     yield from _fused_name_problems(checkpoint, groups)
+    yield from _loader_name_problems(checkpoint, groups)
+
+
+def _loader_name_problems(checkpoint: Checkpoint, groups: Mapping[str, Any]) -> Iterator[Problem]:
+    """Modules whose name in the loader's model falls in another group than their stored name."""
+    if is_plain(checkpoint.config):
+        return
+    found: list[tuple[str, str]] = []
+    for name, role in known_roles(checkpoint).items():
+        module = checkpoint.modules[name]
+        if role.loader == name or role.part != "text" or not module.is_quantized or ".experts." in name:
+            continue
+        if _matching_groups(groups, role.loader) != _matching_groups(groups, name):
+            found.append((name, role.loader))
+    if found:
+        more = f" ({len(found)} modules like it)" if len(found) > 1 else ""
+        yield Problem(
+            found[0][0],
+            f"its group's targets do not match {found[0][1]}, as transformers knows it; that would load random "
+            f"weights{more}",
+        )
 
 
 def _format_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from recompile.checkpoint.checkpoint import WeightSource
@@ -19,7 +20,7 @@ from recompile.model.roles import loader_model
 
 
 def left_out_by_transformers(source: WeightSource) -> list[tuple[str, str]]:
-    """(module, why) of the quantized modules that transformers with compressed-tensors leaves out; none where it does
+    """(module, why) of the modules that transformers with compressed-tensors leaves out or stops at; none where it does
     not know the architecture at all."""
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     try:
@@ -37,9 +38,15 @@ def left_out_by_transformers(source: WeightSource) -> list[tuple[str, str]]:
     found = []
     kinds: dict[str, str | None] = {}
     for name, module in source.modules.items():
-        if not module.is_quantized:
+        if not module.is_quantized and "weight" not in module.parts:
             continue
-        kind = re.sub(r"\d+", "#", name)
+        kind = f"{re.sub(r'[0-9]+', '#', name)} {module.is_quantized}"
+        if kind not in kinds and not module.is_quantized:
+            _, pattern = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)
+            collected = pattern is not None and pattern.endswith(".weight")
+            kinds[kind] = (
+                "unpacks all that its key mapping puts together, and stops at what is dense" if collected else None
+            )
         if kind not in kinds:
             target, pattern = rename_source_key(
                 module.dense_name, renamings, converters, model.base_model_prefix, state
@@ -60,7 +67,7 @@ def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | N
     if owner is not None and leaf in owner._parameters and pattern is not None:
         return None  # experts that the mapping collects
     if isinstance(owner, nn.Linear):
-        return None
+        return None if _initializes(model, name) else "stops while it initializes a packed module of this kind"
     if type(owner).__name__ == "Conv1D":
         return "packs modules of class Linear, not Conv1D; the weight stays random"
     container = re.sub(r"\.\d+\.\w+$", "", name)
@@ -73,6 +80,22 @@ def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | N
             return None
         return f"has no experts of their own in {type(model).__name__}; they stay random"
     return None  # MTP layers and what else it passes over on purpose
+
+
+def _initializes(model: Any, name: str) -> bool:
+    """Whether the model's own start of weights copes with a linear module that has no `weight`, as a packed one."""
+    owner = model.get_submodule(name)
+    weight = owner._parameters.pop("weight")
+    try:
+        with torch.no_grad():
+            while name:
+                model._init_weights(model.get_submodule(name))
+                name = name.rpartition(".")[0]
+        return True
+    except AttributeError:
+        return False
+    finally:
+        owner._parameters["weight"] = weight
 
 
 def _patched() -> frozenset[str]:
