@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from eval.engines.base_logits import BaseLogits, open_base_logits
 from eval.engines.builds import Installed, find_engine
 from eval.engines.engine_diff import ChunkDone, EngineReport, compare_with_engine, report_text, tokenize_with_engine
-from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, no_table_of_names, open_checkpoint
 from recompile.errors import ArgumentError, MismatchError, RecompileError
-from recompile.events import OnEvent, Progress, ignore
+from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.merge.overlay import check_same_model
 from recompile.model import tokens
 from recompile.model.devices import compute_device, compute_dtype
@@ -67,7 +67,10 @@ def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
     if run.with_torch and run.reference is not None:
         candidate, reference = open_checkpoint(run.candidate), open_checkpoint(run.reference)
         check_same_model(reference, candidate)
-        sources = (candidate, reference)
+        if "model_type" in reference.config:
+            sources = (candidate, reference)
+        else:
+            on_event(Note(f"{run.engine} only: {', '.join(reference.notes) or _no_names(reference)}", ""))
     report: EngineReport | None = None
     done: list[ChunkDone] = []
     what = f"chunks in {run.engine}"
@@ -93,6 +96,10 @@ def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
             on_event(Progress(what, event.done, len(chunks), "chunks"))
     assert report is not None, "compare_with_engine ends with its report"
     return EngineDiff(report, tuple(done))
+
+
+def _no_names(reference: Checkpoint) -> str:
+    return no_table_of_names(reference.config.get("gguf_architecture"))
 
 
 def _chunks(run: EngineRun, installed: Installed, base: BaseLogits | None) -> tuple[NDArray[Any], str]:

@@ -25,14 +25,15 @@ from recompile.checkpoint.checkpoint import WeightSource
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import Measurement, Profile, ProfileGroup, open_journal
 from recompile.errors import RecompileError
-from recompile.model.stream import LayeredModel
+from recompile.model.stream import LayeredModel, default_dtype
 from recompile.quantize.activation_stats import InputMoments, collect_moments
 
 SAMPLED_WEIGHTS = 1 << 20  # of each matrix
 TRIMMED = 0.01  # of the rows' errors at either end
 TINY = 1e-12  # under the norm of a row of zeros
-COSINE = frozenset({"q_proj", "k_proj"})
-FACTORS = {"down_proj": 6.0, "w2": 6.0, "v_proj": 1.25}  # by the last part of a name, as the proposal has them
+COSINE = frozenset({"q_proj", "k_proj", "attn_q", "attn_k"})
+# By the last part of a name, as the proposal has them; names of Hugging Face or of GGUF.
+FACTORS = {"down_proj": 6.0, "w2": 6.0, "ffn_down": 6.0, "v_proj": 1.25, "attn_v": 1.25}
 HEAD_FACTOR, TIED_FACTOR = 3.0, 2.5
 
 
@@ -45,9 +46,11 @@ def profile_weights(job: ProfileJob, *, importance: bool = True) -> Iterator[Mea
     """
     if job.options.context != "clean":
         raise RecompileError("--mode weights compares with the reference's weights; use --context clean")
-    model, reference, device = job.model(), job.reference, job.options.device
+    model = job.model() if importance else None  # without inputs no model is built: any GGUF file will do
+    reference, device = job.reference, job.options.device
+    dtype = model.dtype if model is not None else job.options.dtype or default_dtype(device)
     settings = {"importance": importance, "sampled_weights": SAMPLED_WEIGHTS}
-    header = job.header(model.dtype, method="weights", settings=settings)
+    header = job.header(dtype, method="weights", settings=settings)
     with open_journal(job.path, header) as journal:
         todo: dict[str, list[str]] = {}
         for name, label in journal.profile.missing():
@@ -58,7 +61,7 @@ def profile_weights(job: ProfileJob, *, importance: bool = True) -> Iterator[Mea
         if journal.profile.control is None:
             journal.append([Measurement(None, None, (0.0,) * rows)])
         groups = [group for group in header.groups if group.name in todo]
-        for group, moments in _with_moments(model, job.ids, groups, importance):
+        for group, moments in _with_moments(model, job.ids, groups):
             for label in todo[group.name]:
                 scores = torch.zeros(rows, dtype=torch.float64)
                 candidate = job.by_label[label]
@@ -72,10 +75,11 @@ def profile_weights(job: ProfileJob, *, importance: bool = True) -> Iterator[Mea
 
 
 def _with_moments(
-    model: LayeredModel, ids: Tensor, groups: Sequence[ProfileGroup], importance: bool
+    model: LayeredModel | None, ids: Tensor, groups: Sequence[ProfileGroup]
 ) -> Iterator[tuple[ProfileGroup, Mapping[str, InputMoments]]]:
-    """Every group, when the inputs of its modules are known; those of one layer are held at a time."""
-    if not importance:
+    """Every group, when the inputs of its modules are known; those of one layer are held at a time. model: None for
+    scores without inputs."""
+    if model is None:
         yield from ((group, {}) for group in groups)
         return
     waiting = {module: group for group in groups for module in group.modules}

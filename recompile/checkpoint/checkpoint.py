@@ -578,11 +578,12 @@ class GgufCheckpoint(Checkpoint):
         return value - place.offset if place.offset else value
 
 
-def no_names(checkpoint: GgufCheckpoint) -> str:
+def no_table_of_names(architecture: Any) -> str:
     """Why a GGUF file cannot be run or decoded: one sentence."""
     return (
-        f"{checkpoint.label}: GGUF architecture {checkpoint.file.value('general.architecture')!r} has no table of "
-        f"Hugging Face names here; it can be merged, quantized and run by an engine (--engine), not by transformers"
+        f"GGUF architecture {architecture!r} has no table of Hugging Face names here, so that transformers cannot run "
+        f"it; merges, model_quantize (--no-importance, --imatrix), model_profile (--mode weights --no-importance) and "
+        f"--engine work"
     )
 
 

@@ -30,7 +30,7 @@ from recompile.checkpoint.checkpoint import (
     StoredModule,
     TensorInfo,
     dense_dtype,
-    no_names,
+    no_table_of_names,
     read_safetensors_header,
     read_tensor,
     split_name,
@@ -400,7 +400,9 @@ def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[
     Raises UnsupportedError for a format that cannot be decoded, FormatError for a module that no config covers.
     """
     if isinstance(overlay.base, GgufCheckpoint) and overlay.base.heads is None:
-        raise UnsupportedError(no_names(overlay.base))
+        raise UnsupportedError(
+            f"{overlay.base.label}: {no_table_of_names(overlay.base.file.value('general.architecture'))}"
+        )
     dtype = dense_dtype(overlay.base.modules.values())
     for placement in ordered:
         if not FORMATS[placement.stored.format].runnable:

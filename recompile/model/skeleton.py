@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recompile.checkpoint.checkpoint import WeightSource, join_parts, split_name
+from recompile.checkpoint.checkpoint import WeightSource, join_parts, no_table_of_names, split_name
 from recompile.checkpoint.config_fields import check_config, taken
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.gguf.names import Joined
@@ -129,6 +129,8 @@ def transformers_config(config: Mapping[str, Any], place: str = "config.json") -
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
+    if model_type is None and "gguf_architecture" in config:
+        raise UnsupportedError(f"{place}: {no_table_of_names(config['gguf_architecture'])}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"{place}: model_type {model_type!r} is not one that this transformers knows")
     try:

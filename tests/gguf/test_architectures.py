@@ -90,6 +90,12 @@ def test_our_file_is_the_converters(name: str, tmp_path: Path) -> None:
         assert getattr(config, key) == stated.get("text_config", stated)[key], key
 
 
+def test_the_documentation_lists_every_row() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text()
+    for row in ARCHITECTURES.values():
+        assert f"| {row.name} | {', '.join(row.model_types)} |" in text
+
+
 def test_names_are_those_of_the_gguf_package() -> None:
     """Its maps know every name of ours, and give the same name in GGUF."""
     gguf = pytest.importorskip("gguf")
