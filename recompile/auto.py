@@ -20,7 +20,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Candidate, Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, OutputError
 from recompile.events import Note, OnEvent, ignore
-from recompile.io.files import read_json, write_json
+from recompile.io.files import locked, read_json, write_json
 
 make_callable(__name__)
 STATE = "auto.json"
@@ -194,10 +194,11 @@ class _Auto:
 
     def run(self) -> AutoReport:
         stages = Stages(self.work, self._settings(), self.out, self.on_event)
-        stages.run("profile", self._profile)
-        stages.run("recipe", self._recipe)
-        stages.run("build", self._build)
-        found = stages.run("verify", self._measure)
+        with locked(self.work, self.out):  # one process at a time
+            stages.run("profile", self._profile)
+            stages.run("recipe", self._recipe)
+            stages.run("build", self._build)
+            found = stages.run("verify", self._measure)
         builds = tuple(found.pop("builds"))
         return AutoReport(builds, **found, seconds=stages.seconds, recipe=str(self.recipe), out=str(self.out))
 

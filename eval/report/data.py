@@ -5,7 +5,6 @@ Reads JSON reports of `model_diff` and `model_optimize` and turns them into data
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import RecompileError
+from recompile.io.files import read_json
 from recompile.merge.overlay import account, quantizable
 from recompile.optimize.choose import predict
 from recompile.recipe.recipe import Recipe, load_recipe, parse_recipe
@@ -186,12 +186,7 @@ def read_report(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> M
 
     Raises RecompileError for any other file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecompileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RecompileError(f"{path}: is not JSON ({error}); wanted a report of model_diff --json") from error
+    content = read_json(path, error=RecompileError)
     if not isinstance(content, dict):
         raise RecompileError(f"{path}: is not a report of model_diff --json or model_optimize --json")
     try:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from recompile.errors import CheckpointError
+from recompile.io.files import read_json
 
 SCALING_NAME = "recompile_scaling.json"
 SCALING_VERSION = 1
@@ -50,7 +51,7 @@ def read_scaled_sets(directory: Path) -> tuple[ScaledSet, ...]:
 @lru_cache(maxsize=64)
 def _read(path: Path, changed: int) -> tuple[ScaledSet, ...]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["version"] != SCALING_VERSION:
             raise CheckpointError(f"{path}: version {content['version']!r}, this program reads {SCALING_VERSION}")
         return tuple(ScaledSet(str(e["producer"]), tuple(map(str, e["consumers"]))) for e in content["sets"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recompile.errors import CheckpointError
+from recompile.io.files import read_json
 
 HEAD_NAMES = ("lm_head", "output", "embed_out")
 EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "token_embd")
@@ -119,7 +120,7 @@ def read_roles(directory: Path, names: Iterable[str]) -> dict[str, Role] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["version"] != _VERSION:
             return None
         kinds = {str(kind): (str(a), str(b), str(c)) for kind, (a, b, c) in content["kinds"].items()}

@@ -666,7 +666,7 @@ def tokenizer_sha256(model_dir: Path | str) -> str | None:
                 if (folder / name).is_file():
                     return hashlib.sha256((folder / name).read_bytes()).hexdigest()
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the tokenizer's files cannot be read: {error}") from error
     return _meaning_sha256(meaning)
 

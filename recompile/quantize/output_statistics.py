@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recompile.errors import CheckpointError, MismatchError, OutputError
+from recompile.errors import CheckpointError, MismatchError
+from recompile.io.files import PARTIAL_SUFFIX, read_json, write_json, write_with
 from recompile.quantize.two_sided import OutputStatistics
 
 ABOUT = "statistics.json"
@@ -84,13 +84,13 @@ def open_statistics(path: Path) -> StoredStatistics | None:
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file; statistics are kept in a directory of their own")
     if not about.exists():
-        if any(child.suffix not in (".safetensors", ".tmp") for child in path.iterdir()):
+        if any(child.suffix not in (".safetensors", PARTIAL_SUFFIX) for child in path.iterdir()):
             raise CheckpointError(
                 f"{path}: holds no {ABOUT}, and other files; statistics need a directory of their own"
             )
         return None
     try:
-        found = json.loads(about.read_text(encoding="utf-8"))
+        found = read_json(about)
         if found["version"] != VERSION:
             raise CheckpointError(f"{about}: version {found['version']}, wanted {VERSION}; remove {path}, measure anew")
         modules = {name: (str(f), int(n), int(held)) for name, (f, n, held) in found["modules"].items()}
@@ -131,15 +131,7 @@ class StatisticsWriter:
             self.modules[module] = (file, *counts)
         if not tensors:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / f"{file}.tmp"
-            save_file(tensors, temporary)
-            os.replace(temporary, self.path / file)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"{self.path / file}: cannot be written: {error}; make room, or give another --stats"
-            ) from error
+        write_with(self.path / file, lambda name: save_file(tensors, name))
 
     def finish(self) -> StoredStatistics:
         """Say that all layers are there."""
@@ -150,13 +142,7 @@ class StatisticsWriter:
             "made_of": dict(self.made_of),
             "modules": {name: list(found) for name, found in self.modules.items()},
         }
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / f"{ABOUT}.tmp"
-            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path / ABOUT)
-        except OSError as error:
-            raise OutputError(f"{self.path / ABOUT}: cannot be written: {error.strerror or error}") from error
+        write_json(self.path / ABOUT, about, indent=1)
         return StoredStatistics(self.path, about, dict(self.modules))
 
 

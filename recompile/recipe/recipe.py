@@ -809,7 +809,9 @@ def resolve_dir(recipe: Recipe, model_dir: str) -> tuple[Path, str | None]:
         if os.path.abspath(beside) not in looked_in:
             looked_in.append(os.path.abspath(beside))
     hint = '; "~" is not expanded here' if model_dir.startswith("~") else ""
-    raise at.error(f"{_quote(model_dir)} does not exist; looked for {' and '.join(looked_in)}{hint}")
+    raise at.error(
+        f"{_quote(model_dir)} does not exist; looked for {' and '.join(str(place)[:300] for place in looked_in)}{hint}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
