@@ -48,7 +48,7 @@ from recompile.io.memory import format_mib, resident_bytes
 from recompile.merge.overlay import account, build_overlay, check_same_model, quantizable
 from recompile.model.activations import QuantizedInputs, quantizes_inputs
 from recompile.model.finite import check_finite
-from recompile.model.roles import roles_of
+from recompile.model.roles import roles_of, stack_name
 from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import Rows
 from recompile.quantize.lazy_variant import MadeVariant, making_bytes
@@ -243,7 +243,12 @@ class ProfileJob:
                     f"be swapped by itself; profile variants made by rtn, mse or gptq. A recipe by hand may take whole "
                     f"layers, attentions or MLPs of it"
                 )
-        aside = {name for name, role in roles_of(self.reference).items() if role.part != "text"}
+        stack = f"{stack_name(self.reference)}."
+        aside = {
+            name
+            for name, role in roles_of(self.reference).items()
+            if role.part != "text" or (layer_index(name) is not None and not role.loader.startswith(stack))
+        }
         groups = make_groups(self.by_label, self.options, aside)
         base = candidate_label(self.base)
         grouped = {module for group in groups for module in group.modules}
@@ -379,6 +384,7 @@ class ExactProfiler:
     header: ProfileHeader
     plan: MemoryPlan
     batch: int = field(init=False)
+    _parameters: dict[str, list[str]] = field(default_factory=dict)  # of every module asked about
 
     def __post_init__(self) -> None:
         self.ids, self.candidates = self.job.ids, self.job.by_label
@@ -529,8 +535,17 @@ class ExactProfiler:
         together = torch.cat(swapped)
         del swapped
         for later in range(index + 1, self.context.depth):
-            with self._telling(wave), self._layer(later):
-                together = self._advance(later, together)
+            with self._telling(wave), self._layer(later) as layer:
+                prefix = self.context.prefix_of_layer(later)
+                if not any(self._names_in(prefix, group.modules) for group, _ in wave):
+                    together = self._advance(later, together)
+                    continue
+                pieces = []  # weights that this layer shares with the one they are counted in
+                for (group, source), states in zip(wave, together.split(len(self.ids)), strict=True):
+                    mixed = SwappedSource(self.context.source, group.modules, self.candidates[source])
+                    with self._swapped(layer, prefix, group.modules, mixed):
+                        pieces.append(self._advance(later, states))
+                together = torch.cat(pieces)
         rows = len(self.ids)
         return [
             Measurement(group.name, source, self._kl_rows(together[n * rows : (n + 1) * rows]), reached[n])
@@ -563,7 +578,7 @@ class ExactProfiler:
                 for memory, value in before.values():
                     memory.copy_(value)
             return
-        names = sorted({name for module in modules for name in self.context.parameters_of(module)})
+        names = self._names_in(prefix, modules)
         kept = {name: layer.get_parameter(name.removeprefix(f"{prefix}.")) for name in names}
         for name in names:
             value = self.context.load_parameter(name, mixed)
@@ -576,6 +591,16 @@ class ExactProfiler:
         finally:
             for name, kept_value in kept.items():
                 self.context.set_parameter(layer, name.removeprefix(f"{prefix}."), kept_value.data)
+
+    def _names_in(self, prefix: str, modules: Sequence[str]) -> list[str]:
+        """The parameters of the layer at `prefix` that some modules take part in."""
+        names = {name for module in modules for name in self._parameters_of(module)}
+        return sorted(name for name in names if name.startswith(f"{prefix}."))
+
+    def _parameters_of(self, module: str) -> list[str]:
+        if module not in self._parameters:
+            self._parameters[module] = self.context.parameters_of(module)
+        return self._parameters[module]
 
     def _measure_embedding(self, group: ProfileGroup, todo: set[tuple[str, str]]) -> Iterator[Measurement]:
         for source in group.bits:

@@ -35,6 +35,16 @@ def roles_of(source: WeightSource) -> Mapping[str, Role]:
     return _roles(json.dumps(_without_quantization(source.config), sort_keys=True, default=str), _Shapes(shapes))
 
 
+def stack_name(source: WeightSource) -> str:
+    """The name, in the model that loaders make, of the list of layers: "model.layers".
+
+    Raises CheckpointError or UnsupportedError where transformers cannot make the model."""
+    from recompile.model.skeleton import find_stack
+
+    text = json.dumps(_without_quantization(source.config), sort_keys=True, default=str)
+    return find_stack(loader_model(text))[0]
+
+
 class _Shapes:
     """The stored modules as a cache key that is cheap to compare."""
 
