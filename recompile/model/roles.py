@@ -45,6 +45,19 @@ def stack_name(source: WeightSource) -> str:
     return find_stack(loader_model(text))[0]
 
 
+def turned_modules(source: WeightSource) -> frozenset[str]:
+    """Modules whose dense weight is stored as [in, out] (GPT-2's Conv1D); quantized ones are [out, in] everywhere."""
+    text = json.dumps(_without_quantization(source.config), sort_keys=True, default=str)
+    try:
+        model = loader_model(text)
+    except (CheckpointError, UnsupportedError):
+        return frozenset()
+    turned = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    return (
+        frozenset(name for name, role in roles_of(source).items() if role.loader in turned) if turned else frozenset()
+    )
+
+
 class _Shapes:
     """The stored modules as a cache key that is cheap to compare."""
 

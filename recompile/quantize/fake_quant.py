@@ -26,7 +26,7 @@ from recompile.formats.gguf_encode import NEEDS_IMPORTANCE, quantize_rows, resol
 from recompile.formats.gguf_types import GgufType, find_type
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
-from recompile.model.roles import roles_of
+from recompile.model.roles import roles_of, turned_modules
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.float_grids import fit_levels, global_scale
 from recompile.quantize.gguf import BaseTensor, Preset, base_tensors, find_preset, layers_of
@@ -178,10 +178,12 @@ def _store_linear(base: Checkpoint, format_name: str, why_not: Any, parts_of: An
     """
     formats: dict[str, str] = {}
     reason = "it has no linear layers"
+    turned = turned_modules(base)
     for name in linear_modules(base):
         module = base.modules[name]
         assert module.shape is not None, name
-        why = why_not(module.name, (module.shape[0], module.shape[1]))
+        shape = module.shape[::-1] if name in turned else module.shape
+        why = why_not(module.name, (shape[0], shape[1]))
         if why is None:
             formats[module.name] = format_name
         else:
@@ -198,12 +200,13 @@ def _store_linear(base: Checkpoint, format_name: str, why_not: Any, parts_of: An
         if owner not in formats or part != "weight":
             tensors[name] = info
             continue
-        if info.shape not in shapes:
-            shapes[info.shape] = {
+        whole = info.shape[::-1] if owner in turned else info.shape
+        if whole not in shapes:
+            shapes[whole] = {
                 stored: (spelled[value.dtype], tuple(value.shape), value.numel() * value.element_size())
-                for stored, value in parts_of(info.shape).items()
+                for stored, value in parts_of(whole).items()
             }
-        for stored, (dtype, shape, size) in shapes[info.shape].items():
+        for stored, (dtype, shape, size) in shapes[whole].items():
             tensors[f"{owner}.{stored}"] = TensorInfo(f"{owner}.{stored}", dtype, shape, NOWHERE, 0, size)
     return Stored(tensors, formats)
 

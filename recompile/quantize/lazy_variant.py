@@ -224,7 +224,15 @@ class MadeVariant(Checkpoint):
         name, part = split_name(tensor)
         if name not in self.forms or part != "weight":
             return value
+        if name in self._turned:
+            value = value.T.contiguous()
         return self.maker.round(self.base, name, value, self.importance)
+
+    @cached_property
+    def _turned(self) -> frozenset[str]:
+        from recompile.model.roles import turned_modules
+
+        return turned_modules(self.base) if self.base is not None and "gguf" not in self.forms.values() else frozenset()
 
 
 def make_variant(

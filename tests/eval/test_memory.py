@@ -36,10 +36,10 @@ options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
 job = ProfileJob(base, first, candidates, ids, folder / f"{mode}{len(candidates)}.jsonl", options)
 if mode == "refine":
     import eval.mixes.oracle
-    eval.refine.SAMPLED_FIRST = 1
+    eval.mixes.oracle.SAMPLED_FIRST = 1
     header = job.header(torch.float32)
     models = header, {str(label): candidate for label, candidate in candidates}, base
-    oracle = eval.refine.MixOracle(*models, ids, ids, max_memory_bytes=cap)
+    oracle = eval.mixes.oracle.MixOracle(*models, ids, ids, max_memory_bytes=cap)
     choice = {group.name: ("2", "4")[n % 2] for n, group in enumerate(header.groups)}
     oracle.measure(choice)
     for step in range(2):
