@@ -21,7 +21,7 @@ from eval.search.optimize import (
 )
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
-from recompile.errors import ArgumentError, OutputError, RecompileError
+from recompile.errors import ArgumentError, OutputError
 from recompile.events import Note, OnEvent, ignore
 from recompile.io.files import write_text, write_with
 from recompile.io.report import to_json
@@ -129,7 +129,7 @@ def write_frontier(
     measured: dict[str, tuple[float, float | None]] = {}
     if options.check:
         if checkpoints is None:
-            raise RecompileError("--check: the sources are not available")
+            raise ArgumentError("{check}: the sources are not available")
         measured = measure_frontier(found, profile, checkpoints, options, on_event)
     table = tuple(make_table(found, measured))
     report = FrontierReport(

@@ -38,7 +38,7 @@ def split_pool(text: str) -> tuple[str, tuple[str, ...], str]:
     found = re.fullmatch(r"\s*([^=\s]+)\s*=(.+):\s*([^:]+?)\s*", text)
     globs = tuple(glob.strip() for glob in found[2].split(",")) if found else ()
     if found is None or not all(globs):
-        raise RecompileError(f'--pool "{text}": wanted NAME=GLOB,GLOB:SIZE, e.g. --pool "gpu=*.self_attn.*:3GiB"')
+        raise ArgumentError(f'{{pool}} "{text}": wanted NAME=GLOB,GLOB:SIZE, e.g. "gpu=*.self_attn.*:3GiB"')
     return found[1], globs, found[3]
 
 
@@ -49,9 +49,9 @@ def active_share(config: Mapping[str, Any]) -> Fraction:
     chosen = next((found[key] for key in _PER_TOKEN if isinstance(found.get(key), int)), None)
     experts = next((found[key] for key in _EXPERTS if isinstance(found.get(key), int)), None)
     if not chosen or not experts:
-        raise RecompileError(
-            f"--active-bpw: config.json names no experts (none of {', '.join((*_PER_TOKEN, *_EXPERTS))}); "
-            f"for a dense model it is the same as -b"
+        raise ArgumentError(
+            f"{{active_bpw}}: config.json names no experts (none of {', '.join((*_PER_TOKEN, *_EXPERTS))}); "
+            f"for a dense model it is the same as {{bits}}"
         )
     return Fraction(chosen, experts)
 
@@ -278,5 +278,5 @@ def parse_share(text: str) -> float:
     """ "2%" or "0.02" -> 0.02. Raises RecompileError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if found is None:
-        raise RecompileError(f'--max-ppl-increase "{text}": wanted a share, e.g. 0.02 or 2%')
+        raise ArgumentError(f'{{max_ppl_increase}} "{text}": wanted a share, e.g. 0.02 or 2%')
     return float(found[1]) / (100 if found[2] else 1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recompile.costs import Profile, ProfileGroup
-from recompile.errors import BudgetError, RecompileError
+from recompile.errors import ArgumentError, BudgetError, RecompileError
 from recompile.optimize.budget import Budget
 from recompile.optimize.engine_constraints import check_engine, is_routed_expert, loaded_together
 from recompile.optimize.frontier import lagrangian_path, solve_for_cost
@@ -274,7 +274,7 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
             return load_by_costs(solver)(problem, bits)
         limits = [budget.primary_row(profile, problem), *limits]
     if steps and solver == "greedy":
-        raise RecompileError("--max-step needs --solver exact")
+        raise ArgumentError("{max_step} needs {solver} exact")
     solution = solve_rows(problem, [*limits, *steps], load_by_costs(solver))
     return replace(solution, budget_bits=budget.bits(profile)) if budget.has_primary else solution
 
@@ -282,7 +282,7 @@ def solve(profile: Profile, problem: Problem, budget: Budget, solver: str, rules
 def check_kl_alone(budget: Budget, rules: Rules) -> None:
     """Raise RecompileError where a limit on KL stands beside limits that it cannot be solved with."""
     if budget.pools or budget.active_bpw is not None or rules.max_step is not None:
-        raise RecompileError("--max-kl and --max-ppl-increase stand alone: without --pool, --active-bpw, --max-step")
+        raise ArgumentError("{max_kl} and {max_ppl_increase} stand alone: without {pool}, {active_bpw}, {max_step}")
 
 
 def limits_of(profile: Profile, problem: Problem, budget: Budget, rules: Rules, bits: int) -> list[Row]:

@@ -329,7 +329,7 @@ def test_neighbouring_layers_differ_by_few_rungs(step: int) -> None:
 
 
 def test_steps_need_a_solver_that_knows_them() -> None:
-    with pytest.raises(RecompileError, match="--max-step needs --solver exact"):
+    with pytest.raises(RecompileError, match="max_step needs solver exact"):
         choose(make_profile(), Budget(bpw=3.7), "greedy", Rules(max_step=1))
     with pytest.raises(RecompileError, match="wanted 0 or more"):
         choose(make_profile(), Budget(bpw=3.7), "exact", Rules(max_step=-1))
