@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from eval.diff import DiffOptions, DiffReport, compare
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.errors import FormatError, OutputError
+from recompile.errors import OutputError
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
 from recompile.model.stream import LayeredModel
@@ -470,7 +470,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(OutputError, match=says):
             list(quantize_model(base, tmp_path, encoder, IDS, rows_sha256=rows_sha256))
-    with pytest.raises(OutputError, match="base was"):
+    with pytest.raises(OutputError, match="the base model is another one"):
         run(tiny.base("llama-2", torch.float32), tmp_path, IntEncoder((3,), 32), rows_sha256="one")
     assert hashes(tmp_path) == before
     run(base.path, tmp_path, IntEncoder((3,), 32), rows_sha256="one")
@@ -490,9 +490,15 @@ def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "3bpw" / "precious").read_text() == (tmp_path / "4bpw.building" / "precious").read_text()
 
 
-def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="quantized already"):
-        run(tiny.variants("llama-2", (3,))[3], tmp_path, IntEncoder((3,), 32))
+def test_a_quantized_base_is_decoded_and_quantized_anew(tmp_path: Path) -> None:
+    """On the same grid nothing is lost: the scales are the base's, to their rounding."""
+    base = open_checkpoint(tiny.variants("llama-2", (3,))[3])
+    run(base.path, tmp_path, IntEncoder((8,), 32, method="rtn"))
+    made = open_checkpoint(tmp_path / "8bpw")
+    name = "model.layers.0.mlp.up_proj.weight"
+    apart = (made.load(name).float() - base.load(name).float()).norm() / base.load(name).float().norm()
+    assert made.modules["model.layers.0.mlp.up_proj"].is_quantized
+    assert float(apart) < 0.02
 
 
 def test_the_base_is_not_written_to(tmp_path: Path) -> None:
