@@ -78,7 +78,11 @@ def changed(value: Tensor) -> Tensor:
     return value.flip(-1) * 1.5 + 0.25 if value.is_floating_point() else value + 1
 
 
-@pytest.mark.parametrize("name", ["glm4-moe", "gemma4", "qwen2-vl"])
+QUICK = ("glm4-moe", "gemma4", "qwen2-vl")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.sweep) for name in architectures.TYPES]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_changed_tensor_changes_the_logits_where_it_changes_those_of_transformers(name: str) -> None:
     directory, ids = architectures.checkpoint(name), architectures.rows(1, 9)
     base = open_checkpoint(directory)
