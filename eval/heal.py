@@ -34,7 +34,7 @@ from recompile.errors import ArgumentError, OutputError, RecompileError
 from recompile.events import OnEvent, Progress, ignore
 from recompile.io.files import OutputDirectory, read_json, write_json, write_with
 from recompile.io.journal import LineJournal
-from recompile.io.memory import available_bytes, format_mib, resident_bytes
+from recompile.io.memory import available_bytes, format_mib, process_bytes
 from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
 from recompile.quantize.movable import Movable, MovedBuild, find_movables, patch
@@ -305,9 +305,9 @@ class _Healing:
         head = 3 * model.vocab_size * model.hidden_size * size + 6 * LOGIT_CHUNK_TOKENS * model.vocab_size * 4
         states = (len(layers) + 2) * tokens * model.hidden_size * size
         block = BLOCK_STEPS * tokens * model.hidden_size * size
-        fixed = resident_bytes() + moving + head + states + block
-        least = fixed + 3 * max(layers) * size + graph
         cap = self.options.max_memory_bytes
+        fixed = process_bytes(cap) + moving + head + states + block
+        least = fixed + 3 * max(layers) * size + graph
         if cap is not None and least > cap:
             raise RecompileError(
                 f"--max-memory {format_mib(cap)} is too little: healing needs {format_mib(least)} for one layer, the "

@@ -31,10 +31,10 @@ from recompile.checkpoint.checkpoint import WeightSource
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ProfileGroup
 from recompile.errors import NotFiniteError, OutputError, RecompileError, UnsupportedError
-from recompile.io.memory import format_mib, resident_bytes
+from recompile.io.memory import FREE_BYTES_KEPT, format_mib, process_bytes
 from recompile.model.finite import WIDER, is_finite, name_of
 from recompile.model.linear_calls import LinearMode
-from recompile.model.stream import FREE_BYTES_KEPT, LayeredModel, LinearWeight, LinearWeights, release_free_memory
+from recompile.model.stream import LayeredModel, LinearWeight, LinearWeights, release_free_memory
 
 PASS_TOKENS = 512  # rows of a batch hold about this many tokens
 DEVICE_PASS_TOKENS = 4096  # of devices that are no CPU: many small products wait for each other there
@@ -110,7 +110,7 @@ class LayerBackward:
 class PassPlan:
     """What a pass will hold, decided before it starts; bytes unless named otherwise."""
 
-    process: int  # the interpreter and its libraries, as they are now
+    process: int  # the interpreter and its libraries, and what the allocator keeps
     states: int  # what enters every layer; not in memory when `scratch`
     adjoints: int  # one per sample and row
     working: int  # one layer, the graph of a batch, changes of outputs; or the head and its logits
@@ -150,7 +150,7 @@ def plan_pass(
     size, hidden = model.dtype.itemsize, model.hidden_size
     layers = [_LayerSizes.of(model, index) for index in range(model.depth)]
     head = model.vocab_size * hidden * size
-    process = resident_bytes()
+    process = process_bytes(cap_bytes)
     state = model.state_size(tokens)
     states = (model.depth + 1) * rows * tokens * state * size
     adjoints = samples * rows * tokens * state * size
@@ -165,10 +165,11 @@ def plan_pass(
         graph = batch * tokens * (6 * hidden + 3 * largest.outputs + largest.attention * tokens) * size
         changes = batch * tokens * largest.outputs * (2 * candidates + 2 * SAMPLE_BLOCK) * size
         decoding = DECODING * largest.parameter * max(size, 4) + making
-        decoding += 2 * largest.weights * size if weight_gradients else 0  # of a batch, and their sum
-        return max(largest.weights * size + graph + changes + decoding, with_head), (
-            candidates * largest.weights * size if keep else 0
-        )
+        layer = largest.weights * size
+        needs = [with_head, layer + graph + changes + decoding]
+        if weight_gradients:  # of a batch, and their sum; then the sum beside each candidate, and their product
+            needs += [3 * layer + graph, 2 * layer + decoding + largest.parameter * size]
+        return max(needs), candidates * layer if keep else 0
 
     per_row = rows if not largest.routed else 1
     batch = max(1, min(per_row, (PASS_TOKENS if model.device.type == "cpu" else DEVICE_PASS_TOKENS) // tokens))

@@ -44,7 +44,7 @@ from recompile.costs import (
     open_journal,
 )
 from recompile.errors import MismatchError, MissingWeight, NotFiniteError, RecompileError
-from recompile.io.memory import format_mib, resident_bytes
+from recompile.io.memory import format_mib, process_bytes
 from recompile.merge.overlay import account, build_overlay, check_same_model, quantizable
 from recompile.model.activations import QuantizedInputs, quantizes_inputs
 from recompile.model.finite import check_finite
@@ -79,7 +79,7 @@ class ProfileOptions:
 class MemoryPlan:
     """What a run will hold, decided before it starts; all in bytes."""
 
-    process: int  # the interpreter and its libraries, as they are now
+    process: int  # the interpreter and its libraries, and what the allocator keeps
     states: int  # kept hidden states of the rows: reference, context, W'p
     working: int  # one layer, its activations, a chunk of logits
     resident_weights: int  # layers kept loaded, 0 = every layer is read again for every wave
@@ -305,7 +305,7 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     with_head = (2 + swapped_head) * head * size + logits
     working = max(2 * max(per_layer) * size + activations, with_head) + making
     states = 4 * state + 2 * batch * hidden * size
-    process = resident_bytes()
+    process = process_bytes(cap_bytes)
     smallest = process + states + working + state * max(len(g.bits) for g in header.groups)
     if cap_bytes is not None and smallest > cap_bytes:
         raise RecompileError(

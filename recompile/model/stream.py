@@ -9,14 +9,13 @@ positions, rotary tables, which differ per layer type), so that any layer can be
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from recompile.checkpoint.config_fields import config_place
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import MismatchError, MissingWeight, UnsupportedError
 from recompile.formats import FORMATS
+from recompile.io.memory import release_freed
 from recompile.model.finite import FiniteWatch
 from recompile.model.fused_experts import is_transposed
 from recompile.model.own_forward import Probe, Reached, Structure, name_of, patched, result_of, run_own, zeros_outside
@@ -46,7 +46,6 @@ from recompile.model.states import Layout, record_layout
 
 __all__ = ["LayeredModel", "LinearWeights", "dense_names", "transformers_config"]
 
-FREE_BYTES_KEPT = 64 * 2**20  # of freed blocks that the allocator may hold on to
 STRUCTURES_KEPT = 32  # of models, so that skeletons of one config need not be run on zeros again
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -65,34 +64,15 @@ def sketch_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if any(ask is not None and ask() for ask in able) else torch.float32
 
 
-class _HeapFigures(ctypes.Structure):
-    """glibc's struct mallinfo2: ten sizes, the ninth of which is the bytes of freed blocks."""
-
-    _fields_ = [(f"field{number}", ctypes.c_size_t) for number in range(10)]
-
-
-@cache
-def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is a glibc that can count and give back freed memory."""
-    try:
-        library = ctypes.CDLL(None)
-        library.mallinfo2.restype = _HeapFigures
-        library.malloc_trim.argtypes = [ctypes.c_size_t]
-    except (AttributeError, OSError, TypeError):
-        return None
-    return library
-
-
 def release_free_memory(device: torch.device) -> None:
     """Give the pages of freed tensors back to the system once they are many; of a CPU's tensors, for others are not
     where glibc keeps books (asking it takes milliseconds where there are many threads).
 
-    glibc keeps freed blocks of a few MiB, and layers that come and go leave it holding many layers' worth of them, in
-    pieces too small for the next one. A little is left to it: pages given back have to be asked for again.
+    Layers that come and go leave the allocator holding many layers' worth of freed blocks, in pieces too small for the
+    next one.
     """
-    glibc = _glibc() if device.type == "cpu" else None
-    if glibc is not None and glibc.mallinfo2().field8 > FREE_BYTES_KEPT:
-        glibc.malloc_trim(0)
+    if device.type == "cpu":
+        release_freed()
 
 
 class _HiddenOnly:

@@ -510,7 +510,7 @@ def test_reading_layers_again_changes_nothing(
         return run(self, index, states, after, wave)
 
     monkeypatch.setattr(profile_module.ExactProfiler, "_measure_wave", note)
-    monkeypatch.setattr(profile_module, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(profile_module, "process_bytes", lambda cap: 0)
     plan = smallest_plan(architecture, tiny.rows(3, 20), options)
     state = 3 * 20 * tiny.HIDDEN * 4
     options = ProfileOptions(level="fused", context=context, max_memory_bytes=plan + 4 * state)

@@ -255,7 +255,7 @@ def test_models_of_other_sizes_are_told_apart() -> None:
 
 def test_the_heap_is_asked_for_tensors_of_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("recompile.model.stream._glibc", lambda: asked.append(1))
+    monkeypatch.setattr("recompile.io.memory.glibc", lambda: asked.append(1))
     release_free_memory(torch.device("cuda:0"))
     assert not asked, "it takes milliseconds, and holds nothing of a GPU's"
     release_free_memory(torch.device("cpu"))
