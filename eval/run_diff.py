@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, measure_many
 from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.checkpoint.tied_head import find_tied_head
 from recompile.errors import ArgumentError, RecompileError
 from recompile.events import Note, OnEvent, ignore
 from recompile.io.files import read_text
@@ -74,6 +75,10 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
     overlay = build_overlay(checkpoint_a, path, allow_unmatched=request.allow_unmatched)
     for warning in [*overlay.warnings, *reached_aside(overlay)]:
         on_event(Note(warning, "Warning"))
+    for checkpoint in {checkpoint_b.path: checkpoint_b, checkpoint_a.path: checkpoint_a}.values():
+        tied_head = find_tied_head(checkpoint)
+        if tied_head is not None and not tied_head.is_copy:
+            on_event(Note(f"{checkpoint.label}: {tied_head}", "Warning"))
     check_same_model(checkpoint_b, checkpoint_a)
     if request.activations and not quantizes_inputs(overlay):
         raise ArgumentError(

@@ -30,6 +30,7 @@ from recompile.checkpoint.checkpoint import (
 )
 from recompile.checkpoint.coupled_modules import read_scaled_sets
 from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.tied_head import find_tied_head
 from recompile.errors import CheckpointError, FormatError, MismatchError
 from recompile.formats import FLOAT_DTYPES, FORMATS, exl2_config, exl3_config
 from recompile.io.files import MARKER_NAME
@@ -307,17 +308,12 @@ def _general_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def _head_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
     heads = [module for name, module in checkpoint.modules.items() if role_of(name) == "head"]
     architectures = checkpoint.config.get("architectures") or []
     causal = any(str(name).endswith("ForCausalLM") for name in architectures)
-    if heads and tied and heads[0].format != "exl2":
-        quantized = heads[0].is_quantized
-        yield Problem(
-            "config.json",
-            f"tie_word_embeddings is true, and {heads[0].name} is stored; loaders use the embedding and drop it",
-            "error" if quantized else "warning",
-        )
+    tied_head = find_tied_head(checkpoint)
+    if tied_head is not None:
+        yield Problem("config.json", str(tied_head), "warning" if tied_head.is_copy else "error")
     if not heads and causal and checkpoint.config.get("tie_word_embeddings") is False:
         yield Problem("config.json", "tie_word_embeddings is false, and no output head is stored")
 

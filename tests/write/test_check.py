@@ -230,9 +230,18 @@ def test_a_tied_head_outside_ignore(tmp_path: Path) -> None:
 def test_ties_and_heads(tmp_path: Path) -> None:
     stored = mixes.dense(tmp_path / "stored")
     change_json(stored / "config.json", lambda config: config.update(tie_word_embeddings=True))
-    assert found_in(stored) == [
-        "warning config.json: tie_word_embeddings is true, and lm_head is stored; loaders use the embedding and drop it"
-    ]
+    (line,) = found_in(stored)
+    assert line.startswith("error config.json: tie_word_embeddings is true, and lm_head is stored with other values")
+    assert "transformers and model_diff run the stored head, vLLM and SGLang drop it" in line
+
+    def copy_embedding(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change_tensors(stored / "model.safetensors", copy_embedding)
+    (line,) = found_in(stored)
+    assert line.startswith(
+        "warning config.json: tie_word_embeddings is true, and lm_head is stored with the embedding's"
+    )
     absent = mixes.dense(tmp_path / "absent", tied=True)
     change_json(absent / "config.json", lambda config: config.update(tie_word_embeddings=False))
     assert found_in(absent) == ["error config.json: tie_word_embeddings is false, and no output head is stored"]

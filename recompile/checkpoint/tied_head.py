@@ -1,0 +1,61 @@
+"""A tied flag with another stored head: what each engine runs, said in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, read_tensor
+from recompile.checkpoint.module_names import role_of
+
+
+@dataclass(frozen=True)
+class TiedHead:
+    """An output head that is stored although the config says that the embedding is the head.
+
+    is_copy: its values are the embedding's
+    """
+
+    module: str
+    format: str
+    is_copy: bool
+
+    def __str__(self) -> str:
+        flag = "tie_word_embeddings is true"
+        if self.is_copy:
+            return f"{flag}, and {self.module} is stored with the embedding's values: every engine runs the same head"
+        quantized = self.format != "dense"
+        stored = f"as {self.format}" if quantized else "with other values than the embedding's"
+        runs = "model_diff runs" if quantized else "transformers and model_diff run"
+        return (
+            f"{flag}, and {self.module} is stored {stored}: {runs} the stored head, vLLM and SGLang drop it and run "
+            f"the embedding; set tie_word_embeddings to false if this head is meant, else remove it"
+        )
+
+
+def find_tied_head(checkpoint: Checkpoint) -> TiedHead | None:
+    """The head that engines disagree about, or None. Reads both where they are dense and of one shape and dtype.
+
+    Of an EXL2 head nothing is said: its engine runs the stored one whatever the flag says."""
+    text = checkpoint.config.get("text_config")
+    flags = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
+    if not any(config.get("tie_word_embeddings") for config in flags):
+        return None
+    head = _of_role(checkpoint, "head")
+    if head is None or head.format == "exl2":
+        return None
+    return TiedHead(head.name, head.format, _is_copy(head, _of_role(checkpoint, "embedding")))
+
+
+def _of_role(checkpoint: Checkpoint, role: str) -> StoredModule | None:
+    return next((module for name, module in checkpoint.modules.items() if role_of(name) == role), None)
+
+
+def _is_copy(head: StoredModule, embedding: StoredModule | None) -> bool:
+    if embedding is None or head.is_quantized or embedding.is_quantized:
+        return False
+    one, other = head.parts.get("weight"), embedding.parts.get("weight")
+    if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    import torch
+
+    return torch.equal(read_tensor(one).view(torch.uint8), read_tensor(other).view(torch.uint8))
