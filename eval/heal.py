@@ -34,7 +34,7 @@ from recompile.errors import ArgumentError, OutputError, RecompileError
 from recompile.events import OnEvent, Progress, ignore
 from recompile.io.files import OutputDirectory, read_json, write_json, write_with
 from recompile.io.journal import LineJournal
-from recompile.io.memory import available_bytes, format_mib, process_bytes
+from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
 from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
 from recompile.quantize.movable import Movable, MovedBuild, find_movables, patch
@@ -273,6 +273,8 @@ class _Healing:
                 raise RecompileError(f"{name} rows: found {len(getattr(rows, name))}, wanted at least 2")
         if not len(rows.train):
             raise RecompileError("train rows: found none; give more text")
+        if options.max_memory_bytes is not None:
+            keep_heap_small()  # before there is much to keep
         self.model = LayeredModel.of(build, dtype=options.dtype, device=options.device)
         self.teacher = LayeredModel.of(base, dtype=self.model.dtype, device=options.device)
         check_same_skeleton(self.teacher, self.model)

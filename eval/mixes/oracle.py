@@ -23,6 +23,7 @@ from eval.profile.sketch import collect, estimate
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
 from recompile.costs import ProfileHeader
 from recompile.errors import NotFiniteError
+from recompile.io.memory import keep_heap_small
 from recompile.merge.overlay import Overlay
 from recompile.merge.weight_cache import WeightStore, room_for_weights
 from recompile.model.finite import WIDER, check_finite, is_finite, name_of
@@ -219,6 +220,8 @@ class MixOracle:
     progress: Callable[[OracleProgress], None] = lambda event: None
 
     def __post_init__(self) -> None:
+        if self.max_memory_bytes is not None:
+            keep_heap_small()  # before there is much to keep
         self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None
         self._curves = Curves()
 

@@ -44,7 +44,7 @@ from recompile.costs import (
     open_journal,
 )
 from recompile.errors import MismatchError, MissingWeight, NotFiniteError, RecompileError
-from recompile.io.memory import format_mib, process_bytes
+from recompile.io.memory import format_mib, keep_heap_small, process_bytes
 from recompile.merge.overlay import account, build_overlay, check_same_model, quantizable
 from recompile.model.activations import QuantizedInputs, quantizes_inputs
 from recompile.model.finite import check_finite
@@ -213,6 +213,8 @@ class ProfileJob:
 
     def model(self) -> LayeredModel:
         """The reference, with no weights loaded."""
+        if self.options.max_memory_bytes is not None:
+            keep_heap_small()  # before there is much to keep
         return LayeredModel.of(self.reference, dtype=self.options.dtype, device=self.options.device)
 
     def context(self, model: LayeredModel) -> LayeredModel:

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from recompile.checkpoint.fused_experts import split_experts
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
-from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, FORMATS, WEIGHT_PARTS, FormatSpec, ShardRules, format_of
+from recompile.formats import (
+    DTYPE_BYTES,
+    FLOAT_DTYPES,
+    FORMATS,
+    WEIGHT_PARTS,
+    FormatSpec,
+    ShardRules,
+    format_of,
+    incomplete,
+)
 from recompile.formats.gguf_types import QUANTIZED_TYPES
 from recompile.formats.stored import FUSED_EXPERTS, StoredModule, TensorInfo
 from recompile.gguf.config import config_of
@@ -279,7 +288,17 @@ class Checkpoint:
 
     def _stored(self, name: str, parts: dict[str, TensorInfo], files: OpenFiles) -> StoredModule:
         spec = format_of(parts)
+        problem = incomplete(spec, parts)
+        if problem is not None:
+            raise FormatError(
+                f"{self.label}: {name} {problem}; the checkpoint is incomplete: download or make it again"
+            )
         weight = parts.get("weight")
+        if weight is not None and weight.dtype == "U32" and "scales" in parts:
+            raise CheckpointError(
+                f"{self.label}: is an MLX checkpoint ({name} has U32 codes with scales), which is not supported yet; "
+                f"take the original model or a build in another format"
+            )
         if spec.name == "dense" and weight is not None and weight.dtype in INTEGER_DTYPES:
             raise FormatError(
                 f"{weight.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)} without scales; wanted a "

@@ -27,7 +27,8 @@ def describe_plan(report: MergeReport, every: bool) -> str:
 def describe_check(report: CheckReport) -> str:
     lines = [describe_verified(report.verified)] if report.verified is not None else []
     lines += [f"{problem.severity}: {problem}" for problem in report.problems]
-    return "\n".join([*lines, *([] if report.problems else [f"{report.directory}: no inconsistency found"])])
+    lines += [] if report.problems else [f"{report.directory}: no inconsistency found"]
+    return "\n".join([*lines, *report.notes])
 
 
 def _sizes(report: MergeReport) -> str:

@@ -305,6 +305,38 @@ FORMATS: dict[str, FormatSpec] = {
     )
 }
 
+# Parts that hold codes, which are nothing without the others of their format; and parts that are nothing without codes.
+# Names that models have for parameters of their own (scales, signs, bias) are left out.
+CODE_PARTS = ("weight_packed", "q_weight", "trellis", "qweight")
+COMPANION_PARTS = (
+    "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale", "weight_scale_inv",
+    "weight_scale_2", "q_scale", "q_scale_max", "q_groups", "q_invperm", "qzeros", "suh", "svh", "mcg", "mul1",
+)  # fmt: skip
+# What a module needs beside what tells its format: one part of each set.
+_NEEDED = {
+    "exl2": ({"q_scale"}, {"q_scale_max"}, {"q_groups"}, {"q_invperm"}),
+    "exl3": ({"suh", "su", "signs"}, {"svh", "sv", "signs"}),
+    "pack-quantized": ({"weight_shape"},),
+}
+
+
+def incomplete(spec: FormatSpec, parts: Headers) -> str | None:
+    """What is wrong with a module that has some parts of a format and not all; None where nothing is."""
+    found = ", ".join(parts)
+    if spec.name != "dense":
+        missing = [" or ".join(sorted(names)) for names in _NEEDED.get(spec.name, ()) if names.isdisjoint(parts)]
+        return f"is {spec.name} without {', '.join(missing)}: it has {found}" if missing else None
+    codes = [part for part in CODE_PARTS if part in parts]
+    if codes:
+        rows = [row for row in FORMATS.values() if codes[0] in row.required]
+        wanted = " or ".join(f"{row.name} ({', '.join(row.required)})" for row in rows)
+        kinds = ", ".join(f"{part} {parts[part].dtype} {list(parts[part].shape)}" for part in codes)
+        return f"has {kinds} and is no format that is known here: it has {found}; wanted {wanted}"
+    if "weight" not in parts and (alone := [part for part in COMPANION_PARTS if part in parts]):
+        return f"has {', '.join(alone)} and no weight that they belong to; tensors of it are missing"
+    return None
+
+
 # Suffixes under which a format stores one module's weight; anything else below a module is a parameter of its own.
 WEIGHT_PARTS = frozenset(
     {"weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}

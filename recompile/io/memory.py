@@ -73,7 +73,8 @@ def _unused_bytes(library: ctypes.CDLL) -> int:
 
 
 def process_bytes(cap_bytes: int | None = None) -> int:
-    """What a plan counts for the program itself. With a cap, which is a promise, the heap is kept small from now on."""
+    """What a plan counts for the program itself. With a cap, which is a promise, the heap is kept small from now on;
+    better from the start: blocks that it holds already are used again."""
     if cap_bytes is not None:
         keep_heap_small()
         release_freed()

@@ -216,13 +216,14 @@ class CheckReport:
     directory: str
     problems: tuple[Problem, ...]
     verified: VerifyReport | None = None
+    notes: tuple[str, ...] = ()  # what was and was not looked at, and what each engine would do
 
     @property
     def errors(self) -> tuple[Problem, ...]:
         return tuple(errors_of(self.problems))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"directory": self.directory, "problems": self.problems}
+        return {"directory": self.directory, "problems": self.problems, "notes": self.notes}
 
 
 def run_verify(directory: str, on_event: OnEvent = ignore) -> VerifyReport:
@@ -237,7 +238,9 @@ def run_verify(directory: str, on_event: OnEvent = ignore) -> VerifyReport:
 
 def run_check(directory: str, verify: bool, engine: str | None, on_event: OnEvent = ignore) -> CheckReport:
     """Check a finished checkpoint of any origin, as its engine reads it; writes nothing."""
+    from recompile.checkpoint.checkpoint import open_checkpoint
     from recompile.merge.check import check_checkpoint, check_engine, loaders_that_fail
+    from recompile.merge.check_model import check_model
 
     if verify and engine:
         raise ArgumentError("{check} DIR takes {verify} or {engine}, one after the other")
@@ -247,7 +250,16 @@ def run_check(directory: str, verify: bool, engine: str | None, on_event: OnEven
     problems = check_checkpoint(directory)
     found = loaders_that_fail(directory) if engine is None else check_engine(directory, engine)
     problems = [*problems, *found]
-    return CheckReport(directory, tuple(problems))
+    notes: list[str] = []
+    try:
+        checkpoint = open_checkpoint(directory)
+        checkpoint.modules  # noqa: B018 - read from headers now, or refused
+    except CheckpointError:  # told above
+        return CheckReport(directory, tuple(problems))
+    more, notes = check_model(checkpoint)
+    known = {str(problem) for problem in problems}
+    problems = [*problems, *(problem for problem in more if str(problem) not in known)]
+    return CheckReport(directory, tuple(problems), notes=tuple(notes))
 
 
 def errors_of(problems: Sequence[Problem]) -> list[Problem]:

@@ -293,6 +293,11 @@ class LayeredModel:
             seen[pattern] += 1
         return self._convert(name, chosen, (1, *self._shapes[name][1:]), source or self.source)[0]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the model by its name in transformers, with its shape."""
+        return self._shapes
+
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every parameter and persistent buffer."""

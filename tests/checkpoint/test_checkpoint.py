@@ -429,8 +429,24 @@ def test_modules_of_a_quantized_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("parts", "name"),
     [
-        ({"q_weight": torch.zeros(2, 8, dtype=torch.int32), "q_invperm": torch.zeros(32, dtype=torch.int16)}, "exl2"),
-        ({"trellis": torch.zeros(2, 2, 48, dtype=torch.int16)}, "exl3"),
+        (
+            {
+                "q_weight": torch.zeros(2, 8, dtype=torch.int32),
+                "q_invperm": torch.zeros(32, dtype=torch.int16),
+                "q_scale": torch.zeros(1, 1, dtype=torch.int32),
+                "q_scale_max": torch.zeros(1).half(),
+                "q_groups": torch.zeros(2, dtype=torch.int16),
+            },
+            "exl2",
+        ),
+        (
+            {
+                "trellis": torch.zeros(2, 2, 48, dtype=torch.int16),
+                "suh": torch.zeros(32).half(),
+                "svh": torch.zeros(32).half(),
+            },
+            "exl3",
+        ),
         (
             {
                 "weight_packed": torch.zeros(4, 8, dtype=torch.int32),
