@@ -2,7 +2,7 @@
 
 A plan counts what a run will hold and adds `process_bytes`: the program as it is now, what of it is not there yet
 (pages of libraries that are touched later, their tables), and what the allocator keeps of what was freed. Under a cap
-the last is bounded: blocks of 1 MiB and more go back to the system when they are freed, and the rest is trimmed.
+the last is bounded: blocks of 256 KiB and more go back to the system when they are freed, and the rest is trimmed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 FREE_BYTES_KEPT = 48 * 2**20  # of freed blocks that the allocator may hold on to
 GROWTH_BYTES = 32 * 2**20  # of the program itself: libraries touched later; 31 MiB were seen over a search
-LARGE_BLOCK_BYTES = 2**20  # under a cap, blocks from this size on are the system's own
+LARGE_BLOCK_BYTES = 2**18  # under a cap, blocks from this size on are the system's own; from 2^20 on, 63 MiB were kept
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
