@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, read_tensor
 from recompile.checkpoint.module_names import role_of
+from recompile.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class TiedHead:
 def find_tied_head(checkpoint: Checkpoint) -> TiedHead | None:
     """The head that engines disagree about, or None. Reads both where they are dense and of one shape and dtype.
 
-    Of an EXL2 head nothing is said: its engine runs the stored one whatever the flag says."""
+    Of one whose engine runs the stored head whatever the flag says, as EXL2's does, nothing is said."""
     text = checkpoint.config.get("text_config")
     flags = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
     if not any(config.get("tie_word_embeddings") for config in flags):
         return None
     head = _of_role(checkpoint, "head")
-    if head is None or head.format == "exl2":
+    if head is None or FORMATS[head.format].runs_stored_head:
         return None
     return TiedHead(head.name, head.format, _is_copy(head, _of_role(checkpoint, "embedding")))
 

@@ -79,6 +79,7 @@ class FormatSpec:
     pads_to:  stored (out, in) are the model's rounded up to multiples of these
     shards:   how its engine reads a directory
     engine:   the one engine that loads it; None: general ones, by the rules of merge/engine_rules.py
+    runs_stored_head: whether its engine runs a stored head though the config ties it to the embedding
     merge:    file beside this one that says what a merge of such modules needs, see `load_merge`; None: a family that
               merge/configs.py knows by its quant_method
     """
@@ -96,6 +97,7 @@ class FormatSpec:
     shards: ShardRules = ShardRules()
     engine: str | None = None
     merge: str | None = None
+    runs_stored_head: bool = False
 
     def matches(self, parts: Headers) -> bool:
         if any(part not in parts for part in self.required) or any(part in parts for part in self.unless):
@@ -189,6 +191,7 @@ FORMATS: dict[str, FormatSpec] = {
             shards=ShardRules(True, index_counts=False, prefix="output", engines="EXL2 engines"),  # its index is stale
             engine="exllamav2",
             merge="exl2_config",
+            runs_stored_head=True,
         ),
         FormatSpec(
             "exl3",

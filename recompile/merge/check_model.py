@@ -52,7 +52,7 @@ def vocabulary_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
         role = role_of(name)
         if role not in ("embedding", "head") or module.shape is None or len(module.shape) != 2:
             continue
-        rows, padded = module.shape[0], module.format in ("exl2", "exl3")  # whose rows come in blocks
+        rows, padded = module.shape[0], FORMATS[module.format].pads_to is not None
         if isinstance(wanted, int) and (rows < wanted or (rows > wanted and not padded)):
             yield Problem(name, f"has {rows} rows, and vocab_size in config.json is {wanted}; loaders refuse it")
         largest = _largest_token(checkpoint) if role == "embedding" else None
@@ -96,7 +96,7 @@ def model_problems(checkpoint: Checkpoint) -> tuple[list[Problem], str]:
         tensor = origin.tensors[0]
         info, module = checkpoint.tensors.get(tensor), checkpoint.modules.get(tensor.rpartition(".")[0])
         found = info.shape if info is not None else module.shape if module is not None else None
-        padded = module is not None and module.format in ("exl2", "exl3")
+        padded = module is not None and FORMATS[module.format].pads_to is not None
         if found is None or tuple(found) == shape or (padded and _covers(found, shape)):
             continue
         problems.append(Problem(tensor, f"is {list(found)}, the model of config.json wants {list(shape)}"))
