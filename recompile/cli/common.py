@@ -48,6 +48,21 @@ class PositiveFloat(click.ParamType):
         return number
 
 
+class FiniteRange(click.ParamType):
+    """A range of numbers that NaN is not in: it compares as neither too small nor too large."""
+
+    name = "number"
+
+    def __init__(self, inner: click.FloatRange) -> None:
+        self.inner = inner
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(self.inner.convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 class Command(click.Command):
     """A click command whose failures are one line on stderr and exit code 1, without a traceback.
 
@@ -66,6 +81,8 @@ class Command(click.Command):
         for option in self.params:
             if option.type is click.FLOAT:
                 option.type = PositiveFloat()
+            elif isinstance(option.type, click.FloatRange):
+                option.type = FiniteRange(option.type)
             elif option.type is click.INT:
                 option.type = click.IntRange(0 if option.default == 0 else 1, 2**31 - 1)
         if self.outputs:

@@ -23,6 +23,7 @@ def made(work: Callable[..., Any]) -> click.Command:
     @click.option("--model")
     @click.option("--json", "json_path")
     @click.option("--minutes", type=float)
+    @click.option("--rtol", type=click.FloatRange(min=0, min_open=True))
     @click.option("--rows", default=3)
     @click.option("--seed", default=0)
     def main(**options: Any) -> None:
@@ -80,6 +81,9 @@ def test_what_was_read_last_is_named(tmp_path: Path) -> None:
         ["--minutes", "-3"],
         ["--minutes", "0"],
         ["--minutes", "inf"],
+        ["--rtol", "nan"],
+        ["--rtol", "inf"],
+        ["--rtol", "0"],
         ["--rows", "-5"],
         ["--rows", "0"],
         ["--rows", "9" * 30],
