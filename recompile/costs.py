@@ -200,22 +200,22 @@ class Profile:
         projection and candidate that tokens reached, else over those of all layers; as doubtful as they are spread, or
         as it is large.
         """
-        kin = kin_of_expert(group)
-        for key in (kin, kin.rpartition(".")[2]):
-            costs = self._kin_costs.get((key, source))
+        similar = similar_experts(group)
+        for key in (similar, similar.rpartition(".")[2]):
+            costs = self._costs_of_similar.get((key, source))
             if costs:
                 middle = statistics.median(costs)
                 return Cost(middle, max(statistics.pstdev(costs), abs(middle)), is_prior=True)
         return None
 
     @cached_property
-    def _kin_costs(self) -> Mapping[tuple[str, str], list[float]]:
+    def _costs_of_similar(self) -> Mapping[tuple[str, str], list[float]]:
         """Measured costs of experts by (projection in its layer, candidate) and (projection anywhere, candidate)."""
         found: dict[tuple[str, str], list[float]] = {}
         for (group, source), measurement in self.measurements.items():
             if measurement.reached and is_expert(group):
-                kin = kin_of_expert(group)
-                for key in (kin, kin.rpartition(".")[2]):
+                similar = similar_experts(group)
+                for key in (similar, similar.rpartition(".")[2]):
                     found.setdefault((key, source), []).append(self._measured_cost(measurement).kl_nats)
         return found
 
@@ -296,7 +296,7 @@ def is_expert(module: str) -> bool:
     return re.search(r"\.experts\.\d+(\.|$)", module) is not None
 
 
-def kin_of_expert(module: str) -> str:
+def similar_experts(module: str) -> str:
     """The same projection of any expert of the layer: `...experts.7.up_proj` -> `...experts.*.up_proj`."""
     return re.sub(r"(\.experts)\.\d+(?=\.|$)", r"\1.*", module)
 

@@ -28,7 +28,7 @@ def cpu_name() -> str:
 
 
 def birth_certificate() -> dict[str, Any]:
-    """Taken before the work, so that the load is the machine's own. Of absolute paths only the last name is told."""
+    """Taken before the work, so that the load is the machine's own. Of absolute paths only the last name is given."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "numpy")}
     return {

@@ -101,7 +101,7 @@ def load_type_recipe(path: str | os.PathLike[str], dialect: str | None = None) -
 
 
 def parse_type_recipe(text: str, name: str = "<string>", dialect: str | None = None) -> TypeRecipe:
-    """Rules of a text in one of DIALECTS; None: told by its looks.
+    """Rules of a text in one of DIALECTS; None: recognized by its content.
 
     `# ...` up to the end of a line is a comment where it begins a line. Types are read in any case.
     Raises RecipeError with the line for what is no rule, a regex that the tool would refuse, an unknown type, and a
@@ -344,7 +344,7 @@ def as_recipe(
     """A recipe over GGUF tensor names that takes every tensor from a file that has it in the type asked for.
 
     A tensor that no rule names, or that the base already has in the type, stays the base's. Where the file that stands
-    for a type holds a tensor in another one (its block does not divide the row), that is taken and told in a warning.
+    for a type holds a tensor in another one (its block does not divide the row), that is taken, with a warning.
     Raises RecipeError for a type without a source, and for rules that match no tensor (unless allowed).
     """
     warnings: list[str] = []

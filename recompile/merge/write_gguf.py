@@ -455,7 +455,7 @@ class GgufVerified:
 def verify_gguf(plan: GgufPlan, progress: Callable[[Step], None] = lambda step: None) -> GgufVerified:
     """Read the output again: every tensor against its sources' bytes, and keys against the base's.
 
-    Problems are told, not raised."""
+    Problems are returned, not raised."""
     problems: list[str] = []
     file = open_gguf(plan.shards[0].path)
     base = plan.overlay.base

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from recompile.costs import is_expert, kin_of_expert
+from recompile.costs import is_expert, similar_experts
 from recompile.errors import NotFiniteError
 from recompile.model.stream import LayeredModel, LinearWeights
 
@@ -155,7 +155,7 @@ def find_folds(model: LayeredModel, index: int, hidden: Tensor) -> list[Fold]:
             channel = _channels(model, producer, consumer)
             if channel is not None:
                 fold = Fold(producer, (consumer,), channel.to(hidden.device), None)
-                pairs.setdefault(kin_of_expert(consumer), []).append(fold)
+                pairs.setdefault(similar_experts(consumer), []).append(fold)
     for folds in pairs.values():
         seen = [fold for fold in folds if all(name in calls for name in (fold.producer, *fold.consumers))]
         if seen and holds(seen):
@@ -185,8 +185,8 @@ def _reads(inputs: Tensor, output: Tensor) -> bool:
 def _with_kin(readers: Iterable[str], modules: Sequence[str]) -> list[str]:
     """The readers, and the same projections of experts that no token reached."""
     found = set(readers)
-    kinds = {kin_of_expert(name) for name in found if is_expert(name)}
-    return [name for name in modules if name in found or kin_of_expert(name) in kinds]
+    kinds = {similar_experts(name) for name in found if is_expert(name)}
+    return [name for name in modules if name in found or similar_experts(name) in kinds]
 
 
 def _offset(norm: nn.Module, width: int, device: torch.device) -> float | None:

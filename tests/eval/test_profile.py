@@ -290,10 +290,10 @@ def test_experts_that_saw_no_token_are_unmeasured_and_get_a_prior(
     assert load_profile(path) == profile, "the journal keeps it"
     for n, expert in unseen:
         cost = profile.cost(f"model.layers.{n}.mlp.experts.{expert}.up_proj", "2")
-        kin = [profile.cost(f"model.layers.{n}.mlp.experts.{other}.up_proj", "2") for other in sorted(seen[n])]
+        similar = [profile.cost(f"model.layers.{n}.mlp.experts.{other}.up_proj", "2") for other in sorted(seen[n])]
         assert cost is not None
         assert cost.is_prior
-        assert cost.kl_nats == pytest.approx(statistics.median(k.kl_nats for k in kin if k is not None))
+        assert cost.kl_nats == pytest.approx(statistics.median(k.kl_nats for k in similar if k is not None))
         assert cost.std_error >= abs(cost.kl_nats) > 0
 
 

@@ -1,4 +1,4 @@
-"""Encoding GGUF types: ggml's own bytes, errors in bounds, fallbacks told, bad input."""
+"""Encoding GGUF types: ggml's own bytes, errors in bounds, fallbacks reported, bad input."""
 
 from __future__ import annotations
 

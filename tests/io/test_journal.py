@@ -1,4 +1,4 @@
-"""A journal: whole lines, one process, a torn tail dropped and told."""
+"""A journal: whole lines, one process, a torn tail dropped and reported."""
 
 from __future__ import annotations
 

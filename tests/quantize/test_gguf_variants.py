@@ -1,4 +1,4 @@
-"""HF directory -> GGUF variants: values, keys, fallbacks told, importance, resuming, what is refused."""
+"""HF directory -> GGUF variants: values, keys, fallbacks reported, importance, resuming, what is refused."""
 
 from __future__ import annotations
 
