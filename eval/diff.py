@@ -119,6 +119,8 @@ class DiffReport:
 
 @dataclass(frozen=True)
 class DiffOptions:
+    """How models are compared; rows and recipes are arguments of their own."""
+
     batch: int | None = None  # rows a batch; None = about BATCH_TOKENS tokens
     top_k: int = 5
     keep_reference: int = 0  # stages (embedding first) after which the candidate's state is set to the reference's

@@ -77,6 +77,8 @@ class HealRows:
 
 @dataclass(frozen=True)
 class HealOptions:
+    """How long and how fast a build is healed."""
+
     tokens: int = 150_000
     minutes: float | None = None  # of steps; the steps planned for `tokens` end early, and the rate falls in time
     learning_rate: float | None = None  # None: by the build's bits
@@ -92,6 +94,8 @@ class HealOptions:
 
 @dataclass(frozen=True)
 class HealStarted:
+    """What a healing run is about to do."""
+
     steps: int
     moving: int  # numbers that move
     learning_rate: float

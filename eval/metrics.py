@@ -200,6 +200,8 @@ def paired_difference(left: Tensor, right: Tensor) -> tuple[Mean, tuple[float, f
 
 @dataclass(frozen=True)
 class Quantiles:
+    """Of values a token, nats where they are KL."""
+
     median: float
     p90: float
     p99: float
@@ -299,5 +301,6 @@ def drift(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 def mean_drift(rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Drift:
+    """The mean over rows of what `drift` gave for each; the largest error is the largest of all."""
     ratio, largest, sqnr, cosine = (torch.cat(list(parts)) for parts in zip(*rows, strict=True))
     return Drift(float(ratio.mean()), float(largest.max()), float(sqnr.mean()), float(cosine.mean()))

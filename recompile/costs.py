@@ -179,6 +179,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
+    """What was measured of every swap: the header, the control and one measurement a (group, candidate)."""
+
     header: ProfileHeader
     control: Measurement | None  # nothing swapped
     measurements: Mapping[tuple[str, str], Measurement]  # (group, candidate label)
@@ -317,6 +319,7 @@ def kind_of(name: str) -> str:
 
 
 def layer_index(name: str) -> int | None:
+    """`model.layers.3.mlp.up_proj` -> 3; None for the head, the embedding and names without a number."""
     found = re.match(r"^.*?\.(\d+)(\.|$)", name)
     return int(found[1]) if found and role_of(name) == "layer" else None
 

@@ -130,6 +130,8 @@ class KlCotangents(FisherCotangents):
 
 @dataclass(frozen=True)
 class OracleProgress:
+    """So much of a measurement of whole mixes is done."""
+
     text: str
     done: int
     total: int

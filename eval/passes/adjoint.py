@@ -63,6 +63,8 @@ class Cotangents(Protocol):
 
 
 class Observer(Protocol):
+    """Called with the adjoints of every call of a map during a pass."""
+
     def __call__(self, shares: list[tuple[str, slice]], adjoints: Tensor, rows: slice) -> None:
         """shares: the modules of a call, each with its part of the outputs; rows: of the pass.
 

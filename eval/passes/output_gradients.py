@@ -28,6 +28,8 @@ WIDEST = 16384  # outputs: beyond it a matrix is larger than what it would gain 
 
 @dataclass(frozen=True)
 class GradientOptions:
+    """How gradients at the outputs of maps are drawn."""
+
     samples: int = SAMPLES
     seed: int = 0
     dtype: torch.dtype | None = None  # None: bfloat16 where the device multiplies it fast

@@ -63,6 +63,8 @@ FEW_EXPERTS = 4  # matrices of one or two experts: patched into the fused parame
 
 @dataclass(frozen=True)
 class ProfileOptions:
+    """What is swapped, into what, and how it is run."""
+
     level: str = "fused"
     context: str = "clean"
     match: tuple[str, ...] = ()
@@ -93,6 +95,8 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Started:
+    """What a profile is about to measure."""
+
     plan: MemoryPlan
     total: int  # measurements, those found in the journal included
     resumed: int
@@ -100,6 +104,8 @@ class Started:
 
 @dataclass(frozen=True)
 class Measured:
+    """One swap is measured, or found in the journal."""
+
     measurement: Measurement
     done: int
     total: int

@@ -34,6 +34,8 @@ PRIOR_SWAPS = 4  # a candidate's scale counts as known after about so many exact
 
 @dataclass(frozen=True)
 class HybridOptions:
+    """Which decisions of a sketch's recipe are checked by exact swaps, and for how long."""
+
     budget: Budget
     minutes: float = 10.0  # for the exact swaps
     least_gain_nats: float = 1e-6  # decisions that promise less are not checked

@@ -64,6 +64,8 @@ HALVINGS = 8
 
 @dataclass(frozen=True)
 class SketchOptions:
+    """How many random draws estimate the costs, and what is kept of them."""
+
     samples: int = 32  # per row
     minutes: float | None = None  # no sweep is begun that would end later; at least one runs
     seed: int = 0
@@ -75,6 +77,8 @@ class SketchOptions:
 
 @dataclass(frozen=True)
 class SketchStarted:
+    """What a sketch is about to do."""
+
     plan: PassPlan
     sweeps: int
     resumed: int  # sweeps found from an earlier run

@@ -82,6 +82,8 @@ class Build:
 
 @dataclass(frozen=True)
 class ReportData:
+    """Everything that a report shows: a profile, what was measured, recipes and builds."""
+
     title: str
     profile: Profile
     profile_name: str

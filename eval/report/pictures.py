@@ -29,6 +29,8 @@ KINDS = ("png", "svg")
 
 @dataclass(frozen=True)
 class Picture:
+    """A still picture: how it is called, how large it is, and what draws it."""
+
     name: str  # of the file, without its ending
     size: tuple[float, float]  # inches
     draw: Callable[[Any, ReportData], None]

@@ -82,6 +82,7 @@ def round_small_float(values: Tensor, mantissa: int, lowest_exponent: int, large
 
 
 def round_e2m1(values: Tensor) -> Tensor:
+    """The nearest E2M1 level of every value, ties to even; any shape, float."""
     return round_small_float(values, 1, 0, E2M1[-1])
 
 

@@ -69,10 +69,12 @@ def scaled(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def q4_0(x: Tensor) -> Tensor:
+    """Blocks of Q4_0: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     return nibbles(x[:, 2:], 16).sub_(8).view(torch.int8) * f16(x[:, :2])
 
 
 def q4_1(x: Tensor) -> Tensor:
+    """Blocks of Q4_1: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     return (nibbles(x[:, 4:], 16) * f16(x[:, :2])).add_(f16(x[:, 2:4]))
 
 
@@ -83,20 +85,24 @@ def _fifth_bits(x: Tensor) -> Tensor:
 
 
 def q5_0(x: Tensor) -> Tensor:
+    """Blocks of Q5_0: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     codes = nibbles(x[:, 6:], 16) | _fifth_bits(x[:, 2:6])
     return codes.sub_(16).view(torch.int8) * f16(x[:, :2])
 
 
 def q5_1(x: Tensor) -> Tensor:
+    """Blocks of Q5_1: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     codes = nibbles(x[:, 8:], 16) | _fifth_bits(x[:, 4:8])
     return (codes * f16(x[:, :2])).add_(f16(x[:, 2:4]))
 
 
 def q8_0(x: Tensor) -> Tensor:
+    """Blocks of Q8_0: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     return x[:, 2:].contiguous().view(torch.int8) * f16(x[:, :2])
 
 
 def iq4_nl(x: Tensor) -> Tensor:
+    """Blocks of IQ4_NL: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     return look_up(IQ4_VALUES, nibbles(x[:, 2:], 16)).mul_(f16(x[:, :2]))
 
 
@@ -133,12 +139,14 @@ def q1_0(x: Tensor) -> Tensor:
 
 
 def q2_k(x: Tensor) -> Tensor:
+    """Blocks of Q2_K: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     d, least = f16(x[:, 80:82]), f16(x[:, 82:84])
     out = scaled(crumbs(x[:, 16:80], 32), d * (x[:, :16] & 15))
     return out.unflatten(1, (16, 16)).sub_((least * (x[:, :16] >> 4)).unsqueeze(-1)).flatten(1)
 
 
 def q3_k(x: Tensor) -> Tensor:
+    """Blocks of Q3_K: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     low = nibbles(x[:, 96:104], 8)
     high = torch.cat([x[:, 104:108] >> shift & 3 for shift in (0, 2, 4, 6)], 1)
     levels = (low | high << 4).sub_(32).view(torch.int8)
@@ -161,20 +169,24 @@ def _k_affine(x: Tensor, codes: Tensor) -> Tensor:
 
 
 def q4_k(x: Tensor) -> Tensor:
+    """Blocks of Q4_K: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     return _k_affine(x, nibbles(x[:, 16:], 32))
 
 
 def q5_k(x: Tensor) -> Tensor:
+    """Blocks of Q5_K: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     return _k_affine(x, nibbles(x[:, 48:], 32) | bits(x[:, 16:48]).flatten(1) << 4)
 
 
 def q6_k(x: Tensor) -> Tensor:
+    """Blocks of Q6_K: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     codes = nibbles(x[:, :128], 64) | crumbs(x[:, 128:192], 32) << 4
     scale = f16(x[:, 208:210]) * x[:, 192:208].contiguous().view(torch.int8)
     return scaled(codes.sub_(32).view(torch.int8), scale)
 
 
 def iq4_xs(x: Tensor) -> Tensor:
+    """Blocks of IQ4_XS: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     high = words(x[:, 2:4], torch.int16).int() >> table_of_shifts(8, 2, x.device) & 3
     levels = (nibbles(x[:, 4:8], 1) | high << 4) - 32
     return scaled(look_up(IQ4_VALUES, nibbles(x[:, 8:], 16)), f16(x[:, :2]) * levels)
@@ -204,11 +216,13 @@ def _trits(packed: Tensor, powers: int) -> Tensor:
 
 
 def tq1_0(x: Tensor) -> Tensor:
+    """Blocks of TQ1_0: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     codes = torch.cat((_trits(x[:, :32], 5), _trits(x[:, 32:48], 5), _trits(x[:, 48:52], 4)), 1)
     return codes * f16(x[:, 52:54])
 
 
 def tq2_0(x: Tensor) -> Tensor:
+    """Blocks of TQ2_0: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     return crumbs(x[:, :64], 32).sub_(1).view(torch.int8) * f16(x[:, 64:66])
 
 

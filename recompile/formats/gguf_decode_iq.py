@@ -69,6 +69,7 @@ def _half_and(d: Tensor, level: Tensor, factor: float) -> Tensor:
 
 
 def iq2_xxs(x: Tensor) -> Tensor:
+    """Blocks of IQ2_XXS: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     pairs = words(x[:, 2:], torch.int32).unflatten(1, (8, 2))
     index = x[:, 2:].unflatten(1, (8, 8))[:, :, :4].flatten(1).int()
     word = pairs[:, :, 1]
@@ -77,12 +78,14 @@ def iq2_xxs(x: Tensor) -> Tensor:
 
 
 def iq2_xs(x: Tensor) -> Tensor:
+    """Blocks of IQ2_XS: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     code = words(x[:, 2:66], torch.int16).int() & 0xFFFF  # [n, 32]
     scale = _half_and(f16(x[:, :2]), nibbles(x[:, 66:74], 1), 0.25)
     return _scale(_entries("IQ2_XS", code & 511), scale).mul_(_signs(code >> 9, 128))
 
 
 def iq2_s(x: Tensor) -> Tensor:
+    """Blocks of IQ2_S: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     high = x[:, 66:74].int().unsqueeze(-1) >> table_of_shifts(4, 2, x.device) & 3  # [n, 8, 4]
     index = x[:, 2:34].int() | high.flatten(1) << 8
     scale = _half_and(f16(x[:, :2]), nibbles(x[:, 74:82], 1), 0.25)
@@ -90,12 +93,14 @@ def iq2_s(x: Tensor) -> Tensor:
 
 
 def iq3_xxs(x: Tensor) -> Tensor:
+    """Blocks of IQ3_XXS: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     word = words(x[:, 66:98], torch.int32)  # [n, 8]
     values = _scale(_entries("IQ3_XXS", x[:, 2:66].int()), _half_and(f16(x[:, :2]), word >> 28 & 15, 0.5))
     return values.mul_(_seven_bit_signs(word))
 
 
 def iq3_s(x: Tensor) -> Tensor:
+    """Blocks of IQ3_S: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     high = x[:, 66:74].int().unsqueeze(-1) >> table_of_shifts(8, 1, x.device) & 1  # [n, 8, 8]
     index = x[:, 2:66].int() | high.flatten(1) << 8
     scale = f16(x[:, :2]) * (1 + 2 * nibbles(x[:, 106:110], 1).int())
@@ -103,6 +108,7 @@ def iq3_s(x: Tensor) -> Tensor:
 
 
 def iq1_s(x: Tensor) -> Tensor:
+    """Blocks of IQ1_S: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     head = words(x[:, 34:50], torch.int16).int() & 0xFFFF  # [n, 8]
     high = head.unsqueeze(-1) >> table_of_shifts(4, 3, x.device) & 7
     values = _entries("IQ1_S", x[:, 2:34].int() | high.flatten(1) << 8)
@@ -112,6 +118,7 @@ def iq1_s(x: Tensor) -> Tensor:
 
 
 def iq1_m(x: Tensor) -> Tensor:
+    """Blocks of IQ1_M: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32."""
     packed = words(x[:, 48:56], torch.int16).int() & 0xFFFF  # [n, 4]: a nibble of d and four 3-bit levels each
     d = ((packed >> 12) << table_of_shifts(4, 4, x.device)).sum(1, dtype=torch.int32)
     d = d.to(torch.int16).view(torch.float16).float().unsqueeze(-1)

@@ -108,4 +108,5 @@ def available_bytes(device: str = "cpu") -> int:
 
 
 def format_mib(count: int) -> str:
+    """Bytes as MiB, for messages."""
     return f"{count / 2**20:.0f} MiB"

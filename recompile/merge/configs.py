@@ -25,6 +25,7 @@ COMPRESSED_FORMATS = frozenset(
 
 
 def dump_json(value: Any, indent: int = 2) -> str:
+    """A value as the text of a JSON file, line break included."""
     return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
 
 
@@ -77,10 +78,12 @@ def merged_texts(
 
 
 def origin_of(placement: Placement) -> str:
+    """Where a module comes from, as messages name it."""
     return placement.source if placement.source is not None else placement.checkpoint.label
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without its `quantization_config`."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 

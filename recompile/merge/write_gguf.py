@@ -63,6 +63,8 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class PlannedFile:
+    """One file of the output: its header's layout, and which tensors of the plan it holds."""
+
     path: Path
     layout: Layout = field(repr=False)
     tensors: tuple[int, ...]  # numbers in the plan

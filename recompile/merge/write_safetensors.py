@@ -96,6 +96,8 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class PlannedShard:
+    """One shard of the output."""
+
     file: str
     header: bytes  # everything before the data, length prefix included
     size_bytes: int  # of the whole file

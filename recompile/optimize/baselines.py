@@ -18,6 +18,8 @@ from recompile.optimize.problem import Group, Problem, evaluate
 
 @dataclass(frozen=True)
 class Baseline:
+    """A choice that a recipe is compared with: a uniform variant or a hand-made mix."""
+
     name: str
     choice: Mapping[str, str]  # member of a group -> source
     bits: int  # stored bits, fixed_bits included

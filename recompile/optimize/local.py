@@ -32,6 +32,8 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class LocalOptions:
+    """How a local search spends its measurements."""
+
     moves: int = 8  # measured together in a round
     first_rows: int = 4  # in the first heat; doubled from heat to heat
     rounds: int = 20
@@ -64,6 +66,8 @@ class Round:
 
 @dataclass(frozen=True)
 class LocalResult:
+    """What a local search found."""
+
     choice: Mapping[str, str]
     bits: int
     kl_start: float  # on all rows, nats per token

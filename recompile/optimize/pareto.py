@@ -38,6 +38,8 @@ class UniformPoint:
 
 @dataclass(frozen=True)
 class Frontier:
+    """The best choices over a range of sizes, with the uniform variants to compare them with."""
+
     points: tuple[FrontierPoint, ...]  # sizes rising
     uniform: tuple[UniformPoint, ...]
     left_out: tuple[float, ...]  # budgets that nothing reaches, bits per weight

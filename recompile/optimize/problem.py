@@ -57,6 +57,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Problem:
+    """The budgeted choice: one option of every group. Raises RecompileError where a module is in two groups."""
+
     groups: tuple[Group, ...]
     fixed_bits: int = 0  # stored bits that nobody chooses and that the budget counts
 

@@ -57,6 +57,8 @@ class Stored:
 
 
 class Maker(Protocol):
+    """How a candidate that is made on the fly is stored, and what its weights decode to."""
+
     def store(self, base: Checkpoint) -> Stored:
         """What the variant of a dense base would hold. Raises FormatError where nothing of it would be quantized."""
 

@@ -30,10 +30,12 @@ _CHUNK_WEIGHTS = 1 << 20
 
 
 def round_e2m3(values: Tensor) -> Tensor:
+    """The nearest E2M3 level of every value, ties to even; any shape, float."""
     return round_small_float(values, 3, 0, E2M3_MAX)
 
 
 def round_int8(values: Tensor) -> Tensor:
+    """The nearest integer in -128 .. 127 of every value, ties to even; any shape, float."""
     return values.round().clamp_(-128, 127)
 
 

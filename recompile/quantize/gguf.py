@@ -186,6 +186,8 @@ class Importance:
 
 @dataclass(frozen=True)
 class Calibrated:
+    """So many layers are calibrated."""
+
     done: int
     total: int
 
@@ -308,6 +310,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Variant:
+    """One GGUF file to be made: its types by tensor and its layout."""
+
     preset: Preset | Mix
     path: Path
     kinds: tuple[GgufType, ...]
@@ -342,6 +346,8 @@ class VariantPlan:
 
 @dataclass(frozen=True)
 class TensorDone:
+    """A tensor is written to every file."""
+
     tensor: str
     done_bytes: int  # of the base's weights as float32
     total_bytes: int

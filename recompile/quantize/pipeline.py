@@ -181,6 +181,8 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class VariantReport:
+    """What became of one variant: bits per weight and an entry for every quantized module."""
+
     name: str
     modules: tuple[ModuleReport, ...]
     bpw: float  # over the quantized modules of the layers
@@ -191,6 +193,8 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class LayerDone:
+    """A layer is written to every variant."""
+
     index: int
     total: int
     name: str
@@ -200,6 +204,8 @@ class LayerDone:
 
 @dataclass(frozen=True)
 class QuantizeReport:
+    """What a quantizing run made."""
+
     variants: tuple[VariantReport, ...]
     directories: tuple[str, ...]
 

@@ -37,14 +37,17 @@ class Place:
 
 
 def line_of(node: yaml.Node) -> int:
+    """The line, from 1, on which a YAML node starts."""
     return node.start_mark.line + 1
 
 
 def quote(text: str, limit: int = 120) -> str:
+    """Text in double quotes, cut to `limit` characters."""
     return json.dumps(text if len(text) <= limit else text[: limit - 3] + "...", ensure_ascii=not text.isprintable())
 
 
 def kind(value: object) -> str:
+    """What a YAML value is, in a word: text, number, list, ..."""
     # bool before int and datetime before date: each is a child of the other
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (str, "text"),
@@ -71,14 +74,17 @@ def show(value: object) -> str:
 
 
 def show_typed(value: object) -> str:
+    """A value with its kind, for values that look alike: "4" (text), 4 (number)."""
     return f"{show(value)} ({kind(value)})" if value is not None and is_scalar(value) else show(value)
 
 
 def is_scalar(value: object) -> bool:
+    """Whether a value may be a source's id."""
     return value is None or isinstance(value, (str, int, float, bytes, datetime.date))
 
 
 def check_pattern(at: Place, key: str) -> None:
+    """Raise RecipeError for a pattern that is empty."""
     if not key.strip():
         raise at.error('an empty pattern matches nothing; write "*" for every tensor, or drop the line')
 
@@ -122,6 +128,7 @@ def _reads_as(text: str, value: SourceId) -> bool:
 
 
 def nearest_key(key: object, known: Iterable[str]) -> str | None:
+    """The known key that is spelled most like this one; None where none is near."""
     spelled = {word.replace("_", ""): word for word in known}
     near = difflib.get_close_matches(re.sub(r"[-_\s]", "", str(key).lower()), spelled, n=1, cutoff=0.7)
     return spelled[near[0]] if near else None

@@ -30,6 +30,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.*-]+")  # keys of recipes, as a rule
 
 
 def dump_value(value: Any, **options: Any) -> str:
+    """A value as YAML, on one line unless the options say otherwise."""
     return str(yaml.dump(value, Dumper=_Dumper, allow_unicode=True, width=math.inf, **options))
 
 
@@ -45,6 +46,7 @@ def scalar_text(value: SourceId, quoted: bool = False) -> str:
 
 
 def note_text(note: str | None) -> str:
+    """A note as it follows other keys inside {...}; empty for None."""
     return "" if note is None else f", note: {scalar_text(note)}"
 
 
