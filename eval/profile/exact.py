@@ -251,7 +251,8 @@ class ProfileJob:
                     f"be swapped by itself; profile variants made by rtn, mse or gptq. A recipe by hand may take whole "
                     f"layers, attentions or MLPs of it"
                 )
-        stack = f"{stack_name(self.reference)}."
+        runs = self.reference.config.get("model_type") is not None  # a GGUF file of any architecture has no model
+        stack = f"{stack_name(self.reference)}." if runs else ""
         aside = {
             name
             for name, role in roles_of(self.reference).items()

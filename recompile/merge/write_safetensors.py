@@ -312,7 +312,9 @@ def _stored(placement: Placement, tensors: Sequence[PlannedTensor], conversion: 
         return StoredModule(placement.module, parts, placement.stored.shape, conversion.format)
     if all(tensor.source is not None for tensor in tensors):
         return StoredModule(placement.module, parts, placement.stored.shape, placement.stored.format)
-    return StoredModule(placement.module, parts, parts["weight"].shape, "dense")
+    # a part of a fused tensor is written with the whole, under another name or under its first part's module
+    shape = parts["weight"].shape if "weight" in parts else None
+    return StoredModule(placement.module, parts, shape, "dense")
 
 
 def _header(tensors: Sequence[_Wanted], starts: Mapping[str, int]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.recompile import main as recompile
-from recompile.gguf.container import open_gguf
+from recompile.gguf.container import encode_key, open_gguf, write_gguf
+from tests import gguf_tiny
 from tests.gguf_models import VOCAB, write_model
 
 pytest.importorskip("libgguf")
@@ -94,3 +96,18 @@ def test_what_runs_a_model_is_refused_in_one_sentence(files: Path) -> None:
         assert "Traceback" not in output
     assert REFUSED.format(four) in refused(recompile, "-i", four, "-o", files / "dense", "--dense", "--quiet")
     assert not (files / "dense").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek2"])
+def test_a_decoded_copy_has_fused_tensors_in_one_piece_again(name: str, tmp_path: Path) -> None:
+    entry = json.loads(gguf_tiny.GOLDEN.read_text())[name]
+    base = gguf_tiny.write_tiny(tmp_path / "base", entry)
+    write_gguf(tmp_path / "t.gguf", [encode_key("tokenizer.ggml.tokens", ["x"] * gguf_tiny.VOCAB)], [])
+    made_of = ("-i", base, "-o", tmp_path, "--tokenizer-from", tmp_path / "t.gguf", "--no-importance", "--quiet")
+    run(model_quantize, *made_of, "--format", "gguf", "-b", "Q8_0")
+    run(recompile, "-i", tmp_path / "base-Q8_0.gguf", "-o", tmp_path / "dense", "--dense", "--quiet")
+    made, source = open_checkpoint(tmp_path / "dense"), open_checkpoint(base)
+    assert set(made.tensors) == set(source.tensors)
+    for tensor in source.tensors:
+        have, want = made.load(tensor).float(), source.load(tensor).float()
+        assert float((have - want).norm() / want.norm()) < 0.02, tensor
