@@ -85,7 +85,7 @@ EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.sweep) 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_changed_tensor_changes_the_logits_where_it_changes_those_of_transformers(name: str) -> None:
     directory, ids = architectures.checkpoint(name), architectures.rows(1, 9)
-    base = open_checkpoint(directory)
+    base = open_checkpoint(directory).whole  # experts as they are stored
     model = LayeredModel.of(base, dtype=torch.float32)
     before = logits_of(base, ids, model=model)
     stored = load_file(directory / "model.safetensors")
