@@ -148,10 +148,10 @@ def test_no_measurement_holds_a_value_that_is_no_number(bad: float) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("[0.5, NaN, 0.1]", "row 2: its KL is nan"),
-        ("[Infinity, 0.1, 0.1]", "row 1: its KL is inf"),
+        ("[0.5, NaN, 0.1]", r"kl_rows\[1\]: nan, wanted a finite number"),
+        ("[Infinity, 0.1, 0.1]", r"kl_rows\[0\]: inf, wanted a finite number"),
         ("[0.5, 0.1, -0.25]", "row 3: its KL is -0.25 nats a token"),
-        ('[0.5, 0.1, "nan"]', "row 3: its KL is nan"),
+        ('[0.5, 0.1, "nan"]', r'kl_rows\[2\]: the text "nan", wanted a number'),
     ],
 )
 def test_a_journal_with_such_a_line_is_refused(values: str, message: str, tmp_path: Path) -> None:
