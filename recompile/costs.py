@@ -328,12 +328,20 @@ def layer_index(name: str) -> int | None:
 
 
 class Journal:
-    """An open profile.jsonl. `append` writes and flushes one measurement."""
+    """An open profile.jsonl. `append` writes and flushes measurements; `profile` is all there are so far."""
 
     def __init__(self, path: Path, profile: Profile, lines: LineJournal) -> None:
-        self.path, self.profile, self._lines = path, profile, lines
+        self.path, self.header, self._lines = path, profile.header, lines
+        self._profile: Profile | None = profile  # None: to be built when it is asked for
         self._found = dict(profile.measurements)
         self._control = profile.control
+
+    @property
+    def profile(self) -> Profile:
+        """Every measurement so far; what is appended later does not change it."""
+        if self._profile is None:
+            self._profile = Profile(self.header, self._control, dict(self._found))
+        return self._profile
 
     def append(self, measurements: Iterable[Measurement]) -> None:
         """Add measurements; on disk when this returns. Raises JournalError where the disk refuses, NotFiniteError for
@@ -341,7 +349,7 @@ class Journal:
         lines: list[dict[str, Any]] = []
         measurements = list(measurements)
         for found in measurements:
-            found.check_sign(self.profile.header.dtype)
+            found.check_sign(self.header.dtype)
         for found in measurements:
             line = {"group": found.group, "source": found.source, "kl_rows": found.kl_rows}
             lines.append(line if found.reached else {**line, "reached": False})
@@ -350,7 +358,7 @@ class Journal:
             else:
                 self._found[(found.group, found.source)] = found
         self._lines.append(*lines)
-        self.profile = Profile(self.profile.header, self._control, dict(self._found))
+        self._profile = None
 
     def close(self) -> None:
         self._lines.close()

@@ -6,15 +6,17 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
+from recompile import costs
 from recompile.checkpoint import checkpoint as checkpoint_module
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.costs import open_journal
+from recompile.costs import Measurement, Profile, ProfileHeader, open_journal
 from recompile.merge.explain import resolved_table
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import plan_write
@@ -102,6 +104,30 @@ def test_choosing_a_recipe_is_linear_in_the_groups(engine: str | None) -> None:
 
     run(4)  # what is loaded late is loaded now
     assert_linear(run, (24, 48, 72))
+
+
+def test_a_journal_builds_a_profile_only_when_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds a copy of all measurements, so one an append would be quadratic in the swaps."""
+    built: list[int] = []
+
+    def counted(header: ProfileHeader, control: Measurement | None, measurements: Mapping[Any, Measurement]) -> Profile:
+        built.append(len(measurements))
+        return Profile(header, control, measurements)
+
+    profile = make_profile("expert", layers=2, experts=4)
+    measurements = list(profile.measurements.values())
+    monkeypatch.setattr(costs, "Profile", counted)
+    with open_journal(tmp_path / "p.jsonl", profile.header) as journal:
+        empty = journal.profile
+        for found in measurements[:-1]:
+            journal.append([found])
+        assert built == [0]
+        before = journal.profile
+        assert journal.profile is before
+        journal.append(measurements[-1:])
+        assert (len(empty.measurements), len(before.measurements)) == (0, len(measurements) - 1)  # as they were
+        assert journal.profile.measurements == profile.measurements
+    assert built == [0, len(measurements) - 1, len(measurements)]
 
 
 def test_a_report_is_linear_in_the_groups(tmp_path: Path) -> None:
