@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from recompile.optimize.exact import solve_exact
-from recompile.optimize.problem import Problem, evaluate, tie
-from recompile.optimize.refine import FIRST_DAMPING, PATIENCE, STALLED, SWAPS, Costs, Damping, priced, refine
+from recompile.optimize.problem import Problem, evaluate, tie, with_costs
+from recompile.optimize.refine import FIRST_DAMPING, PATIENCE, STALLED, SWAPS, Costs, Damping, SwapModel, priced, refine
 from recompile.optimize.trust_region import propose
 from tests.made_up import SOURCES, MadeUp
 
@@ -99,6 +99,41 @@ def test_where_no_improving_move_is_predicted_swaps_are_measured() -> None:
     assert {step for _, step in made.surveyed} <= set(range(len(SWAPS) * STALLED, len(SWAPS) * (STALLED + 2)))
     assert len({step for _, step in made.surveyed}) == len(made.surveyed)  # fresh rows each time
     assert all(choice == start for choice, _ in made.surveyed)
+
+
+def test_a_trial_move_that_is_not_better_is_gone_back_on() -> None:
+    """With the damping as it is the start is the best choice; with less of it "g0" would have "4". That move is on
+    trial: not better on the rows, it is never gone on from, where a predicted one would be, for their noise is larger
+    than what it cost."""
+
+    class OnTrial(MadeUp):
+        def __init__(self, curve: float) -> None:
+            super().__init__(groups=2)
+            self.curve, self.linearised = curve, list[dict[str, str]]()
+
+        def linearise(self, choice: Mapping[str, str], step: int) -> SwapModel:
+            self.linearised.append(dict(choice))
+            slope = {swap: -1.0 if swap == ("g0", "4") else 0.0 for swap in self.vectors}
+            own = {swap: self.curve if swap == ("g0", "4") else 0.0 for swap in self.vectors}
+            own |= {swap: 9.0 for swap in self.vectors if swap[1] == "3"}
+            return SwapModel(1.0, slope, own, dict.fromkeys(self.vectors, 0.0))
+
+        def measure(self, choice: Mapping[str, str]) -> Sequence[float]:
+            worse = sum(source != "2" for source in choice.values())
+            return [1.0 + worse * (0.01 + noise) for noise in (-0.5, 0.5, -0.4, 0.4)]  # by far less than its noise
+
+    start = {"g0": "2", "g1": "2"}
+    moved = {"g0": "4", "g1": "2"}
+    flat = with_costs(MadeUp(groups=2).problem(), lambda group, option: float(option.source != "2") * 1e-6)
+    found = {}
+    for curve in (0.5, 1.0):  # predicted to change by -1 + FIRST_DAMPING * curve
+        oracle = OnTrial(curve)
+        found[curve] = list(refine(flat, 800, start, oracle, steps=2))
+        assert found[curve][0].moved == 1
+        assert not found[curve][0].accepted
+        assert oracle.linearised == [start, moved if curve == 0.5 else start]
+    assert found[0.5][0].predicted_nats == pytest.approx(-1 + FIRST_DAMPING * 0.5)
+    assert found[1.0][0].predicted_nats < 0  # with the lesser damping that it was found with
 
 
 def test_it_ends_where_nothing_gets_better() -> None:
