@@ -35,7 +35,7 @@ from recompile.events import OnEvent, Progress, ignore
 from recompile.io.files import OutputDirectory, read_json, write_json, write_with
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
-from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer
+from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer, rows_of_text
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
 from recompile.quantize.movable import Movable, MovedBuild, find_movables, patch
 
@@ -189,8 +189,7 @@ def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: in
     choose, accept, report = (where.read(directories, role)[0] for role in ("choose", "accept", "report"))
     own = where.text is not None or where.dataset is not None
     other = texts.default_text() if own else texts.other_text(texts.default_text())
-    tokenizer = texts.load_tokenizer(first_with_tokenizer(directories))
-    second = texts.make_rows(other, tokenizer, None, where.length, "report")
+    second, vocab = rows_of_text(other, first_with_tokenizer(directories), None, where.length, "report")
     found = HealRows(
         train=train.ids,
         choose=choose.ids,
@@ -200,7 +199,7 @@ def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: in
         source=report.source,
         second_source=second.source,
     )
-    return found, check_vocabulary(base, len(tokenizer))
+    return found, check_vocabulary(base, vocab)
 
 
 def heal_build(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, measure_many
 from recompile.checkpoint.checkpoint import open_checkpoint
@@ -91,7 +90,8 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
     vocab = check_vocabulary(checkpoint_b, vocab)
     ids = rows.ids
     if request.gen_prompt:
-        ids = _with_chat_prompt(ids, tokens.load_tokenizer(checkpoint_b.path))
+        prefix = tokens.with_tokenizer(checkpoint_b.path, _chat_prompt)
+        ids = torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
     if request.save_input_ids is not None:
         tokens.save_rows(rows, request.save_input_ids)
     options = DiffOptions(
@@ -113,9 +113,14 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
     return ModelDiff(report, overlay, path.name if path is not None else None, text, others[0] if others else None)
 
 
-def _with_chat_prompt(ids: Tensor, tokenizer: Any) -> Tensor:
+def _chat_prompt(tokenizer: Any) -> list[int]:
+    """Tokens of the chat template up to where the model answers."""
     if not getattr(tokenizer, "chat_template", None):
         raise RecompileError("--gen-prompt: the tokenizer has no chat template")
     messages = [{"role": "user", "content": "Say something."}]
-    prefix = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
+    try:
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # a template's own errors are of any kind
+        reason = str(error).strip().split("\n", 1)[0]
+        raise RecompileError(f"--gen-prompt: the chat template fails: {type(error).__name__}: {reason}") from error
+    return [int(token) for token in found]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recompile.errors import ArgumentError, MismatchError, RecompileError
 
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint
-    from recompile.model.tokens import Rows
+    from recompile.model.tokens import Rows, TextSource
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,20 @@ def read_rows(
     else:
         source = tokens.default_text()
     own = text is not None or dataset is not None
-    tokenizer = tokens.load_tokenizer(first_with_tokenizer(model_dirs))
-    made = tokens.make_rows(source, tokenizer, rows, length, "all" if own and not split_own_text else role)
-    return made, len(tokenizer)
+    taken = "all" if own and not split_own_text else role
+    return rows_of_text(source, first_with_tokenizer(model_dirs), rows, length, taken)
+
+
+def rows_of_text(source: TextSource, model_dir: Path, rows: int | None, length: int, role: str) -> tuple[Rows, int]:
+    """Rows of a text (`tokens.make_rows`) and the size of the vocabulary, by the tokenizer of a model's directory,
+    which runs in a child process with limits."""
+    from recompile.model import tokens
+
+    def work(tokenizer: Any) -> tuple[Rows, int]:
+        return tokens.make_rows(source, tokenizer, rows, length, role), len(tokenizer)
+
+    text_bytes = sum(len(document.text) for document in source.documents)
+    return tokens.with_tokenizer(model_dir, work, text_bytes=text_bytes)
 
 
 def first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:

@@ -16,21 +16,25 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recompile.errors import CheckpointError, MismatchError, RecompileError
 from recompile.gguf.container import is_gguf, open_gguf
-from recompile.io.files import read_text, write_with
+from recompile.io.files import open_regular, read_text, write_with
+from recompile.model.guarded import Limits, run_guarded, stepped
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+T = TypeVar("T")
 
 # Shares of the documents. Quantizing wants the most rows; `report` more than `choose`, since its standard error is what
 # is printed at the end. Changing a share moves documents between roles: never do it within one series of measurements.
@@ -497,12 +501,14 @@ def _encode_documents(
     """Yield (name, ids) of each document, tokenizing a few at a time, and of a long one no more than `most` needs."""
     for start in range(0, len(documents), ENCODE_BATCH):
         batch = documents[start : start + ENCODE_BATCH]
+        stepped()
         chars = max(8 * most, 100_000) if most is not None else None
         encoded = _encode(tokenizer, [document.text[:chars] for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
             taken = chars
             while taken is not None and most is not None and taken < len(document.text) and len(ids) < most + 16:
                 taken *= 2
+                stepped()
                 ids = _encode(tokenizer, [document.text[:taken]])[0]
             # The last tokens before a cut may be others than in the whole text, so they are never used.
             if taken is not None and most is not None and taken < len(document.text):
@@ -616,6 +622,28 @@ def load_tokenizer(model_dir: Path | str) -> Any:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def with_tokenizer(model_dir: Path | str, work: Callable[[Any], T], *, text_bytes: int = 0) -> T:
+    """What `work` makes of a directory's tokenizer, both in a child process with limits on time and memory.
+
+    text_bytes: of the text that it tokenizes, which it may do for as long as it goes forward. Raises CheckpointError
+    for tokenizers and chat templates that do not end or take too much memory, for files that are none, and whatever
+    the work raises.
+    """
+    from transformers import AutoTokenizer  # noqa: F401 - here, so that the child need not
+
+    path = Path(model_dir)
+    folder = path.parent if is_gguf(path) else path
+    content = 2**26 if path != folder else 0  # keys of a GGUF file
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if any(word in name for word in ("tok", "vocab", "merges", "special_tokens", "chat_template")):
+            if (folder / name).is_dir():
+                continue
+            with open_regular(folder / name) as file:
+                content += os.fstat(file.fileno()).st_size
+    limits = Limits.of(content, text_bytes)
+    return run_guarded(lambda: work(load_tokenizer(model_dir)), f"{path}: the tokenizer or chat template", limits)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
