@@ -18,11 +18,14 @@ from recompile.io.files import read_json
 
 HEAD_NAMES = ("lm_head", "output", "embed_out")
 EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "token_embd")
+_WHOLE_NAMES = {"head": "head", "embed": "embedding"}  # DeepSeek's own; within a tower such a name means something else
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # asked only where transformers does not know the architecture
 
 
 def role_of(module: str) -> str:
     """ "head", "embedding" or "layer": which bitrate a module counts in."""
+    if module in _WHOLE_NAMES:
+        return _WHOLE_NAMES[module]
     leaf = module.rpartition(".")[2]
     if leaf in HEAD_NAMES:
         return "head"

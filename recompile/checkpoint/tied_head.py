@@ -38,8 +38,8 @@ def find_tied_head(checkpoint: Checkpoint) -> TiedHead | None:
 
     Of one whose engine runs the stored head whatever the flag says, as EXL2's does, nothing is said."""
     text = checkpoint.config.get("text_config")
-    flags = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
-    if not any(config.get("tie_word_embeddings") for config in flags):
+    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    if not checkpoint.config.get("tie_word_embeddings", nested):  # transformers asks the outer one
         return None
     head = _of_role(checkpoint, "head")
     if head is None or FORMATS[head.format].runs_stored_head:

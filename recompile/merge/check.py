@@ -325,11 +325,15 @@ def check_engine(directory: str | os.PathLike[str], engine: str) -> list[Problem
     """What keeps vLLM, transformers or SGLang (see engines.py) from running a finished checkpoint. Raises nothing for
     a damaged one: `check_checkpoint` names that."""
     try:
-        checkpoint = open_checkpoint(directory)
-        found = [_as_problem(finding) for finding in engines.findings(engine, checkpoint)]
-        return found + _left_out(checkpoint) if engine == "transformers" else found
+        return engine_problems(open_checkpoint(directory), engine)
     except CheckpointError:
         return []
+
+
+def engine_problems(checkpoint: Checkpoint, engine: str) -> list[Problem]:
+    """What keeps an engine from running it, as far as headers and the model's classes tell. Raises CheckpointError."""
+    found = [_as_problem(finding) for finding in engines.findings(engine, checkpoint)]
+    return found + _left_out(checkpoint) if engine == "transformers" else found
 
 
 def _left_out(checkpoint: Checkpoint) -> list[Problem]:

@@ -18,7 +18,7 @@ from recompile.errors import CheckpointError, RecompileError, UnsupportedError
 from recompile.formats import FLOAT_DTYPES, FORMATS
 from recompile.io.files import read_json
 from recompile.merge import engine_rules as engines
-from recompile.merge.check import Problem
+from recompile.merge.check import Problem, engine_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,8 @@ def model_problems(checkpoint: Checkpoint) -> tuple[list[Problem], str]:
         info, module = checkpoint.tensors.get(tensor), checkpoint.modules.get(tensor.rpartition(".")[0])
         found = info.shape if info is not None else module.shape if module is not None else None
         padded = module is not None and FORMATS[module.format].pads_to is not None
+        if module is not None and module.is_quantized and model.is_turned(module.name):
+            shape = shape[::-1]  # a Conv1D's weight is [in, out], quantized ones are [out, in] everywhere
         if found is None or tuple(found) == shape or (padded and _covers(found, shape)):
             continue
         problems.append(Problem(tensor, f"is {list(found)}, the model of config.json wants {list(shape)}"))
@@ -153,11 +155,10 @@ def loaders(checkpoint: Checkpoint) -> list[str]:
     lines = []
     for engine in engines.ENGINES:
         try:
-            found = engines.findings(engine, checkpoint)
+            found = [problem for problem in engine_problems(checkpoint, engine) if problem.severity == "error"]
         except CheckpointError as error:
             lines.append(f"{engine}: not known: {_plain(error, checkpoint)}")
             continue
-        found = [finding for finding in found if finding.severity == "error"]
         more = f" (and {len(found) - 1} more reasons)" if len(found) > 1 else ""
         lines.append(
             f"{engine}: does not load it: {found[0].where}: {found[0].message}{more}"

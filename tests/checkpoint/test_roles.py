@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recompile.checkpoint.checkpoint import StoredModule, TensorInfo
-from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, read_roles
+from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, read_roles, role_of
 from recompile.errors import CheckpointError
 from recompile.formats.compressed_tensors import Targets, merged_config, named_for_loaders
 from recompile.merge.left_dense import left_dense
@@ -222,3 +222,13 @@ def test_a_variant_keeps_the_roles(name: str, tmp_path: Path) -> None:
     (tmp_path / ROLES_NAME).write_text('{"version": 1, "kinds": []}')
     with pytest.raises(CheckpointError, match="not a list of roles"):
         read_roles(tmp_path, found)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("lm_head", "head"), ("head", "head"), ("embed", "embedding"), ("model.language_model.lm_head", "head"),
+     ("vision_tower.head", "layer"), ("model.layers.0.mlp.head", "layer"), ("model.audio.embed", "layer")],
+)  # fmt: skip
+def test_head_and_embedding_by_name(name: str, role: str) -> None:
+    """`head` and `embed` alone are DeepSeek-V4's own; inside something they are another thing."""
+    assert role_of(name) == role

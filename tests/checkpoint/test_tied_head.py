@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,15 @@ def test_one_statement_that_is_true_of_transformers(kind: str, tmp_path: Path) -
     assert found is not None
     assert problems == [(f"config.json: {found}", "error" if kind == "other" else "warning")]
     assert (f"Warning: {directory}: {found}" in said) is (kind == "other")
+
+
+@pytest.mark.parametrize(("outer", "nested", "tied"), [(False, True, False), (True, False, True), (None, True, True)])
+def test_of_two_flags_the_outer_one_counts(outer: bool | None, nested: bool, tied: bool, tmp_path: Path) -> None:
+    """As transformers asks them: Qwen3-VL-MoE's classes write false outside and true within."""
+    directory = tiny.copy_of(tiny.base("llama"), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config = {**config, "tie_word_embeddings": outer, "text_config": {"tie_word_embeddings": nested}}
+    if outer is None:
+        del config["tie_word_embeddings"]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert (find_tied_head(open_checkpoint(directory)) is not None) is tied

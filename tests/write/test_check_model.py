@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.cli import model_quantize
 from recompile.cli import recompile as command
 from recompile.errors import FormatError
 from recompile.merge.run import run_check
 from tests import tiny
 from tests.commands import refusal, run
+from tests.stream import architectures
 
 MODULE = "model.layers.1.mlp.up_proj"
 Config = dict[str, Any]
@@ -109,6 +111,26 @@ def test_a_whole_one_passes_and_says_what_was_looked_at(tmp_path: Path) -> None:
             assert f"{engine}: nothing in it keeps it from loading" in said
     said = refusal(command.main, "--check", damaged(tmp_path / "bad", *CASES["more rows"][:2]))
     assert "check found 1 error" in said or "errors" in said
+
+
+def test_a_quantized_conv1d_is_out_times_in(tmp_path: Path) -> None:
+    """GPT-2 stores dense weights [in, out], quantized ones [out, in]; another shape is still told."""
+    out = tmp_path / "made"
+    save_file({"input_ids": architectures.rows(2, 12)}, tmp_path / "ids.safetensors")
+    run(
+        model_quantize.main, "-i", architectures.checkpoint("gpt2"), "-o", out, "-b", 4, "-g", 16,
+        "--input-ids", tmp_path / "ids.safetensors",
+    )  # fmt: skip
+    made = out / "4bpw"
+    (made / "tokenizer.json").unlink()  # of more tokens than the model has rows
+    said = run(command.main, "--check", made)
+    assert "error" not in said
+    assert "transformers: does not load it: transformer.h.0.attn.c_attn: transformers 5" in said
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "n_inner": 64}))
+    assert "c_fc.weight: is [128, 32], the model of config.json wants [64, 32]" in refusal(
+        command.main, "--check", made
+    )
 
 
 @pytest.mark.parametrize("case", ["no scale", "no codes", "no shape"])
