@@ -10,6 +10,7 @@ import torch
 
 from eval.diff import DiffOptions, DiffReport, measure_many
 from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.checkpoint.decoded import base_note
 from recompile.checkpoint.tied_head import find_tied_head
 from recompile.errors import ArgumentError, RecompileError
 from recompile.events import Note, OnEvent, ignore
@@ -70,6 +71,8 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
     Raises MismatchError for builds of different models, RecipeError, ArgumentError.
     """
     checkpoint_a, checkpoint_b = open_checkpoint(candidate), open_checkpoint(reference)
+    if checkpoint_b.is_quantized:
+        on_event(Note(base_note(checkpoint_b), "Warning"))
     path = request.recipe
     overlay = build_overlay(checkpoint_a, path, allow_unmatched=request.allow_unmatched)
     for warning in [*overlay.warnings, *reached_aside(overlay)]:

@@ -18,6 +18,7 @@ from eval.profile.hybrid import HybridOptions, HybridRound, profile_hybrid
 from eval.profile.sketch import SketchOptions, SketchProgress, SketchStarted, SweepDone, profile_sketch
 from eval.profile.whole_mixes import corrected, keep_corrected, measure_factors
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.decoded import base_note
 from recompile.costs import Profile, id_of_directory
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, Progress, ignore
@@ -97,6 +98,8 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
     """
     request.check()
     reference = open_checkpoint(reference_dir)
+    if reference.is_quantized:
+        on_event(Note(base_note(reference), "Warning"))
     base_id, offered = _sources(reference, request, on_event)
     if isinstance(first := offered[0][1], MadeVariant) and first.base is not None:
         reference = first.base  # fused experts in one piece where the candidates keep them so

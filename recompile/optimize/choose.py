@@ -66,9 +66,8 @@ class Rules:
     experts_of: str | None = None  # without an engine: routed experts share sources as this one loads them
 
     def __bool__(self) -> bool:
-        return bool(
-            self.constraints or self.ties or self.engine or self.experts_of is not None or self.max_step is not None
-        )
+        """Whether they may narrow the choice; experts that share a source are told by a note of their own."""
+        return bool(self.constraints or self.ties or self.engine or self.max_step is not None)
 
 
 def make_problem(profile: Profile) -> Problem:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.decoded import base_note
 from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
@@ -159,6 +160,8 @@ def _make_safetensors(
 ) -> QuantizeReport:
     rates = parse_rates(options.bits)
     base = open_checkpoint(base_dir)
+    if base.is_quantized:
+        on_event(Note(base_note(base), "Warning"))
     rows, vocab = options.where.read([base.path], "calibrate")
     check_vocabulary(base, vocab)
     outputs = None

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import recompile
 from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
 from eval.profile.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.checkpoint.decoded import as_dense
 from recompile.costs import Profile
 from recompile.errors import FormatError, UnsupportedError
+from recompile.events import Note
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.lazy_variant import make_variants, spec_of
 from recompile.quantize.pipeline import quantize_model
@@ -170,3 +172,30 @@ def test_a_scale_that_means_nan_is_named(tmp_path: Path) -> None:
     save_file(stored, directory / "model.safetensors")
     with pytest.raises((FormatError, UnsupportedError), match=r"experts\.1\.down_proj.*NaN"):
         open_checkpoint(directory).load("model.layers.0.mlp.experts.1.down_proj.weight")
+
+
+def test_every_command_says_that_its_base_is_quantized(tmp_path: Path) -> None:
+    base = published("fp8")[0]
+    ids = tmp_path / "ids.safetensors"
+    save_file({"input_ids": architectures.rows(2, 8)}, ids)
+    said: list[str] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, Note):
+            said.append(event.text)
+
+    def told() -> bool:
+        found = any("the base is itself quantized (fp8-scale-inv)" in text for text in said)
+        said.clear()
+        return found
+
+    common: dict[str, Any] = {"input_ids": ids, "on_event": note}
+    recompile.quantize(base, tmp_path / "v", bits=["4"], group_size=16, method="rtn", **common)
+    assert told()
+    recompile.diff(tmp_path / "v" / "4bpw", base, **common)
+    assert told()
+    out = tmp_path / "p.jsonl"
+    recompile.profile(base, candidates=["4"], group_size=16, importance_rows=0, mode="sketch", out=out, **common)
+    assert told()
+    recompile.diff(tmp_path / "v" / "4bpw", tmp_path / "v" / "4bpw", **common)
+    assert not any("fp8" in text for text in said)
