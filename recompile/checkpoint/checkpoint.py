@@ -26,6 +26,7 @@ from recompile.formats import (
     ShardRules,
     format_of,
     incomplete,
+    mlx_config,
 )
 from recompile.formats.gguf_types import QUANTIZED_TYPES
 from recompile.formats.stored import FUSED_EXPERTS, StoredModule, TensorInfo
@@ -294,11 +295,6 @@ class Checkpoint:
                 f"{self.label}: {name} {problem}; the checkpoint is incomplete: download or make it again"
             )
         weight = parts.get("weight")
-        if weight is not None and weight.dtype == "U32" and "scales" in parts:
-            raise CheckpointError(
-                f"{self.label}: is an MLX checkpoint ({name} has U32 codes with scales), which is not supported yet; "
-                f"take the original model or a build in another format"
-            )
         if spec.name == "dense" and weight is not None and weight.dtype in INTEGER_DTYPES:
             raise FormatError(
                 f"{weight.path}: tensor {weight.name} is {weight.dtype} {list(weight.shape)} without scales; wanted a "
@@ -315,6 +311,9 @@ class Checkpoint:
         except (KeyError, IndexError, ZeroDivisionError) as error:
             found = ", ".join(f"{part} {list(info.shape)}" for part, info in parts.items())
             raise FormatError(f"{self.label}: {name} is not a whole {spec.name} module: it has {found}") from error
+        if spec.sized_by_config:
+            found_shape: tuple[int, ...] = self._reader(spec, name).shape_of(self, name, parts)
+            return found_shape
         if shape is not None or "weight_shape" not in parts:
             return shape
         info = parts["weight_shape"]
@@ -338,7 +337,11 @@ class Checkpoint:
 
     @cached_property
     def quantization_config(self) -> Mapping[str, Any]:
-        """`quantization_config` of config.json; without one, the file that some tools write beside it."""
+        """`quantization_config` of config.json; without one, the file that some tools write beside it. MLX's
+        `quantization` wins over both, as it does for its loaders, and is given a quant_method."""
+        mlx = mlx_config.quantization_of(self.config)
+        if mlx is not None:
+            return mlx
         found = self.config.get("quantization_config")
         for file, method in () if found else OLD_CONFIGS.items():
             if (self.path / file).is_file():
@@ -453,16 +456,18 @@ class Checkpoint:
 
     def scheme(self, module: StoredModule) -> Any:
         """What the config says of how this module is quantized; None where the parts alone say it all."""
-        spec = FORMATS[module.format]
+        reader = self._reader(FORMATS[module.format], module.name)
+        return None if reader is None else reader.scheme_of(self, module)
+
+    def _reader(self, spec: FormatSpec, name: str) -> Any:
         method = self.quantization_config.get("quant_method")
         try:
-            reader = spec.load_reader(method)
+            return spec.load_reader(method)
         except KeyError:
             raise FormatError(
-                f"{self.label}: quant_method in config.json is {method!r}, and {module.name} is stored as {spec.name}, "
-                f"which goes with {' or '.join(spec.readers)}"
+                f"{self.label}: quant_method in config.json is {method!r}, and {name} is stored as {spec.name}, which "
+                f"goes with {' or '.join(spec.readers)}"
             ) from None
-        return None if reader is None else reader.scheme_of(self, module)
 
 
 def _with_input_scale(dense: Tensor, parts: Mapping[str, Tensor], module: str) -> Tensor:

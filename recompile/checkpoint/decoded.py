@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
 from recompile.errors import UnsupportedError
-from recompile.formats import FORMATS
+from recompile.formats import FORMATS, mlx_config
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def as_dense(checkpoint: Checkpoint) -> Checkpoint:
         tensors[name] = TensorInfo(name, "BF16", tuple(module.shape), first.path, NOWHERE, 2 * count)
         if "bias" in module.parts:
             tensors[module.parts["bias"].name] = module.parts["bias"]
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in checkpoint.config.items() if key not in mlx_config.KEYS}
     return DecodedCheckpoint(
         checkpoint.path,
         checkpoint.label,

@@ -52,12 +52,14 @@ class ShardRules:
     all_are_loaded: every *.safetensors there, whatever an index says
     index_counts:   model.safetensors.index.json is read, and must be true
     prefix:         how the shards are called that a merge writes
+    metadata:       `format` in the metadata of those shards
     engines:        who loads, for messages
     """
 
     all_are_loaded: bool = False
     index_counts: bool = True
     prefix: str = "model"
+    metadata: str = "pt"
     engines: str = "engines"
 
 
@@ -71,6 +73,8 @@ class FormatSpec:
     code:     module below recompile.formats with `dequantize`; None where there is nothing to decode
     shape:    headers -> (out_features, in_features) as stored (padded where the format pads), None where only the
               model knows
+    sized_by_config: the shape follows from headers and config.json: the reader offers
+              shape_of(checkpoint, name, headers) -> (out_features, in_features)
     unless:   parts whose presence means another format
     when:     headers -> whether they are in this format, where dtypes and part names are not enough
     readers:  quant_method in config.json -> file with `scheme_of`; the first also serves configs that name no method.
@@ -92,6 +96,7 @@ class FormatSpec:
     unless: tuple[str, ...] = ()
     when: Callable[[Headers], bool] = lambda parts: True
     readers: Mapping[str, str] = field(default_factory=dict)
+    sized_by_config: bool = False
     runnable: bool = True
     pads_to: tuple[int, int] | None = None
     shards: ShardRules = ShardRules()
@@ -304,6 +309,18 @@ FORMATS: dict[str, FormatSpec] = {
             readers={"gguf": "gguf"},
             engine="llama.cpp",
         ),
+        FormatSpec(
+            "mlx",
+            ("weight", "scales"),
+            ("weight", frozenset({"U32"})),
+            "mlx",
+            lambda parts: None,  # bits and group size stand in config.json
+            readers={"mlx": "mlx_config"},
+            sized_by_config=True,
+            shards=ShardRules(metadata="mlx", engines="MLX engines"),
+            engine="mlx-lm",
+            merge="mlx_config",
+        ),
         FormatSpec("dense", (), ("weight", FLOAT_DTYPES), None, _weight_shape, unless=("weight_scale",)),
     )
 }
@@ -347,7 +364,7 @@ WEIGHT_PARTS = frozenset(
     | {"input_zero_point", "output_scale", "pre_quant_scale"}
     | {"q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "q_perm"}
     | {"trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "signs"}
-    | {"qweight", "qzeros", "scales", "g_idx"}
+    | {"qweight", "qzeros", "scales", "g_idx", "biases"}
 )
 
 

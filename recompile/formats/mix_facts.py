@@ -17,6 +17,8 @@ class MixFacts:
     config:        the same with the mix's own `tie_word_embeddings`
     inherited:     the quantization_config to carry version and calibration over from; {} where there is none
     modules:       every module of the result
+    schemes:       of every quantized module what its config says of it, where its format has a reader; values differ by
+                   format
     heads, embeddings: names of the modules that count apart
     foreign_dense: dense modules that do not come from a checkpoint of the format
     bpw, head_bpw: bits per weight of the quantized modules; of the head, None where none is stored
@@ -26,6 +28,7 @@ class MixFacts:
     config: Mapping[str, Any]
     inherited: Mapping[str, Any]
     modules: Mapping[str, StoredModule]
+    schemes: Mapping[str, Any]
     heads: frozenset[str]
     embeddings: frozenset[str]
     foreign_dense: Sequence[StoredModule]

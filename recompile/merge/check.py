@@ -32,7 +32,7 @@ from recompile.checkpoint.coupled_modules import read_scaled_sets
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.tied_head import find_tied_head
 from recompile.errors import CheckpointError, FormatError, MismatchError
-from recompile.formats import FLOAT_DTYPES, FORMATS, exl2_config, exl3_config
+from recompile.formats import FLOAT_DTYPES, FORMATS, exl2_config, exl3_config, mlx_config
 from recompile.io.files import MARKER_NAME
 from recompile.io.patterns import Regex, compile_regex
 from recompile.merge import engine_rules as engines
@@ -276,6 +276,8 @@ def check_checkpoint(directory: str | os.PathLike[str]) -> list[Problem]:
         readers.append(_exl2_problems)
     if "exl3" in formats:
         readers.append(_exl3_problems)
+    if "mlx" in formats:
+        readers.append(_mlx_problems)
     for reader in readers:
         try:
             problems += reader(checkpoint)
@@ -596,6 +598,11 @@ def _exl3_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     for message in exl3_config.expert_warnings(checkpoint.modules):
         yield Problem(checkpoint.label, message, "warning")
     yield from _storage_problems(checkpoint)
+
+
+def _mlx_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    for where, message, severity in mlx_config.config_problems(checkpoint.config, checkpoint.modules):
+        yield Problem(where, message, severity)
 
 
 def _storage_problems(checkpoint: Checkpoint) -> Iterator[Problem]:

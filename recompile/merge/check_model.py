@@ -95,7 +95,11 @@ def model_problems(checkpoint: Checkpoint) -> tuple[list[Problem], str]:
             continue
         tensor = origin.tensors[0]
         info, module = checkpoint.tensors.get(tensor), checkpoint.modules.get(tensor.rpartition(".")[0])
-        found = info.shape if info is not None else module.shape if module is not None else None
+        packed = module is not None and module.is_quantized and tensor == module.dense_name  # `weight` may hold codes
+        if module is not None and (packed or info is None):
+            found = module.shape
+        else:
+            found = info.shape if info is not None else None
         padded = module is not None and FORMATS[module.format].pads_to is not None
         if module is not None and module.is_quantized and model.is_turned(module.name):
             shape = shape[::-1]  # a Conv1D's weight is [in, out], quantized ones are [out, in] everywhere

@@ -12,7 +12,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import FUSED_SETS
 from recompile.errors import MismatchError, UnsupportedError
-from recompile.formats import FORMATS, FormatSpec, compressed_tensors
+from recompile.formats import FORMATS, FormatSpec, compressed_tensors, mlx_config
 from recompile.formats.mix_facts import MixFacts
 from recompile.merge.convert import Conversion, notes_of
 from recompile.merge.left_dense import known_roles
@@ -72,7 +72,7 @@ def merged_texts(
     if family != compressed_tensors.QUANT_METHOD:
         raise UnsupportedError(
             f"{overlay.label}: {families[family].module} is stored as {family}; modules can be exchanged between "
-            f"dense, compressed-tensors, GPTQ, AWQ, DeepSeek fp8, EXL2 and EXL3 checkpoints"
+            f"dense, compressed-tensors, GPTQ, AWQ, DeepSeek fp8, EXL2, EXL3 and MLX checkpoints"
         )
     return _compressed_texts(overlay, conversions)
 
@@ -83,8 +83,8 @@ def origin_of(placement: Placement) -> str:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without its `quantization_config`."""
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    """A config without its `quantization_config`, and without MLX's `quantization`."""
+    return {key: value for key, value in config.items() if key not in mlx_config.KEYS}
 
 
 def _inherited(overlay: Overlay, fmt: str) -> Mapping[str, Any]:
@@ -122,6 +122,11 @@ def _own_texts(overlay: Overlay, spec: FormatSpec) -> tuple[dict[str, str], list
         overlay.config,
         _inherited(overlay, spec.name),
         overlay.modules,
+        {
+            name: placement.checkpoint.scheme(placement.stored)
+            for name, placement in overlay.placements.items()
+            if FORMATS[placement.stored.format].readers
+        },
         _named(overlay, "head"),
         _named(overlay, "embedding"),
         _foreign_dense(overlay, spec.name),

@@ -190,15 +190,15 @@ def plan_write(
     if dense:
         wanted = _dense_tensors(overlay, ordered)
         texts = {"config.json": dump_json(_dense_config(overlay))}
-        prefix, with_index = "model", True
+        rules, with_index = ShardRules(), True
     else:
         if is_expressible([p.stored.format for p in ordered]):
             conversions = plan_conversions(overlay, reencode=reencode)
         wanted = [_copied(p) if p.module not in conversions else _converted(p, conversions) for p in ordered]
         texts, warnings = merged_texts(overlay, conversions)
         rules = next((FORMATS[name].shards for name in overlay.formats), ShardRules())
-        prefix, with_index = rules.prefix, rules.index_counts
-    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, prefix, conversions)
+        with_index = rules.index_counts
+    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, rules, conversions)
     if with_index and len(shards) > 1:
         texts[INDEX_NAME] = dump_json(_index(modules, shards))
     if overlay.scaled_sets:
@@ -260,7 +260,7 @@ def _lay_out(
     ordered: Sequence[Placement],
     wanted: Sequence[Sequence[_Wanted]],
     shard_bytes: int,
-    prefix: str,
+    rules: ShardRules,
     conversions: Mapping[str, Conversion],
 ) -> tuple[tuple[PlannedShard, ...], tuple[PlannedModule, ...]]:
     """Fill shards in the order of the modules; a module's tensors stay together, one larger than a shard alone."""
@@ -275,9 +275,9 @@ def _lay_out(
         filled += size
     shards, modules = [], []
     for shard, numbers in enumerate(members):
-        file = f"{prefix}.safetensors"
+        file = f"{rules.prefix}.safetensors"
         if len(members) > 1:
-            file = f"{prefix}-{shard + 1:05d}-of-{len(members):05d}.safetensors"
+            file = f"{rules.prefix}-{shard + 1:05d}-of-{len(members):05d}.safetensors"
         # Wide dtypes first: then every tensor starts at a multiple of its item size, which loaders that map files need.
         tensors = sorted(
             (tensor for number in numbers for tensor in wanted[number]), key=lambda t: -DTYPE_BYTES[t.dtype]
@@ -286,7 +286,7 @@ def _lay_out(
         for tensor in tensors:
             starts[tensor.name] = end
             end += tensor.size_bytes
-        header = _header(tensors, starts)
+        header = _header(tensors, starts, rules.metadata)
         path = out / file
         shards.append(PlannedShard(file, header, len(header) + end))
         for number in numbers:
@@ -317,9 +317,9 @@ def _stored(placement: Placement, tensors: Sequence[PlannedTensor], conversion: 
     return StoredModule(placement.module, parts, shape, "dense")
 
 
-def _header(tensors: Sequence[_Wanted], starts: Mapping[str, int]) -> bytes:
+def _header(tensors: Sequence[_Wanted], starts: Mapping[str, int], metadata: str) -> bytes:
     """The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": metadata}}
     for tensor in tensors:
         start = starts[tensor.name]
         entries[tensor.name] = {

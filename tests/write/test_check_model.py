@@ -140,21 +140,3 @@ def test_nothing_of_a_module_with_parts_missing_is_written(case: str, tmp_path: 
         _ = open_checkpoint(path).modules
     assert "incomplete" in refusal(command.main, "-i", path, "-o", tmp_path / "out", "--dense")
     assert not (tmp_path / "out").exists()
-
-
-def test_mlx_checkpoints_are_told_as_what_they_are(tmp_path: Path) -> None:
-    """4-bit codes in uint32, with scales and biases a group of 64, as mlx-lm writes them."""
-    path = tiny.copy_of(tiny.base("llama"), tmp_path / "mlx")
-    tensors = {}
-    for name, value in load_file(path / "model.safetensors").items():
-        if value.dim() < 2:
-            tensors[name] = value
-            continue
-        module = name.removesuffix(".weight")
-        tensors[name] = torch.zeros(len(value), value.shape[1] // 8, dtype=torch.uint32)
-        tensors |= {f"{module}.{part}": torch.ones(len(value), 1).half() for part in ("scales", "biases")}
-    save_file(tensors, path / "model.safetensors", {"format": "mlx"})
-    config = json.loads((path / "config.json").read_text()) | {"quantization": {"group_size": 64, "bits": 4}}
-    (path / "config.json").write_text(json.dumps(config))
-    assert "is an MLX checkpoint" in refusal(command.main, "--check", path)
-    assert "not supported yet" in refusal(command.main, "-i", path, "-o", tmp_path / "out", "--dense")

@@ -1,0 +1,191 @@
+"""MLX configs: how a module is stored, and what config.json must say after a merge. Headers alone; no torch.
+
+`quantization` of config.json says bits, group_size and mode (affine where absent) of every path that stores scales and
+has no entry of its own; `"<path>": {...}` says them of one path, where absent keys are the mode's defaults and not the
+values at the top; `"<path>": false` leaves it dense. mlx-lm (0.32, run) reads `quantization` and repeats it as
+`quantization_config`. Its versions differ in how they load a path without an entry, by the values at the top or by what
+the shapes allow; so a mix of several schemes names every path.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recompile.errors import CheckpointError, FormatError
+from recompile.formats import FLOAT_DTYPES, Headers
+from recompile.formats.mix_facts import MergedFile, MergeProblem, MixFacts
+from recompile.formats.stored import Described, StoredModule
+
+KEYS = ("quantization", "quantization_config")  # of config.json: what mlx-lm reads, and its copy
+QUANT_METHOD = "mlx"
+# mode -> bits, group sizes, and (group_size, bits) of an entry that does not say them
+MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128), (64, 4)),
+    "mxfp4": ((4,), (32,), (32, 4)),
+    "mxfp8": ((8,), (32,), (32, 8)),
+    "nvfp4": ((4,), (16,), (16, 4)),
+}
+# Models whose tensors mlx-lm keeps under their names and with their values: float32 logits of mlx-lm 0.32 on a seeded
+# checkpoint of transformers' are equal within 1e-4 of their range. Others it renames, stacks or changes.
+MODEL_TYPES = frozenset(
+    {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense", "llama"}
+    | {"ministral3", "mistral", "nemotron", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm"}
+    | {"starcoder2"}
+)
+
+
+@dataclass(frozen=True)
+class MlxScheme:
+    """How one module is quantized. Raises FormatError for what MLX does not have."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise FormatError(f"mode: found {self.mode!r}, wanted {', '.join(MODES)}")
+        bits, groups, _ = MODES[self.mode]
+        for name, found, wanted in (("bits", self.bits, bits), ("group_size", self.group_size, groups)):
+            if type(found) is not int or found not in wanted:
+                listed = ", ".join(map(str, wanted))
+                raise FormatError(f"{name}: found {found!r}, wanted {listed} for mode {self.mode}")
+
+    def entry(self) -> dict[str, Any]:
+        """As `quantization` of config.json says it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def read_scheme(quantization: Mapping[str, Any], path: str) -> MlxScheme:
+    """The scheme of a module that stores scales, from `quantization` of config.json.
+
+    Raises FormatError, naming the place in config.json, for a path that it leaves dense and for values unknown to MLX.
+    """
+    entry = quantization.get(path, True)
+    where = f"config.json: quantization: {path}" if path in quantization else "config.json: quantization"
+    if entry is True:
+        values = {key: quantization.get(key) for key in ("bits", "group_size")}
+        mode = quantization.get("mode", "affine")
+    elif isinstance(entry, Mapping):
+        known = {"bits", "group_size", "mode"}
+        more = [key for key, value in entry.items() if key not in known and value not in (False, None)]
+        if more:
+            raise FormatError(
+                f"{where}: {more[0]}: found {entry[more[0]]!r}, known keys are {', '.join(sorted(known))}"
+            )
+        mode = entry.get("mode", "affine")
+        if not isinstance(mode, str) or mode not in MODES:
+            raise FormatError(f"{where}: mode: found {mode!r}, wanted {', '.join(MODES)}")
+        group_size, bits = MODES[mode][2]
+        values = {"bits": entry.get("bits") or bits, "group_size": entry.get("group_size") or group_size}
+    else:
+        raise FormatError(f"{where}: found {entry!r}, and {path} stores scales; wanted its bits, group_size and mode")
+    if not isinstance(mode, str):
+        raise FormatError(f"{where}: mode: found {mode!r}, wanted {', '.join(MODES)}")
+    try:
+        return MlxScheme(values["bits"], values["group_size"], mode)  # type: ignore[arg-type]
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def scheme_of(checkpoint: Described, module: StoredModule) -> MlxScheme:
+    """The scheme of a stored module. Raises FormatError for a config that does not describe it."""
+    return _scheme_of(checkpoint, module.name)
+
+
+def _scheme_of(checkpoint: Described, name: str) -> MlxScheme:
+    quantization = checkpoint.quantization_config
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise FormatError(
+            f"{checkpoint.label}: config.json has no quantization with bits and group_size, and {name} has MLX's "
+            f"uint32 codes; MLX loaders read that key, take config.json as it was published"
+        )
+    try:
+        return read_scheme(quantization, name)
+    except FormatError as error:
+        raise FormatError(f"{checkpoint.label}: {error}") from None
+
+
+def shape_of(checkpoint: Described, name: str, parts: Headers) -> tuple[int, int]:
+    """(out_features, in_features) of a module, from headers and config.json.
+
+    Raises CheckpointError for models whose tensors mlx-lm renames or stacks, FormatError for parts that do not fit.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{checkpoint.label}: is an MLX checkpoint of model_type {str(model_type)[:60]!r}, whose tensors mlx-lm "
+            f"may rename, stack or change; read are "
+            f"{', '.join(sorted(MODEL_TYPES))}; take a build in another format"
+        )
+    scheme = _scheme_of(checkpoint, name)
+    weight, scales = parts["weight"].shape, parts["scales"].shape
+    found = f"{checkpoint.label}: {name} has weight {list(weight)} and scales {list(scales)}"
+    if len(weight) != 2 or len(scales) != 2:
+        raise FormatError(f"{found}, wanted two axes each")
+    in_features = scales[1] * scheme.group_size
+    if weight[0] != scales[0] or weight[1] * 32 != in_features * scheme.bits or 0 in weight:
+        raise FormatError(
+            f"{found}, which is not {scheme.mode} of {scheme.bits} bits in groups of {scheme.group_size}, "
+            f"as quantization in config.json says; loaders would misread it: give it an entry of its own there"
+        )
+    floats = scheme.mode == "affine"
+    if (parts["scales"].dtype in FLOAT_DTYPES) != floats or (not floats and parts["scales"].dtype != "U8"):
+        raise FormatError(
+            f"{checkpoint.label}: {name}.scales is {parts['scales'].dtype}, wanted {'floats' if floats else 'U8'} for "
+            f"mode {scheme.mode} in config.json"
+        )
+    if floats and ("biases" not in parts or parts["biases"].shape != scales):
+        have = f"found {list(parts['biases'].shape)}" if "biases" in parts else "not found"
+        raise FormatError(f"{checkpoint.label}: {name}.biases: {have}, wanted {list(scales)} as its scales")
+    if not floats and "biases" in parts:
+        raise FormatError(f"{checkpoint.label}: {name}.biases: found, and mode {scheme.mode} has none")
+    return (weight[0], in_features)
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `quantization` of a config.json with "mlx" as its quant_method; None where it is no map of MLX's."""
+    found = config.get(KEYS[0])
+    if not isinstance(found, Mapping) or not {"bits", "group_size"} <= found.keys():
+        return None
+    return {**found, "quant_method": QUANT_METHOD}
+
+
+# ---- what a merge asks -----------------------------------------------------------------------------------------------
+
+
+def problems(mix: MixFacts) -> list[MergeProblem]:
+    """What keeps mlx-lm from loading the mix: nothing, any modules go together."""
+    return []
+
+
+def merged_files(mix: MixFacts) -> tuple[list[MergedFile], list[str]]:
+    """The JSON files of the output, and warnings."""
+    weights: Counter[Any] = Counter()
+    for name, scheme in mix.schemes.items():
+        weights[scheme] += mix.modules[name].numel
+    quantization: dict[str, Any] = weights.most_common(1)[0][0].entry()
+    if len(weights) > 1:
+        quantization |= {name: scheme.entry() for name, scheme in mix.schemes.items()}
+    config = {key: value for key, value in mix.config.items() if key not in KEYS}
+    return [MergedFile("config.json", config | dict.fromkeys(KEYS, quantization))], []
+
+
+def config_problems(config: Mapping[str, Any], modules: Mapping[str, StoredModule]) -> Iterator[tuple[str, str, str]]:
+    """(place, what is wrong, severity) of a checkpoint's config: entries that name what is not stored quantized, and a
+    second copy of the map that says something else."""
+    quantization, copy = (config.get(key) for key in KEYS)
+    for path, entry in quantization.items() if isinstance(quantization, Mapping) else ():
+        module = modules.get(path)
+        if (isinstance(entry, Mapping) or entry is True) and not (module is not None and module.is_quantized):
+            stored = "is not stored" if module is None else "is stored dense"
+            yield f"config.json: quantization: {path}", f"{stored}, and mlx-lm would look for its scales", "error"
+    if copy is not None and copy != quantization:
+        yield (
+            "config.json",
+            "quantization_config is not quantization; mlx-lm reads the latter, others may not",
+            "warning",
+        )
