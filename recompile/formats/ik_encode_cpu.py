@@ -214,16 +214,188 @@ def _stored_d(d: float, half: bool, unit: float) -> Any:
     return (size if d > 0 else -size) / unit
 
 
+class _Grid(NamedTuple):
+    """The values of a type's codes, as the prices need them: (q - g)^2 = q^2 + squares + twice * q.
+
+    grid_codes: uint8, the codes of even parity before those of odd parity; even_* and odd_*: the values of either
+    """
+
+    values: Any
+    grid_codes: Any
+    squares: Any
+    twice: Any
+    even_squares: Any
+    even_twice: Any
+    odd_squares: Any
+    odd_twice: Any
+
+
+class _Lanes(NamedTuple):
+    """Room for what is priced at once, float32 [_LANES] each. shift: what a lane's shift bit adds to the grid; price:
+    error in units of scale^2; least: the least error of the trials so far."""
+
+    shift: Any
+    scale: Any
+    inverse: Any
+    level: Any
+    price: Any
+    least: Any
+
+
+def _grid_of(grid_values: tuple[int, ...]) -> _Grid:
+    values = np.array(grid_values, np.float32)
+    odd = np.array([bin(code).count("1") & 1 for code in range(len(values))])
+    squares, twice = values * values, -2 * values
+    grid_codes = np.argsort(odd, kind="stable").astype(np.uint8)  # even parity first
+    return _Grid(
+        values, grid_codes, squares, twice, squares[odd == 0], twice[odd == 0], squares[odd == 1], twice[odd == 1]
+    )
+
+
+# The parts of the search. All are inlined as source, so that the grid stays a constant in them. `parity`: the codes
+# are those of IQ4_KSS, constant, too.
+
+
+@njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
+def _price(grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int, lanes: Any) -> None:
+    """lanes.price at lanes.inverse, of the weights begin to end."""
+    if parity:
+        _price_parity(
+            grid.even_squares, grid.even_twice, grid.odd_squares, grid.odd_twice,
+            x, w, begin, end, lanes.inverse, lanes.shift, lanes.price,
+        )  # fmt: skip
+    else:
+        _price_plain(grid.squares, grid.twice, x, w, begin, end, lanes.inverse, lanes.shift, lanes.price)
+
+
+@njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
+def _choose(
+    grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int, d: Any, level: Any, moved: Any, codes: Any
+) -> None:
+    """The best codes of the weights begin to end, at the scale d * level and the shift `moved`."""
+    inverse = np.float32(1 / (d * level)) if level != 0 else np.float32(0)
+    if parity:
+        _choose_parity(grid.values, grid.grid_codes, x, w, begin, end, inverse, moved, codes)
+    else:
+        _choose_plain(grid.values, x, begin, end, inverse, moved, codes)
+
+
+@njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
+def _try_scales(
+    grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int, places: Any, lanes: Any, best_scales: Any
+) -> Any:
+    """1. The best trial scale of one scale block for every sign and shift bit, into best_scales [_LANES], where each
+    stands four times: in the four lanes that will try the levels next to it.
+
+    A trial scale puts the block's largest weight at one of `places` on the grid; four are priced at a time.
+    Returns the energy (error of decoding to zeros) and the best of the four scales, signed.
+    """
+    largest: Any = np.float32(0)
+    energy: Any = np.float32(0)
+    for i in range(begin, end):
+        largest = max(largest, abs(x[i]))
+        energy += w[i] * x[i] * x[i]
+    found: Any = np.float32(0)
+    if largest < _NOTHING:
+        for lane in range(_LANES):
+            best_scales[lane] = np.float32(0)
+    else:
+        for lane in range(_LANES):
+            lanes.least[lane] = _HUGE
+        for t in range(0, places.shape[0], 4):
+            for lane in range(_LANES):
+                place = places[t + (lane & 3)] / largest
+                lanes.inverse[lane] = place if lane < 8 else -place
+            _price(grid, parity, x, w, begin, end, lanes)
+            for lane in range(_LANES):
+                trial = np.float32(1) / lanes.inverse[lane]
+                error = lanes.price[lane] * trial * trial
+                if error < lanes.least[lane]:
+                    lanes.least[lane], lanes.scale[lane] = error, trial
+        winner = 0
+        for four in range(0, _LANES, 4):
+            best_lane = four
+            for lane in range(four + 1, four + 4):
+                if lanes.least[lane] < lanes.least[best_lane]:
+                    best_lane = lane
+            for lane in range(four, four + 4):
+                best_scales[lane] = lanes.scale[best_lane]
+            if lanes.least[best_lane] < lanes.least[winner]:
+                winner = best_lane
+        found = lanes.scale[winner]
+    return energy, found
+
+
+@njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
+def _price_levels(
+    grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int,
+    d: Any, low: int, high: int, step: int, best_scales: Any, energy: Any, lanes: Any,
+) -> Any:  # fmt: skip
+    """2. The best level and shift bit of one scale block at one d: of each of its four scales the four nearest levels
+    are priced. Level 0 decodes to zeros, and costs the energy. Returns the error and the lane; lanes.level has levels.
+    """
+    per_level, d_f = np.float32(1 / (d * step)), np.float32(d)
+    first_index, last_index = np.float32(-low / step - 1), np.float32((high - low) // step)
+    for lane in range(_LANES):
+        index = max(np.floor(best_scales[lane] * per_level + first_index), np.float32(0))
+        index = min(index + np.float32(lane & 3), last_index)
+        lanes.level[lane] = np.float32(low) + np.float32(step) * index
+        lanes.scale[lane] = d_f * lanes.level[lane]
+        lanes.inverse[lane] = np.float32(1) / lanes.scale[lane] if lanes.level[lane] != 0 else np.float32(0)
+    _price(grid, parity, x, w, begin, end, lanes)
+    least: Any = _HUGE
+    for lane in range(_LANES):
+        error = lanes.price[lane] * lanes.scale[lane] * lanes.scale[lane] if lanes.level[lane] != 0 else energy
+        lanes.price[lane] = error
+        least = min(least, error)
+    winner = 0
+    for lane in range(_LANES):
+        if lanes.price[lane] == least:
+            winner = lane
+    return least, winner
+
+
+@njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
+def _refit(
+    grid: Any, parity: bool, x: Any, w: Any, size: int, d: Any, levels: Any, shifts: Any, shift: Any, codes: Any
+) -> Any:
+    """3. The two sums whose ratio is the d of least squares, with the levels and shift bits found and the codes that
+    are best at them and d."""
+    above, below = 0.0, 0.0
+    for b in range(levels.shape[0]):
+        begin, end = b * size, (b + 1) * size
+        moved = shift * np.float32(shifts[b])
+        _choose(grid, parity, x, w, begin, end, d, levels[b], moved, codes)
+        part_above: Any = np.float32(0)
+        part_below: Any = np.float32(0)
+        for i in range(begin, end):
+            value = grid.values[codes[i]] + moved
+            part_above += w[i] * x[i] * value
+            part_below += w[i] * value * value
+        above += float(levels[b]) * part_above
+        below += float(levels[b]) ** 2 * part_below
+    return above, below
+
+
+@njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
+def _load(weight: Any, importance: Any, row: int, start: int, size: int, order: Any, x: Any, w: Any) -> Any:
+    """One span into x, in units of its largest weight, which is returned, and w; within scale blocks in `order`.
+    A span of zeros is not loaded."""
+    unit = 0.0
+    for i in range(x.shape[0]):
+        unit = max(unit, abs(float(weight[row, start + i])))
+    if unit != 0.0:
+        for begin in range(0, x.shape[0], size):
+            for i in range(size):
+                x[begin + i] = weight[row, start + begin + order[i]] / unit
+                w[begin + i] = importance[start + begin + order[i]]
+    return unit
+
+
 @lru_cache(maxsize=16)
 def _kernel(grid_values: tuple[int, ...], even_parity: bool) -> Callable[..., None]:
     """Compiled search for one grid. The grid is a constant of the code: its loops are unrolled, its values folded."""
-    # (q - g)^2 = q^2 + squares + twice * q. In `grid_codes` the codes of even parity come before those of odd parity.
-    values = np.array(grid_values, np.float32)
-    odd = np.array([bin(code).count("1") & 1 for code in range(len(values))])
-    grid_codes = np.argsort(odd, kind="stable").astype(np.uint8)  # even parity first
-    squares, twice = values * values, -2 * values
-    even_squares, odd_squares = squares[odd == 0], squares[odd == 1]
-    even_twice, odd_twice = twice[odd == 0], twice[odd == 1]
+    grid = _grid_of(grid_values)
 
     @njit(fastmath=_FASTMATH, error_model="numpy", nogil=True, cache=True)
     def encode(
@@ -232,161 +404,72 @@ def _kernel(grid_values: tuple[int, ...], even_parity: bool) -> Callable[..., No
     ) -> None:  # fmt: skip
         count = span // size
         x, w = np.empty(span, np.float32), np.empty(span, np.float32)
-        scales = np.empty((count, _LANES), np.float32)  # best trial scale of each sign and shift bit, four times each
+        scales = np.empty((count, _LANES), np.float32)  # best trial scales, as _try_scales leaves them
         energy = np.empty(count, np.float32)  # error of a scale block that decodes to zeros
         levels, shifts = np.empty(count, np.int16), np.empty(count, np.uint8)
         best_levels, best_shifts = np.empty(count, np.int16), np.empty(count, np.uint8)
         codes = np.empty(span, np.uint8)
-        inverse, lane_shift = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
-        scale, level = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
-        price, least = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
+        room = np.empty((6, _LANES), np.float32)
+        lanes = _Lanes(room[0], room[1], room[2], room[3], room[4], room[5])
+        for lane in range(_LANES):
+            lanes.shift[lane] = shift * np.float32((lane >> 2) & 1)
         order = np.arange(size)  # stored weight -> place in the span: the four of an IQ4_KSS word lie together
         if even_parity:
             for i in range(size):
                 order[i] = 2 * (i >> 2) + 16 * (i & 1) + ((i >> 1) & 1)
-        for lane in range(_LANES):
-            lane_shift[lane] = shift * np.float32((lane >> 2) & 1)
         extreme = low if -low > high else high
-        last_index = np.float32((high - low) // step)
-        first_index = np.float32(-low / step - 1)
 
         for row in range(weight.shape[0]):
             for s in range(weight.shape[1] // span):
                 start, first_block = s * span, s * count
-                unit = 0.0
-                for i in range(span):
-                    unit = max(unit, abs(float(weight[row, start + i])))
-                if unit == 0.0:
-                    for b in range(count):
-                        out_levels[row, first_block + b] = extreme  # any legal level: d is zero
-                    continue
                 for b in range(count):
-                    for i in range(size):
-                        x[b * size + i] = weight[row, start + b * size + order[i]] / unit
-                        w[b * size + i] = importance[start + b * size + order[i]]
-
-                # 1. trial scales
+                    out_levels[row, first_block + b] = extreme  # any legal level, where d stays zero
+                unit = _load(weight, importance, row, start, size, order, x, w)
+                if unit == 0.0:
+                    continue
                 top = 0.0  # signed scale of the largest magnitude
                 total_energy = 0.0
                 for b in range(count):
                     begin, end = b * size, (b + 1) * size
-                    largest: Any = np.float32(0)
-                    total: Any = np.float32(0)
-                    for i in range(begin, end):
-                        largest = max(largest, abs(x[i]))
-                        total += w[i] * x[i] * x[i]
-                    energy[b] = total
-                    total_energy += total
-                    if largest < _NOTHING:
-                        for lane in range(_LANES):
-                            scales[b, lane] = np.float32(0)
-                        continue
-                    for lane in range(_LANES):
-                        least[lane] = _HUGE
-                    for t in range(0, places.shape[0], 4):
-                        for lane in range(_LANES):
-                            place = places[t + (lane & 3)] / largest
-                            inverse[lane] = place if lane < 8 else -place
-                        if even_parity:
-                            _price_parity(
-                                even_squares, even_twice, odd_squares, odd_twice,
-                                x, w, begin, end, inverse, lane_shift, price,
-                            )  # fmt: skip
-                        else:
-                            _price_plain(squares, twice, x, w, begin, end, inverse, lane_shift, price)
-                        for lane in range(_LANES):
-                            trial = np.float32(1) / inverse[lane]
-                            error = price[lane] * trial * trial
-                            if error < least[lane]:
-                                least[lane], scale[lane] = error, trial
-                    winner = 0
-                    for four in range(0, _LANES, 4):
-                        best_lane = four
-                        for lane in range(four + 1, four + 4):
-                            if least[lane] < least[best_lane]:
-                                best_lane = lane
-                        for lane in range(four, four + 4):
-                            scales[b, lane] = scale[best_lane]
-                        if least[best_lane] < least[winner]:
-                            winner = best_lane
-                    if abs(scale[winner]) > abs(top):
-                        top = float(scale[winner])
+                    zeros, scale = _try_scales(grid, even_parity, x, w, begin, end, places, lanes, scales[b])
+                    energy[b] = zeros
+                    total_energy += zeros
+                    if abs(scale) > abs(top):
+                        top = float(scale)
 
-                # 2. d from the largest scale; 3. d by least squares: turns after the factors
+                # Turns: d from the largest scale by each of the factors, then by least squares.
                 best, d = np.inf, 0.0
                 for turn in range(factors.shape[0] + _REFITS):
                     if turn < factors.shape[0]:
                         trial_d = _stored_d(top / extreme * factors[turn], half, unit)
                     else:
-                        above, below = 0.0, 0.0
-                        for b in range(count):
-                            begin, end = b * size, (b + 1) * size
-                            inv = np.float32(1 / (d * best_levels[b])) if best_levels[b] != 0 else np.float32(0)
-                            moved = shift * np.float32(best_shifts[b])
-                            if even_parity:
-                                _choose_parity(values, grid_codes, x, w, begin, end, inv, moved, codes)
-                            else:
-                                _choose_plain(values, x, begin, end, inv, moved, codes)
-                            part_above: Any = np.float32(0)
-                            part_below: Any = np.float32(0)
-                            for i in range(begin, end):
-                                value = values[codes[i]] + moved
-                                part_above += w[i] * x[i] * value
-                                part_below += w[i] * value * value
-                            above += float(best_levels[b]) * part_above
-                            below += float(best_levels[b]) ** 2 * part_below
+                        above, below = _refit(grid, even_parity, x, w, size, d, best_levels, best_shifts, shift, codes)
                         trial_d = _stored_d(above / below, half, unit) if below > 0.0 else 0.0
                     if trial_d == 0.0 or trial_d == d:
                         continue
                     total_error = 0.0
-                    per_level, d_f = np.float32(1 / (trial_d * step)), np.float32(trial_d)
                     for b in range(count):
-                        for lane in range(_LANES):
-                            index = max(np.floor(scales[b, lane] * per_level + first_index), np.float32(0))
-                            index = min(index + np.float32(lane & 3), last_index)
-                            level[lane] = np.float32(low) + np.float32(step) * index
-                            scale[lane] = d_f * level[lane]
-                            inverse[lane] = np.float32(1) / scale[lane] if level[lane] != 0 else np.float32(0)
-                        begin, end = b * size, (b + 1) * size
-                        if even_parity:
-                            _price_parity(
-                                even_squares, even_twice, odd_squares, odd_twice,
-                                x, w, begin, end, inverse, lane_shift, price,
-                            )  # fmt: skip
-                        else:
-                            _price_plain(squares, twice, x, w, begin, end, inverse, lane_shift, price)
-                        block_best: Any = _HUGE
-                        for lane in range(_LANES):
-                            error = price[lane] * scale[lane] * scale[lane] if level[lane] != 0 else energy[b]
-                            price[lane] = error
-                            block_best = min(block_best, error)
-                        winner = 0
-                        for lane in range(_LANES):
-                            if price[lane] == block_best:
-                                winner = lane
-                        levels[b] = np.int16(level[winner])
+                        error, winner = _price_levels(
+                            grid, even_parity, x, w, b * size, (b + 1) * size,
+                            trial_d, low, high, step, scales[b], energy[b], lanes,
+                        )  # fmt: skip
+                        levels[b] = np.int16(lanes.level[winner])
                         shifts[b] = np.uint8((winner >> 2) & 1)
-                        total_error += block_best
+                        total_error += error
                     if total_error < best:
                         best, d = total_error, trial_d
                         for b in range(count):
                             best_levels[b], best_shifts[b] = levels[b], shifts[b]
 
                 if best >= total_energy:  # nothing near the weights can be stored (a float16 d is too coarse): zeros
-                    for b in range(count):
-                        out_levels[row, first_block + b] = extreme
                     continue
                 out_d[row, s] = np.float32(d * unit)
                 for b in range(count):
                     begin, end = b * size, (b + 1) * size
                     out_levels[row, first_block + b] = best_levels[b]
                     out_shifts[row, first_block + b] = best_shifts[b]
-                    inv = np.float32(1 / (d * best_levels[b])) if best_levels[b] != 0 else np.float32(0)
                     moved = shift * np.float32(best_shifts[b])
-                    if even_parity:
-                        _choose_parity(values, grid_codes, x, w, begin, end, inv, moved, codes)
-                    else:
-                        _choose_plain(values, x, begin, end, inv, moved, codes)
+                    _choose(grid, even_parity, x, w, begin, end, d, best_levels[b], moved, codes)
                     for i in range(size):
                         out_codes[row, start + b * size + order[i]] = codes[begin + i]
 
