@@ -42,8 +42,9 @@ class ExpertStacks:
 
     def __init__(self, model: nn.Module) -> None:
         self._blocks = {name: module for name, module in model.named_modules() if _is_block(module)}
+        self._pairs = {name: pair for name, module in model.named_modules() if (pair := _pair_of_stacks(module))}
         self._by_layer: dict[str, list[str]] = {}
-        for name in self._blocks:
+        for name in [*self._blocks, *self._pairs]:
             for number in re.findall(r"(?<=\.)\d+(?=\.)", f"{name}.")[:1]:
                 self._by_layer.setdefault(number, []).append(name)
         self._made: dict[str, ExpertStack] = {}
@@ -58,12 +59,15 @@ class ExpertStacks:
         if found is None or role is None:
             return None
         name = found[1]
-        if name not in self._blocks:  # the mapping renames the fused tensor, and does not know one expert's
+        if name not in self._blocks and name not in self._pairs:
+            # the mapping renames the fused tensor, and does not know one expert's
             number = re.search(r"\.(\d+)\.", name)
             near = self._by_layer.get(number[1], []) if number and ".experts" in name else []
             if len(near) != 1:
                 return None
             (name,) = near
+        if name in self._pairs:
+            return self._place_in_pair(name, role) if found[4] == "weight" else None
         block = self._blocks[name]
         leaf = "gate_up_proj" if role != "down" and hasattr(block, "gate_up_proj") else f"{role}_proj"
         parameter = f"{name}.{leaf}" + ("_bias" if found[4] == "bias" else "")
@@ -75,6 +79,13 @@ class ExpertStacks:
             self._made[parameter] = ExpertStack(parameter, roles, is_transposed(block), alternating)
         return parameter, role
 
+    def _place_in_pair(self, name: str, role: str) -> tuple[str, str]:
+        first, second, transposed = self._pairs[name]
+        roles = ("down",) if role == "down" else ("gate", "up")
+        parameter = f"{name}.{second if role == 'down' else first}.weight"
+        self._made.setdefault(parameter, ExpertStack(parameter, roles, transposed, alternating=False))
+        return parameter, role
+
     def converter(self, parameter: str) -> ExpertStack | None:
         return self._made.get(parameter)
 
@@ -82,6 +93,25 @@ class ExpertStacks:
 def _is_block(module: nn.Module) -> bool:
     stacks = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
     return len(stacks) > 1 and len({len(p) for p in stacks}) == 1 and hasattr(module, "down_proj")
+
+
+def _pair_of_stacks(module: nn.Module) -> tuple[str, str, bool] | None:
+    """The children that hold gate and up, and down, of all experts in a weight of their own (JetMoE, Aria), and whether
+    those are [experts, in, out]."""
+    stacks = {}
+    for name, child in module._modules.items():
+        weight = child._parameters.get("weight") if child is not None else None
+        if weight is not None and weight.dim() == 3:
+            stacks[name] = weight.shape
+    if len(stacks) != 2:
+        return None
+    for first, second in (tuple(stacks), tuple(stacks)[::-1]):
+        pair, down = stacks[first], stacks[second]
+        if pair[0] == down[0] and (pair[2], pair[1]) == (down[1], 2 * down[2]):
+            return first, second, False
+        if pair[0] == down[0] and (pair[1], pair[2]) == (down[2], 2 * down[1]):
+            return first, second, True
+    return None
 
 
 def is_transposed(block: nn.Module) -> bool:

@@ -64,6 +64,8 @@ def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | N
         owner = model.get_submodule(name)
     except AttributeError:
         owner = None
+    if isinstance(owner, nn.Linear) and pattern is not None:
+        return "takes it apart or puts it together while it loads, dense only; the weight stays random"
     if owner is not None and leaf in owner._parameters and pattern is not None:
         return None  # experts that the mapping collects
     if isinstance(owner, nn.Linear):

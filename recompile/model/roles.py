@@ -202,7 +202,9 @@ class _Reader:
             return next(
                 f"{container}.{leaf}" for leaf, p in self.owners[container]._parameters.items() if p is not None
             )
-        return target
+        outer = container.removesuffix(".experts")  # JetMoE: gate and up, and down, in modules of their own
+        beside = [name for name in self.experts if outer != container and name.rpartition(".")[0] == outer]
+        return f"{beside[0]}.weight" if len(beside) == 2 else target
 
     def _role(self, target: str, alias: str) -> Role:
         part = "text"

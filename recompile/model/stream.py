@@ -584,7 +584,8 @@ class LinearWeights:
                 for module, pattern in zip(modules, origin.patterns, strict=True):
                     by_pattern.setdefault(pattern, []).append(module)
                 block = model.model.get_submodule(full.rpartition(".")[0])
-                how = is_transposed(block), getattr(block, "is_concatenated", True) is False and len(by_pattern) > 1
+                turned = getattr(origin.converter, "transposed", is_transposed(block))
+                how = turned, getattr(block, "is_concatenated", True) is False and len(by_pattern) > 1
                 experts = [
                     LinearWeight(tuple(found[e] for found in by_pattern.values()), full, e, *how)
                     for e in range(len(parameter))

@@ -56,6 +56,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]] 
             "model.embed_tokens.weight": ((64, 32), "text embedding"),
         },
     ),
+    "jetmoe": (
+        {
+            "model_type": "jetmoe", "num_local_experts": 8, "num_experts_per_tok": 2, "kv_channels": 8,
+            "num_attention_heads": None,
+        },
+        {
+            f"{LAYER}.mlp.router.layer.weight": ((8, 32), "text router"),
+            f"{LAYER}.mlp.experts.3.gate_proj.weight": ((48, 32), "text linear"),
+            f"{LAYER}.mlp.experts.3.down_proj.weight": ((32, 48), "text linear"),
+            f"{LAYER}.self_attention.kv_proj.weight": ((32, 32), "text linear"),
+        },
+    ),
     "hunyuan_v1_moe": (
         {"model_type": "hunyuan_v1_moe", "num_experts": 8, "moe_topk": 2, "head_dim": 8},
         {

@@ -68,6 +68,12 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "qwen3-next": ("qwen3_next", {**COMMON, **MOE, **LINEAR, "shared_expert_intermediate_size": 16}),
     "granitemoe": ("granitemoe", {**NO_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "jetmoe": ("jetmoe", {
+        **{key: NO_HEAD_DIM[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                             "max_position_embeddings", "tie_word_embeddings", "pad_token_id",
+                                             "bos_token_id", "eos_token_id")},
+        "num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }),
     "llama4-text": ("llama4_text", {
         **COMMON, "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2,
         "attention_chunk_size": 8,
