@@ -16,6 +16,7 @@ from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recompile.checkpoint.fused_experts import split_experts
+from recompile.checkpoint.quantization_fields import check_quantization_config
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import (
     DTYPE_BYTES,
@@ -342,13 +343,14 @@ class Checkpoint:
         mlx = mlx_config.quantization_of(self.config)
         if mlx is not None:
             return mlx
+        place = f"{self.path / 'config.json'}: quantization_config"
         found = self.config.get("quantization_config")
         for file, method in () if found else OLD_CONFIGS.items():
             if (self.path / file).is_file():
                 old = read_json(self.path / file)
-                found = {"quant_method": method, **old} if isinstance(old, dict) else None
+                found, place = {"quant_method": method, **old} if isinstance(old, dict) else old, str(self.path / file)
                 break
-        return found if isinstance(found, Mapping) else {}
+        return check_quantization_config(found, place)
 
     @property
     def is_quantized(self) -> bool:
@@ -704,6 +706,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path}: holds {type(config).__name__}, wanted an object")
+    check_quantization_config(config.get("quantization_config"), f"{config_path}: quantization_config")
     notes: list[str] = []
     tensors: dict[str, TensorInfo] = {}
     listed = _index_map(path)

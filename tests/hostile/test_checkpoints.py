@@ -231,3 +231,60 @@ def test_outputs_that_are_none(out: str, copy: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     refuses(tmp_path, recompile, "-i", "m", "-o", out, "--quiet", names="")
     refuses(tmp_path, recompile, "-i", "m", "-o", "OUT", "--dry-run", "--json", "m/config.json", names="m/config.json")
+
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (5, "quantization_config: 5, wanted an object"),
+        ([], "quantization_config: a list, wanted an object"),
+        ({"quant_method": 5}, "quant_method: 5, wanted text or null"),
+        ({"quant_method": ["awq"]}, "quant_method: a list, wanted text or null"),
+        ({"config_groups": 3}, "config_groups: 3, wanted"),
+        ({"config_groups": ["Linear"]}, "config_groups: a list, wanted an object"),
+        ({"config_groups": {"g": 3}}, "config_groups.g: 3, wanted an object"),
+        ({"config_groups": {"g": {"targets": 7}}}, "config_groups.g: targets: 7, wanted"),
+        ({"config_groups": {"g": {"targets": [7]}}}, "config_groups.g: targets[0]: 7, wanted text"),
+        ({"config_groups": {"g": {**GROUP, "weights": "int4"}}}, 'weights: the text "int4", wanted an object'),
+        ({"config_groups": {"g": {**GROUP, "weights": {"num_bits": -4}}}}, "weights: num_bits: -4, wanted a width"),
+        ({"config_groups": {"g": {**GROUP, "weights": {"group_size": 2**70}}}}, "weights: group_size: a number of"),
+        ({"ignore": "lm_head"}, 'ignore: the text "lm_head", wanted a list'),
+        ({"ignore": [None]}, "ignore[0]: null, wanted text"),
+        ({"modules_to_not_convert": {"a": 1}}, "modules_to_not_convert: an object, wanted a list"),
+        ({"quant_method": "gptq", "bits": 1e300}, "bits: 1e+300, wanted a width"),
+        ({"quant_method": "gptq", "bits": float("nan")}, "bits: nan, wanted a width"),
+        ({"quant_method": "awq", "q_group_size": -128}, "q_group_size: -128, wanted -1, or a size"),
+        ({"quant_method": "fp8", "weight_block_size": [128, -1]}, "weight_block_size: [128, -1], wanted sizes"),
+        ({"quant_method": "exl3", "tensor_storage": []}, "tensor_storage: a list, wanted an object"),
+        ({"desc_act": "maybe"}, 'desc_act: the text "maybe", wanted true or false or null'),
+    ],
+    ids=str,
+)
+def test_a_quantization_config_is_typed(config: Any, says: str, copy: Path) -> None:
+    """In one place, whatever the format, when the checkpoint is opened."""
+    path = copy / "config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "quantization_config": config}))
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(copy)
+    assert str(error.value).startswith(f"{path}: quantization_config: ".removesuffix(" " if config in (5, []) else ""))
+    assert says in str(error.value)
+
+
+def test_what_tools_write_is_a_quantization_config() -> None:
+    from recompile.checkpoint.quantization_fields import check_quantization_config as check
+
+    honest: list[dict[str, Any]] = [
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}, "ignore": ["re:.*lm_head"]},
+        {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": None, "dynamic": {"-:x": {}}},
+        {"quant_method": "exl2", "version": "0.1", "bits": 4.25, "head_bits": 6, "calibration": {"rows": 100}},
+        {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM", "modules_to_not_convert": None},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"},
+        {"group_size": 64, "bits": 4, "model.layers.0.mlp.gate": {"group_size": 64, "bits": 8}},  # MLX
+    ]
+    for config in honest:
+        assert check(config, "config.json") is config
+    assert check(None, "config.json") == {}
