@@ -276,3 +276,15 @@ def test_every_commands_help_has_an_example() -> None:
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert found.returncode == 0, found.stderr
         assert re.search(rf"^ +{command} [-\w]", found.stdout, re.MULTILINE), f"{command} --help shows no example"
+
+
+def test_what_the_guide_to_the_code_names_is_there() -> None:
+    text = (ROOT / "docs" / "contributing.md").read_text()
+    named = re.findall(r"`((?:recompile|eval|tests)/[\w/.]+)`(?: `(\w+)`)?", text)
+    assert len(named) > 12
+    for path, name in named:
+        assert (ROOT / path).exists(), path
+        if name:
+            assert re.search(rf"^(?:def |class )?{name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{path}: {name}"
+    for target in re.findall(r"\]\((\w[\w-]*\.md)\)", text):
+        assert (ROOT / "docs" / target).exists(), target
