@@ -12,7 +12,7 @@ from eval.diff import DiffOptions, DiffReport, measure_many
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.checkpoint.decoded import base_note
 from recompile.checkpoint.tied_head import find_tied_head
-from recompile.errors import ArgumentError, RecompileError
+from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
 from recompile.io.files import read_text
 from recompile.merge.explain import reached_aside
@@ -119,11 +119,11 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
 def _chat_prompt(tokenizer: Any) -> list[int]:
     """Tokens of the chat template up to where the model answers."""
     if not getattr(tokenizer, "chat_template", None):
-        raise RecompileError("--gen-prompt: the tokenizer has no chat template")
+        raise ArgumentError("{gen_prompt}: the tokenizer has no chat template")
     messages = [{"role": "user", "content": "Say something."}]
     try:
         found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:  # a template's own errors are of any kind
         reason = str(error).strip().split("\n", 1)[0]
-        raise RecompileError(f"--gen-prompt: the chat template fails: {type(error).__name__}: {reason}") from error
+        raise ArgumentError(f"{{gen_prompt}}: the chat template fails: {type(error).__name__}: {reason}") from error
     return [int(token) for token in found]

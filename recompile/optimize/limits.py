@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
-from recompile.errors import BudgetError, RecompileError
+from recompile.errors import ArgumentError, BudgetError, RecompileError
 from recompile.optimize.problem import Group, Problem, Solution, expand_choice
 
 Solver = Callable[[Problem, int], Solution]
@@ -61,9 +61,9 @@ class Row:
 
 def step_rows(problem: Problem, neighbours: Sequence[tuple[int, int]], rung: Mapping[str, int], step: int) -> list[Row]:
     """Rows that keep the options of two groups within `step` rungs of each other. rung: source -> place on the ladder,
-    from 0. Raises RecompileError for a step below 0."""
+    from 0. Raises ArgumentError for a step below 0."""
     if step < 0:
-        raise RecompileError(f"--max-step {step}: wanted 0 or more rungs")
+        raise ArgumentError(f"{{max_step}} {step}: wanted 0 or more rungs")
     rows = []
     for one, other in neighbours:
         for low, high in ((one, other), (other, one)):

@@ -119,7 +119,7 @@ def test_a_chat_template_gives_what_it_gave(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for m in messages %}w1 w2 w5{% endfor %}")
     assert with_tokenizer(folder, _chat_prompt) == [3, 4, 7]
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no user') }}")
-    with pytest.raises(RecompileError, match="--gen-prompt: the chat template fails: TemplateError: no user"):
+    with pytest.raises(RecompileError, match="gen_prompt: the chat template fails: TemplateError: no user"):
         with_tokenizer(folder, _chat_prompt)
 
 
