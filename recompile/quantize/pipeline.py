@@ -35,7 +35,7 @@ from recompile.checkpoint.checkpoint import (
     read_tensor,
 )
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
-from recompile.checkpoint.decoded import as_dense
+from recompile.checkpoint.decoded import NOWHERE, as_dense
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
@@ -683,7 +683,7 @@ class _Build:
         role = role or self.roles[module.name]
         carried = role.part in ("tower", "unused") or (role.part == "mtp" and self.dense.mtp == "keep")  # byte for byte
         for part, info in module.parts.items():
-            value = read_tensor(info)
+            value = self.base.read(info.name) if info.offset == NOWHERE else read_tensor(info)
             if value.is_floating_point() and not carried:
                 wanted = self.encoder.dense_dtype(value.dtype)
                 if scales is not None:

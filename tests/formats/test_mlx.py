@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
+from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.recompile import main as recompile
 from recompile.errors import CheckpointError, FormatError
 from recompile.formats.mlx import dequantize, unpack_codes
@@ -255,6 +256,16 @@ def test_model_diff_and_check(tmp_path: Path) -> None:
     said = run(recompile, "--check", path)
     assert "no inconsistency found" in said
     assert "is stored as mlx, which vllm does not load" in " ".join(said.split())
+
+
+def test_it_is_a_base_for_variants_with_its_embedding_decoded(tmp_path: Path) -> None:
+    path = build(tmp_path, MlxScheme(4, 64))
+    run(model_quantize, "-i", path, "-o", tmp_path / "made", "-b", 4, "--no-importance")
+    (made,) = (entry for entry in (tmp_path / "made").iterdir() if entry.is_dir())
+    assert "quantization" not in json.loads((made / "config.json").read_text())
+    name = "model.embed_tokens.weight"
+    wanted = load_file(tmp_path / "dense" / "model.safetensors")[name]
+    assert torch.equal(load_file(made / "model.safetensors")[name], wanted.bfloat16())
 
 
 # ---- merges ----------------------------------------------------------------------------------------------------------
