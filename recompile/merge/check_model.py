@@ -9,6 +9,7 @@ loaders             what each engine would do with it, in a sentence
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def vocabulary_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
         if role not in ("embedding", "head") or module.shape is None or len(module.shape) != 2:
             continue
         rows, padded = module.shape[0], FORMATS[module.format].pads_to is not None
-        if isinstance(wanted, int) and (rows < wanted or (rows > wanted and not padded)):
+        differs = isinstance(wanted, int) and (rows < wanted or (rows > wanted and not padded))
+        if differs and rows != _rows_of_model(checkpoint, role):
             yield Problem(name, f"has {rows} rows, and vocab_size in config.json is {wanted}; loaders refuse it")
         largest = _largest_token(checkpoint) if role == "embedding" else None
         if largest is not None and largest >= rows:
@@ -62,6 +64,19 @@ def vocabulary_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
                 f"has a token {largest}, and {name} has rows 0 to {rows - 1}; it is another model's tokenizer, or the "
                 f"embedding was not made larger when tokens were added",
             )
+
+
+def _rows_of_model(checkpoint: Checkpoint, role: str) -> int | None:
+    """Rows that the model of config.json has: Llama 3.2 Vision embeds 8 tokens beyond vocab_size. None: not known."""
+    from recompile.model.roles import loader_model
+
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    try:
+        model = loader_model(json.dumps(config, sort_keys=True, default=str))
+    except (CheckpointError, UnsupportedError):
+        return None
+    table = model.get_input_embeddings() if role == "embedding" else model.get_output_embeddings()
+    return None if table is None else int(table.weight.shape[0])
 
 
 def _largest_token(checkpoint: Checkpoint) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_quantize
 from recompile.cli import recompile as command
 from recompile.errors import FormatError
+from recompile.merge.check_model import vocabulary_problems
 from recompile.merge.run import run_check
 from tests import tiny
 from tests.commands import refusal, run
@@ -140,3 +142,15 @@ def test_nothing_of_a_module_with_parts_missing_is_written(case: str, tmp_path: 
         _ = open_checkpoint(path).modules
     assert "incomplete" in refusal(command.main, "-i", path, "-o", tmp_path / "out", "--dense")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("model_type", "rows", "told"), [("mllama", 72, 0), ("mllama", 80, 1), ("llama", 72, 1)])
+def test_rows_that_the_model_itself_adds_are_no_error(model_type: str, rows: int, told: int) -> None:
+    """Llama 3.2 Vision has an embedding of vocab_size + 8 rows, and a head of vocab_size."""
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "pad_token_id": None}
+    text = {**size, "num_attention_heads": 4, "num_key_value_heads": 2}
+    nested = {"text_config": {**text, "model_type": "mllama_text_model", "cross_attention_layers": []}}
+    config = {"model_type": model_type, **(nested if model_type == "mllama" else text)}
+    module = SimpleNamespace(shape=(rows, 32), format="dense")
+    checkpoint: Any = SimpleNamespace(config=config, modules={"model.embed_tokens": module}, path=Path("nowhere"))
+    assert len(list(vocabulary_problems(checkpoint))) == told
