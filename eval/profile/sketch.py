@@ -50,7 +50,7 @@ from eval.passes.adjoint import AdjointPass, LayerBackward, LayerForward, PassPl
 from eval.passes.fisher import DRAWS, FisherCotangents
 from eval.profile.exact import ProfileJob
 from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, kind_of, open_journal
-from recompile.errors import JournalError, RecompileError
+from recompile.errors import ArgumentError, JournalError
 from recompile.io.files import write_with
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
@@ -280,9 +280,9 @@ def profile_sketch(
     """
     wanted = sketch_options or SketchOptions()
     if job.options.context != "clean":
-        raise RecompileError(f"--mode {wanted.mode} measures around the reference; use --context clean")
+        raise ArgumentError(f"{{mode}} {wanted.mode} measures around the reference; use {{context}} clean")
     if wanted.samples < 2:
-        raise RecompileError(f"--samples {wanted.samples}: wanted at least 2, or no noise can be told")
+        raise ArgumentError(f"{{samples}} {wanted.samples}: wanted at least 2, or no noise can be told")
     model = job.model()
     header = job.header(model.dtype, method=wanted.mode, settings=sketch_settings(wanted))
     sketch = SketchJob(job, header, wanted)

@@ -24,7 +24,7 @@ from eval.profile.exact import Measured, ProfileJob
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import Measurement, Profile, ProfileGroup, open_journal
-from recompile.errors import RecompileError
+from recompile.errors import ArgumentError
 from recompile.model.stream import LayeredModel, default_dtype
 from recompile.quantize.activation_stats import InputMoments, collect_moments
 
@@ -45,7 +45,7 @@ def profile_weights(job: ProfileJob, *, importance: bool = True) -> Iterator[Mea
     A journal that is there goes on where it was, and serves any number of budgets. Raises as `profile_exact` does.
     """
     if job.options.context != "clean":
-        raise RecompileError("--mode weights compares with the reference's weights; use --context clean")
+        raise ArgumentError("{mode} weights compares with the reference's weights; use {context} clean")
     model = job.model() if importance else None  # without inputs no model is built: any GGUF file will do
     reference, device = job.reference, job.options.device
     dtype = model.dtype if model is not None else job.options.dtype or default_dtype(device)

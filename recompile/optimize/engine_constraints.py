@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
-from recompile.errors import FormatError, RecompileError
+from recompile.errors import ArgumentError, FormatError
 from recompile.formats import FORMATS
 from recompile.merge import engine_rules as engines
 
@@ -26,9 +26,9 @@ _EXPERT = re.compile(r"^(.*\.experts)\.(?:\d+\.)?([^.]+)$")
 
 
 def check_engine(name: str) -> None:
-    """Raises RecompileError for an engine that is not known."""
+    """Raises ArgumentError for an engine that is not known."""
     if name not in ENGINES:
-        raise RecompileError(f'--engine "{name}": wanted one of {", ".join(ENGINES)}')
+        raise ArgumentError(f'{{engine}} "{name}": wanted one of {", ".join(ENGINES)}')
 
 
 def is_routed_expert(module: str) -> bool:

@@ -138,7 +138,7 @@ def test_what_the_engine_refuses_is_not_chosen() -> None:
 
 
 def test_an_engine_that_nobody_knows() -> None:
-    with pytest.raises(RecompileError, match='--engine "tgi": wanted one of vllm'):
+    with pytest.raises(RecompileError, match='engine "tgi": wanted one of vllm'):
         check_engine("tgi")
 
 
