@@ -127,7 +127,7 @@ def test_what_the_command_refuses(files: Mapping[str, Path], tmp_path: Path) -> 
         assert result.output.startswith("Error: ")
         assert message in result.output, result.output
     result = diff(*common)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "--kl-divergence-base FILE" in result.output
     result = diff(*common, "-mb", files["reference"], "-or", "x.yaml")
     assert "not with --engine" in result.output
