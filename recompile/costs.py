@@ -389,6 +389,7 @@ def open_journal(path: Path, header: ProfileHeader) -> Journal:
                 f"{path}: is the journal of another measurement: {'; '.join(changed)}; "
                 f"choose another -o, or remove it to start again"
             )
+        journal.drop_torn()
         return Journal(path, profile, journal)
     except BaseException:
         journal.close()

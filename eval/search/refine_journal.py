@@ -50,6 +50,7 @@ class RefineJournal:
             if not lines or lines[0] != header:
                 journal.begin(header)
                 lines = []
+            journal.drop_torn()
         except BaseException:
             journal.close()
             raise

@@ -77,6 +77,12 @@ class LineJournal:
         with suppress(OSError):  # a file system that cannot
             sync_directory(self.path.parent)
 
+    def drop_torn(self) -> None:
+        """Have what was cut off gone from the file, once its header is known to be the wanted one: also a run with
+        nothing left to add leaves whole lines."""
+        if self.torn_bytes:
+            self.append_lines(())
+
     def append(self, *values: Any) -> None:
         """Add lines; on disk when this returns. Raises `error` where the disk refuses; then no part of them stays."""
         self.append_lines(json.dumps(value).encode() for value in values)

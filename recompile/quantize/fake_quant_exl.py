@@ -93,6 +93,9 @@ class Exl3StandIn:
     kept_bytes: int = 0
     bytes_per_weight: int = 16
 
+    def __post_init__(self) -> None:
+        Exl3Encoder([self.bits])  # raises FormatError for bits that EXL3 does not have
+
     def store(self, base: Checkpoint) -> Stored:
         return _store(base, Exl3Encoder([self.bits]), "exl3", self.bits)
 

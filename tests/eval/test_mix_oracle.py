@@ -135,6 +135,11 @@ def test_curves_are_averages_and_cross_terms_follow_the_choice() -> None:
 
 
 def test_what_is_held_stays_below_the_cap_and_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, tight = oracle("llama"), oracle("llama")  # making their variants reads the base, too
+    assert (made._plan.total > 0, tight._plan.total > 0) == (
+        True,
+        True,
+    )  # and so does planning: the embedding, for its states
     loads: list[tuple[str, str]] = []
     load = Checkpoint.load
 
@@ -143,7 +148,6 @@ def test_what_is_held_stays_below_the_cap_and_is_decoded_once(monkeypatch: pytes
         return load(self, tensor, **kwargs)
 
     monkeypatch.setattr(Checkpoint, "load", counted)
-    made, tight = oracle("llama"), oracle("llama")
     choice = dict.fromkeys((group.name for group in made.header.groups), "2")
     wanted = made.linearise(choice, 0)
     assert len(set(loads)) == len(loads) > 0

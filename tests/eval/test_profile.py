@@ -397,7 +397,11 @@ def test_cut_off_at_any_byte_of_a_line_it_goes_on(finished: Path, tmp_path: Path
     path = tmp_path / "p.jsonl"
     for cut in range(len(before), len(before) + len(lines[line])):
         path.write_bytes(whole[:cut])
-        assert load_profile(path).measurements.keys() <= load_profile(finished).measurements.keys()
+        if path.read_bytes().endswith(b"\n"):
+            assert load_profile(path).measurements.keys() <= load_profile(finished).measurements.keys()
+        else:
+            with pytest.raises(JournalError, match="the last line was cut off"):
+                load_profile(path)
         if (cut - len(before)) % 29 and cut + 2 < len(before) + len(lines[line]):
             continue  # reading it above costs nothing; measuring again is tried at some of the places
         assert resume(path).is_complete
@@ -442,7 +446,7 @@ def test_other_rows_and_other_builds_are_refused(finished: Path, tmp_path: Path)
     with pytest.raises(JournalError, match="rows was 3, is 2"):
         measure(path, "llama-2", tiny.rows(2, 8), ProfileOptions(level="block"))
     rebuilt = tiny.variants("llama-2", BITS, method="mse")
-    with pytest.raises(JournalError, match="candidates was"):
+    with pytest.raises(JournalError, match="other models, or their config"):
         measure(path, "llama-2", tiny.rows(3, 8), ProfileOptions(level="block"), rebuilt)
 
 
@@ -461,11 +465,11 @@ def test_a_directory_spelled_another_way_is_the_same(
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda line: line[:-3] + b"\n", ":3: not a measurement"),
-        (lambda line: b"\n", ":3: not a measurement"),
+        (lambda line: line[:-3] + b"\n", r":3:\d+: not JSON"),
+        (lambda line: b"\n", ":3:1: not JSON"),
         (lambda line: line.replace(b'"2"', b'"9"').replace(b'"3"', b'"9"'), ":3: measures .* does not know"),
         (lambda line: json.dumps({**json.loads(line), "kl_rows": [1.0]}).encode() + b"\n", ":3: has 1 rows"),
-        (lambda line: b"\xff" + line, ":3: not a measurement"),
+        (lambda line: b"\xff" + line, ":3: not UTF-8 text"),
     ],
 )
 def test_a_damaged_line_in_the_middle_is_refused(finished: Path, tmp_path: Path, damage: Any, says: str) -> None:

@@ -329,10 +329,17 @@ def test_padded_shapes_are_the_same_and_others_are_not(tmp_path: Path) -> None:
     def stored(fmt: str, *shape: int) -> Any:
         parts = {
             "dense": {"weight": torch.zeros(shape)},
-            "exl3": {"trellis": torch.zeros(shape[1] // 16, shape[0] // 16, 48, dtype=torch.int16)},
+            "exl3": {
+                "trellis": torch.zeros(shape[1] // 16, shape[0] // 16, 48, dtype=torch.int16),
+                "suh": torch.zeros(shape[1], dtype=torch.float16),
+                "svh": torch.zeros(shape[0], dtype=torch.float16),
+            },
             "exl2": {
                 "q_weight": torch.zeros(2, shape[0], dtype=torch.int32),
                 "q_invperm": torch.zeros(shape[1], dtype=torch.int16),
+                "q_scale": torch.zeros(1, shape[0] // 8, dtype=torch.int32),
+                "q_scale_max": torch.zeros(1, dtype=torch.float16),
+                "q_groups": torch.zeros(2, dtype=torch.int16),
             },
         }[fmt]
         folder = tmp_path / f"{fmt}{shape}"
