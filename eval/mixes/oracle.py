@@ -79,12 +79,17 @@ class Goal:
         expected = torch.linalg.vecdot(self.mean[chunk].float(), output.states.float())
         return (self.negative_entropy[chunk] - expected + output.log_total).clamp(min=0)
 
-    def gradient(self, chunk: slice, output: HeadOutput, reference: LayeredModel) -> Tensor:
-        """The gradient q - p of that KL with respect to the other model's states, [tokens, hidden]."""
-        if self.mean is None or output.mean is None:
-            goal = reference.logits(self.normed[None, chunk])[0]
-            return output.pull_back(output.p - goal.float().softmax(-1))
-        return output.mean - self.mean[chunk]
+    def gradient(self, chunk: slice, output: HeadOutput, reference: LayeredModel, model: LayeredModel) -> Tensor:
+        """The gradient q - p of that KL with respect to the states of the other `model`, [tokens, hidden]; both heads
+        are loaded."""
+        if self.mean is not None and output.mean is not None:
+            return output.mean - self.mean[chunk]
+        goal = reference.logits(self.normed[None, chunk])[0]
+        change = output.p - goal.float().softmax(-1)
+        if output.mean is None:
+            return output.pull_back(change)
+        weight = model.head.get_parameter("weight")  # a linear head that is not the reference's
+        return change.to(weight.dtype) @ weight
 
 
 def same_head(reference: LayeredModel, model: LayeredModel) -> bool:
@@ -114,7 +119,7 @@ class KlCotangents(FisherCotangents):
         goal = self.goals[row].under_head(self._same)
         share = float(goal.kl(chunk, found, self.reference).double().sum()) / len(goal.normed)
         self.kl_rows[row] = self.kl_rows.get(row, 0.0) + share
-        self._gradients.setdefault(row, []).append(goal.gradient(chunk, found, self.reference))
+        self._gradients.setdefault(row, []).append(goal.gradient(chunk, found, self.reference, self.model))
         return found
 
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
