@@ -1,0 +1,227 @@
+"""A tiny model of any type that transformers lists, made from its default configuration by shrinking every size.
+
+    python scripts/tiny_configs.py MODEL_TYPE DIR        writes DIR with random weights, every stored tensor random
+
+Sizes are recognised by the words of a field's name (hidden, layers, heads, experts ...), not by model type, so that a
+type that transformers lists tomorrow is made as well. Where a default configuration cannot be shrunk so, the message of
+transformers says why and the type counts as not made.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+VOCAB = 384
+HIDDEN = 64
+LAYERS = 2
+
+# The first pattern that a field's name matches in full gives its size.
+SIZES: tuple[tuple[str, int], ...] = (
+    (r".*vocab_size.*", VOCAB),
+    (
+        r"(text_|encoder_|decoder_)?(max_position_embeddings|n_positions|max_target_positions|max_source_positions|n_ctx"
+        r"|max_seq_len|max_sequence_length|seq_length|context_length|original_max_position_embeddings)",
+        256,
+    ),
+    (r"num_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num|num_query_groups|swa_num_key_value_heads", 2),
+    (
+        r".*(num|n)_group|n_groups|topk_group|mamba_n_groups|num_nextn_predict_layers|num_mtp_layers|n_shared_experts"
+        r"|num_shared_experts|.*num_shared_expert.*|expert_group_size",
+        1,
+    ),
+    (
+        r"(num_experts_per_tok(en)?|moe_top_?k|top_k_experts|.*experts_per_tok.*|num_selected_experts|top_k|moe_k"
+        r"|num_activated_experts|router_top_k)",
+        2,
+    ),
+    (r".*(num|n)_(local_|routed_)?experts|moe_num_experts|.*num_experts|zero_expert_num", 4),
+    (r".*(num|n)_(.*_)?heads|n_head|.*attention_heads|num_v_heads|num_head|heads", 4),
+    (r".*(num|n)_(.*_)?layers?|n_layer|depth|.*_layers_num|num_blocks|num_layers", LAYERS),
+    (
+        r"(.*_)?head_dim.*|.*_head_size|v_head_dim|qk_nope_head_dim|attention_key_size|d_kv|head_size|.*key_head_dim"
+        r"|.*value_head_dim|mamba_d_head|mamba_headdim|kv_channels",
+        16,
+    ),
+    (r"qk_rope_head_dim|rotary_dim|rope_dim", 8),
+    (r".*lora_rank|.*_rank", 32),
+    (r".*(state_size|d_state)|ssm_state_size|n_state", 16),
+    (r".*(conv_kernel|d_conv|conv_kernel_size|conv_l_cache|conv_kernel_dim).*", 4),
+    (r".*chunk_size", 16),
+    (r".*(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|inner_dim|n_inner|dim_ff|expert_dim|mlp_hidden).*", 128),
+    (
+        r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|encoder_hidden_size"
+        r"|projection_dim|projector_.*dim|out_hidden_size|vision_output_dim|output_dim|lru_width|proj_dim|mm_hidden_size"
+        r"|attention_hidden_size|residual_dim|model_dim|text_hidden_size|vision_hidden_size|output_proj_dims)",
+        HIDDEN,
+    ),
+    (r"hidden_size_per_layer_input", 16),
+    (r"(.*sliding_window.*|attention_window|.*window_size|attention_chunk_size|index_topk)", 8),
+    (r"image_size|input_size|force_image_size", 32),
+    (r".*patch_size", 8),
+)
+WHOLE = re.compile("|".join(f"(?:{pattern})" for pattern, _ in SIZES))
+# What the words of a name cannot say: sizes that have to fit each other.
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_state": 16}
+FACTS: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+}
+TOKEN_ID = re.compile(r".*(token_id|token_index|_token|_ids?|_id_.*)$")
+
+
+def _size(name: str, value: int) -> int:
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, name):
+            return min(size, value) if value > 0 else value
+    return value
+
+
+def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, every size small; lists a layer cut to as many layers, each kind kept."""
+    made: dict[str, Any] = {}
+    depth = next(
+        (value for name, value in fields.items() if name in ("num_hidden_layers", "n_layer", "num_layers")), None
+    )
+    ids = iter(range(VOCAB - 60, VOCAB))
+    for name, value in fields.items():
+        if name == "per_layer_config" and isinstance(value, dict):  # of layers that are not there any more
+            made[name] = {}
+        elif isinstance(value, dict):
+            made[name] = shrink(value)
+        elif name == "head_dim" and value is None:
+            made[name] = 16
+        elif isinstance(value, bool) or name in ("transformers_version", "model_type", "architectures"):
+            made[name] = value
+        elif isinstance(value, int) and TOKEN_ID.fullmatch(name):
+            made[name] = value if 0 <= value < VOCAB - 60 else next(ids, VOCAB - 1)
+        elif isinstance(value, int):
+            made[name] = _size(name, value)
+        elif isinstance(value, list) and depth is not None and len(value) == depth and depth > LAYERS:
+            made[name] = _each_kind(value)
+        elif (
+            isinstance(value, (list, tuple))
+            and value
+            and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        ):
+            made[name] = (
+                value if max(value) < LAYERS or not WHOLE.fullmatch(name) else [_size(name, v) for v in value][:LAYERS]
+            )
+        else:
+            made[name] = value
+    made.update(copy.deepcopy(dict(FACTS.get(str(fields.get("model_type")), {}))))
+    return made
+
+
+def _each_kind(values: list[Any]) -> list[Any]:
+    """LAYERS entries (more if there are more kinds), the kinds in order of first mention."""
+    kinds = list(dict.fromkeys(map(str, values)))
+    chosen = [next(v for v in values if str(v) == kind) for kind in kinds]
+    while len(chosen) < LAYERS:
+        chosen.append(values[-1])
+    return chosen
+
+
+def tiny_config(model_type: str) -> Any:
+    """The shrunk configuration. Raises what transformers raises where it does not fit together."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    small = shrink(copy.deepcopy(kind().to_dict()))
+    _match_layers(small)
+    for name in ("transformers_version", "torch_dtype", "dtype"):
+        small.pop(name, None)
+    try:
+        return kind.from_dict(copy.deepcopy(small))
+    except Exception as error:  # validators of every type raise classes of their own
+        if "num_key_value_heads" not in str(error):
+            raise
+        return kind.from_dict(_as_many_kv_heads(small))
+
+
+def _as_many_kv_heads(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """For types that refuse grouped queries: as many heads of keys as of queries."""
+    made = {name: _as_many_kv_heads(value) if isinstance(value, dict) else value for name, value in fields.items()}
+    if "num_attention_heads" in made and "num_key_value_heads" in made:
+        made["num_key_value_heads"] = made["num_attention_heads"]
+    return made
+
+
+def _match_layers(fields: dict[str, Any]) -> None:
+    """Where a list a layer needs more layers than LAYERS to keep every kind, there are as many layers."""
+    for value in fields.values():
+        if isinstance(value, dict):
+            _match_layers(value)
+    lists = [
+        v
+        for k, v in fields.items()
+        if isinstance(v, list) and k in ("layer_types", "mlp_layer_types", "layers_block_type")
+    ]
+    if not lists:
+        return
+    longest = max(map(len, lists))
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(fields.get(name), int):
+            fields[name] = longest
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        if isinstance(fields.get(name), list):
+            fields[name] += [fields[name][-1]] * (longest - len(fields[name]))
+
+
+def model_of(config: Any) -> Any:
+    """A model of the class that its checkpoints are loaded with, random weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    multimodal = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return (AutoModelForImageTextToText if multimodal else AutoModelForCausalLM).from_config(config)
+
+
+def randomize(model: Any, seed: int = 0) -> None:
+    """Every stored tensor random: maps by their fan-in, norms around what they were, buffers that are saved as well."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    stored = model.state_dict()
+    with torch.no_grad():
+        for name, value in stored.items():
+            if not value.is_floating_point() or value.numel() == 0:
+                continue
+            noise = torch.randn(value.shape, generator=generator).to(value.dtype)
+            if "A_log" in name or "dt_bias" in name or value.dim() < 2:
+                value.add_(noise * 0.1)
+            else:
+                value.copy_(noise / math.sqrt(max(1, value.shape[-1])))
+
+
+def write(model_type: str, directory: Path) -> str:
+    """Write a tiny model with a tokenizer; the name of its class."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tests import tiny
+
+    torch.manual_seed(0)
+    model = model_of(tiny_config(model_type))
+    randomize(model)
+    directory.mkdir(parents=True)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tiny.write_tokenizer(directory)
+    return type(model).__name__
+
+
+if __name__ == "__main__":
+    print(write(sys.argv[1], Path(sys.argv[2])))
