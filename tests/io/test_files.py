@@ -183,7 +183,7 @@ def test_only_regular_files_of_a_sane_size_are_read(tmp_path: Path, what: str, m
     with pytest.raises(JournalError) as refused:
         open_regular(path, kind="json", error=JournalError)
     assert str(path) in str(refused.value)
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 20  # it does not wait for a writer
 
 
 @pytest.mark.parametrize(

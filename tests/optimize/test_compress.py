@@ -146,7 +146,7 @@ def test_thousands_of_experts_take_seconds() -> None:
     rng = random.Random(5)
     modules = [f"model.layers.{n}.mlp.experts.{e}.{p}" for n in range(20) for e in range(64) for p in ("u", "g", "d")]
     assignment: dict[str, str | None] = {module: rng.choice(("./2bpw", "./3bpw", "./3bpw", None)) for module in modules}
-    began = time.perf_counter()
+    began = time.process_time()
     lines = compress(assignment, [])
-    assert time.perf_counter() - began < 30  # about 1 s on one core
+    assert time.process_time() - began < 30  # about 1 s on one core
     assert sum(len(line.modules) for line in lines) == sum(place is not None for place in assignment.values())

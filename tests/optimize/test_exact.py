@@ -137,9 +137,9 @@ def test_fifty_thousand_groups(ladder_problem):
     problem = ladder_problem(50_000)
     low, high = reachable_range(problem)
     budget = low + (high - low) * 3 // 10
-    began = time.perf_counter()
+    began = time.process_time()
     solution = solve_exact(problem, budget)
-    assert time.perf_counter() - began < 60  # 1.5 s on a free core
+    assert time.process_time() - began < 60  # 1.5 s on a free core
     assert solution.gap == 0.0
     assert solution.bits <= budget
     assert solution.cost <= solve_greedy(problem, budget).cost

@@ -123,9 +123,9 @@ def test_twenty_thousand_groups_in_seconds(ladder_problem):
     problem = ladder_problem(20_000)
     low, high = reachable_range(problem)
     budget = low + (high - low) * 3 // 10
-    began = time.perf_counter()
+    began = time.process_time()
     solution = solve_greedy(problem, budget)
-    assert time.perf_counter() - began < 15  # 0.5 s on a free core
+    assert time.process_time() - began < 15  # 0.5 s on a free core
     assert solution.bits <= budget
     assert solution.gap <= 1e-4 * solution.cost
     assert budget - solution.bits < 576 * 192  # one bit more for the smallest group

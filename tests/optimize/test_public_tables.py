@@ -126,9 +126,9 @@ def test_no_dearer_than_the_published_recipe_at_no_more_bytes(
     assert len(problem.groups) == 253
     published_bits, published_cost = evaluate(problem, read_recipe(QWEN3_4B / "published_3.6081bpw.recipe", problem))
     assert published_bits / 8 / 2**30 == pytest.approx(1.69, abs=0.005)  # GiB, as the recipe's own footer says
-    began = time.perf_counter()
+    began = time.process_time()
     exact, greedy = solve_exact(problem, published_bits), solve_greedy(problem, published_bits)
-    assert time.perf_counter() - began < 10  # 0.05 s on one core
+    assert time.process_time() - began < 10  # 0.05 s on one core
     assert exact.gap == 0.0
     assert exact.cost <= greedy.cost <= margin * published_cost
     assert max(exact.bits, greedy.bits) <= published_bits
@@ -150,9 +150,9 @@ def test_exact_beats_uniform_types_hits_its_budget_and_bounds_greedy(name: str) 
     for kind in LADDER[1:-1]:
         uniform_bits, uniform_cost = evaluate(problem, {group.name: kind for group in problem.groups})
         assert low < uniform_bits < high
-        began = time.perf_counter()
+        began = time.process_time()
         exact = solve_exact(problem, uniform_bits)
-        assert time.perf_counter() - began < 10
+        assert time.process_time() - began < 10
         greedy = solve_greedy(problem, uniform_bits)
         assert exact.gap == 0.0
         assert path.bound_at(uniform_bits) <= exact.cost * (1 + 1e-9)
