@@ -1,9 +1,8 @@
-"""The fields of config.json that size a model, checked before anything is built from them; no key that fetches code."""
+"""The fields of config.json that size a model, checked before anything is built from them."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,10 +33,6 @@ NUMBERS = {
     "norm_eps": (0.0, 1.0),
     "rope_theta": (1e-3, 1e30),
 }
-# Keys that make a library fetch or run code, or choose an implementation; the weights do not depend on them.
-_NOT_TAKEN = re.compile(
-    r"^_(?!name_or_path$)|implementation|kernel_config|use_kernels|auto_map|trust_remote|custom_code"
-)
 
 
 def config_place(label: str) -> str:
@@ -83,12 +78,3 @@ def _each(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def taken(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what a library would fetch code by, or choose an implementation by, at any depth."""
-    return {
-        key: taken(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if _NOT_TAKEN.search(str(key)) is None or key == "__float__"
-    }

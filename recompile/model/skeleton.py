@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from recompile.checkpoint.checkpoint import WeightSource, join_parts, no_table_of_names, split_name
-from recompile.checkpoint.config_fields import check_config, taken
+from recompile.checkpoint.config_fields import check_config
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.gguf.names import Joined
 from recompile.model.fused_experts import ExpertStacks
 from recompile.model.joined import JoinConverter, patterned
+from recompile.model.known_fields import taken
 from recompile.model.own_forward import name_of
 
 # Last parts of tensors that say how something is quantized, not what a weight is.
@@ -133,9 +134,10 @@ def transformers_config(config: Mapping[str, Any], place: str = "config.json") -
         raise UnsupportedError(f"{place}: {no_table_of_names(config['gguf_architecture'])}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"{place}: model_type {model_type!r} is not one that this transformers knows")
+    config_class = CONFIG_MAPPING[model_type]
+    kept = {key: _plain_floats(value) for key, value in taken(config, config_class, place).items()}
     try:
-        kept = {key: _plain_floats(value) for key, value in taken(config).items() if key != "quantization_config"}
-        return CONFIG_MAPPING[model_type].from_dict(kept)
+        return config_class.from_dict(kept)
     except Exception as error:  # its validators raise classes of their own, which derive from nothing narrower
         raise CheckpointError(f"{place}: not a valid {model_type} config: {one_line(error)}") from error
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from recompile.checkpoint.checkpoint import open_checkpoint, read_safetensors_header
-from recompile.checkpoint.config_fields import check_config, taken
+from recompile.checkpoint.config_fields import check_config
 from recompile.cli.recompile import main as recompile
 from recompile.errors import CheckpointError
+from recompile.model.known_fields import NEVER, taken
 from tests import tiny
 from tests.hostile.refusals import refuses, run_on
 
@@ -190,24 +191,108 @@ def test_a_config_is_checked_before_a_model_is_built(field: str, value: Any) -> 
     return None
 
 
-def test_a_config_names_no_code() -> None:
-    config = {
-        "model_type": "llama",
-        "auto_map": {"AutoModel": "org/repo--x.Y"},
-        "_attn_implementation": "org/kernel",
-        "attn_implementation": "org/kernel",
-        "_experts_implementation": "org/kernel",
-        "trust_remote_code": True,
-        "text_config": {"_attn_implementation_internal": "org/kernel", "hidden_size": 64},
-        "_name_or_path": "x",
-        "rope_scaling": {"factor": {"__float__": "Infinity"}},
-    }
-    assert taken(config) == {
-        "model_type": "llama",
-        "text_config": {"hidden_size": 64},
-        "_name_or_path": "x",
-        "rope_scaling": {"factor": {"__float__": "Infinity"}},
-    }
+CODE = {
+    "auto_map": {"AutoModel": "org/repo--x.Y"},
+    "_attn_implementation": "org/kernel",
+    "attn_implementation": "org/kernel",
+    "_experts_implementation": "org/kernel",
+    "attn_implementation_internal": "org/kernel",
+    "kernel_config": {"RMSNorm": "org/kernel:RMSNorm"},
+    "use_kernels": True,
+    "use_mamba_kernels": True,
+    "trust_remote_code": True,
+    "custom_pipelines": {"x": {"impl": "run.py"}},
+    "name_or_path": "org/repo",
+    "_name_or_path": "org/repo",
+    "use_pretrained_backbone": True,
+    "a_field_of_next_year": "org/repo",
+    "dtype": "hub",
+    "id2label": {"0": "n/a"},
+    "quantization_config": {"quant_method": "x"},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "wanted"),
+    [
+        ("llama", {"model_type": "llama", "rope_scaling": {"factor": {"__float__": "Infinity"}}}, None),
+        ("llama", {"hidden_size": 64, "torch_dtype": "bfloat16", "pretraining_tp": 1, "head_dim": 16}, None),
+        ("jamba", CODE, {}),
+        ("llama", CODE, {}),
+        (
+            "llama",
+            {"rope_scaling": {"auto_map": {"x": "o/r"}, "_attn_implementation": "o/r", "factor": 2}},
+            {"rope_scaling": {"factor": 2}},
+        ),
+        ("deepseek_v3", {"num_nextn_predict_layers": 1, "num_local_experts": 4, "topk_method": "x"}, 2),
+        (
+            "qwen3_5",
+            {"text_config": {**CODE, "hidden_size": 8}, "image_token_id": 3},
+            {"text_config": {"hidden_size": 8}, "image_token_id": 3},
+        ),
+        (
+            "llava",
+            {"vision_config": {**CODE, "model_type": "siglip_vision_model", "patch_size": 2}},
+            {"vision_config": {"model_type": "siglip_vision_model", "patch_size": 2}},
+        ),
+        (
+            "llava",
+            {"vision_config": {**CODE, "model_type": "no-such", "patch_size": 2}},
+            {"vision_config": {"model_type": "no-such"}},
+        ),
+        ("qwen2_vl", {"max_window_layers": 2}, None),  # of its text model, which older files do not set apart
+        (
+            "kimi_linear",
+            {"linear_attn_config": {"head_dim": 16, "auto_map": {}}},
+            {"linear_attn_config": {"head_dim": 16}},
+        ),
+    ],
+)
+def test_transformers_gets_known_fields_alone(model_type: str, config: dict[str, Any], wanted: Any) -> None:
+    from transformers import CONFIG_MAPPING
+
+    kept = taken(config, CONFIG_MAPPING[model_type], "m/config.json")
+    if isinstance(wanted, int):
+        assert len(kept) == wanted
+    else:
+        assert kept == (config if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("value", ["org/act", "./act", "..\\act", "/tmp/act"])
+@pytest.mark.parametrize("place", ["hidden_act", "text_config"])
+def test_a_known_field_is_no_path(value: str, place: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    config = {"hidden_act": value} if place == "hidden_act" else {"text_config": {"hidden_act": value}}
+    with pytest.raises(CheckpointError, match=r"^m/config\.json: .*hidden_act is the text .*, wanted no path"):
+        taken(config, CONFIG_MAPPING["qwen3_5"], "m/config.json")
+
+
+NO_MATTER = {"use_mamba_kernels", "dtype", "output_attentions"}  # choices of a run, not of a model
+
+
+def test_known_fields_lose_nothing_of_any_type() -> None:
+    """A config with all defaults of its model type is the same from its known fields alone, for all that make text."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    seen = 0
+    for model_type in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING)):
+        config_class = CONFIG_MAPPING[model_type]
+        try:
+            text = json.dumps(config_class().to_dict(), default=str)
+            whole = config_class.from_dict(json.loads(text)).to_dict()
+        except Exception:  # a library that is not installed; a type without defaults that hold together
+            continue
+        again = config_class.from_dict(taken(json.loads(text), config_class, model_type))
+        names = {name for name in whole if NEVER.search(name) is None} - NO_MATTER
+        assert _plain(again.to_dict(), names) == _plain(whole, names), model_type
+        seen += 1
+    assert seen > 100
+
+
+def _plain(config: dict[str, Any], names: set[str]) -> Any:
+    return json.loads(json.dumps({name: config.get(name) for name in names}, default=str, sort_keys=True))
 
 
 def test_a_kernel_of_the_hub_is_never_asked_for(copy: Path) -> None:
