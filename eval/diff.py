@@ -21,11 +21,15 @@ from torch import Tensor
 from eval.metrics import (
     METRICS_VERSION,
     ConfidenceBin,
+    DeltaP,
     Drift,
     Histogram,
     Mean,
     Quantiles,
+    Slice,
+    SureFlips,
     TokenMetrics,
+    delta_p,
     drift,
     kl_by_confidence,
     kl_divergence,
@@ -33,6 +37,9 @@ from eval.metrics import (
     mean_drift,
     mean_over_rows,
     quantiles,
+    slices_by_origin,
+    slices_by_position,
+    sure_flips,
     token_metrics,
 )
 from eval.routing import ExpertChoices, LayerRouting, compare_choices
@@ -112,6 +119,10 @@ class DiffReport:
     metrics_version: int = METRICS_VERSION
     kl_histogram: Histogram | None = None  # tokens by KL(reference || candidate)
     routing: tuple[LayerRouting, ...] = ()  # of the layers with experts, in order
+    delta_p: DeltaP | None = None  # change of the probability of the text's next token
+    sure_flips: SureFlips | None = None  # other top tokens where the reference was sure
+    by_origin: tuple[Slice, ...] = ()  # by kind of row, where there are several
+    by_position: tuple[Slice, ...] = ()  # by length of context, where rows are long
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,6 +139,7 @@ class DiffOptions:
     device: str = "cpu"
     vocab: int | None = None  # true vocabulary where the model pads it
     quantized_inputs: frozenset[int] = frozenset()  # candidates (Overlays) run with their inputs quantized as they say
+    origins: tuple[str, ...] = ()  # per row, what kind of text it is from; empty where that is not known
     save_candidate_logits: Path | None = None
     save_reference_logits: Path | None = None
 
@@ -358,6 +370,10 @@ class _Comparison:
             versions=versions(),
             kl_histogram=kl_histogram(found.kl),
             routing=tuple(self.routing[number]),
+            delta_p=delta_p(found.reference_nll, found.candidate_nll, found.labelled),
+            sure_flips=sure_flips(found.confidence, found.agree[..., 0]),
+            by_origin=slices_by_origin(found.kl, found.agree[..., 0], self.options.origins),
+            by_position=slices_by_position(found.kl, found.agree[..., 0]),
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from recompile.errors import NotFiniteError
 from recompile.model.finite import check_finite, is_finite
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2  # 2: the 99.9 % quantile, delta p, sure flips, slices
 CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 CPU_BLOCK_BYTES = 1 << 22  # of one model's logits: large enough for two threads, small enough for the caches
 DEVICE_BLOCK_BYTES = 1 << 28
@@ -205,11 +205,12 @@ class Quantiles:
     median: float
     p90: float
     p99: float
+    p999: float
     max: float
 
 
 def quantiles(values: Tensor) -> Quantiles:
-    """Median, 90 %, 99 % and largest value (linear interpolation between neighbours). Raises NotFiniteError."""
+    """Median, 90 %, 99 %, 99.9 % and largest value (linear interpolation between neighbours). Raises NotFiniteError."""
     check_finite(values, "quantiles of tokens")
     ordered = values.double().flatten().sort().values
 
@@ -219,7 +220,84 @@ def quantiles(values: Tensor) -> Quantiles:
         high = min(low + 1, len(ordered) - 1)
         return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
 
-    return Quantiles(at(0.5), at(0.9), at(0.99), float(ordered[-1]))
+    return Quantiles(at(0.5), at(0.9), at(0.99), at(0.999), float(ordered[-1]))
+
+
+@dataclass(frozen=True)
+class DeltaP:
+    """Change of the probability of the text's own next token, candidate minus reference, as shares of 1: the "delta p"
+    of llama-perplexity, with rows as the unit of its doubt."""
+
+    mean: Mean  # negative: the candidate finds the text less probable
+    rms: Mean  # root of the mean square; its standard error by the delta method
+
+
+def delta_p(reference_nll: Tensor, candidate_nll: Tensor, labelled: Tensor) -> DeltaP:
+    """Of the tokens that have a label. All [rows, tokens]; nll in nats. Raises NotFiniteError."""
+    change = torch.exp(-candidate_nll.double()) - torch.exp(-reference_nll.double())
+    mean, square = mean_over_rows(change, labelled), mean_over_rows(change**2, labelled)
+    rms = math.sqrt(square.mean)
+    if square.std_error is None:
+        return DeltaP(mean, Mean(rms, None))
+    return DeltaP(mean, Mean(rms, 0.5 * square.std_error / rms if rms else 0.0))
+
+
+SURE = 0.9  # the reference's top probability above which another top token is a change that users see
+
+
+@dataclass(frozen=True)
+class SureFlips:
+    """Tokens whose most probable token changes although the reference was sure of it."""
+
+    above: float  # the reference's top probability
+    tokens: int  # of which it was that sure
+    share: Mean | None  # of these whose top token changes; None where there is none
+
+
+def sure_flips(confidence: Tensor, same_top: Tensor, above: float = SURE) -> SureFlips:
+    """confidence: [rows, tokens], the reference's top probability; same_top: bool [rows, tokens], both models put the
+    same token first. Raises NotFiniteError."""
+    sure = confidence > above
+    tokens = int(sure.sum())
+    return SureFlips(above, tokens, mean_over_rows((~same_top).float(), sure) if tokens else None)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """KL and top-token agreement of part of the tokens, with the doubt of that part."""
+
+    name: str  # what the rows come from, or a range of positions
+    rows: int
+    tokens: int
+    kl: Mean  # nats per token
+    same_top: Mean  # share of tokens
+
+
+def _slice(name: str, kl: Tensor, same_top: Tensor) -> Slice:
+    return Slice(name, len(kl), kl.numel(), mean_over_rows(kl), mean_over_rows(same_top.float()))
+
+
+def slices_by_origin(kl: Tensor, same_top: Tensor, origins: Sequence[str]) -> tuple[Slice, ...]:
+    """One slice a kind of row, in the order in which kinds appear; none where all rows are of one kind.
+
+    kl, same_top: [rows, tokens]; origins: per row, or empty where it is not known. Raises NotFiniteError.
+    """
+    if len(set(origins)) < 2:
+        return ()
+    of = {name: [row for row, origin in enumerate(origins) if origin == name] for name in dict.fromkeys(origins)}
+    return tuple(_slice(name, kl[rows], same_top[rows]) for name, rows in of.items())
+
+
+POSITION_EDGES = (0, 512, 2048, 8192, 32768)  # tokens before the one that is predicted from
+
+
+def slices_by_position(kl: Tensor, same_top: Tensor) -> tuple[Slice, ...]:
+    """Tokens by how much context they see; none where every row ends before the second edge. [rows, tokens] both."""
+    tokens = kl.shape[1]
+    if tokens <= POSITION_EDGES[1]:
+        return ()
+    edges = [*(edge for edge in POSITION_EDGES if edge < tokens), tokens]
+    return tuple(_slice(f"{low} - {high}", kl[:, low:high], same_top[:, low:high]) for low, high in pairwise(edges))
 
 
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_PER_DECADE = -8, 2, 5  # powers of ten of nats; five bins a decade

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eval.diff import DiffOptions, DiffReport, measure_many
-from recompile.checkpoint.checkpoint import open_checkpoint
+from eval.divergence import Divergence, divergence, greedy_runs, parse_divergence
+from eval.metrics import Mean, paired_difference
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.decoded import base_note
 from recompile.checkpoint.tied_head import find_tied_head
 from recompile.errors import ArgumentError
@@ -41,6 +45,7 @@ class DiffRequest:
     where: RowOptions
     device: str
     dtype: str | None
+    divergence: str | None = None  # PROMPTSxTOKENS of greedy runs
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,14 @@ class ModelDiff:
     recipe_name: str | None
     recipe: str | None  # its text, so that a report can be set beside the profile that predicted it
     with_activations: DiffReport | None  # the same with inputs quantized as the candidate's schemes say
+    divergence: Divergence | None = None  # of greedy runs, where asked for
 
     def as_dict(self) -> dict[str, Any]:
-        more = {"with_activations": self.with_activations.as_dict()} if self.with_activations is not None else {}
+        more: dict[str, Any] = {}
+        if self.with_activations is not None:
+            more["with_activations"] = self.with_activations.as_dict()
+        if self.divergence is not None:
+            more["divergence"] = asdict(self.divergence)
         return {
             **self.report.as_dict(),
             "size": {**self.overlay.accounting.as_dict(), "left_dense": left_dense(self.overlay).as_dict()},
@@ -65,35 +75,143 @@ class ModelDiff:
         }
 
 
+@dataclass(frozen=True)
+class PairedKl:
+    """KL of one candidate less that of another, over the same rows."""
+
+    left: int  # places of the two among the candidates
+    right: int
+    difference: Mean  # nats per token; negative: `left` is nearer to the reference
+    interval: tuple[float, float] | None  # 95 %, Student's t over rows; None for fewer than two rows
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+
+@dataclass(frozen=True)
+class ManyDiffs:
+    """Several candidates against one reference, on the same rows: each, and every two of them paired over rows."""
+
+    names: tuple[str, ...]  # short, and no two alike
+    diffs: tuple[ModelDiff, ...]
+    pairs: tuple[PairedKl, ...]
+
+    @property
+    def best(self) -> int:
+        """The place of the candidate of the smallest mean KL; the first of equal ones."""
+        return min(range(len(self.diffs)), key=lambda n: self.diffs[n].report.kl.mean)
+
+    def pair(self, left: int, right: int) -> PairedKl:
+        """left's KL less right's."""
+        for found in self.pairs:
+            if (found.left, found.right) == (left, right):
+                return found
+            if (found.left, found.right) == (right, left):
+                low, high = found.interval or (0.0, 0.0)
+                turned = (-high, -low) if found.interval else None
+                return PairedKl(left, right, Mean(-found.difference.mean, found.difference.std_error), turned)
+        raise KeyError((left, right))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "best": self.best,
+            "candidates": [found.as_dict() for found in self.diffs],
+            "pairs": [asdict(pair) for pair in self.pairs],
+        }
+
+
 def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnEvent = ignore) -> ModelDiff:
     """Compare; writes nothing but what `save_...` names. on_event: gets LayerDrift and RowsCompared, too.
 
     Raises MismatchError for builds of different models, RecipeError, ArgumentError.
     """
-    checkpoint_a, checkpoint_b = open_checkpoint(candidate), open_checkpoint(reference)
-    if checkpoint_b.is_quantized:
-        on_event(Note(base_note(checkpoint_b), "Warning"))
-    path = request.recipe
-    overlay = build_overlay(checkpoint_a, path, allow_unmatched=request.allow_unmatched)
+    base, mix = open_checkpoint(reference), open_checkpoint(candidate)
+    overlay = _overlay_of(mix, request.recipe, base, request, on_event)
+    _check_divergence(request)
+    report, *others = _measure([overlay], base, request, on_event)
+    (parted,) = _divergences([overlay], base, request, on_event)
+    return _model_diff(report, overlay, request.recipe, others[0] if others else None, parted)
+
+
+def run_diffs(
+    candidates: Sequence[tuple[str, Path | None]], reference: str, request: DiffRequest, on_event: OnEvent = ignore
+) -> ManyDiffs:
+    """As `run_diff`, of several candidates (model, recipe or None) with one pass over the reference.
+
+    Holds the hidden states of all candidates. Raises ArgumentError for what one candidate alone can have.
+    """
+    for given, name in ((request.save_logits_a is not None, "save_logits_a"), (request.activations, "activations")):
+        if given:
+            raise ArgumentError(f"{{{name}}}: goes with one candidate; {len(candidates)} are given")
+    _check_divergence(request)
+    base = open_checkpoint(reference)
+    overlays = [_overlay_of(open_checkpoint(model), recipe, base, request, on_event) for model, recipe in candidates]
+    reports = _measure(overlays, base, request, on_event)
+    parted = _divergences(overlays, base, request, on_event)
+    found = [
+        _model_diff(report, overlay, recipe, None, one)
+        for report, overlay, (_, recipe), one in zip(reports, overlays, candidates, parted, strict=True)
+    ]
+    pairs = []
+    for left, right in combinations(range(len(reports)), 2):
+        rows = [torch.tensor(reports[n].kl_rows) for n in (left, right)]
+        difference, interval = paired_difference(*rows)
+        pairs.append(PairedKl(left, right, difference, interval if difference.std_error is not None else None))
+    return ManyDiffs(_short_names(candidates), tuple(found), tuple(pairs))
+
+
+def _short_names(candidates: Sequence[tuple[str, Path | None]]) -> tuple[str, ...]:
+    """The last parts of paths, as many as tell the candidates apart; numbered where nothing does."""
+    whole = [
+        f"{str(model).rstrip('/')} + {recipe}" if recipe is not None else str(model).rstrip("/")
+        for model, recipe in candidates
+    ]
+    short = [
+        " + ".join(Path(part).name or part for part in (str(model).rstrip("/"), str(recipe or "")) if part)
+        for model, recipe in candidates
+    ]
+    names = [name if short.count(name) == 1 else long for name, long in zip(short, whole, strict=True)]
+    return tuple(f"{name} ({n + 1})" if names.count(name) > 1 else name for n, name in enumerate(names))
+
+
+def _overlay_of(
+    checkpoint: Checkpoint, recipe: Path | None, base: Checkpoint, request: DiffRequest, on_event: OnEvent
+) -> Overlay:
+    """A candidate with its recipe, checked against the reference; warnings go to on_event."""
+    overlay = build_overlay(checkpoint, recipe, allow_unmatched=request.allow_unmatched)
     for warning in [*overlay.warnings, *reached_aside(overlay)]:
         on_event(Note(warning, "Warning"))
-    for checkpoint in {checkpoint_b.path: checkpoint_b, checkpoint_a.path: checkpoint_a}.values():
-        tied_head = find_tied_head(checkpoint)
-        if tied_head is not None and not tied_head.is_copy:
-            on_event(Note(f"{checkpoint.label}: {tied_head}", "Warning"))
-    check_same_model(checkpoint_b, checkpoint_a)
+    check_same_model(base, checkpoint)
     if request.activations and not quantizes_inputs(overlay):
         raise ArgumentError(
             f"{{activations}}: no module of {overlay.label} says how its inputs are quantized (input_activations in "
             f"config.json); leave it out, or use a variant such as w8a8, fp8-dynamic or nvfp4-a4"
         )
+    return overlay
+
+
+def _measure(
+    overlays: Sequence[Overlay], base: Checkpoint, request: DiffRequest, on_event: OnEvent
+) -> list[DiffReport]:
+    """A report of each; with `activations` one more, of the first with its inputs quantized."""
+    if base.is_quantized:
+        on_event(Note(base_note(base), "Warning"))
+    for checkpoint in {one.path: one for one in (base, *(overlay.base for overlay in overlays))}.values():
+        tied_head = find_tied_head(checkpoint)
+        if tied_head is not None and not tied_head.is_copy:
+            on_event(Note(f"{checkpoint.label}: {tied_head}", "Warning"))
     where = request.where
     given = (where.rows, where.length, where.text, where.dataset, where.input_ids)
-    rows, vocab = read_rows([checkpoint_b.path, checkpoint_a.path], "report", *given, split_own_text=False)
-    vocab = check_vocabulary(checkpoint_b, vocab)
+    rows, vocab = read_rows(
+        [base.path, *(overlay.base.path for overlay in overlays)], "report", *given, split_own_text=False
+    )
+    vocab = check_vocabulary(base, vocab)
     ids = rows.ids
     if request.gen_prompt:
-        prefix = tokens.with_tokenizer(checkpoint_b.path, _chat_prompt)
+        prefix = tokens.with_tokenizer(base.path, _chat_prompt)
         ids = torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
     if request.save_input_ids is not None:
         tokens.save_rows(rows, request.save_input_ids)
@@ -104,16 +222,65 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
         dtype=compute_dtype(request.dtype),
         device=compute_device(request.device),
         vocab=vocab,
-        quantized_inputs=frozenset({1} if request.activations else ()),
+        origins=tuple("+".join(sorted(set(origin.split("+")))) for origin in rows.origins),
+        quantized_inputs=frozenset({len(overlays)} if request.activations else ()),
         save_candidate_logits=request.save_logits_a,
         save_reference_logits=request.save_logits_b,
     )
-    candidates = [overlay] * (2 if request.activations else 1)
-    report, *others = measure_many(
-        candidates, checkpoint_b, ids, options, on_event, rows_source=rows.source, rows_sha256=rows.sha256
+    sources = [*overlays, *([overlays[0]] if request.activations else [])]
+    return measure_many(sources, base, ids, options, on_event, rows_source=rows.source, rows_sha256=rows.sha256)
+
+
+PROMPT_TOKENS = 48  # of a row's beginning, which greedy runs go on from
+
+
+def _check_divergence(request: DiffRequest) -> None:
+    if request.divergence is not None:
+        try:
+            parse_divergence(request.divergence)
+        except ValueError as error:
+            raise ArgumentError(f"{{divergence}}: {error}") from None
+
+
+def _divergences(
+    overlays: Sequence[Overlay], base: Checkpoint, request: DiffRequest, on_event: OnEvent
+) -> Sequence[Divergence | None]:
+    """One a candidate, None where no greedy runs are asked for. Prompts are beginnings of report rows."""
+    if request.divergence is None:
+        return [None] * len(overlays)
+    count, new_tokens = parse_divergence(request.divergence)
+    where = request.where
+    rows, vocab = read_rows(
+        [base.path, *(overlay.base.path for overlay in overlays)],
+        "report",
+        count,
+        PROMPT_TOKENS if where.input_ids is None else where.length,
+        where.text,
+        where.dataset,
+        where.input_ids,
+        split_own_text=False,
     )
-    text = read_text(path, kind="recipe") if path is not None else None
-    return ModelDiff(report, overlay, path.name if path is not None else None, text, others[0] if others else None)
+    if len(rows.ids) < count:
+        raise ArgumentError(f"{{divergence}}: {count} prompts are asked for, {rows.source} has {len(rows.ids)} rows")
+    how: dict[str, Any] = {
+        "dtype": compute_dtype(request.dtype),
+        "device": compute_device(request.device),
+        "vocab": check_vocabulary(base, vocab),
+        "on_event": on_event,
+    }
+    runs = greedy_runs(base, rows.ids[:count, :PROMPT_TOKENS], new_tokens, **how)
+    return [divergence(overlay, runs, **how) for overlay in overlays]
+
+
+def _model_diff(
+    report: DiffReport,
+    overlay: Overlay,
+    recipe: Path | None,
+    with_activations: DiffReport | None,
+    parted: Divergence | None,
+) -> ModelDiff:
+    text = read_text(recipe, kind="recipe") if recipe is not None else None
+    return ModelDiff(report, overlay, recipe.name if recipe is not None else None, text, with_activations, parted)
 
 
 def _chat_prompt(tokenizer: Any) -> list[int]:

@@ -21,6 +21,7 @@ API = (
     "auto",
     "check",
     "diff",
+    "diff_many",
     "emit",
     "engine_diff",
     "frontier",

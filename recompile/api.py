@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from eval.engines.run import EngineDiff
     from eval.heal import HealReport
-    from eval.run_diff import ModelDiff
+    from eval.run_diff import ManyDiffs, ModelDiff
     from eval.search.frontier import FrontierReport
     from eval.search.optimize import OptimizeReport
     from recompile.checkpoint.checkpoint import Checkpoint
@@ -498,6 +498,7 @@ def diff(
     save_input_ids: PathLike | None = None,
     save_logits_a: PathLike | None = None,
     save_logits_b: PathLike | None = None,
+    divergence: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -511,6 +512,7 @@ def diff(
     rows, length, text, dataset, input_ids: what is run; gen_prompt: behind the chat template's generation prompt
     keep_b: take the reference's state after so many stages; topk_max: the largest K; batch_size: rows a batch
     save_...: files for the token rows and both models' logits
+    divergence: "32x300" for greedy runs of 32 prompts and 300 tokens: where the candidate's leave the reference's
 
     Both are streamed layer by layer, and nothing is written. Raises MismatchError for builds of different models.
     """
@@ -531,8 +533,63 @@ def diff(
         where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids)),
         device=device,
         dtype=dtype,
+        divergence=divergence,
     )
     return run_diff(str(candidate), str(reference), request, on_event or ignore)
+
+
+def diff_many(
+    candidates: Sequence[PathLike | tuple[PathLike, PathLike | None]],
+    reference: PathLike,
+    *,
+    allow_unmatched: bool = False,
+    rows: int = 10,
+    length: int = 2048,
+    text: PathLike | None = None,
+    dataset: str | None = None,
+    input_ids: PathLike | None = None,
+    keep_b: int = 0,
+    topk_max: int = 5,
+    batch_size: int | None = None,
+    gen_prompt: bool = False,
+    save_input_ids: PathLike | None = None,
+    save_logits_b: PathLike | None = None,
+    divergence: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> ManyDiffs:
+    """Several candidates against one reference on the same rows, and every two of them paired over rows.
+
+        found = recompile.diff_many(["variants/3bpw", ("variants/3bpw", "overrides.yaml")], "base", rows=10)
+        print(found.names[found.best], found.pair(0, 1).difference, found.pair(0, 1).is_clear)
+
+    candidates: models, or (model, recipe) for a model with a recipe applied in memory; the other arguments are those of
+    `diff`. The reference runs once. Raises MismatchError for builds of different models.
+    """
+    from eval.run_diff import DiffRequest, run_diffs
+    from recompile.model.rows import RowOptions
+
+    request = DiffRequest(
+        recipe=None,
+        allow_unmatched=allow_unmatched,
+        activations=False,
+        keep_b=keep_b,
+        topk_max=topk_max,
+        batch_size=batch_size,
+        gen_prompt=gen_prompt,
+        save_input_ids=as_path(save_input_ids),
+        save_logits_a=None,
+        save_logits_b=as_path(save_logits_b),
+        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids)),
+        device=device,
+        dtype=dtype,
+        divergence=divergence,
+    )
+    pairs = [given if isinstance(given, tuple) else (given, None) for given in candidates]
+    return run_diffs(
+        [(str(model), as_path(recipe)) for model, recipe in pairs], str(reference), request, on_event or ignore
+    )
 
 
 def engine_diff(

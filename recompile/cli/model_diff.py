@@ -9,7 +9,7 @@ import click
 
 from recompile.cli.common import Screen, check_json_path, command, show
 from recompile.cli.options import device_options, engine_options, output_options, text_options
-from recompile.cli.render_diff import describe_diff
+from recompile.cli.render_diff import describe_diff, describe_many
 from recompile.cli.render_engine import describe_engine
 
 
@@ -21,14 +21,25 @@ from recompile.cli.render_engine import describe_engine
         "--save-logits-a": "save_logits_a",
         "--save-logits-b": "save_logits_b",
     },
-    inputs=("candidate", "reference", "recipe", "text", "input_ids"),
+    inputs=("candidates", "reference", "recipes", "text", "input_ids"),
 )
 @click.option(
-    "-ma", "--model-a", "--model_a", "candidate", required=True, help="Model A, the candidate (a quantized build)."
+    "-ma",
+    "--model-a",
+    "--model_a",
+    "candidates",
+    required=True,
+    multiple=True,
+    help="Model A, the candidate (a quantized build); several times for a table of candidates on the same rows.",
 )
 @click.option("-mb", "--model-b", "--model_b", "reference", help="Model B, the reference (the unquantized base).")
 @click.option(
-    "-or", "--override", "recipe", type=click.Path(path_type=Path), help="Recipe (YAML) to apply to model A in memory."
+    "-or",
+    "--override",
+    "recipes",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Recipe (YAML) to apply to model A in memory; several times to compare recipes on one A, or one for each A.",
 )
 @text_options(rows=10, length=2048)
 @click.option(
@@ -69,11 +80,24 @@ from recompile.cli.render_engine import describe_engine
     is_flag=True,
     help="Also measure A with the inputs of its linear maps quantized as its schemes say (w8a8, fp8-dynamic ...).",
 )
+@click.option(
+    "--divergence",
+    metavar="PROMPTSxTOKENS",
+    help="Also where greedy runs of A leave B's, e.g. 32x300. B's weights must fit in memory for that.",
+)
 @engine_options
 @device_options
 @output_options
 @click.pass_context
-def main(ctx: click.Context, engine: str | None, json_path: Path | None, quiet: bool, **options: Any) -> None:
+def main(
+    ctx: click.Context,
+    candidates: tuple[str, ...],
+    recipes: tuple[Path, ...],
+    engine: str | None,
+    json_path: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """How far model A's predictions are from model B's.
 
     Both are streamed layer by layer, so a model larger than memory can be compared. KL is KL(B || A), in nats a token.
@@ -82,6 +106,7 @@ def main(ctx: click.Context, engine: str | None, json_path: Path | None, quiet: 
     Examples:
       model_diff -ma 3bpw -mb base -r 10
       model_diff -ma 3bpw -mb base -or overrides.yaml -r 10 --json diff.json
+      model_diff -ma gptq -ma mix -ma healed -mb base -r 20
       model_diff --engine llama.cpp -ma Q4_K_M.gguf -mb BF16.gguf --llama-chunks 20
     """
     check_json_path(json_path)
@@ -89,12 +114,14 @@ def main(ctx: click.Context, engine: str | None, json_path: Path | None, quiet: 
 
     if engine is not None:
         _check_engine_use(ctx)
+        if len(candidates) > 1:
+            raise click.UsageError(f"-ma: one candidate with --engine, {len(candidates)} are given")
         for name in NOT_WITH_ENGINE:
-            del options[name]
+            options.pop(name, None)
         if not _given(ctx, "length"):
             del options["length"]
         with Screen(quiet) as screen:
-            run = api.engine_diff(engine=engine, **options, on_event=screen)
+            run = api.engine_diff(candidates[0], engine=engine, **options, on_event=screen)
         show(run.report.as_dict(), json_path, lambda: describe_engine(run))
         return
     for name in ENGINE_ONLY:
@@ -103,15 +130,39 @@ def main(ctx: click.Context, engine: str | None, json_path: Path | None, quiet: 
         del options[name]
     if options["reference"] is None:
         raise click.UsageError("-mb is needed: model B, the reference")
+    if len(candidates) == 1 and len(recipes) < 2:
+        with Screen(quiet) as screen:
+            found = api.diff(candidates[0], recipe=recipes[0] if recipes else None, **options, on_event=screen)
+        show(found.as_dict(), json_path, lambda: describe_diff(found))
+        return
+    for name in ONE_ONLY:
+        if _given(ctx, name):
+            raise click.UsageError(f"{_flag(ctx, name)} goes with one -ma")
+        del options[name]
+    mixes = _candidates_with_recipes(candidates, recipes)
     with Screen(quiet) as screen:
-        found = api.diff(**options, on_event=screen)
-    show(found.as_dict(), json_path, lambda: describe_diff(found))
+        many = api.diff_many(mixes, **options, on_event=screen)
+    show(many.as_dict(), json_path, lambda: describe_many(many))
+
+
+def _candidates_with_recipes(candidates: tuple[str, ...], recipes: tuple[Path, ...]) -> list[tuple[str, Path | None]]:
+    """One A with several recipes, or as many recipes as As, or none."""
+    if not recipes:
+        return [(candidate, None) for candidate in candidates]
+    if len(candidates) == 1:
+        return [(candidates[0], recipe) for recipe in recipes]
+    if len(recipes) != len(candidates):
+        raise click.UsageError(
+            f"-or: {len(recipes)} for {len(candidates)} -ma; give one -ma with several recipes, a recipe for each -ma, "
+            f"or none"
+        )
+    return list(zip(candidates, recipes, strict=True))
 
 
 # What only the real engine takes, and what it cannot take.
 ENGINE_ONLY = ("library", "chunks", "base_logits", "save_base_logits", "with_torch", "threads")
 NOT_WITH_ENGINE = (
-    "recipe",
+    "recipes",
     "rows",
     "keep_b",
     "topk_max",
@@ -122,7 +173,9 @@ NOT_WITH_ENGINE = (
     "save_logits_b",
     "allow_unmatched",
     "activations",
+    "divergence",
 )
+ONE_ONLY = ("activations", "save_logits_a")  # of several candidates none is meant
 
 
 def _given(ctx: click.Context, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from recompile.io.report import format_columns
@@ -10,7 +11,8 @@ from recompile.merge.left_dense import left_dense
 
 if TYPE_CHECKING:
     from eval.diff import DiffReport
-    from eval.run_diff import ModelDiff
+    from eval.metrics import Slice
+    from eval.run_diff import ManyDiffs, ModelDiff
     from recompile.merge.overlay import Overlay
 
 
@@ -18,7 +20,77 @@ def describe_diff(found: ModelDiff) -> str:
     parts = [_layer_table(found.report), _summary(found.report, found.overlay)]
     if found.with_activations is not None:
         parts.append(_with_inputs(found.report, found.with_activations))
+    if found.divergence is not None:
+        parts += ["", f"Greedy runs ({_runs(found)}): {found.divergence}"]
     return "\n".join(parts)
+
+
+def _runs(found: ModelDiff) -> str:
+    assert found.divergence is not None
+    return f"{found.divergence.prompts} prompts x {found.divergence.new_tokens} tokens"
+
+
+def describe_many(found: ManyDiffs) -> str:
+    """A row a candidate, then every other candidate against the best, paired over rows."""
+    first = found.diffs[0].report
+    order = sorted(range(len(found.diffs)), key=lambda n: found.diffs[n].report.kl.mean)
+    rows = []
+    for n in order:
+        report, size = found.diffs[n].report, found.diffs[n].overlay.accounting
+        parted = found.diffs[n].divergence
+        rows.append(
+            (
+                found.names[n],
+                format_bpw(size.bpw),
+                format_bytes(size.total_bytes),
+                f"{report.kl.mean:.5f}" + _error(report.kl.std_error, 5),
+                f"{report.kl_quantiles.median:.5f}",
+                f"{report.kl_quantiles.p99:.3f}",
+                f"{report.score_candidate.perplexity:.4f}",
+                f"{100 * report.top_k_agreement[0].mean:.2f} %",
+                f"{100 * report.delta_p.rms.mean:.2f} %" if report.delta_p is not None else "",
+                *([_median(parted.median)] if parted is not None else []),
+            )
+        )
+    header = [
+        "candidate",
+        "bpw",
+        "size",
+        "KL(B || A), nats/token",
+        "median",
+        "p99",
+        "perplexity",
+        "same top token",
+        "RMS delta p",
+        *(["greedy runs part"] if found.diffs[0].divergence is not None else []),
+    ]
+    lines = [
+        f"B (reference): {first.reference}",
+        f"Measured on:   {first.rows} rows x {first.row_tokens} tokens, {first.rows_source}, {first.dtype} on "
+        f"{first.device}; B's perplexity {first.score_reference.perplexity:.4f}",
+        "",
+        format_columns(rows, header, tuple(range(1, len(header)))),
+        "",
+        f"KL less that of {found.names[order[0]]}, paired over rows:",
+    ]
+    table = []
+    for n in order[1:]:
+        pair = found.pair(n, order[0])
+        interval = f"{pair.interval[0]:+.5f} to {pair.interval[1]:+.5f}" if pair.interval is not None else "-"
+        table.append(
+            (
+                found.names[n],
+                f"{pair.difference.mean:+.5f}" + _error(pair.difference.std_error, 5),
+                interval,
+                "worse" if pair.is_clear else "not told apart",
+            )
+        )
+    lines.append(format_columns(table, ("candidate", "difference, nats/token", "95 %", ""), (1, 2)))
+    return "\n".join(lines)
+
+
+def _median(median: float | None) -> str:
+    return f"after {median:g}" if median is not None else "half never"
 
 
 def _layer_table(report: DiffReport) -> str:
@@ -85,7 +157,9 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         f"KL(B || A), the candidate measured by the reference: {report.kl.mean:.8f}{_error(report.kl.std_error)} nats",
         f"KL(A || B), the other way round:                     {report.kl_reverse.mean:.8f}"
         f"{_error(report.kl_reverse.std_error)} nats",
-        f"KL(B || A) per token: median {q.median:.6f}, p90 {q.p90:.6f}, p99 {q.p99:.6f}, max {q.max:.6f}",
+        f"KL(B || A) per token: median {q.median:.6f}, p90 {q.p90:.6f}, p99 {q.p99:.6f}, p99.9 {q.p999:.6f}, "
+        f"max {q.max:.6f}",
+        *_text_tokens(report),
         f"Noise floor: {report.noise_floor:.2e} nats (B against itself, run in another shape)",
     ]
     lines += _routing(report)
@@ -101,7 +175,46 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         for bin in report.kl_by_confidence
     ]
     lines += ["", format_columns(bins, ("B's top probability", "of tokens", "mean KL", "median KL"), (1, 2, 3))]
+    for title, slices in (("rows from", report.by_origin), ("tokens of context", report.by_position)):
+        if slices:
+            lines += ["", _slices(title, slices)]
     return "\n".join(lines)
+
+
+def _text_tokens(report: DiffReport) -> list[str]:
+    """What changes for the text's own tokens, and for those that B was sure of."""
+    change, flips = report.delta_p, report.sure_flips
+    if change is None or flips is None:
+        return []
+    mean, rms = change.mean, change.rms
+    lines = [
+        f"Delta p of the text's tokens, A - B: mean {100 * mean.mean:+.3f} %{_percent(mean.std_error)}, "
+        f"RMS {100 * rms.mean:.3f} %{_percent(rms.std_error)}"
+    ]
+    if flips.share is not None:
+        lines.append(
+            f"Another top token where B gave its own more than {flips.above:g}: {100 * flips.share.mean:.2f} %"
+            f"{_percent(flips.share.std_error, 2)} of these {flips.tokens} tokens"
+        )
+    return lines
+
+
+def _percent(std_error: float | None, digits: int = 3) -> str:
+    return _error(100 * std_error, digits) if std_error is not None else ""
+
+
+def _slices(title: str, slices: Sequence[Slice]) -> str:
+    rows = [
+        (
+            part.name,
+            str(part.rows),
+            str(part.tokens),
+            f"{part.kl.mean:.6f}" + _error(part.kl.std_error, 6),
+            f"{100 * part.same_top.mean:.2f} %" + _percent(part.same_top.std_error, 2),
+        )
+        for part in slices
+    ]
+    return format_columns(rows, (title, "rows", "tokens", "mean KL", "same top token"), (1, 2, 3, 4))
 
 
 def _with_inputs(report: DiffReport, with_inputs: DiffReport) -> str:

@@ -424,6 +424,12 @@ class LayeredModel:
         it."""
         return role_of(module) == "head" or f"{self.prefix_of(self.head)}.weight" in self.parameters_of(module)
 
+    @contextmanager
+    def whole_loaded(self, source: WeightSource | None = None) -> Iterator[Any]:
+        """All weights of the text model in memory: the model itself, to be called as transformers' own."""
+        with self._loaded(list(self.origins), source), self._towers_there():
+            yield self.runner
+
     # ---- running --------------------------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor, batch: int, source: WeightSource | None = None) -> Iterator[Tensor]:

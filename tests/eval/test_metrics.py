@@ -14,6 +14,7 @@ from torch import Tensor
 from eval.metrics import (
     CONFIDENCE_EDGES,
     Mean,
+    delta_p,
     drift,
     kl_by_confidence,
     kl_divergence,
@@ -22,6 +23,9 @@ from eval.metrics import (
     mean_over_rows,
     paired_difference,
     quantiles,
+    slices_by_origin,
+    slices_by_position,
+    sure_flips,
     token_metrics,
 )
 from recompile.errors import NotFiniteError
@@ -230,7 +234,8 @@ def test_pairing_sees_what_row_noise_hides() -> None:
 
 def test_quantiles_by_hand() -> None:
     found = quantiles(torch.tensor([4.0, 0.0, 3.0, 1.0, 2.0]))
-    assert (found.median, found.p90, found.p99, found.max) == (2.0, pytest.approx(3.6), pytest.approx(3.96), 4.0)
+    assert (found.median, found.p90, found.p99) == (2.0, pytest.approx(3.6), pytest.approx(3.96))
+    assert (found.p999, found.max) == (pytest.approx(3.996), 4.0)
     assert quantiles(torch.tensor([5.0])).p90 == 5.0
 
 
@@ -270,3 +275,39 @@ def test_drift_of_equal_states_is_exactly_none() -> None:
     found = mean_drift([drift(state, state.clone())])
     assert (found.relative_error, found.max_difference, found.cosine_error) == (0.0, 0.0, 0.0)
     assert found.sqnr_db == math.inf
+
+
+# ---- the text's tokens, sure tokens, slices --------------------------------------------------------------------------
+
+
+def test_delta_p_by_hand() -> None:
+    before = -torch.tensor([[0.5, 0.2], [0.8, 0.4]]).log()
+    after = -torch.tensor([[0.4, 0.9], [0.8, 0.1]]).log()
+    labelled = torch.tensor([[True, False], [True, True]])  # changes -0.1, 0, -0.3; the 0.7 has no label
+    found = delta_p(before, after, labelled)
+    assert found.mean.mean == pytest.approx(-0.4 / 3)
+    assert found.rms.mean == pytest.approx(math.sqrt((0.01 + 0.09) / 3))
+    assert found.rms.std_error == pytest.approx(
+        mean_over_rows(torch.tensor([[0.01, 0.0], [0.0, 0.09]]), labelled).std_error / (2 * found.rms.mean)
+    )
+    assert delta_p(before, before, labelled).rms == Mean(0.0, 0.0)
+
+
+def test_sure_flips_count_only_tokens_the_reference_was_sure_of() -> None:
+    confidence = torch.tensor([[0.95, 0.5, 0.99], [0.91, 0.2, 0.9]])
+    same = torch.tensor([[True, False, False], [False, False, False]])
+    found = sure_flips(confidence, same)
+    assert (found.tokens, found.share.mean) == (3, pytest.approx(2 / 3))
+    assert sure_flips(confidence, same, above=0.995).share is None
+
+
+def test_slices_are_the_figures_of_their_tokens_alone() -> None:
+    kl, same = torch.rand(5, 1300, dtype=torch.float64), torch.rand(5, 1300) > 0.4
+    code, prose = slices_by_origin(kl, same, ["code", "prose", "code", "prose", "prose"])
+    assert (code.name, code.rows, code.tokens) == ("code", 2, 2600)
+    assert code.kl == mean_over_rows(kl[[0, 2]])
+    assert prose.same_top == mean_over_rows(same[[1, 3, 4]].float())
+    near, far = slices_by_position(kl, same)
+    assert (near.name, far.name) == ("0 - 512", "512 - 1300")
+    assert far.kl == mean_over_rows(kl[:, 512:])
+    assert slices_by_origin(kl, same, ["code"] * 5) == () == slices_by_position(kl[:, :512], same[:, :512])
