@@ -16,7 +16,7 @@ from sys import intern
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recompile.checkpoint.fused_experts import split_experts
-from recompile.checkpoint.quantization_fields import check_quantization_config
+from recompile.checkpoint.quantization_fields import check_mlx_quantization, check_quantization_config
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import (
     DTYPE_BYTES,
@@ -707,6 +707,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path}: holds {type(config).__name__}, wanted an object")
     check_quantization_config(config.get("quantization_config"), f"{config_path}: quantization_config")
+    check_mlx_quantization(config.get("quantization"), f"{config_path}: quantization")
     notes: list[str] = []
     tensors: dict[str, TensorInfo] = {}
     listed = _index_map(path)

@@ -1,4 +1,4 @@
-"""What `quantization_config` may hold: the types and ranges of the keys that any format reads, checked in one place.
+"""What `quantization_config`, and MLX's `quantization`, may hold: types and ranges of the keys that formats read.
 
 Keys that no format here reads are left alone, since every tool adds its own. A scheme is read later, by the format of
 the module that it is of; here only what no method could mean is refused.
@@ -49,6 +49,15 @@ class _Group:
     format: str | None = None
 
 
+@dataclass(frozen=True)
+class _MlxEntry:
+    """What MLX says at the top of `quantization`, and of one path in it."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str | None = None
+
+
 def check_quantization_config(config: Any, place: str) -> Mapping[str, Any]:
     """The config as it is; {} for null. Raises CheckpointError naming the key that is not what formats read.
 
@@ -70,6 +79,21 @@ def check_quantization_config(config: Any, place: str) -> Mapping[str, Any]:
         for key in ("weights", "input_activations", "output_activations"):
             _check_ranges(group.get(key) or {}, f"{where}: {key}")
     return config
+
+
+def check_mlx_quantization(config: Any, place: str) -> None:
+    """Raise CheckpointError naming the key of MLX's `quantization` that its loaders could not read.
+
+    Null and text are left alone: other tools use that key for a name. place: "m/config.json: quantization"
+    """
+    if config is None or isinstance(config, str):
+        return
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{place}: {describe(config)}, wanted an object")
+    entries = {f"{place}: {printable(str(path))[:60]}": value for path, value in config.items() if type(value) is dict}
+    for where, values in {place: config, **entries}.items():
+        _check(_MlxEntry, values, where)
+        _check_ranges(values, where)
 
 
 def _check(kind: type, values: Mapping[str, Any], place: str) -> None:

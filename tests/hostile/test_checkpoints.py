@@ -359,7 +359,37 @@ def test_a_quantization_config_is_typed(config: Any, says: str, copy: Path) -> N
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (5, "quantization: 5, wanted an object"),
+        ([4, 64], "quantization: a list, wanted an object"),
+        ({"bits": "4", "group_size": 64}, 'bits: the text "4", wanted a whole number or null'),
+        ({"bits": 4.5, "group_size": 64}, "bits: 4.5, wanted a whole number or null"),
+        ({"bits": True, "group_size": 64}, "bits: true, wanted a whole number or null"),
+        ({"bits": 4, "group_size": 2**40}, "group_size: 1099511627776, wanted -1, or a size"),
+        ({"bits": 0, "group_size": 64}, "bits: 0, wanted a width"),
+        ({"bits": 4, "group_size": [64]}, "group_size: a list, wanted a whole number or null"),
+        ({"bits": 4, "group_size": 64, "mode": 7}, "mode: 7, wanted text or null"),
+        ({"bits": 4, "group_size": 64, "lm_head": {"bits": "8"}}, 'lm_head: bits: the text "8", wanted a whole'),
+        ({"bits": 4, "group_size": 64, "lm_head": {"bits": -8}}, "lm_head: bits: -8, wanted a"),
+        ({"bits": 4, "group_size": 64, "lm_head": {"mode": []}}, "lm_head: mode: a list, wanted text"),
+        ({"bits": 4, "group_size": 64, "a\x1b[2J": {"mode": 1}}, "a\\u001b[2J: mode: 1, wanted text"),
+    ],
+    ids=str,
+)
+def test_a_quantization_of_mlx_is_typed(config: Any, says: str, copy: Path) -> None:
+    path = copy / "config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "quantization": config}))
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(copy)
+    assert str(error.value).startswith(f"{path}: quantization: ")
+    assert says in str(error.value)
+
+
 def test_what_tools_write_is_a_quantization_config() -> None:
+    from recompile.checkpoint.quantization_fields import check_mlx_quantization as check_mlx
     from recompile.checkpoint.quantization_fields import check_quantization_config as check
 
     honest: list[dict[str, Any]] = [
@@ -372,4 +402,7 @@ def test_what_tools_write_is_a_quantization_config() -> None:
     ]
     for config in honest:
         assert check(config, "config.json") is config
+    check_mlx("w4a16", "config.json")
+    check_mlx(honest[-1], "config.json")
+    check_mlx({"bits": 4, "group_size": 64, "a": False, "b": {"bits": None}, "mode": "affine"}, "config.json")
     assert check(None, "config.json") == {}
