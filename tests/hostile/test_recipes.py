@@ -11,6 +11,8 @@ from recompile.errors import RecipeError
 from recompile.merge.type_recipes import parse_type_recipe
 from recompile.model.tokens import _doc_records
 from recompile.quantize.modifiers import load_modifiers
+from recompile.recipe import read_yaml
+from recompile.recipe.precedence import Recipe
 from recompile.recipe.recipe import load_recipe, parse_recipe
 
 SOURCE = "sources:\n  - {id: 4, %s}\noverrides:\n  - {key: '*.mlp.*', source: 4}\n"
@@ -44,6 +46,51 @@ def test_files_that_are_none(kind: str, tmp_path: Path) -> None:
     for read in (load_recipe, load_modifiers):
         with pytest.raises(RecipeError, match=r"r\.yaml: "):
             read(path)
+
+
+TWO = "sources:\n  - {id: 4, model_dir: a}\n  - {id: 6, model_dir: b}\n"
+TEXTS = {
+    "lines": TWO + "overrides:\n  - {key: 'ä𝄞', source: 4}\n  - key: >-\n      ab\n      c\n    source: 0x4\n",
+    "returns": TWO + "overrides:\r\n  - {key: a, source: 4, key: b}\r\n  - {key: c, source: 6, nte: x}\r\n",
+    "aliases": TWO + "overrides: [{key: &x 'a', source: 4}, {key: *x, source: 6}, {<<: {key: a}, source: 4}]\n",
+    "mark": "\ufeff" + TWO + "overrides: []\nbase: 1_000\nprovenance: {a: .inf, b: ~, c: 2024-01-01}\n...\n",
+    "number": TWO + "overrides:\n  - {key: 5, source: 4}\n",
+    "unknown": TWO + "overrides:\n  - {key: a, source: 4}\n  - {key: a, source: 5}\n",
+    "timestamp": TWO + "overrides: []\nbase: 2001-99-99\n",
+    "nul": TWO + "overrides: []\nbase: \0\n",
+    "tag": TWO + "overrides: !!python/object/apply:os.system [ls]\n",
+    "second": TWO + "overrides: []\n---\na: 1\n",
+    "deep": "[" * 5_000,
+    "deep blocks": "- " * 5_000,
+    "anchor": TWO + "overrides:\n  - {key: *.mlp, source: 4}\n",
+    "end": TWO + "overrides:\n  - {key: a\n",
+}
+
+
+def _read(text: str) -> tuple[Recipe | None, str]:
+    try:
+        return parse_recipe(text, "r.yaml"), ""
+    except RecipeError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_long_recipes_are_read_as_short_ones_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By libyaml: the same values, lines and warnings; errors at the same place, in its words where it is the YAML."""
+    short, problem = _read(text)
+    monkeypatch.setattr(read_yaml, "LONG_TEXT", 0)
+    long, other = _read(text)
+    assert long == short
+    assert other.partition(": not YAML")[0] == problem.partition(": not YAML")[0]
+    assert (long is None) == bool(other)
+
+
+def test_a_long_recipe_is_not_read_by_python() -> None:
+    import yaml
+
+    short, long = TWO, TWO + "#" * read_yaml.LONG_TEXT
+    assert isinstance(read_yaml._loader(short), yaml.SafeLoader)
+    assert isinstance(read_yaml._loader(long), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
 
 
 def merge_bomb(levels: int) -> str:
