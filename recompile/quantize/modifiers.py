@@ -35,6 +35,7 @@ from recompile.quantize.scheme_encoder import (
     split_method,
 )
 from recompile.quantize.smoothing_scales import SCALINGS
+from recompile.recipe.read_yaml import yaml_loader
 
 _OWN_KEYS = frozenset({"method", "scheme", "targets", "ignore", "strength"})
 _FOREIGN_METHODS = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn", "AWQModifier": "awq"}
@@ -67,7 +68,7 @@ def load_modifiers(path: Path) -> tuple[SchemeVariant, list[str]]:
     """
     text = read_text(path, kind="recipe", error=RecipeError)
     try:
-        content = yaml.safe_load(text)
+        content = yaml_loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())[:300]}") from error
     except RecursionError as error:

@@ -95,8 +95,8 @@ class _FastLoader(_Types, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # typ
     """In C. Texts are encodable and free of characters that YAML does not have."""
 
 
-def _loader(text: str) -> Any:
-    """Raises ReaderError for characters that YAML does not have."""
+def yaml_loader(text: str) -> Any:
+    """A safe loader of a text, with no limit but its size. Raises ReaderError for characters that YAML does not have."""
     if len(text) < LONG_TEXT:
         return _Loader(text)
     yaml.reader.Reader(text)  # libyaml would tell another position
@@ -107,7 +107,7 @@ def _read_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None, _Repeated]:
     """The value exactly as safe_load gives it, its node, and the keys written twice."""
     loader: Any = None
     try:
-        loader = _loader(text)
+        loader = yaml_loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, None, {}

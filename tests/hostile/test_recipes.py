@@ -89,8 +89,8 @@ def test_a_long_recipe_is_not_read_by_python() -> None:
     import yaml
 
     short, long = TWO, TWO + "#" * read_yaml.LONG_TEXT
-    assert isinstance(read_yaml._loader(short), yaml.SafeLoader)
-    assert isinstance(read_yaml._loader(long), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+    assert isinstance(read_yaml.yaml_loader(short), yaml.SafeLoader)
+    assert isinstance(read_yaml.yaml_loader(long), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
 
 
 def merge_bomb(levels: int) -> str:
