@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ from recompile.gguf.names import Joined
 from recompile.io.files import PARTIAL_SUFFIX, OutputDirectory, check_partial, insist, partial_path
 from recompile.merge.configs import dump_json, is_verbatim, merged_texts, origin_of, without_quantization
 from recompile.merge.convert import Conversion, is_expressible, plan_conversions
+from recompile.merge.fuse_experts import FusedExperts, fused_experts, with_fused
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, quantizable
 from recompile.recipe.recipe import dump_recipe, parse_recipe
 
@@ -117,6 +118,8 @@ class WritePlan:
     recipe_text: str | None
     accounting: Accounting
     warnings: tuple[str, ...] = ()
+    fused: Mapping[str, FusedExperts] = field(default_factory=dict)  # of a decoded copy, by their names in it
+    true_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of modules that are stored padded
 
     @property
     def data_bytes(self) -> int:
@@ -187,8 +190,15 @@ def plan_write(
     warnings: list[str] = []
     conversions: dict[str, Conversion] = {}
     ordered = [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
+    fused: dict[str, FusedExperts] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     if dense:
-        wanted = _dense_tensors(overlay, ordered)
+        _check_decodable(overlay, ordered)
+        shapes = _true_shapes(overlay)
+        wholes, warnings = fused_experts(overlay)
+        fused = {whole.name: whole for whole in wholes}
+        ordered = sorted(with_fused(ordered, wholes, overlay.placements), key=lambda p: natural_key(p.module))
+        wanted = _dense_tensors(overlay, ordered, shapes, wholes)
         texts = {"config.json": dump_json(_dense_config(overlay))}
         rules, with_index = ShardRules(), True
     else:
@@ -219,6 +229,8 @@ def plan_write(
         recipe_text(overlay),
         accounting,
         (*warnings, *_code_notes(overlay.base, skipped)),
+        fused,
+        shapes,
     )
 
 
@@ -398,16 +410,12 @@ def _dense_config(overlay: Overlay) -> dict[str, Any]:
     return config
 
 
-def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[_Wanted]]:
-    """The tensors of a decoded copy: dense modules as they are, others as `weight` (and `bias`) of their true shape.
-
-    Raises UnsupportedError for a format that cannot be decoded, FormatError for a module that no config covers.
-    """
+def _check_decodable(overlay: Overlay, ordered: Sequence[Placement]) -> None:
+    """Raise UnsupportedError for a format that cannot be decoded, FormatError for a module that no config covers."""
     if isinstance(overlay.base, GgufCheckpoint) and overlay.base.heads is None:
         raise UnsupportedError(
             f"{overlay.base.label}: {no_table_of_names(overlay.base.file.value('general.architecture'))}"
         )
-    dtype = dense_dtype(overlay.base.modules.values())
     for placement in ordered:
         if not FORMATS[placement.stored.format].runnable:
             raise UnsupportedError(
@@ -416,18 +424,35 @@ def _dense_tensors(overlay: Overlay, ordered: Sequence[Placement]) -> list[list[
             )
         if placement.stored.is_quantized:
             placement.checkpoint.scheme(placement.stored)
-    shapes = _true_shapes(overlay)
+
+
+def _dense_tensors(
+    overlay: Overlay,
+    ordered: Sequence[Placement],
+    shapes: Mapping[str, tuple[int, ...]],
+    fused: Sequence[FusedExperts],
+) -> list[list[_Wanted]]:
+    """The tensors of a decoded copy: dense modules as they are, others as `weight` (and `bias`) of their true shape,
+    experts of one tensor a layer as that tensor.
+    """
+    dtype = dense_dtype(overlay.base.modules.values())
+    together: dict[str, list[FusedExperts]] = {}
+    for whole in fused:
+        together.setdefault(whole.module, []).append(whole)
     whole_of = {name: whole for whole in overlay.joined.values() for names in whole.parts for name in names}
     wanted: list[list[_Wanted]] = []
     for placement in ordered:
         stored = placement.stored
+        if stored.name in together:
+            wanted.append([_wanted(whole.name, dtype, whole.shape) for whole in together[stored.name]])
+            continue
         if isinstance(placement.checkpoint, GgufCheckpoint):  # stored in GGUF's own order and convention
             infos = [info for _, info in sorted(stored.parts.items()) if info.name in placement.checkpoint.places]
-            whole = [(whole_of.get(info.name), info) for info in infos]
+            held = [(whole_of.get(info.name), info) for info in infos]
             wanted.append(
                 [
                     _wanted(info.name, dtype, info.shape) if joined is None else _joined(overlay, joined, dtype)
-                    for joined, info in whole
+                    for joined, info in held
                     if joined is None or info.name == joined.parts[0][0]
                 ]
             )
@@ -502,18 +527,21 @@ def _shape_in_model(overlay: Overlay, model: Any, parameters: Mapping[str, Any],
     )
 
 
-def _decode(overlay: Overlay, module: PlannedModule, tensor: PlannedTensor) -> memoryview:
+def _decode(plan: WritePlan, module: PlannedModule, tensor: PlannedTensor) -> memoryview:
     """The bytes of one decoded weight. Raises CheckpointError for values that the dense dtype cannot hold."""
     import torch
     from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
 
     info = tensor.info
-    value: Tensor = overlay.load(info.name)
+    dtype = TORCH_DTYPES[info.dtype]
+    assert dtype is not None, "decoded weights are of a float dtype"
+    whole = plan.fused.get(info.name)
+    value: Tensor = plan.overlay.load(info.name) if whole is None else whole.make(plan.overlay, plan.true_shapes, dtype)
     if any(have < want for have, want in zip(value.shape, info.shape, strict=True)):
         raise CheckpointError(
             f"{origin_of(module.placement)}: {info.name} decodes to {list(value.shape)}, wanted {info.shape}"
         )
-    value = value[tuple(slice(0, size) for size in info.shape)].to(TORCH_DTYPES[info.dtype]).contiguous()
+    value = value[tuple(slice(0, size) for size in info.shape)].to(dtype).contiguous()
     if not bool(torch.isfinite(value).all()):
         raise CheckpointError(
             f"{origin_of(module.placement)}: {info.name} has values beyond the range of {info.dtype}; use a base whose "
@@ -677,7 +705,7 @@ def _write_module(
         if tensor.info.name in made:
             chunks = _in_chunks(made[tensor.info.name])
         elif tensor.source is None:
-            chunks = _in_chunks(_decode(plan.overlay, module, tensor))
+            chunks = _in_chunks(_decode(plan, module, tensor))
         elif tensor.source.is_scattered:
             with OpenFiles() as opened:
                 chunks = _in_chunks(memoryview(opened.read(tensor.source)))

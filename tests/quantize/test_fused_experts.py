@@ -183,3 +183,70 @@ def test_calibration_counts_what_every_expert_saw(made: tuple[str, Any, Path]) -
     per_layer = sum(tokens for module, tokens in seen.items() if module.startswith("model.layers.0."))
     per_token = 3 * (EXPERTS if name == "llama4_text" else 2)  # projections x experts that a token reaches
     assert per_layer == IDS.numel() * per_token
+
+
+def dense_copy(source: Checkpoint, out: Path) -> Any:
+    """The decoded copy of a variant, as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    for _ in execute(plan_write(build_overlay(source, None), out, dense=True)):
+        pass
+    assert verify(out).ok
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def test_a_decoded_copy_has_the_tensors_of_the_base_and_runs_in_transformers(
+    made: tuple[str, Any, Path], tmp_path: Path
+) -> None:
+    _, _, work = made
+    variant = open_checkpoint(work / "4bpw")
+    model = dense_copy(variant, tmp_path / "dense")
+    stored = {name: value.shape for name, value in load_file(tmp_path / "dense" / "model.safetensors").items()}
+    assert stored == {n: value.shape for n, value in load_file(work / "base" / "model.safetensors").items()}
+    with torch.no_grad():  # 16-bit floats hold a decoded weight of 4 bits to 2^-11 of it
+        wanted = logits_of(open_checkpoint(tmp_path / "dense"))
+        assert torch.allclose(model(IDS).logits, wanted, atol=1e-5)
+        assert float((wanted - logits_of(variant)).abs().max()) < 0.05 * float(wanted.std())
+
+
+def test_a_decoded_mix_takes_every_expert_from_its_own_source(made: tuple[str, Any, Path], tmp_path: Path) -> None:
+    name, _, work = made
+    key = NAMES[name].format(1)
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(f"sources: [{{id: 8, model_dir: {work / '8bpw'}}}]\noverrides: [{{key: '{key}.*', source: 8}}]\n")
+    mix = build_overlay(open_checkpoint(work / "4bpw"), recipe)
+    for _ in execute(plan_write(mix, tmp_path / "dense", dense=True)):
+        pass
+    written = open_checkpoint(tmp_path / "dense")
+    for expert, source in enumerate(("4bpw", "8bpw", "4bpw")):
+        wanted = open_checkpoint(work / source).load(f"{NAMES[name].format(expert)}.weight")
+        assert torch.allclose(written.load(f"{NAMES[name].format(expert)}.weight").float(), wanted, rtol=2**-8)
+
+
+def test_a_decoded_copy_of_a_multimodal_model_has_experts_turned_as_stored(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE stores [experts, in, out] and runs [experts, out, in]; layers keep the prefix of the base."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    text = {**COMMON, "num_experts": EXPERTS, "moe_intermediate_size": INNER, "head_dim": 16, "intermediate_size": 64}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": HIDDEN,
+              "patch_size": 4, "spatial_merge_size": 2, "deepstack_visual_indexes": [0]}  # fmt: skip
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["qwen3_vl_moe"](text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    for _ in quantize_model(open_checkpoint(tmp_path / "base"), tmp_path, IntEncoder((8,), 32), IDS):
+        pass
+    mix = build_overlay(open_checkpoint(tmp_path / "8bpw"), None)
+    for _ in execute(plan_write(mix, tmp_path / "dense", dense=True)):
+        pass
+    assert verify(tmp_path / "dense").ok
+    written = load_file(tmp_path / "dense" / "model.safetensors")
+    assert {name: value.shape for name, value in written.items()} == {n: value.shape for n, value in stored.items()}
+    for name in stored:
+        if ".experts." in name:
+            assert float((written[name].float() - stored[name]).norm()) < 0.02 * float(stored[name].norm())
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
