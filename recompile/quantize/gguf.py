@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, read_tensor
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo, read_tensor
+from recompile.checkpoint.decoded import as_dense
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
+from recompile.formats.gguf import dequantize_rows
 from recompile.formats.gguf_encode import ENCODABLE, NEEDS_IMPORTANCE, quantize_rows, resolve
-from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
+from recompile.formats.gguf_types import FILE_TYPES, QUANTIZED_TYPES, TYPES, GgufType, find_type
 from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, encode_key, lay_out
 from recompile.gguf.imatrix import Imatrix, InputSums
 from recompile.gguf.keys import gemma4_rope_factors, heads_in, llama3_factors, model_records, tokenizer_records
@@ -383,15 +385,13 @@ def plan_variants(
     names: presets or types; stem: file names are STEM-PRESET.gguf, default the base's name. A Mix has a file name of
     its own; provenance: keys that go into every file, without their prefix
 
-    Raises FormatError (an unknown or doubled type, a base that is quantized), UnsupportedError (an architecture without
-    names), CheckpointError (no tokenizer keys), MismatchError (another model's tokenizer), OutputError (a file exists).
+    Raises FormatError (an unknown or doubled type), UnsupportedError (an architecture without names, an EXL build),
+    CheckpointError (no tokenizer keys), MismatchError (another model's tokenizer), OutputError (a file exists).
     """
-    base = base.whole  # GGUF keeps fused experts fused
+    base = as_dense(base, to_gguf=True).whole  # GGUF keeps fused experts fused
     plain = [name.upper() for name in names if isinstance(name, str)]
     if len(set(plain)) != len(plain):
         raise FormatError("-b: a type is given twice")
-    if base.is_quantized:
-        raise FormatError(f"{base.label}: is quantized already ({', '.join(base.formats)}); a dense base is wanted")
     if isinstance(base, GgufCheckpoint):
         kept = base.file.records((*SPLIT_KEYS, "general.file_type", "general.quantization_version"))
         records = {name: record for name, record in kept.items() if not name.startswith(PROVENANCE)}
@@ -637,8 +637,6 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
 
 def _encode(kind: GgufType, rows: Tensor, importance: Tensor | None, name: str) -> tuple[bytes, float]:
     """The bytes and the squared error of some rows."""
-    from recompile.formats.gguf import dequantize_rows
-
     try:
         packed = quantize_rows(kind, rows, importance)
     except FormatError as error:
@@ -653,7 +651,7 @@ def _rows_of(base: Checkpoint, tensor: BaseTensor) -> Iterator[tuple[str, Tensor
     Those of a GGUF base are what is stored; no order or offset of it is undone and done again."""
     if isinstance(base, GgufCheckpoint):
         for source in tensor.sources:
-            yield source.rpartition(".")[0], read_tensor(base.tensors[source]).float().reshape(-1, tensor.ne[0])
+            yield source.rpartition(".")[0], _stored_rows(base.tensors[source], tensor.ne[0])
         return
     heads = heads_in(text_config_of(base.config))
     for source in tensor.sources:
@@ -661,6 +659,14 @@ def _rows_of(base: Checkpoint, tensor: BaseTensor) -> Iterator[tuple[str, Tensor
         for number, piece in enumerate(place_pieces(base.load(source), tensor.place, heads)):
             name = f"{module}.{number}" if tensor.place.stacked else module
             yield name, piece.float().reshape(-1, tensor.ne[0])
+
+
+def _stored_rows(info: TensorInfo, columns: int) -> Tensor:
+    """float32 [rows, columns] of a tensor in a GGUF file, decoded where it is quantized."""
+    stored = read_tensor(info)
+    if info.dtype in QUANTIZED_TYPES:
+        return dequantize_rows(TYPES[info.dtype], stored.reshape(-1, stored.shape[-1]), columns)
+    return stored.float().reshape(-1, columns)
 
 
 def _importance_of(plan: VariantPlan, module: str, tensor: BaseTensor) -> Tensor | None:

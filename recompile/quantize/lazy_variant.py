@@ -240,12 +240,14 @@ def make_variant(
 ) -> MadeVariant:
     """The variant of a dense base that `spec` describes: what model_quantize would quantize is, all else is the base's.
 
-    maker: of the spec, where it is not the plain one. Raises FormatError where the base is quantized already, or where
-    nothing would be; UnsupportedError for a GGUF type of a model that has no names in GGUF.
+    maker: of the spec, where it is not the plain one. A base that is quantized itself is decoded. Raises FormatError
+    where nothing would be quantized; UnsupportedError for a GGUF type of a model that has no names in GGUF, and for a
+    base that cannot be decoded.
     """
-    base = as_dense(base)
     maker = maker or maker_of(spec)
-    if str(maker.description().get("format")) == "gguf":  # keeps fused experts fused
+    to_gguf = str(maker.description().get("format")) == "gguf"
+    base = as_dense(base, to_gguf=to_gguf)
+    if to_gguf:  # keeps fused experts fused
         base = base.whole
     stored = maker.store(base)
     label = f"{base.label} ({', '.join(f'{key}: {value}' for key, value in spec.items())})"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.checkpoint.decoded import base_note
+from recompile.checkpoint.decoded import as_dense, base_note
 from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
@@ -162,6 +162,7 @@ def _make_safetensors(
     base = open_checkpoint(base_dir)
     if base.is_quantized:
         on_event(Note(base_note(base), "Warning"))
+    base = as_dense(base)
     rows, vocab = options.where.read([base.path], "calibrate")
     check_vocabulary(base, vocab)
     outputs = None
@@ -224,7 +225,10 @@ def _make_gguf(base_dir: Path, out: Path, options: QuantizeOptions, on_event: On
     folder = out if options.recipe is None else out.parent
     if options.converter:
         base_dir = convert(base_dir, folder, lambda step, what: on_event(Progress("converting", step, 2, text=what)))
-    base = open_checkpoint(base_dir).whole
+    base = open_checkpoint(base_dir)
+    if base.is_quantized:
+        on_event(Note(base_note(base), "Warning"))
+    base = as_dense(base, to_gguf=True).whole
     names: Sequence[str | Mix] = options.bits
     provenance: Mapping[str, str] = {}
     if options.recipe is not None:

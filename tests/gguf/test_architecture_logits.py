@@ -15,6 +15,7 @@ import torch
 
 from eval.engines.engine_diff import EngineReport, compare_with_engine
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.decoded import as_dense
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.model.stream import LayeredModel
 from recompile.quantize.gguf import Mix, base_tensors, build_variants, plan_variants
@@ -82,8 +83,10 @@ def logits(checkpoint: Checkpoint) -> torch.Tensor:
 @pytest.mark.parametrize("name", gguf_tiny.BUILDS)
 def test_the_file_alone_is_the_same_model(name: str, tmp_path: Path) -> None:
     base, made = write_files(tmp_path, name, mixed=False)
-    want, have = logits(base), logits(open_checkpoint(made))
+    file = open_checkpoint(made)
+    want, have = logits(base), logits(file)
     assert torch.allclose(have, want, atol=1e-4 * float(want.std()))
+    assert torch.allclose(logits(as_dense(file)), want, atol=1e-4 * float(want.std()))
 
 
 @pytest.mark.parametrize("name", [n for n in gguf_tiny.BUILDS if (ALL or n in JUDGED) and n not in NOT_IN_ENGINE])

@@ -237,8 +237,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
         plan_variants(base, tmp_path, ["Q8_0"], tokenizer_from=wrong)
     with pytest.raises(FormatError, match="twice"):
         plan_variants(base, tmp_path, ["Q8_0", "q8_0"], tokenizer_from=wrong)
-    with pytest.raises(FormatError, match="is quantized already"):
-        plan_variants(open_checkpoint(write_model(tmp_path / "q.gguf")), tmp_path, ["Q8_0"])
     (tmp_path / "q-Q8_0.gguf").touch()
     write_model(tmp_path / "q.gguf", kind="F32")
     with pytest.raises(OutputError, match="exists"):
