@@ -89,7 +89,8 @@ def quantize(
 
     bits: bitrates, or GGUF types; scheme: compressed-tensors schemes ("w4a16-g64", "nvfp4") instead; modifiers: a YAML
     of them (independent: calibrated on the unquantized model)
-    format: compressed-tensors, exl2, exl3 or gguf; method: rtn, mse or gptq, with schemes also awq and smoothquant;
+    format: compressed-tensors, exl2, exl3, gguf or mlx (schemes: its modes mxfp4, mxfp8, nvfp4, beside bits);
+    method: rtn, mse or gptq, with schemes of compressed-tensors also awq and smoothquant;
     group_size: 32, 64, 128 or "channel"; asym: a zero point a group; importance: weigh errors of fitted grids by
     inputs; head_bits: of the output head; codebook: of EXL3; rounding: "one-sided" or "two-sided", the statistics of
     which are kept in stats and measured within max_memory

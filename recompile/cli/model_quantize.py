@@ -34,7 +34,8 @@ from recompile.cli.render_quantize import describe_variants
     "--scheme",
     "scheme",
     multiple=True,
-    help="In place of -b, compressed-tensors schemes: --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4 ...",
+    help="In place of -b, compressed-tensors schemes: --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4 ... With "
+    "--format mlx its modes mxfp4 mxfp8 nvfp4, also beside -b.",
 )
 @click.option(
     "--modifiers",
@@ -59,7 +60,7 @@ from recompile.cli.render_quantize import describe_variants
 @click.option(
     "--format",
     "format",
-    type=click.Choice(["compressed-tensors", "exl2", "exl3", "gguf"]),
+    type=click.Choice(["compressed-tensors", "exl2", "exl3", "gguf", "mlx"]),
     default="compressed-tensors",
     show_default=True,
 )
@@ -72,7 +73,7 @@ from recompile.cli.render_quantize import describe_variants
     "of the inputs moved into norms and maps before them, then mse or, as awq+gptq, another rounding.",
 )
 @click.option(
-    "-g", "--group-size", default="64", show_default=True, help="32, 64, 128 or channel (compressed-tensors)."
+    "-g", "--group-size", default="64", show_default=True, help="32, 64, 128 (MLX too) or channel (compressed-tensors)."
 )
 @click.option(
     "--asym",
@@ -90,7 +91,7 @@ from recompile.cli.render_quantize import describe_variants
     "--head-bits",
     "--head_bits",
     type=int,
-    help="Quantize the output head to this; default: dense (EXL2, EXL3: 6).",
+    help="Quantize the output head to this; default: dense (EXL2, EXL3: 6; MLX: as everything else).",
 )
 @click.option(
     "--codebook", type=click.Choice(["3inst", "mcg", "mul1"]), default="mul1", show_default=True, help="EXL3 codebook."
@@ -169,6 +170,7 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     Examples:
       model_quantize -i base -o variants -b 2 3 4 6
       model_quantize -i base -o exl2 --format exl2 -b 2.5 3 4 5
+      model_quantize -i base -o mlx --format mlx -b 2 3 4 6 --scheme mxfp4
       model_quantize -i base -o variants --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4
       model_quantize -i base -o awq --scheme w4a16-g64 --method awq
       model_quantize -i base -o variants -b 2 3 4 --rounding two-sided --stats stats

@@ -42,6 +42,21 @@ def unpack_codes(weight: Tensor, bits: int) -> Tensor:
     return (pairs >> shift & (1 << bits) - 1).flatten(1)
 
 
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """The bit stream of `unpack_codes`.
+
+    codes:   [O, I] integers in 0 .. 2^bits - 1, I a multiple of 32
+    returns: [O, I*bits/32] uint32
+    """
+    eights = codes.to(torch.int64).unflatten(1, (-1, 8))  # in `bits` bytes each
+    whole = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)  # 64 bits at most: bits <= 8
+    for place in range(8):
+        whole |= eights[..., place] << place * bits
+    shifts = torch.arange(bits, device=codes.device) * 8
+    stream = (whole[..., None] >> shifts & 0xFF).to(torch.uint8)
+    return stream.flatten(1).contiguous().view(torch.uint32)
+
+
 def dequantize(parts: Mapping[str, Tensor], scheme: MlxScheme, module: str = "tensor") -> Tensor:
     """The dense weight [O, I] float32 of a module, computed in float32 (MLX rounds to the dtype of the scales).
 

@@ -146,6 +146,18 @@ def shape_of(checkpoint: Described, name: str, parts: Headers) -> tuple[int, int
     return (weight[0], in_features)
 
 
+def quantization_map(schemes: Mapping[str, MlxScheme], weights: Mapping[str, int]) -> dict[str, Any]:
+    """`quantization` of config.json for the modules that store scales: at the top the scheme that holds most weights,
+    and an entry a path where there are several."""
+    held: Counter[MlxScheme] = Counter()
+    for name, scheme in schemes.items():
+        held[scheme] += weights[name]
+    quantization: dict[str, Any] = held.most_common(1)[0][0].entry()
+    if len(held) > 1:
+        quantization |= {name: scheme.entry() for name, scheme in schemes.items()}
+    return quantization
+
+
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `quantization` of a config.json with "mlx" as its quant_method; None where it is no map of MLX's."""
     found = config.get(KEYS[0])
@@ -164,12 +176,7 @@ def problems(mix: MixFacts) -> list[MergeProblem]:
 
 def merged_files(mix: MixFacts) -> tuple[list[MergedFile], list[str]]:
     """The JSON files of the output, and warnings."""
-    weights: Counter[Any] = Counter()
-    for name, scheme in mix.schemes.items():
-        weights[scheme] += mix.modules[name].numel
-    quantization: dict[str, Any] = weights.most_common(1)[0][0].entry()
-    if len(weights) > 1:
-        quantization |= {name: scheme.entry() for name, scheme in mix.schemes.items()}
+    quantization = quantization_map(mix.schemes, {name: mix.modules[name].numel for name in mix.schemes})
     config = {key: value for key, value in mix.config.items() if key not in KEYS}
     return [MergedFile("config.json", config | dict.fromkeys(KEYS, quantization))], []
 

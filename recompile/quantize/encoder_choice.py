@@ -14,6 +14,7 @@ from recompile.errors import ArgumentError, FormatError, RecipeError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats.schemes import parse_scheme
 from recompile.model.tokens import Rows
+from recompile.quantize import mlx_encoder
 from recompile.quantize.encoders import EXL_HEAD_BITS, Exl2Encoder, Exl3Encoder, IntEncoder
 from recompile.quantize.mix import MixEncoder, assign
 from recompile.quantize.modifiers import load_modifiers
@@ -23,6 +24,7 @@ from recompile.quantize.two_sided import OutputSource
 from recompile.recipe.recipe import describe_spec, load_recipe
 
 EXL_FORMATS = ("exl2", "exl3")
+MLX = "mlx"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class EncoderChoice:
     ) -> tuple[Encoder, bool]:
         """The encoder, and whether it quantizes the head. outputs: statistics of gradients at outputs, for two-sided
         rounding. Raises ArgumentError, FormatError, RecipeError."""
+        if self.format == MLX:
+            mlx_encoder.check_base(base)
+        if self.format == MLX and self.recipe is None:
+            return self._with(outputs, self._of_mlx(base)), mlx_encoder.stores_head(base)
         if self.schemes or self.modifiers:
             return self._with(outputs, self._of_schemes(on_event)), False
         if self.recipe is not None:
@@ -64,6 +70,16 @@ class EncoderChoice:
         if not hasattr(encoder, "outputs"):
             raise ArgumentError(f"{{rounding}} two-sided: not for {encoder.description()['format']}")
         return replace(encoder, outputs=outputs)  # type: ignore[type-var]
+
+    def _of_mlx(self, base: Checkpoint) -> Encoder:
+        group_size = self.group_size
+        variants = [mlx_encoder.affine(rate, group_size) for rate in self.bits]
+        variants += [mlx_encoder.float_mode(name) for name in self.schemes]
+        if len(set(variants)) != len(variants):
+            raise ArgumentError("{bits}: a bitrate is given twice")
+        head = None if self.head_bits is None else mlx_encoder.affine(self.head_bits, group_size)
+        dtype = mlx_encoder.scale_dtype_of(base)
+        return mlx_encoder.MlxEncoder(tuple(variants), self.method, self.importance, dtype, head)
 
     def _of_bits(self, rows: Rows) -> tuple[Encoder, bool]:
         bits, shape = self.bits, (len(rows.ids), rows.ids.shape[1])
@@ -108,7 +124,16 @@ class EncoderChoice:
         if self.head_bits is not None and not is_exl:
             raise ArgumentError("{head_bits}: in a mix a line for lm_head.* says what the head is")
 
+        if format_name == MLX:
+            mlx_encoder.check_base(base)
+
         def encoder_of(settings: Mapping[str, Any]) -> Encoder:
+            if format_name == MLX:
+                named = (str(settings["scheme"]),) if "scheme" in settings else ()
+                rates = () if named else (float(settings["bits"]),)
+                size = str(settings.get("group_size", self.group_size))
+                one = replace(self, bits=rates, schemes=named, group_size=size, head_bits=None)
+                return self._with(outputs, one._of_mlx(base))
             if "scheme" in settings:
                 return self._with(outputs, self._of_source(str(settings["scheme"]), format_name))
             size, symmetric = settings.get("group_size", self.group_size), settings.get("symmetric", not self.asym)
@@ -123,7 +148,8 @@ class EncoderChoice:
             return self._with(outputs, one._of_bits(rows)[0])
 
         of_head = {"bits": self.head_bits or EXL_HEAD_BITS, "format": format_name} if is_exl else None
-        return mix_encoder(self.recipe, base, out, self.bits, encoder_of, of_head, on_event)
+        embeddings = mlx_encoder.embeddings_of(base) if format_name == MLX else None
+        return mix_encoder(self.recipe, base, out, self.bits, encoder_of, of_head, on_event, embeddings)
 
     def _of_source(self, name: str, format_name: str) -> Encoder:
         """Of a source that is a scheme; for the head as well, where a line names it."""
@@ -156,9 +182,10 @@ def format_of_mix(path: Path, asked: str) -> str:
     if len(said) > 1:
         raise RecipeError(f"{recipe.name}: sources of several formats, {', '.join(sorted(said))}; a mix has one")
     found = said.pop() if said else asked
-    if found not in ("compressed-tensors", *EXL_FORMATS) or asked not in ("compressed-tensors", found):
+    if found not in ("compressed-tensors", *EXL_FORMATS, MLX) or asked not in ("compressed-tensors", found):
         raise RecipeError(
-            f"{recipe.name}: sources of format {found}, and --format {asked}; wanted exl2 or exl3, or --format alone"
+            f"{recipe.name}: sources of format {found}, and --format {asked}; "
+            f"wanted exl2, exl3 or mlx, or --format alone"
         )
     return found
 
@@ -171,11 +198,12 @@ def mix_encoder(
     encoder_of: Callable[[Mapping[str, Any]], Encoder],
     of_head: Mapping[str, Any] | None = None,
     on_event: OnEvent = ignore,
+    embeddings: Sequence[str] | None = None,
 ) -> tuple[MixEncoder, bool]:
     """The encoder of a recipe's mix, named as `out`, and whether it quantizes the head.
 
     bits: one bitrate for modules that no line names, where the recipe has no `base:`; encoder_of: of one source's spec;
-    of_head: the spec of a head that no line names, None: it stays dense.
+    of_head: the spec of a head that no line names, None: it stays dense; embeddings: as `assign` takes them.
     """
     recipe = load_recipe(recipe_path)
     for warning in recipe.warnings:
@@ -189,7 +217,7 @@ def mix_encoder(
     if unnamed is not None:
         specs[describe_spec(unnamed)] = unnamed
     head = next((name for name in HEAD_NAMES if name in base.modules), HEAD_NAMES[0])
-    assignment = assign(recipe, base, describe_spec(unnamed) if unnamed is not None else None, head)
+    assignment = assign(recipe, base, describe_spec(unnamed) if unnamed is not None else None, head, embeddings)
     if of_head is not None and head not in assignment:
         assignment[head] = describe_spec(of_head)
         specs[assignment[head]] = of_head

@@ -122,6 +122,7 @@ def fit_levels(
     column_weight: Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
     whole: Tensor | None = None,
+    smallest: float = SMALLEST_NVFP4_SCALE,
 ) -> LevelGrid:
     """Choose the scales of one weight.
 
@@ -131,6 +132,7 @@ def fit_levels(
     column_weight: [I] float32, None = all equal; used by "mse" only
     scale_dtype:   of the scales of int8 and fp8 formats; the others have their own
     whole:         nvfp4: the global scale [1] to use, None = of this weight alone
+    smallest:      nvfp4: the stored scale in place of 0
 
     Raises FormatError for weights that are not finite or do not fit the scheme.
     """
@@ -141,7 +143,8 @@ def fit_levels(
         raise FormatError(f"{scheme.name}: {why}")
     weight = weight.float()
     if scheme.format == "nvfp4-pack-quantized":
-        return _fit_nvfp4(weight, scheme, method, column_weight, global_scale([weight]) if whole is None else whole)
+        whole = global_scale([weight]) if whole is None else whole
+        return _fit_nvfp4(weight, scheme, method, column_weight, whole, smallest)
     if scheme.format.startswith("mxfp"):
         return _fit_mx(weight, scheme, method, column_weight)
     return _fit_plain(weight, scheme, method, column_weight, scale_dtype)
@@ -202,7 +205,9 @@ def _fit_plain(
     return with_scale(scales.gather(0, chosen[None])[0])
 
 
-def _fit_nvfp4(weight: Tensor, scheme: Scheme, method: str, column_weight: Tensor | None, whole: Tensor) -> LevelGrid:
+def _fit_nvfp4(
+    weight: Tensor, scheme: Scheme, method: str, column_weight: Tensor | None, whole: Tensor, smallest: float
+) -> LevelGrid:
     largest = weight.abs().unflatten(1, (-1, fp4.GROUP_SIZE)).amax(2)  # [O, NG]
 
     def with_scale(scale: Tensor) -> LevelGrid:
@@ -211,7 +216,7 @@ def _fit_nvfp4(weight: Tensor, scheme: Scheme, method: str, column_weight: Tenso
 
     def grid(fraction: float) -> LevelGrid:
         scale = round_e4m3(largest * (whole * (fraction / E2M1_MAX)))
-        return with_scale(torch.where(scale > 0, scale, SMALLEST_NVFP4_SCALE).to(torch.float8_e4m3fn))
+        return with_scale(torch.where(scale > 0, scale, smallest).to(torch.float8_e4m3fn))
 
     if method == "rtn":
         return grid(1.0)

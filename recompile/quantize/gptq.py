@@ -44,10 +44,7 @@ class QuantizedWeight:
 
     def rows(self, rows: slice) -> QuantizedWeight:
         """Some of its rows, as views."""
-        zero = self.grid.zero_point
-        return QuantizedWeight(
-            self.codes[rows], Grid(self.grid.scale[rows], None if zero is None else zero[rows]), self.scheme
-        )
+        return QuantizedWeight(self.codes[rows], self.grid.rows(rows), self.scheme)
 
 
 def quantize_gptq(
@@ -60,6 +57,7 @@ def quantize_gptq(
     importance: bool = True,
     act_order: ActOrder = "off",
     scale_dtype: torch.dtype = torch.bfloat16,
+    grids: Sequence[Grid] | None = None,
 ) -> list[QuantizedWeight]:
     """Quantize one weight to every scheme in a single pass over its columns.
 
@@ -76,6 +74,7 @@ def quantize_gptq(
                 the group begins. "static" fits all grids to the original weights and rounds the columns by decreasing
                 Hessian diagonal: better where the diagonal varies much from column to column, equal where it does not.
                 Neither changes the stored form: codes and grids are in the original column order
+    grids:      one a scheme, fitted by the caller to the original weights; with act_order "static"
     returns:    one QuantizedWeight a scheme, in the order of `schemes`, on the weight's device
 
     Raises FormatError for shapes that do not fit, a group size that does not divide the row, NaN or infinite values, or
@@ -85,6 +84,7 @@ def quantize_gptq(
         raise FormatError(f"act_order: found {act_order!r}, wanted 'off' or 'static'")
     if block < 1:
         raise FormatError(f"block: found {block}, wanted at least 1 column")
+    assert grids is None or (act_order == "static" and len(grids) == len(schemes)), "fixed before the first column"
     check_inputs(weight, hessian, schemes)
     if not schemes:
         return []
@@ -94,10 +94,13 @@ def quantize_gptq(
     column_weight = normalise_importance(diagonal if importance else None, weight.shape[1], weight.device)
 
     rows_per_part = max(1, _STACK_WEIGHTS // (weight.shape[1] * len(schemes)))
-    parts = [
-        _quantize_rows(rows, unit_upper, schemes, block, column_weight, order, scale_dtype)
-        for rows in weight.float().split(rows_per_part)
-    ]
+    parts = []
+    for start in range(0, len(weight), rows_per_part):
+        rows = slice(start, start + rows_per_part)
+        given = None if grids is None else [grid.rows(rows) for grid in grids]
+        parts.append(
+            _quantize_rows(weight[rows].float(), unit_upper, schemes, block, column_weight, order, scale_dtype, given)
+        )
     return [_join([part[i] for part in parts]) for i in range(len(schemes))]
 
 
@@ -118,13 +121,14 @@ class _GridTable:
     scheme: IntScheme
     scale: Tensor  # [NG, O] float32
     zero_point: Tensor  # [NG, O] float32, signed; 0 when symmetric
+    offset: Tensor | None = None  # [O, NG] float32, which the weights that are rounded lack
 
     def group_size(self) -> int:
         return self.scheme.group_size or 1 << 62  # channel: every column is in group 0
 
     def to_grid(self) -> Grid:
         zero = None if self.scheme.symmetric else self.zero_point.t().to(torch.int8).contiguous()
-        return Grid(self.scale.t().contiguous(), zero)
+        return Grid(self.scale.t().contiguous(), zero, self.offset)
 
 
 def _quantize_rows(
@@ -135,13 +139,22 @@ def _quantize_rows(
     column_weight: Tensor | None,
     order: Tensor | None,
     scale_dtype: torch.dtype,
+    grids: Sequence[Grid] | None,
 ) -> list[QuantizedWeight]:
     """GPTQ of [O, I] rows; those of all schemes are stacked, [I, R], so that one loop over the columns serves all."""
     out_features, in_features = weight.shape
     original = weight.t().contiguous() if order is None else weight.t()[order]  # [I, O], in the order of rounding
-    tables = [
-        _start_table(weight, scheme, column_weight, scale_dtype, fit_now=order is not None or scheme.group_size is None)
-        for scheme in schemes
+    if grids is None:
+        tables = [
+            _start_table(
+                weight, scheme, column_weight, scale_dtype, fit_now=order is not None or scheme.group_size is None
+            )
+            for scheme in schemes
+        ]
+    else:
+        tables = [_table_of(grid, scheme) for grid, scheme in zip(grids, schemes, strict=True)]
+    shifted = [  # offsets are no error: each scheme rounds the weights less its own
+        original if grid.offset is None else grid.without_offset(weight).t()[order] for grid in grids or ()
     ]
     stack_rows = [slice(i * out_features, (i + 1) * out_features) for i in range(len(schemes))]
     code_min = _stack([torch.full_like(original[0], scheme.code_min) for scheme in schemes])  # [R]
@@ -152,7 +165,9 @@ def _quantize_rows(
     for block_start in range(0, in_features, block):
         block_stop = min(block_start + block, in_features)
         columns = slice(block_start, block_stop)
-        block_original = original[columns].repeat(1, len(schemes))  # [block, R]
+        block_original = (  # [block, R]
+            _stack([one[columns] for one in shifted]) if shifted else original[columns].repeat(1, len(schemes))
+        )
         block_target = torch.addmm(block_original, unit_upper[:block_start, columns].t(), error[:block_start])
         for start, stop in _list_runs(block_start, block_stop, tables if order is None else ()):
             done, run = slice(block_start, start), slice(start, stop)  # of all columns
@@ -239,10 +254,13 @@ def _start_table(
     if not fit_now:
         scale = weight.new_ones((scheme.count_groups(weight.shape[1]), weight.shape[0]))
         return _GridTable(scheme, scale, torch.zeros_like(scale))
-    grid = fit_grid(weight, scheme, "mse", column_weight, scale_dtype)
+    return _table_of(fit_grid(weight, scheme, "mse", column_weight, scale_dtype), scheme)
+
+
+def _table_of(grid: Grid, scheme: IntScheme) -> _GridTable:
     scale = grid.scale.t().contiguous()
     zero = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point.t().to(scale.dtype)
-    return _GridTable(scheme, scale, zero)
+    return _GridTable(scheme, scale, zero, grid.offset)
 
 
 def _fit_group(
@@ -313,7 +331,8 @@ def _join(parts: list[QuantizedWeight]) -> QuantizedWeight:
     scale = torch.cat([part.grid.scale for part in parts])
     if not bool(scale.isfinite().all()):
         raise FormatError("scale: found infinite values; store scales in a wider dtype or keep the module dense")
-    grid = Grid(scale, torch.cat(zeros) if zeros else None)
+    offsets = [part.grid.offset for part in parts if part.grid.offset is not None]
+    grid = Grid(scale, torch.cat(zeros) if zeros else None, torch.cat(offsets) if offsets else None)
     return QuantizedWeight(torch.cat([part.codes for part in parts]), grid, parts[0].scheme)
 
 

@@ -2,7 +2,8 @@
 
 Axes: O = out_features, I = in_features, G = group size, NG = I / G (1 for channel scales).
 A grid represents w by (q - z) * s with a whole q in [code_min, code_max], a whole z in the same range (0 when
-symmetric) and a scale s that is already rounded to the dtype it is stored in.
+symmetric) and a scale s that is already rounded to the dtype it is stored in. Formats that store where the levels begin
+as a float add an offset (affine_grids.py).
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ class Grid:
 
     scale: Tensor  # [O, NG] float32, exactly representable in the stored dtype; may be negative when symmetric
     zero_point: Tensor | None  # [O, NG] int8 in [code_min, code_max]; None when symmetric
+    offset: Tensor | None = None  # [O, NG] float32, added to every level; None = 0
+
+    def rows(self, rows: slice) -> Grid:
+        """Of some rows of the weight, as views."""
+        zero, offset = (None if t is None else t[rows] for t in (self.zero_point, self.offset))
+        return Grid(self.scale[rows], zero, offset)
+
+    def without_offset(self, weight: Tensor) -> Tensor:
+        """weight [O, I] float32 less its offsets: what levels that start at a whole zero point are to represent."""
+        if self.offset is None:
+            return weight
+        return (weight.unflatten(1, (self.offset.shape[1], -1)) - self.offset[:, :, None]).flatten(1)
 
 
 def fit_grid(
@@ -62,7 +75,7 @@ def fit_grid(
     Raises FormatError for a weight that is not finite, a group size that does not divide the row, an importance of
     another shape, negative or not finite, or scales that `scale_dtype` cannot hold.
     """
-    _check_weight(weight, scheme)
+    check_weight(weight, scheme)
     if method not in ("rtn", "mse"):
         raise FormatError(f"method: found {method!r}, wanted 'rtn' or 'mse'")
     if scale_dtype not in SCALE_DTYPES:
@@ -76,7 +89,7 @@ def fit_grid(
 
     scale = torch.empty((out_features, groups), dtype=torch.float32, device=weight.device)
     zero = None if scheme.symmetric else torch.empty_like(scale)
-    chunk_rows = _rows_per_chunk(in_features, weight.device)
+    chunk_rows = rows_per_chunk(in_features, weight.device)
     for start in range(0, out_features, chunk_rows):
         rows = slice(start, start + chunk_rows)
         # Groups run down the first axis: every pass then goes along long rows, and sums over a group are vector adds.
@@ -95,7 +108,7 @@ def fit_grid(
 
 
 def quantize_to_grid(weight: Tensor, grid: Grid, scheme: IntScheme) -> Tensor:
-    """The nearest code of every weight: clamp(round(w / s) + z).
+    """The nearest code of every weight: clamp(round((w - offset) / s) + z).
 
     weight:  [O, I] float32, finite
     returns: [O, I] int8, signed codes in [code_min, code_max]
@@ -103,10 +116,11 @@ def quantize_to_grid(weight: Tensor, grid: Grid, scheme: IntScheme) -> Tensor:
     out_features, in_features = weight.shape
     groups = grid.scale.shape[1]
     codes = torch.empty((out_features, in_features), dtype=torch.int8, device=weight.device)
-    chunk_rows = _rows_per_chunk(in_features, weight.device)
+    chunk_rows = rows_per_chunk(in_features, weight.device)
     for start in range(0, out_features, chunk_rows):
         rows = slice(start, start + chunk_rows)
-        levels = weight[rows].float().view(-1, groups, in_features // groups) / grid.scale[rows, :, None]
+        levels = grid.rows(rows).without_offset(weight[rows].float()).view(-1, groups, in_features // groups)
+        levels = levels / grid.scale[rows, :, None]
         levels.round_()
         if grid.zero_point is not None:
             levels += grid.zero_point[rows, :, None]
@@ -115,7 +129,7 @@ def quantize_to_grid(weight: Tensor, grid: Grid, scheme: IntScheme) -> Tensor:
 
 
 def dequantize_codes(codes: Tensor, grid: Grid, scheme: IntScheme) -> Tensor:
-    """The weights that codes stand for, (q - z) * s computed in float32.
+    """The weights that codes stand for, (q - z) * s + offset computed in float32.
 
     codes:   [O, I] int8 in [code_min, code_max]
     returns: [O, I] float32, the same values that a reader of the stored form gets
@@ -125,6 +139,8 @@ def dequantize_codes(codes: Tensor, grid: Grid, scheme: IntScheme) -> Tensor:
     if grid.zero_point is not None:
         levels -= grid.zero_point[:, :, None]
     levels *= grid.scale[:, :, None]
+    if grid.offset is not None:
+        levels += grid.offset[:, :, None]
     return levels.view(codes.shape)
 
 
@@ -254,11 +270,11 @@ def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < 1e-30, torch.ones_like(scale), scale)
 
 
-def _rows_per_chunk(in_features: int, device: torch.device) -> int:
+def rows_per_chunk(in_features: int, device: torch.device) -> int:
     return max(1, (_CPU_CHUNK_WEIGHTS if device.type == "cpu" else _DEVICE_CHUNK_WEIGHTS) // in_features)
 
 
-def _check_weight(weight: Tensor, scheme: IntScheme) -> None:
+def check_weight(weight: Tensor, scheme: IntScheme) -> None:
     if weight.ndim != 2 or 0 in weight.shape:
         raise FormatError(f"weight: found shape {list(weight.shape)}, wanted [out, in]")
     if scheme.group_size is not None and weight.shape[1] % scheme.group_size:

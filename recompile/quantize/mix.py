@@ -26,6 +26,7 @@ from recompile.checkpoint.module_names import role_of
 from recompile.errors import RecipeError
 from recompile.model.roles import roles_of
 from recompile.quantize.encoders import IntEncoder
+from recompile.quantize.mlx_encoder import MlxEncoder, config_of
 from recompile.quantize.scheme_encoder import SchemeEncoder
 from recompile.recipe.recipe import Recipe, suggest
 
@@ -83,8 +84,20 @@ class MixEncoder:
     def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
         return next(iter(self.encoders.values())).dense_dtype(stored)
 
+    @property
+    def config_keys(self) -> tuple[str, ...]:
+        from recompile.quantize.pipeline import config_keys_of
+
+        return config_keys_of(next(iter(self.encoders.values())))
+
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
         first = next(iter(self.encoders.values()))
+        quantized = [module.module for module in report.modules if module.quantized]
+        if isinstance(first, MlxEncoder):
+            made = {name: self.encoders[self.assignment[name]] for name in quantized}
+            return config_of(
+                report, {name: one.scheme_of(name, 0) for name, one in made.items() if isinstance(one, MlxEncoder)}
+            )
         if not isinstance(first, (IntEncoder, SchemeEncoder)):  # these say what a module is in the module itself
             head_bits = round(report.head_bpw, 2) if report.head_bpw is not None else 16
             return {
@@ -94,7 +107,6 @@ class MixEncoder:
             }
         from recompile.formats.compressed_tensors import merged_config
 
-        quantized = [module.module for module in report.modules if module.quantized]
         schemes = []
         for name in quantized:
             encoder = self.encoders[self.assignment[name]]
@@ -113,11 +125,15 @@ class MixEncoder:
         }
 
 
-def assign(recipe: Recipe, base: Checkpoint, unnamed: str | None, head: str) -> dict[str, str]:
+def assign(
+    recipe: Recipe, base: Checkpoint, unnamed: str | None, head: str, embeddings: Sequence[str] | None = None
+) -> dict[str, str]:
     """module -> the source (as the recipe describes it) of every linear module of `base`, and of the head.
 
     unnamed: the source of modules that no line names; None: they stay dense. head: the output head's name, which takes
     part only where a line names it.
+    embeddings: for formats that quantize embeddings and the head like all else: the embeddings, and then the head takes
+    part where the base stores one.
     Raises RecipeError for a source that is a directory, and for a line that names no module which can be quantized.
     """
     for source in recipe.sources:
@@ -129,14 +145,16 @@ def assign(recipe: Recipe, base: Checkpoint, unnamed: str | None, head: str) -> 
     roles = roles_of(base)
     linear = [m.name for m in base.modules.values() if m.shape is not None and len(m.shape) == 2]
     layers = [name for name in linear if roles[name].kind != "embedding" and roles[name].part in ("text", "mtp")]
-    names = [f"{name}.weight" for name in dict.fromkeys([*layers, head])]
+    alike = embeddings is not None
+    outer = [name for name in [*(embeddings or ()), head] if not alike or name in base.modules]
+    names = [f"{name}.weight" for name in dict.fromkeys([*layers, *outer])]
     for line in recipe.unmatched(names):
         near = suggest(line.key, names)
         hint = f'; did you mean "{near}"?' if near else f"; such as {names[0]}"
         raise RecipeError(f'{recipe.location(line)}: key "{line.key}" matches no module to quantize{hint}')
     found: dict[str, str] = {}
     for name in names:
-        source_dir = recipe.source_dir(name) or (unnamed if name != f"{head}.weight" else None)
+        source_dir = recipe.source_dir(name) or (unnamed if alike or name != f"{head}.weight" else None)
         if source_dir is not None:
             found[name.removesuffix(".weight")] = source_dir
     return found

@@ -113,6 +113,14 @@ class ObservingEncoder(Protocol):
 
 
 @runtime_checkable
+class KeyedEncoder(Protocol):
+    """An Encoder whose quantization_config is known by other keys of config.json, or by several."""
+
+    @property
+    def config_keys(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
 class ScalingEncoder(Protocol):
     """An Encoder whose variants may scale inputs before they round."""
 
@@ -723,7 +731,8 @@ class _Build:
         if head in quantized:
             config["tie_word_embeddings"] = False
         made = self.encoder.quantization_config(variant, report, dense)
-        config["quantization_config"] = named_for_loaders(made, {n: role.loader for n, role in self.roles.items()})
+        named = named_for_loaders(made, {n: role.loader for n, role in self.roles.items()})
+        config |= dict.fromkeys(config_keys_of(self.encoder), named)
         write_json(partial / "config.json", config)
         write_text(partial / ROLES_NAME, dump_roles(self.roles))
         report = replace(report, left_dense=str(left_dense(open_checkpoint(partial))))
@@ -740,6 +749,11 @@ class _Build:
             pass
         shutil.rmtree(partial)
         return report
+
+
+def config_keys_of(encoder: Encoder) -> tuple[str, ...]:
+    """Under which keys of config.json loaders look for what an encoder made."""
+    return encoder.config_keys if isinstance(encoder, KeyedEncoder) else ("quantization_config",)
 
 
 def _stage_shard(number: int) -> str:

@@ -17,6 +17,7 @@ from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
 from recompile.formats import FORMATS
+from recompile.formats.mlx_config import KEYS
 from recompile.gguf.container import open_gguf
 from recompile.gguf.imatrix import read_imatrix, write_imatrix
 from recompile.model.devices import compute_device, compute_dtype
@@ -37,8 +38,9 @@ from recompile.quantize.gguf import (
 from recompile.quantize.gguf_convert import convert
 from recompile.quantize.gguf_mix import is_gguf_recipe, read_mix
 from recompile.quantize.lazy_variant import read_importance
+from recompile.quantize.mlx_encoder import embeddings_of
 from recompile.quantize.output_statistics import StoredStatistics, open_statistics
-from recompile.quantize.pipeline import LayerDone, QuantizeReport, quantize_model
+from recompile.quantize.pipeline import LayerDone, QuantizeReport, config_keys_of, quantize_model
 
 ROUNDING_METHODS = ("rtn", "mse", "gptq")
 
@@ -102,7 +104,8 @@ class QuantizeOptions:
         if self.schemes and self.modifiers:
             raise ArgumentError("{scheme} and {modifiers}: wanted one of them")
         said = (self.bits, self.recipe, self.format != "compressed-tensors", self.engine != "own", self.asym)
-        if (self.schemes or self.modifiers) and (any(said) or self.head_bits):
+        of_mlx = self.format == "mlx" and self.schemes and not self.modifiers  # whose modes are named
+        if (self.schemes or self.modifiers) and (any(said) or self.head_bits) and not of_mlx:
             raise ArgumentError(
                 "{scheme} and {modifiers} say all of the stored form; leave out {bits}, {recipe}, {format}, {engine}, "
                 "{asym} and {head_bits}"
@@ -172,6 +175,9 @@ def _make_safetensors(
     names = ("schemes", "modifiers", "recipe", "format", "method", "group_size", "asym", "importance", "head_bits")
     choice = EncoderChoice(bits=rates, codebook=options.codebook, **{name: getattr(options, name) for name in names})
     encoder, head = choice.encoder(base, out, rows, outputs, on_event)
+    dense = options.dense
+    if config_keys_of(encoder) == KEYS:  # mlx-lm quantizes embeddings, too
+        dense = replace(dense, quantize=(*dense.quantize, *embeddings_of(base)))
     report: QuantizeReport | None = None
     for event in quantize_model(
         base,
@@ -183,7 +189,7 @@ def _make_safetensors(
         dtype=compute_dtype(options.dtype),
         rows_sha256=rows.sha256,
         sequential=options.modifiers is not None and not options.independent,
-        dense=options.dense,
+        dense=dense,
     ):
         on_event(event)
         if isinstance(event, LayerDone):

@@ -87,6 +87,7 @@ class RoundingGrid:
     scale: [O, NG] float32;  group: int64 [I], the group of every column
     low, high: [O, NG] float32, lowest and highest whole level; unused where `table` is given
     table: [n] float32, all levels, rising, of a small float type; None for whole levels
+    offset: [O, NG] float32, added to level * scale; None = 0
     """
 
     scale: Tensor
@@ -94,6 +95,11 @@ class RoundingGrid:
     low: Tensor | None = None
     high: Tensor | None = None
     table: Tensor | None = None
+    offset: Tensor | None = None
+
+    def without_offset(self, weight: Tensor) -> Tensor:
+        """weight [O, I] less its offsets."""
+        return weight if self.offset is None else weight - self.offset[:, self.group]
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ def grid_of_integers(quantized: QuantizedWeight) -> RoundingGrid:
     grid, scheme, in_features = quantized.grid, quantized.scheme, quantized.codes.shape[1]
     zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point.float()
     group = torch.arange(in_features, device=grid.scale.device) // (scheme.group_size or in_features)
-    return RoundingGrid(grid.scale.float(), group, scheme.code_min - zero, scheme.code_max - zero)
+    low, high = scheme.code_min - zero, scheme.code_max - zero
+    return RoundingGrid(grid.scale.float(), group, low, high, offset=grid.offset)
 
 
 def grid_of_levels(grid: LevelGrid, in_features: int) -> RoundingGrid:
@@ -196,9 +203,9 @@ def round_where_better(
     for grid, before, after in zip(
         grids, one_sided, round_two_sided(weight, inputs, statistics.fit, grids, damping, chosen), strict=True
     ):
-        spread = grid.scale[:, grid.group]  # [O, I]
-        old = proxy(weight - before * spread, inputs, held_out)
-        new = proxy(weight - after * spread, inputs, held_out)
+        spread, own = grid.scale[:, grid.group], grid.without_offset(weight)  # [O, I]
+        old = proxy(own - before * spread, inputs, held_out)
+        new = proxy(own - after * spread, inputs, held_out)
         ratio = new / old if old > 0 else 1.0
         if ratio < 1:
             found.append((after, MatrixRounding("two-sided", chosen, ratio)))
@@ -292,8 +299,12 @@ def round_two_sided(
     rows = row_order(outputs)
     upper_in = factor_hessian(inputs, columns, input_damping)
     upper_out = factor_hessian(outputs, rows, output_damping)
-    ordered = weight.float()[rows][:, columns].t().contiguous()  # [I, O], in the order of rounding
-    return [_round_grid(ordered, upper_in, upper_out, grid, rows, columns) for grid in grids]
+    weight = weight.float()
+    made = []
+    for grid in grids:
+        ordered = grid.without_offset(weight)[rows][:, columns].t().contiguous()  # [I, O], in the order of rounding
+        made.append(_round_grid(ordered, upper_in, upper_out, grid, rows, columns))
+    return made
 
 
 def _round_grid(

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from recompile.errors import RecipeError
+from recompile.formats import mlx_config
 from recompile.io.files import read_bytes
 from recompile.recipe.messages import (
     Place,
@@ -304,7 +305,10 @@ def _read_source(entry: _Mapping) -> Source:
     """A directory, or a source to be made. Raises RecipeError where an entry is both or neither."""
     kinds = [key for key in MADE_KINDS if key in entry.value]
     settings = {key: entry.value[key] for key in MADE_SETTINGS if key in entry.value}
-    if settings and "bits" not in kinds:
+    is_mode = "scheme" in kinds and settings == {
+        "format": mlx_config.QUANT_METHOD
+    }  # one of MLX's, whose names others have as well
+    if settings and "bits" not in kinds and not is_mode:
         raise entry.at.error(f'"{next(iter(settings))}" goes with "bits" (a source that model_quantize makes)')
     if not kinds:
         return Source(entry.scalar("id"), entry.text("model_dir"), entry.at.line, entry.note())

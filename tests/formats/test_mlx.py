@@ -6,7 +6,6 @@ tests/vectors/mlx.safetensors was made by `mx.quantize` of mlx 0.32.4 on a CPU: 
 
 from __future__ import annotations
 
-import importlib
 import json
 from fnmatch import fnmatch
 from functools import cache
@@ -29,7 +28,7 @@ from recompile.formats.mlx_config import MlxScheme, read_scheme
 from recompile.merge.check import check_checkpoint
 from recompile.merge.overlay import build_overlay
 from recompile.merge.write_safetensors import execute, plan_write
-from tests import mixes, tiny
+from tests import mixes, mlx_engine, tiny
 from tests.commands import refusal, run
 from tests.formats.test_checkpoints import check_equal, streamed_logits
 
@@ -389,17 +388,9 @@ def test_stacked_experts_are_refused(tmp_path: Path) -> None:
 
 
 def test_mlx_lm_loads_a_merge_with_our_logits(tmp_path: Path) -> None:
-    pytest.importorskip("mlx_lm")
-    pytest.importorskip("mlx")
-    utils = importlib.import_module("mlx_lm.utils")
-    mx = importlib.import_module("mlx.core")
-
+    mlx_engine.python()
     low, high = build(tmp_path / "low", MlxScheme(3, 32)), build(tmp_path / "high", MlxScheme(4, 64), MIXED)
     out = merged(tmp_path, low, {"*.1.*": high, "lm_head*": high})
-    model, _ = utils.load_model(out)
-    model.set_dtype(mx.float32)
     ids = tiny.rows(2, 12)
-
-    found = torch.tensor(model(mx.array(ids.tolist())).astype(mx.float32).tolist())
-    wanted = streamed_logits(out, ids)
-    assert float((found - wanted).abs().max()) < 1e-3 * float(wanted.max() - wanted.min())
+    (found,) = mlx_engine.engine_logits([out], ids, tmp_path)
+    mlx_engine.assert_same_logits(found, streamed_logits(out, ids))

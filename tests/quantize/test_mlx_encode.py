@@ -1,0 +1,289 @@
+"""MLX variants: grids with a float bias, rounding on them, what `model_quantize --format mlx` writes; in mlx-lm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.cli.model_quantize import main as model_quantize
+from recompile.cli.recompile import main as recompile
+from recompile.errors import FormatError
+from recompile.formats import mlx
+from recompile.formats.mlx_config import MlxScheme
+from recompile.formats.packed_int import IntScheme
+from recompile.merge.check import check_checkpoint
+from recompile.quantize.affine_grids import fit_affine
+from recompile.quantize.gptq import factor_hessian, quantize_gptq
+from recompile.quantize.int_grids import dequantize_codes, fit_grid, quantize_to_grid
+from recompile.quantize.mlx_encoder import MlxEncoder, fit_small_floats
+from recompile.quantize.two_sided import RoundingGrid, grid_of_integers, round_two_sided
+from tests import mixes, mlx_engine, tiny
+from tests.commands import refusal, run
+from tests.formats.test_checkpoints import streamed_logits
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+def weights(rows: int = 24, columns: int = 128, seed: int = 0) -> Tensor:
+    """With groups off zero, where a zero point could not follow."""
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(rows, columns, generator=generator) * 0.1
+    value[:, :32] += 0.7
+    return value
+
+
+def inputs(columns: int = 128, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return x.T @ x / len(x)
+
+
+def decoded(weight: Tensor, bits: int, **how: Any) -> Tensor:
+    grid, scheme = fit_affine(weight, bits, 32, **how), IntScheme(bits, 32, symmetric=False)
+    integers = grid.as_integers(scheme)
+    return dequantize_codes(quantize_to_grid(weight, integers, scheme), integers, scheme)
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packing_is_undone_by_reading(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (5, 96), generator=torch.Generator().manual_seed(bits))
+    words = mlx.pack_codes(codes, bits)
+    assert words.dtype == torch.uint32
+    assert words.shape == (5, 3 * bits)
+    assert torch.equal(mlx.unpack_codes(words, bits).long(), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_float_bias_is_better_than_the_ends_of_a_group_and_than_zero_points(bits: int) -> None:
+    weight, scheme = weights(), IntScheme(bits, 32, symmetric=False)
+    zero_points = fit_grid(weight, scheme, "mse")
+    errors = {
+        "fitted": decoded(weight, bits),
+        "ends": decoded(weight, bits, method="rtn"),
+        "zero points": dequantize_codes(quantize_to_grid(weight, zero_points, scheme), zero_points, scheme),
+    }
+    found = {name: float((value - weight).square().mean()) for name, value in errors.items()}
+    assert found["fitted"] < found["ends"]
+    assert found["fitted"] < found["zero points"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_grids_hold_numbers_of_the_stored_dtype_and_the_same_levels_as_integers(dtype: torch.dtype) -> None:
+    weight, scheme = weights(), IntScheme(3, 32, symmetric=False)
+    grid = fit_affine(weight, 3, 32, scale_dtype=dtype)
+    for value in (grid.scale, grid.bias):
+        assert torch.equal(value, value.to(dtype).float())
+    integers = grid.as_integers(scheme)
+    codes = quantize_to_grid(weight, integers, scheme)
+    q = (codes.float() - scheme.code_min).unflatten(1, (-1, 32))
+    wanted = (q * grid.scale[..., None] + grid.bias[..., None]).flatten(1)
+    assert torch.allclose(dequantize_codes(codes, integers, scheme), wanted, atol=1e-6)
+    nearest = ((weight.unflatten(1, (-1, 32)) - grid.bias[..., None]) / grid.scale[..., None]).round().clamp(0, 7)
+    assert (q != nearest).float().mean() < 0.001  # ties, rounded either way
+
+
+def test_columns_that_count_more_get_less_error() -> None:
+    weight, importance = weights(), torch.ones(128)
+    importance[::4] = 100.0
+    plain, weighed = (decoded(weight, 2, importance=value) - weight for value in (None, importance))
+    assert float((weighed.square() * importance).mean()) < 0.8 * float((plain.square() * importance).mean())
+
+
+def test_equal_weights_are_kept_exactly() -> None:
+    weight = torch.full((2, 64), 0.375)
+    weight[1] = 0
+    assert torch.equal(decoded(weight, 2), weight)
+
+
+def test_numbers_beyond_the_dtype_are_refused() -> None:
+    with pytest.raises(FormatError, match=r"whose scale or bias torch\.float16 \(at most 6\.55e\+04\) cannot hold"):
+        fit_affine(torch.full((1, 32), 1e5), 4, 32, scale_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_small_floats_decode_to_their_levels(mode: str) -> None:
+    weight = weights() * 0.02  # nvfp4 scales below 2^-6, which are subnormal
+    encoded = MlxEncoder((MlxScheme(8 if mode == "mxfp8" else 4, 16 if mode == "nvfp4" else 32, mode),), "mse")
+    (made,) = encoded.encode({"m": weight}, None, {})
+    grid = fit_small_floats(weight, mode, "mse", None)
+    assert torch.equal(made["m"].dense, grid.round(weight) * grid.spread(128))
+    assert float((made["m"].dense - weight).norm() / weight.norm()) < (0.04 if mode == "mxfp8" else 0.2)
+
+
+# ---- rounding --------------------------------------------------------------------------------------------------------
+
+
+def plain_gptq(weight: Tensor, scale: Tensor, bias: Tensor, hessian: Tensor, steps: int) -> Tensor:
+    """Codes, one column after another in float64, with the decoded value of every column."""
+    order = torch.argsort(hessian.diagonal().double(), descending=True, stable=True)
+    upper = factor_hessian(hessian, order, 0.01).double()
+    weight, error, codes = weight.double()[:, order], torch.zeros_like(weight).double(), torch.zeros_like(weight)
+    for at, column in enumerate(order.tolist()):
+        s, b = (value[:, column // 32].double() for value in (scale, bias))
+        target = weight[:, at] + error[:, :at] @ upper[:at, at]
+        code = ((target - b) / s).round().clamp(0, steps)
+        error[:, at] = weight[:, at] - (code * s + b)
+        codes[:, column] = code.float()
+    return codes
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gptq_makes_up_for_what_a_reader_decodes(bits: int) -> None:
+    weight, hessian, scheme = weights(), inputs(), IntScheme(bits, 32, symmetric=False)
+    grid = fit_affine(weight, bits, 32)
+    (made,) = quantize_gptq(weight, hessian, [scheme], act_order="static", grids=[grid.as_integers(scheme)])
+    wanted = plain_gptq(weight, grid.scale, grid.bias, hessian, (1 << bits) - 1)
+    assert float((made.codes.float() - scheme.code_min != wanted).float().mean()) < 0.01  # ties in float32
+
+
+def test_an_offset_moves_weights_and_nothing_else() -> None:
+    weight, hin, hout, scheme = weights(), inputs(), inputs(24, 5), IntScheme(3, 32, symmetric=False)
+    grid = fit_affine(weight, 3, 32).as_integers(scheme)
+    assert grid.offset is not None
+    (made,) = quantize_gptq(weight, hin, [scheme], act_order="static", grids=[grid])
+    with_offset = grid_of_integers(made)
+    without = RoundingGrid(with_offset.scale, with_offset.group, with_offset.low, with_offset.high)
+    moved = weight - grid.offset.repeat_interleave(32, 1)
+    found, wanted = (
+        round_two_sided(value, hin, hout, [own])[0] for value, own in ((weight, with_offset), (moved, without))
+    )
+    assert torch.equal(found, wanted)
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mlx")
+    save_file({"input_ids": tiny.rows(4, 32)}, folder / "ids.safetensors")
+    run(model_quantize, "-i", tiny.base("llama-2"), "-o", folder / "made", *args(folder), "-b", 2, 3, 6, "--scheme",
+        "mxfp4", "mxfp8", "nvfp4")  # fmt: skip
+    return folder
+
+
+def args(folder: Path) -> tuple[object, ...]:
+    return ("--format", "mlx", "-g", 32, "--input-ids", folder / "ids.safetensors", "--quiet")
+
+
+def config(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return found
+
+
+def test_variants_are_whole_mlx_checkpoints(made: Path) -> None:
+    base = load_file(tiny.base("llama-2") / "model.safetensors")
+    names = {"2bpw": (2, 32, "affine"), "3bpw": (3, 32, "affine"), "6bpw": (6, 32, "affine")}
+    names |= {"mxfp4": (4, 32, "mxfp4"), "mxfp8": (8, 32, "mxfp8"), "nvfp4": (4, 16, "nvfp4")}
+    assert {path.name for path in (made / "made").iterdir()} == names.keys()
+    for name, (bits, group_size, mode) in names.items():
+        path = made / "made" / name
+        entry = {"group_size": group_size, "bits": bits, "mode": mode}
+        assert config(path)["quantization"] == entry
+        assert config(path)["quantization_config"] == entry
+        with safe_open(path / "model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "mlx"}
+        checkpoint = open_checkpoint(path)
+        assert {m for m, stored in checkpoint.modules.items() if not stored.is_quantized} == {
+            n.removesuffix(".weight") for n, value in base.items() if value.dim() == 1
+        }, "embedding and head as well"
+        report = json.loads((path / "quantize_report.json").read_text())["variant"]["modules"]
+        for module in report:
+            weight = base[f"{module['module']}.weight"].float()
+            error = checkpoint.load(f"{module['module']}.weight").float() - weight
+            assert float(error.norm() / weight.norm()) == pytest.approx(module["relative_error"], rel=1e-4)
+        assert [problem for problem in check_checkpoint(path) if problem.severity == "error"] == []
+
+
+def test_a_mix_straight_from_the_base_is_the_merge_of_variants(made: Path, tmp_path: Path) -> None:
+    variants = made / "made"
+    taken = {"*.v_proj.*": variants / "6bpw", "*embed_tokens*": variants / "mxfp8"}
+    recipe = mixes.recipe(tmp_path / "merge.yaml", taken)
+    run(recompile, "-i", variants / "3bpw", "-o", tmp_path / "merged", "-or", recipe, "--quiet")
+    (tmp_path / "mix.yaml").write_text(
+        "sources:\n  - {id: 6, bits: 6, format: mlx}\n  - {id: e, scheme: mxfp8, format: mlx}\n"
+        'overrides:\n  - {key: "*.v_proj.*", source: 6}\n  - {key: "*embed_tokens*", source: e}\n'
+        "base: {bits: 3, format: mlx}\n"
+    )
+    run(model_quantize, "-i", tiny.base("llama-2"), "-o", tmp_path / "mix", "-or", tmp_path / "mix.yaml", *args(made))
+    merged, mixed = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "mix"))
+    assert merged.keys() == mixed.keys()
+    for name, value in merged.items():
+        assert torch.equal(value.view(torch.uint8), mixed[name].view(torch.uint8)), name
+    assert config(tmp_path / "merged")["quantization"] == config(tmp_path / "mix")["quantization"]
+    entries = config(tmp_path / "mix")["quantization"]
+    assert entries["model.embed_tokens"] == {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    assert entries["lm_head"] == {"group_size": 32, "bits": 3, "mode": "affine"}
+
+
+def test_a_tied_embedding_is_stored_once_and_kept_on_request(made: Path, tmp_path: Path) -> None:
+    base = tiny.base("llama-tied")
+    run(model_quantize, "-i", base, "-o", tmp_path / "tied", "-b", 4, *args(made))
+    checkpoint = open_checkpoint(tmp_path / "tied" / "4bpw")
+    assert checkpoint.config["tie_word_embeddings"] is True
+    assert checkpoint.modules["model.embed_tokens"].is_quantized
+    assert "lm_head" not in checkpoint.modules
+    run(model_quantize, "-i", base, "-o", tmp_path / "kept", "-b", 4, *args(made), "--keep", "*embed_tokens")
+    assert not open_checkpoint(tmp_path / "kept" / "4bpw").modules["model.embed_tokens"].is_quantized
+
+
+def test_rounding_is_two_sided_on_request(made: Path, tmp_path: Path) -> None:
+    run(model_quantize, "-i", tiny.base("llama-2"), "-o", tmp_path / "two", "-b", 3, "--scheme", "mxfp4", *args(made),
+        "--rounding", "two-sided")  # fmt: skip
+    for name in ("3bpw", "mxfp4"):
+        report = json.loads((tmp_path / "two" / name / "quantize_report.json").read_text())["variant"]["modules"]
+        notes = [module["rounding"] for module in report if module["quantized"]]
+        assert any(note.startswith("two-sided") for note in notes), name
+        one, two = (load_file(path / name / "model.safetensors") for path in (made / "made", tmp_path / "two"))
+        assert any(not torch.equal(one[key], two[key]) for key in one if key.endswith(".weight"))
+        assert all(torch.equal(one[key], two[key]) for key in one if key.endswith(("scales", "biases", "norm.weight")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-b", 7), "bits: found 7, wanted 2, 3, 4, 5, 6, 8 for mode affine"),
+        (("-b", 2.5), "bits: found 2.5"),
+        (("-b", 4, "-g", 48), "MLX has 32, 64, 128"),
+        (("--scheme", "fp8-channel"), "MLX has mxfp4, mxfp8, nvfp4"),
+        (("-b", 4, "--method", "awq"), "awq: wanted rtn, mse or gptq"),
+    ],
+)
+def test_what_mlx_does_not_have_is_refused(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    said = refusal(model_quantize, "-i", tiny.base("llama-2"), "-o", tmp_path / "out", "--format", "mlx", *arguments)
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_mlx_lm_changes_are_refused(tmp_path: Path) -> None:
+    base = tiny.copy_of(tiny.base("llama-2"), tmp_path / "base")
+    settings = config(base) | {"model_type": "olmo"}
+    (base / "config.json").write_text(json.dumps(settings))
+    said = refusal(model_quantize, "-i", base, "-o", tmp_path / "out", "--format", "mlx", "-b", 4)
+    assert "mlx-lm may rename, stack or change the tensors of model_type 'olmo'" in said
+
+
+# ---- in mlx-lm, where a Python has it --------------------------------------------------------------------------------
+
+
+def test_mlx_lm_runs_variants_and_a_mix_with_our_logits(made: Path, tmp_path: Path) -> None:
+    mlx_engine.python()
+    variants = made / "made"
+    recipe = mixes.recipe(tmp_path / "merge.yaml", {"*.1.*": variants / "nvfp4", "*.v_proj.*": variants / "6bpw"})
+    run(recompile, "-i", variants / "3bpw", "-o", tmp_path / "mix", "-or", recipe, "--quiet")
+    run(model_quantize, "-i", tiny.base("llama-tied"), "-o", tmp_path / "tied", "-b", 5, *args(made))
+    models = [*sorted(variants.iterdir()), tmp_path / "mix", tmp_path / "tied" / "5bpw"]
+    ids = tiny.rows(2, 12)
+    for path, found in zip(models, mlx_engine.engine_logits(models, ids, tmp_path), strict=True):
+        mlx_engine.assert_same_logits(found, streamed_logits(path, ids))
