@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recompile.formats import FLOAT_DTYPES
+from recompile.formats import FLOAT_DTYPES, mlx_config
 from recompile.formats.stored import TensorInfo, View
 
 ALTERNATING = frozenset({"gpt_oss"})  # model types whose gate_up_proj has gate and up in turn
@@ -54,9 +54,16 @@ def split_experts(
     Tensors that are no stack of experts, by shape and by the config's number of experts, stay as they are.
     """
     counts = expert_counts(config)
+    switched = _split_switched(tensors, config, counts)
     stacks: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        if len(info.shape) == 3 and info.shape[0] in counts and min(info.shape[1:]) > 1 and info.dtype in FLOAT_DTYPES:
+        if (
+            name not in switched
+            and len(info.shape) == 3
+            and info.shape[0] in counts
+            and min(info.shape[1:]) > 1
+            and info.dtype in FLOAT_DTYPES
+        ):
             parent, _, leaf = name.removesuffix(".weight").rpartition(".")
             stacks.setdefault(parent, {})[leaf] = info
     found: dict[str, dict[str, TensorInfo]] = {}  # stored name -> its parts
@@ -68,11 +75,29 @@ def split_experts(
             bias = tensors.get(f"{parent}.{leaf}_bias")
             if bias is not None and len(bias.shape) == 2 and bias.shape[0] == stack.info.shape[0]:
                 found[bias.name] = dict(_parts(replace(stack, info=bias), container, leaves, "bias"))
-    found |= _split_blocks(tensors, counts)
+    found |= _split_blocks(tensors, counts) | switched
     made: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         made |= found.get(name, {name: info})
     return made, {name: tuple(parts) for name, parts in found.items()}
+
+
+def _split_switched(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], counts: frozenset[int]
+) -> dict[str, dict[str, TensorInfo]]:
+    """MLX's stacks: every part of an expert's map, codes, scales and biases, lies [experts, ...] in one tensor."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        names = mlx_config.experts_of(config, name)
+        if names is None or len(info.shape) < 2 or info.shape[0] not in counts:
+            continue
+        size = info.size_bytes // info.shape[0]
+        found[name] = {}
+        for expert in range(info.shape[0]):
+            own = f"{names[0]}{expert}{names[1]}"
+            offset, view = info.offset + expert * size, View(info, expert)
+            found[name][own] = replace(info, name=own, shape=info.shape[1:], offset=offset, size_bytes=size, view=view)
+    return found
 
 
 def _split_blocks(tensors: Mapping[str, TensorInfo], counts: frozenset[int]) -> dict[str, dict[str, TensorInfo]]:

@@ -9,6 +9,7 @@ the shapes allow; so a mix of several schemes names every path.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,20 @@ MODEL_TYPES = frozenset(
     | {"ministral3", "mistral", "nemotron", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm"}
     | {"starcoder2"}
 )
+# Those whose experts it stacks, and what it calls an expert's maps: `mlp.experts.7.up_proj` is row 7 of
+# `mlp.switch_mlp.up_proj`. As its loaders do it with a checkpoint of transformers' (0.32, run); logits equal as above.
+_PLAIN = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+EXPERTS: Mapping[str, Mapping[str, str]] = {
+    "mixtral": _MIXTRAL,
+    "olmoe": _PLAIN,
+    "phimoe": _MIXTRAL,
+    "qwen2_moe": _PLAIN,
+    "qwen3_moe": _PLAIN,
+}
+KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys()
+STACK = "switch_mlp"
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,37 @@ class MlxScheme:
     def entry(self) -> dict[str, Any]:
         """As `quantization` of config.json says it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def stack_of(config: Mapping[str, Any], module: str) -> tuple[str, int] | None:
+    """(path, expert) of a module that is one expert's in a stack of mlx-lm's; None for any other."""
+    leaves = EXPERTS.get(str(config.get("model_type")))
+    found = _EXPERT.fullmatch(module) if leaves else None
+    if leaves is None or found is None or found[3] not in leaves:
+        return None
+    return f"{found[1]}.{STACK}.{leaves[found[3]]}", int(found[2])
+
+
+def path_of(config: Mapping[str, Any], module: str) -> str:
+    """What mlx-lm calls the module that holds a stored one."""
+    place = stack_of(config, module)
+    return module if place is None else place[0]
+
+
+def stacked_tensor(config: Mapping[str, Any], tensor: str) -> tuple[str, int] | None:
+    """As `stack_of`, of a tensor `<module>.<part>`."""
+    module, _, part = tensor.rpartition(".")
+    place = stack_of(config, module)
+    return None if place is None else (f"{place[0]}.{part}", place[1])
+
+
+def experts_of(config: Mapping[str, Any], tensor: str) -> tuple[str, str] | None:
+    """Of a stacked tensor the names of its experts' before and after their number; None for any other."""
+    leaves = EXPERTS.get(str(config.get("model_type")), {})
+    block, found, rest = tensor.rpartition(f".{STACK}.")
+    leaf, _, part = rest.partition(".")
+    own = next((name for name, stacked in leaves.items() if stacked == leaf), None)
+    return (f"{block}.experts.", f".{own}.{part}") if found and own is not None and part else None
 
 
 def read_scheme(quantization: Mapping[str, Any], path: str) -> MlxScheme:
@@ -104,7 +150,7 @@ def _scheme_of(checkpoint: Described, name: str) -> MlxScheme:
             f"uint32 codes; MLX loaders read that key, take config.json as it was published"
         )
     try:
-        return read_scheme(quantization, name)
+        return read_scheme(quantization, path_of(checkpoint.config, name))
     except FormatError as error:
         raise FormatError(f"{checkpoint.label}: {error}") from None
 
@@ -115,11 +161,11 @@ def shape_of(checkpoint: Described, name: str, parts: Headers) -> tuple[int, int
     Raises CheckpointError for models whose tensors mlx-lm renames or stacks, FormatError for parts that do not fit.
     """
     model_type = checkpoint.config.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if model_type not in KNOWN_TYPES:
         raise CheckpointError(
             f"{checkpoint.label}: is an MLX checkpoint of model_type {str(model_type)[:60]!r}, whose tensors mlx-lm "
             f"may rename, stack or change; read are "
-            f"{', '.join(sorted(MODEL_TYPES))}; take a build in another format"
+            f"{', '.join(sorted(KNOWN_TYPES))}; take a build in another format"
         )
     scheme = _scheme_of(checkpoint, name)
     weight, scales = parts["weight"].shape, parts["scales"].shape
@@ -146,7 +192,9 @@ def shape_of(checkpoint: Described, name: str, parts: Headers) -> tuple[int, int
     return (weight[0], in_features)
 
 
-def quantization_map(schemes: Mapping[str, MlxScheme], weights: Mapping[str, int]) -> dict[str, Any]:
+def quantization_map(
+    config: Mapping[str, Any], schemes: Mapping[str, MlxScheme], weights: Mapping[str, int]
+) -> dict[str, Any]:
     """`quantization` of config.json for the modules that store scales: at the top the scheme that holds most weights,
     and an entry a path where there are several."""
     held: Counter[MlxScheme] = Counter()
@@ -154,7 +202,7 @@ def quantization_map(schemes: Mapping[str, MlxScheme], weights: Mapping[str, int
         held[scheme] += weights[name]
     quantization: dict[str, Any] = held.most_common(1)[0][0].entry()
     if len(held) > 1:
-        quantization |= {name: scheme.entry() for name, scheme in schemes.items()}
+        quantization |= {path_of(config, name): scheme.entry() for name, scheme in schemes.items()}
     return quantization
 
 
@@ -164,6 +212,23 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(found, Mapping) or not {"bits", "group_size"} <= found.keys():
         return None
     return {**found, "quant_method": QUANT_METHOD}
+
+
+def rotary_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys to add to a config.json for mlx-lm, which looks for rotary settings where transformers 4 had them: most of
+    its models take 10000 as `rope_theta`, unsaid, where only `rope_parameters` of transformers 5 has it."""
+    given = config.get("rope_parameters")
+    if not isinstance(given, Mapping):
+        return {}
+    whole, local = given.get("full_attention", given), given.get("sliding_attention")
+    if not isinstance(whole, Mapping):
+        return {}
+    fields = {key: whole[key] for key in ("rope_theta", "partial_rotary_factor") if key in whole}
+    if whole.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = {key: value for key, value in whole.items() if key != "rope_theta"}
+    if isinstance(local, Mapping) and "rope_theta" in local:
+        fields["rope_local_base_freq"] = local["rope_theta"]
+    return {key: value for key, value in fields.items() if config.get(key) is None}
 
 
 # ---- what a merge asks -----------------------------------------------------------------------------------------------
@@ -176,15 +241,17 @@ def problems(mix: MixFacts) -> list[MergeProblem]:
 
 def merged_files(mix: MixFacts) -> tuple[list[MergedFile], list[str]]:
     """The JSON files of the output, and warnings."""
-    quantization = quantization_map(mix.schemes, {name: mix.modules[name].numel for name in mix.schemes})
+    quantization = quantization_map(mix.config, mix.schemes, {name: mix.modules[name].numel for name in mix.schemes})
     config = {key: value for key, value in mix.config.items() if key not in KEYS}
-    return [MergedFile("config.json", config | dict.fromkeys(KEYS, quantization))], []
+    fields = dict.fromkeys(KEYS, quantization) | rotary_fields(config)
+    return [MergedFile("config.json", config | fields)], []
 
 
 def config_problems(config: Mapping[str, Any], modules: Mapping[str, StoredModule]) -> Iterator[tuple[str, str, str]]:
     """(place, what is wrong, severity) of a checkpoint's config: entries that name what is not stored quantized, and a
     second copy of the map that says something else."""
     quantization, copy = (config.get(key) for key in KEYS)
+    modules = {path_of(config, name): module for name, module in modules.items()}
     for path, entry in quantization.items() if isinstance(quantization, Mapping) else ():
         module = modules.get(path)
         if (isinstance(entry, Mapping) or entry is True) and not (module is not None and module.is_quantized):

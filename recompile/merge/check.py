@@ -103,11 +103,13 @@ def verify(out: str | os.PathLike[str], on_step: Callable[[Step], None] | None =
 
     Raises CheckpointError if the directory cannot be opened or has no manifest of ours; contradictions are reported.
     """
-    checkpoint = open_checkpoint(out).whole
-    if isinstance(checkpoint, GgufCheckpoint):
-        return _verify_gguf(checkpoint)
-    manifest = _read_manifest(checkpoint)
+    opened = open_checkpoint(out)
+    if isinstance(opened, GgufCheckpoint):
+        return _verify_gguf(opened)
+    manifest = _read_manifest(opened)
     listed: Mapping[str, Mapping[str, Any]] = manifest["modules"]
+    one_by_one = any(modules & listed.keys() for modules, _ in opened.fused_blocks)  # as merges stack experts
+    checkpoint = opened if one_by_one else opened.whole
     problems = check_checkpoint(out)
     for name in sorted(checkpoint.modules.keys() - listed.keys()):
         problems.append(Problem(name, f"is stored and not in {MANIFEST_NAME}"))

@@ -44,6 +44,7 @@ from recompile.merge.configs import dump_json, is_verbatim, merged_texts, origin
 from recompile.merge.convert import Conversion, is_expressible, plan_conversions
 from recompile.merge.fuse_experts import FusedExperts, fused_experts, with_fused
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, quantizable
+from recompile.merge.stacks import StackPlace, name_in_file, plan_stacks
 from recompile.recipe.recipe import dump_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ def plan_write(
     if shard_mb < 1:
         raise OutputError(f"--shard-size {shard_mb}: wanted at least 1 (MB)")
     out = Path(out)
-    overlay = with_whole_experts(overlay)
+    stack = _stack_rule(overlay) if not dense else None
+    overlay = with_whole_experts(overlay) if stack is None else overlay
     warnings: list[str] = []
     conversions: dict[str, Conversion] = {}
     ordered = [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
@@ -208,9 +210,10 @@ def plan_write(
         texts, warnings = merged_texts(overlay, conversions)
         rules = next((FORMATS[name].shards for name in overlay.formats), ShardRules())
         with_index = rules.index_counts
-    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, rules, conversions)
+    places = plan_stacks((tensor for tensors in wanted for tensor in tensors), stack) if stack is not None else {}
+    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, rules, conversions, places)
     if with_index and len(shards) > 1:
-        texts[INDEX_NAME] = dump_json(_index(modules, shards))
+        texts[INDEX_NAME] = dump_json(_index(modules, shards, places))
     if overlay.scaled_sets:
         texts[SCALING_NAME] = dump_scaled_sets(overlay.scaled_sets)
     if is_verbatim(overlay) and not dense:
@@ -232,6 +235,15 @@ def plan_write(
         fused,
         shapes,
     )
+
+
+def _stack_rule(overlay: Overlay) -> Callable[[str], tuple[str, int] | None] | None:
+    """(stack, expert) of a tensor, for formats whose engine loads the experts of a layer as one; None for others."""
+    for name in overlay.formats:
+        rule = getattr(FORMATS[name].load_merge(), "stacked_tensor", None)
+        if rule is not None:
+            return lambda tensor: rule(overlay.config, tensor)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,16 +286,18 @@ def _lay_out(
     shard_bytes: int,
     rules: ShardRules,
     conversions: Mapping[str, Conversion],
+    places: Mapping[str, StackPlace],
 ) -> tuple[tuple[PlannedShard, ...], tuple[PlannedModule, ...]]:
-    """Fill shards in the order of the modules; a module's tensors stay together, one larger than a shard alone."""
+    """Fill shards in the order of the modules; a module's tensors stay together, one larger than a shard alone, and so
+    do modules whose tensors are stacked."""
     members: list[list[int]] = []
     filled = 0
-    for number, tensors in enumerate(wanted):
-        size = sum(tensor.size_bytes for tensor in tensors)
+    for unit in _units(wanted, places):
+        size = sum(tensor.size_bytes for number in unit for tensor in wanted[number])
         if not members or (members[-1] and filled + size > shard_bytes):
             members.append([])
             filled = 0
-        members[-1].append(number)
+        members[-1] += unit
         filled += size
     shards, modules = [], []
     for shard, numbers in enumerate(members):
@@ -291,14 +305,12 @@ def _lay_out(
         if len(members) > 1:
             file = f"{rules.prefix}-{shard + 1:05d}-of-{len(members):05d}.safetensors"
         # Wide dtypes first: then every tensor starts at a multiple of its item size, which loaders that map files need.
-        tensors = sorted(
-            (tensor for number in numbers for tensor in wanted[number]), key=lambda t: -DTYPE_BYTES[t.dtype]
-        )
+        tensors = _in_order([tensor for number in numbers for tensor in wanted[number]], places)
         starts, end = {}, 0
         for tensor in tensors:
             starts[tensor.name] = end
             end += tensor.size_bytes
-        header = _header(tensors, starts, rules.metadata)
+        header = _header(tensors, starts, rules.metadata, places)
         path = out / file
         shards.append(PlannedShard(file, header, len(header) + end))
         for number in numbers:
@@ -316,6 +328,36 @@ def _lay_out(
     return tuple(shards), tuple(modules)
 
 
+def _units(wanted: Sequence[Sequence[_Wanted]], places: Mapping[str, StackPlace]) -> Iterator[list[int]]:
+    """Numbers of modules that go into one shard: those of one block of experts, or one alone."""
+    unit: list[int] = []
+    last = None
+    for number, tensors in enumerate(wanted):
+        place = places.get(tensors[0].name) if tensors else None
+        container = place.container if place is not None else None
+        if unit and (container is None or container != last):
+            yield unit
+            unit = []
+        unit.append(number)
+        last = container
+    if unit:
+        yield unit
+
+
+def _in_order(tensors: Sequence[_Wanted], places: Mapping[str, StackPlace]) -> list[_Wanted]:
+    """Wide dtypes first, stacks where their first tensor stands, in the order of the experts."""
+    ranks: dict[str, int] = {}
+    for rank, tensor in enumerate(tensors):
+        ranks.setdefault(name_in_file(tensor.name, places), rank)
+
+    def key(tensor: _Wanted) -> tuple[int, int, int]:
+        place = places.get(tensor.name)
+        rank = ranks[name_in_file(tensor.name, places)]
+        return (-DTYPE_BYTES[tensor.dtype], rank, place.index if place is not None else 0)
+
+    return sorted(tensors, key=key)
+
+
 def _stored(placement: Placement, tensors: Sequence[PlannedTensor], conversion: Conversion | None) -> StoredModule:
     """The module as the output holds it."""
     skip = len(placement.module) + 1
@@ -329,23 +371,32 @@ def _stored(placement: Placement, tensors: Sequence[PlannedTensor], conversion: 
     return StoredModule(placement.module, parts, shape, "dense")
 
 
-def _header(tensors: Sequence[_Wanted], starts: Mapping[str, int], metadata: str) -> bytes:
+def _header(
+    tensors: Sequence[_Wanted], starts: Mapping[str, int], metadata: str, places: Mapping[str, StackPlace]
+) -> bytes:
     """The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": metadata}}
     for tensor in tensors:
-        start = starts[tensor.name]
-        entries[tensor.name] = {
+        start, place = starts[tensor.name], places.get(tensor.name)
+        if place is not None and place.index:
+            continue  # the first one's entry is that of all
+        count = place.count if place is not None else 1
+        entries[name_in_file(tensor.name, places)] = {
             "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [start, start + tensor.size_bytes],
+            "shape": [*([count] if place is not None else ()), *tensor.shape],
+            "data_offsets": [start, start + count * tensor.size_bytes],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _index(modules: Sequence[PlannedModule], shards: Sequence[PlannedShard]) -> dict[str, Any]:
-    weight_map = {t.info.name: shards[module.shard].file for module in modules for t in module.tensors}
+def _index(
+    modules: Sequence[PlannedModule], shards: Sequence[PlannedShard], places: Mapping[str, StackPlace]
+) -> dict[str, Any]:
+    weight_map = {
+        name_in_file(t.info.name, places): shards[module.shard].file for module in modules for t in module.tensors
+    }
     return {
         "metadata": {"total_size": sum(module.stored.size_bytes for module in modules)},
         "weight_map": dict(sorted(weight_map.items())),

@@ -79,7 +79,10 @@ class EncoderChoice:
             raise ArgumentError("{bits}: a bitrate is given twice")
         head = None if self.head_bits is None else mlx_encoder.affine(self.head_bits, group_size)
         dtype = mlx_encoder.scale_dtype_of(base)
-        return mlx_encoder.MlxEncoder(tuple(variants), self.method, self.importance, dtype, head)
+        embeddings = mlx_encoder.embeddings_of(base)
+        return mlx_encoder.MlxEncoder(
+            tuple(variants), base.config, embeddings, self.method, self.importance, dtype, head
+        )
 
     def _of_bits(self, rows: Rows) -> tuple[Encoder, bool]:
         bits, shape = self.bits, (len(rows.ids), rows.ids.shape[1])

@@ -85,10 +85,16 @@ class MixEncoder:
         return next(iter(self.encoders.values())).dense_dtype(stored)
 
     @property
-    def config_keys(self) -> tuple[str, ...]:
-        from recompile.quantize.pipeline import config_keys_of
+    def embeddings(self) -> tuple[str, ...]:
+        """Embeddings that are quantized like all else."""
+        first = next(iter(self.encoders.values()))
+        return first.embeddings if isinstance(first, MlxEncoder) else ()
 
-        return config_keys_of(next(iter(self.encoders.values())))
+    def config_fields(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+        first = next(iter(self.encoders.values()))
+        if isinstance(first, MlxEncoder):
+            return first.config_fields(config, quantization)
+        return {"quantization_config": quantization}
 
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
         first = next(iter(self.encoders.values()))
@@ -96,7 +102,9 @@ class MixEncoder:
         if isinstance(first, MlxEncoder):
             made = {name: self.encoders[self.assignment[name]] for name in quantized}
             return config_of(
-                report, {name: one.scheme_of(name, 0) for name, one in made.items() if isinstance(one, MlxEncoder)}
+                first.base_config,
+                report,
+                {name: one.scheme_of(name, 0) for name, one in made.items() if isinstance(one, MlxEncoder)},
             )
         if not isinstance(first, (IntEncoder, SchemeEncoder)):  # these say what a module is in the module itself
             head_bits = round(report.head_bpw, 2) if report.head_bpw is not None else 16

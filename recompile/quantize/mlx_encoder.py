@@ -39,10 +39,10 @@ _AFFINE_GROUPS = MODES["affine"][1]
 def check_base(base: Checkpoint) -> None:
     """Raises FormatError for a model whose tensors mlx-lm does not keep, naming those that it keeps."""
     model_type = base.config.get("model_type")
-    if model_type not in mlx_config.MODEL_TYPES:
+    if model_type not in mlx_config.KNOWN_TYPES:
         raise FormatError(
             f"{base.label}: mlx-lm may rename, stack or change the tensors of model_type {str(model_type)[:60]!r}; MLX "
-            f"builds are made of {', '.join(sorted(mlx_config.MODEL_TYPES))}"
+            f"builds are made of {', '.join(sorted(mlx_config.KNOWN_TYPES))}"
         )
 
 
@@ -81,11 +81,13 @@ def float_mode(name: str) -> MlxScheme:
     return MlxScheme(bits, group_size, name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MlxEncoder:
     """One scheme a variant; the head may have affine bits of its own."""
 
     variants: tuple[MlxScheme, ...]
+    base_config: Mapping[str, Any]
+    embeddings: tuple[str, ...] = ()  # that are quantized like all else
     method: str = "gptq"
     importance: bool = True
     scale_dtype: torch.dtype = torch.bfloat16
@@ -98,10 +100,6 @@ class MlxEncoder:
             raise FormatError(f"method: found {self.method!r}, wanted one of {', '.join(METHODS)}")
         if self.outputs is not None and self.method != "gptq":
             raise FormatError("two-sided rounding: goes with method gptq")
-
-    @property
-    def config_keys(self) -> tuple[str, ...]:
-        return mlx_config.KEYS
 
     @property
     def names(self) -> list[str]:
@@ -234,7 +232,14 @@ class MlxEncoder:
         return stored
 
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
-        return config_of(report, {m.module: self.scheme_of(m.module, variant) for m in report.modules if m.quantized})
+        return config_of(
+            self.base_config,
+            report,
+            {m.module: self.scheme_of(m.module, variant) for m in report.modules if m.quantized},
+        )
+
+    def config_fields(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(mlx_config.KEYS, quantization) | mlx_config.rotary_fields(config)
 
     def description(self) -> dict[str, Any]:
         return {
@@ -249,9 +254,13 @@ class MlxEncoder:
         }
 
 
-def config_of(report: VariantReport, schemes: Mapping[str, MlxScheme]) -> dict[str, Any]:
+def config_of(
+    base_config: Mapping[str, Any], report: VariantReport, schemes: Mapping[str, MlxScheme]
+) -> dict[str, Any]:
     """`quantization` of config.json for the quantized modules of a report."""
-    return mlx_config.quantization_map(schemes, {module.module: module.weights for module in report.modules})
+    return mlx_config.quantization_map(
+        base_config, schemes, {module.module: module.weights for module in report.modules}
+    )
 
 
 def fit_small_floats(weight: Tensor, mode: str, method: str, column_weight: Tensor | None) -> LevelGrid:

@@ -114,10 +114,11 @@ class ObservingEncoder(Protocol):
 
 @runtime_checkable
 class KeyedEncoder(Protocol):
-    """An Encoder whose quantization_config is known by other keys of config.json, or by several."""
+    """An Encoder whose loaders look for more in config.json than a quantization_config, or elsewhere."""
 
-    @property
-    def config_keys(self) -> tuple[str, ...]: ...
+    def config_fields(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys to set in a base's config.json; quantization: what `quantization_config` gave."""
+        ...
 
 
 @runtime_checkable
@@ -732,7 +733,10 @@ class _Build:
             config["tie_word_embeddings"] = False
         made = self.encoder.quantization_config(variant, report, dense)
         named = named_for_loaders(made, {n: role.loader for n, role in self.roles.items()})
-        config |= dict.fromkeys(config_keys_of(self.encoder), named)
+        if isinstance(self.encoder, KeyedEncoder):
+            config |= self.encoder.config_fields(config, named)
+        else:
+            config["quantization_config"] = named
         write_json(partial / "config.json", config)
         write_text(partial / ROLES_NAME, dump_roles(self.roles))
         report = replace(report, left_dense=str(left_dense(open_checkpoint(partial))))
@@ -749,11 +753,6 @@ class _Build:
             pass
         shutil.rmtree(partial)
         return report
-
-
-def config_keys_of(encoder: Encoder) -> tuple[str, ...]:
-    """Under which keys of config.json loaders look for what an encoder made."""
-    return encoder.config_keys if isinstance(encoder, KeyedEncoder) else ("quantization_config",)
 
 
 def _stage_shard(number: int) -> str:

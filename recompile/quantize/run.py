@@ -17,7 +17,6 @@ from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
 from recompile.formats import FORMATS
-from recompile.formats.mlx_config import KEYS
 from recompile.gguf.container import open_gguf
 from recompile.gguf.imatrix import read_imatrix, write_imatrix
 from recompile.model.devices import compute_device, compute_dtype
@@ -38,9 +37,10 @@ from recompile.quantize.gguf import (
 from recompile.quantize.gguf_convert import convert
 from recompile.quantize.gguf_mix import is_gguf_recipe, read_mix
 from recompile.quantize.lazy_variant import read_importance
-from recompile.quantize.mlx_encoder import embeddings_of
+from recompile.quantize.mix import MixEncoder
+from recompile.quantize.mlx_encoder import MlxEncoder
 from recompile.quantize.output_statistics import StoredStatistics, open_statistics
-from recompile.quantize.pipeline import LayerDone, QuantizeReport, config_keys_of, quantize_model
+from recompile.quantize.pipeline import LayerDone, QuantizeReport, quantize_model
 
 ROUNDING_METHODS = ("rtn", "mse", "gptq")
 
@@ -175,9 +175,8 @@ def _make_safetensors(
     names = ("schemes", "modifiers", "recipe", "format", "method", "group_size", "asym", "importance", "head_bits")
     choice = EncoderChoice(bits=rates, codebook=options.codebook, **{name: getattr(options, name) for name in names})
     encoder, head = choice.encoder(base, out, rows, outputs, on_event)
-    dense = options.dense
-    if config_keys_of(encoder) == KEYS:  # mlx-lm quantizes embeddings, too
-        dense = replace(dense, quantize=(*dense.quantize, *embeddings_of(base)))
+    embeddings = encoder.embeddings if isinstance(encoder, (MlxEncoder, MixEncoder)) else ()
+    dense = replace(options.dense, quantize=(*options.dense.quantize, *embeddings))
     report: QuantizeReport | None = None
     for event in quantize_model(
         base,

@@ -17,7 +17,7 @@ from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.recompile import main as recompile
 from recompile.errors import FormatError
 from recompile.formats import mlx
-from recompile.formats.mlx_config import MlxScheme
+from recompile.formats.mlx_config import EXPERTS, MlxScheme, rotary_fields
 from recompile.formats.packed_int import IntScheme
 from recompile.merge.check import check_checkpoint
 from recompile.quantize.affine_grids import fit_affine
@@ -114,7 +114,9 @@ def test_numbers_beyond_the_dtype_are_refused() -> None:
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_small_floats_decode_to_their_levels(mode: str) -> None:
     weight = weights() * 0.02  # nvfp4 scales below 2^-6, which are subnormal
-    encoded = MlxEncoder((MlxScheme(8 if mode == "mxfp8" else 4, 16 if mode == "nvfp4" else 32, mode),), "mse")
+    encoded = MlxEncoder(
+        (MlxScheme(8 if mode == "mxfp8" else 4, 16 if mode == "nvfp4" else 32, mode),), {}, method="mse"
+    )
     (made,) = encoded.encode({"m": weight}, None, {})
     grid = fit_small_floats(weight, mode, "mse", None)
     assert torch.equal(made["m"].dense, grid.round(weight) * grid.spread(128))
@@ -274,6 +276,84 @@ def test_models_that_mlx_lm_changes_are_refused(tmp_path: Path) -> None:
     assert "mlx-lm may rename, stack or change the tensors of model_type 'olmo'" in said
 
 
+def test_experts_are_stacked_as_mlx_lm_has_them(made: Path, tmp_path: Path) -> None:
+    base = tiny.base("qwen3-moe")
+    run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 3, 4, *args(made))
+    low, high = tmp_path / "made" / "3bpw", tmp_path / "made" / "4bpw"
+    stored = load_file(low / "model.safetensors")
+    prefix, one = "model.layers.1.mlp.switch_mlp.up_proj", "model.layers.1.mlp.experts.{}.up_proj"
+    assert {key: list(value.shape) for key, value in stored.items() if key.startswith(prefix)} == {
+        f"{prefix}.weight": [4, 64, 6], f"{prefix}.scales": [4, 64, 2], f"{prefix}.biases": [4, 64, 2]
+    }  # fmt: skip
+    assert not any(".experts." in key for key in stored)
+    checkpoint = open_checkpoint(low)
+    weights_of_base = load_file(base / "model.safetensors")
+    for number in range(4):
+        name = one.format(number)
+        parts = {part: stored[f"{prefix}.{part}"][number] for part in ("weight", "scales", "biases")}
+        found = checkpoint.load(f"{name}.weight")
+        assert torch.equal(found, mlx.dequantize(parts, MlxScheme(3, 32)))
+        weight = weights_of_base[f"{name}.weight"].float()
+        assert float((found - weight).norm() / weight.norm()) < 0.4
+    assert [problem for problem in check_checkpoint(low) if problem.severity == "error"] == []
+
+    recipe = mixes.recipe(tmp_path / "mix.yaml", {"*.experts.*.down_proj.*": high, "*.q_proj.*": high})
+    run(recompile, "-i", low, "-o", tmp_path / "mix", "-or", recipe, "--verify", "--shard-size", 1, "--quiet")
+    mixed, other = load_file(tmp_path / "mix" / "model.safetensors"), load_file(high / "model.safetensors")
+    for key, value in mixed.items():
+        wanted = (other if ("down_proj" in key and "switch_mlp" in key) or "q_proj" in key else stored)[key]
+        assert torch.equal(value.view(torch.uint8), wanted.view(torch.uint8)), key
+    entries = config(tmp_path / "mix")["quantization"]
+    assert entries["model.layers.1.mlp.switch_mlp.down_proj"]["bits"] == 4
+    assert entries[prefix]["bits"] == 3
+    assert not any(".experts." in key for key in entries)
+
+
+def test_experts_of_a_stack_have_one_source(made: Path, tmp_path: Path) -> None:
+    run(model_quantize, "-i", tiny.base("qwen3-moe"), "-o", tmp_path / "made", "-b", 3, 4, *args(made))
+    low, high = tmp_path / "made" / "3bpw", tmp_path / "made" / "4bpw"
+    recipe = mixes.recipe(tmp_path / "mix.yaml", {"*.experts.2.down_proj.*": high})
+    said = refusal(recompile, "-i", low, "-o", tmp_path / "mix", "-or", recipe)
+    assert "the engine loads all 4 experts as one tensor, and expert 2 is U32" in said
+    assert not (tmp_path / "mix").exists()
+
+
+def test_a_rotary_base_is_said_where_mlx_lm_looks_for_it(made: Path, tmp_path: Path) -> None:
+    """Where only transformers 5's rope_parameters has it, mlx-lm's Llama would take 10000."""
+    assert rotary_base(made, tmp_path)["rope_theta"] == 777.0
+
+
+def rotary_base(made: Path, folder: Path) -> dict[str, Any]:
+    base = tiny.copy_of(tiny.base("llama-2"), folder / "base")
+    settings = {key: value for key, value in config(base).items() if key != "rope_theta"}
+    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 777.0}
+    (base / "config.json").write_text(json.dumps(settings))
+    run(model_quantize, "-i", base, "-o", folder / "rotary", "-b", 6, *args(made))
+    return config(folder / "rotary" / "6bpw")
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, {"rope_theta": 5.0}),
+        ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, {}),
+        (
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}},
+            {"rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}, "sliding_attention": {"rope_theta": 3.0}}},
+            {"rope_theta": 5.0, "rope_local_base_freq": 3.0},
+        ),
+        ({"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}},
+         {"rope_theta": 5.0, "partial_rotary_factor": 0.5}),
+        ({"rope_parameters": None}, {}),
+    ],
+)  # fmt: skip
+def test_rotary_fields(given: dict[str, Any], added: dict[str, Any]) -> None:
+    assert rotary_fields(given) == added
+
+
 # ---- in mlx-lm, where a Python has it --------------------------------------------------------------------------------
 
 
@@ -283,7 +363,46 @@ def test_mlx_lm_runs_variants_and_a_mix_with_our_logits(made: Path, tmp_path: Pa
     recipe = mixes.recipe(tmp_path / "merge.yaml", {"*.1.*": variants / "nvfp4", "*.v_proj.*": variants / "6bpw"})
     run(recompile, "-i", variants / "3bpw", "-o", tmp_path / "mix", "-or", recipe, "--quiet")
     run(model_quantize, "-i", tiny.base("llama-tied"), "-o", tmp_path / "tied", "-b", 5, *args(made))
-    models = [*sorted(variants.iterdir()), tmp_path / "mix", tmp_path / "tied" / "5bpw"]
+    rotary_base(made, tmp_path)
+    models = [*sorted(variants.iterdir()), tmp_path / "mix", tmp_path / "tied" / "5bpw", tmp_path / "rotary" / "6bpw"]
     ids = tiny.rows(2, 12)
     for path, found in zip(models, mlx_engine.engine_logits(models, ids, tmp_path), strict=True):
         mlx_engine.assert_same_logits(found, streamed_logits(path, ids))
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
+    "olmoe": {"num_experts": 4},
+}
+
+
+def mixture(model_type: str, folder: Path) -> Path:
+    """A tiny model of transformers' with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    settings = AutoConfig.for_model(
+        model_type, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=tiny.VOCAB, num_experts_per_tok=2, max_position_embeddings=64,
+        tie_word_embeddings=False, **SIZES[model_type], **ends
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(settings).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value += torch.randn(value.shape, generator=generator) * (0.1 if value.dim() > 1 else 0.02)
+    model.save_pretrained(str(folder))
+    tiny.write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", sorted(EXPERTS))
+def test_mlx_lm_runs_every_model_whose_experts_it_stacks(made: Path, model_type: str, tmp_path: Path) -> None:
+    mlx_engine.python()
+    own = model_type in SIZES
+    base = mixture(model_type, tmp_path / "base") if own else tiny.base(model_type.replace("_", "-"))
+    run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
+    ids, path = tiny.rows(2, 12), tmp_path / "made" / "6bpw"
+    (found,) = mlx_engine.engine_logits([path], ids, tmp_path)
+    mlx_engine.assert_same_logits(found, streamed_logits(path, ids))
