@@ -182,9 +182,27 @@ def loaders(checkpoint: Checkpoint) -> list[str]:
         lines.append(
             f"{engine}: does not load it: {found[0].where}: {found[0].message}{more}"
             if found
-            else f"{engine}: nothing in it keeps it from loading"
+            else f"{engine}: nothing in it keeps it from loading{_rounding(checkpoint, engine)}"
         )
     return lines
+
+
+def _rounding(checkpoint: Checkpoint, engine: str) -> str:
+    """What an engine does to weights that it loads, as the end of a sentence."""
+    if engine != "transformers" or checkpoint.quantization_config.get("quant_method") != "compressed-tensors":
+        return ""
+    from recompile.model.loads import fused_by_transformers
+
+    fused = fused_by_transformers(checkpoint)
+    if not fused:
+        return ""
+    kinds = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    dtypes = {info.dtype for name in fused for part, info in checkpoint.modules[name].parts.items() if "scale" in part}
+    rounded = " or ".join(sorted(kinds.get(dtype, dtype) for dtype in dtypes))
+    return (
+        f"; it decodes the {len(fused)} weights of experts to {rounded}, the dtype of their scales, and computes with "
+        f"them in it, whatever dtype is asked for"
+    )
 
 
 def check_model(checkpoint: Checkpoint) -> tuple[list[Problem], list[str]]:

@@ -1,14 +1,15 @@
 """Which quantized modules transformers' loader would not take, told by its own model and key mapping.
 
-compressed-tensors packs modules of class Linear. Experts that the model fuses in one parameter are put together while
-loading, where its key mapping collects them one by one; elsewhere their tensors are passed over and the parameter keeps
-random values, with a load report only.
+compressed-tensors packs modules of class Linear. Experts that the model fuses in one parameter are decoded and put
+together while loading, where its key mapping collects them one by one; elsewhere their tensors are passed over and the
+parameter keeps random values, with a load report only.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,12 +23,29 @@ from recompile.model.roles import loader_model
 def left_out_by_transformers(source: WeightSource) -> list[tuple[str, str]]:
     """(module, why) of the modules that transformers with compressed-tensors leaves out or stops at; none where it does
     not know the architecture at all."""
+    from transformers import __version__
+
+    fates = _fates(source)
+    return [(name, f"transformers {__version__} {fate}") for name, fate in fates if fate and fate != _FUSED]
+
+
+def fused_by_transformers(source: WeightSource) -> list[str]:
+    """The quantized modules that transformers decodes and puts together while loading. They stay in the dtype of their
+    scales (bfloat16, mostly) then, whatever dtype the model is loaded in, and are multiplied in it."""
+    return [name for name, fate in _fates(source) if fate == _FUSED]
+
+
+_FUSED = "fused"
+
+
+def _fates(source: WeightSource) -> Iterator[tuple[str, str | None]]:
+    """(module, what keeps it from being loaded) of a checkpoint's modules; _FUSED for those that are loaded as a part
+    of a fused parameter, None for the others."""
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     try:
         model = loader_model(json.dumps(config, sort_keys=True, default=str))
     except (CheckpointError, UnsupportedError):
-        return []
-    from transformers import __version__
+        return
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -35,7 +53,6 @@ def left_out_by_transformers(source: WeightSource) -> list[tuple[str, str]]:
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     state = model.state_dict(keep_vars=True)
-    found = []
     kinds: dict[str, str | None] = {}
     for name, module in source.modules.items():
         if not module.is_quantized and "weight" not in module.parts:
@@ -52,10 +69,7 @@ def left_out_by_transformers(source: WeightSource) -> list[tuple[str, str]]:
                 module.dense_name, renamings, converters, model.base_model_prefix, state
             )
             kinds[kind] = _why_not(model, target, pattern, kind)
-        why = kinds[kind]
-        if why is not None:
-            found.append((name, f"transformers {__version__} {why}"))
-    return found
+        yield name, kinds[kind]
 
 
 def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | None:
@@ -67,7 +81,7 @@ def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | N
     if isinstance(owner, nn.Linear) and pattern is not None:
         return "takes it apart or puts it together while it loads, dense only; the weight stays random"
     if owner is not None and leaf in owner._parameters and pattern is not None:
-        return None  # experts that the mapping collects
+        return _FUSED  # experts that the mapping collects
     if isinstance(owner, nn.Linear):
         return None if _initializes(model, name) else "stops while it initializes a packed module of this kind"
     if type(owner).__name__ == "Conv1D":
@@ -85,19 +99,22 @@ def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | N
 
 
 def _initializes(model: Any, name: str) -> bool:
-    """Whether the model's own start of weights copes with a linear module that has no `weight`, as a packed one."""
-    owner = model.get_submodule(name)
-    weight = owner._parameters.pop("weight")
+    """Whether transformers' own start of weights copes with a linear module that has no `weight`, as a packed one. The
+    innermost model that holds a module starts it."""
+    words = name.split(".")
+    around = [model.get_submodule(".".join(words[:count])) for count in range(len(words) + 1)]
+    weight = around[-1]._parameters.pop("weight")
+    starter = model
     try:
         with torch.no_grad():
-            while name:
-                model._init_weights(model.get_submodule(name))
-                name = name.rpartition(".")[0]
+            for module in around:
+                starter = module if hasattr(module, "_init_weights") else starter
+                starter._init_weights(module)
         return True
     except AttributeError:
         return False
     finally:
-        owner._parameters["weight"] = weight
+        around[-1]._parameters["weight"] = weight
 
 
 def _patched() -> frozenset[str]:
