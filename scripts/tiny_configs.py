@@ -53,7 +53,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(state_size|d_state)|ssm_state_size|n_state", 16),
     (r".*(conv_kernel|d_conv|conv_kernel_size|conv_l_cache|conv_kernel_dim).*", 4),
     (r".*chunk_size", 16),
-    (r".*(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|inner_dim|n_inner|dim_ff|expert_dim|mlp_hidden).*", 128),
+    (r".*(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|inner_dim|n_inner|dim_ff|expert_dim|mlp_hidden).*", 128),
     (
         r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|encoder_hidden_size"
         r"|projection_dim|projector_.*dim|out_hidden_size|vision_output_dim|output_dim|lru_width|proj_dim|mm_hidden_size"

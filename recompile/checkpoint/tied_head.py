@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, read_tensor
@@ -41,14 +42,22 @@ def find_tied_head(checkpoint: Checkpoint) -> TiedHead | None:
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     if not checkpoint.config.get("tie_word_embeddings", nested):  # transformers asks the outer one
         return None
-    head = _of_role(checkpoint, "head")
+    head = stored_head(checkpoint.modules)
     if head is None or FORMATS[head.format].runs_stored_head:
         return None
-    return TiedHead(head.name, head.format, _is_copy(head, _of_role(checkpoint, "embedding")))
+    return TiedHead(head.name, head.format, _is_copy(head, _of_role(checkpoint.modules, "embedding")))
 
 
-def _of_role(checkpoint: Checkpoint, role: str) -> StoredModule | None:
-    return next((module for name, module in checkpoint.modules.items() if role_of(name) == role), None)
+def stored_head(modules: Mapping[str, StoredModule]) -> StoredModule | None:
+    """The output head that is stored, or None where the embedding is the head. Of BERT and its relatives a bias of the
+    head may be stored alone."""
+    return _of_role(modules, "head")
+
+
+def _of_role(modules: Mapping[str, StoredModule], role: str) -> StoredModule | None:
+    """The first that has a weight."""
+    found = (module for name, module in modules.items() if role_of(name) == role)
+    return next((module for module in found if module.is_quantized or "weight" in module.parts), None)
 
 
 def _is_copy(head: StoredModule, embedding: StoredModule | None) -> bool:

@@ -29,8 +29,7 @@ from recompile.checkpoint.checkpoint import (
     read_tensor,
 )
 from recompile.checkpoint.coupled_modules import read_scaled_sets
-from recompile.checkpoint.module_names import role_of
-from recompile.checkpoint.tied_head import find_tied_head
+from recompile.checkpoint.tied_head import find_tied_head, stored_head
 from recompile.errors import CheckpointError, FormatError, MismatchError
 from recompile.formats import FLOAT_DTYPES, FORMATS, exl2_config, exl3_config, mlx_config
 from recompile.io.files import MARKER_NAME
@@ -312,13 +311,12 @@ def _general_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def _head_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    heads = [module for name, module in checkpoint.modules.items() if role_of(name) == "head"]
     architectures = checkpoint.config.get("architectures") or []
     causal = any(str(name).endswith("ForCausalLM") for name in architectures)
     tied_head = find_tied_head(checkpoint)
     if tied_head is not None:
         yield Problem("config.json", str(tied_head), "warning" if tied_head.is_copy else "error")
-    if not heads and causal and checkpoint.config.get("tie_word_embeddings") is False:
+    if stored_head(checkpoint.modules) is None and causal and checkpoint.config.get("tie_word_embeddings") is False:
         yield Problem("config.json", "tie_word_embeddings is false, and no output head is stored")
 
 
@@ -421,8 +419,7 @@ def _compressed_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
                 name, f"is stored dense, {matching[0]} matches it, and it is not in ignore; engines expect it packed"
             )
     class_groups = [key for key, group in groups.items() if "Linear" in (group.get("targets") or ())]
-    heads = [name for name in checkpoint.modules if role_of(name) == "head"]
-    if not heads and class_groups and not _is_ignored(config, "lm_head"):
+    if stored_head(checkpoint.modules) is None and class_groups and not _is_ignored(config, "lm_head"):
         yield Problem(where, f'{class_groups[0]} targets Linear, and the tied "lm_head" is not in ignore')
     for key in groups:
         if key not in used:

@@ -17,6 +17,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorIn
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import CheckpointError, RecompileError, UnsupportedError
 from recompile.formats import FLOAT_DTYPES, FORMATS
+from recompile.formats.compressed_tensors import QUANT_METHOD
 from recompile.io.files import read_json
 from recompile.merge import engine_rules as engines
 from recompile.merge.check import Problem, engine_problems
@@ -189,7 +190,7 @@ def loaders(checkpoint: Checkpoint) -> list[str]:
 
 def _rounding(checkpoint: Checkpoint, engine: str) -> str:
     """What an engine does to weights that it loads, as the end of a sentence."""
-    if engine != "transformers" or checkpoint.quantization_config.get("quant_method") != "compressed-tensors":
+    if engine != "transformers" or checkpoint.quantization_config.get("quant_method") != QUANT_METHOD:
         return ""
     from recompile.model.loads import fused_by_transformers
 

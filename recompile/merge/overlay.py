@@ -25,6 +25,7 @@ from recompile.checkpoint.checkpoint import (
 )
 from recompile.checkpoint.coupled_modules import ScaledSet, read_scaled_sets
 from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.tied_head import stored_head
 from recompile.costs import ProfileHeader
 from recompile.errors import MismatchError, MissingWeight, RecipeError
 from recompile.formats import FORMATS
@@ -198,7 +199,7 @@ class Overlay:
     def config(self) -> Mapping[str, Any]:
         """The base's config; `tie_word_embeddings` is false wherever a head of its own is stored."""
         config = dict(self.base.config)
-        if config.get("tie_word_embeddings") and any(role_of(name) == "head" for name in self.placements):
+        if config.get("tie_word_embeddings") and stored_head(self.modules) is not None:
             config["tie_word_embeddings"] = False
         return config
 

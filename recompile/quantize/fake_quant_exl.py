@@ -25,6 +25,7 @@ from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, TensorInfo, split_name
 from recompile.checkpoint.module_names import HEAD_NAMES, role_of
+from recompile.checkpoint.tied_head import stored_head
 from recompile.errors import FormatError
 from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, exl2
 from recompile.formats.exl2 import OUT_MULTIPLE
@@ -192,9 +193,9 @@ def _store(base: Checkpoint, encoder: Exl2Encoder | Exl3Encoder, format_name: st
 
 def _head_of(base: Checkpoint) -> tuple[str | None, str]:
     """The output head and the tensor that holds its weight: the embedding's where they are tied."""
-    head = next((name for name in base.modules if role_of(name) == "head"), None)
+    head = stored_head(base.modules)
     if head is not None:
-        return head, f"{head}.weight"
+        return head.name, f"{head.name}.weight"
     tied = next((name for name in base.modules if role_of(name) == "embedding"), None)
     if not base.config.get("tie_word_embeddings") or tied is None:
         return None, ""

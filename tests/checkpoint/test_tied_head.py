@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.checkpoint.tied_head import find_tied_head
+from recompile.checkpoint.tied_head import find_tied_head, stored_head
 from recompile.cli import model_diff
 from recompile.merge.check import check_checkpoint
+from recompile.merge.overlay import build_overlay
 from recompile.model.stream import LayeredModel
 from tests import tiny
 from tests.commands import run
+from tests.stream import architectures
 
 
 @pytest.mark.parametrize("kind", ["other", "copy", "none"])
@@ -53,3 +55,13 @@ def test_of_two_flags_the_outer_one_counts(outer: bool | None, nested: bool, tie
         del config["tie_word_embeddings"]
     (directory / "config.json").write_text(json.dumps(config))
     assert (find_tied_head(open_checkpoint(directory)) is not None) is tied
+
+
+def test_a_head_of_which_a_bias_alone_is_stored_is_tied() -> None:
+    """BERT and its relatives: the weight is the embedding's."""
+    directory = architectures.checkpoint("camembert")
+    base = open_checkpoint(directory)
+    assert base.modules["lm_head"].parts.keys() == {"bias"}
+    assert stored_head(base.modules) is None
+    assert build_overlay(base, None).config["tie_word_embeddings"] is True
+    assert [problem for problem in check_checkpoint(directory) if problem.severity == "error"] == []

@@ -48,6 +48,10 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", COMMON),
     "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}),
     "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "camembert": ("camembert", {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "is_decoder": True,
+    }),
     "opt-projected": ("opt", {
         **NO_HEAD_DIM, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": True, "pad_token_id": 1,
     }),
