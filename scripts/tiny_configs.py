@@ -43,19 +43,19 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num|n)_(local_|routed_)?experts|moe_num_experts|.*num_experts|zero_expert_num", 4),
     (r".*(num|n)_(.*_)?heads|n_head|.*attention_heads|num_v_heads|num_head|heads", 4),
     (r".*(num|n)_(.*_)?layers?|n_layer|depth|.*_layers_num|num_blocks|num_layers", LAYERS),
+    (r"qk_rope_head_dim|rotary_dim|rope_dim|rope_head_dim", 8),
     (
         r"(.*_)?head_dim.*|.*_head_size|v_head_dim|qk_nope_head_dim|attention_key_size|d_kv|head_size|.*key_head_dim"
         r"|.*value_head_dim|mamba_d_head|mamba_headdim|kv_channels",
         16,
     ),
-    (r"qk_rope_head_dim|rotary_dim|rope_dim", 8),
     (r".*lora_rank|.*_rank", 32),
     (r".*(state_size|d_state)|ssm_state_size|n_state", 16),
     (r".*(conv_kernel|d_conv|conv_kernel_size|conv_l_cache|conv_kernel_dim).*", 4),
     (r".*chunk_size", 16),
     (r".*(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|inner_dim|n_inner|dim_ff|expert_dim|mlp_hidden).*", 128),
     (
-        r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|encoder_hidden_size"
+        r"(hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|codebook_dim|embedding_size|word_embed_proj_dim|hidden_dim|encoder_hidden_size"
         r"|projection_dim|projector_.*dim|out_hidden_size|vision_output_dim|output_dim|lru_width|proj_dim|mm_hidden_size"
         r"|attention_hidden_size|residual_dim|model_dim|text_hidden_size|vision_hidden_size|output_proj_dims)",
         HIDDEN,
@@ -68,7 +68,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 WHOLE = re.compile("|".join(f"(?:{pattern})" for pattern, _ in SIZES))
 # What the words of a name cannot say: sizes that have to fit each other.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_state": 16}
-FACTS: Mapping[str, Mapping[str, Any]] = {
+FACTS: dict[str, Mapping[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 128},
@@ -80,6 +80,12 @@ FACTS: Mapping[str, Mapping[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
 }
+_SECTIONS = {"rope_parameters": {"mrope_section": [0, 0, 0]}}  # where a class has sections that its config lacks
+for _name in (
+    *("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text"),
+    *("qwen2_5_omni_text", "hunyuan_vl_text", "glmga_text", "glm46v_text"),
+):
+    FACTS[_name] = _SECTIONS
 TOKEN_ID = re.compile(r".*(token_id|token_index|_token|_ids?|_id_.*)$")
 
 
@@ -101,7 +107,7 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name == "per_layer_config" and isinstance(value, dict):  # of layers that are not there any more
             made[name] = {}
         elif isinstance(value, dict):
-            made[name] = shrink(value)
+            made[name] = shrink(value) if all(isinstance(key, str) for key in value) else value
         elif name == "head_dim" and value is None:
             made[name] = 16
         elif isinstance(value, bool) or name in ("transformers_version", "model_type", "architectures"):
@@ -122,8 +128,43 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             )
         else:
             made[name] = value
-    made.update(copy.deepcopy(dict(FACTS.get(str(fields.get("model_type")), {}))))
+    _keep_relations(fields, made)
+    _update(made, FACTS.get(str(fields.get("model_type")), {}))
+    _rotate_in_sections(made)
     return made
+
+
+def _keep_relations(fields: Mapping[str, Any], made: dict[str, Any]) -> None:
+    """Widths of multi-head latent attention that are the same, or a sum, stay so."""
+    if fields.get("kv_lora_rank") is not None and made.get("num_key_value_heads") is not None:
+        made["num_key_value_heads"] = made["num_attention_heads"]
+    plain, rotated = fields.get("qk_nope_head_dim"), fields.get("qk_rope_head_dim")
+    if plain is None or rotated is None:
+        return
+    if plain == rotated:
+        made["qk_nope_head_dim"] = made["qk_rope_head_dim"]
+    for name in ("head_dim", "qk_head_dim", "swa_head_dim"):
+        if fields.get(name) in (rotated, plain + rotated):
+            made[name] = made["qk_rope_head_dim"] + (made["qk_nope_head_dim"] if fields[name] != rotated else 0)
+
+
+def _update(made: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    for name, value in facts.items():
+        if isinstance(value, dict) and isinstance(made.get(name), dict):
+            _update(made[name], value)
+        else:
+            made[name] = copy.deepcopy(value)
+
+
+def _rotate_in_sections(made: dict[str, Any]) -> None:
+    """Sections of positions (time, height, width) that add up to half of what is rotated."""
+    rope = made.get("rope_parameters")
+    if not isinstance(rope, dict) or not isinstance(rope.get("mrope_section"), list):
+        return
+    width = made.get("qk_rope_head_dim") or made.get("head_dim")
+    width = width or made.get("hidden_size", HIDDEN) // made.get("num_attention_heads", 4)
+    half = int(width * rope.get("partial_rotary_factor", 1)) // 2
+    rope["mrope_section"] = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
 
 
 def _each_kind(values: list[Any]) -> list[Any]:
