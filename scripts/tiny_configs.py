@@ -45,7 +45,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num|n)_(.*_)?layers?|n_layer|depth|.*_layers_num|num_blocks|num_layers", LAYERS),
     (r"qk_rope_head_dim|rotary_dim|rope_dim|rope_head_dim", 8),
     (
-        r"(.*_)?head_dim.*|.*_head_size|v_head_dim|qk_nope_head_dim|attention_key_size|d_kv|head_size|.*key_head_dim"
+        r"(.*_)?head_dim.*|.*_head_size|v_head_dim|qk_nope_head_dim|attention_key_size|d_kv|head_size|d_head|.*key_head_dim"
         r"|.*value_head_dim|mamba_d_head|mamba_headdim|kv_channels",
         16,
     ),
@@ -55,12 +55,13 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*chunk_size", 16),
     (r".*(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|inner_dim|n_inner|dim_ff|expert_dim|mlp_hidden).*", 128),
     (
-        r"(hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|codebook_dim|embedding_size|word_embed_proj_dim|hidden_dim|encoder_hidden_size"
+        r"(hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|codebook_dim|adapter_in_dim|adapter_out_dim|adapter_input_size|adapter_output_size|embedding_size|word_embed_proj_dim|hidden_dim|encoder_hidden_size"
         r"|projection_dim|projector_.*dim|out_hidden_size|vision_output_dim|output_dim|lru_width|proj_dim|mm_hidden_size"
         r"|attention_hidden_size|residual_dim|model_dim|text_hidden_size|vision_hidden_size|output_proj_dims)",
         HIDDEN,
     ),
     (r"hidden_size_per_layer_input", 16),
+    (r"base_channels", 32),
     (r"(.*sliding_window.*|attention_window|.*window_size|attention_chunk_size|index_topk)", 8),
     (r"image_size|input_size|force_image_size", 32),
     (r".*patch_size", 8),
@@ -68,17 +69,83 @@ SIZES: tuple[tuple[str, int], ...] = (
 WHOLE = re.compile("|".join(f"(?:{pattern})" for pattern, _ in SIZES))
 # What the words of a name cannot say: sizes that have to fit each other.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_state": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 FACTS: dict[str, Mapping[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "muse_spark_audio": {"num_hidden_layers": 4, "depths": [1, 1, 1, 1]},
+    "qwen4_exp_text": {
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "ngram_vocab_size_base": 64,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "bailing_hybrid": {"num_expert_group": 1},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 330}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {"n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "dory": {
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "full_attention", "mlp"],
+    },
+    "dots3_note_text": {"head_dim": 24},
+    "emu3": {"vocabulary_map": {"<image>": 330, "<|extra_200|>": 331}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
+    "glm5_next_text": {"index_kpool": 4},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/1"},
+    "mistral_large4_text": {"kv_source_layers": [0, 1]},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [16, 16],
+        "num_buckets": 4,
+        "axial_pos_embds_dim": [32, 32],
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "feed_forward_size": 128,
+    },
+    "step3p5": {"sliding_window": 8},
+    "xlstm": {"embedding_dim": HIDDEN},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 8,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": HIDDEN // 2,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "n_mamba_heads": 8,
+        "hybrid_layer_ids": [1, 3],
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+        "adapter_rank": 8,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": HIDDEN // 2,
+        "num_key_value_heads": 4,
+        "num_query_groups": 4,
+    },
 }
 _SECTIONS = {"rope_parameters": {"mrope_section": [0, 0, 0]}}  # where a class has sections that its config lacks
 for _name in (
@@ -86,7 +153,7 @@ for _name in (
     *("qwen2_5_omni_text", "hunyuan_vl_text", "glmga_text", "glm46v_text"),
 ):
     FACTS[_name] = _SECTIONS
-TOKEN_ID = re.compile(r".*(token_id|token_index|_token|_ids?|_id_.*)$")
+TOKEN_ID = re.compile(r"(?!num_).*(token_id|token_index|_token|_ids?|_id_.*)$")
 
 
 def _size(name: str, value: int) -> int:
@@ -118,6 +185,8 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
             made[name] = _size(name, value)
         elif isinstance(value, list) and depth is not None and len(value) == depth and depth > LAYERS:
             made[name] = _each_kind(value)
+            if WHOLE.fullmatch(name) and all(type(v) is int for v in value):
+                made[name] = [_size(name, v) for v in made[name]]
         elif (
             isinstance(value, (list, tuple))
             and value
@@ -164,6 +233,8 @@ def _rotate_in_sections(made: dict[str, Any]) -> None:
     width = made.get("qk_rope_head_dim") or made.get("head_dim")
     width = width or made.get("hidden_size", HIDDEN) // made.get("num_attention_heads", 4)
     half = int(width * rope.get("partial_rotary_factor", 1)) // 2
+    if sum(rope["mrope_section"]) == half:
+        return
     rope["mrope_section"] = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
 
 
