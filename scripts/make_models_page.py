@@ -271,6 +271,14 @@ def try_type(model_type: str) -> dict[str, str]:
         return found
 
 
+def _warm_up() -> None:
+    """Everything that a first model imports, in this process, so that its children need not import it again."""
+    with tempfile.TemporaryDirectory() as folder:
+        for step, _ in _try(Path(folder), "llama"):
+            if step == "logits":
+                return
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +294,7 @@ def try_all(types: Iterable[str], workers: int) -> Iterator[tuple[str, dict[str,
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    _warm_up()
     with ThreadPoolExecutor(workers) as pool:
         listed = list(types)
         yield from zip(listed, pool.map(try_type, listed), strict=True)

@@ -17,7 +17,7 @@ COUNTS = {
     "moe_intermediate_size": (0, 2**24),
     "num_attention_heads": (1, 2**14),
     "num_key_value_heads": (1, 2**14),
-    "head_dim": (1, 2**16),
+    "head_dim": (0, 2**16),  # of latent attention the rotated part, which may be none (GLM-5-Next)
     "vocab_size": (1, 2**26),
     "num_experts": (0, 2**16),
     "num_local_experts": (0, 2**16),

@@ -15,7 +15,7 @@ from recompile.errors import MismatchError, UnsupportedError
 from recompile.formats import FORMATS, FormatSpec, compressed_tensors, mlx_config
 from recompile.formats.mix_facts import MixFacts
 from recompile.merge.convert import Conversion, notes_of
-from recompile.merge.left_dense import known_roles
+from recompile.merge.left_dense import kept_roles, known_roles
 from recompile.merge.overlay import Overlay, Placement
 
 # Formats whose modules a compressed-tensors config describes.
@@ -180,8 +180,11 @@ def _compressed_texts(overlay: Overlay, conversions: Mapping[str, Conversion]) -
 
 
 def _has_other_names(overlay: Overlay) -> bool:
-    """Whether loaders may know modules by other names than the stored ones: in wrappers around a text model, and where
-    a source's config names what it does not store."""
+    """Whether loaders may know modules by other names than the stored ones: in wrappers around a text model, where a
+    source keeps such names, and where its config names what it does not store."""
+    kept = kept_roles(overlay) or {}
+    if any(role.loader != name and role.part == "text" and ".experts." not in name for name, role in kept.items()):
+        return True
     if any(isinstance(value, Mapping) and "hidden_size" in value for value in overlay.config.values()):
         return True
     return any(

@@ -17,17 +17,26 @@ def known_roles(source: WeightSource) -> Mapping[str, Role]:
     """The roles of all modules: as a variant keeps them; by name where the config tells of nothing but
     plain layers; else by transformers' model (seconds, and torch). Raises CheckpointError for a damaged file.
     """
+    kept = kept_roles(source)
+    if kept is not None:
+        return kept
+    if is_plain(source.config):
+        return by_name(source.modules, {name: module.shape for name, module in source.modules.items()}, source.config)
+    from recompile.model.roles import roles_of
+
+    return roles_of(source)
+
+
+def kept_roles(source: WeightSource) -> Mapping[str, Role] | None:
+    """The roles of all modules that a variant keeps beside its weights, None where none does. Raises CheckpointError
+    for a damaged file."""
     checkpoints = source.checkpoints if isinstance(source, Overlay) else (source,)
     for checkpoint in checkpoints:
         path = getattr(checkpoint, "path", None)
         found = read_roles(path, source.modules) if isinstance(path, Path) else None
         if found is not None:
             return found
-    if is_plain(source.config):
-        return by_name(source.modules, {name: module.shape for name, module in source.modules.items()}, source.config)
-    from recompile.model.roles import roles_of
-
-    return roles_of(source)
+    return None
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:

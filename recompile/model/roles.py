@@ -117,6 +117,26 @@ def loader_model(config_text: str) -> Any:
     raise UnsupportedError(f"transformers cannot build the model of config.json: {problem}")
 
 
+def _towers(model: Any) -> tuple[str, ...]:
+    """Prefixes of the parts beside the layers that hold a model of their own: Phi-4 multimodal keeps its towers within
+    the text model."""
+    from transformers import PreTrainedModel
+
+    from recompile.model.skeleton import find_stack
+
+    try:
+        way = f"{find_stack(model)[0]}."
+    except UnsupportedError:
+        return ()
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and not way.startswith(f"{name}."):
+            words = name.split(".")
+            prefixes = (".".join(words[:count]) + "." for count in range(1, len(words) + 1))
+            found[next(prefix for prefix in prefixes if not way.startswith(prefix))] = None
+    return tuple(found)
+
+
 class _Reader:
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -126,6 +146,7 @@ class _Reader:
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
         text = model.config.get_text_config()
         self.text = names.get(id(decoder), "") if text is not model.config else ""
+        self.towers = _towers(model)
         self.depth = int(getattr(text, "num_hidden_layers", 0) or 0)
         head = model.get_output_embeddings()
         self.head = names.get(id(head)) if head is not None else None
@@ -133,10 +154,13 @@ class _Reader:
         expert_counts = {
             int(value) for key, value in text.to_dict().items() if "expert" in key and type(value) is int and value > 1
         }
+        extra = getattr(text, "zero_expert_num", None)  # LongCat's router also scores experts that compute nothing
+        self.idle_experts = extra if type(extra) is int else 0
         self._kinds: dict[tuple[str, type, tuple[int, ...]], str] = {}
         self.experts: dict[str, int] = {}  # module that holds experts -> how many
         for name, module in self.owners.items():
             stacked = {p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3}
+            stacked -= {count + self.idle_experts for count in stacked} if self.idle_experts else set()
             if len(stacked) == 1 and stacked & expert_counts:
                 self.experts[name] = stacked.pop()
             elif isinstance(module, nn.ModuleList) and len(module) in expert_counts and name.endswith("experts"):
@@ -209,7 +233,8 @@ class _Reader:
     def _role(self, target: str, alias: str) -> Role:
         part = "text"
         owner = target.rpartition(".")[0]
-        if self.text and not target.startswith(f"{self.text}.") and owner != self.head:
+        outside = self.text and not target.startswith(f"{self.text}.") and owner != self.head
+        if outside or target.startswith(self.towers):
             part = "tower"
         value = self.state[target]
         key = (NUMBERS.sub("#", target), type(self.owners[owner]), tuple(value.shape))
@@ -250,7 +275,8 @@ class _Reader:
                 near = [found for found in inside if found.count(".") == depth_of_block + 1]
                 around = self.owners[name.rpartition(".")[0]]
                 attention = hasattr(around, "head_dim") or hasattr(around, "num_heads")
-                return bool(near) and not attention and value.shape[0] in {self.experts[found] for found in near}
+                counts = {self.experts[found] + idle for found in near for idle in (0, self.idle_experts)}
+                return bool(near) and not attention and value.shape[0] in counts
         return False
 
     def _is_gate(self, name: str, value: torch.Tensor) -> bool:

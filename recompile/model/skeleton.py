@@ -155,15 +155,17 @@ def _plain_floats(value: Any) -> Any:
 
 
 def find_stack(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of layers of the text model: of the lists that are in no other one, the one with most weights.
+    """The list of layers of the text model: of the lists that are in no other one, the outermost that is as long as the
+    text's config says, or the one with most weights where none is.
 
     Raises UnsupportedError where there is none."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     try:
         decoder = model.get_decoder()
     except (AttributeError, NotImplementedError):
         decoder = model
     for root in (decoder, model):
-        found: list[tuple[int, str, nn.ModuleList]] = []
+        found: list[tuple[bool, int, int, str, nn.ModuleList]] = []
         inside: list[str] = []
         start = name_of(model, root) if isinstance(root, nn.Module) else ""
         for name, module in model.get_submodule(start).named_modules(prefix=start):
@@ -171,9 +173,10 @@ def find_stack(model: Any) -> tuple[str, nn.ModuleList]:
                 continue
             if isinstance(module, nn.ModuleList) and len(module):
                 inside.append(f"{name}.")
-                found.append((sum(p.numel() for p in module.parameters()), name, module))
+                fits, weights = len(module) == depth, sum(p.numel() for p in module.parameters())
+                found.append((fits, -name.count(".") if fits else 0, weights, name, module))
         if found:
-            _, name, layers = max(found, key=lambda entry: entry[0])
+            *_, name, layers = max(found, key=lambda entry: entry[:3])
             return name, layers
     raise UnsupportedError(f"{type(model).__name__} has no list of layers that can be streamed")
 

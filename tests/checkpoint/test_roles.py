@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from recompile.checkpoint.checkpoint import StoredModule, TensorInfo
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, read_roles, role_of
@@ -14,6 +16,8 @@ from recompile.errors import CheckpointError
 from recompile.formats.compressed_tensors import Targets, merged_config, named_for_loaders
 from recompile.merge.left_dense import left_dense
 from recompile.model.roles import roles_of
+from recompile.model.skeleton import find_stack
+from tests.conftest import load_script
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -244,3 +248,22 @@ def test_a_variant_keeps_the_roles(name: str, tmp_path: Path) -> None:
 def test_head_and_embedding_by_name(name: str, role: str) -> None:
     """`head` and `embed` alone are DeepSeek-V4's own; inside something they are another thing."""
     assert role_of(name) == role
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "part", "kind"),
+    [
+        ("longcat_flash", "model.layers.0.mlp.router.classifier", "text", "router"),  # of experts that are none, too
+        ("longcat_flash", "model.layers.0.mlp.experts.gate_up_proj", "text", "linear"),
+        ("phi4_multimodal", "model.layers.0.mlp.gate_up_proj", "text", "linear"),
+        ("phi4_multimodal", "model.embed_tokens_extend.image_embed.img_projection_down", "tower", "linear"),
+    ],
+)
+def test_towers_and_idle_experts_of_the_text_model(model_type: str, module: str, part: str, kind: str) -> None:
+    config = load_script("tiny_configs").tiny_config(model_type)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if "bias" not in name}
+    role = roles_of(source_of(config.to_dict(), shapes))[module]
+    assert (role.part, role.kind) == (part, kind)
+    assert find_stack(model)[0] == "model.layers"
