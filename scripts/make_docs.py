@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""The pages of docs/ that are made from the code: commands.md from every --help, report-schema.md from the reports.
+
+python scripts/make_docs.py            # writes docs/commands.md and docs/report-schema.md
+python scripts/make_docs.py --check    # exit code 1 where a page is not what the code says
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+COMMANDS = (
+    "model_auto",
+    "model_quantize",
+    "model_profile",
+    "model_optimize",
+    "model_diff",
+    "recompile",
+    "model_heal",
+    "model_report",
+)
+# Report -> (module, class); nested classes of the same package are followed.
+REPORTS = (
+    ("model_diff --json", "eval.diff", "DiffReport"),
+    ("model_diff -ma A -ma B --json: one of `pairs`", "eval.run_diff", "PairedKl"),
+    ("model_diff --divergence: `divergence`", "eval.divergence", "Divergence"),
+    ("model_diff --json: `size`", "recompile.merge.overlay", "Accounting"),
+    ("model_heal --json", "eval.heal", "HealReport"),
+)
+MADE = "<!-- made by scripts/make_docs.py; do not edit -->"
+
+
+def commands_page() -> str:
+    import click
+
+    lines = ["# Commands", "", MADE, "", "What every command prints for `--help`. Exit codes: 0 done; 1 one message on"]
+    lines += ["stderr says what was wrong (2 for options that do not exist); 130 interrupted.", ""]
+    lines += [f"- [{name}](#{name})" for name in COMMANDS]
+    for name in COMMANDS:
+        command = importlib.import_module(f"recompile.cli.{name}").main
+        context = click.Context(command, info_name=name, max_content_width=110, terminal_width=110)
+        context.help_option_names = ["-h", "--help"]
+        lines += ["", f"## {name}", "", "```text", command.get_help(context).strip(), "```"]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def schema_page() -> str:
+    from eval.metrics import METRICS_VERSION
+
+    lines = ["# JSON reports", "", MADE, ""]
+    lines += [
+        f"Fields of what `--json` writes, version {METRICS_VERSION} (`metrics_version` in a report of `model_diff`).",
+        "KL is in nats per token. A field is never renamed or given another meaning without a new version; new ones",
+        "may be added. Numbers that are not finite are written as null, for example the SQNR of equal states.",
+    ]
+    described: set[str] = set()
+    for title, module, name in REPORTS:
+        lines += ["", f"## {title}", ""]
+        lines += _class_lines(module, name, described)
+    return "\n".join(lines) + "\n"
+
+
+def _class_lines(module: str, name: str, described: set[str]) -> list[str]:
+    """The table of one dataclass, and of those that its fields hold and that no table has described yet."""
+    described.add(name)
+    doc, fields, imported = _fields(module, name)
+    lines = [f"**{name}**: {doc}", "", "| field | type | |", "| --- | --- | --- |"]
+    lines += [f"| `{field}` | {_cell(kind)} | {_cell(comment)} |" for field, kind, comment in fields]
+    for _, kind, _ in fields:
+        for inner in re.findall(r"[A-Z]\w+", kind):
+            where = imported.get(inner)
+            if where is not None and inner not in described:
+                lines += ["", *_class_lines(where, inner, described)]
+    return lines
+
+
+def _fields(module: str, name: str) -> tuple[str, list[tuple[str, str, str]], Mapping[str, str]]:
+    """Docstring, (field, annotation, comment) of a dataclass, and where the classes its module knows are defined."""
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    source = path.read_text()
+    tree = ast.parse(source)
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    known = {node.name: module for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("eval", "recompile"):
+            known.update({alias.name: node.module for alias in node.names if alias.name[0].isupper()})
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = [
+        (node.target.id, ast.unparse(node.annotation), comments.get(node.end_lineno or 0, ""))
+        for node in found.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    return " ".join((ast.get_docstring(found) or "").split("\n\n")[0].split()), fields, known
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PAGES = {"commands.md": commands_page, "report-schema.md": schema_page}
+
+
+def main() -> int:
+    stale = []
+    for name, make in PAGES.items():
+        path, text = ROOT / "docs" / name, make()
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text)
+    print(f"docs: {', '.join(stale) or 'nothing'} {'is stale' if '--check' in sys.argv else 'written'}")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
