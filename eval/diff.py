@@ -222,7 +222,7 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
     if low < 0 or high >= vocab:
         raise MismatchError(
             f"token ids run from {low} to {high}, the model's vocabulary from 0 to {vocab - 1}; "
-            f"is it the wrong tokenizer, or another model's --input-ids?"
+            f"is it the wrong tokenizer, or another model's {{input_ids}}?"
         )
 
 

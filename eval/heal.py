@@ -316,8 +316,8 @@ class _Healing:
         least = fixed + 3 * max(layers) * size + graph
         if cap is not None and least > cap:
             raise RecompileError(
-                f"--max-memory {format_mib(cap)} is too little: healing needs {format_mib(least)} for one layer, the "
-                f"head and what moves; use shorter rows or a smaller --batch-tokens"
+                f"{{max_memory}} {format_mib(cap)} is too little: healing needs {format_mib(least)} for one layer, the "
+                f"head and what moves; use shorter rows or a smaller {{batch_tokens}}"
             )
         whole = fixed + 2 * sum(layers) * size + len(layers) * graph
         return whole <= (cap if cap is not None else available_bytes(str(model.device)) // 2)
@@ -477,7 +477,7 @@ class _Healing:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RecompileError(
                 f"step {self.done + 1}: the loss ({loss:g}) or its gradient is not finite; use a smaller "
-                f"--learning-rate (it was {self.rate:g}), or --dtype float32"
+                f"{{learning_rate}} (it was {self.rate:g}), or {{dtype}} float32"
             )
         self.adam.step(self.movables, gradients, self._rate_now())
         return loss

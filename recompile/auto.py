@@ -297,11 +297,11 @@ class Stages:
             if changed:
                 raise OutputError(
                     f"{work}: was begun with other settings ({', '.join(changed)}); remove it and {out} to start "
-                    f"again, or choose another -o"
+                    f"again, or choose another {{out}}"
                 )
             self._done = state["done"]
         elif out.exists():
-            raise OutputError(f"{out}: exists and was not made by model_auto; remove it, or choose another -o")
+            raise OutputError(f"{out}: exists and was not made by model_auto; remove it, or choose another {{out}}")
         else:
             try:
                 work.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,7 @@ class Measurement:
             row = next(number for number, value in enumerate(self.kl_rows) if not math.isfinite(value))
             raise NotFiniteError(
                 self.described,
-                f"its KL is {self.kl_rows[row]}; use a wider --dtype, and measure it again",
+                f"its KL is {self.kl_rows[row]}; use a wider {{dtype}}, and measure it again",
                 row,
             )
 
@@ -387,7 +387,7 @@ def open_journal(path: Path, header: ProfileHeader) -> Journal:
         if changed:
             raise JournalError(
                 f"{path}: is the journal of another measurement: {'; '.join(changed)}; "
-                f"choose another -o, or remove it to start again"
+                f"choose another {{out}}, or remove it to start again"
             )
         journal.drop_torn()
         return Journal(path, profile, journal)
@@ -529,6 +529,6 @@ def check_candidates(candidates: Sequence[Candidate]) -> None:
         if candidate.label in seen:
             raise RecompileError(
                 f"{candidate.model_dir} and {seen[candidate.label]} would both be source {candidate.label}; "
-                f"give one an id of its own: -s ID={candidate.model_dir}"
+                f"give one an id of its own: {{sources}} ID={candidate.model_dir}"
             )
         seen[candidate.label] = candidate.model_dir

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+
+from recompile.arguments import spell
 
 
 class RecompileError(Exception):
-    """Base of every error that a command turns into one line and exit code 1."""
+    """Base of every error that a command turns into one line and exit code 1.
 
-
-class ArgumentError(RecompileError):
-    """Arguments that contradict each other, or one that is not what is wanted.
-
-    The message names arguments as {name}: in Python they read as they are spelled there, on the command line as flags.
+    The message names arguments as {name}, see recompile.arguments: in Python they read as they are spelled there, on
+    the command line as flags.
     """
+
+    @property
+    def template(self) -> str:
+        """The message with arguments as {name}."""
+        return super().__str__()
 
     def __str__(self) -> str:
         return self.spelled({})
 
     def spelled(self, names: Mapping[str, str]) -> str:
         """The message with other names for the arguments that `names` has."""
-        return re.sub(r"\{([a-z_]+)\}", lambda found: names.get(found[1], found[1]), str(self.args[0]))
+        return spell(self.template, names)
+
+
+class ArgumentError(RecompileError):
+    """Arguments that contradict each other, or one that is not what is wanted."""
 
 
 class RecipeError(RecompileError):
@@ -74,5 +81,6 @@ class NotFiniteError(RecompileError):
         super().__init__(where, what, row)
         self.where, self.what, self.row = where, what, row
 
-    def __str__(self) -> str:
+    @property
+    def template(self) -> str:
         return f"{self.where}{'' if self.row is None else f', row {self.row + 1}'}: {self.what}"

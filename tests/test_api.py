@@ -13,7 +13,7 @@ import pytest
 import recompile
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import load_profile
-from recompile.errors import ArgumentError
+from recompile.errors import RecompileError
 from recompile.events import Progress
 from recompile.io.sizes import size_bytes
 from recompile.merge.overlay import Overlay, build_overlay
@@ -135,7 +135,7 @@ def test_a_verb_is_callable_whatever_was_imported_first() -> None:
 
 
 def test_messages_name_arguments_or_flags() -> None:
-    error = ArgumentError("{rtol} adds rows, and {rows} 16 fixes them; {unknown thing} stays")
+    error = RecompileError("{rtol} adds rows, and {rows} 16 fixes them; {unknown thing} stays")
     assert str(error) == "rtol adds rows, and rows 16 fixes them; {unknown thing} stays"
     assert error.spelled({"rtol": "--rtol", "rows": "-r"}).startswith("--rtol adds rows, and -r 16")
 

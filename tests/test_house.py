@@ -18,6 +18,7 @@ EVERYTHING = [*LIBRARY, *(path for folder in ("tests", "scripts") for path in so
 
 # From the bottom up: a room may import those before it. A new one gets its place here.
 ROOMS = (
+    "arguments",
     "callable_rooms",
     "errors",
     "events",
@@ -198,6 +199,63 @@ def test_only_commands_talk_to_people(path: Path) -> None:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "input", "exit", "quit"), f"{name_of(path)}:{node.lineno}"
+
+
+# Flags that are not ours, or that stand in whole command lines in files that another version wrote.
+FLAGS_OF_OTHERS = {
+    "recompile/auto.py": ("-b", "--total-bpw", "--size"),  # settings of runs that were begun before, compared as text
+    "recompile/gguf/imatrix.py": ("--in-file", "-o"),  # llama-imatrix
+    "recompile/merge/type_recipes.py": ("--tensor-type-file", "--tensor-type", "--custom-q"),  # llama-quantize, ik
+    "recompile/quantize/external_converters.py": None,  # exllamav2, exllamav3
+    "recompile/quantize/gguf_convert.py": None,  # Python's venv and pip, llama.cpp's converter
+    "recompile/quantize/modifiers.py": ("-a",),  # w8a8-int-a, a scheme
+    "eval/engines/builds.py": ("--no-deps",),  # pip
+    "eval/engines/base_logits.py": ("--save-all-logits",),  # llama-perplexity
+    "eval/engines/process.py": ("-c",),  # python
+}
+# A command line that can be run as it stands is no flag out of place: "recompile -i BASE -o OUT -or overrides.yaml".
+COMMAND_LINE = re.compile(r"\b(?:recompile|model_[a-z]+)(?: (?:--?[a-z-]+|[A-Z]+(?:\.gguf)?(?![a-z])|\.\.\.))+")
+FLAG = re.compile(r"(?<![\w!-])(?:--[a-zA-Z][\w-]*|-[a-z]{1,2}(?=$|[\s,;:.)=\"']))")
+
+
+def texts_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string that is no docstring; what an f-string puts in is X."""
+    docs = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield node.lineno, "".join(str(p.value) if isinstance(p, ast.Constant) else "X" for p in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docs | parts:
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_the_library_names_arguments_not_flags(path: Path) -> None:
+    """Messages name arguments as {name} (recompile/arguments.py), for which the commands put their flags."""
+    if name_of(path).startswith("recompile/cli/"):
+        return
+    allowed = FLAGS_OF_OTHERS.get(name_of(path), ())
+    for line, text in texts_of(tree_of(path)):
+        found = [] if allowed is None else FLAG.findall(COMMAND_LINE.sub("", text))
+        assert set(found) <= set(allowed or ()), f"{name_of(path)}:{line}: {text!r}"
+
+
+def test_arguments_that_messages_name_are_arguments_of_the_api() -> None:
+    import inspect
+
+    import recompile.auto
+    from recompile import api
+    from recompile.arguments import ARGUMENTS
+
+    verbs = [verb for name, verb in vars(api).items() if inspect.isfunction(verb) and not name.startswith("_")]
+    known = {name for verb in (*verbs, recompile.auto.auto) for name in inspect.signature(verb).parameters}
+    assert ARGUMENTS - known == {"force"}  # of check_outputs
+    named = re.compile(r"\{([a-z_]+)(?:=False)?\}")
+    used = {
+        name for path in LIBRARY for _, text in texts_of(tree_of(path)) for name in named.findall(text) if name in known
+    }
+    assert used - {"path"} <= ARGUMENTS, "add it to recompile/arguments.py"
+    assert ARGUMENTS - used == {"force", "pin", "minimum", "maximum", "ban"}, "no message names it"
 
 
 def test_import_eval_is_never_written() -> None:

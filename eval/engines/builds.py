@@ -127,7 +127,7 @@ def find_engine(engine: str, library: Path | str | None = None) -> Installed:
     if library is not None:
         path = Path(library).expanduser().resolve()
         if not path.is_file():
-            raise EngineError(f"--engine-lib {library}: there is no such file; wanted a libllama (libllama.so)")
+            raise EngineError(f"{{library}} {library}: there is no such file; wanted a libllama (libllama.so)")
         known = next((b for b in BUILDS if b.engine == engine and _is_of(b, path)), None)
         return Installed(engine, path, known)
     other: list[str] = []
@@ -147,7 +147,7 @@ def find_engine(engine: str, library: Path | str | None = None) -> Installed:
         return Installed(engine, path, build)
     found = f"; found {', '.join(other)}, whose structs may be laid out in another way" if other else ""
     raise EngineError(
-        f"no usable {engine} is installed{found}; {builds[0].pip}, or name your own library with --engine-lib"
+        f"no usable {engine} is installed{found}; {builds[0].pip}, or name your own library with {{library}}"
     )
 
 

@@ -117,7 +117,7 @@ def cut_chunks(tokens: Iterable[int], n_ctx: int, chunks: int | None) -> NDArray
     if there < max(1, wanted):
         raise RecompileError(
             f"the text has {len(flat)} tokens, enough for {there} chunks of {n_ctx}; {wanted or 1} are wanted: "
-            f"give a longer --text, fewer --llama-chunks or a shorter -l"
+            f"give a longer {{text}}, fewer {{chunks}} or a shorter {{length}}"
         )
     return flat[: wanted * n_ctx].reshape(wanted, n_ctx)
 

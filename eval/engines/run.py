@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from eval.engines.base_logits import BaseLogits, open_base_logits
 from eval.engines.builds import Installed, find_engine
 from eval.engines.engine_diff import ChunkDone, EngineReport, compare_with_engine, report_text, tokenize_with_engine
+from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, no_table_of_names, open_checkpoint
 from recompile.errors import ArgumentError, MismatchError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
@@ -70,7 +71,7 @@ def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
         if "model_type" in reference.config:
             sources = (candidate, reference)
         else:
-            on_event(Note(f"{run.engine} only: {', '.join(reference.notes) or _no_names(reference)}", ""))
+            on_event(Note(Worded(f"{run.engine} only: {', '.join(reference.notes) or _no_names(reference)}"), ""))
     report: EngineReport | None = None
     done: list[ChunkDone] = []
     what = f"chunks in {run.engine}"
@@ -110,7 +111,7 @@ def _chunks(run: EngineRun, installed: Installed, base: BaseLogits | None) -> tu
         raise ArgumentError(f"{' and '.join(names)}: each brings its own tokens; give one of them")
     if base is not None:
         if run.chunks is not None and run.chunks > base.chunks:
-            raise MismatchError(f"{base.path} holds {base.chunks} chunks, --llama-chunks asks for {run.chunks}")
+            raise MismatchError(f"{base.path} holds {base.chunks} chunks, {{chunks}} asks for {run.chunks}")
         return np.asarray(base.tokens[: run.chunks]), str(base.path)
     if run.input_ids is not None:
         rows = tokens.rows_from_file(run.input_ids)

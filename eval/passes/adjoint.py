@@ -187,7 +187,7 @@ def plan_pass(
     assert least is not None, "at least one plan was tried"
     assert cap_bytes is not None, "without a cap the first plan is taken"
     raise RecompileError(
-        f"--max-memory {format_mib(cap_bytes)} is too little: this pass needs {format_mib(least.total)} "
+        f"{{max_memory}} {format_mib(cap_bytes)} is too little: this pass needs {format_mib(least.total)} "
         f"({format_mib(process)} program, {format_mib(adjoints)} adjoints, {format_mib(least.working)} for one layer "
         f"or the head); use fewer or shorter rows, or fewer samples"
     )
@@ -261,7 +261,7 @@ class _States:
         except (OSError, RuntimeError) as error:
             raise OutputError(
                 f"{folder or tempfile.gettempdir()}: no scratch file of {format_mib(count * model.dtype.itemsize)} for "
-                f"hidden states ({error}); make room, set TMPDIR, or raise --max-memory"
+                f"hidden states ({error}); make room, set TMPDIR, or raise {{max_memory}}"
             ) from error
 
     def put(self, layer: int, rows: slice, value: Tensor) -> None:

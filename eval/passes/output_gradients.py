@@ -89,7 +89,7 @@ class OutputGradients:
 def held_out_rows(rows: int) -> frozenset[int]:
     """Raises RecompileError for a single row, which cannot be shared out."""
     if rows < 2:
-        raise RecompileError(f"-r {rows}: gradients for two-sided rounding need at least 2 rows, one to judge by")
+        raise RecompileError(f"{{rows}} {rows}: gradients for two-sided rounding need at least 2 rows, one to judge by")
     return frozenset(range(HELD_OUT_EVERY - 1, rows, HELD_OUT_EVERY)) or frozenset({rows - 1})
 
 

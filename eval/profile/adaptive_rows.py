@@ -238,7 +238,8 @@ def _check_place(path: Path, header: ProfileHeader) -> None:
     changed = header_difference(alike, header)
     if changed:
         raise JournalError(
-            f"{path}: is the journal of another measurement: {'; '.join(changed)}; choose another -o, or remove it and "
+            f"{path}: is the journal of another measurement: {'; '.join(changed)}; choose another {{out}}, or remove "
+            f"it and "
             f"{path.name}.rows to start again"
         )
 

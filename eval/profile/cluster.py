@@ -173,9 +173,11 @@ def _check_address(address: str | None) -> None:
         return
     found = re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})", address)
     if found is None or not 0 < int(found[3]) < 65536:
-        raise RecompileError(f"--ray {address}: no address of a cluster; wanted HOST:PORT, auto, or no address at all")
+        raise RecompileError(
+            f"{{ray}} {address}: no address of a cluster; wanted HOST:PORT, auto, or no address at all"
+        )
     if found[1] and importlib.util.find_spec("grpc") is None:
-        raise RecompileError(f"--ray {address}: Ray's client is not installed; pip install 'ray[client]'")
+        raise RecompileError(f"{{ray}} {address}: Ray's client is not installed; pip install 'ray[client]'")
 
 
 @contextmanager
@@ -185,7 +187,7 @@ def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
         import ray
         from ray.exceptions import RayError
     except ImportError as error:
-        raise RecompileError("--ray: Ray is not installed; pip install 'recompile[ray]'") from error
+        raise RecompileError("{ray}: Ray is not installed; pip install 'recompile[ray]'") from error
     begun = not ray.is_initialized()
     try:
         if begun:
@@ -200,7 +202,7 @@ def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
     except (RayError, ConnectionError) as error:
         reason = str(error).strip().split("\n")[-1]
         raise RecompileError(
-            f"--ray: {type(error).__name__}: {reason}; {path} holds what came back, the same command goes on"
+            f"{{ray}}: {type(error).__name__}: {reason}; {path} holds what came back, the same command goes on"
         ) from error
     finally:
         if begun and ray.is_initialized():

@@ -170,7 +170,7 @@ def make_groups(
                 raise MissingWeight(f"{checkpoint.label}: has no module {module}, which other candidates have")
         names.setdefault(group_name(module, options.level), []).append(module)
     if not names:
-        raise RecompileError("no quantized module is left to profile; check --match and --skip, and the sources")
+        raise RecompileError("no quantized module is left to profile; check {match} and {skip}, and the sources")
     groups = []
     for name, modules in names.items():
         bits = {label: sum(8 * c.modules[m].size_bytes for m in modules) for label, c in candidates.items()}
@@ -318,7 +318,7 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     smallest = process + states + working + state * max(len(g.bits) for g in header.groups)
     if cap_bytes is not None and smallest > cap_bytes:
         raise RecompileError(
-            f"--max-memory {format_mib(cap_bytes)} is too little: this run needs {format_mib(smallest)} "
+            f"{{max_memory}} {format_mib(cap_bytes)} is too little: this run needs {format_mib(smallest)} "
             f"({format_mib(process)} program, {format_mib(states)} hidden states, {format_mib(working)} for one layer "
             f"or the head, the rest for one group's swaps); use fewer or shorter rows"
         )
@@ -705,16 +705,17 @@ class _Resident:
 def check_activations(options: ProfileOptions, candidates: Sequence[tuple[SourceId, Checkpoint]]) -> None:
     """Raise RecompileError where swaps cannot be run with quantized inputs, or no candidate quantizes any."""
     if options.context != "clean":
-        raise RecompileError("--activations measures one group's inputs at a time: it needs --context clean")
+        raise RecompileError("{activations} measures one group's inputs at a time: it needs {context} clean")
     if options.head or options.embedding:
         raise RecompileError(
-            "--activations: inputs of the head are never quantized here; leave out --head, --embedding"
+            "{activations}: inputs of the head are never quantized here; leave out {head}, {embedding}"
         )
     if not any(
         quantizes_inputs(build_overlay(found, None)) for _, found in candidates if not isinstance(found, MadeVariant)
     ):
         raise RecompileError(
-            f"--activations: none of {', '.join(found.label for _, found in candidates)} says how inputs are quantized "
+            f"{{activations}}: none of {', '.join(found.label for _, found in candidates)} says how inputs are "
+            f"quantized "
             f"(input_activations in its config groups); leave it out"
         )
 

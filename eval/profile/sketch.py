@@ -453,7 +453,7 @@ class SweepStore:
             if found != self._key:
                 raise JournalError(
                     f"{self.folder}: holds the sweeps of another measurement (other rows, models, groups or seed); "
-                    f"choose another -o, or remove the folder to start again"
+                    f"choose another {{out}}, or remove the folder to start again"
                 )
         return number
 
@@ -473,7 +473,7 @@ class SweepStore:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             for name, value in tensors.items():
-                check_finite(value, f"{self._file(number)}: {name}", "remove it to sample again, with a wider --dtype")
+                check_finite(value, f"{self._file(number)}: {name}", "remove it to sample again, with a wider {dtype}")
             values = {name: value.numpy() for name, value in tensors.items()}
             swaps = tuple((group, source) for group, source in json.loads(about["swaps"]))
             return Sketch(swaps, samples=int(about["samples"]), **values)

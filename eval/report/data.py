@@ -160,7 +160,8 @@ def _with_start(data: ReportData, start_bpw: float | None) -> ReportData:
         bits = math.floor(start_bpw * data.profile.counted_weights + 1e-6)
         if not fewest <= bits <= most:
             raise RecompileError(
-                f"-b {start_bpw:g}: out of reach; these sources make {data.bpw(fewest):.4f} to {data.bpw(most):.4f} bpw"
+                f"{{bits}} {start_bpw:g}: out of reach; these sources make {data.bpw(fewest):.4f} to "
+                f"{data.bpw(most):.4f} bpw"
             )
         return replace(data, start_bits=bits)
     mixes = [one.choice for one in data.measured if one.choice is not None and one.uniform is None]
@@ -197,7 +198,9 @@ def read_report(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> M
         if "choice" in content and "budget_bits" in content:
             return _read_optimized(content, path, profile)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecompileError(f"{path}: an incomplete report, at {error}; make it again with --json") from error
+        raise RecompileError(
+            f"{path}: an incomplete report, at {error}; make it again with the same command"
+        ) from error
     raise RecompileError(f"{path}: is not a report of model_diff --json or model_optimize --json")
 
 

@@ -117,7 +117,7 @@ def write_frontier(
     if solver not in BY_COSTS:
         raise ArgumentError(ITS_OWN)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; --frontier writes a folder")
+        raise OutputError(f"{folder}: is a file; {{grid}} writes a folder")
     rules = rules_of(options, checkpoints)
     say_of_experts(rules, profile, on_event)
     found = solve_frontier(profile, parse_grid(grid), solver, rules)

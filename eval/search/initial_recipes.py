@@ -101,7 +101,7 @@ def fit_law(search: Search, kls: MeasuredMixes) -> SuperAdditive:
     if search.profile.header.context == "base":
         raise FitError(
             "how costs add up is fitted to costs against the reference, and this profile holds differences from its "
-            "base (made with --context base); profile with --context clean"
+            "base (made with {context} base); profile with {context} clean"
         )
     mixes = [search.start, *uniform_mixes(search.problem, search.start).values()]
     measured = zip(mixes, kls.measure(mixes), strict=True)

@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, RecompileError
@@ -218,9 +219,9 @@ class _Optimization:
         unasked = self.options.check is False
         if not unasked and self.checkpoints is not None and are_same(self.profile, self.checkpoints):
             return True
-        why = "--no-check" if unasked else "the models are not available"
+        why = "{check=False}" if unasked else "the models are not available"
         said = f"{why}: the limit on KL is kept by what the profile predicts, nothing is measured."
-        self.on_event(Note(said))
+        self.on_event(Note(Worded(said)))
         return False
 
     def _hold(self, budget: Budget, on_event: OnEvent) -> MeasuredLimit:
@@ -260,7 +261,7 @@ class _Optimization:
             return found
         if not held.keeps(found.solution.choice):
             said = f"what {self.solver} found is above the limit on KL; the {self.by_costs} recipe is kept."
-            self.on_event(Note(said))
+            self.on_event(Note(Worded(said)))
             return held.choice
         return shrink(
             held,
@@ -464,8 +465,10 @@ def say_of_experts(rules: Rules, profile: Profile, on_event: OnEvent) -> None:
     if tied:
         on_event(
             Note(
-                f"{tied} groups of experts share sources layer by layer, as {rules.experts_of} loads them; "
-                f"--free-experts lets each choose (recompile --check says where such a mix runs)"
+                Worded(
+                    f"{tied} groups of experts share sources layer by layer, as {rules.experts_of} loads them; "
+                    f"{{free_experts}} lets each choose (recompile --check says where such a mix runs)"
+                )
             )
         )
 
@@ -539,8 +542,9 @@ def next_step(profile: Profile, recipe: Path) -> str:
     base = profile.header.candidate(profile.header.base)
     reference, start, given = (shlex.quote(str(path)) for path in (profile.header.reference, base.model_dir, recipe))
     if base.spec is not None and "type" in base.spec:
-        keys = "" if profile.header.reference.endswith(".gguf") else " --tokenizer-from MODEL.gguf"
-        return f"model_quantize -i {reference} -o OUT.gguf -or {given}{keys}"
+        if profile.header.reference.endswith(".gguf"):
+            return f"model_quantize -i {reference} -o OUT.gguf -or {given}"
+        return f"model_quantize -i {reference} -o OUT.gguf -or {given} --tokenizer-from MODEL.gguf"
     if base.spec is not None:
         return f"model_quantize -i {reference} -o OUT -or {given}"
     return f"recompile -i {start} -o OUT -or {given}"

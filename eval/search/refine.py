@@ -12,6 +12,7 @@ from eval.mixes.oracle import MixOracle, OracleProgress
 from eval.search.initial_recipes import FIT_ROWS
 from eval.search.job import Search
 from eval.search.refine_journal import RefineJournal
+from recompile.arguments import Worded
 from recompile.events import Progress, Said
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.limits import solve_rows
@@ -38,8 +39,10 @@ def search_refine(search: Search) -> Mapping[str, str]:
         found = search.interactions
         search.on_event(
             Said(
-                f"interactions of swaps from the {found.draws.shape[1]} draws of --pairs: {100 * found.share:.1f} % of "
-                f"what they say holds on other rows, and counts"
+                Worded(
+                    f"interactions of swaps from the {found.draws.shape[1]} draws of {{pairs}}: "
+                    f"{100 * found.share:.1f} % of what they say holds on other rows, and counts"
+                )
             )
         )
     began = last = time.monotonic()

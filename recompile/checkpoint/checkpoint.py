@@ -608,8 +608,8 @@ def no_table_of_names(architecture: Any) -> str:
     """Why a GGUF file cannot be run or decoded: one sentence."""
     return (
         f"GGUF architecture {architecture!r} has no table of Hugging Face names here, so that transformers cannot run "
-        f"it; merges, model_quantize (--no-importance, --imatrix), model_profile (--mode weights --no-importance) and "
-        f"--engine work"
+        f"it; merges, model_quantize ({{importance=False}}, {{imatrix}}), model_profile ({{mode}} weights "
+        f"{{importance=False}}) and {{engine}} work"
     )
 
 

@@ -155,7 +155,7 @@ class Dense:
     def why_dense(self, name: str, role: Role, shape: tuple[int, ...] | None) -> str | None:
         """Why a module stays dense, as a word or two that reports count by; None if it is to be quantized."""
         if _matches(self.keep, name):
-            return "--keep"
+            return "keep"
         if shape is not None and len(shape) == 2 and _matches(self.quantize, name):
             return None
         if role.kind != "linear" or role.part == "unused":

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import click
 
-from recompile.errors import ArgumentError, OutputError, RecompileError
+from recompile.arguments import ARGUMENTS, respell
+from recompile.errors import OutputError, RecompileError
 from recompile.events import Note, Progress, Said
 from recompile.io.files import check_outputs, last_opened, write_text
 from recompile.io.printable import PrintableStream, printable
@@ -110,11 +111,8 @@ class Command(click.Command):
         try:
             self._check_files(ctx)
             return super().invoke(ctx)
-        except ArgumentError as error:
-            flags = {str(option.name): option.opts[0] for option in self.params if isinstance(option, click.Option)}
-            raise click.ClickException(error.spelled(flags)) from error
         except RecompileError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(error.spelled(flags_of(self))) from error
         except KeyboardInterrupt:
             click.echo(f"\n{ctx.info_name}: interrupted; nothing half-written was left under a final name", err=True)
             ctx.exit(EXIT_INTERRUPTED)
@@ -133,6 +131,41 @@ class Command(click.Command):
         given += [value.partition("=")[2] for value in given if "=" in value and not os.path.exists(value)]
         named = {flag: ctx.params.get(name) for flag, name in self.outputs.items()}
         check_outputs(named, given, force=bool(ctx.meta.get(_FORCE)))
+
+
+# Flags of arguments that a message may name in a command without that option; others are spelled alike.
+_FLAGS_ELSEWHERE = {
+    **{name: f"--{name.replace('_', '-')}" for name in ARGUMENTS},
+    **{f"{name}=False": f"--no-{name.replace('_', '-')}" for name in ARGUMENTS},
+    "base": "--in-dir",
+    "maximum": "--max",
+    "minimum": "--min",
+    "quantize_also": "--quantize",
+    "recipe": "--override",
+    "reference": "--model-b",
+}
+
+
+def flags_of(command: click.Command | None) -> dict[str, str]:
+    """Argument of the Python API -> flag of a command, the long one: "out" -> "--out-dir", "probe=False" ->
+    "--no-probe"; for recompile.arguments.spell."""
+    flags = dict(_FLAGS_ELSEWHERE)
+    for option in command.params if command is not None else ():
+        if isinstance(option, click.Option) and option.name:
+            flags[option.name] = _long(option.opts)
+            if option.secondary_opts:
+                flags[f"{option.name}=False"] = _long(option.secondary_opts)
+    return flags
+
+
+def _long(flags: Sequence[str]) -> str:
+    return next((flag for flag in flags if flag.startswith("--")), flags[0])
+
+
+def current_flags() -> dict[str, str]:
+    """Of the command that runs."""
+    context = click.get_current_context(silent=True)
+    return flags_of(context.command if context is not None else None)
 
 
 def refuse_outputs(outputs: Mapping[str, Path | str | None], inputs: Iterable[Path | str | None]) -> None:
@@ -251,9 +284,10 @@ class Screen:
             if event.done >= event.total:
                 self._close()
         elif isinstance(event, Note):
-            click.echo(f"{event.kind}: {event.text}" if event.kind else event.text, err=True)
+            text = respell(event.text, current_flags())
+            click.echo(f"{event.kind}: {text}" if event.kind else text, err=True)
         elif isinstance(event, Said) and not self.quiet:
-            click.echo(event.text, err=True)
+            click.echo(respell(event.text, current_flags()), err=True)
 
     def _close(self) -> None:
         self._what = None
@@ -363,7 +397,7 @@ def print_json(path: str | os.PathLike[str], report: Any) -> None:
 
     A file is replaced as a whole, never left half written. Raises OutputError if it cannot be written.
     """
-    text = to_json(report)
+    text = to_json(report, current_flags())
     if os.fspath(path) != "-":
         write_text(Path(path), text)
     elif sys.stdout is None:

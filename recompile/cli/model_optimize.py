@@ -7,14 +7,16 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, refuse_outputs, show
+from recompile.arguments import spell
+from recompile.cli.common import Screen, check_json_path, flags_of, refuse_outputs, show
 from recompile.cli.options import many_values_command, output_options
 from recompile.cli.render_optimize import describe_frontier, describe_recipe
 from recompile.errors import ArgumentError
 from recompile.optimize.solvers import SOLVERS
 
 NOT_OF_A_FRONTIER = ("bits", "size", "total_bpw", "max_kl", "max_ppl_increase", "active_bpw", "pool", "start")
-ITS_OWN = "{frontier} has its own budgets; leave {bits}, {size} and {start} out"
+SOLVERS_HELP = spell("; ".join(f"{solver.name}: {solver.says}" for solver in SOLVERS.values()), flags_of(None))
+ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
 
 
 @many_values_command(
@@ -51,6 +53,7 @@ ITS_OWN = "{frontier} has its own budgets; leave {bits}, {size} and {start} out"
 )
 @click.option(
     "--frontier",
+    "grid",
     metavar="LOW:HIGH:STEP",
     help="A recipe for every budget of a grid (bits per weight), with table and plot; -o is then a folder.",
 )
@@ -63,7 +66,7 @@ ITS_OWN = "{frontier} has its own budgets; leave {bits}, {size} and {start} out"
 @click.option(
     "--solver",
     type=click.Choice(list(SOLVERS)),
-    help="; ".join(f"{solver.name}: {solver.says}" for solver in SOLVERS.values()) + ". Default: refine where the "
+    help=f"{SOLVERS_HELP}. Default: refine where the "
     "models are available, for at most 10 minutes; exact without them and with --no-check.",
 )
 @click.option(
@@ -133,7 +136,7 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     check_json_path(json_path)
     from recompile import api
 
-    grid = options.pop("frontier")
+    grid = options.pop("grid")
     with Screen(quiet) as screen:
         if grid is None:
             if options["out"] is None:

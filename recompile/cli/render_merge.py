@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from recompile.cli.common import current_flags
 from recompile.io.report import format_columns
 from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.explain import resolved_table
@@ -26,7 +27,7 @@ def describe_plan(report: MergeReport, every: bool) -> str:
 
 def describe_check(report: CheckReport) -> str:
     lines = [describe_verified(report.verified)] if report.verified is not None else []
-    lines += [f"{problem.severity}: {problem}" for problem in report.problems]
+    lines += [f"{problem.severity}: {problem.spelled(current_flags())}" for problem in report.problems]
     lines += [] if report.problems else [f"{report.directory}: no inconsistency found"]
     return "\n".join([*lines, *report.notes])
 

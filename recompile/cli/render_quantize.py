@@ -52,7 +52,7 @@ def _summary(report: QuantizeReport) -> str:
         text += f"\n{line}" if line else ""
     kept: list[ModuleReport] = [module for module in modules if not module.quantized]
     for module in kept[:10]:
-        text += f"\nkept dense: {module.module}: {module.note}"
+        text += f"\nkept dense: {module.module}: {_as_flag(module.note)}"
     if len(kept) > 10:
         text += f"\n... and {len(kept) - 10} more; all in quantize_report.json"
     return text
@@ -87,3 +87,7 @@ def _gguf_summary(report: VariantsReport) -> str:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
+
+
+def _as_flag(note: str) -> str:
+    return f"--{note}" if note.startswith("keep,") else note

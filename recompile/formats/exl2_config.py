@@ -68,7 +68,7 @@ def dense_problems(modules: Iterable[StoredModule]) -> list[str]:
 
 def problems(mix: MixFacts) -> list[MergeProblem]:
     """What keeps the engine from loading the mix."""
-    way_out = "take it from an EXL2 variant or from a float16 copy of the model, or write a decoded copy with --dense"
+    way_out = "take it from an EXL2 variant or from a float16 copy of the model, or write a decoded copy with {dense}"
     return [MergeProblem(dense_problems(mix.foreign_dense), way_out)]
 
 

@@ -201,11 +201,11 @@ def problems(mix: MixFacts) -> list[MergeProblem]:
     return [
         MergeProblem(
             dense_problems(mix.foreign_dense, mix.embeddings),
-            "take it from an EXL3 variant or from a float16 copy of the model, or write a decoded copy with --dense",
+            "take it from an EXL3 variant or from a float16 copy of the model, or write a decoded copy with {dense}",
         ),
         MergeProblem(
             fusion_problems(mix.modules),
-            "take such modules together from one source, or write a decoded copy with --dense",
+            "take such modules together from one source, or write a decoded copy with {dense}",
         ),
     ]
 

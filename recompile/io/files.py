@@ -458,7 +458,7 @@ def check_outputs(
             )
         if not force and not was_made_here(real):
             raise OutputError(
-                f"{argument} {path}: exists, and this tool did not make it; choose another file, or give --force to "
+                f"{argument} {path}: exists, and this tool did not make it; choose another file, or give {{force}} to "
                 f"replace it"
             )
 

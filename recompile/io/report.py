@@ -11,36 +11,42 @@ from pathlib import Path
 from typing import Any
 
 from recompile import __version__
+from recompile.arguments import respell
 from recompile.io.files import write_text
 from recompile.io.printable import printable
 
 
-def to_plain(value: Any) -> Any:
-    """A report as JSON values: dataclasses by their fields, paths as text, what is not finite as null."""
+def to_plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
+    """A report as JSON values: dataclasses by their fields, paths as text, what is not finite as null.
+
+    names: how texts spell arguments, as in recompile.arguments
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: to_plain(getattr(value, field.name))
+            field.name: to_plain(getattr(value, field.name), names)
             for field in dataclasses.fields(value)
             if not field.name.startswith("_")
         }
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item, names) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [to_plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+        return [to_plain(item, names) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
+    if isinstance(value, str):
+        return respell(value, names or {})
+    if value is None or isinstance(value, int):
         return value
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # numpy and torch values, without importing either
-        return to_plain(value.tolist())
+        return to_plain(value.tolist(), names)
     return str(value)
 
 
-def to_json(report: Any) -> str:
+def to_json(report: Any, names: Mapping[str, str] | None = None) -> str:
     """As to_plain, as text that names this tool, so that the file is known as one that may be replaced."""
-    plain = to_plain(report)
+    plain = to_plain(report, names)
     if isinstance(plain, dict):
         plain = {"made_by": f"recompile {__version__}", **plain}
     return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

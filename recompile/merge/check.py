@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recompile.arguments import Worded, respell
 from recompile.checkpoint.checkpoint import (
     INDEX_NAME,
     Checkpoint,
@@ -72,7 +73,11 @@ class Problem:
     severity: str = "error"  # "error": its engine fails or reads other weights; "warning": worth knowing
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return self.spelled({})
+
+    def spelled(self, names: Mapping[str, str]) -> str:
+        """With other names for arguments that the message names."""
+        return f"{self.where}: {respell(self.message, names)}"
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
@@ -363,8 +368,8 @@ def loaders_that_fail(directory: str | os.PathLike[str]) -> list[Problem]:
     for engine in engines.ENGINES:
         errors = [found for found in check_engine(directory, engine) if found.severity == "error"]
         if errors:
-            more = f"; --engine {engine} lists {len(errors)} reasons" if len(errors) > 1 else ""
-            told = f"{engine} does not run this: {errors[0].where}: {errors[0].message}{more}"
+            more = f"; {{engine}} {engine} lists {len(errors)} reasons" if len(errors) > 1 else ""
+            told = Worded(f"{engine} does not run this: {errors[0].where}: {errors[0].message}{more}")
             warnings.append(Problem(os.fspath(directory), told, "warning"))
     return warnings
 
@@ -687,7 +692,7 @@ def check_same_weights(overlay: Overlay, sample: int = PROBED_MODULES) -> ProbeR
             raise MismatchError(
                 f"{placement.source}: {placement.module} was not made from the weights of {overlay.base.label}: the "
                 f"correlation of a block of its rows with the base's is {figure:.3f}, wanted above {MIN_CORRELATION}; "
-                f"use variants of one model (--no-probe skips this check)"
+                f"use variants of one model ({{probe=False}} skips this check)"
             )
         names.append(placement.module)
         correlations.append(figure)
@@ -718,7 +723,7 @@ def _check_unquantized(base: Checkpoint, source: Checkpoint, label: str) -> int:
                 f"{label}: {right.name} differs from {base.label}'s by up to {float(apart.max()):.3g} (in "
                 f"{int(beyond.sum())} of {want.numel()} values by more than rounding), and both store it unquantized; "
                 f"they are not builds of the same weights, or one has scales moved into its norms, as AWQ and "
-                f"SmoothQuant do, and its modules fit no other build (--no-probe skips this check)"
+                f"SmoothQuant do, and its modules fit no other build ({{probe=False}} skips this check)"
             )
         compared += 1
     return compared

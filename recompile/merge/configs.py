@@ -59,7 +59,7 @@ def merged_texts(
         listed = " and ".join(f"{family} ({p.module} from {origin_of(p)})" for family, p in families.items())
         raise UnsupportedError(
             f"{overlay.label}: the mix holds {listed}, and no engine loads these formats in one model; "
-            f"take all modules from variants of one format, or write a decoded copy with --dense"
+            f"take all modules from variants of one format, or write a decoded copy with {{dense}}"
         )
     if not families:
         return {"config.json": dump_json(without_quantization(overlay.config))}, []

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.costs import fused_sets
 from recompile.errors import UnsupportedError
@@ -82,12 +83,12 @@ def plan_conversion(checkpoint: Checkpoint, module: StoredModule) -> Conversion:
         raise UnsupportedError(
             f"{checkpoint.label}: {module.name} was made with activation order (its g_idx scatters the columns of a "
             f"group), which compressed-tensors no longer stores; take it from a variant without desc_act, or write a "
-            f"decoded copy with --dense"
+            f"decoded copy with {{dense}}"
         )
     if scheme.group_size is not None and in_features % scheme.group_size:
         raise UnsupportedError(
             f"{checkpoint.label}: {module.name} has {in_features} columns in groups of {scheme.group_size}, the last "
-            f"one short, which compressed-tensors kernels do not run; take it from another variant or use --dense"
+            f"one short, which compressed-tensors kernels do not run; take it from another variant or use {{dense}}"
         )
     from recompile.formats.packed_int import IntScheme
 
@@ -184,7 +185,7 @@ def _check_modelopt_parts(checkpoint: Checkpoint, module: StoredModule, known: f
     if unknown:
         raise UnsupportedError(
             f"{checkpoint.label}: {module.name} has {unknown[0]} (ModelOpt), which compressed-tensors lacks; "
-            f"take it from another variant, or write a decoded copy with --dense"
+            f"take it from another variant, or write a decoded copy with {{dense}}"
         )
 
 
@@ -194,7 +195,7 @@ def _modelopt_fp8(checkpoint: Checkpoint, module: StoredModule) -> Conversion:
     if module.parts["weight_scale"].numel != 1:
         raise UnsupportedError(
             f"{checkpoint.label}: {module.name}.weight_scale is {list(module.parts['weight_scale'].shape)}, and "
-            f"ModelOpt's fp8 is read here with one scale a tensor; write a decoded copy with --dense"
+            f"ModelOpt's fp8 is read here with one scale a tensor; write a decoded copy with {{dense}}"
         )
     static = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
     group = _group("float-quantized", static)
@@ -220,8 +221,8 @@ def _modelopt_nvfp4(checkpoint: Checkpoint, module: StoredModule, reencode: bool
         raise UnsupportedError(
             f"{checkpoint.label}: {module.name} is nvfp4 of ModelOpt, whose weight_scale_2 ({scale:.9g}) multiplies; "
             f"compressed-tensors divides by a global scale, and no float32 divides to the same weights to the last "
-            f"bit; take the nearest (weights change by less than 1e-6 of themselves) with --reencode, or write a "
-            f"decoded copy with --dense"
+            f"bit; take the nearest (weights change by less than 1e-6 of themselves) with {{reencode}}, or write a "
+            f"decoded copy with {{dense}}"
         )
     rows, half = module.parts["weight"].shape
     parts: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -250,7 +251,7 @@ def _modelopt_nvfp4(checkpoint: Checkpoint, module: StoredModule, reencode: bool
     how = (
         "exactly"
         if exact
-        else "with the nearest global scale (--reencode): weights may change by less than 1e-6 of themselves"
+        else "with the nearest global scale ({reencode}): weights may change by less than 1e-6 of themselves"
     )
     return Conversion(
         "nvfp4-pack-quantized",
@@ -318,7 +319,7 @@ def _one_global_scale(overlay: Overlay, reencode: bool, converted: Mapping[str, 
             raise UnsupportedError(
                 f"{overlay.label}: {members[0].rpartition('.')[0]}: {leaves} are nvfp4 from different sources with "
                 f"different {' and '.join(common)}, and engines that run them as one matrix would take the largest for "
-                f"all; take them together from one source, or give them one scale with --reencode"
+                f"all; take them together from one source, or give them one scale with {{reencode}}"
             )
         for name, placement in zip(members, placements, strict=True):
             own = {part: _scalar(placement, part) for part in common}
@@ -346,7 +347,7 @@ def _reencoding(placement: Placement, common: Mapping[str, float], before: Conve
         None if before is None else before.group,
         lambda stored: _with_global_scale(stored if before is None else before.run(stored), common, name),
         exact=False,
-        note="nvfp4 modules were re-encoded with the global scale of their fused set (--reencode): they are not byte "
+        note="nvfp4 modules were re-encoded with the global scale of their fused set ({reencode}): they are not byte "
         "for byte their source's, and model_diff -or measures them as the source has them",
     )
 
@@ -377,7 +378,7 @@ def notes_of(conversions: Mapping[str, Conversion]) -> list[str]:
     counts: dict[str, int] = {}
     for conversion in conversions.values():
         counts[conversion.note] = counts.get(conversion.note, 0) + 1
-    return [f"{count} {note}" for note, count in counts.items()]
+    return [Worded(f"{count} {note}") for note, count in counts.items()]
 
 
 def is_expressible(formats: Sequence[str]) -> bool:

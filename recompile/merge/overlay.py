@@ -332,7 +332,7 @@ def _check_keys(recipe: Recipe, names: list[str], warnings: list[str], allow_unm
         if len(unmatched) > SHOWN_LINES:
             lines.append(f"{recipe.name}: and {len(unmatched) - SHOWN_LINES} more keys that match no tensor")
         if not allow_unmatched:
-            raise RecipeError("\n".join(lines) + " (--allow-unmatched goes on without it)")
+            raise RecipeError("\n".join(lines) + " ({allow_unmatched} goes on without it)")
         warnings += lines
     shadowed = recipe.shadowed(names)
     for hidden, winner in shadowed[:SHOWN_LINES]:

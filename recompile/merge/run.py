@@ -162,7 +162,7 @@ def read_type_recipe(
         raise RecipeError(f"{path}: names GGUF types, and {base.label} is no GGUF file")
     if not type_sources:
         raise RecipeError(
-            f"{path}: is a recipe of GGUF types; say which files hold them: --type-sources Q4_K=FILE.gguf ... "
+            f"{path}: is a recipe of GGUF types; say which files hold them: {{type_sources}} Q4_K=FILE.gguf ... "
             f"(or a directory of such files)"
         )
     types = load_type_recipe(path)
@@ -174,13 +174,14 @@ def _refused(plan: Plan, engine: str) -> list[str]:
     from recompile.merge.check import check_plan
 
     if isinstance(plan, GgufPlan):
-        raise UnsupportedError(f"--engine {engine}: GGUF files are llama.cpp's; leave out --engine")
+        raise UnsupportedError(f"{{engine}} {engine}: GGUF files are llama.cpp's; leave out {{engine}}")
     problems = check_plan(plan, engine)
     errors = [f"{problem}" for problem in errors_of(problems)]
     if errors:
         more = f"; and {len(errors) - ERRORS_TOLD} more" if len(errors) > ERRORS_TOLD else ""
         raise UnsupportedError(
-            f"--engine {engine}: {'; '.join(errors[:ERRORS_TOLD])}{more}. Nothing was written; take such modules from "
+            f"{{engine}} {engine}: {'; '.join(errors[:ERRORS_TOLD])}{more}. Nothing was written; take such modules "
+            f"from "
             f"other variants (model_optimize --engine {engine} chooses among those that run)"
         )
     return [str(problem) for problem in problems]

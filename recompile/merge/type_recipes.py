@@ -273,7 +273,7 @@ def types_of(overlay: Overlay) -> dict[str, str]:
     Raises RecipeError where the base is no GGUF file, or experts of one tensor are of several types.
     """
     if not isinstance(overlay.base, GgufCheckpoint):
-        raise RecipeError(f"{overlay.base.label}: tensors have GGUF types in GGUF files only; give one as -i")
+        raise RecipeError(f"{overlay.base.label}: tensors have GGUF types in GGUF files only; give one as {{base}}")
     types: dict[str, str] = {}
     for placement in overlay.placements.values():
         for part in placement.stored.parts.values():
@@ -313,20 +313,20 @@ def open_type_sources(entries: Iterable[str]) -> tuple[TypeSource, ...]:
         directory = Path(entry).expanduser()
         if not directory.is_dir():
             raise RecipeError(
-                f'--type-sources "{entry}": wanted TYPE=FILE.gguf (Q4_K=model-Q4_K.gguf) or a directory of GGUF files'
+                f'{{type_sources}} "{entry}": wanted TYPE=FILE.gguf (Q4_K=model-Q4_K.gguf) or a directory of GGUF files'
             )
         files = [
             p for p in sorted(directory.rglob("*.gguf")) if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", p.name)
         ]
         if not files:
-            raise RecipeError(f"--type-sources {entry}: there is no GGUF file in this directory")
+            raise RecipeError(f"{{type_sources}} {entry}: there is no GGUF file in this directory")
         for path_of in files:
             file = open_gguf(path_of)
             found.append(TypeSource(_main_type(file), path_of, file))
     for type_name, count in Counter(source.type for source in found).items():
         if count > 1:
             paths = " and ".join(str(source.path) for source in found if source.type == type_name)
-            raise RecipeError(f"--type-sources: {paths} both stand for {type_name}; name one: {type_name}=FILE.gguf")
+            raise RecipeError(f"{{type_sources}}: {paths} both stand for {type_name}; name one: {type_name}=FILE.gguf")
     return tuple(found)
 
 
@@ -357,7 +357,7 @@ def as_recipe(
         if len(stray) > SHOWN_RULES:
             said += f"; and {len(stray) - SHOWN_RULES} more rules"
         if not allow_unmatched:
-            raise RecipeError(f"{said} (--allow-unmatched goes on without)")
+            raise RecipeError(f"{said} ({{allow_unmatched}} goes on without)")
         warnings.append(said)
     shadowed = types.shadowed(base.tensors)
     for hidden, winner in shadowed[:SHOWN_RULES]:
@@ -390,7 +390,7 @@ def as_recipe(
         wanted = ", ".join(f"{name} ({types.name}:{rule.line})" for name, rule in missing.items())
         there = ", ".join(sorted(by_type)) or "none"
         raise RecipeError(
-            f"{types.name}: no source for {wanted}; sources given: {there}; add --type-sources TYPE=FILE.gguf"
+            f"{types.name}: no source for {wanted}; sources given: {there}; add {{type_sources}} TYPE=FILE.gguf"
         )
     for (asked, got), names in other.items():
         few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

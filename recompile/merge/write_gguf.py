@@ -108,9 +108,9 @@ def plan_gguf(overlay: Overlay, out: str | os.PathLike[str], split_mb: int | Non
     """
     out = Path(out)
     if out.suffix != ".gguf":
-        raise OutputError(f"{out}: a GGUF base is merged into a GGUF file; name it {out.name}.gguf (or use --dense)")
+        raise OutputError(f"{out}: a GGUF base is merged into a GGUF file; name it {out.name}.gguf (or use {{dense}})")
     if split_mb is not None and split_mb < 1:
-        raise OutputError(f"--shard-size {split_mb}: wanted at least 1 (MB)")
+        raise OutputError(f"{{shard_size}} {split_mb}: wanted at least 1 (MB)")
     base = overlay.base
     assert isinstance(base, GgufCheckpoint), "the caller asks is_gguf_mix first"
     architecture = base.file.value("general.architecture")
@@ -120,7 +120,7 @@ def plan_gguf(overlay: Overlay, out: str | os.PathLike[str], split_mb: int | Non
             what = "is not a GGUF file" if found is None else f"has the architecture {found}"
             raise UnsupportedError(
                 f"{checkpoint.label}: {what}, and {base.label} is a GGUF file of {architecture}: tensors cannot be "
-                f"exchanged between them; write a decoded copy with --dense"
+                f"exchanged between them; write a decoded copy with {{dense}}"
             )
     merged = _merged_tensors(overlay)
     kinds = {tensor.type for tensor, _ in merged}

@@ -185,7 +185,7 @@ def plan_write(
     for a recipe that changed on disk, OutputError for a shard size below 1.
     """
     if shard_mb < 1:
-        raise OutputError(f"--shard-size {shard_mb}: wanted at least 1 (MB)")
+        raise OutputError(f"{{shard_size}} {shard_mb}: wanted at least 1 (MB)")
     out = Path(out)
     stack = _stack_rule(overlay) if not dense else None
     overlay = with_whole_experts(overlay) if stack is None else overlay

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recompile.errors import NotFiniteError
 
 WAITING = 256  # sums on a device that may wait for each other before somebody waits for them
-WIDER = "use a wider --dtype"
+WIDER = "use a wider {dtype}"
 
 
 def is_finite(value: Tensor) -> bool:

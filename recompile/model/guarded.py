@@ -83,13 +83,13 @@ def run_guarded(work: Callable[[], T], what: Path | str, limits: Limits) -> T:
     if code in (-signal.SIGPROF, -signal.SIGALRM):
         raise CheckpointError(
             f"{what} does not end: {limits.cpu_seconds:.3g} seconds of computing without a step forward; "
-            f"take the files of the original model, or give token rows with --input-ids"
+            f"take the files of the original model, or give token rows with {{input_ids}}"
         )
     if code != 0:
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise CheckpointError(
             f"{what} ended with {cause}, in a process that may take {format_mib(limits.memory_bytes)}; "
-            f"take the files of the original model, or give token rows with --input-ids"
+            f"take the files of the original model, or give token rows with {{input_ids}}"
         )
     done, value = pickle.loads(raw)
     if done:
@@ -98,7 +98,7 @@ def run_guarded(work: Callable[[], T], what: Path | str, limits: Limits) -> T:
     if isinstance(value, MemoryError):
         raise CheckpointError(
             f"{what} takes more than {format_mib(limits.memory_bytes)} of memory; "
-            f"take the files of the original model, or give token rows with --input-ids"
+            f"take the files of the original model, or give token rows with {{input_ids}}"
         )
     raise value
 

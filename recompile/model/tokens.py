@@ -178,7 +178,7 @@ def text_from_dataset(name: str) -> TextSource:
         import datasets
     except ImportError as error:
         raise RecompileError(
-            f"--dataset {name}: the `datasets` library is not installed; pip install datasets, or use --text FILE"
+            f"{{dataset}} {name}: the `datasets` library is not installed; pip install datasets, or use {{text}} FILE"
         ) from error
     wanted = "Salesforce/wikitext:wikitext-2-raw-v1:test" if name == "wiki2" else name
     path, _, rest = wanted.partition(":")
@@ -194,7 +194,7 @@ def text_from_dataset(name: str) -> TextSource:
         raise
     except Exception as error:  # the library has no common base class: network, cache, parsers
         reason = str(error).strip().split("\n", 1)[0]
-        raise RecompileError(f"--dataset {name}: cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise RecompileError(f"{{dataset}} {name}: cannot be loaded: {type(error).__name__}: {reason}") from error
     source = f"{path}{':' + config if config else ''}:{split}"
     if "wikitext" in path.lower():
         return TextSource(source, tuple(cut_stretches("\n\n".join(texts), path)))
@@ -266,7 +266,7 @@ def _first_text_column(data: Any, name: str) -> str:
     for column in data.column_names:
         if len(data) and isinstance(data[0][column], str):
             return str(column)
-    raise RecompileError(f"--dataset {name}: no column holds text; its columns are {', '.join(data.column_names)}")
+    raise RecompileError(f"{{dataset}} {name}: no column holds text; its columns are {', '.join(data.column_names)}")
 
 
 def _read_text(path: Path) -> str:
@@ -607,7 +607,7 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     if not gguf and not _has_tokenizer(folder):
         raise CheckpointError(
             f"{folder}: no tokenizer here (none of {', '.join(TOKENIZER_FILES)}); "
-            "copy tokenizer.json and tokenizer_config.json from the original model, or give token rows with --input-ids"
+            "copy tokenizer.json and tokenizer_config.json from the original model, or give token rows with {input_ids}"
         )
     from transformers import AutoTokenizer
 

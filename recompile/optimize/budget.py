@@ -181,7 +181,8 @@ class Budget:
             routed = [is_routed_expert(module) for module in group.modules]
             if any(routed) and not all(routed):
                 raise RecompileError(
-                    f'--active-bpw: group "{group.name}" holds routed experts and other modules; profile with --level '
+                    f'{{active_bpw}}: group "{group.name}" holds routed experts and other modules; profile with '
+                    f"{{level}} "
                     f"block, fused or tensor"
                 )
             times[group.name] = part if routed[0] else whole
@@ -191,7 +192,7 @@ class Budget:
         count = max(1, weights)
         spell = f"{{:.4f}} active bpw (of {part}/{whole} of the experts)"
         return Row(
-            f"--active-bpw {self.active_bpw:g}",
+            f"{{active_bpw}} {self.active_bpw:g}",
             use,
             limit,
             whole * header.fixed_bits,
@@ -205,30 +206,31 @@ class Budget:
             homes = {module: [pool.name for pool in self.pools if pool.holds(module)] for module in group.modules}
             for module, found in homes.items():
                 if len(found) > 1:
-                    raise RecompileError(f"--pool: {module} is in two pools, {found[0]} and {found[1]}")
+                    raise RecompileError(f"{{pool}}: {module} is in two pools, {found[0]} and {found[1]}")
             places = {found[0] if found else None for found in homes.values()}
             if len(places) > 1:
                 named = ", ".join(str(place) if place else "none" for place in places)
                 raise RecompileError(
-                    f'--pool: the modules of group "{group.name}" are in different pools ({named}); profile at a finer'
-                    f" --level"
+                    f'{{pool}}: the modules of group "{group.name}" are in different pools ({named}); profile at a '
+                    f"finer"
+                    f" {{level}}"
                 )
             (place,) = places
             if place is not None:
                 inside[place][group.name] = 1
             elif alone:
                 raise RecompileError(
-                    f"--pool: {group.modules[0]} is in no pool and nothing else limits it; name it in a pool, or give"
-                    f" a size for all (-b, --size) as well"
+                    f"{{pool}}: {group.modules[0]} is in no pool and nothing else limits it; name it in a pool, or give"
+                    f" a size for all ({{bits}}, {{size}}) as well"
                 )
         for pool in self.pools:
             if not inside[pool.name] and not pool.other_bits:
                 raise RecompileError(
-                    f'--pool {pool.name}: "{",".join(pool.globs)}" matches nothing{_hint(pool, profile)}'
+                    f'{{pool}} {pool.name}: "{",".join(pool.globs)}" matches nothing{_hint(pool, profile)}'
                 )
         return [
             Row(
-                f"--pool {pool.name}",
+                f"{{pool}} {pool.name}",
                 _member_use(profile, problem, inside[pool.name]),
                 8 * pool.size_bytes,
                 pool.other_bits,
@@ -270,7 +272,7 @@ def max_kl_for(ppl_increase: float) -> float:
     a share of 0 or less.
     """
     if not ppl_increase > 0:
-        raise BudgetError(f"--max-ppl-increase {ppl_increase:g}: wanted more than 0, e.g. 0.02 or 2%")
+        raise BudgetError(f"{{max_ppl_increase}} {ppl_increase:g}: wanted more than 0, e.g. 0.02 or 2%")
     return math.log1p(ppl_increase)
 
 

@@ -37,10 +37,12 @@ from recompile.optimize.solvers import load_by_costs
 from recompile.recipe.compress import Line, compress
 from recompile.recipe.recipe import Glob, Override, Recipe, Source, suggest
 
+_ARGUMENT_OF = {"pin": "pin", "min": "minimum", "max": "maximum", "ban": "ban"}
+
 
 @dataclass(frozen=True)
 class Constraint:
-    """`--pin/--min/--max/--ban GLOB=ID`: kind is "pin", "min", "max" or "ban"."""
+    """Texts "GLOB=ID" of the arguments pin, minimum, maximum and ban: kind is "pin", "min", "max" or "ban"."""
 
     kind: str
     glob: str
@@ -50,7 +52,8 @@ class Constraint:
     def parse(kind: str, text: str) -> Constraint:
         glob, separator, source = text.rpartition("=")
         if not separator or not glob.strip() or not source.strip():
-            raise RecompileError(f'--{kind} "{text}": wanted GLOB=ID, e.g. --{kind} "*.down_proj=4"')
+            argument = f"{{{_ARGUMENT_OF[kind]}}}"
+            raise RecompileError(f'{argument} "{text}": wanted GLOB=ID, e.g. {argument} "*.down_proj=4"')
         return Constraint(kind, glob.strip(), source.strip())
 
 
@@ -97,7 +100,7 @@ def constrain(problem: Problem, groups: Sequence[ProfileGroup], rules: Rules) ->
     if engine is not None and rules.refused is not None:
         problem = _drop_refused(problem, groups, engine, rules.refused)
     for constraint in sorted(rules.constraints, key=lambda constraint: constraint.kind == "pin"):
-        what = f'--{constraint.kind} "{constraint.glob}"'
+        what = f'{{{_ARGUMENT_OF[constraint.kind]}}} "{constraint.glob}"'
         matched = _matched_groups(groups, constraint.glob, what)
         if constraint.kind == "ban":
             problem = _ban(problem, matched, constraint.source, f"{what}={constraint.source}")
@@ -105,20 +108,20 @@ def constrain(problem: Problem, groups: Sequence[ProfileGroup], rules: Rules) ->
         for group in matched:
             problem = narrow[constraint.kind](problem, group.name, constraint.source)
     for glob in rules.ties:
-        matched = _matched_groups(groups, glob, f'--tie "{glob}"')
-        problem = _tie(problem, [group.name for group in matched], glob, f'--tie "{glob}"')
+        matched = _matched_groups(groups, glob, f'{{tie}} "{glob}"')
+        problem = _tie(problem, [group.name for group in matched], glob, f'{{tie}} "{glob}"')
     if engine is not None:
         group_of = {module: group.name for group in groups for module in group.modules}
         for members in loaded_together(engine, group_of):
             names = list(dict.fromkeys(group_of[module] for module in members))
             problem = _tie(
-                problem, names, _common(names), f"--engine {engine}: {members[0]} and others are loaded together"
+                problem, names, _common(names), f"{{engine}} {engine}: {members[0]} and others are loaded together"
             )
     elif rules.experts_of is not None:
         group_of = {m: group.name for group in groups for m in group.modules if is_routed_expert(m)}
         for members in loaded_together(rules.experts_of, group_of):
             names = list(dict.fromkeys(group_of[module] for module in members))
-            what = f"{members[0]} and other experts share a source, as {rules.experts_of} loads them (--free-experts)"
+            what = f"{members[0]} and other experts share a source, as {rules.experts_of} loads them ({{free_experts}})"
             problem = _tie(problem, names, _common(names), what)
     return problem
 
@@ -175,7 +178,7 @@ def _drop_refused(
                 if module in why:
                     gone.setdefault(group.name, set()).add(label)
                     reasons[why[module]] = None
-    return _without(problem, gone, f"--engine {engine}: {'; '.join(list(reasons)[:3])}") if gone else problem
+    return _without(problem, gone, f"{{engine}} {engine}: {'; '.join(list(reasons)[:3])}") if gone else problem
 
 
 def _tie(problem: Problem, names: Sequence[str], name: str, what: str) -> Problem:

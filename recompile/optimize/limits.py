@@ -73,7 +73,7 @@ def step_rows(problem: Problem, neighbours: Sequence[tuple[int, int]], rung: Map
                 if place - step <= min(below):
                     continue
                 use = {high: tuple(int(p >= place) for p in places), low: tuple(-int(p >= place - step) for p in below)}
-                rows.append(Row("--max-step", use, 0, is_step=True))
+                rows.append(Row("{max_step}", use, 0, is_step=True))
     return rows
 
 

@@ -92,7 +92,7 @@ def search_local(
     """
     options = options or LocalOptions()
     if rows < 2:
-        raise RecompileError("--solver local compares paired rows: give at least 2")
+        raise RecompileError("{solver} local compares paired rows: give at least 2")
     state = _State(problem, limits, start)
     over = [row for row, used in zip(limits, state.used(), strict=True) if used > row.limit]
     if over:

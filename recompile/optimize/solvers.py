@@ -48,7 +48,7 @@ SOLVERS = {
         ),
         Solver(
             "refine",
-            "from the best of these (or from --start) by measuring all costs anew at the recipe itself",
+            "from the best of these (or from {start}) by measuring all costs anew at the recipe itself",
             "eval.search.refine:search_refine",
             runs_models=True,
         ),

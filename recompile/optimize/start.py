@@ -36,7 +36,7 @@ def read_start(path: Path, profile: Profile, checkpoints: Mapping[str, Checkpoin
             parts = "; ".join(f"{tensor} from {label}" for label, tensor in found.items())
             raise RecompileError(
                 f'{path}: group "{group.name}" is split ({parts}), and the profile chooses it as one; profile at a'
-                f" finer --level, or edit the recipe"
+                f" finer {{level}}, or edit the recipe"
             )
         (choice[group.name],) = found
     return choice

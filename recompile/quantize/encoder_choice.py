@@ -187,8 +187,8 @@ def format_of_mix(path: Path, asked: str) -> str:
     found = said.pop() if said else asked
     if found not in ("compressed-tensors", *EXL_FORMATS, MLX) or asked not in ("compressed-tensors", found):
         raise RecipeError(
-            f"{recipe.name}: sources of format {found}, and --format {asked}; "
-            f"wanted exl2, exl3 or mlx, or --format alone"
+            f"{recipe.name}: sources of format {found}, and {{format}} {asked}; "
+            f"wanted exl2, exl3 or mlx, or {{format}} alone"
         )
     return found
 
@@ -212,7 +212,7 @@ def mix_encoder(
     for warning in recipe.warnings:
         on_event(Note(warning, "Warning"))
     if len(bits) > 1:
-        raise RecipeError("-or: -b gives the bitrate of what no line names, so one number")
+        raise RecipeError("{recipe}: {bits} gives the bitrate of what no line names, so one number")
     unnamed: Mapping[str, Any] | None = recipe.base if isinstance(recipe.base, dict) else None
     if bits:
         unnamed = {"bits": bits[0]}
@@ -237,10 +237,9 @@ def mix_encoder(
         try:
             return encoder_of(spec)
         except (FormatError, ArgumentError) as error:
-            said = str(error).replace("{group_size}", "group_size").replace("{bits}", "bits")
-            raise RecipeError(f"{lines.get(key, recipe.name)}: {said}") from error
+            raise RecipeError(f"{lines.get(key, recipe.name)}: {error}") from error
 
     encoders = {key: made(key, spec) for key, spec in specs.items() if key in used}
     if not encoders:
-        raise RecipeError(f"{recipe.name}: quantizes nothing; give -b, a `base:` or a line that names a module")
+        raise RecipeError(f"{recipe.name}: quantizes nothing; give {{bits}}, a `base:` or a line that names a module")
     return MixEncoder(out.name, encoders, assignment), head in assignment

@@ -52,12 +52,13 @@ def check_engine(engine: str) -> None:
 
     if importlib.util.find_spec(engine) is None:
         raise UnsupportedError(
-            f"--engine {engine}: {engine} is not installed; pip install {engine}, or leave the flag out: this "
+            f"{{engine}} {engine}: {engine} is not installed; pip install {engine}, or leave {{engine}} out: this "
             f"program's own encoder runs on any device"
         )
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            f"--engine {engine}: its converter needs a CUDA device and this machine offers none; leave the flag out: "
+            f"{{engine}} {engine}: its converter needs a CUDA device and this machine offers none; leave {{engine}} "
+            f"out: "
             f"this program's own encoder runs on any device"
         )
 

@@ -391,7 +391,7 @@ def plan_variants(
     base = as_dense(base, to_gguf=True).whole  # GGUF keeps fused experts fused
     plain = [name.upper() for name in names if isinstance(name, str)]
     if len(set(plain)) != len(plain):
-        raise FormatError("-b: a type is given twice")
+        raise FormatError("{bits}: a type is given twice")
     if isinstance(base, GgufCheckpoint):
         kept = base.file.records((*SPLIT_KEYS, "general.file_type", "general.quantization_version"))
         records = {name: record for name, record in kept.items() if not name.startswith(PROVENANCE)}
@@ -401,7 +401,7 @@ def plan_variants(
         if tokenizer_from is None:
             raise CheckpointError(
                 f"{base.label}: a GGUF file holds its tokenizer, which cannot be made from tokenizer.json here: give a "
-                f"GGUF file of the same model with --tokenizer-from, or convert with --converter"
+                f"GGUF file of the same model with {{tokenizer_from}}, or convert with {{converter}}"
             )
         records = model_records(architecture, _stored_config(base), base.path.resolve().name)
         records |= tokenizer_records(tokenizer_from)
@@ -443,7 +443,7 @@ def plan_variants(
         variants.append(Variant(preset, path, kinds, lay_out(head.values(), new)))
     for variant in variants:
         if variant.path.exists():
-            raise OutputError(f"{variant.path}: exists; remove it or choose another --out-dir")
+            raise OutputError(f"{variant.path}: exists; remove it or choose another {{out}}")
     return VariantPlan(base, tuple(tensors), tuple(variants), importance, extra, layers, tuple(left_out(base)))
 
 

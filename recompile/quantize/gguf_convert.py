@@ -45,7 +45,7 @@ def install(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UnsupportedError(
             f"{folder}: Python cannot make an environment there ({error}); on Debian and Ubuntu: apt install "
-            f"python3-venv. Or convert by hand and give the GGUF file as -i"
+            f"python3-venv. Or convert by hand and give the GGUF file as {{base}}"
         ) from error
     (library,) = (folder / "lib").glob("python3*/site-packages")
     (library / "recompile_packages.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
@@ -57,7 +57,7 @@ def install(folder: Path) -> Path:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UnsupportedError(
                 f"pip cannot install {arguments[-1]} into {folder}: {last}. Is the package index reachable "
-                f"(PIP_INDEX_URL)? Or convert by hand and give the GGUF file as -i"
+                f"(PIP_INDEX_URL)? Or convert by hand and give the GGUF file as {{base}}"
             )
     if not command.exists():
         raise UnsupportedError(f"{folder}: {PACKAGE} brought no command {COMMAND}; is it another version?")
@@ -91,7 +91,7 @@ def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lam
         partial.unlink(missing_ok=True)
         raise UnsupportedError(
             f"{base}: llama.cpp's converter failed: {last}. Where it does not know the model or its tokenizer, give a "
-            f"GGUF file of the same model with --tokenizer-from"
+            f"GGUF file of the same model with {{tokenizer_from}}"
         )
     if not partial.exists():
         raise OutputError(f"{target}: the converter ended well and left no file")

@@ -51,7 +51,7 @@ def read_mix(
 
     bits: the type or preset of what no line names, at most one"""
     if len(bits) > 1:
-        raise FormatError("-or: -b gives the type of what no line names, so one type")
+        raise FormatError("{recipe}: {bits} gives the type of what no line names, so one type")
     check_out(out)
     unnamed = bits[0] if bits else None
     tensors = base_tensors(base)
@@ -148,4 +148,4 @@ def types_got(kinds: Mapping[str, str], tensors: Sequence[BaseTensor]) -> dict[s
 def check_out(out: Path) -> None:
     """Raises RecipeError where the name given for a mix is no GGUF file's."""
     if out.suffix != ".gguf":
-        raise RecipeError(f"-o {out}: a GGUF mix is one file; give it a name that ends in .gguf")
+        raise RecipeError(f"{{out}} {out}: a GGUF mix is one file; give it a name that ends in .gguf")

@@ -51,10 +51,10 @@ def parse_candidates(texts: Sequence[str]) -> list[str]:
     """`--candidates 2,3,4` or `2 3 4` -> ["2", "3", "4"]. Raises FormatError for an empty or a repeated one."""
     names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     if not names:
-        raise FormatError("--candidates: names no candidate; wanted bits, e.g. --candidates 2,3,4,6")
+        raise FormatError("{candidates}: names no candidate; wanted bits, e.g. {candidates} 2,3,4,6")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise FormatError(f"--candidates: {twice} is given twice")
+        raise FormatError(f"{{candidates}}: {twice} is given twice")
     return names
 
 
@@ -63,7 +63,7 @@ def exl_spec_of(name: str, format_name: str) -> tuple[SourceId, dict[str, Any]]:
 
     Raises FormatError for what is no number of bits."""
     if not re.fullmatch(r"\d+(\.\d+)?", name):
-        raise FormatError(f"--candidates {name}: {format_name} candidates are bits, such as 3 or 2.5")
+        raise FormatError(f"{{candidates}} {name}: {format_name} candidates are bits, such as 3 or 2.5")
     bits = float(name) if float(name) != int(float(name)) else int(float(name))
     return bits, {"bits": bits, "format": format_name}
 
@@ -89,7 +89,8 @@ def spec_of(name: str, **settings: Any) -> tuple[SourceId, dict[str, Any]]:
             continue
         return found, {kind: found}
     raise FormatError(
-        f"--candidates {name}: wanted whole bits from 2 to 8, a GGUF type such as Q4_K, or a scheme such as w4a16-g64; "
+        f"{{candidates}} {name}: wanted whole bits from 2 to 8, a GGUF type such as Q4_K, or a scheme such as "
+        f"w4a16-g64; "
         f"{'; '.join(reasons)}"
     )
 

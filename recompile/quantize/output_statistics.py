@@ -72,7 +72,7 @@ class StoredStatistics:
         """Raise MismatchError unless they were measured on this base."""
         if self.about["made_of"]["base"] != identity:
             raise MismatchError(
-                f"{self.path}: was measured on another model than {label}; give another --stats, or remove it"
+                f"{self.path}: was measured on another model than {label}; give another {{stats}}, or remove it"
             )
 
 
@@ -120,7 +120,7 @@ class StatisticsWriter:
         for module, found in sums.items():
             for matrix in (found.fit, found.held_out):
                 if not bool(matrix.isfinite().all()):
-                    raise CheckpointError(f"{module}: gradients at its output are not finite; try --dtype float32")
+                    raise CheckpointError(f"{module}: gradients at its output are not finite; try {{dtype}} float32")
             counts = (found.tokens, found.held_out_tokens)
             if not all(counts) or not all(bool(m.diagonal().any()) for m in (found.fit, found.held_out)):
                 continue

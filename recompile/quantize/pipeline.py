@@ -409,7 +409,7 @@ class _Build:
                 made_by = read_json(final / REPORT).get("made_by") if (final / REPORT).exists() else None
                 if made_by != self.journal:
                     why = f" with other settings ({_difference(made_by, self.journal)})" if made_by else ""
-                    raise OutputError(f"{final}: exists already{why}; remove it, or choose another --out-dir")
+                    raise OutputError(f"{final}: exists already{why}; remove it, or choose another {{out}}")
         try:
             done = [len(self.stages)]
             for final, partial in zip(self.finals, self.partials, strict=True):

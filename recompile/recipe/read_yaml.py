@@ -97,7 +97,7 @@ class _FastLoader(_Types, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # typ
 
 
 def yaml_loader(text: str) -> Any:
-    """A safe loader of a text, with no limit but its size. Raises ReaderError for characters that YAML does not have."""
+    """A safe loader of a text, limited by its size alone. Raises ReaderError for characters that YAML does not have."""
     if len(text) < LONG_TEXT:
         return _Loader(text)
     yaml.reader.Reader(text)  # libyaml would tell another position

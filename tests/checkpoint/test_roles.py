@@ -185,9 +185,9 @@ def test_an_architecture_that_transformers_does_not_know() -> None:
         (Dense(mtp="keep"), Role("mtp", "linear", "a"), "mtp"),
         (Dense(), Role("tower", "linear", "a"), "tower"),
         (Dense(tower="quantize"), Role("tower", "linear", "a"), None),
-        (Dense(keep=("*.q_proj",)), Role("text", "linear", "a"), "--keep"),
+        (Dense(keep=("*.q_proj",)), Role("text", "linear", "a"), "keep"),
         (Dense(quantize=("*.q_proj",)), Role("tower", "linear", "a"), None),
-        (Dense(keep=("*",), quantize=("*",)), Role("text", "linear", "a"), "--keep"),
+        (Dense(keep=("*",), quantize=("*",)), Role("text", "linear", "a"), "keep"),
     ],
 )
 def test_what_stays_dense(dense: Dense, role: Role, why: str | None) -> None:

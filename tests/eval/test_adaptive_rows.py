@@ -180,7 +180,7 @@ def test_the_command_says_what_was_reached(tmp_path: Path) -> None:
         assert "Traceback" not in result.output
         return result.output
 
-    assert "fixes them: give -r auto" in run("-r", 4, "--rtol", 0.1)
+    assert "fixes them: give --rows auto" in run("-r", 4, "--rtol", 0.1)
     assert "8 rows of 4 documents: standard error" in (said := run("-r", "auto", "--rtol", 1e-3, "--max-rows", 10))
     assert "10 rows of 5 documents" in said
     assert "NOT reached; stopped: no more rows are there" in said

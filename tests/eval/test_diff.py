@@ -318,7 +318,7 @@ def test_a_type_too_narrow_is_an_error_and_no_perfect_score(tmp_path: Path) -> N
         wide.kl.mean, rel=0.2
     )
     for one, other in ((candidate, base), (base, candidate), (base, base)):
-        with pytest.raises(NotFiniteError, match=r"base: layer 1, row 1: .* in float16.*use a wider --dtype"):
+        with pytest.raises(NotFiniteError, match=r"base: layer 1, row 1: .* in float16.*use a wider dtype"):
             report_of(one, other, ids, DiffOptions(dtype=torch.float16))
 
 

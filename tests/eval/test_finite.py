@@ -103,7 +103,7 @@ def variants(base: Path) -> list[Checkpoint]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_a_figure_stops(way: str, loud: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotFiniteError, match=r"loud: layer 1, row 1: .*float16.*use a wider --dtype"):
+    with pytest.raises(NotFiniteError, match=r"loud: layer 1, row 1: .*float16.*use a wider dtype"):
         WAYS[way](loud, tmp_path)
     for file in tmp_path.rglob("*.jsonl"):
         assert len(file.read_text().splitlines()) <= 1, "no line but the header"

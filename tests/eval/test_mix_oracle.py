@@ -228,5 +228,5 @@ def test_making_candidates_counts_in_the_memory_that_is_promised(monkeypatch: py
     choice = dict.fromkeys((group.name for group in made.header.groups), made.header.base)
     made.linearise(choice, 0)
     monkeypatch.setattr("eval.mixes.oracle.making_bytes", lambda candidates: 64 * 2**30)
-    with pytest.raises(RecompileError, match="--max-memory 65536 MiB is too little"):
+    with pytest.raises(RecompileError, match="max_memory 65536 MiB is too little"):
         costly.linearise(choice, 0)

@@ -321,7 +321,7 @@ def test_a_cap_that_cannot_be_kept_is_refused() -> None:
     base, candidates = checkpoints("llama")
     model = LayeredModel.of(base)
     groups = make_groups(candidates, ProfileOptions(level="tensor"))
-    with pytest.raises(RecompileError, match="--max-memory 1 MiB is too little"):
+    with pytest.raises(RecompileError, match="max_memory 1 MiB is too little"):
         plan_pass(model, groups, 2, 4, 16, 8, cap_bytes=2**20)
     free = plan_pass(model, groups, 2, 4, 16, 8)
     assert not free.scratch

@@ -129,7 +129,7 @@ def test_active_bits_weigh_experts_by_how_many_a_token_uses() -> None:
     # the experts' bits are a quarter of the price: they get more than under a plain budget of as many bits
     plain = choose(profile, Budget(bpw=found.bpw), "exact")
     assert routed > bits_of(profile, dict(plain.solution.choice), ".experts.")
-    with pytest.raises(BudgetError, match=r"--active-bpw 1 binds: .* reachable range: 2\.0\d+ active bpw"):
+    with pytest.raises(BudgetError, match=r"active_bpw 1 binds: .* reachable range: 2\.0\d+ active bpw"):
         choose(profile, Budget(active_bpw=1.0, active_share=share), "exact")
 
 
@@ -219,11 +219,11 @@ def test_pools_beside_one_size_for_all() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (pools(6 * 4096 * 2 // 8 - 1, 10**6), r"--pool gpu binds: .* reachable range: 6144 bytes .* to 18432 bytes"),
-        (pools(10**6, 100), r"--pool cpu binds: .* reachable range: 12288 bytes"),
+        (pools(6 * 4096 * 2 // 8 - 1, 10**6), r"pool gpu binds: .* reachable range: 6144 bytes .* to 18432 bytes"),
+        (pools(10**6, 100), r"pool cpu binds: .* reachable range: 12288 bytes"),
         ((Pool("gpu", ("*.self_attn.*",), 10**6),), r"shared_experts.* is in no pool and nothing else limits it"),
         ((*pools(10**6, 10**6), Pool("x", ("*.1.self_attn.*",), 10**6)), "is in two pools, gpu and x"),
-        ((*pools(10**6, 10**6), Pool("x", ("*.slf_attn.*",), 10**6)), r"--pool x: .* matches nothing; did you mean"),
+        ((*pools(10**6, 10**6), Pool("x", ("*.slf_attn.*",), 10**6)), r"pool x: .* matches nothing; did you mean"),
         ((Pool("a", GPU, 1), Pool("a", CPU, 1)), 'two pools are called "a"'),
     ],
 )
@@ -241,7 +241,7 @@ def test_limits_that_are_met_alone_but_not_together_name_what_binds() -> None:
     ):
         choose(profile, budget, "exact", pins)
     steps = Rules((Constraint("pin", "model.layers.0.self_attn.q_proj", "6"),), max_step=0)
-    with pytest.raises(BudgetError, match=r"--pool gpu binds: .* reachable range beside the other limits"):
+    with pytest.raises(BudgetError, match=r"pool gpu binds: .* reachable range beside the other limits"):
         choose(profile, Budget(pools=pools(6 * 4096 * 2 // 8 + 4096, 10**6)), "exact", steps)
 
 

@@ -291,7 +291,7 @@ def test_constraints_that_exclude_each_other_are_refused() -> None:
 @pytest.mark.parametrize(
     ("constraint", "says"),
     [
-        (("pin", "*.dwon_proj", "6"), r'--pin "\*\.dwon_proj" matches no profiled module'),
+        (("pin", "*.dwon_proj", "6"), r'pin "\*\.dwon_proj" matches no profiled module'),
         (
             ("pin", "layers.1.mlp.up_proj", "6"),
             r'matches no profiled module; did you mean "\*\.layers\.1\.mlp\.up_proj"',
@@ -307,7 +307,7 @@ def test_constraints_that_mean_nothing_are_refused(constraint: tuple[str, str, s
 
 @pytest.mark.parametrize("text", ["*.down_proj", "=4", "*.down_proj=", ""])
 def test_constraints_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(RecompileError, match=f'--pin "{re.escape(text)}": wanted GLOB=ID'):
+    with pytest.raises(RecompileError, match=f'pin "{re.escape(text)}": wanted GLOB=ID'):
         Constraint.parse("pin", text)
 
 

@@ -16,7 +16,7 @@ def test_the_grid_is_read() -> None:
     assert parse_grid("3:3:1") == (3.0,)
     assert parse_grid("2:2.95:0.1")[-1] == 2.9
     for wrong in ("3", "3:2:1", "1:2:0", "a:b:c", "0:1:0.1", "1:2:3:4", "1:9e9:0.1"):
-        with pytest.raises(RecompileError, match="--frontier"):
+        with pytest.raises(RecompileError, match="grid"):
             parse_grid(wrong)
 
 

@@ -177,7 +177,7 @@ def test_a_key_that_matches_nothing_is_an_error_with_a_suggestion(mixer: Mixer) 
         'did you mean "model.layers.2.self_attn.q_proj.*"?'
     )
     assert 'mix.yaml:8: overrides[2].key "model.layers.3.mpl.*" matches no tensor; did you mean' in second
-    assert second.endswith("(--allow-unmatched goes on without it)")
+    assert second.endswith("(allow_unmatched goes on without it)")
 
 
 def test_allow_unmatched_goes_on_and_says_so(mixer: Mixer) -> None:

@@ -230,7 +230,7 @@ def test_presets() -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     base = open_checkpoint(write_hf(tmp_path / "hf", "llama"))
-    with pytest.raises(CheckpointError, match="--tokenizer-from"):
+    with pytest.raises(CheckpointError, match="tokenizer_from"):
         plan_variants(base, tmp_path, ["Q8_0"])
     wrong = open_gguf(tokenizer_file(tmp_path / "wrong.gguf", 41))
     with pytest.raises(MismatchError, match="has 41 tokens"):

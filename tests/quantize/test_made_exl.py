@@ -311,6 +311,6 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     told = refusal(
         model_profile, "-mb", base, "--candidates", "3,4", "--format", "exl2", "-g", 32, "-o", tmp_path / "p"
     )
-    assert "-g: of integers; --format exl2 has groups of its own" in told
+    assert "--group-size: of integers; --format exl2 has groups of its own" in told
     told = refusal(model_auto, "-i", base, "-o", tmp_path / "m", "-b", 3, "--format", "exl3", "--asym")
     assert "--asym: of integers" in told

@@ -328,13 +328,13 @@ def test_text_from_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     source = text_from_dataset("org/web")
     assert (source.name, len(source.documents)) == ("org/web:train", 2)
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), ("org/web", None, None)]
-    with pytest.raises(RecompileError, match=r"--dataset org/none: cannot be loaded: ConnectionError: offline$"):
+    with pytest.raises(RecompileError, match=r"dataset org/none: cannot be loaded: ConnectionError: offline$"):
         text_from_dataset("org/none")
 
 
 def test_no_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(RecompileError, match="pip install datasets, or use --text FILE"):
+    with pytest.raises(RecompileError, match="pip install datasets, or use text FILE"):
         text_from_dataset("wiki2")
 
 

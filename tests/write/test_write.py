@@ -223,7 +223,7 @@ def test_one_shard_has_a_plain_name_and_no_index(large: Path, tmp_path: Path) ->
 
 
 def test_a_shard_size_below_one_is_refused(large: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"--shard-size 0"):
+    with pytest.raises(OutputError, match="shard_size 0"):
         plan_write(overlay_of(large), tmp_path / "out", 0)
 
 
@@ -311,7 +311,7 @@ def test_formats_that_no_engine_mixes_are_refused(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "compressed-tensors (model." in message
     assert "exl2 (model.layers.1.mlp." in message
-    assert "--dense" in message
+    assert "with dense" in message
 
 
 # ---- configs: EXL2 and EXL3 ------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_exl2_takes_dense_modules_as_float16_only(tmp_path: Path, dtype: torch.d
         assert made.modules["model.layers.1.mlp.up_proj"].format == "dense"
         assert made.modules["model.layers.2.mlp.up_proj"].format == "exl2"
     else:
-        with pytest.raises(UnsupportedError, match=r"BF16.*EXL2 engines.*float16.*--dense"):
+        with pytest.raises(UnsupportedError, match=r"BF16.*EXL2 engines.*float16.*with dense"):
             plan_write(overlay, tmp_path / "out")
 
 
@@ -456,7 +456,7 @@ def test_exl3_takes_dense_linears_as_float16_only(tmp_path: Path, dtype: torch.d
         made = written(overlay, tmp_path / "out")
         assert made.modules["model.layers.0.mlp.down_proj"].shape == (mixes.HIDDEN, mixes.INTERMEDIATE)
     else:
-        with pytest.raises(UnsupportedError, match=r"BF16.*EXL3 engines.*float16 only.*--dense"):
+        with pytest.raises(UnsupportedError, match=r"BF16.*EXL3 engines.*float16 only.*with dense"):
             plan_write(overlay, tmp_path / "out")
 
 
