@@ -474,6 +474,7 @@ def check(
         assert not recompile.check("mix").errors
 
     verify: read all of it again and compare it with its manifest and sources; engine: ask whether it runs there
+    ("mlx": what its loader makes of every module)
     """
     from recompile.merge.run import run_check
 

@@ -12,7 +12,7 @@ from recompile.cli.options import many_values_command, output_options
 from recompile.cli.render_merge import describe_check, describe_merge, describe_plan
 from recompile.errors import CheckpointError
 from recompile.io.files import write_text
-from recompile.merge.engine_rules import ENGINES
+from recompile.merge.engine_rules import CHECKED_ENGINES
 from recompile.merge.run import VerifyFailed, describe_errors
 from recompile.merge.write_safetensors import DEFAULT_SHARD_MB
 
@@ -62,7 +62,7 @@ from recompile.merge.write_safetensors import DEFAULT_SHARD_MB
 @click.option("--check", metavar="DIR", help="Check a finished checkpoint of any origin; writes nothing.")
 @click.option(
     "--engine",
-    type=click.Choice(ENGINES),
+    type=click.Choice(CHECKED_ENGINES),
     help="Refuse to write what this engine does not run; with --check, ask whether it runs DIR.",
 )
 @click.option(
@@ -87,7 +87,7 @@ def main(
     \b
       recompile -i 3bpw -or overrides.yaml --dry-run
       recompile -i 3bpw -o mix -or overrides.yaml --verify
-      recompile --check mix --engine vllm
+      recompile --check mix --engine vllm                         # or mlx: what its loader makes of every module
       recompile -i Q3_K.gguf -o MIX.gguf -or overrides.yaml --verify
       recompile -i Q3_K.gguf -or overrides.yaml --emit llama-quantize      # or -i base, for a mix that is to be made
       recompile -i Q3_K.gguf -o MIX.gguf -or custom-q.txt --type-sources IQ4_XS=IQ4_XS.gguf Q6_K=Q6_K.gguf

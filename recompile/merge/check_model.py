@@ -173,7 +173,9 @@ def _not_finite(value: Tensor) -> int:
 def loaders(checkpoint: Checkpoint) -> list[str]:
     """What transformers, vLLM and SGLang do with it as far as headers tell, a sentence each."""
     lines = []
-    for engine in engines.ENGINES:
+    own = {FORMATS[name].engine for name in checkpoint.formats}
+    with_loaders = [name for name, (_, engine) in engines.LOADERS.items() if engine in own]
+    for engine in (*engines.ENGINES, *with_loaders):
         try:
             found = [problem for problem in engine_problems(checkpoint, engine) if problem.severity == "error"]
         except CheckpointError as error:

@@ -13,6 +13,7 @@ hardware or some versions only.
 
 from __future__ import annotations
 
+import importlib
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,10 @@ from recompile.formats import FORMATS, compressed_tensors
 from recompile.formats.schemes import Scheme
 
 ENGINES = ("vllm", "transformers", "sglang")
+# Engines with a loader of their own, whose rules are not about schemes: the file beside this one that has them, with
+# source and version, and the engine's name in the rows of FORMATS
+LOADERS: Mapping[str, tuple[str, str]] = {"mlx": ("mlx_loader", "mlx-lm")}
+CHECKED_ENGINES = (*ENGINES, *LOADERS)
 
 _MARLIN_COLUMNS = (None, 32, 64, 128)
 _EXPERT = re.compile(r"^(.*?\.experts)\.(\d+)\.(.+)$|^(.*?\.experts)\.([a-z]\w*)$")
@@ -375,6 +380,8 @@ def _others(names: Sequence[str], what: str = "modules") -> str:
 
 def findings(engine: str, checkpoint: Checkpoint) -> list[Finding]:
     """Everything that keeps an engine from running a finished checkpoint."""
+    if engine in LOADERS:
+        return list(importlib.import_module(f"recompile.merge.{LOADERS[engine][0]}").findings(checkpoint))
     placed = {name: (checkpoint, module) for name, module in checkpoint.modules.items()}
     return findings_of(engine, placed, checkpoint.config)
 
@@ -395,6 +402,10 @@ def findings_of(
     kinds: dict[str, Kind | None] = {}
     found: list[Finding] = []
     for name, (checkpoint, module) in placed.items():
+        if engine in LOADERS and module.is_quantized and FORMATS[module.format].engine != LOADERS[engine][1]:
+            return [Finding(name, f"is stored as {module.format}, which {LOADERS[engine][1]} does not load")]
+        if engine in LOADERS:
+            continue
         if FORMATS[module.format].engine is not None:
             return [Finding(name, f"is stored as {module.format}, which {engine} does not load")]
         if module.shape is None or len(module.shape) < 2:
@@ -403,6 +414,8 @@ def findings_of(
             kinds[name] = converted.get(name) or kind_of(checkpoint, module)
         except FormatError as error:
             found.append(Finding(name, str(error).removeprefix(f"{checkpoint.label}: ")))
+    if engine in LOADERS:
+        return found
     quantization = config.get("quantization_config")
     found += problems_of(
         engine,
