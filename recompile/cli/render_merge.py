@@ -12,8 +12,8 @@ from recompile.merge.explain import resolved_table
 from recompile.merge.left_dense import left_dense
 
 if TYPE_CHECKING:
-    from recompile.merge.check import VerifyReport
     from recompile.merge.run import CheckReport, MergeReport
+    from recompile.merge.verify import VerifyReport
 
 
 def describe_merge(report: MergeReport) -> str:

@@ -9,6 +9,11 @@ beside this one with
 
     scheme_of(checkpoint, module) -> the scheme that dequantize takes
 
+and may offer, so that a few rows of a large module can be decoded alone,
+
+    take_rows(parts, first, last) -> parts          of output features first..last, whole parts read before
+    rows_to_read(scheme, parts, first, last) -> {part: (first, last)}    of parts that are stored by rows
+
 A row tells from tensor headers alone which format a module is in and what its shape is, so that recipes, plans and
 `--dry-run` never read a tensor. Stored size needs no row: it is the bytes of all parts of the module, bias included.
 """
@@ -83,6 +88,8 @@ class FormatSpec:
     pads_to:  stored (out, in) are the model's rounded up to multiples of these
     shards:   how its engine reads a directory
     engine:   the one engine that loads it; None: general ones, by the rules of merge/engine_rules.py
+    names_method: config.json's quant_method is the format's own name
+    config_is_read: whether its engine reads quantization_config at all
     runs_stored_head: whether its engine runs a stored head though the config ties it to the embedding
     merge:    file beside this one that says what a merge of such modules needs, see `load_merge`; None: a family that
               merge/configs.py knows by its quant_method
@@ -102,6 +109,8 @@ class FormatSpec:
     shards: ShardRules = ShardRules()
     engine: str | None = None
     merge: str | None = None
+    names_method: bool = False
+    config_is_read: bool = True
     runs_stored_head: bool = False
 
     def matches(self, parts: Headers) -> bool:
@@ -196,6 +205,8 @@ FORMATS: dict[str, FormatSpec] = {
             shards=ShardRules(True, index_counts=False, prefix="output", engines="EXL2 engines"),  # its index is stale
             engine="exllamav2",
             merge="exl2_config",
+            names_method=True,
+            config_is_read=False,
             runs_stored_head=True,
         ),
         FormatSpec(
@@ -208,6 +219,7 @@ FORMATS: dict[str, FormatSpec] = {
             shards=ShardRules(True, engines="EXL3 engines"),
             engine="exllamav3",
             merge="exl3_config",
+            names_method=True,
         ),
         FormatSpec(
             "pack-quantized",

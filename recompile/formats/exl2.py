@@ -92,6 +92,15 @@ def check_parts(module: str, parts: Mapping[str, Tensor]) -> None:
         )
 
 
+def take_rows(parts: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """The parts of output features first..last alone; both are multiples of 32, or the end."""
+    return {
+        **parts,
+        "q_weight": parts["q_weight"][:, first:last].contiguous(),
+        "q_scale": parts["q_scale"][:, first // 8 : last // 8].contiguous(),
+    }
+
+
 @torch.no_grad()
 def dequantize(parts: Mapping[str, Tensor], scheme: object | None = None, *, module: str = "tensor") -> Tensor:
     """Decode one module to its dense weight, bit for bit as the engine does (EXL2 format spec, sections 4 to 7).

@@ -45,6 +45,16 @@ _EMBEDDING_CHUNK = 1 << 20  # embedding weights decoded at once
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def take_rows(parts: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """The parts of output features first..last alone; both are multiples of 128, or the end."""
+    taken = {**parts, "trellis": parts["trellis"][:, first // 16 : last // 16].contiguous()}
+    if "svh" in taken:
+        taken["svh"] = taken["svh"][first:last]
+    if "sv" in taken:
+        taken["sv"] = taken["sv"][first // 16 : last // 16]
+    return taken
+
+
 @torch.no_grad()
 def dequantize(parts: Mapping[str, Tensor], scheme: object | None = None, module: str = "tensor") -> Tensor:
     """Dense weight of one EXL3 module, at padded size (EXL3 format spec, sections 5 and 9).

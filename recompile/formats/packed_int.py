@@ -18,7 +18,7 @@ compressed-tensors library (0.20).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +200,14 @@ def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
         lanes &= _field_masks(half, step)
         lanes |= upper
     return lanes.view(torch.uint8)[:, :n]
+
+
+def rows_to_read(scheme: IntScheme, parts: Collection[str], first: int, last: int) -> dict[str, tuple[int, int]]:
+    """The rows of each part that output features first..last need; first is a multiple of 32."""
+    needed = {"weight_packed": (first, last), "weight_scale": (first, last)}
+    if "weight_zero_point" in parts:  # packed along the rows
+        needed["weight_zero_point"] = (first * scheme.bits // 32, -(-last * scheme.bits // 32))
+    return needed
 
 
 def dequantize(

@@ -20,7 +20,8 @@ from recompile.formats import FLOAT_DTYPES, FORMATS
 from recompile.formats.compressed_tensors import QUANT_METHOD
 from recompile.io.files import read_json
 from recompile.merge import engine_rules as engines
-from recompile.merge.check import Problem, engine_problems
+from recompile.merge.check import engine_problems
+from recompile.merge.problems import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,8 @@ from recompile.merge.write_safetensors import DEFAULT_SHARD_MB, WritePlan, check
 from recompile.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from recompile.merge.check import Problem, VerifyReport
+    from recompile.merge.problems import Problem
+    from recompile.merge.verify import VerifyReport
 
 Plan: TypeAlias = "WritePlan | GgufPlan"
 ERRORS_TOLD = 4
@@ -190,7 +191,7 @@ def _refused(plan: Plan, engine: str) -> list[str]:
 def _probe(overlay: Overlay) -> tuple[str, float] | None:
     if overlay.overridden == 0:
         return None
-    from recompile.merge.check import check_same_weights
+    from recompile.merge.check_same_weights import check_same_weights
 
     return check_same_weights(overlay).lowest
 
@@ -198,7 +199,8 @@ def _probe(overlay: Overlay) -> tuple[str, float] | None:
 def _verified(plan: Plan, out: Path, on_event: OnEvent) -> VerifyReport:
     if not isinstance(plan, GgufPlan):
         return run_verify(str(out), on_event)
-    from recompile.merge.check import Problem, VerifyReport
+    from recompile.merge.problems import Problem
+    from recompile.merge.verify import VerifyReport
 
     found = verify_gguf(
         plan, lambda step: on_event(Progress("verifying", step.done_bytes, plan.data_bytes, "bytes", step.module))
@@ -229,7 +231,7 @@ class CheckReport:
 
 def run_verify(directory: str, on_event: OnEvent = ignore) -> VerifyReport:
     """Read a merged checkpoint again and compare it with its manifest and its sources."""
-    from recompile.merge.check import verify
+    from recompile.merge.verify import verify
 
     return verify(
         directory,

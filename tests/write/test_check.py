@@ -16,14 +16,10 @@ from safetensors.torch import load_file, save_file
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import CheckpointError, MismatchError
 from recompile.formats import packed_int
-from recompile.merge.check import (
-    BLOCK_ROWS,
-    check_checkpoint,
-    check_same_weights,
-    row_block,
-    verify,
-)
+from recompile.merge.check import check_checkpoint
+from recompile.merge.check_same_weights import BLOCK_ROWS, check_same_weights, row_block
 from recompile.merge.overlay import Overlay, build_overlay
+from recompile.merge.verify import verify
 from recompile.merge.write_safetensors import MANIFEST_NAME, execute, plan_write
 from tests import mixes
 
