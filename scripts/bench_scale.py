@@ -73,7 +73,7 @@ def dry_run_here(base: Path, recipe: Path) -> dict[str, Any]:
     from recompile.checkpoint.checkpoint import open_checkpoint
     from recompile.merge.explain import resolved_table
     from recompile.merge.overlay import build_overlay
-    from recompile.merge.write_safetensors import plan_write
+    from recompile.merge.plan_safetensors import plan_write
 
     opened = clock.run("open", lambda: open_checkpoint(base))
     clock.run("modules", lambda: opened.modules)

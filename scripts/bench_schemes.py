@@ -171,7 +171,8 @@ def load_in_transformers(base: Path, overlay: Any, out: Path, tokens: int = 64) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from recompile.merge.write_safetensors import execute, plan_write
+    from recompile.merge.plan_safetensors import plan_write
+    from recompile.merge.write_safetensors import execute
     from recompile.model.rows import read_rows
     from recompile.model.stream import dense_names
 

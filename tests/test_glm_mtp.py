@@ -17,7 +17,8 @@ from recompile.cli import model_diff, model_quantize
 from recompile.cli import recompile as recompile_command
 from recompile.merge.check import check_checkpoint
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.quantize.encoders import Exl3Encoder
 from recompile.quantize.pipeline import Encoded, quantize_model
 from tests import commands, tiny

@@ -49,6 +49,7 @@ WITHOUT_TORCH = (
     "recompile.merge.engine_rules",
     "recompile.formats.schemes",
     "recompile.merge.configs",
+    "recompile.merge.plan_safetensors",
     "recompile.merge.write_safetensors",
     "recompile.merge.write_gguf",
     "recompile.costs",

@@ -19,7 +19,7 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Measurement, Profile, ProfileHeader, open_journal
 from recompile.merge.explain import resolved_table
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import plan_write
+from recompile.merge.plan_safetensors import plan_write
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Rules, choose, make_recipe
 from recompile.recipe.recipe import dump_recipe

@@ -14,7 +14,7 @@ from recompile.errors import CheckpointError
 from recompile.io.files import write_text
 from recompile.merge.engine_rules import CHECKED_ENGINES
 from recompile.merge.run import VerifyFailed, describe_errors
-from recompile.merge.write_safetensors import DEFAULT_SHARD_MB
+from recompile.merge.write_plan import DEFAULT_SHARD_MB
 
 
 @many_values_command("recompile", outputs={"--json": "json_path"}, inputs=("base", "recipe", "type_sources", "check"))

@@ -23,7 +23,7 @@ from recompile.merge.check_formats import (
 )
 from recompile.merge.configs import COMPRESSED_FORMATS, family_of
 from recompile.merge.problems import Problem
-from recompile.merge.write_safetensors import MANIFEST_NAME, WritePlan
+from recompile.merge.write_plan import MANIFEST_NAME, WritePlan
 
 
 def check_checkpoint(directory: str | os.PathLike[str]) -> list[Problem]:

@@ -10,7 +10,7 @@ from recompile.checkpoint.coupled_modules import read_scaled_sets
 from recompile.errors import CheckpointError, MismatchError
 from recompile.formats import FLOAT_DTYPES, FORMATS
 from recompile.merge.overlay import Overlay, Placement
-from recompile.merge.write_safetensors import natural_key
+from recompile.merge.write_plan import natural_key
 
 if TYPE_CHECKING:
     from torch import Tensor

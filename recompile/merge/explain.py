@@ -9,7 +9,7 @@ from recompile.io.report import format_columns
 from recompile.io.sizes import format_bytes
 from recompile.merge.left_dense import known_roles
 from recompile.merge.overlay import Overlay, Placement
-from recompile.merge.write_safetensors import natural_key
+from recompile.merge.write_plan import natural_key
 
 LONG_TABLE = 60  # modules; a longer table is folded over layers
 

@@ -15,9 +15,11 @@ from recompile.errors import ArgumentError, CheckpointError, RecipeError, Unsupp
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.merge.explain import reached_aside
 from recompile.merge.overlay import Accounting, Overlay, account, build_overlay, quantizable
+from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.type_recipes import as_recipe, load_type_recipe, looks_like_type_recipe, open_type_sources
 from recompile.merge.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
-from recompile.merge.write_safetensors import DEFAULT_SHARD_MB, WritePlan, check_output, execute, plan_write
+from recompile.merge.write_plan import DEFAULT_SHARD_MB, WritePlan
+from recompile.merge.write_safetensors import check_output, execute
 from recompile.recipe.recipe import Recipe
 
 if TYPE_CHECKING:

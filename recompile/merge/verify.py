@@ -20,9 +20,11 @@ from recompile.checkpoint.checkpoint import (
 )
 from recompile.errors import CheckpointError
 from recompile.merge.check import check_checkpoint
+from recompile.merge.manifest import MANIFEST_VERSION
 from recompile.merge.problems import Problem
 from recompile.merge.write_gguf import HASHES_KEY, check_hashes
-from recompile.merge.write_safetensors import CHUNK_BYTES, MANIFEST_NAME, MANIFEST_VERSION, Step, default_workers
+from recompile.merge.write_plan import MANIFEST_NAME, Step
+from recompile.merge.write_safetensors import CHUNK_BYTES, default_workers
 
 
 @dataclass(frozen=True)

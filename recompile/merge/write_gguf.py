@@ -32,8 +32,10 @@ from recompile.gguf.container import (
     open_gguf,
 )
 from recompile.io.files import PARTIAL_SUFFIX, open_locked, sync_directory
+from recompile.merge.manifest import recipe_text
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, quantizable
-from recompile.merge.write_safetensors import CHUNK_BYTES, MB, Step, default_workers, recipe_text
+from recompile.merge.write_plan import MB, Step
+from recompile.merge.write_safetensors import CHUNK_BYTES, default_workers
 
 PROVENANCE = "recompile."  # keys of this project
 HASHES_KEY = "recompile.tensor_sha256"  # hex digests of all tensors, one after another in the order of the file

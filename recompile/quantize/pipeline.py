@@ -44,7 +44,8 @@ from recompile.io.files import PARTIAL_SUFFIX, locked, write_json, write_text, w
 from recompile.merge.configs import is_linear
 from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, other_files, plan_write
+from recompile.merge.plan_safetensors import other_files, plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.model.roles import roles_of
 from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel

@@ -22,7 +22,7 @@ from recompile.io.report import format_columns, to_plain
 from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.explain import fold_modules, resolved_table
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import MANIFEST_NAME
+from recompile.merge.write_plan import MANIFEST_NAME
 from tests import mixes
 
 

@@ -17,7 +17,8 @@ from eval.diff import DiffOptions, DiffReport, LayerDrift, RowsCompared, compare
 from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, NotFiniteError, OutputError
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from tests import tiny
 
 

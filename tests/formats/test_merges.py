@@ -22,7 +22,8 @@ from recompile.merge.check import check_checkpoint, check_plan
 from recompile.merge.convert import reciprocal
 from recompile.merge.engine_rules import findings, kind_of_scheme, tied_sets, why_not
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from tests import mixes, tiny
 from tests.formats.test_checkpoints import (
     CASES,

@@ -27,7 +27,8 @@ from recompile.formats.mlx import dequantize, unpack_codes
 from recompile.formats.mlx_config import MlxScheme, read_scheme
 from recompile.merge.check import check_checkpoint
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from tests import mixes, mlx_engine, tiny
 from tests.commands import refusal, run
 from tests.formats.test_checkpoints import check_equal, streamed_logits

@@ -9,7 +9,8 @@ from eval.diff import DiffReport, compare
 from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
 from recompile.merge.check import check_checkpoint
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.quantize.encoders import Exl3Encoder
 from recompile.quantize.pipeline import quantize_model
 from tests import tiny

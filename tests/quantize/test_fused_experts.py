@@ -14,8 +14,9 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.module_names import Dense
 from recompile.merge.check import loaders_that_fail
 from recompile.merge.overlay import build_overlay
+from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.verify import verify
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.pipeline import quantize_model

@@ -20,7 +20,8 @@ from recompile.costs import Profile, load_profile
 from recompile.errors import FormatError, RecipeError, UnsupportedError
 from recompile.formats.schemes import parse_scheme
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.quantize.calibrate import input_power
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.lazy_variant import make_variant, parse_candidates, spec_of

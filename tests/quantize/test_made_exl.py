@@ -20,7 +20,8 @@ from recompile.costs import load_profile
 from recompile.errors import FormatError
 from recompile.formats import exl3
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.quantize.encoders import Encoded, Exl2Encoder, Exl3Encoder
 from recompile.quantize.exl3 import quantize_exl3
 from recompile.quantize.fake_quant_exl import Exl3StandIn

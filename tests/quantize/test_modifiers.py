@@ -18,7 +18,8 @@ from recompile.cli.model_quantize import main as model_quantize
 from recompile.errors import FormatError, RecipeError, RecompileError, UnsupportedError
 from recompile.formats.schemes import parse_scheme
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector
 from recompile.quantize.modifiers import load_modifiers

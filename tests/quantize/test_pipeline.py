@@ -19,7 +19,8 @@ from eval.diff import DiffOptions, DiffReport, compare
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import OutputError
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.quantize import pipeline
 from recompile.quantize.calibrate import InputCollector, InputStatistics

@@ -21,7 +21,8 @@ from recompile.cli.recompile import main as recompile_command
 from recompile.errors import FormatError, MismatchError
 from recompile.formats.schemes import parse_scheme
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.model.tokens import default_text, load_tokenizer, make_rows
 from recompile.quantize.calibrate import InputStatistics

@@ -13,7 +13,8 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.merge.check import check_checkpoint
 from recompile.merge.explain import reached_aside
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.pipeline import quantize_model

@@ -10,7 +10,8 @@ import pytest
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.merge.overlay import Overlay, build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 from recompile.recipe.recipe import Recipe, load_recipe
 from tests import tiny
 

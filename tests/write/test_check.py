@@ -19,8 +19,10 @@ from recompile.formats import packed_int
 from recompile.merge.check import check_checkpoint
 from recompile.merge.check_same_weights import BLOCK_ROWS, check_same_weights, row_block
 from recompile.merge.overlay import Overlay, build_overlay
+from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.verify import verify
-from recompile.merge.write_safetensors import MANIFEST_NAME, execute, plan_write
+from recompile.merge.write_plan import MANIFEST_NAME
+from recompile.merge.write_safetensors import execute
 from tests import mixes
 
 

@@ -24,15 +24,12 @@ from recompile.errors import CheckpointError, FormatError, MismatchError, Output
 from recompile.formats import DTYPE_BYTES, FORMATS
 from recompile.formats.compressed_tensors import Targets
 from recompile.io.files import MARKER_NAME
+from recompile.merge import plan_safetensors
 from recompile.merge import write_safetensors as write
 from recompile.merge.overlay import Overlay, build_overlay
-from recompile.merge.write_safetensors import (
-    MANIFEST_NAME,
-    WritePlan,
-    check_output,
-    execute,
-    plan_write,
-)
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_plan import MANIFEST_NAME, WritePlan
+from recompile.merge.write_safetensors import check_output, execute
 from tests import mixes
 
 
@@ -336,7 +333,7 @@ def test_exl2_names_index_and_config(tmp_path: Path) -> None:
 
 
 def test_exl2_shards_have_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "MB", 20_000)
+    monkeypatch.setattr(plan_safetensors, "MB", 20_000)
     made = written(overlay_of(mixes.as_exl2(tmp_path / "3", 3)), tmp_path / "out", 1)
     names = {path.name for path in made.path.glob("*.safetensors")}
     assert len(names) > 1
@@ -799,7 +796,8 @@ KILLED = """
 import os, signal, sys
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.merge.overlay import build_overlay
-from recompile.merge.write_safetensors import execute, plan_write
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 steps = execute(plan_write(build_overlay(open_checkpoint(sys.argv[1]), None), sys.argv[2]), workers=1)
 for number in range(5):
     next(steps)
