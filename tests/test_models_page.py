@@ -19,6 +19,16 @@ def test_types_are_taken_the_whole_way() -> None:
     assert found["lfm3"]["gguf"] == "model_type 'lfm3' cannot be written as GGUF here"
 
 
+def test_a_head_that_reads_more_than_the_last_layer_is_refused() -> None:
+    """Inkling keeps gate and up of its experts in turn; Inkling 2 mixes what earlier layers gave before its head."""
+    found = dict(load_script("make_models_page").try_all(["inkling_mm_model", "inkling2_text"], 1))
+    assert {found["inkling_mm_model"][step] for step in ("logits", "quantize", "profile", "merge")} == {"yes"}
+    refusal = (
+        "Inkling2ForCausalLM: what its head takes follows from more than what leaves the last layer; not supported"
+    )
+    assert found["inkling2_text"]["logits"] == found["inkling2_text"]["quantize"] == refusal
+
+
 def test_a_page_numbers_its_refusals() -> None:
     script = load_script("make_models_page")
     good = {"class": "A", **dict.fromkeys(script.STEPS, "yes")}

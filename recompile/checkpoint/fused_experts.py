@@ -16,6 +16,7 @@ from recompile.formats import FLOAT_DTYPES, mlx_config
 from recompile.formats.stored import TensorInfo, View
 
 ALTERNATING = frozenset({"gpt_oss"})  # model types whose gate_up_proj has gate and up in turn
+ALTERNATING_LEAF = "w13_weight"  # of Inkling, which stores them in turn as well
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 OLD_LEAVES = ("w1", "w3", "w2")  # the same three where the block is called block_sparse_moe, as in Mixtral
 ROLES = ("gate", "up", "down")
@@ -147,7 +148,7 @@ def _stacks(members: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
             plain = (pair[2], pair[1]) == (down[1], 2 * down[2])
             if plain or (pair[1], pair[2]) == (down[2], 2 * down[1]):
                 return {
-                    first: _Stack(members[first], ("gate", "up"), not plain, alternating),
+                    first: _Stack(members[first], ("gate", "up"), not plain, alternating or first == ALTERNATING_LEAF),
                     second: _Stack(members[second], ("down",), not plain, False),
                 }
     hidden = text_config(config).get("hidden_size")
@@ -176,7 +177,12 @@ def _parts(stack: _Stack, container: str, leaves: Mapping[str, str], part: str) 
                 shape = (share, info.shape[1] if stack.transposed else info.shape[2])
             offset = info.offset + expert * slice_bytes
             scattered = (stack.transposed and part == "weight") or step > 1
-            view = View(info, expert, (start, step) if scattered else None)
+            in_turn = scattered and part == "weight" and not stack.transposed
+            view = (
+                View(info, expert, rows=(start, step))
+                if in_turn
+                else View(info, expert, (start, step) if scattered else None)
+            )
             if not scattered:
                 offset += number * slice_bytes // count
             yield name, replace(info, name=name, shape=shape, offset=offset, size_bytes=slice_bytes // count, view=view)

@@ -85,18 +85,26 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
     return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
+@dataclass(frozen=True)
+class Came:
+    """A label: follows from what a layer returned at a path, or from the token ids, before any layer (-1)."""
+
+    layer: int
+    path: Path
+
+
 class Follow(TorchDispatchMode):
     """Notes what every tensor follows from, "ids" or "layer", and which weights are read."""
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__()
-        self.labels: dict[int, frozenset[str]] = {}
+        self.labels: dict[int, frozenset[Any]] = {}
         self.paused = False
         self._read: set[str] = set()
         self._weights = weights
         self._alive: list[Any] = []
 
-    def mark(self, tensor: Tensor, label: str) -> None:
+    def mark(self, tensor: Tensor, label: Any) -> None:
         self._alive.append(tensor)
         self.labels[storage_of(tensor)] = self.labels.get(storage_of(tensor), frozenset()) | {label}
 
@@ -105,7 +113,13 @@ class Follow(TorchDispatchMode):
         found, self._read = self._read, set()
         return found
 
-    def of(self, tensor: Tensor) -> frozenset[str]:
+    def leaves_layer(self, tensor: Tensor, index: int, path: Path) -> None:
+        """From here on, what follows from it is said to follow from this layer's result, not from what is before."""
+        kept = {label for label in self.of(tensor) if not isinstance(label, Came)}
+        self.labels[storage_of(tensor)] = frozenset(kept)
+        self.mark(tensor, Came(index, path))
+
+    def of(self, tensor: Tensor) -> frozenset[Any]:
         return self.labels.get(storage_of(tensor), frozenset())
 
     def __torch_dispatch__(
@@ -116,7 +130,7 @@ class Follow(TorchDispatchMode):
         if self.paused:
             return out
         inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        labels: frozenset[str] = frozenset()
+        labels: frozenset[Any] = frozenset()
         for leaf in inputs:
             key = storage_of(leaf)
             if key in self._weights:
@@ -257,6 +271,9 @@ class Probe:
                 follow.paused = False
                 calls.append((out, args, kwargs))
                 left.append(list(walk(calls[-1])))
+                for path, leaf in reversed(list(walk(out, (0,)))):
+                    if isinstance(leaf, Tensor):
+                        follow.leaves_layer(leaf, len(calls) - 1, path)
                 for _, leaf in left[-1]:
                     if isinstance(leaf, Tensor) and not any(leaf is old for _, old in entered[-1]):
                         follow.mark(leaf, "layer")
@@ -266,6 +283,7 @@ class Probe:
 
         ids = torch.arange(PROBE_ROWS * PROBE_TOKENS, device=self.device).reshape(PROBE_ROWS, PROBE_TOKENS)
         follow.mark(ids, "ids")
+        follow.mark(ids, Came(-1, ()))
         events: list[tuple[str, Tensor, Any]] = []  # module, first argument, result
         bases: list[tuple[str, Any]] = []
         with ExitStack() as stack:
@@ -279,6 +297,11 @@ class Probe:
             raise UnsupportedError(f"{self.what} has no base model under its head; not supported")
         ports, extras, hidden = self._ports(calls, inputs, entered, left, follow)
         base, result = bases[-1]  # the outermost one ends last
+        sources = {label for label in follow.of(result_of(result)) if isinstance(label, Came)}
+        if sources - {Came(len(calls) - 1, ports[-1].out)}:
+            raise UnsupportedError(
+                f"{self.what}: what its head takes follows from more than what leaves the last layer; not supported"
+            )
         return Structure(
             before=tuple(sorted(before)),
             after=tuple(sorted(set().union(*phases))),

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -171,9 +172,11 @@ class _Reader:
         renamed = self._renamed([f"{name}.weight" if weight or shape else name for name, shape, weight in entries])
         found: dict[str, Role] = {}
         unclaimed: list[tuple[str, tuple[int, ...] | None]] = []
-        for (name, shape, _), (target, alias) in zip(entries, renamed, strict=True):
+        for (name, shape, weight), (target, alias) in zip(entries, renamed, strict=True):
             if target in self.state:
                 found[name] = self._role(target, alias)
+                if not weight and shape is None and found[name].kind == "linear" and self.state[target].dim() == 2:
+                    found[name] = replace(found[name], kind="parameter")  # stored bare: its parts would have no names
             else:
                 unclaimed.append((name, shape))
         return found | self._unclaimed(unclaimed, found, {name: shape for name, shape, _ in entries})
