@@ -360,7 +360,7 @@ class _Build:
             yield done
         if self.outside:
             at = self.model.depth
-            yield self._resumed(at) if at < first else self._quantize(at, self.outside, self._borrowed())
+            yield self._resumed(at) if at < first else self._quantize(at, self.outside, self._borrowed(states))
             self.kept = {}
         if self.head:
             yield self._quantize_head(states)
@@ -379,10 +379,17 @@ class _Build:
         for group in groups if number in self.likes else ():
             self.kept |= dict.fromkeys(self.likes[number] & set(group.modules), group)
 
-    def _borrowed(self) -> list[InputStatistics]:
-        """The inputs' statistics of modules outside the layers: those of modules like them, where there are any."""
+    def _borrowed(self, states: Sequence[Tensor]) -> list[InputStatistics]:
+        """The inputs' statistics of modules outside the layers: those of modules like them, where there are any, and of
+        the head for an embedding that is the head as well; states: after the last layer."""
         borrowed = []
+        embeds = any(role_of(name) == "embedding" for name in self.outside)
+        tied = self._weight_tensor(self._head_module()).removesuffix(".weight") if embeds else None
         for members in fused_sets(name for name in self.outside if self._is_linear(name)):
+            if tied in members:
+                note = f"made with the inputs of {self._head_module()}, which it is as well"
+                borrowed += [self._head_statistics(states, name, note) for name in members]
+                continue
             like = self.roles[members[0]].like
             found = self.kept.get(like) if like is not None else None
             if found is None or found.hessian is None:
@@ -633,11 +640,16 @@ class _Build:
         return why
 
     def _quantize_head(self, states: list[Tensor]) -> LayerDone:
-        statistics = InputStatistics([self._head_module()])
+        statistics = self._head_statistics(states, self._head_module())
+        return self._quantize(len(self.stages) - 1, [], [statistics])
+
+    def _head_statistics(self, states: Sequence[Tensor], module: str, note: str = "") -> InputStatistics:
+        """Of the head's inputs, as those of a module."""
+        statistics = InputStatistics([module], note=note)
         with self.model.norm_loaded() as norm:
             for state in states:
                 statistics.add(norm(state))
-        return self._quantize(len(self.stages) - 1, [], [statistics])
+        return statistics
 
     def _weight_tensor(self, name: str) -> str:
         """The tensor that holds a module's weight: a tied head's is the embedding's."""

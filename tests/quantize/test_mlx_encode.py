@@ -20,6 +20,7 @@ from recompile.formats import mlx
 from recompile.formats.mlx_config import EXPERTS, MlxScheme, rotary_fields
 from recompile.formats.packed_int import IntScheme
 from recompile.merge.check import check_checkpoint
+from recompile.model.stream import LayeredModel
 from recompile.quantize.affine_grids import fit_affine
 from recompile.quantize.gptq import factor_hessian, quantize_gptq
 from recompile.quantize.int_grids import dequantize_codes, fit_grid, quantize_to_grid
@@ -238,6 +239,36 @@ def test_a_tied_embedding_is_stored_once_and_kept_on_request(made: Path, tmp_pat
     assert "lm_head" not in checkpoint.modules
     run(model_quantize, "-i", base, "-o", tmp_path / "kept", "-b", 4, *args(made), "--keep", "*embed_tokens")
     assert not open_checkpoint(tmp_path / "kept" / "4bpw").modules["model.embed_tokens"].is_quantized
+
+
+def test_a_tied_embedding_is_rounded_for_the_head_that_it_is_as_well(made: Path, tmp_path: Path) -> None:
+    base, name = tiny.base("llama-tied"), "model.embed_tokens"
+    run(model_quantize, "-i", base, "-o", tmp_path / "tied", "-b", 2, *args(made))
+    path = tmp_path / "tied" / "2bpw"
+    report = json.loads((path / "quantize_report.json").read_text())["variant"]["modules"]
+    (found,) = (module for module in report if module["module"] == name)
+    assert found["note"] == "made with the inputs of lm_head, which it is as well"
+    assert found["tokens"] == 4 * 32
+
+    inputs_of_head = hidden(base, tiny.rows(4, 32))
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"].float()
+    (nearest,) = MlxEncoder((MlxScheme(2, 32),), {}).encode({name: weight}, None, {})
+    for_head, to_nearest = (
+        float((inputs_of_head @ (value - weight).T).square().mean())
+        for value in (open_checkpoint(path).load(f"{name}.weight"), nearest[name].dense)
+    )
+    assert for_head < 0.6 * to_nearest
+
+
+def hidden(base: Path, ids: Tensor) -> Tensor:
+    """What the head reads, [tokens, hidden]."""
+    model = LayeredModel.of(open_checkpoint(base))
+    (state,) = model.embed(ids, len(ids))
+    for index in range(model.depth):
+        with model.layer(index):
+            state = model.run_layer(index, state)
+    with model.norm_loaded() as norm, torch.inference_mode():
+        return norm(state).float().flatten(0, 1)
 
 
 def test_rounding_is_two_sided_on_request(made: Path, tmp_path: Path) -> None:
