@@ -351,14 +351,18 @@ class Journal:
         for found in measurements:
             found.check_sign(self.header.dtype)
         for found in measurements:
-            line = {"group": found.group, "source": found.source, "kl_rows": found.kl_rows}
-            lines.append(line if found.reached else {**line, "reached": False})
+            lines.append(_as_line(found))
             if found.group is None or found.source is None:
                 self._control = found
             else:
                 self._found[(found.group, found.source)] = found
         self._lines.append(*lines)
         self._profile = None
+
+    def held(self, measurements: Iterable[Measurement]) -> bool:
+        """Whether all of these were lines of the journal when it was opened, whatever later lines say of their swaps."""
+        lines = set(self._lines.lines)
+        return all(json.dumps(_as_line(found)).encode() in lines for found in measurements)
 
     def close(self) -> None:
         self._lines.close()
@@ -368,6 +372,11 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _as_line(found: Measurement) -> dict[str, Any]:
+    line = {"group": found.group, "source": found.source, "kl_rows": found.kl_rows}
+    return line if found.reached else {**line, "reached": False}
 
 
 def open_journal(path: Path, header: ProfileHeader) -> Journal:

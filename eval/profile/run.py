@@ -118,7 +118,10 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
     if samples is None:
         samples = FILLING_SAMPLES if fills_time else DEFAULT_SAMPLES
     for_draws = minutes if mode != "hybrid" and not auto else None
-    sketch = SketchOptions(samples, for_draws, request.seed, keep_pairs=request.pairs, mode=mode)
+    is_corrected = request.whole_mixes and mode == "sketch"
+    sketch = SketchOptions(
+        samples, for_draws, request.seed, keep_pairs=request.pairs, mode=mode, is_corrected=is_corrected
+    )
     job = ProfileJob(reference, base_id, offered, found.ids, out, request.options, found.sha256, found.source)
     run = _profiler(sketch, request.importance, request.ray)
     if auto:
@@ -144,7 +147,7 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
         for said in _tell(event, out):
             on_event(said)
     assert profile is not None, "every profiler ends with the profile"
-    return _corrected(profile, job, out, on_event) if request.whole_mixes and mode == "sketch" else profile
+    return _corrected(profile, job, out, on_event) if is_corrected else profile
 
 
 def _corrected(profile: Profile, job: ProfileJob, out: Path, on_event: OnEvent) -> Profile:

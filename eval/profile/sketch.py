@@ -73,6 +73,7 @@ class SketchOptions:
     keep_pairs: bool = False  # keep every sample of every swap, from which interactions can be had
     mode: str = "sketch"  # or "diagonal": the squared-gradient score alone
     first_row: int = 0  # number of the first row among all rows: the draws of a row depend on its number
+    is_corrected: bool = False  # whole mixes correct the costs afterwards: estimates have later lines of their own
 
 
 @dataclass(frozen=True)
@@ -311,9 +312,11 @@ def profile_sketch(
         profile = as_profile(header, total, wanted)
         control = profile.control
         assert control is not None, "made with the profile"
-        if (journal.profile.control, journal.profile.measurements) != (control, profile.measurements):
-            journal.append([control, *profile.measurements.values()])
-        yield journal.profile
+        estimates = [control, *profile.measurements.values()]
+        kept = (journal.profile.control, journal.profile.measurements) == (control, profile.measurements)
+        if not kept and not (wanted.is_corrected and journal.held(estimates)):
+            journal.append(estimates)
+        yield profile
 
 
 @dataclass(frozen=True)

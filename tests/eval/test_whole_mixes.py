@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -67,6 +69,7 @@ def test_the_same_profile_is_not_measured_again(
     folder, base, _ = sketched
     variants = tiny.variants("qwen3-moe", (3, 4))
     monkeypatch.setattr(whole_mixes, "MixEvaluator", None)
+    journal = (folder / "p.jsonl").read_bytes()
     recompile.profile(
         base,
         str(variants[3]),
@@ -76,6 +79,7 @@ def test_the_same_profile_is_not_measured_again(
         samples=4,
         input_ids=folder / "ids.safetensors",
     )
+    assert (folder / "p.jsonl").read_bytes() == journal, "a finished run appends nothing"
     kept = folder / "p.jsonl.mixes.json"
     before = kept.read_text()
     kept.write_text(json.dumps({"kind": "mine"}))
@@ -90,6 +94,19 @@ def test_the_same_profile_is_not_measured_again(
             input_ids=folder / "ids.safetensors",
         )
     kept.write_text(before)
+
+
+def test_without_correction_the_estimates_count_again(sketched: tuple[Path, Path, list[str]]) -> None:
+    from recompile.costs import load_profile
+
+    folder, base, _ = sketched
+    variants = tiny.variants("qwen3-moe", (3, 4))
+    path = folder / "again.jsonl"
+    path.write_bytes((folder / "p.jsonl").read_bytes())
+    copytree(folder / "p.jsonl.sweeps", folder / "again.jsonl.sweeps")
+    settings: dict[str, Any] = {"mode": "sketch", "samples": 4, "input_ids": folder / "ids.safetensors"}
+    recompile.profile(base, str(variants[3]), [str(variants[4])], path, whole_mixes=False, **settings)
+    assert load_profile(path).measurements == load_profile(folder / "raw.jsonl").measurements
 
 
 def test_factors_multiply_their_part_and_source_only(sketched: tuple[Path, Path, list[str]]) -> None:
