@@ -360,7 +360,7 @@ class Journal:
         self._profile = None
 
     def held(self, measurements: Iterable[Measurement]) -> bool:
-        """Whether all of these were lines of the journal when it was opened, whatever later lines say of their swaps."""
+        """Whether all of these were lines of the journal when it was opened, whatever later lines say."""
         lines = set(self._lines.lines)
         return all(json.dumps(_as_line(found)).encode() in lines for found in measurements)
 

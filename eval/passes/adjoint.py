@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -294,6 +294,7 @@ class AdjointPass:
 
     def __post_init__(self) -> None:
         self.model.model.set_experts_implementation("eager")  # one linear call an expert, which the tape sees
+        self._groups_at = _by_layer(self.model, self.groups)
 
     def run(self, ids: Tensor, cotangents: Cotangents) -> Iterator[LayerForward | LayerBackward]:
         """ids: int64 [rows, tokens]. Yields a LayerForward per layer, a LayerBackward for the head, one per layer from
@@ -312,12 +313,17 @@ class AdjointPass:
             modules = {group.name: group.modules[0] for group in self.groups}
             tied = {(s.group, s.source): s.products for s in head if role_of(modules[s.group]) != "head"}
             yield LayerBackward(None, self.model.depth, tuple(s for s in head if (s.group, s.source) not in tied))
+            above: dict[tuple[str, str], SwapProducts] = {}  # of weights that layers further down share
             for index in reversed(range(self.model.depth)):
                 if len(adjoints) > cotangents.gradients:
                     found = self._backward(index, states, adjoints, cotangents.gradients)
                 else:
                     found = self._gradients(index, states, adjoints)
                 self._check(f"layer {index}", adjoints, found)
+                found = [_plus(swap, above.pop((swap.group, swap.source), None)) for swap in found]
+                used_below = {g.name for lower in range(index) for g in self._groups_at.get(lower, ())}
+                above |= {(swap.group, swap.source): swap for swap in found if swap.group in used_below}
+                found = [swap for swap in found if swap.group not in used_below]
                 yield LayerBackward(index, self.model.depth, tuple(found))
             yield LayerBackward(None, self.model.depth, tuple(self._embedding(ids, states, adjoints, tied)))
 
@@ -384,7 +390,7 @@ class AdjointPass:
     def _backward(self, index: int, states: _States, adjoints: Tensor, gradients: int) -> list[SwapProducts]:
         """Products of this layer's swaps; `adjoints` of its output become those of its input, in place."""
         model = self.model
-        groups = [group for group in self.groups if group.layer == index]
+        groups = self._groups_at.get(index, [])
         wanted = frozenset(module for group in groups for module in group.modules)
         samples, rows = adjoints.shape[:2]
         with model.layer(index, self.context):
@@ -425,7 +431,7 @@ class AdjointPass:
     def _gradients(self, index: int, states: _States, adjoints: Tensor) -> list[SwapProducts]:
         """As _backward where no sample is random: by the gradients of this layer's weights, summed over rows."""
         model = self.model
-        groups = [group for group in self.groups if group.layer == index]
+        groups = self._groups_at.get(index, [])
         wanted = frozenset(module for group in groups for module in group.modules)
         rows, tokens = adjoints.shape[1:3]
         with model.layer(index, self.context) as layer:
@@ -490,6 +496,29 @@ class AdjointPass:
                 found = SwapProducts(group.name, source, products, None, torch.full((len(ids),), ids.shape[1]))
                 self._check("the embedding", adjoints, [found])
                 yield found
+
+
+def _by_layer(model: LayeredModel, groups: Sequence[ProfileGroup]) -> dict[int, list[ProfileGroup]]:
+    """The groups of every layer, in their order; one whose weights several layers share is in each of them."""
+    layers_of: dict[str, list[int]] = {}
+    for index in range(model.depth):
+        for module in model.modules_of_layer(index):
+            layers_of.setdefault(module, []).append(index)
+    found: dict[int, list[ProfileGroup]] = {}
+    for group in groups:
+        if group.layer is not None:
+            for index in sorted({group.layer, *(i for module in group.modules for i in layers_of.get(module, ()))}):
+                found.setdefault(index, []).append(group)
+    return found
+
+
+def _plus(swap: SwapProducts, other: SwapProducts | None) -> SwapProducts:
+    """What a swap changes in two layers that share the weights: gradients of the same output along one change add."""
+    if other is None:
+        return swap
+    squares = None if swap.squares is None or other.squares is None else swap.squares + other.squares
+    tokens = torch.maximum(swap.tokens, other.tokens)
+    return replace(swap, products=swap.products + other.products, squares=squares, tokens=tokens)
 
 
 def _vjp(output: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
