@@ -102,7 +102,7 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
         on_event(Note(base_note(reference), "Warning"))
     base_id, offered = _sources(reference, request, on_event)
     if isinstance(first := offered[0][1], MadeVariant) and first.base is not None:
-        reference = first.base  # fused experts in one piece where the candidates keep them so
+        reference = first.base  # decoded, where it is quantized itself
     for _, checkpoint in offered:
         for note in checkpoint.notes:
             on_event(Note(note, "Warning"))

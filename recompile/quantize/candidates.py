@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.checkpoint.decoded import as_dense
 from recompile.costs import is_expert
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
@@ -81,7 +82,7 @@ def make_candidates(
         raise ArgumentError("{imatrix}: goes with {candidates} of GGUF types")
     importance: Mapping[str, Tensor] | None = None
     if types and (options.imatrix is not None or options.importance_rows):
-        importance = _gguf_importance(reference.whole, options, on_event)
+        importance = _gguf_importance(as_dense(reference, to_gguf=True), options, on_event)
     elif options.importance_rows and options.format != "exl3":  # noise has no use for it
         rows = _calibration_rows(reference, options)
         importance = input_power(reference, rows.ids, device=compute_device(options.device))

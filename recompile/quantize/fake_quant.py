@@ -289,7 +289,7 @@ class GgufMaker:
         fallbacks: dict[str, tuple[str, str]] = {}
         for tensor in planned:
             asked, got = kinds[tensor.name]
-            for source in tensor.sources:
+            for source in tensor.seen:  # experts one by one, whose rows are those of the stack
                 shape = base.tensors[source].shape
                 rows = base.tensors[source].numel // tensor.ne[0]
                 tensors[source] = TensorInfo(source, got.name, shape, NOWHERE, 0, rows * got.row_bytes(tensor.ne[0]))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo, read_tensor
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo, read_tensor, split_name
 from recompile.checkpoint.decoded import as_dense
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
 from recompile.formats.gguf import dequantize_rows
@@ -201,7 +201,6 @@ def collect_importance(
     """One pass of calibration rows (int64 [rows, tokens]) over the layers; yields a Calibrated a layer and last the
     Importance. The head's inputs are collected too, under the embedding's name where both are tied: then that is the
     head."""
-    base = base.whole
     model = LayeredModel.of(base, dtype=dtype, device=device)
     model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
     values: dict[str, Tensor] = {}
@@ -225,7 +224,7 @@ def collect_importance(
     total, count = torch.zeros(model.hidden_size), 0
     with model.norm_loaded() as norm:
         for state in states:
-            x = norm(state).reshape(-1, state.shape[-1]).float()
+            x = norm(state).reshape(-1, model.hidden_size).float()  # a state may be wider than what the head takes
             total += x.square().sum(0).cpu()
             count += len(x)
         check_finite(total, f"{model.loaded_from}: inputs of the head")
@@ -246,15 +245,15 @@ def importance_from(imatrix: Imatrix, tensors: Sequence[BaseTensor], source: str
         sums = imatrix.entries.get(tensor.name)
         if sums is None or tensor.plain:
             continue
-        if sums.sum_squares.shape != (len(tensor.sources), tensor.ne[0]):
+        rows = tensor.modules
+        if sums.sum_squares.shape != (len(rows), tensor.ne[0]):
             raise MismatchError(
                 f"{source}: {tensor.name} has sums {list(sums.sum_squares.shape)}, wanted "
-                f"{[len(tensor.sources), tensor.ne[0]]}; it is of another model"
+                f"{[len(rows), tensor.ne[0]]}; it is of another model"
             )
-        for number, name in enumerate(tensor.sources):
+        for number, modules in enumerate(rows):
             count = float(sums.counts[number])
-            if count > 0:
-                module = name.rpartition(".")[0]
+            for module in modules if count > 0 else ():
                 values[module] = torch.from_numpy(sums.sum_squares[number] / count)
                 tokens[module] = int(count)
     return Importance(values, tokens, source)
@@ -264,7 +263,7 @@ def imatrix_of(importance: Importance, tensors: Sequence[BaseTensor], row_tokens
     """The same as an imatrix file holds it, for llama-quantize and others. row_tokens: length of a calibration row."""
     entries = {}
     for tensor in tensors:
-        modules = [name.rpartition(".")[0] for name in tensor.sources]
+        modules = [names[0] for names in tensor.modules]
         if tensor.plain or not any(module in importance.values for module in modules):
             continue
         counts = torch.tensor([float(importance.tokens.get(module, 0)) for module in modules])
@@ -287,10 +286,19 @@ class BaseTensor:
     sources: tuple[str, ...]
     place: Place
     plain: bool  # stays float32: a vector, a norm, a router
+    seen: tuple[str, ...]  # the names that recipes, profiles and importance have: of fused experts those of each one
 
     @property
     def module(self) -> str:
-        return self.sources[0].rpartition(".")[0]
+        return split_name(self.seen[0])[0]
+
+    @property
+    def modules(self) -> list[tuple[str, ...]]:
+        """The modules that read one input, one entry a row of an importance matrix: one, or one an expert."""
+        count = self.ne[-1] if self.place.stacked else len(self.sources)
+        share = len(self.seen) // count
+        names = [split_name(name)[0] for name in self.seen]
+        return [tuple(names[start : start + share]) for start in range(0, share * count, share)]
 
 
 @dataclass(frozen=True)
@@ -388,7 +396,7 @@ def plan_variants(
     Raises FormatError (an unknown or doubled type), UnsupportedError (an architecture without names, an EXL build),
     CheckpointError (no tokenizer keys), MismatchError (another model's tokenizer), OutputError (a file exists).
     """
-    base = as_dense(base, to_gguf=True).whole  # GGUF keeps fused experts fused
+    base = as_dense(base, to_gguf=True)
     plain = [name.upper() for name in names if isinstance(name, str)]
     if len(set(plain)) != len(plain):
         raise FormatError("{bits}: a type is given twice")
@@ -444,7 +452,8 @@ def plan_variants(
     for variant in variants:
         if variant.path.exists():
             raise OutputError(f"{variant.path}: exists; remove it or choose another {{out}}")
-    return VariantPlan(base, tuple(tensors), tuple(variants), importance, extra, layers, tuple(left_out(base)))
+    left = tuple(left_out(base))
+    return VariantPlan(base.whole, tuple(tensors), tuple(variants), importance, extra, layers, left)
 
 
 def _stored_config(base: Checkpoint) -> Mapping[str, Any]:
@@ -490,7 +499,7 @@ def base_tensors(base: Checkpoint) -> list[BaseTensor]:
     """The tensors of a GGUF file of this model, in a fixed order: embedding, layers, norm, head.
 
     Raises UnsupportedError and FormatError for a Hugging Face model without names in GGUF."""
-    base = base.whole  # GGUF keeps fused experts fused
+    split, base = base, base.whole  # GGUF keeps fused experts fused
     architecture = gguf_architecture(base)
     if isinstance(base, GgufCheckpoint):
         return _stored_tensors(base)
@@ -521,8 +530,22 @@ def base_tensors(base: Checkpoint) -> list[BaseTensor]:
         place = pieces[0][2]
         shape = (*experts, *_gguf_shape(base.tensors[pieces[0][1]].shape, place, heads))
         ne = tuple(reversed(shape))
-        tensors.append(BaseTensor(gguf, ne, tuple(piece[1] for piece in pieces), place, is_plain(gguf, shape)))
+        sources = tuple(piece[1] for piece in pieces)
+        seen = _expert_by_expert(split, sources, place)
+        tensors.append(BaseTensor(gguf, ne, sources, place, is_plain(gguf, shape), seen))
     return tensors
+
+
+def _expert_by_expert(base: Checkpoint, sources: tuple[str, ...], place: Place) -> tuple[str, ...]:
+    """The names under which a checkpoint that fuses experts is seen, of the part of a tensor that a place is."""
+    names = base.fused.get(sources[0]) if place.fused is not None and place.stacked else None
+    if names is None:
+        return sources
+    assert place.fused is not None, "asked before"
+    each = len(names) // base.stored_tensors[sources[0]].shape[0]  # "gate" and "up" of every expert, or "down"
+    share = each // len(place.fused.parts)
+    first = place.part * share
+    return tuple(name for start in range(0, len(names), each) for name in names[start + first : start + first + share])
 
 
 def _stored_tensors(base: GgufCheckpoint) -> list[BaseTensor]:
@@ -533,7 +556,12 @@ def _stored_tensors(base: GgufCheckpoint) -> list[BaseTensor]:
         names.setdefault(place.gguf if place is not None else name, []).append(name)
     return [
         BaseTensor(
-            gguf, info.ne, tuple(names[gguf]), base.places.get(names[gguf][0], Place(gguf)), is_plain(gguf, info.shape)
+            gguf,
+            info.ne,
+            tuple(names[gguf]),
+            base.places.get(names[gguf][0], Place(gguf)),
+            is_plain(gguf, info.shape),
+            tuple(names[gguf]),
         )
         for gguf in sorted(base.file.tensors, key=_order)
         if gguf not in ROPE_TENSORS and (info := base.file.tensors[gguf])
@@ -653,12 +681,10 @@ def _rows_of(base: Checkpoint, tensor: BaseTensor) -> Iterator[tuple[str, Tensor
         for source in tensor.sources:
             yield source.rpartition(".")[0], _stored_rows(base.tensors[source], tensor.ne[0])
         return
-    heads = heads_in(text_config_of(base.config))
+    heads, modules = heads_in(text_config_of(base.config)), iter(tensor.modules)
     for source in tensor.sources:
-        module = source.rpartition(".")[0] if source.endswith((".weight", ".bias")) else source
-        for number, piece in enumerate(place_pieces(base.load(source), tensor.place, heads)):
-            name = f"{module}.{number}" if tensor.place.stacked else module
-            yield name, piece.float().reshape(-1, tensor.ne[0])
+        for piece in place_pieces(base.load(source), tensor.place, heads):
+            yield next(modules)[0], piece.float().reshape(-1, tensor.ne[0])
 
 
 def _stored_rows(info: TensorInfo, columns: int) -> Tensor:

@@ -93,18 +93,18 @@ def mix_of(recipe: Recipe, base: Checkpoint, tensors: Sequence[BaseTensor], unna
             raise RecipeError(f"{recipe.name}: base: {recipe.base}: wanted a GGUF type, as its sources are")
         unnamed = str(recipe.base["type"])
     weighty = [tensor for tensor in tensors if not tensor.plain]
-    recipe = replace(recipe, aliases={source: t.name for t in weighty for source in t.sources})
-    names = [source for tensor in weighty for source in tensor.sources]
+    recipe = replace(recipe, aliases={source: t.name for t in weighty for source in t.seen})
+    names = [source for tensor in weighty for source in tensor.seen]
     for line in recipe.unmatched(names):
         near = suggest(line.key, [*names, *recipe.aliases.values()])
         hint = f'; did you mean "{near}"?' if near else f"; such as {names[0]}"
         raise RecipeError(f'{recipe.location(line)}: key "{line.key}" matches no tensor to quantize{hint}')
     kinds: dict[str, str] = {}
     for tensor in weighty:
-        found = {recipe.source_dir(source) for source in tensor.sources}
+        found = {recipe.source_dir(source) for source in tensor.seen}
         if len(found) > 1:
             raise RecipeError(
-                f"{recipe.name}: {tensor.name} holds {len(tensor.sources)} experts and has one type, the recipe gives "
+                f"{recipe.name}: {tensor.name} holds {len(tensor.seen)} experts and has one type, the recipe gives "
                 f"them {', '.join(sorted(str(types.get(directory or '', unnamed)) for directory in found))}"
             )
         (directory,) = found
@@ -133,7 +133,7 @@ def _finish(
     tied = not any(tensor.name == "output.weight" for tensor in weighty)
     for tensor in weighty:
         if tensor.name not in kinds:
-            stored = base.tensors[tensor.sources[0]].dtype
+            stored = base.tensors[tensor.seen[0]].dtype
             kinds[tensor.name] = preset.wanted(tensor.name, layers, tied) if preset is not None else stored
     got = types_got(kinds, weighty)
     new = [NewTensor(tensor.name, TYPES[got[tensor.name]], tensor.ne) for tensor in weighty]

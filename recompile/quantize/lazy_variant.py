@@ -246,10 +246,7 @@ def make_variant(
     base that cannot be decoded.
     """
     maker = maker or maker_of(spec)
-    to_gguf = str(maker.description().get("format")) == "gguf"
-    base = as_dense(base, to_gguf=to_gguf)
-    if to_gguf:  # keeps fused experts fused
-        base = base.whole
+    base = as_dense(base, to_gguf=str(maker.description().get("format")) == "gguf")
     stored = maker.store(base)
     label = f"{base.label} ({', '.join(f'{key}: {value}' for key, value in spec.items())})"
     config = {**base.config, "tie_word_embeddings": False} if stored.copies else base.config

@@ -233,7 +233,7 @@ def _make_gguf(base_dir: Path, out: Path, options: QuantizeOptions, on_event: On
     base = open_checkpoint(base_dir)
     if base.is_quantized:
         on_event(Note(base_note(base), "Warning"))
-    base = as_dense(base, to_gguf=True).whole
+    base = as_dense(base, to_gguf=True)
     names: Sequence[str | Mix] = options.bits
     provenance: Mapping[str, str] = {}
     if options.recipe is not None:
