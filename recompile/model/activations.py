@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats import compressed_tensors, mx
 from recompile.formats.fp4 import round_e2m1
 from recompile.formats.fp8 import E4M3_MAX, round_e4m3
+from recompile.model.linear_calls import LinearMode
 from recompile.model.stream import LayeredModel, LinearWeights
 
 if TYPE_CHECKING:
@@ -152,34 +152,26 @@ def _input_of(checkpoint: Checkpoint, module: StoredModule, device: torch.device
     return _Input(scheme, scale, stored("input_zero_point"))
 
 
-class QuantizedInputs(TorchFunctionMode):
-    """Context manager: inside it, linear calls of one loaded layer see their inputs as their schemes quantize them.
+class QuantizedInputs(LinearMode):
+    """Context manager: inside it, linear maps of one loaded layer, fused experts slice by slice and Conv1D among them,
+    see their inputs as their schemes quantize them.
 
     The model must run experts one by one (`set_experts_implementation("eager")`), as `of` arranges.
     only: these modules alone; None: all
     """
 
     def __init__(self, model: LayeredModel, overlay: Overlay, index: int, only: Collection[str] | None = None) -> None:
-        super().__init__()
+        super().__init__(LinearWeights(model, index))
         self._only = only
-        self._weights = LinearWeights(model, index)
         self._overlay, self._device = overlay, model.device
         self._inputs: dict[str, _Input | None] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            found = self._weights.find(weight)
-            how = self._of(found.modules[0]) if found is not None else None
-            if how is not None:
-                x = args[0] if args else kwargs.pop("input")
-                with torch._C.DisableTorchFunctionSubclass():
-                    x = self._quantize(x, how, found.modules[0] if found else "")
-                return func(x, *args[1:], **kwargs)
-        return func(*args, **kwargs)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found = self.weights.find(weight)
+        how = self._of(found.modules[0]) if found is not None else None
+        if found is not None and how is not None:
+            x = self._quantize(x, how, found.modules[0])
+        return super().linear(x, weight, bias)
 
     def _of(self, module: str) -> _Input | None:
         if self._only is not None and module not in self._only:

@@ -57,6 +57,7 @@ JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant 
 REPORT = "quantize_report.json"
 BUILDING_SUFFIX = ".building"  # not write.py's ".partial", which the last step uses
 BATCH_TOKENS = 2048
+NAMED = 4  # modules of a list that a message names
 DEFAULT_DENSE = Dense()
 
 
@@ -182,6 +183,7 @@ class ModuleReport:
     quantized: bool = True
     note: str = ""  # why it stayed dense, or was made without a Hessian
     rounding: str = ""  # what two-sided rounding did
+    smoothed: bool | None = None  # whether a scale could be moved into what makes its inputs; None: none was wanted
 
     @property
     def bits(self) -> float:
@@ -199,6 +201,18 @@ class VariantReport:
     head_bpw: float | None
     size_bytes: int
     left_dense: str = ""  # the share of the weights that is not quantized, by role
+
+    @property
+    def not_smoothed(self) -> str:
+        """The modules that AWQ or SmoothQuant left out, in one sentence; empty where there are none."""
+        left = [module.module for module in self.modules if module.smoothed is False]
+        wanted = sum(module.smoothed is not None for module in self.modules)
+        if not left:
+            return ""
+        return (
+            f"{self.name}: not smoothed: {len(left)} of {wanted} quantized modules, whose inputs are made by nothing "
+            f"that a scale can be moved into: {', '.join(left[:NAMED])}{', ...' if len(left) > NAMED else ''}"
+        )
 
 
 @dataclass(frozen=True)
@@ -350,7 +364,7 @@ class _Build:
                     else:
                         self._advance(number, states)
                 names = self.model.modules_of_layer(number)
-                folds = find_folds(self.model, number, row) if self._scales_inputs else []
+                folds = self._folds(number, row) if self._scales_inputs else []
                 self._keep(number, collector.groups)
                 done = self._quantize(number, names, collector.groups, folds)
             if self.sequential:
@@ -493,6 +507,8 @@ class _Build:
     ) -> LayerDone:
         variants = len(self.finals)
         scales = self._choose_scales(folds, groups)
+        scalable = {name for fold in folds for name in fold.consumers}
+        scaling = [self._scales_in(variant) for variant in range(variants)]
         tensors: list[dict[str, Tensor]] = [{} for _ in range(variants)]
         reports: list[list[ModuleReport]] = [[] for _ in range(variants)]
         taken: set[str] = set()
@@ -532,7 +548,9 @@ class _Build:
                         self.decoded[f"{name}.weight"] = made.dense
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
-                    reports[variant].append(_measure(name, weight, made, statistics, own_power[name]))
+                    report_of_one = _measure(name, weight, made, statistics, own_power[name])
+                    smoothed = name in scalable if scaling[variant] else None
+                    reports[variant].append(replace(report_of_one, smoothed=smoothed))
             taken.update(weights)
         untaken = [name for name in names if name not in taken]
         for variant in range(variants):
@@ -580,6 +598,21 @@ class _Build:
         (encoded,) = self._encode(self._only([variant]), own, statistics, shifted)
         return encoded, own, statistics
 
+    def _folds(self, number: int, row: Tensor) -> list[Fold]:
+        """Those of a loaded layer, but for those that would change fused experts which stay in one dense tensor."""
+        whole: set[str] = set()
+        for modules, _ in self.base.fused_blocks:
+            if all(self._why_dense(name) is not None for name in modules if self._is_linear(name)):
+                whole |= modules
+        found = find_folds(self.model, number, row)
+        return [fold for fold in found if whole.isdisjoint((fold.producer, *fold.consumers))]
+
+    def _scales_in(self, variant: int) -> bool:
+        if not self._scales_inputs:
+            return False
+        only = self._only([variant])
+        return isinstance(only, ScalingEncoder) and only.scales_inputs
+
     def _choose_scales(self, folds: Sequence[Fold], groups: Sequence[InputStatistics]) -> list[_Scales]:
         """The scales of a layer in every variant."""
         found = [_Scales() for _ in self.finals]
@@ -587,9 +620,10 @@ class _Build:
         for fold in folds:
             assert isinstance(self.encoder, ScalingEncoder)
             seen = {name: statistics.get(name) or InputStatistics([name]) for name in fold.consumers}
-            weights = {
-                name: self.base.load(f"{name}.weight", device=self.model.device).float() for name in fold.consumers
-            }
+            weights = {}
+            for name in fold.consumers:
+                weight = self.base.load(f"{name}.weight", device=self.model.device).float()
+                weights[name] = weight.T.contiguous() if name in self.turned else weight
             for variant, scales in enumerate(found):
                 scale = self.encoder.scale_of(variant, fold, weights, seen, self._storable(variant, fold))
                 if scale is None or bool((scale == 1).all()):
@@ -709,7 +743,9 @@ class _Build:
             if value.is_floating_point() and not carried:
                 wanted = self.encoder.dense_dtype(value.dtype)
                 if scales is not None:
-                    value = _scaled_value(module.name, part, value, scales)
+                    turned = module.name in self.turned and part == "weight"
+                    value = _scaled_value(module.name, part, value.T if turned else value, scales)
+                    value = value.T.contiguous() if turned else value
                 cast = value.to(wanted)
                 if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(value).all()):
                     raise FormatError(

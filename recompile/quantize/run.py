@@ -197,6 +197,9 @@ def _make_safetensors(
         else:
             report = event
     assert report is not None, "quantize_model ends with its report"
+    for variant in report.variants:
+        if variant.not_smoothed:
+            on_event(Note(variant.not_smoothed, "Warning"))
     if outputs is not None and options.stats is None:
         shutil.rmtree(outputs.path)
     return report

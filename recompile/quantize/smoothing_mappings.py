@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from recompile.costs import is_expert, similar_experts
 from recompile.errors import NotFiniteError
-from recompile.model.stream import LayeredModel, LinearWeights
+from recompile.model.linear_calls import LinearMode
+from recompile.model.stream import LayeredModel, LinearWeight, LinearWeights
 
 # consumer -> the projection that its input is multiplied with or mixed from, without anything in between that is not
 # linear in it
@@ -56,36 +56,35 @@ class _Call:
     inputs: Tensor  # [rows, in]
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(LinearMode):
     def __init__(self, model: LayeredModel, index: int) -> None:
-        super().__init__()
+        super().__init__(LinearWeights(model, index))
         self.calls: dict[str, _Call] = {}
-        self._weights = LinearWeights(model, index)
-        self._source = model.source
+        self._model = model
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            found = self._weights.find(weight)
-            if found is not None:
-                bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                self._note(found.modules, weight, bias, args[0] if args else kwargs["input"])
-        return func(*args, **kwargs)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found = self.weights.find(weight)
+        if found is not None:
+            self._note(found, weight, bias, x)
+        return super().linear(x, weight, bias)
 
-    def _note(self, modules: Sequence[str], weight: Tensor, bias: Tensor | None, inputs: Tensor) -> None:
+    def _note(self, found: LinearWeight, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        start = 0
-        for module in modules:
-            shape = self._source.modules[module].shape
-            size = shape[0] if shape is not None and len(modules) > 1 else len(weight)
+        start, count = 0, len(found.modules)
+        for number, module in enumerate(found.modules):
+            size = shape_in(self._model, module)[0] if count > 1 else len(weight)
             if len(rows):
-                part = slice(start, start + size)
+                part = slice(number, None, count) if found.alternating else slice(start, start + size)
                 mine = None if bias is None else bias.detach()[part]
                 self.calls.setdefault(module, _Call(weight.detach()[part], mine, rows))
             start += size
+
+
+def shape_in(model: LayeredModel, module: str) -> tuple[int, int]:
+    """[out, in] of a linear map, whichever way a dense checkpoint stores it."""
+    shape = model.source.modules[module].shape
+    assert shape is not None, module
+    return (shape[1], shape[0]) if model.is_turned(module) else (shape[0], shape[1])
 
 
 @torch.inference_mode()
@@ -213,10 +212,7 @@ def _offset(norm: nn.Module, width: int, device: torch.device) -> float | None:
 
 def _channels(model: LayeredModel, producer: str, consumer: str) -> Tensor | None:
     """For every column of `consumer` the row of `producer` that it reads; query heads share those of a value head."""
-    out, width = model.source.modules[producer].shape, model.source.modules[consumer].shape
-    assert out is not None, producer
-    assert width is not None, consumer
-    rows, columns = out[0], width[1]
+    rows, columns = shape_in(model, producer)[0], shape_in(model, consumer)[1]
     if rows == columns:
         return torch.arange(columns)
     config = model.model.config
