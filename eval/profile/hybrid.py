@@ -9,26 +9,31 @@ gain of knowing better is
 (expected value of perfect information: Raiffa and Schlaifer, "Applied Statistical Decision Theory", 1961). The
 candidates of the most valuable decisions are swapped in exactly, round by round, until the time is spent; the rest of
 the sketch is scaled by what the exact swaps of its candidate turned out to be.
+
+A sketch does not see tokens that a rounding error sends to other experts. The base candidate is run as a whole once,
+and the share of tokens whose experts change in a layer counts as noise of the estimates of that layer's experts.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from scipy.special import ndtr
 
+from eval.diff import DiffOptions, DiffReport, compare
 from eval.profile.exact import ExactProfiler, ProfileJob
 from eval.profile.sketch import SketchOptions, profile_sketch
-from recompile.costs import Measurement, Profile, load_profile, open_journal
+from recompile.costs import Measurement, Profile, ProfileGroup, is_expert, layer_index, load_profile, open_journal
 from recompile.optimize.choose import Budget, make_problem
 from recompile.optimize.frontier import lagrangian_path
 
 FIRST_ROUND = 8  # swaps, from which the time of one is learnt
 MISFIT = 0.1  # relative scatter of a sketch without noise around the exact swap, on real models
+ROUTED_ROWS = 16  # that are run to see where routing moves
 PRIOR_SWAPS = 4  # a candidate's scale counts as known after about so many exact swaps
 
 
@@ -39,6 +44,17 @@ class HybridOptions:
     budget: Budget
     minutes: float = 10.0  # for the exact swaps
     least_gain_nats: float = 1e-6  # decisions that promise less are not checked
+
+
+@dataclass(frozen=True)
+class RoutingMoved:
+    """Of a mixture of experts: the share of tokens that go to other experts when all is taken from the base candidate.
+
+    by_layer: layer -> share; rows: of how many rows
+    """
+
+    by_layer: Mapping[int, float]
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,10 @@ def profile_hybrid(
     assert sketched is not None, "a sketch ends with its profile"
     job = replace(job, ids=job.ids[: sketched.header.rows])
     noise = math.sqrt(2 / (sketch_options.samples * len(job.ids)) + MISFIT**2)
+    moved = routing_moved(job, sketched)
+    if moved is not None:
+        yield moved
+    noises = noise_by_group(sketched.header.groups, noise, moved)
     model = job.model()
     header = replace(sketched.header, method="exact", settings={})
     began = time.monotonic()
@@ -88,7 +108,7 @@ def profile_hybrid(
         per_swap: float | None = None
         while True:
             merged = merge(sketched, exact.profile.measurements)
-            wanted, gain = worth_checking(merged, hybrid.budget, noise, set(exact.profile.measurements))
+            wanted, gain = worth_checking(merged, hybrid.budget, noises, set(exact.profile.measurements))
             yield HybridRound(len(exact.profile.measurements), gain, time.monotonic() - began)
             left = 60 * hybrid.minutes - (time.monotonic() - began)
             most = FIRST_ROUND if per_swap is None else min(4 * FIRST_ROUND, int(left / per_swap))
@@ -122,12 +142,42 @@ def merge(sketched: Profile, exact: Mapping[tuple[str, str], Measurement]) -> Pr
     return replace(sketched, measurements=measurements)
 
 
+def routing_moved(job: ProfileJob, sketched: Profile) -> RoutingMoved | None:
+    """How far routing moves on the first rows of a job; None for a model without groups of experts.
+
+    Runs the reference and the base candidate as wholes. Raises NotFiniteError.
+    """
+    if not any(_holds_experts(group) for group in sketched.header.groups):
+        return None
+    rows = min(ROUTED_ROWS, len(job.ids))
+    options = DiffOptions(dtype=job.options.dtype, device=str(job.options.device))
+    *_, report = compare(job.by_label[sketched.header.base], job.reference, job.ids[:rows], options)
+    assert isinstance(report, DiffReport), "a comparison ends with its report"
+    shares = {layer_index(f"{layer.name}."): 1 - layer.same_experts.mean for layer in report.routing}
+    return RoutingMoved({layer: share for layer, share in shares.items() if layer is not None}, rows)
+
+
+def noise_by_group(groups: Sequence[ProfileGroup], noise: float, moved: RoutingMoved | None) -> dict[str, float]:
+    """Relative standard errors of the estimates: of experts that tokens leave, about the share of those in addition."""
+    by_layer = moved.by_layer if moved is not None else {}
+    return {
+        group.name: math.hypot(noise, by_layer.get(group.layer, 0.0))
+        if _holds_experts(group) and group.layer is not None
+        else noise
+        for group in groups
+    }
+
+
+def _holds_experts(group: ProfileGroup) -> bool:
+    return any(is_expert(module) for module in group.modules)
+
+
 def worth_checking(
-    profile: Profile, budget: Budget, noise: float, known: set[tuple[str, str]]
+    profile: Profile, budget: Budget, noises: Mapping[str, float], known: set[tuple[str, str]]
 ) -> tuple[list[tuple[str, str]], float]:
     """Swaps to measure, most valuable decision first, and the expected gain of the best one, nats per token.
 
-    noise: relative standard error of an estimate; known: swaps that are exact already
+    noises: relative standard error of a group's estimates; known: swaps that are exact already
     """
     problem = make_problem(profile)
     path = lagrangian_path(problem)
@@ -142,7 +192,9 @@ def worth_checking(
         gains = []
         for value, source, cost in others:
             variance = sum(
-                (noise * abs(c)) ** 2 for s, c in ((first, first_cost), (source, cost)) if (group.name, s) not in known
+                (noises[group.name] * abs(c)) ** 2
+                for s, c in ((first, first_cost), (source, cost))
+                if (group.name, s) not in known
             )
             gains.append((expected_gain(value - best, math.sqrt(variance)), source))
         gain, runner_up = max(gains)

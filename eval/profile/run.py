@@ -14,7 +14,7 @@ from eval.diff import DiffOptions
 from eval.mixes.evaluator import TOGETHER
 from eval.profile.adaptive_rows import FILLING_SAMPLES, RowLimits, RowsDone, profile_more_rows
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, Started, profile_exact
-from eval.profile.hybrid import HybridOptions, HybridRound, profile_hybrid
+from eval.profile.hybrid import HybridOptions, HybridRound, RoutingMoved, profile_hybrid
 from eval.profile.sketch import SketchOptions, SketchProgress, SketchStarted, SweepDone, profile_sketch
 from eval.profile.whole_mixes import corrected, keep_corrected, measure_factors
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -231,6 +231,13 @@ def _tell(event: object, out: Path) -> Iterator[Progress | Note]:
     elif isinstance(event, SweepDone):
         seconds = format_seconds(event.seconds)
         yield Note(f"sweep {event.sweeps} took {seconds}; most expensive: {_most_expensive(event.profile)}", "")
+    elif isinstance(event, RoutingMoved) and event.by_layer:
+        layer, share = max(event.by_layer.items(), key=lambda found: found[1])
+        yield Note(
+            f"up to {100 * share:.1f} % of the tokens go to other experts (layer {layer}); what a sketch says of "
+            f"experts counts as that much less certain, layer by layer",
+            "",
+        )
     elif isinstance(event, HybridRound):
         yield Note(
             f"{event.swaps} swaps run after {format_seconds(event.seconds)}; the next decision is worth "
