@@ -140,6 +140,7 @@ class Architecture:
     steps:       other changes, by tensor in GGUF
     fused:       what Hugging Face has in one tensor and GGUF does not
     runnable:    whether a config.json can be made of its keys; else such a file can be merged and quantized, not run
+    cuts_vocabulary: whether rows of the embedding beyond the tokenizer's tokens are left out of the file
     """
 
     name: str
@@ -153,6 +154,7 @@ class Architecture:
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     fused: tuple[Fused, ...] = ()
     runnable: bool = True
+    cuts_vocabulary: bool = False
 
 
 def _kv_b() -> Fused:
@@ -259,7 +261,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("gemma", ("gemma",), _ATTENTION | _PRE_NORM | _MLP, norm_offset=1.0),
         Architecture("gemma2", ("gemma2",), _ATTENTION | _SANDWICH_NORMS | _MLP, norm_offset=1.0),
         Architecture(
-            "gemma3", ("gemma3_text", "gemma3"), _ATTENTION | _QK_NORMS | _SANDWICH_NORMS | _MLP, norm_offset=1.0
+            "gemma3",
+            ("gemma3_text", "gemma3"),
+            _ATTENTION | _QK_NORMS | _SANDWICH_NORMS | _MLP,
+            norm_offset=1.0,
+            cuts_vocabulary=True,
         ),
         Architecture(
             "gemma4",

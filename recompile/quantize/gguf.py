@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ F32_LEAVES = (
     "time_mix_decay_w2",
     "time_mix_lerp_fused",
 )
+VOCABULARY = ("token_embd.weight", "output.weight")  # with a row for every token
+MOST_PADDING = 256  # rows of them beyond the last token; Gemma 3 has 64
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # of the config, in truth
 
 
@@ -411,16 +413,13 @@ def plan_variants(
                 f"{base.label}: a GGUF file holds its tokenizer, which cannot be made from tokenizer.json here: give a "
                 f"GGUF file of the same model with {{tokenizer_from}}, or convert with {{converter}}"
             )
-        records = model_records(architecture, _stored_config(base), base.path.resolve().name)
+        rows = _rows_of_vocabulary(architecture, base, tokenizer_from)
+        config = {**_stored_config(base), "vocab_size": rows}
+        records = model_records(architecture, config, base.path.resolve().name)
         records |= tokenizer_records(tokenizer_from)
-        tokens = len(tokenizer_from.value("tokenizer.ggml.tokens"))
-        vocab = text_config_of(base.config).get("vocab_size")
-        if tokens != vocab:
-            raise MismatchError(
-                f"{tokenizer_from.label}: has {tokens} tokens, {base.label} has a vocabulary of {vocab}; give a GGUF "
-                f"file of the same model"
-            )
     tensors = base_tensors(base)
+    if not isinstance(base, GgufCheckpoint):
+        tensors = [replace(t, ne=(t.ne[0], rows)) if t.name in VOCABULARY else t for t in tensors]
     extra = _extra_tensors(base)
     tied = not any(tensor.name == "output.weight" for tensor in tensors)
     layers = layers_of(base, tensors)
@@ -454,6 +453,22 @@ def plan_variants(
             raise OutputError(f"{variant.path}: exists; remove it or choose another {{out}}")
     left = tuple(left_out(base))
     return VariantPlan(base.whole, tuple(tensors), tuple(variants), importance, extra, layers, left)
+
+
+def _rows_of_vocabulary(architecture: Architecture, base: Checkpoint, tokenizer_from: GgufFile) -> int:
+    """How many rows the embedding and the head have in the file: one a token.
+
+    Raises MismatchError for another vocabulary than the base's, but for rows beyond the last token where conversion
+    leaves them out."""
+    tokens = len(tokenizer_from.value("tokenizer.ggml.tokens"))
+    vocab = text_config_of(base.config).get("vocab_size")
+    padding = vocab - tokens if isinstance(vocab, int) and architecture.cuts_vocabulary else 0
+    if tokens != vocab and not 0 < padding <= MOST_PADDING:
+        raise MismatchError(
+            f"{tokenizer_from.label}: has {tokens} tokens, {base.label} has a vocabulary of {vocab}; give a GGUF "
+            f"file of the same model"
+        )
+    return tokens
 
 
 def _stored_config(base: Checkpoint) -> Mapping[str, Any]:
@@ -684,7 +699,8 @@ def _rows_of(base: Checkpoint, tensor: BaseTensor) -> Iterator[tuple[str, Tensor
     heads, modules = heads_in(text_config_of(base.config)), iter(tensor.modules)
     for source in tensor.sources:
         for piece in place_pieces(base.load(source), tensor.place, heads):
-            yield next(modules)[0], piece.float().reshape(-1, tensor.ne[0])
+            whole = piece.float().reshape(-1, tensor.ne[0])
+            yield next(modules)[0], whole[: tensor.ne[1]] if tensor.name in VOCABULARY else whole
 
 
 def _stored_rows(info: TensorInfo, columns: int) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recompile.checkpoint.checkpoint import GgufCheckpoint, open_checkpoint
-from recompile.errors import FormatError, UnsupportedError
+from recompile.errors import FormatError, MismatchError, UnsupportedError
 from recompile.gguf.architectures import ARCHITECTURES
 from recompile.gguf.container import GgufFile, encode_key, open_gguf, write_gguf
 from recompile.gguf.keys import model_records
@@ -148,6 +148,29 @@ def test_a_tensor_without_a_name_is_named(tmp_path: Path) -> None:
         FormatError, match=r"1 tensors have no name in GGUF's granite, first model\.layers\.0\.self_attn\.extra"
     ):
         ours(tmp_path, entry)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_rows_beyond_the_tokens_are_left_out_where_the_converter_leaves_them_out(kind: str, tmp_path: Path) -> None:
+    base = open_checkpoint(gguf_tiny.write_tiny(tmp_path / "base", golden()["gemma3"]))
+    tokens = gguf_tiny.VOCAB - 4
+    write_gguf(tmp_path / "t.gguf", [encode_key("tokenizer.ggml.tokens", ["x"] * tokens)], [])
+    for _ in build_variants(plan_variants(base, tmp_path, [kind], tokenizer_from=open_gguf(tmp_path / "t.gguf"))):
+        pass
+    file = open_gguf(tmp_path / f"base-{kind}.gguf")
+    assert file.tensors["token_embd.weight"].ne == (64, tokens)
+    assert file.value("gemma3.vocab_size") == tokens
+    made = open_checkpoint(file.path)
+    assert transformers_config(made.config).vocab_size == tokens
+    have, want = (checkpoint.load("model.embed_tokens.weight").float() for checkpoint in (made, base))
+    assert torch.allclose(have, want[:tokens], atol=0 if kind == "F32" else 0.01)
+
+
+def test_fewer_tokens_than_rows_are_another_model_elsewhere(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "t.gguf", [encode_key("tokenizer.ggml.tokens", ["x"] * (gguf_tiny.VOCAB - 4))], [])
+    base = open_checkpoint(gguf_tiny.write_tiny(tmp_path / "base", golden()["gemma2"]))
+    with pytest.raises(MismatchError, match=r"has 44 tokens, .* has a vocabulary of 48"):
+        plan_variants(base, tmp_path, ["F32"], tokenizer_from=open_gguf(tmp_path / "t.gguf"))
 
 
 def test_towers_and_drafts_are_left_out_and_told(tmp_path: Path) -> None:
