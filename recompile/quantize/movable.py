@@ -6,14 +6,16 @@ A weight is a code times its scales, W = code * s (less a zero point that is sca
 
 whatever the format, whatever else multiplies them (Hadamard transforms of EXL3 included). A format is one row of
 `SCALES`: the part that moves, and the function that adds up (d loss / d W) * W over the weights of each of its numbers.
-Norms and biases move by themselves, in steps of their own size. What moves is held in float32 and used as it will be
-stored: rounded to its stored dtype.
+What is added to every weight of a group (MLX's biases, `ADDED`) gets the sum of d loss / d W. Norms and biases move by
+themselves, in steps of their own size. What moves is held in float32 and used as it will be stored: rounded to its
+stored dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,17 +33,22 @@ Reduce = Callable[[Tensor], Tensor]  # [out, in], (d loss / d W) * W -> the grad
 
 @dataclass
 class Movable:
-    """One stored tensor. Its value is start * exp(delta) for scales, start + unit * delta for norms and biases.
+    """One stored tensor. Its value is start * exp(delta) for scales, start + unit * delta for norms, biases and what is
+    added to the weights of a group.
 
     start, delta: float32, the tensor's shape;  dtype: the stored one
-    reduce: for scales, None for norms and biases;  unit: the root mean square of `start`, 1 where that is 0
+    reduce: for parts of a weight [out, in]: weight and gradient of it -> d loss / d log of every scale, or d loss / d
+            every number that is added; None for norms and biases
+    unit: the root mean square of `start`, 1 where that is 0; of what is added, that of the scales beside it
+    added: whether it is added to weights, and moves in steps of `unit`
     """
 
     tensor: str
     start: Tensor
     dtype: torch.dtype
-    reduce: Reduce | None
+    reduce: Callable[[Tensor, Tensor], Tensor] | None
     unit: float = 1.0
+    added: bool = False
     delta: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +57,7 @@ class Movable:
     @property
     def stored(self) -> Tensor:
         """As it will be stored; a number keeps its start where it moved beyond what the dtype holds."""
-        scaled = self.reduce is not None
+        scaled = self.reduce is not None and not self.added
         moved = self.start * self.delta.exp() if scaled else self.start + self.unit * self.delta
         rounded = moved.to(self.dtype)
         lost = ~rounded.float().isfinite() | ((rounded.float() == 0) & (self.start != 0) & scaled)
@@ -61,7 +68,8 @@ class Movable:
         if self.reduce is None:
             return gradient.float() * self.unit
         assert weight is not None, "scales are asked for with their weight"
-        return self.reduce(gradient.float() * weight.float()).reshape(self.start.shape)
+        found = self.reduce(weight.float(), gradient.float()).reshape(self.start.shape)
+        return found * self.unit if self.added else found
 
 
 class MovedBuild:
@@ -114,17 +122,23 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
         )
     found: dict[str, Movable] = {}
 
-    def add(tensor: str, reduce: Reduce | None) -> None:
+    def add(tensor: str, reduce: Callable[[Tensor, Tensor], Tensor] | None, added: bool = False) -> Movable:
         value = build.read(tensor, device)
         start = value.float()
         size = float(start.square().mean().sqrt())
-        found[tensor] = Movable(tensor, start, value.dtype, reduce, size if size > 0 else 1.0)
+        found[tensor] = Movable(tensor, start, value.dtype, reduce, size if size > 0 else 1.0, added)
+        return found[tensor]
 
     for module in build.modules.values():
         if module.is_quantized and role_of(module.name) != "embedding":
-            row = SCALES[module.format]
-            for part, reduce in row(build, module).items():
-                add(module.parts[part].name, reduce)
+            for part, reduce in SCALES[module.format](build, module).items():
+                add(module.parts[part].name, partial(_of_product, reduce))
+            added = ADDED.get(module.format)
+            if added is not None and added.part in module.parts:  # w = code * scale + what is added
+                grid = added.grid(build, module)
+                moving = add(module.parts[added.part].name, partial(_of_gradient, grid), added=True)
+                scales = add(module.parts[added.scale].name, partial(_less_added, grid, moving))
+                moving.unit = scales.unit
         for part, info in module.parts.items():
             is_vector = len(info.shape) == 1 and info.dtype in FLOAT_DTYPES
             if is_vector and (part == "bias" or (not module.is_quantized and part == "weight")):
@@ -144,6 +158,26 @@ def _packed(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
         if bool((index >= 0).all()):
             return {"weight_scale": lambda product: _scatter(product, index, module.parts["weight_scale"].shape[1])}
     return {"weight_scale": lambda product: over_grid(product, ScaleGrid(1, scheme.group_size))}
+
+
+def _mlx(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
+    """Affine scales and biases move together, see ADDED. mxfp4 and mxfp8 scales are powers of two, those of nvfp4 are
+    stored as 8-bit codes."""
+    return {}
+
+
+def _of_product(reduce: Reduce, weight: Tensor, gradient: Tensor) -> Tensor:
+    return reduce(weight * gradient)
+
+
+def _of_gradient(grid: ScaleGrid, weight: Tensor, gradient: Tensor) -> Tensor:
+    return over_grid(gradient, grid)
+
+
+def _less_added(grid: ScaleGrid, added: Movable, weight: Tensor, gradient: Tensor) -> Tensor:
+    """d loss / d log scale of w = code * scale + added: the sum of gradient * (w - added)."""
+    now = added.stored.float().to(gradient.device)
+    return over_grid(weight * gradient, grid) - over_grid(gradient, grid) * now
 
 
 def _scatter(product: Tensor, index: Tensor, groups: int) -> Tensor:
@@ -221,6 +255,21 @@ SCALES: Mapping[str, Callable[[Checkpoint, StoredModule], Mapping[str, Reduce]]]
     "awq": _transposed,
     "exl2": _exl2,
     "exl3": _exl3,
+    "mlx": _mlx,
+}
+
+
+@dataclass(frozen=True)
+class Added:
+    """A format's part that is added to the weights of a group, beside the scale that its codes are multiplied by."""
+
+    part: str
+    scale: str
+    grid: Callable[[Checkpoint, StoredModule], ScaleGrid]
+
+
+ADDED: Mapping[str, Added] = {
+    "mlx": Added("biases", "scales", lambda build, module: ScaleGrid(1, build.scheme(module).group_size)),
 }
 
 

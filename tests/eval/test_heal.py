@@ -18,7 +18,9 @@ from recompile.cli.model_heal import main as model_heal
 from recompile.cli.recompile import main as recompile_command
 from recompile.errors import OutputError, RecompileError, UnsupportedError
 from recompile.formats.gptq import GptqScheme
+from recompile.formats.mlx_config import MlxScheme
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
+from recompile.quantize.mlx_encoder import MlxEncoder
 from recompile.quantize.movable import SCALES, Movable, find_movables
 from recompile.quantize.pipeline import Encoder, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
@@ -34,6 +36,8 @@ def encoder_of(kind: str) -> Encoder:
 
     if kind == "exl2":
         return Exl2Encoder((2.5,), 4)
+    if kind == "mlx3":
+        return MlxEncoder((MlxScheme(3, 32),), {}, method="rtn")
     if kind.startswith("int"):
         return IntEncoder((int(kind[3]),), 32, "asym" not in kind, "rtn", head_bits=4 if "head" in kind else None)
     return SchemeEncoder((uniform(parse_scheme(kind), "rtn"),))
@@ -107,6 +111,7 @@ KINDS = [
     "awq",
     "exl2",
     "exl3",
+    "mlx3",
 ]
 
 
@@ -129,6 +134,8 @@ def test_a_scale_s_gradient_is_what_doubling_it_does(kind: str, tmp_path: Path) 
             if moving is None or moving.reduce is None:
                 continue
             found = moving.gradient(weight, gradient).flatten()
+            if moving.added:  # of a step of `unit`
+                found = found / moving.unit * moving.start.flatten()
             for place in torch.randperm(found.numel(), generator=generator)[:6].tolist():
                 doubled = parts[part].clone()
                 flat = doubled.view(-1)
@@ -193,7 +200,7 @@ def test_gradients_are_those_of_finite_differences(
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["int3", "int3-asym", "nvfp4", "exl2", "mix"])
+@pytest.mark.parametrize("kind", ["int3", "int3-asym", "nvfp4", "exl2", "mlx3", "mix"])
 def test_what_is_written_is_what_was_measured(kind: str, tmp_path: Path) -> None:
     if kind == "mix":
         made = tiny.variants("llama", (2, 4))
@@ -204,7 +211,7 @@ def test_what_is_written_is_what_was_measured(kind: str, tmp_path: Path) -> None
         build = make_build(kind, tmp_path / "v")
     out, base = tmp_path / "out", open_checkpoint(tiny.base("llama"))
     rows = make_rows()
-    options = replace(OPTIONS, learning_rate=0.003) if kind == "nvfp4" else OPTIONS
+    options = replace(OPTIONS, learning_rate=0.003) if kind in ("nvfp4", "mlx3") else OPTIONS
     *_, report = heal(build, base, out, rows, options)
     assert isinstance(report, HealReport)
     assert report.kept
