@@ -2,6 +2,7 @@
 
     python scripts/make_models_page.py                   # every type, in a process of its own; writes docs/models.md
     python scripts/make_models_page.py --only llama phi3 # those types again; the rest stay as they were
+    python scripts/make_models_page.py --missing         # the types that were not tried yet, after an interruption
     python scripts/make_models_page.py --print           # the page from what was tried before, to stdout
 
 A tiny model of the type is made from its default configuration (scripts/tiny_configs.py) and taken the whole way by
@@ -96,7 +97,11 @@ def _plain_logits(directory: Path, ids: Path) -> Any:
 
     kind = AutoConfig.from_pretrained(directory).model_type
     auto = AutoModelForImageTextToText if kind in IMAGE_TEXT else AutoModelForCausalLM
-    model = auto.from_pretrained(directory, dtype=torch.float32).eval()
+    model, told = auto.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    if told["missing_keys"]:
+        lost = sorted(told["missing_keys"])
+        raise ValueError(f"transformers misses {len(lost)} weights in what it wrote, first {lost[0]}")
+    model.eval()
     for parameter in model.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
@@ -303,12 +308,13 @@ def try_all(types: Iterable[str], workers: int) -> Iterator[tuple[str, dict[str,
 def page(results: Mapping[str, Any]) -> str:
     """The Markdown of what was tried."""
     rows: Mapping[str, Mapping[str, str]] = results["types"]
-    made = {name: row for name, row in rows.items() if not row.get("class", "not made").startswith("not made")}
+    waiting = [name for name, row in rows.items() if not row]
+    made = {name: row for name, row in rows.items() if row and not row["class"].startswith("not made")}
     notes: list[str] = []
     lines = [
         "# Which models work",
         "",
-        f"Every causal and image-text model type of transformers {results['transformers']} ({len(rows)}), each tried",
+        f"Every causal and image-text model type of transformers {results['transformers']} ({len(rows)}), tried",
         f"on {results['date']} with a tiny model made of its default configuration, every stored tensor random.",
         "Made by `scripts/make_models_page.py`; do not edit.",
         "",
@@ -333,8 +339,10 @@ def page(results: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {row['class']} | " + " | ".join(cells) + " |")
     lines += ["", "## What the refusals say", ""]
     lines += [f"{number}. {_escaped(note)}" for number, note in enumerate(notes, 1)]
-    rest = {name: row.get("class", "") for name, row in rows.items() if name not in made}
-    lines += ["", "## Types of which no tiny model could be made automatically", ""]
+    if waiting:
+        lines += ["", f"## Not tried yet ({len(waiting)})", "", ", ".join(waiting)]
+    rest = {name: row["class"] for name, row in rows.items() if row and name not in made}
+    lines += ["", "## Types of which no tiny model that reads text alone could be made automatically", ""]
     lines += [f"- {name}: {_escaped(said.removeprefix('not made: '))}" for name, said in rest.items()]
     return "\n".join(lines) + "\n"
 
@@ -346,6 +354,7 @@ def _escaped(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="try these types; the others stay as they were")
+    parser.add_argument("--missing", action="store_true", help="try the types that were not tried before")
     parser.add_argument("--workers", type=int, default=2, help="types at a time")
     parser.add_argument("--print", action="store_true", help="the page from what was tried before, to stdout")
     options = parser.parse_args()
@@ -357,6 +366,7 @@ def main() -> None:
 
     types = listed_types()
     rows = {name: before["types"].get(name, {}) for name in types}
+    chosen = [name for name in types if not rows[name]] if options.missing else options.only or types
     began = time.monotonic()
     results = {
         "command": "python scripts/make_models_page.py",
@@ -364,12 +374,11 @@ def main() -> None:
         "transformers": transformers.__version__,
         "types": rows,
     }
-    for number, (name, row) in enumerate(try_all(options.only or types, options.workers), 1):
+    for number, (name, row) in enumerate(try_all(chosen, options.workers), 1):
         rows[name] = row
         bad = {step: said for step, said in row.items() if said not in ("yes", "-") and step != "class"}
         print(f"{number} {time.monotonic() - began:.0f} s {name}: {row.get('class')} {bad or ''}", flush=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(results))
 
 

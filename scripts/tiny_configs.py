@@ -42,7 +42,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     ),
     (r".*(num|n)_(local_|routed_)?experts|moe_num_experts|.*num_experts|zero_expert_num", 4),
     (r".*(num|n)_(.*_)?heads|n_head|.*attention_heads|num_v_heads|num_head|heads", 4),
-    (r".*(num|n)_(.*_)?layers?|n_layer|depth|.*_layers_num|num_blocks|num_layers", LAYERS),
+    (r".*(num|n)_(.*_)?layers?|n_layer|depth|.*_layers_num|num_blocks|num_layers|layers", LAYERS),
     (r"qk_rope_head_dim|rotary_dim|rope_dim|rope_head_dim", 8),
     (
         r"(.*_)?head_dim.*|.*_head_size|v_head_dim|qk_nope_head_dim|attention_key_size|d_kv|head_size|d_head|.*key_head_dim"

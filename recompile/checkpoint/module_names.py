@@ -18,6 +18,7 @@ from recompile.io.files import read_json
 
 HEAD_NAMES = ("lm_head", "output", "embed_out")
 EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "token_embd")
+NUMBERS = re.compile(r"(?<=\.)(\d+)(?=\.)")  # of layers and experts
 _WHOLE_NAMES = {"head": "head", "embed": "embedding"}  # DeepSeek's own; within a tower such a name means something else
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # asked only where transformers does not know the architecture
 
@@ -27,7 +28,7 @@ def role_of(module: str) -> str:
     if module in _WHOLE_NAMES:
         return _WHOLE_NAMES[module]
     leaf = module.rpartition(".")[2]
-    if leaf in HEAD_NAMES:
+    if leaf in HEAD_NAMES and not NUMBERS.search(module):  # BERT's layers have an `attention.output`
         return "head"
     return "embedding" if leaf in EMBEDDING_NAMES else "layer"
 
@@ -76,7 +77,6 @@ def by_name(
 
 ROLES_NAME = "recompile_roles.json"
 _VERSION = 1
-NUMBERS = re.compile(r"(?<=\.)(\d+)(?=\.)")  # of layers and experts
 
 
 def template_of(name: str, numbers: list[str]) -> str | None:

@@ -243,7 +243,8 @@ def test_a_variant_keeps_the_roles(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "role"),
     [("lm_head", "head"), ("head", "head"), ("embed", "embedding"), ("model.language_model.lm_head", "head"),
-     ("vision_tower.head", "layer"), ("model.layers.0.mlp.head", "layer"), ("model.audio.embed", "layer")],
+     ("vision_tower.head", "layer"), ("model.layers.0.mlp.head", "layer"), ("model.audio.embed", "layer"),
+     ("vision_model.encoder.layer.0.attention.output", "layer"), ("output", "head")],
 )  # fmt: skip
 def test_head_and_embedding_by_name(name: str, role: str) -> None:
     """`head` and `embed` alone are DeepSeek-V4's own; inside something they are another thing."""
