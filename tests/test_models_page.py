@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tests.conftest import load_script
 
 
@@ -49,3 +51,14 @@ def test_types_come_from_transformers() -> None:
     found = load_script("make_models_page").listed_types()
     assert {"llama", "gemma3", "glm4_moe"} <= set(found)
     assert found == sorted(found)
+
+
+def test_the_page_is_what_was_tried() -> None:
+    script = load_script("make_models_page")
+    results = json.loads(script.RESULTS.read_text())
+    assert script.PAGE.read_text() == script.page(results)
+    assert set(script.listed_types()) <= results["types"].keys()
+    bad = ("TRACEBACK", "WRONG", "DIED", "unforeseen", "check found", "verify found")
+    cells = [(name, step, said) for name, row in results["types"].items() for step, said in row.items()]
+    assert [cell for cell in cells if any(word in cell[2] for word in bad)] == []
+    assert len(cells) > 7 * 100
