@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.cli.model_optimize import main as model_optimize
+from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.recompile import main as recompile
 from recompile.errors import FormatError
 from recompile.formats import mlx
 from recompile.formats.mlx_config import EXPERTS, MlxScheme, rotary_fields
 from recompile.formats.packed_int import IntScheme
-from recompile.merge.check import check_checkpoint
+from recompile.merge.check import check_checkpoint, check_engine
 from recompile.model.stream import LayeredModel
 from recompile.quantize.affine_grids import fit_affine
 from recompile.quantize.gptq import factor_hessian, quantize_gptq
@@ -228,6 +230,21 @@ def test_a_mix_straight_from_the_base_is_the_merge_of_variants(made: Path, tmp_p
     entries = config(tmp_path / "mix")["quantization"]
     assert entries["model.embed_tokens"] == {"group_size": 32, "bits": 8, "mode": "mxfp8"}
     assert entries["lm_head"] == {"group_size": 32, "bits": 3, "mode": "affine"}
+
+
+def test_a_mix_of_a_size_comes_out_of_a_profile(made: Path, tmp_path: Path) -> None:
+    variants, profile, recipe = made / "made", tmp_path / "profile.jsonl", tmp_path / "mix.yaml"
+    rows = ("--input-ids", made / "ids.safetensors", "--quiet")
+    others = [variants / name for name in ("2bpw", "6bpw", "mxfp4")]
+    run(model_profile, "-mb", tiny.base("llama-2"), "-i", variants / "3bpw", "-s", *others, "-o", profile,
+        "--mode", "sketch", "--embedding", "--head", *rows)  # fmt: skip
+    run(model_optimize, profile, "--size", "60KiB", "-o", recipe, "--solver", "exact", "--no-check", "--quiet")
+    run(recompile, "-i", variants / "3bpw", "-o", tmp_path / "mix", "-or", recipe, "--engine", "mlx", "--quiet")
+    mix = open_checkpoint(tmp_path / "mix")
+    assert 57 * 1024 < mix.size_bytes <= 60 * 1024
+    assert len({(scheme["bits"], scheme["mode"]) for scheme in config(tmp_path / "mix")["quantization"].values()
+                if isinstance(scheme, dict)}) > 1  # fmt: skip
+    assert check_engine(tmp_path / "mix", "mlx") == []
 
 
 def test_a_tied_embedding_is_stored_once_and_kept_on_request(made: Path, tmp_path: Path) -> None:
