@@ -16,6 +16,7 @@ from eval.report.data import Measured, ReportData
 from recompile.costs import ProfileGroup
 from recompile.errors import OutputError, RecompileError
 from recompile.io.files import write_with
+from recompile.io.report import PICTURE_METADATA
 from recompile.optimize.choose import make_problem, predict
 from recompile.optimize.frontier import lagrangian_path
 from recompile.optimize.greedy import solve_greedy
@@ -24,7 +25,7 @@ from recompile.optimize.greedy import solve_greedy
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072b2", "#d55e00", "#009e73", "#6b7280", "#d1266a"
 LINES = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("-", "--", ":", "-.", (0, (6, 2)), "-", "--")
-KINDS = ("png", "svg")
+KINDS = tuple(PICTURE_METADATA)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ def write_pictures(data: ReportData, directory: Path, kind: str) -> list[Path]:
                 FigureCanvasAgg(figure)
                 picture.draw(figure, data)
                 path = directory / f"{picture.name}.{kind}"
-                metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                write_with(path, partial(figure.savefig, format=kind, dpi=130, metadata=metadata))
+                write_with(path, partial(figure.savefig, format=kind, dpi=130, metadata=PICTURE_METADATA[kind]))
                 written.append(path)
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written: {error.strerror or error}") from error

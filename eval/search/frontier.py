@@ -24,7 +24,7 @@ from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, OutputError
 from recompile.events import Note, OnEvent, ignore
 from recompile.io.files import write_text, write_with
-from recompile.io.report import to_json
+from recompile.io.report import PICTURE_METADATA, to_json
 from recompile.optimize.choose import profile_sha256
 from recompile.optimize.pareto import Frontier, parse_grid, solve_frontier
 from recompile.optimize.solvers import BY_COSTS
@@ -100,6 +100,13 @@ class FrontierReport:
             "reachable_bpw": list(self.reachable_bpw),
             "rows": list(self.rows),
         }
+
+
+def frontier_files(folder: Path, grid: str) -> list[Path]:
+    """Every file that `write_frontier` may write. Raises RecompileError for what is no grid."""
+    recipes = [f"{bpw:g}bpw.yaml" for bpw in parse_grid(grid)]
+    pictures = [f"frontier.{kind}" for kind in PICTURE_METADATA]
+    return [folder / name for name in (*recipes, "frontier.csv", "frontier.json", *pictures)]
 
 
 def write_frontier(
@@ -184,6 +191,7 @@ def draw(folder: Path, table: Sequence[FrontierRow], title: str, on_event: OnEve
     """frontier.png and frontier.svg: KL against GiB. Returns what was drawn; nothing, with a Note, where matplotlib is
     not installed."""
     try:
+        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -216,10 +224,10 @@ def draw(folder: Path, table: Sequence[FrontierRow], title: str, on_event: OnEve
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     drawn = []
-    for ending in ("png", "svg"):
+    for ending, metadata in PICTURE_METADATA.items():
         path = folder / f"frontier.{ending}"
-        metadata = {"Date": None} if ending == "svg" else None  # no date in the file: equal tables give equal bytes
-        write_with(path, partial(figure.savefig, metadata=metadata))
+        with matplotlib.rc_context({"svg.hashsalt": "recompile"}):  # or its ids are drawn by chance
+            write_with(path, partial(figure.savefig, metadata=metadata))
         drawn.append(path)
     return drawn
 

@@ -19,9 +19,7 @@ SOLVERS_HELP = spell("; ".join(f"{solver.name}: {solver.says}" for solver in SOL
 ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
 
 
-@many_values_command(
-    "model_optimize", outputs={"--json": "json_path", "-o": "out"}, inputs=("profile", "start", "text")
-)
+@many_values_command("model_optimize", outputs={"--json": "json_path"}, inputs=("profile", "start", "text"))
 @click.argument("profile", metavar="PROFILE", type=click.Path(path_type=Path))
 @click.option(
     "-b",
@@ -139,9 +137,9 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     grid = options.pop("grid")
     with Screen(quiet) as screen:
         if grid is None:
-            if options["out"] is None:
-                options["out"] = Path("overrides.yaml")
-                refuse_outputs({"-o": options["out"]}, [options[name] for name in ("profile", "start", "text")])
+            options["out"] = options["out"] if options["out"] is not None else Path("overrides.yaml")
+            inputs = [options[name] for name in ("profile", "start", "text")]
+            refuse_outputs({"-o": options["out"], "--json": json_path}, inputs)
             found = api.optimize(**options, on_event=screen)
             show(found.as_dict(), json_path, lambda: describe_recipe(found))
             return
@@ -150,5 +148,9 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
         for name in ("steps", "minutes", "max_memory", "guard"):
             options.pop(name)
         solver = options.pop("solver") or "exact"
+        from eval.search.frontier import frontier_files
+
+        for path in frontier_files(options["out"] or Path("frontier"), grid):
+            refuse_outputs({"-o": path, "--json": json_path}, [options["profile"], options["text"]])
         table = api.frontier(grid=grid, solver=solver, **options, on_event=screen)
     show(table.as_dict(), json_path, lambda: describe_frontier(table))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from recompile.cli.common import refuse_outputs
 from recompile.cli.options import many_values_command
 from recompile.errors import RecompileError
 from recompile.io.files import write_text
@@ -57,6 +58,13 @@ def main(
     data = gather(profile_path, reports, variants, recipes, title, bits)
     for note in data.notes:
         click.echo(f"Warning: {note}", err=True)
+    for kind, directory in (("png", png), ("svg", svg)):
+        if directory is not None:
+            from eval.report.pictures import pictures
+
+            for picture in pictures(data):
+                path = directory / f"{picture.name}.{kind}"
+                refuse_outputs({f"--{kind}": path}, [profile_path, *reports, *variants, *recipes])
     if out is not None:
         from eval.report.page import render
 

@@ -42,6 +42,7 @@ _KINDS = (
 )
 _MADE_BY = re.compile(
     rb"made_by\W{1,8}(recompile|model_)|recompile-(profile|refine|mix)|recompile_rows|content=.recompile"
+    rb"|^name,recipe,budget_bpw,bpw,total_bytes"  # frontier.csv, which has no place for a mark
 )
 _MARK_BYTES = 64 * 1024  # looked at, at either end of a file
 

@@ -15,6 +15,13 @@ from recompile.arguments import respell
 from recompile.io.files import write_text
 from recompile.io.printable import printable
 
+# kind of picture -> what matplotlib writes into the file: that this tool made it, so that it may be replaced; no date,
+# so that the same data gives the same bytes
+PICTURE_METADATA: Mapping[str, dict[str, str | None]] = {
+    "png": {"Software": None, "made_by": "recompile"},
+    "svg": {"Date": None, "Description": "made_by: recompile"},
+}
+
 
 def to_plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
     """A report as JSON values: dataclasses by their fields, paths as text, what is not finite as null.

@@ -486,6 +486,21 @@ def test_a_frontier_is_a_folder_of_recipes_with_tables_and_plots(profile: Path) 
     assert json.loads((folder / "frontier.json").read_text())["rows"][0]["name"] == rows[0]["name"]
 
 
+@pytest.mark.parametrize("name", ["3bpw.yaml", "frontier.csv", "frontier.json", "frontier.png", "frontier.svg"])
+def test_a_frontier_replaces_its_own_files_alone(name: str, profile: Path) -> None:
+    folder, words = profile.with_name("own"), [profile, "--frontier", "3:3.5:0.5", "-o", profile.with_name("own")]
+    assert run(*words).exit_code == 0
+    made = (folder / name).read_bytes()
+    assert run(*words).exit_code == 0  # again: all files are known as this tool's
+    assert (folder / name).read_bytes() == made
+    (folder / name).write_bytes(b"of the user")
+    result = run(*words)
+    assert (result.exit_code, f"{folder / name}: exists, and this tool did not make it" in result.output) == (1, True)
+    assert (folder / name).read_bytes() == b"of the user"
+    assert run(*words, "--force").exit_code == 0
+    assert (folder / name).read_bytes() == made
+
+
 def test_a_frontier_takes_no_other_budget(profile: Path) -> None:
     result = run(profile, "--frontier", "3:4:0.5", "-b", "3", "-o", profile.with_name("f"))
     assert result.exit_code == 1
