@@ -60,12 +60,13 @@ def _sizes(report: MergeReport) -> str:
 
 
 def _written(report: MergeReport) -> str:
-    plan, seconds = report.plan, report.seconds or 0.0
-    rate = plan.data_bytes / max(seconds, 1e-9)
-    out = shlex.quote(str(plan.out))
-    lines = [
-        f"Wrote {plan.out}: {format_bytes(plan.data_bytes)} in {format_seconds(seconds)} ({format_bytes(rate)}/s)",
-    ]
+    plan, seconds = report.plan, report.seconds
+    out, size = shlex.quote(str(plan.out)), format_bytes(plan.data_bytes)
+    if seconds is None:
+        lines = [f"{plan.out}: {size}, written by an earlier run"]
+    else:
+        rate = plan.data_bytes / max(seconds, 1e-9)
+        lines = [f"Wrote {plan.out}: {size} in {format_seconds(seconds)} ({format_bytes(rate)}/s)"]
     if report.verified is not None:
         lines.append(describe_verified(report.verified))
     lines.append(f"Next: model_diff -ma {out} -mb ORIGINAL    (ORIGINAL: the model before quantization)")

@@ -14,11 +14,12 @@ from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_che
 from recompile.errors import ArgumentError, CheckpointError, RecipeError, UnsupportedError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.merge.explain import reached_aside
+from recompile.merge.finished import is_finished
 from recompile.merge.overlay import Accounting, Overlay, account, build_overlay, quantizable
 from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.type_recipes import as_recipe, load_type_recipe, looks_like_type_recipe, open_type_sources
 from recompile.merge.write_gguf import GgufPlan, check_gguf_output, execute_gguf, is_gguf_mix, plan_gguf, verify_gguf
-from recompile.merge.write_plan import DEFAULT_SHARD_MB, WritePlan
+from recompile.merge.write_plan import DEFAULT_SHARD_MB, MANIFEST_NAME, WritePlan
 from recompile.merge.write_safetensors import check_output, execute
 from recompile.recipe.recipe import Recipe
 
@@ -119,20 +120,16 @@ def run_merge(base_dir: str, out: Path | None, options: MergeOptions, on_event: 
     for warning in warnings:
         on_event(Note(warning, "Warning"))
     before = account(overlay.base.modules.values(), quantizable(overlay.checkpoints))
-    if out is not None and isinstance(plan, WritePlan):
+    finished = options.verify and not options.dry_run and is_finished(plan)
+    if out is not None and isinstance(plan, WritePlan) and not finished:
         check_output(overlay, out, plan.needed_bytes)
     if options.dry_run:
         return MergeReport(overlay, plan, out, before, tuple(warnings))
     assert out is not None, "asked for above"
     lowest = _probe(overlay) if options.probe else None
-    began = time.monotonic()
-    doing = "decoding" if options.dense else "copying"
-    on_event(Progress(doing, 0, plan.data_bytes, "bytes"))
-    with closing(execute_gguf(plan) if isinstance(plan, GgufPlan) else execute(plan)) as steps:
-        for step in steps:
-            on_event(step)
-            on_event(Progress(doing, step.done_bytes, plan.data_bytes, "bytes", step.module))
-    seconds = time.monotonic() - began
+    if finished:
+        on_event(Note(f"{out}: was written by an earlier run of this merge; verifying it"))
+    seconds = None if finished else _write(plan, options.dense, on_event)
     verified = _verified(plan, out, on_event) if options.verify else None
     report = MergeReport(overlay, plan, out, before, tuple(warnings), lowest, seconds, verified)
     if verified is not None and (found := errors_of(verified.problems)):
@@ -140,13 +137,26 @@ def run_merge(base_dir: str, out: Path | None, options: MergeOptions, on_event: 
     return report
 
 
+def _write(plan: Plan, dense: bool, on_event: OnEvent) -> float:
+    """Carry out a plan; the seconds that it took."""
+    began = time.monotonic()
+    doing = "decoding" if dense else "copying"
+    on_event(Progress(doing, 0, plan.data_bytes, "bytes"))
+    with closing(execute_gguf(plan) if isinstance(plan, GgufPlan) else execute(plan)) as steps:
+        for step in steps:
+            on_event(step)
+            on_event(Progress(doing, step.done_bytes, plan.data_bytes, "bytes", step.module))
+    return time.monotonic() - began
+
+
 def _plan(overlay: Overlay, base_dir: str, out: Path | None, options: MergeOptions) -> Plan:
     """What would be written. Raises UnsupportedError, OutputError for an output that is refused."""
     if is_gguf_mix(overlay) and not options.dense:
         plan = plan_gguf(overlay, out or Path("mix.gguf"), options.shard_size)
-        check_gguf_output(plan)
+        if not (options.verify and not options.dry_run and is_finished(plan)):
+            check_gguf_output(plan)
         return plan
-    if out is not None:
+    if out is not None and not (options.verify and (out / MANIFEST_NAME).is_file()):  # else after it is planned
         check_output(overlay, out)
     size = DEFAULT_SHARD_MB if options.shard_size is None else options.shard_size
     target = out or Path(f"{base_dir}-mix")

@@ -66,6 +66,24 @@ def test_writes_and_verifies(models: Path, flags: tuple[str, str, str, str]) -> 
     assert "Wrote out: " in result.stdout
 
 
+def test_a_merge_that_was_killed_while_verifying_goes_on_with_that(models: Path) -> None:
+    words = ("-i", "3bpw", "-o", "out", "-or", "mix.yaml", "-ss", 4096)
+    assert run(*words).exit_code == 0
+    made = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    assert "exists and is not empty" in run(*words).output  # without --verify there is nothing to go on with
+    result = run(*words, "--verify")
+    assert result.exit_code == 0, result.output
+    assert "out: was written by an earlier run of this merge; verifying it" in result.output
+    assert "Verified 30 modules against the manifest, 30 of them against their sources: all equal" in result.output
+    assert {path: path.stat().st_mtime_ns for path in Path("out").iterdir()} == made
+    for words_of_another in (words[:4], (*words, "--dense"), ("-i", "4bpw", *words[2:])):
+        refused = run(*words_of_another, "--verify")
+        assert (refused.exit_code, "exists and is not empty" in refused.output) == (1, True), refused.output
+    config = Path("out") / "config.json"
+    config.write_text(config.read_text().replace("1", "2", 1))
+    assert "exists and is not empty" in run(*words, "--verify").output
+
+
 def test_without_a_recipe_it_copies(models: Path) -> None:
     assert run("-i", "3bpw", "-o", "out").exit_code == 0
     assert open_checkpoint("out").fingerprint == open_checkpoint("3bpw").fingerprint
