@@ -77,7 +77,8 @@ def profile_hybrid(
 
     sketching: the events of another sketch into the same journal, of method "hybrid" and over the first of the rows,
     in place of `profile_sketch` over all of them (`eval.more_rows`). Exact swaps are journaled in `<path>.exact.jsonl`
-    and are not run again. Raises as both profilers do, and BudgetError for a budget outside the reachable range.
+    and are not run again; where time does not end it, a run that was killed ends with the bytes of one that was not.
+    Raises as both profilers do, and BudgetError for a budget outside the reachable range.
     """
     sketched: Profile | None = None
     if sketching is None:
@@ -106,19 +107,33 @@ def profile_hybrid(
     ):
         profiler = ExactProfiler(job, model, model, header, job.plan(model, header))
         per_swap: float | None = None
+        # What the rounds so far measured. A run that goes on takes the rounds of the one before it: swaps that are in
+        # the journal already are known when the round comes that chose them, not before.
+        kept = exact.profile.measurements
+        is_finished = bool(kept) and all(sketched.measurements.get(swap) == found for swap, found in kept.items())
+        known: dict[tuple[str, str], Measurement] = dict(kept) if is_finished else {}
         while True:
-            merged = merge(sketched, exact.profile.measurements)
-            wanted, gain = worth_checking(merged, hybrid.budget, noises, set(exact.profile.measurements))
-            yield HybridRound(len(exact.profile.measurements), gain, time.monotonic() - began)
+            merged = merge(sketched, known)
+            wanted, gain = worth_checking(merged, hybrid.budget, noises, set(known))
+            yield HybridRound(len(known), gain, time.monotonic() - began)
             left = 60 * hybrid.minutes - (time.monotonic() - began)
-            most = FIRST_ROUND if per_swap is None else min(4 * FIRST_ROUND, int(left / per_swap))
+            most = 4 * FIRST_ROUND if known else FIRST_ROUND
+            most = most if per_swap is None else min(most, int(left / per_swap))
             if not wanted or gain < hybrid.least_gain_nats or left <= 0 or most < 1:
                 break
-            started, chosen = time.monotonic(), wanted[:most]
-            for measured in profiler.run(exact, set(chosen)):
-                yield replace(measured, total=len(exact.profile.measurements) + len(wanted))
-            per_swap = (time.monotonic() - started) / len(chosen)
-        journal.append(merged.measurements.values())
+            chosen = wanted[:most]
+            missing = [swap for swap in chosen if swap not in exact.profile.measurements]
+            while missing:
+                started, now = time.monotonic(), missing[: FIRST_ROUND if per_swap is None else len(missing)]
+                for measured in profiler.run(exact, set(now)):
+                    yield replace(measured, total=len(exact.profile.measurements) + len(wanted))
+                per_swap = (time.monotonic() - started) / len(now)
+                left = 60 * hybrid.minutes - (time.monotonic() - began)
+                missing = missing[len(now) :][: max(0, int(left / per_swap))]
+            known |= {swap: found for swap in chosen if (found := exact.profile.measurements.get(swap)) is not None}
+        merged = merge(sketched, exact.profile.measurements)
+        if merged.measurements != journal.profile.measurements:  # else it was finished before
+            journal.append(merged.measurements.values())
         yield journal.profile
 
 

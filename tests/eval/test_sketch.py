@@ -13,6 +13,7 @@ from torch import Tensor
 from eval.passes.adjoint import AdjointPass, LayerBackward, SwapProducts, plan_pass
 from eval.passes.fisher import FisherCotangents, draw_labels
 from eval.profile.exact import ProfileJob, ProfileOptions, make_groups
+from eval.profile.hybrid import FIRST_ROUND
 from eval.profile.sketch import (
     Sketch,
     SketchOptions,
@@ -362,3 +363,33 @@ def test_hybrid_runs_the_swaps_that_decide_and_keeps_their_exact_cost(tmp_path: 
         assert profile.measurements[swap] == found
     assert load_profile(tmp_path / "hybrid.jsonl").measurements == profile.measurements
     assert profile.is_complete
+
+
+def test_a_hybrid_that_was_stopped_takes_the_same_rounds_again(tmp_path: Path) -> None:
+    """Stopped in any round, and run again when it was finished, it leaves the bytes of a run that was not."""
+    from eval.profile.exact import Measured
+    from eval.profile.hybrid import HybridOptions, profile_hybrid
+    from recompile.optimize.choose import Budget
+
+    base, candidates = checkpoints("llama")
+    given = [(int(label), candidate) for label, candidate in candidates.items()]
+    hybrid = HybridOptions(Budget(bpw=3.5), minutes=60, least_gain_nats=1e-4)
+
+    def run(name: str, stop_after: int | None = None) -> bytes:
+        job = ProfileJob(base, 4, given, tiny.rows(2, 8), tmp_path / name, ProfileOptions(level="tensor"))
+        events = profile_hybrid(job, SketchOptions(4), hybrid)
+        swaps = 0
+        for event in events:
+            swaps += isinstance(event, Measured)
+            if swaps == stop_after:
+                events.close()  # type: ignore[attr-defined]
+                break
+        return job.path.read_bytes()
+
+    whole = run("whole.jsonl")
+    swaps = len(load_profile(tmp_path / "whole.jsonl.exact.jsonl").measurements)
+    assert swaps > FIRST_ROUND
+    for stop in (1, 5, FIRST_ROUND, FIRST_ROUND + 3, swaps):
+        run(f"{stop}.jsonl", stop)
+        assert run(f"{stop}.jsonl") == whole, stop
+    assert run("whole.jsonl") == whole
