@@ -314,7 +314,8 @@ def profile_sketch(
         assert control is not None, "made with the profile"
         estimates = [control, *profile.measurements.values()]
         kept = (journal.profile.control, journal.profile.measurements) == (control, profile.measurements)
-        if not kept and not (wanted.is_corrected and journal.held(estimates)):
+        has_later_lines = wanted.is_corrected or wanted.mode == "hybrid"
+        if not kept and not (has_later_lines and journal.held(estimates)):
             journal.append(estimates)
         yield profile
 

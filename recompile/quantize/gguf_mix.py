@@ -52,7 +52,7 @@ def read_mix(
     bits: the type or preset of what no line names, at most one"""
     if len(bits) > 1:
         raise FormatError("{recipe}: {bits} gives the type of what no line names, so one type")
-    check_out(out)
+    check_out(out, f"{path} names types of GGUF, and a mix of them is one file")
     unnamed = bits[0] if bits else None
     tensors = base_tensors(base)
     warnings: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ def types_got(kinds: Mapping[str, str], tensors: Sequence[BaseTensor]) -> dict[s
     return {t.name: "F32" if t.plain else resolve(kinds[t.name], t.ne[0]).name for t in tensors}
 
 
-def check_out(out: Path) -> None:
-    """Raises RecipeError where the name given for a mix is no GGUF file's."""
+def check_out(out: Path, why: str = "a GGUF mix is one file") -> None:
+    """Raises RecipeError where the name given for a mix is no GGUF file's. why: it has to be one, for the message"""
     if out.suffix != ".gguf":
-        raise RecipeError(f"{{out}} {out}: a GGUF mix is one file; give it a name that ends in .gguf")
+        raise RecipeError(f"{{out}} {out}: {why}; give it a name that ends in .gguf")

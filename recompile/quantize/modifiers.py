@@ -95,7 +95,7 @@ def load_modifiers(path: Path) -> tuple[SchemeVariant, list[str]]:
     scalings = tuple(rule for rule in found if isinstance(rule, ScalingRule))
     if not rules:
         raise RecipeError(f"{path}: no modifier has a scheme, so nothing would be quantized")
-    return SchemeVariant(str(content.get("name") or path.stem), rules, scalings), notes
+    return SchemeVariant(str(content.get("name") or path.stem), rules, scalings, str(path)), notes
 
 
 def _own_rules(entry: Any, where: str) -> list[SchemeRule | ScalingRule]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -98,6 +98,7 @@ class SchemeVariant:
     name: str
     rules: tuple[SchemeRule, ...]
     scalings: tuple[ScalingRule, ...] = ()
+    origin: str = field(default="", compare=False)  # the file that says so, for messages
 
     def rule_of(self, module: str) -> SchemeRule | None:
         return next((rule for rule in self.rules if rule.matches(module)), None)
@@ -236,7 +237,7 @@ class SchemeEncoder:
         """Why a module stays dense in one variant."""
         rule = self.rule_of(variant, module)
         if rule is None or rule.scheme is None:
-            return "no rule of the variant takes it, kept dense"
+            return f"no rule of {self.variants[variant].origin or 'the variant'} takes it, kept dense"
         return rule.scheme.why_not(shape)
 
     def why_not(self, module: str, shape: tuple[int, int]) -> str | None:

@@ -319,7 +319,9 @@ def test_what_the_commands_refuse(tmp_path: Path) -> None:
     assert "goes with --candidates of GGUF types" in said
     (tmp_path / "r.yaml").write_text("sources: [{id: Q4_0, type: Q4_0}]\noverrides: []\nbase: {type: Q8_0}\n")
     common = ("-i", path, "-or", tmp_path / "r.yaml", "--tokenizer-from", tokenizer_file(tmp_path / "t.gguf"))
-    assert "give it a name that ends in .gguf" in refusal(model_quantize, *common, "-o", tmp_path / "mix")
+    said = refusal(model_quantize, *common, "-o", tmp_path / "mix")
+    assert f" {tmp_path / 'mix'}: {tmp_path / 'r.yaml'} names types of GGUF" in said
+    assert "give it a name that ends in .gguf" in said
     (tmp_path / "q.txt").write_text("blk\\.9\\.ffn=q4_0")
     common = ("-i", path, "-or", tmp_path / "q.txt", "--tokenizer-from", tmp_path / "t.gguf")
     assert "is found in no tensor name" in refusal(model_quantize, *common, "-o", tmp_path / "mix.gguf")

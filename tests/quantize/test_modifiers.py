@@ -234,3 +234,23 @@ def test_independent_modifiers_make_the_merge_of_their_variants(tmp_path: Path) 
     assert not torch.equal(merged[packed], one_after_another[packed])
     refused = CliRunner().invoke(model_quantize, ["-i", str(base), "-o", "x", "-b", "4", "--independent"])
     assert (refused.exit_code, "goes with --modifiers" in refused.output) == (1, True)
+
+
+def test_modifiers_that_take_nothing_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("modifiers:\n  - {method: rtn, scheme: w4a16-g64, targets: 'no.such'}\n")
+    words = [
+        "-i",
+        str(tiny.base("llama")),
+        "--modifiers",
+        str(path),
+        "-o",
+        str(tmp_path / "OUT"),
+        "-r",
+        "2",
+        "-l",
+        "16",
+    ]
+    result = CliRunner().invoke(model_quantize, words)
+    assert result.exit_code == 1
+    assert f"nothing would be quantized; model.layers.0.mlp.down_proj: no rule of {path} takes it" in result.output
