@@ -30,7 +30,7 @@ from torch import Tensor
 from eval.metrics import kl_divergence
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
-from recompile.errors import ArgumentError, OutputError, RecompileError
+from recompile.errors import ArgumentError, NotBetterError, OutputError, RecompileError
 from recompile.events import OnEvent, Progress, ignore
 from recompile.io.files import OutputDirectory, read_json, write_json, write_with
 from recompile.io.journal import LineJournal
@@ -206,7 +206,7 @@ def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: in
 def heal_build(
     build: Path, base: Path, out: Path, where: RowOptions, options: HealOptions, on_event: OnEvent = ignore
 ) -> HealReport:
-    """`heal` for directories. Tells `on_event` a Progress and the events of `heal`; raises RecompileError where healing
+    """`heal` for directories. Tells `on_event` a Progress and the events of `heal`; raises NotBetterError where healing
     did not lower the KL of the accept rows with confidence, so that nothing was written."""
     from recompile.merge.overlay import check_same_model
 
@@ -226,7 +226,7 @@ def heal_build(
         elif event.kept:
             return event
         else:
-            raise RecompileError(
+            raise NotBetterError(
                 f"{build}: healing did not lower the KL of the accept rows with confidence "
                 f"({event.accept.gain:+.5f} ± {event.accept.std_error:.5f} nats); nothing was written"
             )

@@ -143,9 +143,10 @@ def run_diffs(
 
     Holds the hidden states of all candidates. Raises ArgumentError for what one candidate alone can have.
     """
-    for given, name in ((request.save_logits_a is not None, "save_logits_a"), (request.activations, "activations")):
-        if given:
-            raise ArgumentError(f"{{{name}}}: goes with one candidate; {len(candidates)} are given")
+    if request.save_logits_a is not None:
+        raise ArgumentError(f"{{save_logits_a}}: goes with one candidate; {len(candidates)} are given")
+    if request.activations:
+        raise ArgumentError(f"{{activations}}: goes with one candidate; {len(candidates)} are given")
     _check_divergence(request)
     base = open_checkpoint(reference)
     overlays = [_overlay_of(open_checkpoint(model), recipe, base, request, on_event) for model, recipe in candidates]

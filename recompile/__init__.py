@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 API = (
     "auto",
+    "auto_plan",
     "check",
     "diff",
     "diff_many",
@@ -44,7 +45,7 @@ def __getattr__(name: str) -> Any:
 
 def load_verb(name: str) -> Any:
     """A function of the API by its name."""
-    return getattr(import_module("recompile.auto" if name == "auto" else "recompile.api"), name)
+    return getattr(import_module("recompile.auto" if name in ("auto", "auto_plan") else "recompile.api"), name)
 
 
 def __dir__() -> list[str]:

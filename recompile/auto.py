@@ -1,11 +1,13 @@
 """From a base model to the best mix of a size, in stages that an interrupted run goes on after: `recompile.auto`.
 
 A sketch of candidates made on the fly, the recipe, one calibrated pass straight to the mix (or a merge of variants),
-and a comparison with the nearest uniform build on rows of the role "report". OUT.work/ holds what each stage left.
+healing where that is asked for, and a comparison with the nearest uniform build on rows of the role "report". OUT.work/
+holds what each stage left.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import time
@@ -18,9 +20,11 @@ from recompile import api
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Candidate, Profile, load_profile
-from recompile.errors import ArgumentError, JournalError, OutputError
-from recompile.events import Note, OnEvent, ignore
+from recompile.errors import ArgumentError, JournalError, NotBetterError, OutputError
+from recompile.events import Note, OnEvent, Said, ignore
+from recompile.gguf.container import is_gguf
 from recompile.io.files import locked, read_json, write_json
+from recompile.planning import AutoPlan, Target, make_plan, target_of
 
 make_callable(__name__)
 STATE = "auto.json"
@@ -74,8 +78,15 @@ class AutoOptions:
     dataset: str | None
     max_memory: int | str | None
     verify: bool
+    engine: str | None
+    rounding: str | None
+    heal: float | None  # minutes
     device: str
     dtype: str | None
+
+    @property
+    def target(self) -> Target | None:
+        return target_of(self.engine) if self.engine is not None else None
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -100,6 +111,13 @@ class AutoOptions:
         if self.format != "compressed-tensors" and self.variants:
             raise ArgumentError("{variants} are in a format of their own; leave {format} out")
         check_rounding(self.format, self.group_size, self.asym)
+        target = self.target
+        if target is not None and self.variants:
+            raise ArgumentError("{engine} says what candidates are made; with {variants} their format decides")
+        if target is not None and self.format not in ("compressed-tensors", target.format):
+            raise ArgumentError(f"{{engine}} {self.engine} reads {target.format}, not {{format}} {self.format}")
+        if self.rounding is not None and self.variants:
+            raise ArgumentError("{rounding}: variants are rounded already; leave it out, or give {candidates}")
 
 
 def auto(
@@ -126,6 +144,9 @@ def auto(
     dataset: str | None = None,
     max_memory: int | str | None = None,
     verify: bool = True,
+    engine: str | None = None,
+    rounding: str | None = None,
+    heal: float | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -137,34 +158,50 @@ def auto(
 
     bits, total_bpw, size: the one budget, as in `optimize`; candidates: made on the fly, as in `profile`; variants:
     merge these directories instead, the first is the one that recipes start from
+    engine: "llama.cpp", "exllamav2", "exllamav3", "vllm" or "transformers": format and candidates where they are not
+    given, and rules that the choice keeps; rounding: as in `quantize`; heal: minutes of healing of the finished mix
     verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
     """
-    options = AutoOptions(
-        bits=bits,
-        total_bpw=total_bpw,
-        size=size,
-        candidates=tuple(str(candidate) for candidate in candidates),
-        format=format,
-        tokenizer_from=api.as_path(tokenizer_from),
-        variants=tuple(Path(variant) for variant in variants),
-        group_size=group_size,
-        asym=asym,
-        level=level,
-        samples=samples,
-        solver=solver,
-        minutes=minutes,
-        rows=rows,
-        length=length,
-        calibration_rows=calibration_rows,
-        text=api.as_path(text),
-        dataset=dataset,
-        max_memory=max_memory,
-        verify=verify,
-        device=device,
-        dtype=dtype,
+    given = {name: value for name, value in locals().items() if name not in ("base", "out", "on_event")}
+    return run_auto(Path(base), Path(out), auto_options(**given), on_event or ignore)
+
+
+def auto_plan(base: api.PathLike, out: api.PathLike, **options: Any) -> AutoPlan:
+    """What `auto` with the same arguments would do, about how long that takes, and what is missing for it.
+
+        print(recompile.auto_plan("base", "mix", size="4GiB", engine="vllm"))
+
+    Reads headers and times one matrix product. Raises ArgumentError as `auto` does.
+    """
+    made = auto_options(**options)
+    made.check()
+    return _Auto(Path(base), Path(out), made, ignore).plan()
+
+
+def _signature_of_auto() -> inspect.Signature:
+    """The arguments of `auto` but on_event, for a plan."""
+    known = inspect.signature(auto).parameters.values()
+    return inspect.Signature(
+        [parameter for parameter in known if parameter.name != "on_event"], return_annotation="AutoPlan"
     )
-    return run_auto(Path(base), Path(out), options, on_event or ignore)
+
+
+auto_plan.__signature__ = _signature_of_auto()  # type: ignore[attr-defined]
+
+
+def auto_options(**given: Any) -> AutoOptions:
+    """The arguments of `auto`, its defaults filled in. Raises TypeError for one that it does not have."""
+    known = inspect.signature(auto).parameters
+    names = [name for name in known if name not in ("base", "out", "on_event")]
+    if unknown := [name for name in given if name not in names]:
+        raise TypeError(f"auto() has no argument {unknown[0]!r}")
+    values = {name: given.get(name, known[name].default) for name in names}
+    values["candidates"] = tuple(str(candidate) for candidate in values["candidates"])
+    values["variants"] = tuple(Path(variant) for variant in values["variants"])
+    for name in ("tokenizer_from", "text"):
+        values[name] = api.as_path(values[name])
+    return AutoOptions(**values)
 
 
 def run_auto(base: Path, out: Path, options: AutoOptions, on_event: OnEvent = ignore) -> AutoReport:
@@ -177,8 +214,13 @@ class _Auto:
     def __init__(self, base: Path, out: Path, options: AutoOptions, on_event: OnEvent) -> None:
         self.base, self.out, self.options, self.on_event = open_checkpoint(base), out, options, on_event
         self.base_dir = str(base)
-        self.offered = list(options.candidates) or [DEFAULT_CANDIDATES]
-        self.is_exl = options.format != "compressed-tensors"
+        self.target = options.target
+        by_target = list(self.target.candidates) if self.target is not None else [DEFAULT_CANDIDATES]
+        self.offered = list(options.candidates) or by_target
+        self.format = options.format
+        if self.target is not None and self.target.format != "gguf":
+            self.format = self.target.format
+        self.is_exl = self.format != "compressed-tensors"
         self.gguf = not options.variants and not self.is_exl and are_gguf_types(self.offered, out)
         self.work = out.with_name(f"{out.name}.work")
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
@@ -187,17 +229,52 @@ class _Auto:
         self.rounding: dict[str, Any] = (
             {} if self.gguf or self.is_exl else {"group_size": self.group_size, "asym": options.asym}
         )
+        self.heals = options.heal is not None
+        if self.heals and (self.gguf or (self.target is not None and not self.target.heals)):
+            raise ArgumentError("{heal}: GGUF builds cannot be healed yet; leave it out")
+
+    def plan(self) -> AutoPlan:
+        """See `auto_plan`."""
+        options = self.options
+        missing = []
+        if self.gguf and options.tokenizer_from is None and not options.variants and not is_gguf(self.base.path):
+            missing.append("the tokenizer keys of a GGUF file of this model: {tokenizer_from} X.gguf")
+        return make_plan(
+            self.base,
+            options.engine,
+            "gguf" if self.gguf else self.format,
+            tuple(path.name for path in options.variants) or tuple(",".join(self.offered).split(",")),
+            missing,
+            rows=options.rows,
+            length=options.length,
+            samples=options.samples,
+            calibration_rows=options.calibration_rows,
+            search_minutes=options.minutes,
+            solver=options.solver,
+            two_sided=options.rounding == "two-sided",
+            heal_minutes=options.heal,
+            builds=not options.variants,
+            verify=options.verify,
+            device=options.device,
+        )
 
     @property
     def group_size(self) -> int | str:
         return 64 if self.options.group_size is None else self.options.group_size
 
     def run(self) -> AutoReport:
+        plan = self.plan()
+        if plan.missing:
+            raise ArgumentError("; ".join(plan.missing))
         stages = Stages(self.work, self._settings(), self.out, self.on_event)
+        if not stages.seconds:
+            self.on_event(Said(str(plan)))
         with locked(self.work, self.out):  # one process at a time
             stages.run("profile", self._profile)
             stages.run("recipe", self._recipe)
             stages.run("build", self._build)
+            if self.heals:
+                stages.run("heal", self._heal)
             found = stages.run("verify", self._measure)
         builds = tuple(found.pop("builds"))
         return AutoReport(builds, **found, seconds=stages.seconds, recipe=str(self.recipe), out=str(self.out))
@@ -217,7 +294,10 @@ class _Auto:
             "solver": [options.solver, options.minutes],
             "rows": [options.rows, options.length, options.calibration_rows, str(options.text), options.dataset],
             "dtype": options.dtype,
-            **({"format": options.format} if self.is_exl else {}),
+            **({"format": self.format} if self.is_exl else {}),
+            **({"engine": options.engine} if options.engine else {}),
+            **({"rounding": options.rounding} if options.rounding else {}),
+            **({"heal": options.heal} if self.heals else {}),
             **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
         }
 
@@ -227,7 +307,7 @@ class _Auto:
         if options.variants:
             how |= {"base": str(options.variants[0]), "sources": [str(path) for path in options.variants[1:]]}
         else:
-            how |= {"candidates": self.offered, "format": options.format, **self.rounding}
+            how |= {"candidates": self.offered, "format": self.format, **self.rounding}
         if self.gguf:
             how["importance_rows"] = options.calibration_rows
         rows: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
@@ -237,15 +317,43 @@ class _Auto:
     def _recipe(self) -> object:
         options = self.options
         how: dict[str, Any] = {"solver": options.solver, "minutes": options.minutes, "rows": options.rows}
+        how["engine"] = self.target.rules if self.target is not None else None
         return api.optimize(
             self.profile, self.recipe, **options.budget, **how, length=options.length, **self.texts,
             on_event=self.on_event,
         )  # fmt: skip
 
+    @property
+    def built(self) -> Path:
+        """The mix as it is built; what is healed goes to `out`."""
+        return self.work / "built" if self.heals else self.out
+
     def _build(self) -> object:
         if self.options.variants:
-            return api.merge(str(self.options.variants[0]), self.out, recipe=self.recipe, on_event=self.on_event)
-        return self._quantize(self.out, recipe=self.recipe)
+            return api.merge(str(self.options.variants[0]), self.built, recipe=self.recipe, on_event=self.on_event)
+        return self._quantize(self.built, recipe=self.recipe)
+
+    def _heal(self) -> object:
+        options = self.options
+        if self.out.exists():  # it appears whole, so a run that was killed after that has healed
+            return {"kept": True}
+        shape: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
+        try:
+            return api.heal(
+                self.built,
+                self.base_dir,
+                self.out,
+                minutes=options.heal,
+                max_memory=options.max_memory,
+                **shape,
+                **self.texts,
+                on_event=self.on_event,
+            )
+        except NotBetterError as error:
+            self.on_event(Note(f"{error}; the mix stays as it was built"))
+            shutil.copytree(self.built, self.out.with_name(f"{self.out.name}.building"), dirs_exist_ok=True)
+            self.out.with_name(f"{self.out.name}.building").rename(self.out)
+            return {"kept": False}
 
     def _quantize(self, out: Path, **what: Any) -> object:
         from recompile.quantize.lazy_variant import importance_file
@@ -253,6 +361,8 @@ class _Auto:
         options = self.options
         shape: dict[str, Any] = {"rows": options.calibration_rows, "length": options.length, "dtype": options.dtype}
         how: dict[str, Any] = dict(self.rounding)
+        if options.rounding is not None:
+            how["rounding"] = options.rounding
         if self.gguf:  # with the importance that the candidates were made with
             how |= {"tokenizer_from": options.tokenizer_from, "imatrix": importance_file(self.profile)}
         return api.quantize(self.base_dir, out, **what, **how, **shape, **self.texts, on_event=self.on_event)
@@ -265,16 +375,19 @@ class _Auto:
         mix = open_checkpoint(self.out)
         if options.verify and not options.variants:
             baselines = [self._uniform(mix.size_bytes)]
+        if self.heals:
+            baselines.insert(0, open_checkpoint(self.built))
         rows = (options.rows, options.length, options.text, options.dataset)
         result = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
-        shutil.rmtree(self.work / "uniform", ignore_errors=True)
+        for made in ("uniform", "built"):
+            shutil.rmtree(self.work / made, ignore_errors=True)
         return result
 
     def _uniform(self, size_bytes: int) -> Checkpoint:
         """A uniform build of about the size of the mix, made the same way."""
         uniform = uniform_candidate(load_profile(self.profile), size_bytes)
         rate, scheme = uniform.label, "scheme" in (uniform.spec or {})
-        form = "gguf" if self.gguf else self.options.format
+        form = "gguf" if self.gguf else self.format
         how: dict[str, Any] = {"scheme": [rate]} if scheme else {"bits": [rate], "format": form}
         report = self._quantize(self.work / "uniform", **how)
         self.on_event(StageDone("uniform", report))

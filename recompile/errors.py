@@ -55,6 +55,10 @@ class BudgetError(RecompileError):
     """A size budget that no choice can meet; the message gives the reachable range."""
 
 
+class NotBetterError(RecompileError):
+    """Work whose result is not better than what was there, with confidence, so that nothing was written."""
+
+
 class FitError(RecompileError):
     """Measurements that do not determine the law that was to be fitted to them."""
 

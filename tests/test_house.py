@@ -32,6 +32,7 @@ ROOMS = (
     "merge",
     "quantize",
     "optimize",
+    "planning",
     "api",
     "auto",
     "cli",

@@ -336,6 +336,10 @@ class Checkpoint:
             )
         return (*experts, out_features, in_features)
 
+    def made_group(self, module: str) -> Mapping[str, Any] | None:
+        """The compressed-tensors config group of a module that is made on the fly; None for what is stored."""
+        return None
+
     @cached_property
     def quantization_config(self) -> Mapping[str, Any]:
         """`quantization_config` of config.json; without one, the file that some tools write beside it. MLX's

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, show
+from recompile.arguments import spell
+from recompile.cli.common import Screen, check_json_path, flags_of, show
 from recompile.cli.options import device_options, made_options, many_values_command, output_options
 from recompile.cli.render_auto import describe_auto, describe_stage
 
@@ -33,6 +34,21 @@ from recompile.cli.render_auto import describe_auto, describe_stage
     type=click.Path(path_type=Path),
     help="Merge these directories instead (any format): the first is the one that recipes start from.",
 )
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["llama.cpp", "exllamav2", "exllamav3", "vllm", "transformers"]),
+    help="The engine that is to load the mix: sets format and candidates, and keeps its rules.",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["one-sided", "two-sided"]),
+    help="As in model_quantize; two-sided takes longer and loses less.",
+)
+@click.option(
+    "--heal", metavar="MINUTES", type=float, help="Tune scales, norms and biases of the finished mix for so long."
+)
+@click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, how long it may take, and stop.")
 @made_options
 @click.option("--level", default="fused", show_default=True, help="What is chosen together, as in model_profile.")
 @click.option(
@@ -53,19 +69,25 @@ from recompile.cli.render_auto import describe_auto, describe_stage
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Also make and measure a uniform build.")
 @device_options
 @output_options
-def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
+@click.pass_context
+def main(ctx: click.Context, json_path: Path | None, quiet: bool, plan_only: bool, **options: Any) -> None:
     """Profile, choose, build and verify: the best mix of a size, in one command that goes on where it was stopped.
 
     \b
     Examples:
       model_auto -i base -o mix -b 3.5
+      model_auto -i base -o mix --size 14GiB --for vllm --heal 20 --plan
       model_auto -i base -o mix --size 4.2GiB --variants 3bpw 2bpw 4bpw 6bpw
       model_auto -i base -o mix -b 3.5 --format exl2 --candidates 2,2.5,3,4,5,6
       model_auto -i base -o MIX.gguf -b 4.5 --candidates Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K --tokenizer-from X.gguf
     """
     check_json_path(json_path)
-    from recompile.auto import StageDone, auto
+    from recompile.auto import StageDone, auto, auto_plan
 
+    if plan_only:
+        plan = auto_plan(**options)
+        show(plan.as_dict(), json_path, lambda: spell(plan.text, flags_of(ctx.command)))
+        return
     out = options["out"]
     with Screen(quiet) as screen:
 

@@ -26,6 +26,9 @@ def describe_stage(stage: StageDone, work: Path) -> str:
         return describe_next(report, work / "profile.jsonl")
     if stage.name == "recipe":
         return describe_recipe(report)
+    if stage.name == "heal" and not isinstance(report, dict):
+        pair = report.accept
+        return f"Healed in {report.steps} steps: KL {pair.before:.4f} to {pair.after:.4f} on rows of its own"
     if stage.name in ("build", "uniform"):
         return describe_merge(report) if isinstance(report, MergeReport) else describe_variants(report)
     return ""

@@ -105,6 +105,9 @@ def kind_of(checkpoint: Checkpoint, module: StoredModule) -> Kind | None:
     """
     if not module.is_quantized:
         return None
+    made = checkpoint.made_group(module.name)
+    if made is not None:
+        return kind_of_group(module.format, made)
     family = str(checkpoint.quantization_config.get("quant_method") or "")
     if family == compressed_tensors.QUANT_METHOD:
         group = compressed_tensors.group_for(checkpoint, module)

@@ -72,6 +72,10 @@ class Maker(Protocol):
         """What decides the values, for fingerprints."""
 
     @property
+    def group(self) -> Mapping[str, Any] | None:
+        """The config group (weights, input_activations) of compressed-tensors that describes it; None for others."""
+
+    @property
     def kept_bytes(self) -> int:
         """Memory at most that the maker keeps between weights."""
 
@@ -104,6 +108,10 @@ class IntMaker:
 
     def description(self) -> Mapping[str, Any]:
         return self.encoder.description()
+
+    @property
+    def group(self) -> Mapping[str, Any] | None:
+        return {"weights": self.encoder.schemes("layer")[0].to_config()}
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,10 @@ class SchemeMaker:
 
     def description(self) -> Mapping[str, Any]:
         return {"scheme": self.scheme.name, "weights": dict(self.scheme.weights), "method": "mse"}
+
+    @property
+    def group(self) -> Mapping[str, Any] | None:
+        return {"weights": self.scheme.weights, "input_activations": self.scheme.input_activations}
 
 
 def _of(module: str, importance: Importances | None, weight: Tensor) -> Tensor | None:
@@ -314,6 +326,10 @@ class GgufMaker:
 
     def description(self) -> Mapping[str, Any]:
         return {"format": "gguf", "type": self.preset.name, "literal": sorted(self.literal)}
+
+    @property
+    def group(self) -> None:
+        return None
 
     @property
     def kept_bytes(self) -> int:

@@ -85,6 +85,10 @@ class Exl2Maker:
     def description(self) -> Mapping[str, Any]:
         return {"format": "exl2", "bits": self.bits, "method": "rtn, rows by importance"}
 
+    @property
+    def group(self) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Exl3StandIn:
@@ -115,6 +119,10 @@ class Exl3StandIn:
 
     def description(self) -> Mapping[str, Any]:
         return {"format": "exl3", "bits": self.bits, "stand-in": _DISTORTION[self.bits]}
+
+    @property
+    def group(self) -> None:
+        return None
 
 
 def maker_for(format_name: str, bits: float, shared: SharedEncodings) -> Exl2Maker | Exl3StandIn:

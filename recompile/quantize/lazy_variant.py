@@ -229,6 +229,9 @@ class MadeVariant(Checkpoint):
             value = value.T.contiguous()
         return self.maker.round(self.base, name, value, self.importance)
 
+    def made_group(self, module: str) -> Mapping[str, Any] | None:
+        return self.maker.group if self.maker is not None and module in self.forms else None
+
     @cached_property
     def _turned(self) -> frozenset[str]:
         from recompile.model.roles import turned_modules

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import recompile
+from recompile import check
 from recompile.auto import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
+from recompile.errors import NotBetterError
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.recipe.recipe import load_recipe
 from tests import tiny
@@ -110,11 +114,11 @@ def test_it_refuses_a_directory_that_it_did_not_make(text: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ((), "give one budget: -b 3.5, --total-bpw 4 or --size 4.2GiB"),
-        (("-b", 4, "--size", "1MiB"), "give one budget: -b 3.5, --total-bpw 4 or --size 4.2GiB"),
+        ((), "give one budget: --bits 3.5, --total-bpw 4 or --size 4.2GiB"),
+        (("-b", 4, "--size", "1MiB"), "give one budget: --bits 3.5, --total-bpw 4 or --size 4.2GiB"),
         (("-b", 4, "--variants", "x"), "--variants: one variant leaves nothing to choose; give two or more"),
         (("-b", 4, "--variants", "x", "y", "--candidates", "3,4"), "--variants and --candidates exclude each other"),
-        (("-b", 4, "--format", "exl2", "-g", 32), "-g: of integers; --format exl2 has groups of its own"),
+        (("-b", 4, "--format", "exl2", "-g", 32), "--group-size: of integers; --format exl2 has groups of its own"),
     ],
 )
 def test_what_is_missing_is_said_first(more: tuple[object, ...], says: str, text: Path, tmp_path: Path) -> None:
@@ -171,3 +175,83 @@ def test_bits_and_schemes_on_offer(text: Path, tmp_path: Path) -> None:
     assert uniform["build"].endswith(f"w4a16-g{GROUP}")
     assert {module.format for module in open_checkpoint(out).modules.values()} >= {"pack-quantized", "float-quantized"}
     assert 0 < mix["kl_nats"] < uniform["kl_nats"]
+
+
+# ---- for an engine, healed, planned ----------------------------------------------------------------------------------
+
+
+def test_for_an_engine_its_candidates_and_rules(text: Path, tmp_path: Path) -> None:
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    made(base, out, text, "-b", 5.5, "--for", "vllm", "-g", GROUP, "--json", tmp_path / "r.json")
+    assert {c.label for c in load_profile(tmp_path / "mix.work" / "profile.jsonl").header.candidates} == {"4", "8"}
+    assert check(out, engine="vllm").errors == ()
+    result = auto(base, out, text, "-b", 5.5, "--for", "transformers", "-g", GROUP)
+    assert result.exit_code == 1
+    assert "engine" in result.output  # the folder was begun for another
+
+
+def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path: Path) -> None:
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.1)
+    made(*options, "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    mix, built, _ = report["builds"]
+    assert list(report["seconds"]) == ["profile", "recipe", "build", "heal", "verify"]
+    assert (Path(mix["build"]).name, Path(built["build"]).name) == ("mix", "built")
+    assert mix["total_bytes"] == built["total_bytes"]
+    assert not (tmp_path / "mix.work" / "built").exists()
+    assert made(*options).output.count("done before") == 5
+
+
+def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def heal(*_: Any, **__: Any) -> None:
+        raise NotBetterError("it is not better")
+
+    monkeypatch.setattr(recompile.api, "heal", heal)
+    out = tmp_path / "mix"
+    more = ("-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.1, "--json", tmp_path / "r.json")
+    result = made(tiny.base("llama-2"), out, text, *more)
+    assert "it is not better; the mix stays as it was built" in result.output
+    mix, built, _ = json.loads((tmp_path / "r.json").read_text())["builds"]
+    assert mix["kl_nats"] == built["kl_nats"]
+    assert open_checkpoint(out).size_bytes == mix["total_bytes"]
+
+
+def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> None:
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    result = made(base, out, text, "-b", 4, "--heal", 5, "--rounding", "two-sided", "--plan")
+    for stage in ("profile", "recipe", "build", "heal", "verify"):
+        assert re.search(rf"^  {stage} +about +\d", result.output, re.MULTILINE), result.output
+    assert "two-sided" in result.output
+    assert list(tmp_path.iterdir()) == [text]
+    file = tmp_path / "mix.gguf"
+    result = made(base, file, text, "-b", 4, "--for", "llama.cpp", "--plan", "--json", tmp_path / "plan.json")
+    assert "missing: the tokenizer keys of a GGUF file of this model: --tokenizer-from X.gguf" in result.output
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["missing"] == ["the tokenizer keys of a GGUF file of this model: tokenizer_from X.gguf"]
+    assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
+    result = auto(base, file, text, "-b", 4, "--for", "llama.cpp")
+    assert result.exit_code == 1
+    assert "--tokenizer-from X.gguf" in result.output
+    assert not (tmp_path / "mix.gguf.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--for", "exllamav3", "--format", "exl2"), "--for exllamav3 reads exl3, not --format exl2"),
+        (("--for", "vllm", "--variants", "x", "y"), "--for says what candidates are made"),
+        (("--rounding", "two-sided", "--variants", "x", "y"), "--rounding: variants are rounded already"),
+    ],
+)
+def test_engines_and_rounding_that_do_not_fit(more: tuple[object, ...], says: str, text: Path, tmp_path: Path) -> None:
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4, *more)
+    assert result.exit_code == 1
+    assert says in " ".join(result.output.split())
+
+
+def test_the_library_takes_the_arguments_that_auto_has() -> None:
+    with pytest.raises(TypeError, match="no argument 'bit'"):
+        recompile.auto_plan("base", "mix", bit=4)

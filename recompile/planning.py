@@ -1,0 +1,270 @@
+"""What `recompile.auto` is about to do: a preset for an engine, and a plan with predicted times, made from headers."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from recompile.arguments import spell
+from recompile.errors import ArgumentError
+from recompile.formats import FORMATS
+from recompile.formats.compressed_tensors import QUANT_METHOD
+from recompile.io.sizes import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from recompile.checkpoint.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is made for an engine unless it is said otherwise.
+
+    candidates: as `recompile.profile` takes them; rules: the engine whose rules the choice keeps, None where the format
+    alone decides; packages: what making it needs, each with the extra that brings it; heals: whether a finished build
+    of it can be healed
+    """
+
+    format: str
+    candidates: tuple[str, ...]
+    rules: str | None = None
+    packages: tuple[tuple[str, str], ...] = ()
+    heals: bool = True
+    wants: str = ""  # what else the user has to give
+    note: str = ""
+
+
+def _format_of(engine: str) -> str:
+    """The name of the format that only this engine loads."""
+    return next(spec.name for spec in FORMATS.values() if spec.engine == engine)
+
+
+TARGETS: Mapping[str, Target] = {
+    "llama.cpp": Target(
+        "gguf",
+        ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
+        "llama.cpp",
+        (("gguf", "gguf"), ("libgguf", "gguf")),
+        heals=False,
+        wants="tokenizer_from",
+    ),
+    "exllamav2": Target(_format_of("exllamav2"), ("2", "2.5", "3", "3.5", "4", "5", "6"), note="loads with CUDA"),
+    "exllamav3": Target(
+        _format_of("exllamav3"),
+        ("2", "3", "4", "5", "6"),
+        "exllamav3",
+        (("numba", _format_of("exllamav3")),),
+        note="loads with CUDA",
+    ),
+    "vllm": Target(QUANT_METHOD, ("4", "8"), "vllm", note="other widths have no kernel everywhere"),
+    "transformers": Target(QUANT_METHOD, ("2", "3", "4", "5", "6", "8"), "transformers"),
+}
+
+
+def target_of(engine: str) -> Target:
+    """Raises ArgumentError for an engine that is not in the table."""
+    if engine not in TARGETS:
+        raise ArgumentError(f'{{engine}} "{engine}": wanted one of {", ".join(TARGETS)}')
+    return TARGETS[engine]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage: what it does and how long it may take, in seconds on this machine, to a factor of two or so."""
+
+    name: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """Everything that is known before the first stage. missing: what has to be there first, a sentence each."""
+
+    engine: str | None
+    format: str
+    candidates: tuple[str, ...]
+    stages: tuple[PlannedStage, ...]
+    memory_bytes: int  # about; what is held at once beside the libraries
+    missing: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "missing": [spell(text, {}) for text in self.missing], "seconds": self.seconds}
+
+    def __str__(self) -> str:
+        return spell(self.text, {})
+
+    @property
+    def text(self) -> str:
+        """For people; names arguments as recompile.arguments has it."""
+        target = f" for {self.engine}" if self.engine else ""
+        lines = [f"Plan: {self.format}{target}, candidates {', '.join(self.candidates)}; about "
+                 f"{format_seconds(self.seconds)} and {format_bytes(self.memory_bytes)} of memory"]  # fmt: skip
+        width = max(len(stage.name) for stage in self.stages)
+        lines += [
+            f"  {stage.name:{width}}  about {format_seconds(stage.seconds):>8}  {stage.what}" for stage in self.stages
+        ]
+        lines += [f"  note: {self.note}"] if self.note else []
+        lines += [f"  missing: {sentence}" for sentence in self.missing]
+        return "\n".join(lines)
+
+
+def missing_packages(target: Target) -> list[str]:
+    """What making a target needs and this Python lacks, a sentence each."""
+    extras: dict[str, list[str]] = {}
+    for package, extra in target.packages:
+        if importlib.util.find_spec(package) is None:
+            extras.setdefault(extra, []).append(package)
+    return [f"{' and '.join(packages)}: pip install 'recompile[{extra}]'" for extra, packages in sorted(extras.items())]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a dense checkpoint, from headers: weights of all maps but the head, of the head, and of its widths."""
+
+    body: int
+    head: int
+    hidden: int
+    layers: int
+    cubes: int  # sum over maps of in x in x (in + out): what rounding with a Hessian costs
+
+    @staticmethod
+    def of(base: Checkpoint) -> Sizes:
+        from recompile.checkpoint.module_names import role_of
+
+        body = head = cubes = hidden = layers = 0
+        for module in base.modules.values():
+            if module.shape is None or len(module.shape) != 2:
+                continue
+            out, width = module.shape
+            if role_of(module.name) == "layer":
+                body += out * width
+                cubes += width * width * (width + out)
+                found = re.search(r"\.(\d+)\.", module.name)
+                layers = max(layers, int(found[1]) + 1 if found else 0)
+            elif out * width > head:
+                head, hidden = out * width, width
+        return Sizes(body, head, hidden, layers, cubes)
+
+
+def flops_per_second(device: str = "cpu") -> float:
+    """Multiplications and additions a second of a float32 matrix product here, the best of a few."""
+    import torch
+
+    left = torch.randn(512, 1024, device=device)
+    right = torch.randn(1024, 1024, device=device)
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        float((left @ right)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * 512 * 1024 * 1024 / best
+
+
+# Seconds of encoders that are no matrix products, a million weights on one core (scripts/bench_exl.py, bench_gguf.py).
+ENCODER_SECONDS = {"exllamav3": 20.0, "exllamav2": 0.4, "llama.cpp": 0.5}
+SLOWER_THAN_A_PRODUCT = 1.5  # what attention, norms, reading and small shapes cost on top (SmolLM2, 2 cores)
+FEEDBACK_SLOWER = 6.0  # column by column
+
+
+def encoder_seconds(sizes: Sizes, form: str, rate: float, two_sided: bool) -> float:
+    """Rounding every module once."""
+    feedback = FEEDBACK_SLOWER * 2 * sizes.cubes / rate * (8 if two_sided else 1)
+    engine = "llama.cpp" if form == "gguf" else FORMATS[form].engine if form in FORMATS else None
+    each = ENCODER_SECONDS.get(engine or "", 0.0) * sizes.body / 1e6 / (os.cpu_count() or 1)
+    return (0.0 if form == "gguf" else feedback) + each
+
+
+def forward_seconds(sizes: Sizes, tokens: int, rate: float) -> float:
+    return SLOWER_THAN_A_PRODUCT * 2 * (sizes.body + sizes.head) * tokens / rate
+
+
+def memory_bytes(sizes: Sizes, tokens: int) -> int:
+    """States of the rows twice, two layers and the head in float32."""
+    layer = sizes.body // max(1, sizes.layers)
+    return 4 * (2 * tokens * sizes.hidden + 3 * layer + 2 * sizes.head)
+
+
+DEFAULT_SEARCH_MINUTES = 10.0  # of refine, where nothing is said
+SOLVERS_AT_ONCE = ("exact", "greedy", "superadditive", "lagrangian")
+SKETCH_SHARE = 0.55  # of as many plain forward and backward passes (scripts/bench_profile.py)
+VERIFIED_MIXES = 6  # the recipe, uniform and hand-made ones
+
+
+def make_plan(
+    base: Checkpoint,
+    engine: str | None,
+    form: str,
+    candidates: tuple[str, ...],
+    missing: Sequence[str],
+    *,
+    rows: int,
+    length: int,
+    samples: int,
+    calibration_rows: int,
+    search_minutes: float | None,
+    solver: str | None,
+    two_sided: bool,
+    heal_minutes: float | None,
+    builds: bool,
+    verify: bool,
+    device: str = "cpu",
+) -> AutoPlan:
+    """Times are those of the arithmetic at the rate of one matrix product, times what the passes measured beside it."""
+    from recompile.model.devices import compute_device
+
+    sizes, rate = Sizes.of(base), flops_per_second(compute_device(device))
+
+    def forward(tokens: int) -> float:
+        return forward_seconds(sizes, tokens, rate)
+
+    tokens, calibration = rows * length, calibration_rows * length
+    search = 0.0 if solver in SOLVERS_AT_ONCE else 60 * (search_minutes or DEFAULT_SEARCH_MINUTES)
+    build = encoder_seconds(sizes, form, rate, two_sided) + 4 * forward(calibration)
+    build += 3 * forward(calibration) if two_sided else 0.0
+    build = build if builds else 0.0
+    stages = [
+        PlannedStage(
+            "profile",
+            f"a sketch, {rows} rows x {length} tokens, {samples} draws each",
+            forward(tokens) * (1 + SKETCH_SHARE * 3 * samples),
+        ),
+        PlannedStage(
+            "recipe",
+            f"{solver or 'refine'}, and {VERIFIED_MIXES} mixes measured on rows of their own",
+            search + VERIFIED_MIXES * forward(tokens),
+        ),
+        PlannedStage(
+            "build",
+            f"one pass over {calibration_rows} rows{', two-sided' if two_sided else ''}" if builds else "a merge",
+            build,
+        ),
+    ]
+    if heal_minutes is not None:
+        stages.append(PlannedStage("heal", "scales, norms and biases against the base", 60 * heal_minutes))
+    uniform = build if verify and builds else 0.0
+    what = "a uniform build, and both" if uniform else "the mix"
+    stages.append(
+        PlannedStage("verify", f"{what} against the base on rows of their own", uniform + 3 * forward(tokens))
+    )
+    target = target_of(engine) if engine is not None else None
+    found = [*missing, *(missing_packages(target) if target is not None else [])]
+    return AutoPlan(
+        engine,
+        form,
+        candidates,
+        tuple(stages),
+        memory_bytes(sizes, max(tokens, calibration)),
+        tuple(found),
+        target.note if target is not None else "",
+    )
