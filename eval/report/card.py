@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 
-from eval.report.data import ReportData
+import recompile
+from eval.report.data import Measured, ReportData
 from eval.report.pictures import shown_choice
 from recompile.io.printable import printable
 from recompile.optimize.budget import Budget
@@ -22,7 +27,8 @@ def card(data: ReportData) -> str:
     choice = shown_choice(data)
     bits = data.bits_of(choice)
     mean, error = predict(data.profile, choice)
-    rows = []
+    extra = [name for name, value in EXTRA_COLUMNS.items() if any(value(one) is not None for one in data.measured)]
+    rows: list[tuple[str, ...]] = []
     for one in sorted(data.measured, key=lambda one: (one.bpw is None, one.bpw or 0.0)):
         rows.append(
             (
@@ -30,19 +36,24 @@ def card(data: ReportData) -> str:
                 "–" if one.bpw is None else f"{one.bpw:.2f}",
                 "–" if one.total_bytes is None else _size(one.total_bytes),
                 _with_error(one.kl_nats, one.std_error),
+                _number(one.quantiles.get("median")),
                 _number(one.quantiles.get("p99")),
                 "–" if one.perplexity is None else f"{one.perplexity:.3f}",
                 "–" if one.same_top_token is None else f"{100 * one.same_top_token:.1f} %",
+                *("–" if (value := EXTRA_COLUMNS[name](one)) is None else value for name in extra),
             )
         )
     if not any(one.choice == choice for one in data.measured):
         size = (f"{data.bpw(bits):.2f}", _size(data.total_bytes(bits)))
-        rows.append(("this recipe (predicted)", *size, _with_error(mean, error), "–", "–", "–"))
-    names = ("build", "bits per weight", "size", "KL, nats/token", "99th percentile", "perplexity", "same top token")
+        empty = ["–"] * (4 + len(extra))
+        rows.append(("this recipe (predicted)", *size, _with_error(mean, error), *empty))
+    names = ["build", "bits per weight", "size", "KL, nats/token", "median", "99th percentile", "perplexity"]
+    names += ["same top token", *extra]
     lines = [f"## {_cell(data.title)}: measured against the unquantized model", ""]
     lines += [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
     lines += [f"| {' | '.join(_cell(text) for text in row)} |" for row in rows]
     measured = data.measured[0] if data.measured else None
+    lines += _paired_lines(data)
     if measured is not None:
         lines += [
             "",
@@ -64,9 +75,54 @@ def card(data: ReportData) -> str:
     more = len(text) - RECIPE_LINES
     text = [printable(line) for line in text]
     shown = text if more <= 0 else [*text[:RECIPE_LINES], f"# ... {more} more lines"]
-    base = shlex.quote(printable(header.candidate(header.base).model_dir))
-    lines += [f"{fence}yaml", *shown, fence, "", f"{fence}", f"recompile -i {base} -o OUT -or overrides.yaml", fence]
+    if header.candidate(header.base).spec is None:
+        source = shlex.quote(printable(header.candidate(header.base).model_dir))
+        command = f"recompile -i {source} -o OUT -or overrides.yaml"
+    else:
+        source = shlex.quote(printable(header.reference))
+        command = f"model_quantize -i {source} -o OUT -or overrides.yaml"
+    lines += [f"{fence}yaml", *shown, fence, "", f"{fence}", command, fence]
+    lines += ["", f"Recipe sha256: `{recipe_sha256(data, choice)}`. recompile {recompile.__version__}."]
     return "\n".join([*lines, "", f"<!-- made_by: model_report {_cell(data.profile_name)} -->"]) + "\n"
+
+
+# Columns that only some reports have, each with what stands in it.
+EXTRA_COLUMNS: Mapping[str, Callable[[Measured], str | None]] = {
+    "RMS Δp": lambda one: None if one.delta_p_rms is None else f"{100 * one.delta_p_rms:.2f} %",
+    "flips where sure": lambda one: None if one.sure_flips is None else f"{100 * one.sure_flips:.2f} %",
+    "greedy runs part": lambda one: (
+        None if one.divergence_median is None else f"after {one.divergence_median:g} tokens"
+    ),
+}
+
+
+def _paired_lines(data: ReportData) -> list[str]:
+    """Every build's KL less that of the first mix, over the rows that both ran on; nothing without a mix."""
+    mix = next((one for one in data.measured if one.choice is not None and one.uniform is None), None)
+    lines = []
+    for one in data.measured:
+        if mix is None or one is mix or one.rows_sha256 != mix.rows_sha256 or len(one.kl_rows) != len(mix.kl_rows):
+            continue
+        if len(mix.kl_rows) > 1:
+            mean, low, high = paired_interval(mix.kl_rows, one.kl_rows)
+            pair = f"{_cell(mix.name)} less {_cell(one.name)}"
+            lines.append(f"- {pair}: {mean:+.4f} nats per token, 95 % {low:+.4f} to {high:+.4f}")
+    return ["", "Paired over the same rows:", "", *lines] if lines else []
+
+
+def paired_interval(left: Sequence[float], right: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of left - right over rows, and its 95 % interval (Student's t); two rows or more."""
+    from scipy.stats import t as student
+
+    differences = [a - b for a, b in zip(left, right, strict=True)]
+    mean = statistics.fmean(differences)
+    half = float(student.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def recipe_sha256(data: ReportData, choice: dict[str, str]) -> str:
+    """Of the override file's text, as `recipe_text` gives it."""
+    return hashlib.sha256(recipe_text(data, choice).encode()).hexdigest()
 
 
 def recipe_text(data: ReportData, choice: dict[str, str]) -> str:

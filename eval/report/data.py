@@ -49,6 +49,10 @@ class Measured:
     rows_sha256: str
     perplexity: float | None
     same_top_token: float | None  # share of tokens
+    delta_p_rms: float | None  # root mean square change of the probability of the text's tokens
+    sure_flips: float | None  # share of tokens with another top token, of those the reference was sure of
+    divergence_median: float | None  # tokens of greedy runs before the first other one; None: not measured
+    kl_rows: tuple[float, ...]  # row means
     quantiles: Mapping[str, float | None]
     histogram: Mapping[str, Any] | None
     confidence: tuple[Mapping[str, Any], ...]
@@ -136,11 +140,11 @@ def gather(
     notes: list[str] = []
     measured = []
     for path in reports:
-        found = read_report(path, profile, builds)
-        if found is None:
-            notes.append(f"{path.name}: a recipe without a measured KL (model_optimize --check measures it)")
-        else:
-            measured.append(found)
+        for found in read_reports(path, profile, builds):
+            if found is None:
+                notes.append(f"{path.name}: a recipe without a measured KL (model_optimize --check measures it)")
+            else:
+                measured.append(found)
     if len({one.rows_sha256 for one in measured}) > 1:
         notes.append("The measured builds did not all run on the same rows: compare their KL with care.")
     presets = tuple(_preset(load_recipe(path), path.name, profile) for path in recipes)
@@ -184,12 +188,23 @@ def _build(path: Path) -> Build:
 # ---- JSON reports --------------------------------------------------------------------------------------------------
 
 
+def read_reports(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> list[Measured | None]:
+    """What a file of `--json` measured: one build, or as many as `model_diff` compared in one run."""
+    content = read_json(path, error=RecompileError)
+    if isinstance(content, dict) and isinstance(content.get("candidates"), list):
+        return [_read(one, path, profile, builds) for one in content["candidates"]]
+    return [_read(content, path, profile, builds)]
+
+
 def read_report(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> Measured | None:
     """A report of `model_diff --json` or `model_optimize --check --json`; None for a recipe that was not measured.
 
     Raises RecompileError for any other file.
     """
-    content = read_json(path, error=RecompileError)
+    return _read(read_json(path, error=RecompileError), path, profile, builds)
+
+
+def _read(content: Any, path: Path, profile: Profile, builds: Sequence[Build]) -> Measured | None:
     if not isinstance(content, dict):
         raise RecompileError(f"{path}: is not a report of model_diff --json or model_optimize --json")
     try:
@@ -273,6 +288,10 @@ def _measured(
         rows_sha256=str(report["rows_sha256"]),
         perplexity=report["score_candidate"]["perplexity"],
         same_top_token=agree[0]["mean"] if agree else None,
+        delta_p_rms=_inner(report, "delta_p", "rms", "mean"),
+        sure_flips=_inner(report, "sure_flips", "share", "mean"),
+        divergence_median=_inner(report, "divergence", "median"),
+        kl_rows=tuple(float(value) for value in report.get("kl_rows") or ()),
         quantiles=dict(report["kl_quantiles"]),
         histogram=report.get("kl_histogram"),
         confidence=tuple(report["kl_by_confidence"]),
@@ -290,6 +309,14 @@ def _measured(
         predicted_std_error=error,
         note=note,
     )
+
+
+def _inner(report: Mapping[str, Any], *names: str) -> float | None:
+    """A number within a report; None where a version of the tool did not write it."""
+    found: Any = report
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return float(found) if found is not None else None
 
 
 # ---- recipes over the groups of a profile ----------------------------------------------------------------------------

@@ -672,8 +672,11 @@ const RecompileReport = (() => {
     const more = lines.length - YAML_LINES_SHOWN;
     $("yaml").textContent = (more > 0 ? [...lines.slice(0, YAML_LINES_SHOWN), `# ... ${more} more lines in the download`] : lines).join("\n");
     const { header, candidates } = view.data;
-    const base = shellWord(candidates[view.base].dir);
-    $("commands").textContent = `model_diff -ma ${base} -mb ${shellWord(header.reference)} -or overrides.yaml -r 16 --json mix.json\nmodel_report ${shellWord(view.data.profile_name)} mix.json -o report.html    # the measured point appears in these charts\nrecompile -i ${base} -o OUT -or overrides.yaml --verify                # writes the checkpoint`;
+    const base = shellWord(candidates[view.base].dir), reference = shellWord(header.reference);
+    const report = `model_report ${shellWord(view.data.profile_name)} mix.json -o report.html    # the measured point appears in these charts`;
+    $("commands").textContent = candidates[view.base].made
+      ? `model_quantize -i ${reference} -o OUT -or overrides.yaml    # makes the checkpoint in one calibrated pass\nmodel_diff -ma OUT -mb ${reference} -r 16 --json mix.json\n${report}`
+      : `model_diff -ma ${base} -mb ${reference} -or overrides.yaml -r 16 --json mix.json\n${report}\nrecompile -i ${base} -o OUT -or overrides.yaml --verify                # writes the checkpoint`;
     if (window.Plotly && now.newTable) drawFrontier();
     now.newTable = false;
   }
@@ -703,12 +706,13 @@ const RecompileReport = (() => {
       header: [
         `${digits(bpwOf(now.bits), 4)} bits per weight over quantized modules (${asked} asked for).`,
         `Predicted KL ${digits(now.kl, 6)} nats per token (${data.header.method} profile, added up): not measured.`,
-        `Apply to ${directory}:`,
-        `  recompile -i ${shellWord(directory)} -o OUT -or overrides.yaml`,
+        ...(data.candidates[base].made
+          ? ["Make it:", `  model_quantize -i ${shellWord(data.header.reference)} -o OUT -or overrides.yaml`]
+          : [`Apply to ${directory}:`, `  recompile -i ${shellWord(directory)} -o OUT -or overrides.yaml`]),
         `After each line: KL and bits against the same modules taken from ${directory}.`,
       ],
       tail: [
-        `base: ${quote(directory)}`, `budget: ${quote(asked)}`, "provenance:", "  made_by: model_report", "  solver: greedy",
+        ...data.candidates[base].base_lines, `budget: ${quote(asked)}`, "provenance:", "  made_by: model_report", "  solver: greedy",
         `  bpw: ${digits(bpwOf(now.bits), 5)}`, `  total_bytes: ${bytesOf(now.bits)}`,
         `  predicted_kl_nats: ${digits(now.kl, 6)}`, `  predicted_std_error: ${error}`,
         `  profile: {method: ${quote(data.header.method)}, rows_sha256: ${quote(data.header.rows_sha256)}}`,

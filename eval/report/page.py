@@ -20,6 +20,7 @@ import numpy as np
 
 import recompile
 from eval.report.data import ReportData
+from recompile.costs import Candidate
 from recompile.errors import RecompileError
 from recompile.recipe.recipe import Source, dump_recipe
 
@@ -83,8 +84,10 @@ def page_data(data: ReportData) -> dict[str, Any]:
             {
                 "label": candidate.label,
                 "dir": candidate.model_dir,
-                "source_line": _source_line(Source(candidate.id, candidate.model_dir)),
-                "id_yaml": _id_yaml(Source(candidate.id, candidate.model_dir)),
+                "made": candidate.spec is not None,
+                "source_line": _source_line(_source_of(candidate)),
+                "id_yaml": _id_yaml(_source_of(candidate)),
+                "base_lines": _base_lines(candidate),
                 "fingerprint": candidate.fingerprint,
             }
             for candidate in header.candidates
@@ -144,6 +147,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _source_of(candidate: Candidate) -> Source:
+    return Source(candidate.id, candidate.model_dir, spec=candidate.spec)
+
+
+def _base_lines(candidate: Candidate) -> list[str]:
+    """`base:` of a recipe over this candidate."""
+    from recompile.recipe.recipe import Recipe
+
+    base = candidate.model_dir if candidate.spec is None else dict(candidate.spec)
+    return dump_recipe(Recipe((), (), base=base)).splitlines()[2:]
 
 
 def _source_line(source: Source) -> str:

@@ -101,7 +101,11 @@ const RecompileRecipe = (() => {
     const found = reader.topLevel();
     if (!Array.isArray(found.overrides)) throw new RecipeProblem('no "overrides:" list; is it an override file?');
     const sources = found.sources ?? [];
-    for (const [list, needed] of [[sources, ["id", "model_dir"]], [found.overrides, ["key", "source"]]]) {
+    for (const source of sources) {
+      source.model_dir ??= describe(source);
+      if (!source.model_dir) throw new RecipeProblem('an entry without "model_dir"');
+    }
+    for (const [list, needed] of [[sources, ["id"]], [found.overrides, ["key", "source"]]]) {
       for (const entry of list) {
         for (const name of needed) if (!(name in entry)) throw new RecipeProblem(`an entry without "${name}"`);
       }
@@ -111,6 +115,11 @@ const RecompileRecipe = (() => {
       if (!known.has(idKey(line.source))) throw new RecipeProblem(`unknown source id ${JSON.stringify(line.source)}`);
     }
     return { sources, overrides: found.overrides, base: typeof found.base === "string" ? found.base : null };
+  }
+
+  /* What a source that is made on the fly is called where directories are meant: "bits: 4". */
+  function describe(entry) {
+    return Object.entries(entry).filter(([name]) => name !== "id").map(([name, value]) => `${name}: ${value}`).join(", ");
   }
 
   function idKey(id) {
@@ -141,7 +150,9 @@ const RecompileRecipe = (() => {
           found[name] = entry[2] !== undefined ? flow([entry[2], ...block.map((b) => b.content)].join(" "), line.at) : sequence(block, line.at);
           if (!Array.isArray(found[name])) refuse(line.at, `"${name}" is not a list`);
         } else if (name === "base" && entry[2] !== undefined) {
-          found.base = scalar(entry[2], line.at);
+          found.base = entry[2].startsWith("{") ? describe(flow(entry[2], line.at)) : scalar(entry[2], line.at);
+        } else if (name === "base" && block.length) {
+          found.base = describe(Object.assign({}, ...sequence([{ at: line.at, content: "-" }, ...block], line.at)));
         }
       }
       return found;

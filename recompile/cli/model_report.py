@@ -28,6 +28,7 @@ from recompile.io.files import write_text
 @click.option("--variants", multiple=True, type=click.Path(path_type=Path), help="Builds to list with their sizes.")
 @click.option("--recipe", "recipes", multiple=True, type=click.Path(path_type=Path), help="Override files to show.")
 @click.option("--title", help="What the page is called; default: the reference's directory.")
+@click.option("--quiet", is_flag=True, help="Do not say what was written.")
 @click.option("-b", "--bits", type=float, help="The size that the explorer opens with, bits per weight.")
 def main(
     profile_path: Path,
@@ -39,6 +40,7 @@ def main(
     variants: tuple[Path, ...],
     recipes: tuple[Path, ...],
     title: str | None,
+    quiet: bool,
     bits: float | None,
 ) -> None:
     """One page that shows what every bit buys, with the recipe explorer; opens from disk, needs no network.
@@ -55,6 +57,10 @@ def main(
         raise RecompileError("nothing to write: give -o report.html, --png DIR, --svg DIR or --card FILE")
     from eval.report.data import gather
 
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(text, err=True)
+
     data = gather(profile_path, reports, variants, recipes, title, bits)
     for note in data.notes:
         click.echo(f"Warning: {note}", err=True)
@@ -69,13 +75,13 @@ def main(
         from eval.report.page import render
 
         write_text(out, render(data))
-        click.echo(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB)", err=True)
+        say(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
     for kind, directory in (("png", png), ("svg", svg)):
         if directory is not None:
             from eval.report.pictures import write_pictures
 
             for path in write_pictures(data, directory, kind):
-                click.echo(f"Wrote {path}", err=True)
+                say(f"Wrote {path}")
     if card is not None:
         from eval.report.card import card as make_card
 
@@ -84,4 +90,4 @@ def main(
             click.echo(text, nl=False)
         else:
             write_text(card, text)
-            click.echo(f"Wrote {card}", err=True)
+            say(f"Wrote {card}")

@@ -22,10 +22,13 @@ def write_profile(
     prefix: str = "model.layers",
     dirs: Mapping[SourceId, str] | None = None,
     fused: bool = True,
+    specs: bool = False,
 ) -> Path:
     """A profile whose costs fall with bits, as real ones do; ids are widths or names (then 2, 3, 4... bits)."""
     rng = random.Random(f"{layers} {experts} {ids} {prefix}")
     candidates = tuple(Candidate(one, (dirs or {}).get(one, f"./{one}bpw"), f"print-{one}") for one in ids)
+    if specs:  # made on the fly
+        candidates = tuple(Candidate(one, f"bits: {one}", f"print-{one}", {"bits": one}) for one in ids)
     width = {c.label: float(c.id) if isinstance(c.id, (int, float)) else 2.0 + n for n, c in enumerate(candidates)}
     groups, found = [], [Measurement(None, None, (0.0,) * rows)]
     for layer in range(layers):

@@ -19,8 +19,8 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from eval.metrics import kl_histogram
-from eval.report.card import card
+from eval.metrics import kl_histogram, paired_difference
+from eval.report.card import card, paired_interval
 from eval.report.data import choice_of, gather
 from eval.report.page import page_data, render
 from recompile.cli.model_report import main
@@ -288,12 +288,57 @@ def test_pictures_and_card(profile: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(main, [*call[:2], "--svg", str(tmp_path / "again"), "-b", "3.5"])
     assert again.exit_code == 0
     assert (tmp_path / "again" / "frontier.svg").read_text() == svg
-    assert "| uniform 3 | 3.25 | 8.6 MiB | 0.5000 ± 0.0250 | 3.000 | 13.500 | 80.0 % |" in found.stdout
+    assert "| uniform 3 | 3.25 | 8.6 MiB | 0.5000 ± 0.0250 | 0.167 | 3.000 | 13.500 | 80.0 % |" in found.stdout
     assert "| this recipe (predicted) | 3.4" in found.stdout or "| this recipe (predicted) | 3.5" in found.stdout
     recipe = parse_recipe(found.stdout.split("```yaml\n")[1].split("```")[0])
     data = gather(profile, [diff], start_bpw=3.5)
     choice = choice_of(recipe, data.profile, "3")
     assert data.bpw(data.bits_of(choice)) <= 3.5
+
+
+def test_the_card_pairs_builds_and_shows_what_reports_have(profile: Path, tmp_path: Path) -> None:
+    rows = {"uniform": [0.5, 0.6, 0.4], "mix": [0.3, 0.45, 0.2]}
+    more = {
+        "delta_p": {"mean": {"mean": -0.01, "std_error": 0.001}, "rms": {"mean": 0.0625, "std_error": 0.002}},
+        "sure_flips": {"above": 0.9, "tokens": 40, "share": {"mean": 0.025, "std_error": 0.01}},
+        "divergence": {"median": 41.0},
+    }
+    uniform = write_diff(tmp_path / "u.json", "3bpw", 0.5, kl_rows=rows["uniform"], **more)
+    recipe = "sources: [{id: 4, model_dir: ./4bpw}]\noverrides: [{key: '*down_proj.*', source: 4}]\n"
+    mix = write_diff(tmp_path / "m.json", "3bpw", 0.3, recipe, kl_rows=rows["mix"])
+    found = card(gather(profile, [uniform, mix], start_bpw=3.5))
+    header = found.splitlines()[2]
+    assert header.endswith("| same top token | RMS Δp | flips where sure | greedy runs part |")
+    assert "| 80.0 % | 6.25 % | 2.50 % | after 41 tokens |" in found
+    assert "| 80.0 % | – | – | – |" in found
+    mean, low, high = paired_interval(rows["mix"], rows["uniform"])
+    wanted, (low_wanted, high_wanted) = paired_difference(torch.tensor(rows["mix"]), torch.tensor(rows["uniform"]))
+    assert (mean, low, high) == pytest.approx((wanted.mean, low_wanted, high_wanted), abs=1e-6)
+    assert f"mix less uniform 3: {mean:+.4f} nats per token" in found
+    assert re.search(r"Recipe sha256: `[0-9a-f]{64}`", found)
+
+
+def test_one_file_of_several_candidates(profile: Path, tmp_path: Path) -> None:
+    parts = [json.loads(write_diff(tmp_path / f"{n}.json", f"{n}bpw", 1 / n).read_text()) for n in (3, 4)]
+    (tmp_path / "many.json").write_text(json.dumps({"names": ["3bpw", "4bpw"], "candidates": parts, "pairs": []}))
+    assert [one.name for one in gather(profile, [tmp_path / "many.json"]).measured] == ["uniform 3", "uniform 4"]
+
+
+def test_candidates_that_are_made_on_the_fly(tmp_path: Path, node: Callable[[str, Any], Any]) -> None:
+    """Sources are written as model_optimize writes them, and what is to be run is model_quantize."""
+    data = gather(write_profile(tmp_path / "made.jsonl", specs=True), start_bpw=3.5)
+    found = card(data)
+    assert "model_quantize -i ./base -o OUT -or overrides.yaml" in found
+    recipe = parse_recipe(found.split("```yaml\n")[1].split("```")[0])
+    assert recipe.sources
+    assert all(source.spec == {"bits": source.id} for source in recipe.sources)
+    first, *_ = page_data(data)["candidates"]
+    assert (first["made"], first["source_line"]) == (True, "  - {id: 3, bits: 3}")
+    assert first["base_lines"] == ["base:", "  bits: 3"]
+    text = "sources:\n  - {id: 4, bits: 4}\noverrides:\n  - {key: '*', source: 4}\nbase:\n  bits: 3\n"
+    parsed = node("return load('recipe.js').parse(input);", text)
+    assert parsed["sources"][0]["model_dir"] == "bits: 4"
+    assert parsed["base"] == "bits: 3"
 
 
 def test_nothing_asked_for_is_an_error(profile: Path) -> None:
