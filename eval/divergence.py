@@ -94,13 +94,7 @@ def greedy_runs(
     model = LayeredModel.of(reference, dtype=dtype, device=device)
     if int(prompts.max()) >= model.vocab_size:
         raise MismatchError(f"a prompt holds token {int(prompts.max())}, the model has {model.vocab_size}")
-    needed = sum(math.prod(shape) for shape in model.shapes.values()) * (dtype or model.dtype).itemsize
-    free = available_bytes(device)
-    if needed > MEMORY_SHARE * free:
-        raise UnsupportedError(
-            f"{getattr(reference, 'label', 'the reference')}: its greedy runs are made with all weights in memory, "
-            f"{format_mib(needed)}, and {format_mib(free)} are free; leave {{divergence}} out, or use a larger machine"
-        )
+    check_weights_fit(model, dtype, device, "greedy runs are", "leave {divergence} out")
     on_event(Progress("the reference's greedy runs", 0, len(prompts), unit="runs"))
     made, lengths = [], []
     with model.whole_loaded() as runner:
@@ -111,6 +105,18 @@ def greedy_runs(
             lengths += counts
             on_event(Progress("the reference's greedy runs", len(lengths), len(prompts), unit="runs"))
     return GreedyRuns(torch.cat(made), prompts.shape[1], tuple(lengths))
+
+
+def check_weights_fit(model: LayeredModel, dtype: torch.dtype | None, device: str, what: str, way_out: str) -> None:
+    """Raise UnsupportedError where a model's weights as a whole take too much of the free memory. what: "greedy runs
+    are"; way_out: what else can be done."""
+    needed = sum(math.prod(shape) for shape in model.shapes.values()) * (dtype or model.dtype).itemsize
+    free = available_bytes(device)
+    if needed > MEMORY_SHARE * free:
+        raise UnsupportedError(
+            f"{getattr(model.source, 'label', 'the reference')}: its {what} made with all weights in memory, "
+            f"{format_mib(needed)}, and {format_mib(free)} are free; {way_out}, or use a larger machine"
+        )
 
 
 def _end_tokens(runner: Any) -> frozenset[int]:

@@ -33,6 +33,7 @@ API = (
     "optimize",
     "profile",
     "quantize",
+    "trace",
 )
 __all__ = [*API, "__version__"]
 

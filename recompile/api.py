@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from eval.run_diff import ManyDiffs, ModelDiff
     from eval.search.frontier import FrontierReport
     from eval.search.optimize import OptimizeReport
+    from eval.trace.run import TraceReport
     from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.costs import Profile
     from recompile.merge.run import CheckReport, MergeReport
@@ -675,6 +676,38 @@ def _constraints(
 
 def as_path(given: PathLike | None) -> Path | None:
     return None if given is None else Path(given)
+
+
+def trace(
+    base: PathLike,
+    out: PathLike,
+    *,
+    prompts: PathLike | None = None,
+    rows: int | None = None,
+    tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str = "cpu",
+    dtype: str | None = None,
+    on_event: OnEvent | None = None,
+) -> TraceReport:
+    """Let a model answer prompts through its chat template, and write the rows that others are measured on.
+
+        print(recompile.trace("base", "trace.safetensors", rows=80).roles)
+
+    prompts: a file of JSON lines in place of the bundled ones; rows: the first so many, None: all
+    tokens: of a response at most; temperature: 1 draws from the model's own distribution, 0 is greedy; seed: of the
+    draws, of which every prompt has its own; batch_size: prompts that run together; device, dtype: where and in what
+
+    Every prompt belongs to one role. Goes on with an interrupted run. Raises UnsupportedError for a model without a
+    chat template or too large for memory.
+    """
+    from eval.trace.generate import Sampling
+    from eval.trace.run import TraceRequest, run_trace
+
+    request = TraceRequest(as_path(prompts), rows, Sampling(temperature, seed, tokens), batch_size, device, dtype)
+    return run_trace(Path(base), Path(out), request, on_event or ignore)
 
 
 def heal(

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 _ARGUMENTS = """
     activations active_bpw allow_unmatched asym ban base base_logits batch_tokens bits candidates check chunks
     context converter dataset dense device divergence dry_run dtype embedding engine force format free_experts
-    gen_prompt grid group_size head head_bits heal imatrix importance independent input_ids keep learning_rate length
-    level library match max_kl max_memory max_ppl_increase max_step maximum method minimum mode modifiers mtp out
-    pairs pin pool probe quantize_also ray recipe reencode reference rounding rows rtol samples save_base_logits
-    save_logits_a scheme shard_size size skip solver sources start stats text tie tokenizer_from total_bpw tower
-    type_sources variants verify
+    gen_prompt grid group_size head head_bits heal imatrix importance independent input_ids keep learning_rate
+    length level library match max_kl max_memory max_ppl_increase max_step maximum method minimum mode modifiers mtp
+    out pairs pin pool probe prompts quantize_also ray recipe reencode reference rounding rows rtol samples
+    save_base_logits save_logits_a scheme shard_size size skip solver sources start stats temperature text tie
+    tokenizer_from tokens total_bpw tower type_sources variants verify
 """
 ARGUMENTS = frozenset(re.findall(r"\w+", _ARGUMENTS))
 

@@ -27,6 +27,7 @@ COMMANDS = (
     "model_diff",
     "recompile",
     "model_heal",
+    "model_trace",
     "model_report",
 )
 # Report -> (module, class); nested classes of the same package are followed.
@@ -36,6 +37,7 @@ REPORTS = (
     ("model_diff --divergence: `divergence`", "eval.divergence", "Divergence"),
     ("model_diff --json: `size`", "recompile.merge.overlay", "Accounting"),
     ("model_heal --json", "eval.heal", "HealReport"),
+    ("model_trace --json", "eval.trace.run", "TraceReport"),
 )
 MADE = "<!-- made by scripts/make_docs.py; do not edit -->"
 

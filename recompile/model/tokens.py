@@ -290,9 +290,12 @@ def assign_roles(source: TextSource) -> tuple[str, ...]:
 
 
 def _role_of_hash(text_hash: str) -> str:
-    point = (
-        int(hashlib.sha256(f"role{ROLE_SALT} {text_hash}".encode()).hexdigest()[:12], 16) / 16**12
-    )  # uniform in [0, 1)
+    return role_of_key(f"role{ROLE_SALT} {text_hash}")
+
+
+def role_of_key(key: str) -> str:
+    """The role that the hash of a text decides, by the shares of `ROLE_SHARES`."""
+    point = int(hashlib.sha256(key.encode()).hexdigest()[:12], 16) / 16**12  # uniform in [0, 1)
     for role, share in ROLE_SHARES.items():
         if point < share:
             return role
@@ -561,6 +564,8 @@ def rows_from_file(path: Path | str) -> Rows:
             metadata = stored.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise RecompileError(f"{path}: not a readable safetensors file: {error}") from error
+    if "recompile_trace" in metadata:
+        raise RecompileError(f"{path}: is a trace, whose rows are padded and have roles; no file of plain rows")
     if ids is None:
         raise RecompileError(f'{path}: no key "input_ids"; its keys are {", ".join(keys) or "none at all"}')
     if ids.dtype not in (torch.int64, torch.int32):

@@ -1,0 +1,295 @@
+"""A reference and prompts -> a trace file: the work of `recompile.trace`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.diff import versions
+from eval.divergence import check_weights_fit
+from eval.trace.encode import EncodedPrompts, encode_prompts
+from eval.trace.generate import Sampling, answer, end_tokens, plan_batches
+from eval.trace.prompts import BUNDLED, Prompt, bundled_prompts, prompts_of_file, prompts_sha256
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.errors import ArgumentError, CheckpointError, JournalError, RecompileError
+from recompile.events import Note, OnEvent, Progress, ignore
+from recompile.io.files import read_json
+from recompile.io.journal import LineJournal
+from recompile.model.devices import compute_device, compute_dtype
+from recompile.model.rows import check_vocabulary
+from recompile.model.stream import LayeredModel
+from recompile.model.tokens import ROLE_SHARES, tokenizer_sha256
+from recompile.model.trace import Trace, TraceAbout, make_trace, save_trace
+
+WRITING = "the reference writes"
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """See `recompile.trace` for the meaning of each."""
+
+    prompts: Path | None
+    rows: int | None
+    sampling: Sampling
+    batch_size: int
+    device: str
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class TraceKind:
+    """Rows of one kind."""
+
+    kind: str
+    rows: int
+    prompt_tokens: int
+    response_tokens: int
+    ended: int  # rows that the model ended by itself
+    roles: dict[str, int]  # rows of every role
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """What `model_trace` wrote."""
+
+    out: str
+    base: str
+    rows: int
+    prompt_tokens: int
+    response_tokens: int
+    kinds: tuple[TraceKind, ...]
+    roles: dict[str, int]  # rows of every role
+    left_out: int  # prompts that do not fit the model's context with a whole response
+    about: TraceAbout
+    sha256: str  # of the rows
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_trace(base: Path, out: Path, request: TraceRequest, on_event: OnEvent = ignore) -> TraceReport:
+    """Write the file `out`; an interrupted run goes on from OUT.journal, a prompt a line, which goes once it is whole.
+
+    Raises UnsupportedError for a tokenizer without a chat template and for weights that do not fit in memory,
+    RecompileError for prompts that cannot be read, JournalError for a journal of another trace.
+    """
+    if not math.isfinite(request.sampling.temperature) or request.sampling.temperature < 0:
+        raise ArgumentError(f"{{temperature}} {request.sampling.temperature}: wanted 0 (greedy) or more")
+    checkpoint = open_checkpoint(base)
+    prompts = prompts_of_file(request.prompts) if request.prompts is not None else bundled_prompts()
+    prompts = prompts[: request.rows]
+    encoded = encode_prompts(checkpoint.path, prompts)
+    prompts, encoded, left_out = _that_fit(checkpoint, prompts, encoded, request.sampling.max_new_tokens, on_event)
+    if encoded.tools_in_text:
+        on_event(Note("the chat template has no place for tools; their schemas stand in the first message"))
+    job = _Job(checkpoint, prompts, encoded, request, on_event)
+    journal_path = out.with_name(out.name + ".journal")
+    with LineJournal(journal_path) as journal:
+        responses = job.run(journal)
+        trace = job.trace(responses)
+        save_trace(trace, out)
+        with suppress(OSError):  # it is only in the way
+            journal_path.unlink()
+    return _report(out, trace, left_out)
+
+
+def _that_fit(
+    base: Checkpoint, prompts: Sequence[Prompt], encoded: EncodedPrompts, new_tokens: int, on_event: OnEvent
+) -> tuple[tuple[Prompt, ...], EncodedPrompts, int]:
+    """Without the prompts that leave no room for a whole response in the model's context."""
+    from dataclasses import replace
+
+    nested = base.config.get("text_config")
+    context = base.config.get("max_position_embeddings") or (
+        nested.get("max_position_embeddings") if isinstance(nested, dict) else None
+    )
+    if not isinstance(context, int):
+        return tuple(prompts), encoded, 0
+    kept = [number for number, ids in enumerate(encoded.ids) if len(ids) + new_tokens <= context]
+    left_out = len(prompts) - len(kept)
+    if not kept:
+        raise RecompileError(
+            f"{base.label}: no prompt fits its context of {context} tokens with a response of {new_tokens}; "
+            f"ask for fewer {{tokens}}, or give shorter {{prompts}}"
+        )
+    if left_out:
+        on_event(Note(f"{left_out} prompts do not fit the context of {context} tokens and are left out", "Warning"))
+    found = replace(encoded, ids=tuple(encoded.ids[number] for number in kept))
+    return tuple(prompts[number] for number in kept), found, left_out
+
+
+class _Job:
+    """Answers that are missing in a journal, batch by batch."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        prompts: Sequence[Prompt],
+        encoded: EncodedPrompts,
+        request: TraceRequest,
+        on_event: OnEvent,
+    ) -> None:
+        self.base, self.prompts, self.encoded, self.request, self.on_event = base, prompts, encoded, request, on_event
+        self.device, dtype = compute_device(request.device), compute_dtype(request.dtype)
+        self.model = LayeredModel.of(base, dtype=dtype, device=self.device)
+        known = check_vocabulary(base, encoded.vocab) or self.model.vocab_size
+        self.vocab = min(known, self.model.vocab_size)
+        largest = max(max(ids) for ids in encoded.ids)
+        if largest >= self.model.vocab_size:
+            raise RecompileError(
+                f"{base.label}: the chat template gives token {largest}, the model has {self.model.vocab_size}; "
+                f"take the tokenizer of the same model"
+            )
+        self.ends = end_tokens(base.config, _generation_config(base), encoded.end)
+        sampling = request.sampling
+        self.about = TraceAbout(
+            kinds=tuple(prompt.kind for prompt in prompts),
+            roles=tuple(prompt.role for prompt in prompts),
+            prompts=tuple(prompt.sha256 for prompt in prompts),
+            ended=(),
+            base=base.path.name,
+            base_fingerprint=base.fingerprint,
+            tokenizer_sha256=tokenizer_sha256(base.path),
+            template_sha256=encoded.template_sha256,
+            prompts_source=str(request.prompts) if request.prompts is not None else BUNDLED,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            max_new_tokens=sampling.max_new_tokens,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=self.device,
+            vocab=self.vocab,
+            tools_in_text=encoded.tools_in_text,
+            thinking_switch=encoded.thinking_switch,
+            versions=versions(),
+        )
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What a journal must have been begun with."""
+        about = asdict(self.about)
+        for name in ("kinds", "roles", "prompts", "ended", "prompts_source", "base"):
+            del about[name]
+        about |= {"prompts": prompts_sha256(self.prompts), "ends": sorted(self.ends), "batch": self.request.batch_size}
+        return {"made_by": "recompile", "kind": "trace", **about}
+
+    def run(self, journal: LineJournal) -> list[list[int]]:
+        """A response a prompt. A batch counts as written once all of its lines are there."""
+        done = self._take_up(journal)
+        total = len(self.prompts)
+        missing = [
+            batch
+            for batch in plan_batches(self.encoded.ids, self.request.batch_size)
+            if not all(number in done for number in batch)
+        ]
+        finished = total - sum(map(len, missing))
+        self.on_event(Progress(WRITING, finished, total, unit="prompts"))
+        if missing:
+            way_out = "trace on fewer bytes a weight ({dtype} bfloat16)"
+            check_weights_fit(self.model, compute_dtype(self.request.dtype), self.device, "responses are", way_out)
+            with self.model.whole_loaded() as runner:
+                for batch in missing:
+                    written = self._answer(runner, batch, finished)
+                    journal.append(*({"prompt": n, "response": ids} for n, ids in zip(batch, written, strict=True)))
+                    done |= dict(zip(batch, written, strict=True))
+                    finished += len(batch)
+                    self.on_event(Progress(WRITING, finished, total, unit="prompts"))
+        return [done[number] for number in range(total)]
+
+    def _answer(self, runner: Any, batch: Sequence[int], finished: int) -> list[list[int]]:
+        def within(event: object) -> None:
+            if isinstance(event, Progress):
+                at = finished + len(batch) * event.done / event.total
+                self.on_event(Progress(WRITING, min(at, finished + len(batch) - 0.01), len(self.prompts), "prompts"))
+
+        return answer(
+            runner,
+            [self.encoded.ids[number] for number in batch],
+            [self.prompts[number].sha256 for number in batch],
+            self.request.sampling,
+            ends=self.ends,
+            vocab=self.vocab,
+            device=self.model.device,
+            on_event=within,
+        )
+
+    def _take_up(self, journal: LineJournal) -> dict[int, list[int]]:
+        """The responses of a journal; a new one is begun."""
+        if not journal.lines:
+            journal.begin(self.header)
+            return {}
+        header, *lines = journal.values()
+        if header != self.header:
+            wanted = self.header
+            other = [name for name in wanted if not isinstance(header, dict) or header.get(name) != wanted[name]]
+            raise JournalError(
+                f"{journal.path}: is of another trace ({', '.join(other)}); remove it, or choose another {{out}}"
+            )
+        journal.drop_torn()
+        found = {}
+        for number, line in enumerate(lines, start=2):
+            if not self._is_response(line):
+                raise JournalError(f"{journal.path}:{number}: is no response of this trace; remove the file")
+            found[line["prompt"]] = line["response"]
+        return found
+
+    def _is_response(self, line: Any) -> bool:
+        if not isinstance(line, dict) or not isinstance(line.get("prompt"), int):
+            return False
+        ids = line.get("response")
+        return (
+            0 <= line["prompt"] < len(self.prompts)
+            and isinstance(ids, list)
+            and 0 < len(ids) <= self.request.sampling.max_new_tokens
+            and all(isinstance(token, int) and 0 <= token < self.vocab for token in ids)
+        )
+
+    def trace(self, responses: Sequence[Sequence[int]]) -> Trace:
+        from dataclasses import replace
+
+        ended = tuple(response[-1] in self.ends for response in responses)
+        return make_trace(self.encoded.ids, responses, replace(self.about, ended=ended))
+
+
+def _generation_config(base: Checkpoint) -> Mapping[str, Any]:
+    """generation_config.json, where chat models name the tokens that end a turn; empty where there is none."""
+    path = base.path / "generation_config.json"
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: is {type(found).__name__}, wanted an object")
+    return found
+
+
+def _report(out: Path, trace: Trace, left_out: int) -> TraceReport:
+    about = trace.about
+    written = trace.response.sum(1)
+    kinds = []
+    for kind in dict.fromkeys(about.kinds):
+        rows = [row for row, its in enumerate(about.kinds) if its == kind]
+        kinds.append(
+            TraceKind(
+                kind,
+                len(rows),
+                int((trace.lengths - written)[rows].sum()),
+                int(written[rows].sum()),
+                sum(about.ended[row] for row in rows),
+                {role: sum(about.roles[row] == role for row in rows) for role in ROLE_SHARES},
+            )
+        )
+    return TraceReport(
+        str(out),
+        about.base,
+        len(trace.ids),
+        int((trace.lengths - written).sum()),
+        int(written.sum()),
+        tuple(kinds),
+        trace.counts,
+        left_out,
+        about,
+        trace.sha256,
+    )

@@ -1,0 +1,54 @@
+"""model_trace: rows that a model writes itself, in answer to prompts, to calibrate and measure on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recompile.cli.common import FiniteRange, Screen, check_json_path, command, show
+from recompile.cli.options import device_options, output_options
+from recompile.cli.render_trace import describe_trace
+
+
+@command("model_trace", outputs={"-o": "out", "--json": "json_path"}, inputs=("base", "prompts"))
+@click.option("-m", "--model", "base", required=True, help="The unquantized base, with its tokenizer's chat template.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The file to write, e.g. trace.safetensors."
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help='JSON lines {"kind": ..., "messages": [...], "tools": [...]} in place of the bundled 320 prompts.',
+)
+@click.option("-r", "--rows", type=int, help="Take the first so many prompts, kinds in turn; default all.")
+@click.option("--tokens", default=256, show_default=True, help="At most so many new tokens a response.")
+@click.option(
+    "--temperature",
+    type=FiniteRange(click.FloatRange(min=0)),
+    default=1.0,
+    show_default=True,
+    help="Of the softmax that tokens are drawn from: 1 is the model's own distribution, 0 is greedy.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the draws; each prompt has draws of its own.")
+@click.option("-bsz", "--batch-size", "--batch_size", default=8, show_default=True, help="Prompts a batch.")
+@device_options
+@output_options
+def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
+    """Let a model answer prompts through its chat template; write the rows that others calibrate and measure on.
+
+    Every prompt belongs to one role (calibrate, choose, accept, report), so that no row is used for two things. The
+    weights are in memory for this. A run that was stopped goes on when the same command is given again.
+
+    \b
+    Examples:
+      model_trace -m base -o trace.safetensors
+      model_trace -m base -o trace.safetensors --prompts mine.jsonl --tokens 512 --seed 1
+    """
+    check_json_path(json_path)
+    from recompile import api
+
+    with Screen(quiet) as screen:
+        report = api.trace(**options, on_event=screen)
+    show(report.as_dict(), json_path, lambda: describe_trace(report))
