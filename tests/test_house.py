@@ -207,7 +207,8 @@ def test_only_commands_talk_to_people(path: Path) -> None:
 FLAGS_OF_OTHERS = {
     "recompile/auto.py": ("-b", "--total-bpw", "--size"),  # settings of runs that were begun before, compared as text
     "recompile/gguf/imatrix.py": ("--in-file", "-o"),  # llama-imatrix
-    "recompile/merge/type_recipes.py": ("--tensor-type-file", "--tensor-type", "--custom-q"),  # llama-quantize, ik
+    "recompile/merge/type_recipes.py": ("--tensor-type", "--custom-q"),  # llama-quantize, ik
+    "recompile/merge/type_scripts.py": None,  # llama-quantize, grep and sed
     "recompile/quantize/external_converters.py": None,  # exllamav2, exllamav3
     "recompile/quantize/gguf_convert.py": None,  # Python's venv and pip, llama.cpp's converter
     "recompile/quantize/modifiers.py": ("-a",),  # w8a8-int-a, a scheme

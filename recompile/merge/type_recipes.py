@@ -8,6 +8,8 @@ first rule that is found decides.
     ik-custom-q     ik_llama.cpp's --custom-q: one list, commas between; people keep it as lines with # comments
     thireus         GGUF-Tool-Suite's recipe files: anchored lines and many # comments
 
+Whole commands and shell scripts of the first two are read as well, see type_scripts.py.
+
 Our own recipes name sources. `as_recipe` turns types into sources: GGUF files of one model that hold the types asked
 for, from `open_type_sources`; `types_of` goes the other way, from a resolved mix to the type of each tensor.
 """
@@ -18,7 +20,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,11 +31,11 @@ from recompile.gguf.container import GgufFile, open_gguf
 from recompile.io.files import open_regular, read_text
 from recompile.io.patterns import Regex, compile_regex
 from recompile.merge.overlay import Overlay
+from recompile.merge.type_scripts import Said, is_script, read_script_rules
 from recompile.recipe.recipe import Override, Recipe, Source
 
 SHOWN_RULES = 10
 DIALECTS = ("llama-quantize", "ik-custom-q", "thireus")
-_FLAGS = ("--tensor-type-file", "--tensor-type", "--custom-q")
 # What Python's `re` takes and the tools' std::regex refuses or reads in another way.
 _NOT_ECMASCRIPT = re.compile(r"\(\?(?![:=!])|\\[AZ]|[*+?}]\+")
 _LATER_SPLIT = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
@@ -47,6 +49,8 @@ class TypeRule:
     pattern: str
     type: str  # a key of TYPES, "Q4_K"
     line: int = 0  # from 1; 0 where no file was read
+    file: str = ""  # where the line is, if not in the recipe's own file
+    optional: bool = False  # of a flag for one tensor: no error where a model has none
 
     @cached_property
     def regex(self) -> Regex:
@@ -60,6 +64,20 @@ class TypeRecipe:
     rules: tuple[TypeRule, ...]
     dialect: str
     name: str = "<string>"
+    base: str | None = None  # the type or preset of what no rule names, where a command says it
+    base_line: int = 0
+    tied: TypeRule | None = None  # decides the embedding after all rules, in a model whose embedding is the head
+    notes: tuple[str, ...] = ()  # what was not taken
+
+    def of(self, tensors: Iterable[str]) -> TypeRecipe:
+        """The same for a model with these tensors: with the rule for a tied head, where it is."""
+        if self.tied is None or "output.weight" in tensors:
+            return replace(self, tied=None)
+        return replace(self, rules=(*self.rules, self.tied), tied=None)
+
+    def place(self, rule: TypeRule) -> str:
+        """`mix.txt:9`, for messages."""
+        return f"{rule.file or self.name}:{rule.line}"
 
     def rule_of(self, tensor: str) -> TypeRule | None:
         """The rule that decides a GGUF tensor name; None where none is found in it."""
@@ -71,9 +89,32 @@ class TypeRecipe:
         return {name: rule.type for name, rule in found if rule is not None}
 
     def unmatched(self, tensors: Iterable[str]) -> list[TypeRule]:
-        """Rules whose regex is found in no name at all."""
+        """Rules whose regex is found in no name at all, though the model should have one."""
         names = list(tensors)
-        return [rule for rule in self.rules if not any(rule.regex.search(name) for name in names)]
+        needed = [rule for rule in self.rules if not rule.optional]
+        return [rule for rule in needed if not any(rule.regex.search(name) for name in names)]
+
+    def stray(self, tensors: Iterable[str]) -> str | None:
+        """A sentence on the rules that are found in no tensor name; None where there are none."""
+        stray = self.unmatched(tensors)
+        said = "; ".join(
+            f'{self.place(rule)}: "{rule.pattern[:200]}" is found in no tensor name' for rule in stray[:SHOWN_RULES]
+        )
+        if len(stray) > SHOWN_RULES:
+            said += f"; and {len(stray) - SHOWN_RULES} more rules"
+        return said or None
+
+    def never_deciding(self, tensors: Iterable[str]) -> list[str]:
+        """A sentence for each rule that is found in names and decides none."""
+        shadowed = self.shadowed(tensors)
+        said = [
+            f'{self.place(hidden)}: "{hidden.pattern[:200]}" never decides: it is found only in names that '
+            f'"{winner.pattern[:200]}" on line {winner.line} decides before it (the first rule found in a name wins)'
+            for hidden, winner in shadowed[:SHOWN_RULES]
+        ]
+        if len(shadowed) > SHOWN_RULES:
+            said.append(f"{self.name}: and {len(shadowed) - SHOWN_RULES} more rules that never decide")
+        return said
 
     def shadowed(self, tensors: Iterable[str]) -> list[tuple[TypeRule, TypeRule]]:
         """Rules that are found in some names and decide none, each with the rule that decides the first of them."""
@@ -97,11 +138,13 @@ class TypeRecipe:
 def load_type_recipe(path: str | os.PathLike[str], dialect: str | None = None) -> TypeRecipe:
     """Read a file; see `parse_type_recipe`. Raises RecipeError."""
     text = read_text(os.fspath(path), kind="recipe", error=RecipeError)
-    return parse_type_recipe(text, os.fspath(path), dialect)
+    return parse_type_recipe(text, os.fspath(path), dialect, Path(path).parent)
 
 
-def parse_type_recipe(text: str, name: str = "<string>", dialect: str | None = None) -> TypeRecipe:
-    """Rules of a text in one of DIALECTS; None: recognized by its content.
+def parse_type_recipe(
+    text: str, name: str = "<string>", dialect: str | None = None, folder: Path | None = None
+) -> TypeRecipe:
+    """Rules of a text in one of DIALECTS; None: recognized by its content. folder: as in `read_script_rules`
 
     `# ...` up to the end of a line is a comment where it begins a line. Types are read in any case.
     Raises RecipeError with the line for what is no rule, a regex that the tool would refuse, an unknown type, and a
@@ -109,43 +152,58 @@ def parse_type_recipe(text: str, name: str = "<string>", dialect: str | None = N
     """
     if dialect is not None and dialect not in DIALECTS:
         raise RecipeError(f'{name}: "{dialect}" is no recipe format; known: {", ".join(DIALECTS)}')
+    if is_script(text):
+        return _of_script(text, name, dialect, folder)
     dialect = dialect or _guess(text)
-    rules = []
-    for number, word in _words(text, dialect):
-        where = f"{name}:{number}"
-        pattern, equals, type_name = word.rpartition("=")
-        if not equals or not pattern.strip() or not type_name.strip():
-            raise RecipeError(f'{where}: "{word[:200]}" is no rule; wanted REGEX=TYPE, such as blk\\.0\\.ffn_down=q6_K')
-        pattern = pattern.strip()
-        if dialect == "llama-quantize":
-            pattern = pattern.lower()  # as the tool does
-        rules.append(TypeRule(pattern, _type(type_name.strip(), where), number))
-        _check_regex(pattern, where)
+    rules = [_rule(Said(word, number), name, dialect) for number, word in _words(text, dialect)]
     if not rules:
         raise RecipeError(f"{name}: no rule in it; wanted lines or words REGEX=TYPE")
     return TypeRecipe(tuple(rules), dialect, name)
+
+
+def _of_script(text: str, name: str, dialect: str | None, folder: Path | None) -> TypeRecipe:
+    said = read_script_rules(text, name, folder)
+    if dialect not in (None, said.dialect):
+        raise RecipeError(f"{name}: is a script of {said.dialect}, not of {dialect}")
+    rules = tuple(_rule(one, name, said.dialect) for one in said.rules)
+    if not rules:
+        raise RecipeError(f"{name}: {said.dialect}: no rule in it; wanted a --tensor-type, --custom-q or the like")
+    tied = None if said.tied is None else _rule(said.tied, name, said.dialect)
+    return TypeRecipe(rules, said.dialect, name, said.base, said.base_line, tied, said.notes)
+
+
+def _rule(said: Said, name: str, dialect: str) -> TypeRule:
+    where = f"{said.file or name}:{said.line}"
+    pattern, equals, type_name = said.text.rpartition("=")
+    if not equals or not pattern.strip() or not type_name.strip():
+        raise RecipeError(
+            f'{where}: "{said.text[:200]}" is no rule; wanted REGEX=TYPE, such as blk\\.0\\.ffn_down=q6_K'
+        )
+    pattern = pattern.strip()
+    if dialect == "llama-quantize":
+        pattern = pattern.lower()  # as the tool does
+    _check_regex(pattern, where)
+    return TypeRule(pattern, _type(type_name.strip(), where), said.line, said.file, said.optional)
 
 
 def looks_like_type_recipe(path: str | os.PathLike[str]) -> bool:
     """Whether the first lines of a file that say something are rules `regex=type` with a known type."""
     try:
         with open_regular(os.fspath(path), kind="recipe", error=RecipeError) as file:
-            lines = [line.strip() for line in file.read(1 << 16).decode("utf-8", "replace").splitlines()]
+            text = file.read(1 << 16).decode("utf-8", "replace")
     except (RecipeError, OSError):
         return False
+    if is_script(text):
+        return True
+    lines = [line.strip() for line in text.splitlines()]
     said = next((line for line in lines if line and not line.startswith("#")), "")
-    for flag in _FLAGS:
-        said = said.removeprefix(flag).strip(" \"'")
+    said = said.strip(" \"'")
     first = re.split(r"[,\s]", said, maxsplit=1)[0]
     pattern, equals, type_name = first.rpartition("=")
     return bool(equals and pattern) and type_name.strip("\"'").upper() in TYPES
 
 
 def _guess(text: str) -> str:
-    if "--custom-q" in text:
-        return "ik-custom-q"
-    if "--tensor-type" in text:
-        return "llama-quantize"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     rules = [line for line in lines if not line.startswith("#")]
     if any("," in rule for rule in rules) or len(rules) < len(lines):
@@ -160,8 +218,6 @@ def _words(text: str, dialect: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("#"):
             continue
-        for flag in _FLAGS:
-            line = re.sub(rf"(?:^|\s){re.escape(flag)}(?:=|\s+|$)", " ", line)
         for word in re.split(between, line.strip().rstrip("\\").strip()):
             word = word.strip().strip("\"'").strip()
             if word:
@@ -347,26 +403,19 @@ def as_recipe(
     for a type holds a tensor in another one (its block does not divide the row), that is taken, with a warning.
     Raises RecipeError for a type without a source, and for rules that match no tensor (unless allowed).
     """
-    warnings: list[str] = []
-    stray = types.unmatched(base.tensors)
-    if stray:
-        said = "; ".join(
-            f'{types.name}:{rule.line}: "{rule.pattern[:200]}" is found in no tensor name'
-            for rule in stray[:SHOWN_RULES]
-        )
-        if len(stray) > SHOWN_RULES:
-            said += f"; and {len(stray) - SHOWN_RULES} more rules"
-        if not allow_unmatched:
-            raise RecipeError(f"{said} ({{allow_unmatched}} goes on without)")
-        warnings.append(said)
-    shadowed = types.shadowed(base.tensors)
-    for hidden, winner in shadowed[:SHOWN_RULES]:
+    types = types.of(base.tensors)
+    warnings = []
+    if types.base is not None:
         warnings.append(
-            f'{types.name}:{hidden.line}: "{hidden.pattern[:200]}" never decides: it is found only in names that '
-            f'"{winner.pattern[:200]}" on line {winner.line} decides before it (the first rule found in a name wins)'
+            f"{types.name}:{types.base_line}: {types.dialect}: {types.base} is not used: what no rule names stays as "
+            f"the base file has it"
         )
-    if len(shadowed) > SHOWN_RULES:
-        warnings.append(f"{types.name}: and {len(shadowed) - SHOWN_RULES} more rules that never decide")
+    stray = types.stray(base.tensors)
+    if stray is not None:
+        if not allow_unmatched:
+            raise RecipeError(f"{stray} ({{allow_unmatched}} goes on without)")
+        warnings.append(stray)
+    warnings += types.never_deciding(base.tensors)
     by_type = {source.type: source for source in sources}
     overrides: list[Override] = []
     used: dict[str, TypeSource] = {}
@@ -387,7 +436,7 @@ def as_recipe(
         used[chosen.type] = chosen
         overrides.append(Override(name, chosen.type, rule.line))
     if missing:
-        wanted = ", ".join(f"{name} ({types.name}:{rule.line})" for name, rule in missing.items())
+        wanted = ", ".join(f"{name} ({types.place(rule)})" for name, rule in missing.items())
         there = ", ".join(sorted(by_type)) or "none"
         raise RecipeError(
             f"{types.name}: no source for {wanted}; sources given: {there}; add {{type_sources}} TYPE=FILE.gguf"

@@ -26,8 +26,11 @@ from recompile.formats.gguf_types import TYPES, find_type
 from recompile.gguf.container import NewTensor
 from recompile.merge.type_recipes import TypeRecipe, load_type_recipe, looks_like_type_recipe
 from recompile.merge.write_gguf import file_type_of
-from recompile.quantize.gguf import BaseTensor, Mix, Preset, base_tensors, find_preset, layers_of
+from recompile.quantize.gguf import PRESETS, BaseTensor, Mix, Preset, base_tensors, find_preset, layers_of
 from recompile.recipe.recipe import Recipe, load_recipe, suggest
+
+# Types whose presets give every weight of the layers the type itself.
+_UNIFORM = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q8_0", "BF16", "F16", "F32"})
 
 
 def makes_gguf(recipe: Recipe) -> bool:
@@ -57,7 +60,12 @@ def read_mix(
     tensors = base_tensors(base)
     warnings: tuple[str, ...] = ()
     if looks_like_type_recipe(path):
-        mix = mix_of_types(load_type_recipe(path), base, tensors, unnamed, out.name)
+        types = load_type_recipe(path).of(tensor.name for tensor in tensors)
+        said = types.notes if unnamed is None else ()
+        if unnamed is None and types.base is not None:
+            said = (*said, *filter(None, [preset_of_command(types)[1]]))
+        warnings = (*said, *types.never_deciding(t.name for t in tensors))
+        mix = mix_of_types(types, base, tensors, unnamed, out.name)
     else:
         recipe = load_recipe(path)
         warnings = tuple(recipe.warnings)
@@ -116,13 +124,33 @@ def mix_of(recipe: Recipe, base: Checkpoint, tensors: Sequence[BaseTensor], unna
 def mix_of_types(
     types: TypeRecipe, base: Checkpoint, tensors: Sequence[BaseTensor], unnamed: str | None, name: str
 ) -> Mix:
-    """The same of another tool's recipe. Raises RecipeError for rules that match no tensor."""
-    stray = types.unmatched([tensor.name for tensor in tensors])
-    if stray:
-        said = "; ".join(f'{types.name}:{rule.line}: "{rule.pattern}" is found in no tensor name' for rule in stray)
-        raise RecipeError(said)
+    """The same of another tool's recipe. Raises RecipeError for rules that match no tensor, and for a preset that is
+    not made here."""
+    stray = types.stray([tensor.name for tensor in tensors])
+    if stray is not None:
+        raise RecipeError(stray)
+    if unnamed is None and types.base is not None:
+        unnamed, _ = preset_of_command(types)
     weighty = [tensor for tensor in tensors if not tensor.plain]
     return _finish(types.resolve(tensor.name for tensor in weighty), base, weighty, unnamed, name)
+
+
+def preset_of_command(types: TypeRecipe) -> tuple[str, str]:
+    """The preset that a command names for all other tensors, and a warning where ours says less; empty for none.
+
+    llama-quantize reads Q3_K, Q4_K and Q5_K as the presets with _M. Raises RecipeError for one that is not made here.
+    """
+    assert types.base is not None
+    where = f"{types.name}:{types.base_line}: {types.dialect}"
+    name = types.base.upper()
+    name = f"{name}_M" if name in ("Q3_K", "Q4_K", "Q5_K") else name
+    try:
+        preset = find_preset(name)
+    except FormatError as error:
+        raise RecipeError(f"{where}: {error}; name another, or give {{bits}}") from error
+    if preset.rules or name in _UNIFORM or name in PRESETS:
+        return preset.name, ""
+    return preset.name, f"{where}: all that no rule names gets {name} itself; the tool's {name} varies some tensors"
 
 
 def _finish(
