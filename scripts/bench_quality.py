@@ -96,7 +96,7 @@ def base_of(model: str) -> Path:
 def statistics_of(base: Checkpoint, ids: Tensor, sha256: str, path: Path) -> tuple[StoredStatistics, float]:
     found = open_statistics(path)
     if found is not None:
-        found.check_base(base.fingerprint, base.label)
+        found.check_base(base.identity, base.label)
         return found, float("nan")
     began = cpu_seconds()
     for event in measure_outputs(base, ids, path, GradientOptions(), rows_sha256=sha256):
@@ -139,7 +139,8 @@ def run_one(model: str, bits: int, settings: Mapping[str, Any], work: Path) -> d
     builds = {name: folder / name for name in METHODS}
     healing: dict[str, Any] = {}
     if settings["heal_tokens"]:
-        for name, source in HEALED.items():
+        for name in settings["heal"]:
+            source = HEALED[name]
             healing[name] = healed(folder / name, folder / source, base, rows, vocab, settings["heal_tokens"])
             if (folder / name).exists():
                 builds[name] = folder / name
@@ -198,6 +199,7 @@ def healed(out: Path, source: Path, base: Checkpoint, rows: HealRows, vocab: int
 @click.option("--calibrate-rows", default=48, show_default=True)
 @click.option("--calibrate-length", default=256, show_default=True)
 @click.option("--heal-tokens", default=60_000, show_default=True, help="0: no healing.")
+@click.option("--heal", multiple=True, type=click.Choice(list(HEALED)), default=tuple(HEALED), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for builds and statistics; kept.")
 def main(models: tuple[str, ...], bits: tuple[int, ...], work: Path | None, **settings: Any) -> None:
     torch.set_num_threads(1)
