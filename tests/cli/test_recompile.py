@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+import recompile
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import common
 from recompile.cli.recompile import main
@@ -343,7 +344,8 @@ def test_json_values(tmp_path: Path) -> None:
         "t": [1.0],
     }
     common.print_json(tmp_path / "r.json", {"a": float("inf")})
-    assert json.loads((tmp_path / "r.json").read_text()) == {"made_by": "recompile 0.1.0", "a": None}
+    made_by = f"recompile {recompile.__version__}"
+    assert json.loads((tmp_path / "r.json").read_text()) == {"made_by": made_by, "a": None}
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
