@@ -22,6 +22,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Candidate, Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, NotBetterError, OutputError
 from recompile.events import Note, OnEvent, Said, ignore
+from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf
 from recompile.io.files import locked, read_json, write_json
 from recompile.planning import AutoPlan, Target, make_plan, target_of
@@ -110,8 +111,8 @@ class AutoOptions:
             raise ArgumentError("{variants}: one variant leaves nothing to choose; give two or more")
         if self.format != "compressed-tensors" and self.variants:
             raise ArgumentError("{variants} are in a format of their own; leave {format} out")
-        check_rounding(self.format, self.group_size, self.asym)
         target = self.target
+        check_rounding(target.format if target is not None else self.format, self.group_size, self.asym)
         if target is not None and self.variants:
             raise ArgumentError("{engine} says what candidates are made; with {variants} their format decides")
         if target is not None and self.format not in ("compressed-tensors", target.format):
@@ -158,8 +159,8 @@ def auto(
 
     bits, total_bpw, size: the one budget, as in `optimize`; candidates: made on the fly, as in `profile`; variants:
     merge these directories instead, the first is the one that recipes start from
-    engine: "llama.cpp", "exllamav2", "exllamav3", "vllm" or "transformers": format and candidates where they are not
-    given, and rules that the choice keeps; rounding: as in `quantize`; heal: minutes of healing of the finished mix
+    engine: "llama.cpp", "exllamav2", "exllamav3", "mlx", "vllm" or "transformers": format and candidates where they are
+    not given, and rules that the choice keeps; rounding: as in `quantize`; heal: minutes of healing of the finished mix
     verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
     """
@@ -220,15 +221,16 @@ class _Auto:
         self.format = options.format
         if self.target is not None and self.target.format != "gguf":
             self.format = self.target.format
-        self.is_exl = self.format != "compressed-tensors"
-        self.gguf = not options.variants and not self.is_exl and are_gguf_types(self.offered, out)
+        self.is_plain = self.format == "compressed-tensors"
+        self.mlx = self.format == MLX
+        self.gguf = not options.variants and self.is_plain and are_gguf_types(self.offered, out)
         self.work = out.with_name(f"{out.name}.work")
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
         self.texts: dict[str, Any] = {"text": options.text, "dataset": options.dataset, "device": options.device}
         # what candidates are rounded to, where there is a choice
-        self.rounding: dict[str, Any] = (
-            {} if self.gguf or self.is_exl else {"group_size": self.group_size, "asym": options.asym}
-        )
+        self.rounding: dict[str, Any] = {}
+        if self.mlx or (self.is_plain and not self.gguf):
+            self.rounding = {"group_size": self.group_size, "asym": options.asym}
         self.heals = options.heal is not None
         if self.heals and (self.gguf or (self.target is not None and not self.target.heals)):
             raise ArgumentError("{heal}: GGUF builds cannot be healed yet; leave it out")
@@ -294,7 +296,7 @@ class _Auto:
             "solver": [options.solver, options.minutes],
             "rows": [options.rows, options.length, options.calibration_rows, str(options.text), options.dataset],
             "dtype": options.dtype,
-            **({"format": self.format} if self.is_exl else {}),
+            **({} if self.is_plain else {"format": self.format}),
             **({"engine": options.engine} if options.engine else {}),
             **({"rounding": options.rounding} if options.rounding else {}),
             **({"heal": options.heal} if self.heals else {}),
@@ -308,6 +310,8 @@ class _Auto:
             how |= {"base": str(options.variants[0]), "sources": [str(path) for path in options.variants[1:]]}
         else:
             how |= {"candidates": self.offered, "format": self.format, **self.rounding}
+        if self.mlx:  # quantized with everything else, so chosen with everything else
+            how |= {"head": True, "embedding": True}
         if self.gguf:
             how["importance_rows"] = options.calibration_rows
         rows: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
@@ -388,7 +392,8 @@ class _Auto:
         uniform = uniform_candidate(load_profile(self.profile), size_bytes)
         rate, scheme = uniform.label, "scheme" in (uniform.spec or {})
         form = "gguf" if self.gguf else self.format
-        how: dict[str, Any] = {"scheme": [rate]} if scheme else {"bits": [rate], "format": form}
+        how: dict[str, Any] = {"scheme": [rate]} if scheme else {"bits": [rate]}
+        how |= {"format": form} if self.mlx or not scheme else {}
         report = self._quantize(self.work / "uniform", **how)
         self.on_event(StageDone("uniform", report))
         stem = self.base.path.resolve().name.removesuffix(".gguf")

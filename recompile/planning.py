@@ -15,6 +15,7 @@ from recompile.arguments import spell
 from recompile.errors import ArgumentError
 from recompile.formats import FORMATS
 from recompile.formats.compressed_tensors import QUANT_METHOD
+from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.io.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ TARGETS: Mapping[str, Target] = {
         (("numba", _format_of("exllamav3")),),
         note="loads with CUDA",
     ),
+    # as mlx-lm's own quantization has them, the embedding and the head are quantized, so they are chosen as well
+    MLX: Target(MLX, ("2", "3", "4", "5", "6", "8")),
     "vllm": Target(QUANT_METHOD, ("4", "8"), "vllm", note="other widths have no kernel everywhere"),
     "transformers": Target(QUANT_METHOD, ("2", "3", "4", "5", "6", "8"), "transformers"),
 }

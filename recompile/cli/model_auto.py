@@ -11,6 +11,7 @@ from recompile.arguments import spell
 from recompile.cli.common import Screen, check_json_path, flags_of, show
 from recompile.cli.options import device_options, made_options, many_values_command, output_options
 from recompile.cli.render_auto import describe_auto, describe_stage
+from recompile.planning import TARGETS
 
 
 @many_values_command(
@@ -37,7 +38,7 @@ from recompile.cli.render_auto import describe_auto, describe_stage
 @click.option(
     "--for",
     "engine",
-    type=click.Choice(["llama.cpp", "exllamav2", "exllamav3", "vllm", "transformers"]),
+    type=click.Choice(list(TARGETS)),
     help="The engine that is to load the mix: sets format and candidates, and keeps its rules.",
 )
 @click.option(

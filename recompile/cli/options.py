@@ -116,17 +116,18 @@ def made_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--format",
                 "format",
-                type=click.Choice(["compressed-tensors", "exl2", "exl3"]),
+                type=click.Choice(["compressed-tensors", "exl2", "exl3", "mlx"]),
                 default="compressed-tensors",
                 show_default=True,
                 help="What --candidates given as bits are: integers; EXL2 by its encoder without GPTQ, fractions too; "
-                "EXL3 by stand-ins: noise as large as its encoder's error, which takes too long on a CPU.",
+                "EXL3 by stand-ins: noise as large as its encoder's error, which takes too long on a CPU; MLX, affine "
+                "or mxfp4, mxfp8, nvfp4.",
             ),
             click.option(
                 "-g",
                 "--group-size",
                 show_default="64",
-                help="Of --candidates: 32, 64, 128 or channel.",
+                help="Of --candidates: 32, 64, 128 (MLX too) or channel.",
             ),
             click.option("--asym", is_flag=True, help="--candidates have a zero point per group."),
         )

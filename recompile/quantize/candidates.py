@@ -14,6 +14,7 @@ from recompile.checkpoint.decoded import as_dense
 from recompile.costs import is_expert
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
+from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.imatrix import read_imatrix
 from recompile.model.devices import compute_device
 from recompile.model.rows import check_vocabulary, read_rows
@@ -25,6 +26,7 @@ from recompile.quantize.lazy_variant import (
     exl_spec_of,
     fallbacks_of,
     make_variants,
+    mlx_spec_of,
     parse_candidates,
     save_importance,
     spec_of,
@@ -59,6 +61,10 @@ class CandidateOptions:
 def check_rounding(format_name: str, group_size: int | str | None, asym: bool) -> None:
     """Raises ArgumentError where settings of integers are given for a format that has none."""
     given = [name for name, value in (("{group_size}", group_size is not None), ("{asym}", asym)) if value]
+    if format_name == MLX:
+        if asym:
+            raise ArgumentError("{asym}: of compressed-tensors; {format} mlx has a bias in every group anyway")
+        return
     if given and format_name != "compressed-tensors":
         raise ArgumentError(f"{', '.join(given)}: of integers; {{format}} {format_name} has groups of its own")
 
@@ -101,6 +107,10 @@ def _specs(
     given = str(DEFAULT_GROUP_SIZE if options.group_size is None else options.group_size)
     if given != "channel" and not re.fullmatch("[0-9]{1,9}", given):
         raise ArgumentError(f"{{group_size}} {given}: wanted a number such as 64, or channel")
+    if options.format == MLX:
+        if given == "channel":
+            raise ArgumentError("{group_size} channel: MLX has 32, 64, 128")
+        return [mlx_spec_of(name, int(given)) for name in parse_candidates(names)]
     if options.format not in ("exl2", "exl3"):
         size = None if given == "channel" else int(given)
         return [spec_of(name, group_size=size, symmetric=not options.asym) for name in parse_candidates(names)]

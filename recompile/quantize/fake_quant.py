@@ -7,7 +7,7 @@ nothing here runs GPTQ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,7 @@ class IntMaker:
     bytes_per_weight: int = WORKING_BYTES
 
     def store(self, base: Checkpoint) -> Stored:
-        return _store_linear(base, PACKED, self.encoder.why_not, self._parts)
+        return store_alike(base, linear_modules(base), PACKED, self.encoder.why_not, self._parts)
 
     def _parts(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         (encoded,) = self.encoder.round("model.layers.0.x", torch.zeros(shape), None)
@@ -124,7 +124,10 @@ class SchemeMaker:
     _whole: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def store(self, base: Checkpoint) -> Stored:
-        return _store_linear(base, self.scheme.format, lambda module, shape: self.scheme.why_not(shape), self._parts)
+        return store_alike(base, linear_modules(base), self.scheme.format, self._why_not, self._parts)
+
+    def _why_not(self, module: str, shape: tuple[int, int]) -> str | None:
+        return self.scheme.why_not(shape)
 
     def _parts(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         encoder = SchemeEncoder((uniform(self.scheme, "mse"),))
@@ -185,15 +188,23 @@ def linear_modules(base: Checkpoint) -> list[str]:
     ]
 
 
-def _store_linear(base: Checkpoint, format_name: str, why_not: Any, parts_of: Any) -> Stored:
-    """All linear maps of the layers in one form.
+WhyNot = Callable[[str, tuple[int, int]], "str | None"]  # (module, shape) -> why it stays dense, or None
 
-    why_not: (module, shape) -> why it stays dense, or None; parts_of: shape -> the parts of a matrix of zeros
-    """
+
+def store_alike(
+    base: Checkpoint,
+    names: Iterable[str],
+    format_name: str,
+    why_not: WhyNot,
+    parts_of: Callable[[tuple[int, ...]], Mapping[str, Tensor]],
+) -> Stored:
+    """These modules in one form. parts_of: shape -> the parts of a matrix of zeros, or of one on the meta device.
+
+    Raises FormatError where none of them can be in that form."""
     formats: dict[str, str] = {}
     reason = "it has no linear layers"
     turned = turned_modules(base)
-    for name in linear_modules(base):
+    for name in names:
         module = base.modules[name]
         assert module.shape is not None, name
         shape = module.shape[::-1] if name in turned else module.shape

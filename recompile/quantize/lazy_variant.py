@@ -5,7 +5,7 @@ that mix in one calibrated pass. A weight goes through the grids and the scale s
 optionally with importance from calibration rows) without GPTQ, or through the encoder of a GGUF type or of EXL2, and is
 decoded at once; EXL3 has stand-ins of the same error. Nothing is kept but encodings that several types fall back to, so
 a run holds little more than the weights it asked for. Sizes are those of the stored form, to the bit. How each kind is
-made is in `makers` and `exl_makers`.
+made is in `fake_quant`, `fake_quant_exl` and `fake_quant_mlx`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from recompile.checkpoint.decoded import as_dense
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import Profile, ProfileGroup, candidate_label
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
+from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.names import Heads, Joined
 from recompile.io.files import write_with
 from recompile.recipe.recipe import SourceId
@@ -68,6 +69,20 @@ def exl_spec_of(name: str, format_name: str) -> tuple[SourceId, dict[str, Any]]:
     return bits, {"bits": bits, "format": format_name}
 
 
+def mlx_spec_of(name: str, group_size: int) -> tuple[SourceId, dict[str, Any]]:
+    """The id and the spec of an MLX candidate: "4" -> (4, {"bits": 4, "format": "mlx"}), and "mxfp4" -> ("mxfp4",
+    {"scheme": "mxfp4", "format": "mlx"}). Raises FormatError for any other name."""
+    from recompile.formats.mlx_config import MODES
+
+    if name in MODES and name != "affine":
+        return name, {"scheme": name, "format": MLX}
+    if not re.fullmatch(r"\d{1,9}", name):
+        modes = ", ".join(mode for mode in MODES if mode != "affine")
+        raise FormatError(f"{{candidates}} {name}: mlx candidates are whole bits, such as 3, or {modes}")
+    size = {} if group_size == DEFAULTS["group_size"] else {"group_size": group_size}
+    return int(name), {"bits": int(name), **size, "format": MLX}
+
+
 def spec_of(name: str, **settings: Any) -> tuple[SourceId, dict[str, Any]]:
     """The id and the spec of a candidate as the user calls it: "4" -> (4, {"bits": 4}), "q4_k" -> ("Q4_K", {"type":
     "Q4_K"}), "nvfp4" -> ("nvfp4", {"scheme": "nvfp4"}). Settings are those of integers; the default ones are left out.
@@ -101,6 +116,10 @@ def maker_of(spec: Spec, literal: frozenset[str] = frozenset(), shared: SharedEn
     Raises FormatError for a spec that asks for what no format has, or has no encoder here."""
     from recompile.quantize.fake_quant import GgufMaker, IntMaker, SchemeMaker, SharedEncodings
 
+    if spec.get("format") == MLX:
+        from recompile.quantize.fake_quant_mlx import maker_for as mlx_maker_for
+
+        return mlx_maker_for(spec, DEFAULTS["group_size"], shared if shared is not None else SharedEncodings())
     if "format" in spec:
         from recompile.quantize.fake_quant_exl import maker_for
 
@@ -267,7 +286,7 @@ def make_variants(
     keep_bytes: int = 0,
 ) -> list[tuple[SourceId, MadeVariant]]:
     """The candidates of one run; what several of their types fall back to is encoded once. literal: see GgufMaker;
-    keep_bytes: of encodings of GGUF types and EXL2 that may stay in memory."""
+    keep_bytes: of encodings of GGUF types, EXL2 and MLX that may stay in memory."""
     from recompile.quantize.fake_quant import SharedEncodings
 
     shared = SharedEncodings(keep_bytes)

@@ -190,6 +190,25 @@ def test_for_an_engine_its_candidates_and_rules(text: Path, tmp_path: Path) -> N
     assert "engine" in result.output  # the folder was begun for another
 
 
+def test_for_mlx_embedding_and_head_are_chosen_too(text: Path, tmp_path: Path) -> None:
+    """Down to the uniform build, everything is as mlx-lm has it."""
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    options = (base, out, text, "-b", 4.9, "--for", "mlx", "-g", GROUP)
+    made(*options, "--json", tmp_path / "r.json")
+    header = load_profile(tmp_path / "mix.work" / "profile.jsonl").header
+    assert {candidate.label for candidate in header.candidates} == {"2", "3", "4", "5", "6", "8"}
+    assert {"model.embed_tokens", "lm_head"} <= {group.name for group in header.groups}
+    mix, uniform = json.loads((tmp_path / "r.json").read_text())["builds"]
+    assert 4.5 < mix["bpw"] <= 4.9
+    assert mix["total_bytes"] == open_checkpoint(out).size_bytes
+    assert uniform["build"].endswith("3bpw"), "4 bits in groups of 32, with a bias, are 5 bpw and would be larger"
+    assert 0 < mix["kl_nats"] < uniform["kl_nats"]
+    stored = {module.format for module in open_checkpoint(out).modules.values() if len(module.shape or ()) == 2}
+    assert stored == {"mlx"}
+    assert check(out, engine="mlx").errors == ()
+    assert made(*options).output.count("done before") == 4
+
+
 def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path: Path) -> None:
     base, out = tiny.base("llama-2"), tmp_path / "mix"
     options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.1)
@@ -242,6 +261,8 @@ def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> No
     ("more", "says"),
     [
         (("--for", "exllamav3", "--format", "exl2"), "--for exllamav3 reads exl3, not --format exl2"),
+        (("--for", "mlx", "--asym"), "--asym: of compressed-tensors; --format mlx has a bias in every group anyway"),
+        (("--for", "exllamav2", "-g", 32), "--group-size: of integers; --format exl2 has groups of its own"),
         (("--for", "vllm", "--variants", "x", "y"), "--for says what candidates are made"),
         (("--rounding", "two-sided", "--variants", "x", "y"), "--rounding: variants are rounded already"),
     ],
