@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeAlias
@@ -56,6 +56,7 @@ LOGIT_CHUNK_TOKENS = 256
 LARGEST_NLL = 700.0  # nats a token; beyond, perplexity overflows a double
 FLOOR_TOKENS = 256  # of the first row, run once more on its own to see the arithmetic's own noise
 BATCH_TOKENS = 2048  # rows are batched up to about this many tokens
+WIDTH_STEP = 128  # padded rows are cut to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class DiffReport:
     sure_flips: SureFlips | None = None  # other top tokens where the reference was sure
     by_origin: tuple[Slice, ...] = ()  # by kind of row, where there are several
     by_position: tuple[Slice, ...] = ()  # by length of context, where rows are long
+    rows_role: str = ""  # which part of the text or trace the rows are: "report", "all"; "" where that is not known
+    positions: str = "all"  # of a trace: "response" where only predictions of what the model wrote are counted
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -140,6 +143,10 @@ class DiffOptions:
     vocab: int | None = None  # true vocabulary where the model pads it
     quantized_inputs: frozenset[int] = frozenset()  # candidates (Overlays) run with their inputs quantized as they say
     origins: tuple[str, ...] = ()  # per row, what kind of text it is from; empty where that is not known
+    lengths: tuple[int, ...] = ()  # per row, tokens without the padding; empty where there is none
+    counted: Tensor | None = field(default=None, compare=False)  # bool [rows, tokens] that figures are of; None: all
+    role: str = ""  # of the rows, for the report
+    positions: str = "all"  # what `counted` marks, for the report
     save_candidate_logits: Path | None = None
     save_reference_logits: Path | None = None
 
@@ -226,6 +233,26 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _RowGroup:
+    """Rows start .. stop - 1, which are cut to one width and run `batch` at a time."""
+
+    start: int
+    stop: int
+    width: int
+    batch: int
+
+
+def _row_groups(lengths: Sequence[int], tokens: int, batch: int | None) -> Iterator[_RowGroup]:
+    """Neighbouring rows of about one length. Padding on the right is seen by no token before it."""
+    widths = [min(tokens, math.ceil(length / WIDTH_STEP) * WIDTH_STEP) for length in lengths]
+    start = 0
+    for row in range(1, len(widths) + 1):
+        if row == len(widths) or widths[row] != widths[start]:
+            yield _RowGroup(start, row, widths[start], batch or max(1, BATCH_TOKENS // widths[start]))
+            start = row
+
+
 class _Comparison:
     def __init__(
         self,
@@ -238,15 +265,25 @@ class _Comparison:
     ) -> None:
         self.candidates, self.b, self.ids, self.options = candidates, b, ids, options
         self.rows_source, self.rows_sha256 = source, sha256
-        self.batch = options.batch or max(1, BATCH_TOKENS // ids.shape[1])
-        self.floor_ids = ids[:1, : min(FLOOR_TOKENS, max(2, ids.shape[1] // 2))]
+        self.groups = list(_row_groups(options.lengths or (ids.shape[1],) * len(ids), ids.shape[1], options.batch))
+        self.batches = [
+            (start, min(start + group.batch, group.stop), group.width)
+            for group in self.groups
+            for start in range(group.start, group.stop, group.batch)
+        ]
+        self.counted = options.counted
+        self.meant: list[Tensor] | None = None  # a batch, bool [rows, tokens]
+        if self.counted is not None:
+            self.meant = [self.counted[start:stop, :width] for start, stop, width in self.batches]
+        first_length = options.lengths[0] if options.lengths else ids.shape[1]
+        self.floor_ids = ids[:1, : min(FLOOR_TOKENS, max(2, first_length // 2))]
         self.stages: list[list[LayerDrift]] = [[] for _ in candidates]
         self.routing: list[list[LayerRouting]] = [[] for _ in candidates]
 
     @torch.inference_mode()
     def run(self) -> Iterator[Event]:
-        states_b = list(self.b.embed(self.ids, self.batch))
-        states = [list(model.embed(self.ids, self.batch)) for model in self.candidates]
+        states_b = list(self._embed(self.b))
+        states = [list(self._embed(model)) for model in self.candidates]
         floor = next(self.b.embed(self.floor_ids, 1))
         yield from self._finish_stage("embedding", states, states_b)
         for index in range(self.b.depth):
@@ -261,7 +298,7 @@ class _Comparison:
                     ExpertChoices().watching(layer) as chosen,
                 ):
                     self._run_layer(model, index, states_a)
-                routing = compare_choices(self.b.prefix_of_layer(index), chosen_b, chosen, len(self.ids))
+                routing = compare_choices(self.b.prefix_of_layer(index), chosen_b, chosen, len(self.ids), self.meant)
                 self.routing[number] += [routing] if routing is not None else []
             yield from self._finish_stage(self.b.prefix_of_layer(index), states, states_b)
         with self.b.norm_loaded() as norm:
@@ -274,7 +311,14 @@ class _Comparison:
         pieces: list[list[TokenMetrics]] = [[] for _ in self.candidates]
         floor_kl = yield from self._compare_logits(states, states_b, floor, pieces)
         for n, found in enumerate(pieces):
-            yield self._report(n, TokenMetrics.cat(found).reshape(len(self.ids)), floor_kl)
+            whole = TokenMetrics.cat(found)
+            placed = whole.reshape(len(self.ids)) if self.counted is None else whole.placed(self.counted)
+            yield self._report(n, placed, floor_kl)
+
+    def _embed(self, model: LayeredModel) -> Iterator[Tensor]:
+        for group in self.groups:
+            ids = self.ids[group.start : group.stop, : group.width]
+            yield from model.embed(ids, group.batch, first_row=group.start)
 
     def _inputs(self, number: int, index: int) -> AbstractContextManager[Any]:
         """What a candidate's layer runs under: its inputs quantized, or as they are."""
@@ -286,7 +330,7 @@ class _Comparison:
 
     def _run_layer(self, model: LayeredModel, index: int, states: list[Tensor]) -> None:
         for n, state in enumerate(states):
-            states[n] = model.run_layer(index, state, n * self.batch)
+            states[n] = model.run_layer(index, state, self.batches[n][0])
 
     def _finish_stage(self, name: str, states: list[list[Tensor]], states_b: list[Tensor]) -> Iterator[LayerDrift]:
         hidden = self.b.hidden_of if name != "norm" else lambda state: state
@@ -294,9 +338,35 @@ class _Comparison:
             if len(stages) < self.options.keep_reference:
                 for n, state in enumerate(states_b):
                     states_a[n] = state.clone()
-            figures = [drift(hidden(a), hidden(b)) for a, b in zip(states_a, states_b, strict=True)]
+            figures = [
+                drift(self._counted_of(hidden(a), n), self._counted_of(hidden(b), n))
+                for n, (a, b) in enumerate(zip(states_a, states_b, strict=True))
+            ]
             stages.append(LayerDrift(name, len(stages), self.b.depth + 2, mean_drift(figures)))
             yield stages[-1]
+
+    def _counted_of(self, state: Tensor, batch: int) -> Tensor:
+        """A state [batch, tokens, ...], zero where it is not counted."""
+        if self.meant is None:
+            return state
+        mask = self.meant[batch].to(state.device)
+        return torch.where(mask.reshape(*mask.shape, *[1] * (state.dim() - 2)), state, 0)
+
+    def _labels(self) -> Tensor:
+        """The next token of every place, int64 [rows, tokens]; -1 where there is none."""
+        rows, tokens = self.ids.shape
+        labels = torch.cat([self.ids[:, 1:], torch.full((rows, 1), -1)], 1)
+        if self.options.lengths:
+            labels[torch.arange(tokens)[None] >= torch.tensor(self.options.lengths)[:, None] - 1] = -1
+        return labels.to(self.b.device)
+
+    def _chunks(self, row: int) -> list[slice | Tensor]:
+        """Places of a row whose logits are compared, some at a time."""
+        if self.counted is None:
+            tokens = self.ids.shape[1]
+            return [slice(at, min(tokens, at + LOGIT_CHUNK_TOKENS)) for at in range(0, tokens, LOGIT_CHUNK_TOKENS)]
+        places = self.counted[row].nonzero().flatten().to(self.b.device)
+        return list(places.split(LOGIT_CHUNK_TOKENS))
 
     def _compare_logits(
         self,
@@ -308,29 +378,29 @@ class _Comparison:
         """Fill `pieces`, a list a candidate, a chunk of tokens at a time; returns the noise floor."""
         vocab = min(self.options.vocab or self.b.vocab_size, self.b.vocab_size)
         rows, tokens = self.ids.shape
-        labels = torch.cat([self.ids[:, 1:], torch.full((rows, 1), -1)], 1).to(self.b.device)
+        labels = self._labels()
         shape = (rows, tokens, self.b.vocab_size)
         with ExitStack() as stack:
             file_a = stack.enter_context(_LogitFile(self.options.save_candidate_logits, shape))
             file_b = stack.enter_context(_LogitFile(self.options.save_reference_logits, shape))
             for model in (self.b, *self.candidates):
                 stack.enter_context(model.head_loaded())
-            first: list[Tensor] = []
+            length = floor.shape[1]
+            first = [] if self.counted is None else [self._floor_logits(states_b[0], length)[:, :vocab].clone()]
             row = 0
             for batch, b in enumerate(states_b):
                 for r in range(len(b)):
-                    for start in range(0, tokens, LOGIT_CHUNK_TOKENS):
-                        stop = min(tokens, start + LOGIT_CHUNK_TOKENS)
-                        logits_b = self.b.logits(b[r : r + 1, start:stop], row)[0]
+                    for places in self._chunks(row):
+                        logits_b = self.b.logits(b[r : r + 1, places], row)[0]
                         file_b.append(logits_b)
-                        if row == 0 and start < floor.shape[1]:
-                            first.append(logits_b[: floor.shape[1] - start, :vocab].clone())
+                        if row == 0 and sum(map(len, first)) < length:
+                            first.append(logits_b[: length - sum(map(len, first)), :vocab].clone())
                         for n, model in enumerate(self.candidates):
-                            logits_a = model.logits(states[n][batch][r : r + 1, start:stop], row)[0]
+                            logits_a = model.logits(states[n][batch][r : r + 1, places], row)[0]
                             if n == 0:
                                 file_a.append(logits_a)
                             found = token_metrics(
-                                logits_b[:, :vocab], logits_a[:, :vocab], labels[row, start:stop], self.options.top_k
+                                logits_b[:, :vocab], logits_a[:, :vocab], labels[row, places], self.options.top_k
                             )
                             if not found.is_finite:
                                 raise _not_finite(self.b, logits_b[:, :vocab], model, logits_a[:, :vocab], row)
@@ -342,38 +412,50 @@ class _Comparison:
             check_finite(floor_kl, f"{self.b.loaded_from}: noise floor, row 1")
             return float(floor_kl.mean())
 
+    def _floor_logits(self, states: Tensor, tokens: int) -> Tensor:
+        """Logits [tokens, vocab] of the first row's beginning, made as those of the rows are."""
+        chunks = states[:1].split(LOGIT_CHUNK_TOKENS, 1)
+        needed = chunks[: math.ceil(tokens / LOGIT_CHUNK_TOKENS)]
+        return torch.cat([self.b.logits(chunk, 0)[0] for chunk in needed])[:tokens]
+
     def _report(self, number: int, found: TokenMetrics, floor_kl: float) -> DiffReport:
-        row_means = [mean_over_rows(found.kl[r : r + 1]).mean for r in range(len(found.kl))]
+        counted = self.counted if self.counted is not None else torch.ones_like(found.labelled)
+        row_means = [mean_over_rows(found.kl[r : r + 1], counted[r : r + 1]).mean for r in range(len(found.kl))]
+        kl = found.kl[counted]
         return DiffReport(
             candidate=getattr(self.candidates[number].source, "label", "A"),
             reference=getattr(self.b.source, "label", "B"),
             rows=len(found.kl),
             row_tokens=found.kl.shape[1],
-            tokens=found.kl.numel(),
-            unlabelled_tokens=int(found.labelled.logical_not().sum()),
+            tokens=kl.numel(),
+            unlabelled_tokens=int((counted & ~found.labelled).sum()),
             dtype=str(self.b.dtype).removeprefix("torch."),
             device=str(self.b.device),
             vocab=min(self.options.vocab or self.b.vocab_size, self.b.vocab_size),
-            kl=mean_over_rows(found.kl),
-            kl_reverse=mean_over_rows(found.kl_reverse),
-            kl_quantiles=quantiles(found.kl),
-            kl_by_confidence=kl_by_confidence(found.kl, found.confidence),
+            kl=mean_over_rows(found.kl, counted),
+            kl_reverse=mean_over_rows(found.kl_reverse, counted),
+            kl_quantiles=quantiles(kl),
+            kl_by_confidence=kl_by_confidence(kl, found.confidence[counted]),
             kl_rows=tuple(row_means),
             noise_floor=floor_kl,
-            identical=bool(found.same_logit_bits.all()),
+            identical=bool(found.same_logit_bits[counted].all()),
             score_candidate=_score(found.candidate_nll, found.candidate_hit, found.labelled, self.candidates[number]),
             score_reference=_score(found.reference_nll, found.reference_hit, found.labelled, self.b),
-            top_k_agreement=tuple(mean_over_rows(found.agree[..., k].float()) for k in range(found.agree.shape[-1])),
+            top_k_agreement=tuple(
+                mean_over_rows(found.agree[..., k].float(), counted) for k in range(found.agree.shape[-1])
+            ),
             layers=tuple(self.stages[number]),
             rows_sha256=self.rows_sha256,
             rows_source=self.rows_source,
             versions=versions(),
-            kl_histogram=kl_histogram(found.kl),
+            kl_histogram=kl_histogram(kl),
             routing=tuple(self.routing[number]),
             delta_p=delta_p(found.reference_nll, found.candidate_nll, found.labelled),
             sure_flips=sure_flips(found.confidence, found.agree[..., 0]),
-            by_origin=slices_by_origin(found.kl, found.agree[..., 0], self.options.origins),
-            by_position=slices_by_position(found.kl, found.agree[..., 0]),
+            by_origin=slices_by_origin(found.kl, found.agree[..., 0], self.options.origins, counted),
+            by_position=slices_by_position(found.kl, found.agree[..., 0], counted),
+            rows_role=self.options.role,
+            positions=self.options.positions,
         )
 
 

@@ -90,6 +90,17 @@ class TokenMetrics:
     def cat(parts: Sequence[TokenMetrics]) -> TokenMetrics:
         return TokenMetrics(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenMetrics)))
 
+    def placed(self, counted: Tensor) -> TokenMetrics:
+        """Figures of the tokens that `counted` (bool [rows, tokens], on the CPU) marks, at their places; zeros
+        elsewhere."""
+        values = []
+        for f in fields(TokenMetrics):
+            value = getattr(self, f.name)
+            whole = torch.zeros(*counted.shape, *value.shape[1:], dtype=value.dtype)
+            whole[counted] = value
+            values.append(whole)
+        return TokenMetrics(*values)
+
     def reshape(self, rows: int) -> TokenMetrics:
         values = (getattr(self, f.name) for f in fields(TokenMetrics))
         return TokenMetrics(*(value.reshape(rows, -1, *value.shape[1:]) for value in values))
@@ -273,31 +284,44 @@ class Slice:
     same_top: Mean  # share of tokens
 
 
-def _slice(name: str, kl: Tensor, same_top: Tensor) -> Slice:
-    return Slice(name, len(kl), kl.numel(), mean_over_rows(kl), mean_over_rows(same_top.float()))
+def _slice(name: str, kl: Tensor, same_top: Tensor, counted: Tensor) -> Slice:
+    rows, tokens = int(counted.any(1).sum()), int(counted.sum())
+    return Slice(name, rows, tokens, mean_over_rows(kl, counted), mean_over_rows(same_top.float(), counted))
 
 
-def slices_by_origin(kl: Tensor, same_top: Tensor, origins: Sequence[str]) -> tuple[Slice, ...]:
+def slices_by_origin(
+    kl: Tensor, same_top: Tensor, origins: Sequence[str], counted: Tensor | None = None
+) -> tuple[Slice, ...]:
     """One slice a kind of row, in the order in which kinds appear; none where all rows are of one kind.
 
-    kl, same_top: [rows, tokens]; origins: per row, or empty where it is not known. Raises NotFiniteError.
+    kl, same_top: [rows, tokens]; origins: per row, or empty where it is not known; counted: bool [rows, tokens], the
+    tokens that are meant, None for all. Raises NotFiniteError.
     """
+    counted = torch.ones_like(kl, dtype=torch.bool) if counted is None else counted
     if len(set(origins)) < 2:
         return ()
     of = {name: [row for row, origin in enumerate(origins) if origin == name] for name in dict.fromkeys(origins)}
-    return tuple(_slice(name, kl[rows], same_top[rows]) for name, rows in of.items())
+    return tuple(_slice(name, kl[rows], same_top[rows], counted[rows]) for name, rows in of.items())
 
 
 POSITION_EDGES = (0, 512, 2048, 8192, 32768)  # tokens before the one that is predicted from
 
 
-def slices_by_position(kl: Tensor, same_top: Tensor) -> tuple[Slice, ...]:
-    """Tokens by how much context they see; none where every row ends before the second edge. [rows, tokens] both."""
+def slices_by_position(kl: Tensor, same_top: Tensor, counted: Tensor | None = None) -> tuple[Slice, ...]:
+    """Tokens by how much context they see; none where every row ends before the second edge. [rows, tokens] all.
+
+    counted: the tokens that are meant, None for all
+    """
+    counted = torch.ones_like(kl, dtype=torch.bool) if counted is None else counted
     tokens = kl.shape[1]
     if tokens <= POSITION_EDGES[1]:
         return ()
     edges = [*(edge for edge in POSITION_EDGES if edge < tokens), tokens]
-    return tuple(_slice(f"{low} - {high}", kl[:, low:high], same_top[:, low:high]) for low, high in pairwise(edges))
+    return tuple(
+        _slice(f"{low} - {high}", kl[:, low:high], same_top[:, low:high], counted[:, low:high])
+        for low, high in pairwise(edges)
+        if bool(counted[:, low:high].any())
+    )
 
 
 HISTOGRAM_LOW, HISTOGRAM_HIGH, HISTOGRAM_PER_DECADE = -8, 2, 5  # powers of ten of nats; five bins a decade

@@ -7,13 +7,14 @@ quadratic form of small changes (a sketch) does not see, so that it is worth a f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from eval.metrics import Mean, mean_over_rows
 
@@ -95,19 +96,43 @@ def _sets_of_call(values: list[Any], experts: int) -> Tensor | None:
     return None
 
 
-def compare_choices(name: str, reference: ExpertChoices, candidate: ExpertChoices, rows: int) -> LayerRouting | None:
-    """How the candidate's choices of the same `rows` compare; None for a layer whose choices were not seen."""
+def compare_choices(
+    name: str,
+    reference: ExpertChoices,
+    candidate: ExpertChoices,
+    rows: int,
+    counted: Sequence[Tensor] | None = None,
+) -> LayerRouting | None:
+    """How the candidate's choices of the same `rows` compare; None for a layer whose choices were not seen.
+
+    counted: a batch, bool [rows, tokens], the tokens that are meant; None for all
+    """
     if not reference.sets or len(reference.sets) != len(candidate.sets):
         return None
     theirs, ours = torch.cat(reference.sets), torch.cat(candidate.sets)
-    if theirs.shape != ours.shape or len(theirs) % rows:
+    if theirs.shape != ours.shape or (counted is None and len(theirs) % rows):
         return None
-    same = (theirs == ours).all(1).reshape(rows, -1).float().cpu()
+    same = (theirs == ours).all(1).float().cpu()
+    if counted is None:
+        same_experts = mean_over_rows(same.reshape(rows, -1))
+    else:
+        meant = torch.cat([batch.flatten() for batch in counted])
+        if len(meant) != len(theirs):
+            return None
+        widest = max(batch.shape[1] for batch in counted)
+        parts = same.split([batch.numel() for batch in counted])
+        values = [
+            pad(part.reshape(batch.shape), (0, widest - batch.shape[1]))
+            for part, batch in zip(parts, counted, strict=True)
+        ]
+        masks = [pad(batch, (0, widest - batch.shape[1])) for batch in counted]
+        same_experts = mean_over_rows(torch.cat(values), torch.cat(masks))
+        theirs, ours = theirs[meant.to(theirs.device)], ours[meant.to(ours.device)]
     return LayerRouting(
         name=name,
         experts=theirs.shape[1],
         chosen=int(theirs.sum(1).max()),
-        same_experts=mean_over_rows(same),
+        same_experts=same_experts,
         load=tuple(theirs.sum(0).tolist()),
         load_candidate=tuple(ours.sum(0).tolist()),
     )

@@ -128,6 +128,7 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
 
     Raises MismatchError for builds of different models, RecipeError, ArgumentError.
     """
+    _check_trace(request)
     base, mix = open_checkpoint(reference), open_checkpoint(candidate)
     overlay = _overlay_of(mix, request.recipe, base, request, on_event)
     _check_divergence(request)
@@ -148,6 +149,7 @@ def run_diffs(
     if request.activations:
         raise ArgumentError(f"{{activations}}: goes with one candidate; {len(candidates)} are given")
     _check_divergence(request)
+    _check_trace(request)
     base = open_checkpoint(reference)
     overlays = [_overlay_of(open_checkpoint(model), recipe, base, request, on_event) for model, recipe in candidates]
     reports = _measure(overlays, base, request, on_event)
@@ -204,11 +206,7 @@ def _measure(
         tied_head = find_tied_head(checkpoint)
         if tied_head is not None and not tied_head.is_copy:
             on_event(Note(f"{checkpoint.label}: {tied_head}", "Warning"))
-    where = request.where
-    given = (where.rows, where.length, where.text, where.dataset, where.input_ids)
-    rows, vocab = read_rows(
-        [base.path, *(overlay.base.path for overlay in overlays)], "report", *given, split_own_text=False
-    )
+    rows, vocab = request.where.read_own([base.path, *(overlay.base.path for overlay in overlays)], "report")
     vocab = check_vocabulary(base, vocab)
     ids = rows.ids
     if request.gen_prompt:
@@ -224,12 +222,31 @@ def _measure(
         device=compute_device(request.device),
         vocab=vocab,
         origins=tuple("+".join(sorted(set(origin.split("+")))) for origin in rows.origins),
+        lengths=tuple(rows.lengths.tolist()) if rows.lengths is not None else (),
+        counted=rows.counted,
+        role=rows.role,
+        positions=rows.positions,
         quantized_inputs=frozenset({len(overlays)} if request.activations else ()),
         save_candidate_logits=request.save_logits_a,
         save_reference_logits=request.save_logits_b,
     )
     sources = [*overlays, *([overlays[0]] if request.activations else [])]
     return measure_many(sources, base, ids, options, on_event, rows_source=rows.source, rows_sha256=rows.sha256)
+
+
+def _check_trace(request: DiffRequest) -> None:
+    """What is made of rows of one length, or of text, is not made of a trace."""
+    if request.where.trace is None:
+        return
+    for given, name in (
+        (request.gen_prompt, "{gen_prompt}"),
+        (request.divergence is not None, "{divergence}"),
+        (request.save_input_ids is not None, "{save_input_ids}"),
+        (request.save_logits_a is not None, "{save_logits_a}"),
+        (request.save_logits_b is not None, "{save_logits_b}"),
+    ):
+        if given:
+            raise ArgumentError(f"{name}: goes with rows of one length, not with those of {{trace}}; leave one out")
 
 
 PROMPT_TOKENS = 48  # of a row's beginning, which greedy runs go on from

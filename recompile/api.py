@@ -489,11 +489,13 @@ def diff(
     recipe: PathLike | None = None,
     allow_unmatched: bool = False,
     activations: bool = False,
-    rows: int = 10,
+    rows: int | None = None,
     length: int = 2048,
     text: PathLike | None = None,
     dataset: str | None = None,
     input_ids: PathLike | None = None,
+    trace: PathLike | None = None,
+    positions: str = "response",
     keep_b: int = 0,
     topk_max: int = 5,
     batch_size: int | None = None,
@@ -512,7 +514,9 @@ def diff(
         print(found.report.kl, found.report.score_candidate.perplexity)
 
     recipe: applied to the candidate in memory; activations: also with inputs quantized as its schemes say
-    rows, length, text, dataset, input_ids: what is run; gen_prompt: behind the chat template's generation prompt
+    rows, length, text, dataset, input_ids: what is run, 10 rows of text where nothing is said
+    trace: a file of `trace` in place of text, all its report rows or the first `rows`; positions: which of its
+    predictions count, those of the "response" or "all"; gen_prompt: behind the chat template's generation prompt
     keep_b: take the reference's state after so many stages; topk_max: the largest K; batch_size: rows a batch
     save_...: files for the token rows and both models' logits
     divergence: "32x300" for greedy runs of 32 prompts and 300 tokens: where the candidate's leave the reference's
@@ -533,7 +537,15 @@ def diff(
         save_input_ids=as_path(save_input_ids),
         save_logits_a=as_path(save_logits_a),
         save_logits_b=as_path(save_logits_b),
-        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids)),
+        where=RowOptions(
+            rows or (10 if trace is None else None),
+            length,
+            as_path(text),
+            dataset,
+            as_path(input_ids),
+            as_path(trace),
+            positions,
+        ),
         device=device,
         dtype=dtype,
         divergence=divergence,
@@ -546,11 +558,13 @@ def diff_many(
     reference: PathLike,
     *,
     allow_unmatched: bool = False,
-    rows: int = 10,
+    rows: int | None = None,
     length: int = 2048,
     text: PathLike | None = None,
     dataset: str | None = None,
     input_ids: PathLike | None = None,
+    trace: PathLike | None = None,
+    positions: str = "response",
     keep_b: int = 0,
     topk_max: int = 5,
     batch_size: int | None = None,
@@ -584,7 +598,15 @@ def diff_many(
         save_input_ids=as_path(save_input_ids),
         save_logits_a=None,
         save_logits_b=as_path(save_logits_b),
-        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids)),
+        where=RowOptions(
+            rows or (10 if trace is None else None),
+            length,
+            as_path(text),
+            dataset,
+            as_path(input_ids),
+            as_path(trace),
+            positions,
+        ),
         device=device,
         dtype=dtype,
         divergence=divergence,

@@ -44,6 +44,12 @@ PROMPTS = [
 ]
 
 
-def write_prompts(path: Path) -> Path:
-    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+def write_prompts(path: Path, copies: int = 1) -> Path:
+    """Each of `PROMPTS`, and again with other words at its end."""
+    lines = []
+    for copy in range(copies):
+        for prompt in PROMPTS:
+            said = [{**message, "content": message["content"] + "!" * copy} for message in prompt["messages"]]
+            lines.append(json.dumps({**prompt, "messages": said}) + "\n")
+    path.write_text("".join(lines))
     return path

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from recompile.cli.common import Screen, check_json_path, command, show
-from recompile.cli.options import device_options, engine_options, output_options, text_options
+from recompile.cli.options import device_options, engine_options, output_options, text_options, trace_options
 from recompile.cli.render_diff import describe_diff, describe_many
 from recompile.cli.render_engine import describe_engine
 
@@ -21,7 +21,7 @@ from recompile.cli.render_engine import describe_engine
         "--save-logits-a": "save_logits_a",
         "--save-logits-b": "save_logits_b",
     },
-    inputs=("candidates", "reference", "recipes", "text", "input_ids"),
+    inputs=("candidates", "reference", "recipes", "text", "input_ids", "trace"),
 )
 @click.option(
     "-ma",
@@ -41,7 +41,8 @@ from recompile.cli.render_engine import describe_engine
     multiple=True,
     help="Recipe (YAML) to apply to model A in memory; several times to compare recipes on one A, or one for each A.",
 )
-@text_options(rows=10, length=2048)
+@text_options(rows=10, length=2048, unset=True)
+@trace_options
 @click.option(
     "-kb",
     "--keep-b",
@@ -106,6 +107,7 @@ def main(
     Examples:
       model_diff -ma 3bpw -mb base -r 10
       model_diff -ma 3bpw -mb base -or overrides.yaml -r 10 --json diff.json
+      model_diff -ma 3bpw -mb base --trace trace.safetensors
       model_diff -ma gptq -ma mix -ma healed -mb base -r 20
       model_diff --engine llama.cpp -ma Q4_K_M.gguf -mb BF16.gguf --llama-chunks 20
     """
@@ -128,6 +130,8 @@ def main(
         if _given(ctx, name):
             raise click.UsageError(f"{_flag(ctx, name)} goes with --engine")
         del options[name]
+    if _given(ctx, "positions") and options["trace"] is None:
+        raise click.UsageError("--positions goes with --trace")
     if options["reference"] is None:
         raise click.UsageError("-mb is needed: model B, the reference")
     if len(candidates) == 1 and len(recipes) < 2:
@@ -174,6 +178,8 @@ NOT_WITH_ENGINE = (
     "allow_unmatched",
     "activations",
     "divergence",
+    "trace",
+    "positions",
 )
 ONE_ONLY = ("activations", "save_logits_a")  # of several candidates none is meant
 

@@ -62,9 +62,11 @@ class RowCount(click.ParamType):
         return int(value)
 
 
-def text_options(rows: int, length: int, *, auto: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def text_options(
+    rows: int, length: int, *, auto: bool = False, unset: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`-r -l --text --dataset --input-ids`: where token rows come from; `auto`: -r auto is a choice, and nothing given
-    is None."""
+    is None; `unset`: nothing given is None."""
     row_type: Any = RowCount() if auto else int
     row_help = "Rows of tokens; auto: as many as --rtol asks for." if auto else "Rows of tokens."
 
@@ -75,7 +77,7 @@ def text_options(rows: int, length: int, *, auto: bool = False) -> Callable[[Cal
                     "-r",
                     "--rows",
                     type=row_type,
-                    default=None if auto else rows,
+                    default=None if auto or unset else rows,
                     show_default=str(rows),
                     help=row_help,
                 ),
@@ -95,6 +97,22 @@ def text_options(rows: int, length: int, *, auto: bool = False) -> Callable[[Cal
         return function
 
     return add
+
+
+def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--trace --positions`."""
+    function = click.option(
+        "--positions",
+        type=click.Choice(["response", "all"]),
+        default="response",
+        show_default=True,
+        help="Of a trace: which predictions count, those of the response's tokens or all.",
+    )(function)
+    return click.option(
+        "--trace",
+        type=click.Path(path_type=Path),
+        help="Rows of model_trace in place of text: those of the role that is needed; all of them, or the first -r.",
+    )(function)
 
 
 def device_options(function: Callable[..., Any]) -> Callable[..., Any]:

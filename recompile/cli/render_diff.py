@@ -66,8 +66,8 @@ def describe_many(found: ManyDiffs) -> str:
     ]
     lines = [
         f"B (reference): {first.reference}",
-        f"Measured on:   {first.rows} rows x {first.row_tokens} tokens, {first.rows_source}, {first.dtype} on "
-        f"{first.device}; B's perplexity {first.score_reference.perplexity:.4f}",
+        f"Measured on:   {_rows_of(first)}, {first.dtype} on {first.device}; B's perplexity "
+        f"{first.score_reference.perplexity:.4f}",
         "",
         format_columns(rows, header, tuple(range(1, len(header)))),
         "",
@@ -87,6 +87,22 @@ def describe_many(found: ManyDiffs) -> str:
         )
     lines.append(format_columns(table, ("candidate", "difference, nats/token", "95 %", ""), (1, 2)))
     return "\n".join(lines)
+
+
+def _rows_of(report: DiffReport, whole: bool = False) -> str:
+    """Which tokens were compared; whole: and how many of them count in what."""
+    padded = report.tokens < report.rows * report.row_tokens
+    counted = ""
+    if padded:
+        counted = f" ({report.tokens} tokens {'of responses ' if report.positions == 'response' else ''}counted)"
+    elif whole:
+        counted = (
+            f" ({report.tokens} tokens counted, {report.unlabelled_tokens} of them, the last of each row, not in "
+            f"perplexity)"
+        )
+    role = f", role {report.rows_role}" if report.rows_role not in ("", "all") else ""
+    shape = f"{report.rows} rows {'of at most' if padded else 'x'} {report.row_tokens} tokens"
+    return f"{shape}{counted}, {report.rows_source}{role}"
 
 
 def _median(median: float | None) -> str:
@@ -136,9 +152,7 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         f"A's size:      {format_bpw(size.bpw)} bpw over quantized modules, head {format_bpw(size.head_bpw)}, "
         f"embedding {format_bpw(size.embedding_bpw)}, {format_bytes(size.total_bytes)} in all",
         f"               {left_dense(overlay)}",
-        f"Measured on:   {report.rows} rows x {report.row_tokens} tokens ({report.tokens} tokens counted, "
-        f"{report.unlabelled_tokens} of them, the last of each row, not in perplexity), {report.rows_source}, "
-        f"{report.dtype} on {report.device}",
+        f"Measured on:   {_rows_of(report, whole=True)}, {report.dtype} on {report.device}",
         "",
         f"A perplexity: {a.perplexity:.8f}" + _error(a.perplexity_std_error),
         f"B perplexity: {b.perplexity:.8f}" + _error(b.perplexity_std_error),

@@ -23,10 +23,29 @@ class RowOptions:
     text: Path | None = None  # a UTF-8 file
     dataset: str | None = None  # of the `datasets` library
     input_ids: Path | None = None  # safetensors, key input_ids, int64 [rows, tokens]
+    trace: Path | None = None  # of model_trace
+    positions: str = "response"  # of a trace, that count: "response" or "all"
 
     def read(self, directories: Sequence[Path], role: str, rows: int | None = None) -> tuple[Rows, int | None]:
         """As `read_rows`, of a role; rows: as many instead."""
+        if self.trace is not None:
+            return trace_rows(self.trace, directories, role, rows or self.rows, self.positions)
         return read_rows(directories, role, rows or self.rows, self.length, self.text, self.dataset, self.input_ids)
+
+    def read_own(self, directories: Sequence[Path], role: str) -> tuple[Rows, int | None]:
+        """As `read`, where the user's own text is not split into roles; a trace always is."""
+        self.check()
+        if self.trace is not None:
+            return self.read(directories, role)
+        given = (self.rows, self.length, self.text, self.dataset, self.input_ids)
+        return read_rows(directories, role, *given, split_own_text=False)
+
+    def check(self) -> None:
+        """Raise ArgumentError for arguments that exclude each other."""
+        if self.positions not in ("response", "all"):
+            raise ArgumentError(f'{{positions}} "{self.positions}": wanted response or all')
+        if self.trace is not None and any(given is not None for given in (self.text, self.dataset, self.input_ids)):
+            raise ArgumentError("{trace} takes the place of {text}, {dataset} and {input_ids}; give one of them")
 
     def read_up_to(self, directories: Sequence[Path], role: str, most: int, least: int) -> Rows:
         """`most` rows, or as many as the text has. Raises RecompileError for fewer than `least`."""
@@ -70,6 +89,46 @@ def read_rows(
     own = text is not None or dataset is not None
     taken = "all" if own and not split_own_text else role
     return rows_of_text(source, first_with_tokenizer(model_dirs), rows, length, taken)
+
+
+def trace_rows(path: Path, model_dirs: Sequence[Path], role: str, rows: int | None, positions: str) -> tuple[Rows, int]:
+    """The rows of one role of a trace, at most so many, short ones first, and the vocabulary that it was written with.
+
+    Raises MismatchError where a model's tokenizer is another than the trace's, RecompileError for a role without rows.
+    """
+    from hashlib import sha256
+
+    from recompile.model.tokens import Rows, tokenizer_sha256
+    from recompile.model.trace import read_trace
+
+    trace = read_trace(path)
+    about = trace.about
+    theirs = about.tokenizer_sha256
+    ours = tokenizer_sha256(first_with_tokenizer(model_dirs))
+    if ours and theirs and ours.startswith("gguf:") == theirs.startswith("gguf:") and ours != theirs:
+        raise MismatchError(
+            f"{path}: was written with another tokenizer than that of {first_with_tokenizer(model_dirs)}; trace this "
+            f"model's base"
+        )
+    found = trace.of_role(role).first(rows).by_length()
+    if not len(found.ids):
+        raise RecompileError(
+            f'{path}: no row has the role "{role}" ({", ".join(f"{its}: {n}" for its, n in trace.counts.items())}); '
+            f"trace more prompts"
+        )
+    drawn = "greedily" if about.temperature == 0 else f"at temperature {about.temperature:g}, seed {about.seed}"
+    made = Rows(
+        found.ids,
+        documents=tuple(f"prompt-{prompt[:8]}" for prompt in found.about.prompts),
+        origins=found.about.kinds,
+        source=f"{path.name}, written by {about.base} {drawn}",
+        role=role,
+        sha256=sha256(f"{found.sha256} {positions}".encode()).hexdigest(),
+        lengths=found.lengths,
+        counted=found.counted(positions),
+        positions=positions,
+    )
+    return made, about.vocab
 
 
 def rows_of_text(source: TextSource, model_dir: Path, rows: int | None, length: int, role: str) -> tuple[Rows, int]:

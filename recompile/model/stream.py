@@ -432,11 +432,14 @@ class LayeredModel:
 
     # ---- running --------------------------------------------------------------------------------------------------
 
-    def embed(self, ids: Tensor, batch: int, source: WeightSource | None = None) -> Iterator[Tensor]:
+    def embed(
+        self, ids: Tensor, batch: int, source: WeightSource | None = None, *, first_row: int = 0
+    ) -> Iterator[Tensor]:
         """The states that enter the first layer, a batch of rows at a time; ids [rows, tokens] -> [batch, tokens,
         width], where the width is that of the hidden state for most architectures.
 
-        Records the arguments of every layer's call for this row length. Raises NotFiniteError.
+        first_row: what messages call the first one. Records the arguments of every layer's call for this row length.
+        Raises NotFiniteError.
         """
         with self._loaded(self.structure.before, source):
             self.record(ids[:1])
@@ -444,7 +447,7 @@ class LayeredModel:
             for number, rows in enumerate(ids.split(batch)):
                 with self._towers_there():
                     first = layout.first(self.runner, list(self.layers), rows.to(self.device))
-                self.watch.see(first, self.loaded_from, "the embedding", number * batch, self.embedding)
+                self.watch.see(first, self.loaded_from, "the embedding", first_row + number * batch, self.embedding)
                 yield first
 
     def record(self, ids: Tensor) -> None:

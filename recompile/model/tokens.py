@@ -72,12 +72,15 @@ class TextSource:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of tokens, all of one length.
+    """Rows of tokens, all of one length; those of a trace are padded with zeros on the right.
 
     ids:        int64 [rows, tokens]
     documents:  per row, which document it is cut from ("wiki-1f0c9a2b"; several joined by "+")
     origins:    per row, the domain of its documents
-    sha256:     of the shape and the ids, nothing else: equal hashes mean equal tokens
+    sha256:     of the shape and the ids, nothing else: equal hashes mean equal tokens (of a trace also of what counts)
+    lengths:    of a trace, int64 [rows]: tokens without the padding
+    counted:    of a trace, bool [rows, tokens]: places whose predictions count
+    positions:  of a trace, "response" or "all": which those are
     """
 
     ids: Tensor
@@ -86,6 +89,9 @@ class Rows:
     source: str
     role: str
     sha256: str
+    lengths: Tensor | None = None
+    counted: Tensor | None = None
+    positions: str = "all"
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows start .. stop - 1, with a hash of their own."""
@@ -565,7 +571,7 @@ def rows_from_file(path: Path | str) -> Rows:
     except (OSError, SafetensorError) as error:
         raise RecompileError(f"{path}: not a readable safetensors file: {error}") from error
     if "recompile_trace" in metadata:
-        raise RecompileError(f"{path}: is a trace, whose rows are padded and have roles; no file of plain rows")
+        raise RecompileError(f"{path}: is a trace, whose rows are padded and have roles; give it with {{trace}}")
     if ids is None:
         raise RecompileError(f'{path}: no key "input_ids"; its keys are {", ".join(keys) or "none at all"}')
     if ids.dtype not in (torch.int64, torch.int32):

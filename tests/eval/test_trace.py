@@ -306,4 +306,4 @@ def test_the_command_says_what_is_in_the_file(folder: Path, tmp_path: Path) -> N
     assert found["sha256"] == read_trace(folder / "drawn.safetensors").sha256
     run(model_trace, "-m", traces.model(), "-o", out, *options)  # its own file may be replaced
     said = refusal(model_diff, "-ma", traces.model(), "-mb", traces.model(), "--input-ids", out)
-    assert "is a trace, whose rows are padded and have roles; no file of plain rows" in said
+    assert "is a trace, whose rows are padded and have roles; give it with --trace" in said
