@@ -44,14 +44,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from eval.passes.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
 from eval.passes.fisher import DRAWS, FisherCotangents
 from eval.profile.exact import ProfileJob
 from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, kind_of, open_journal
 from recompile.errors import ArgumentError, JournalError
-from recompile.io.files import write_with
+from recompile.io.tensors import save_tensors
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.optimize.interactions import Interactions
@@ -501,7 +500,7 @@ class SweepStore:
         for name, value in tensors.items():
             check_finite(value, f"{target}: {name}")
         about = {"key": self._key, "samples": str(sketch.samples), "swaps": json.dumps(sketch.swaps)}
-        write_with(target, lambda name: save_file(tensors, name, metadata=about))
+        save_tensors(target, tensors, about)
 
 
 def samples_beside(path: Path, header: ProfileHeader) -> Sketch | None:

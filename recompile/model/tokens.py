@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from recompile.errors import CheckpointError, MismatchError, RecompileError
 from recompile.gguf.container import is_gguf, open_gguf
-from recompile.io.files import open_regular, read_text, write_with
+from recompile.io.files import open_regular, read_text
+from recompile.io.tensors import save_tensors
 from recompile.model.guarded import Limits, run_guarded, stepped
 
 if TYPE_CHECKING:
@@ -547,11 +548,9 @@ def _rows(
 
 def save_rows(rows: Rows, path: Path | str) -> None:
     """Write a safetensors file with the key `input_ids`, int64 [rows, tokens]; the rest goes in its metadata."""
-    from safetensors.torch import save_file
-
     about = {"documents": rows.documents, "origins": rows.origins, "source": rows.source, "role": rows.role}
     metadata = {"recompile_rows": json.dumps(about)}
-    write_with(path, lambda name: save_file({"input_ids": rows.ids}, name, metadata=metadata))
+    save_tensors(path, {"input_ids": rows.ids}, metadata)
 
 
 def rows_from_file(path: Path | str) -> Rows:

@@ -34,7 +34,7 @@ from recompile.costs import Profile, ProfileGroup, candidate_label
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.names import Heads, Joined
-from recompile.io.files import write_with
+from recompile.io.tensors import save_tensors
 from recompile.recipe.recipe import SourceId
 
 if TYPE_CHECKING:
@@ -343,10 +343,8 @@ def importance_file(profile: Path) -> Path:
 
 def save_importance(importance: Mapping[str, Tensor], profile: Path) -> None:
     """Raises OutputError where it cannot be written."""
-    from safetensors.torch import save_file
-
     tensors = {name: value.cpu().contiguous().clone() for name, value in importance.items()}
-    write_with(importance_file(profile), lambda path: save_file(tensors, path))
+    save_tensors(importance_file(profile), tensors)
 
 
 def load_importance(profile: Path) -> dict[str, Tensor] | None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recompile.errors import CheckpointError, MismatchError
-from recompile.io.files import PARTIAL_SUFFIX, read_json, write_json, write_with
+from recompile.io.files import PARTIAL_SUFFIX, read_json, write_json
+from recompile.io.tensors import save_tensors
 from recompile.quantize.two_sided import OutputStatistics
 
 ABOUT = "statistics.json"
@@ -131,7 +131,7 @@ class StatisticsWriter:
             self.modules[module] = (file, *counts)
         if not tensors:
             return
-        write_with(self.path / file, lambda name: save_file(tensors, name))
+        save_tensors(self.path / file, tensors)
 
     def finish(self) -> StoredStatistics:
         """Say that all layers are there."""

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import (
@@ -40,7 +39,8 @@ from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_role
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders
-from recompile.io.files import PARTIAL_SUFFIX, locked, write_json, write_text, write_with
+from recompile.io.files import PARTIAL_SUFFIX, locked, write_json, write_text
+from recompile.io.tensors import save_tensors
 from recompile.merge.configs import is_linear
 from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import build_overlay
@@ -485,7 +485,7 @@ class _Build:
         partial = self.partials[variant]
         shard = partial / _stage_shard(number)
         try:
-            write_with(shard, lambda path: save_file(tensors, path, {"format": "pt"}))
+            save_tensors(shard, tensors, {"format": "pt"})
             write_json(partial / _stage_sets(number), [asdict(found) for found in sets])
             write_json(partial / _stage_report(number), [asdict(report) for report in reports])
         except (OSError, OutputError) as error:
