@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.metrics import kl_divergence
@@ -32,9 +32,10 @@ from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_check
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import ArgumentError, NotBetterError, OutputError, RecompileError
 from recompile.events import OnEvent, Progress, ignore
-from recompile.io.files import OutputDirectory, read_json, write_json, write_with
+from recompile.io.files import OutputDirectory, read_json, write_json
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
+from recompile.io.tensors import save_tensors
 from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer, rows_of_text
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
 from recompile.quantize.movable import Movable, MovedBuild, find_movables, patch
@@ -361,8 +362,9 @@ class _Healing:
                     break
             for name, movable in self.movables.items():
                 movable.delta = self.best[name]
-            yield self._verdict(before)
+            report = self._verdict(before)
         shutil.rmtree(self.work)
+        yield report
 
     def _rate_now(self) -> float:
         """Up to the full rate, then down a cosine; by the clock where that ends first."""
@@ -444,7 +446,9 @@ class _Healing:
             kl_rows={name: rows[name] for name in ("report", "second")},
         )
         if kept:
-            write_healed(self.build, self.movables, self.out, report.as_dict())
+            about = report.as_dict()
+            del about["seconds"]  # told, but not written: two runs end with the same files
+            write_healed(self.build, self.movables, self.out, about)
         return report
 
     # ---- one step --------------------------------------------------------------------------------------------------
@@ -650,7 +654,7 @@ class _Healing:
                 f"best.{name}": self.best[name],
             }
         whole = {name: value.contiguous().cpu().clone() for name, value in tensors.items()}
-        write_with(self.work / "state.safetensors", lambda path: save_file(whole, path))
+        save_tensors(self.work / "state.safetensors", whole)
         about = {
             "step": self.done,
             "best_step": self.best_step,

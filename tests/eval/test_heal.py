@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +243,43 @@ def test_what_is_written_is_what_was_measured(kind: str, tmp_path: Path) -> None
             ),
             atol=1e-4,
         )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_run_ends_with_the_same_files_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice undisturbed, by clocks of different speed; a third goes on from what a kill after a look leaves: the folder
+    as it is at that moment."""
+    build = make_build("int2", tmp_path / "v")
+
+    def started(name: str) -> Iterator[object]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        return heal(build, open_checkpoint(tiny.base("llama")), Path("H"), make_rows(), OPTIONS)
+
+    def finished(name: str) -> dict[str, bytes]:
+        """As far as the report, where callers stop to listen."""
+        clock = count(step=1.0 + len(name))
+        with monkeypatch.context() as patched:
+            patched.setattr("eval.heal.time", SimpleNamespace(monotonic=lambda: next(clock)))
+            report = next(event for event in started(name) if isinstance(event, HealReport))
+        assert report.kept
+        assert report.seconds > 0
+        return files_of(tmp_path / name)
+
+    whole = finished("one")
+    assert {path.partition("/")[0] for path in whole} == {"H"}, "nothing of the work is left"
+    assert finished("another") == whole
+    looks = 0
+    for event in started("stopped"):
+        looks += isinstance(event, HealChecked)
+        if looks == 2 and isinstance(event, HealStep):
+            shutil.copytree(tmp_path / "stopped", tmp_path / "killed")
+            break
+    assert {path.partition("/")[0] for path in files_of(tmp_path / "killed")} == {"H.healing"}
+    assert finished("killed") == whole
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path) -> None:
