@@ -167,9 +167,11 @@ def _row_tasks(sketch: SketchJob, plan: PassPlan, first: int, workers: int) -> l
     return [(sweep, slice(start, min(rows, start + size))) for sweep in sweeps for start in range(0, rows, size)]
 
 
-def _check_address(address: str | None) -> None:
-    """Raise RecompileError for what is no address of a Ray cluster: HOST:PORT, ray://HOST:PORT, or auto."""
-    if address is None or address == "auto":
+def check_cluster(address: str | None) -> None:
+    """Before anything is read or written, raise RecompileError where Ray is not installed, or for what is no address of
+    a cluster: HOST:PORT, ray://HOST:PORT (for which Ray's client is needed), or auto. None: one on this machine."""
+    ray, _ = _import_ray()
+    if address is None or address == "auto" or ray.is_initialized():
         return
     found = re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]{1,253}):([0-9]{1,5})", address)
     if found is None or not 0 < int(found[3]) < 65536:
@@ -180,18 +182,24 @@ def _check_address(address: str | None) -> None:
         raise RecompileError(f"{{ray}} {address}: Ray's client is not installed; pip install 'ray[client]'")
 
 
-@contextmanager
-def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
-    """The ray module, connected; a connection that is begun here ends with the block."""
+def _import_ray() -> tuple[Any, type[Exception]]:
+    """The ray module, and its class of errors. Raises RecompileError where it is not installed."""
     try:
         import ray
         from ray.exceptions import RayError
     except ImportError as error:
         raise RecompileError("{ray}: Ray is not installed; pip install 'recompile[ray]'") from error
+    return ray, RayError
+
+
+@contextmanager
+def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
+    """The ray module, connected; a connection that is begun here ends with the block."""
+    ray, ray_error = _import_ray()
     begun = not ray.is_initialized()
     try:
         if begun:
-            _check_address(address)
+            check_cluster(address)
             ray.init(
                 address=address,
                 include_dashboard=False if address is None else None,
@@ -199,7 +207,7 @@ def _connected(address: str | None, path: Path, threads: int) -> Iterator[Any]:
                 runtime_env={"env_vars": {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": str(threads)}},
             )
         yield ray
-    except (RayError, ConnectionError) as error:
+    except (ray_error, ConnectionError) as error:
         reason = str(error).strip().split("\n")[-1]
         raise RecompileError(
             f"{{ray}}: {type(error).__name__}: {reason}; {path} holds what came back, the same command goes on"

@@ -192,9 +192,10 @@ def _profiler(sketch: SketchOptions, importance: bool, ray: str | None) -> Calla
     mode = sketch.mode
     profiler: Callable[..., Iterator[Any]] = profile_exact if mode == "exact" else profile_sketch
     if ray is not None:
-        from eval.profile.cluster import profile_on_ray, sketch_on_ray
+        from eval.profile.cluster import check_cluster, profile_on_ray, sketch_on_ray
 
         address = None if ray == "local" else ray
+        check_cluster(address)  # before the journal is begun
         profiler = partial(profile_on_ray if mode == "exact" else sketch_on_ray, address=address)
     elif mode == "weights":
         from eval.profile.weights import profile_weights
