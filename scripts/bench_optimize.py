@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ import bench_record  # noqa: E402
 from eval.diff import DiffOptions  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
 from eval.mixes.evaluator import MixEvaluator  # noqa: E402
+from eval.mixes.mixes_file import MixesFile  # noqa: E402
 from eval.mixes.oracle import MixOracle  # noqa: E402
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.profile.sketch import SketchOptions, profile_sketch, samples_beside, squared_gradient_scores  # noqa: E402
@@ -382,6 +384,7 @@ def by_search(name: str) -> Callable[[Bench, int], Choice]:
     def run(bench: Bench, bits: int) -> Choice:
         settings = bench.settings
         budget = Budget(bpw=bits / max(1, bench.main.counted_weights))
+        measured = MixesFile(bench.work / f"mixes-{name}-{settings.level}-{settings.mode}.json")
         search = Search(
             profile=bench.main,
             problem=bench.problem,
@@ -394,11 +397,12 @@ def by_search(name: str) -> Callable[[Bench, int], Choice]:
             steps=None,
             minutes=settings.minutes,
             journal=bench.work / f"{name}-{bits}-{settings.level}.jsonl",
-            measured=bench.work / f"mixes-{name}-{settings.level}-{settings.mode}.json",
+            measured=measured,
             device=settings.device,
             scores=bench.scores,
         )
-        return SOLVERS[name].load()(better_start(search) if name == "refine" else search)
+        with closing(measured):
+            return SOLVERS[name].load()(better_start(search) if name == "refine" else search)
 
     return run
 

@@ -6,26 +6,24 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from eval.mixes.mixes_file import KIND, MixesFile
 from eval.mixes.oracle import MixOracle
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.costs import Profile
 from recompile.errors import JournalError
 from recompile.events import OnEvent, Progress, ignore
-from recompile.io.journal import LineJournal
 from recompile.model.tokens import Rows
 from recompile.optimize.choose import profile_sha256
 
-KIND = "recompile-mixes"
 ROUGH_ABOVE_NATS = 0.2  # more KL than that is measured in the quickest type: rounding is far below what rows differ by
 
 
 class MeasuredMixes:
     """Mean KL of whole mixes (group -> candidate label) of a profile, on some rows.
 
-    path: has what was measured, of any rows and profiles; holds: whether decoded weights may stay in memory
+    file: has what was measured, of any rows and profiles; holds: whether decoded weights may stay in memory
     rough: in the quickest type, to tell mixes apart that differ by more than it rounds
     """
 
@@ -36,14 +34,14 @@ class MeasuredMixes:
         checkpoints: Mapping[str, Checkpoint],
         rows: Rows,
         device: str,
-        path: Path,
+        file: MixesFile,
         on_event: OnEvent = ignore,
         holds: bool = True,
         rough: bool = False,
     ) -> None:
         self.rows = rows
         self._header, self._reference, self._checkpoints = profile.header, reference, checkpoints
-        self._device, self._path, self._on_event, self._holds, self._rough = device, path, on_event, holds, rough
+        self._device, self._file, self._on_event, self._holds, self._rough = device, file, on_event, holds, rough
         self._key = digest([profile_sha256(profile), rows.sha256, *(["rough"] if rough else [])])
         self._oracle: MixOracle | None = None
         self._known: dict[str, float] = {}
@@ -81,21 +79,14 @@ class MeasuredMixes:
 
     def _load(self) -> None:
         """What is known of these rows and this profile. Raises JournalError."""
-        if not self._path.exists():
-            return
-        with LineJournal(self._path) as journal:
-            lines = journal.values()
+        lines = self._file.values()
         if lines and (not isinstance(lines[0], dict) or lines[0].get("kind") != KIND):
-            raise JournalError(f"{self._path}:1: not KLs of mixes as this program keeps them; remove it")
+            raise JournalError(f"{self._file.path}:1: not KLs of mixes as this program keeps them; remove it")
         for number, line in enumerate(lines[1:], start=2):
             self._read_line(line, number)
 
     def _append(self, line: dict[str, Any]) -> None:
-        """The file is held while a line is added only: several of these may share it."""
-        with LineJournal(self._path) as journal:
-            if not journal.lines:
-                journal.begin({"kind": KIND, "version": 1})
-            journal.append({"of": self._key, **line})
+        self._file.append({"of": self._key, **line})
 
     def _read_line(self, line: Any, number: int) -> None:
         try:
@@ -109,7 +100,7 @@ class MeasuredMixes:
             else:
                 self._mixes[str(line["name"])] = {str(group): str(source) for group, source in line["choice"].items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise JournalError(f"{self._path}:{number}: not a measured mix ({error}); remove the file") from error
+            raise JournalError(f"{self._file.path}:{number}: not a measured mix ({error}); remove the file") from error
 
 
 def digest(value: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.mixes.mixes_file import MixesFile
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.costs import Profile
 from recompile.events import OnEvent, ignore
@@ -30,7 +31,7 @@ class Search:
     steps: int | None
     minutes: float | None
     journal: Path  # beside the recipe; a solver that resumes keeps its state here
-    measured: Path  # beside the recipe; KLs of whole mixes, measured once (eval.mixes.measured)
+    measured: MixesFile  # beside the recipe; KLs of whole mixes, measured once (eval.mixes.measured)
     scores: Mapping[tuple[str, str], float] | None = None  # squared-gradient scores by (group, source), if known
     interactions: Interactions | None = None  # of swaps, from the draws of a profile made with --pairs
     max_memory_bytes: int | None = None  # of refine; others hold no decoded weights where it is given

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.mixes.mixes_file import MixesFile
 from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
@@ -148,7 +150,9 @@ def optimize_recipe(
 
     on_event: gets Notes, and what the solver tells. Raises BudgetError, ArgumentError, RecompileError.
     """
-    return _Optimization(profile_path, out, options, on_event).run()
+    optimization = _Optimization(profile_path, out, options, on_event)
+    with closing(optimization.measured):
+        return optimization.run()
 
 
 class _Optimization:
@@ -160,6 +164,7 @@ class _Optimization:
         say_of_experts(self.rules, self.profile, on_event)
         self.solver, self.minutes = self._solver()
         self.by_costs = "exact" if SOLVERS[self.solver].runs_models else self.solver
+        self.measured = MixesFile(out.with_name(f"{out.stem}.mixes.json"))  # KLs of whole mixes, measured once
 
     def run(self) -> OptimizeReport:
         options, profile = self.options, self.profile
@@ -240,14 +245,9 @@ class _Optimization:
         rows, _ = options.where.read(directories, "accept")
         free, device = options.max_memory_bytes is None, compute_device(options.device)
         kls = MeasuredMixes(
-            self.profile, reference, checkpoints, rows, device, self._measured, self.on_event, holds=free
+            self.profile, reference, checkpoints, rows, device, self.measured, self.on_event, holds=free
         )
         return hold_limit(self.profile, budget, self.by_costs, self.rules, kls, on_event)
-
-    @property
-    def _measured(self) -> Path:
-        """Beside the recipe: KLs of whole mixes, measured once."""
-        return self.out.with_name(f"{self.out.stem}.mixes.json")
 
     # ---- searching with the models -----------------------------------------------------------------------------------
 
@@ -296,7 +296,7 @@ class _Optimization:
             steps=options.steps,
             minutes=self.minutes,
             journal=self.out.with_name(f"{self.out.stem}.{name}.jsonl"),
-            measured=self._measured,
+            measured=self.measured,
             scores=squared_gradient_scores(sketch, tokens) if sketch is not None and tilts else None,
             interactions=interactions_of(sketch, tokens) if sketch is not None and solver == "refine" else None,
             max_memory_bytes=options.max_memory_bytes,

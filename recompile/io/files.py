@@ -246,15 +246,17 @@ def sync_directory(directory: Path) -> None:
 
 def lock(descriptor: int, what: Path | str, *, error: Failure = OutputError) -> None:
     """Hold a file or directory alone until its descriptor is closed. Raises `error` saying who holds it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as failed:
-        raise error(
-            f"{what}: {_holder(descriptor)} is writing it; wait for it to end, or choose another output"
-        ) from failed
-    except OSError as failed:
-        if failed.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):  # a file system without locks
-            raise
+    for holder in (lambda: _holder(descriptor), lambda: _holder(descriptor) or "another process"):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as failed:
+            if (found := holder()) is not None:  # else it let go between the two questions, or cannot be seen
+                raise error(f"{what}: {found} is writing it; wait for it to end, or choose another output") from failed
+        except OSError as failed:
+            if failed.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):  # a file system without locks
+                raise
+            return
 
 
 @contextmanager
@@ -295,8 +297,8 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _holder(descriptor: int) -> str:
-    """Who holds the lock on an open file, in words. Linux says so in /proc/locks."""
+def _holder(descriptor: int) -> str | None:
+    """Who holds the lock on an open file, in words; None where that is not known. Linux says so in /proc/locks."""
     status = os.fstat(descriptor)
     wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
@@ -306,7 +308,7 @@ def _holder(descriptor: int) -> str:
                 return _process(int(fields[4]))
     except (OSError, ValueError):
         pass
-    return "another process"
+    return None
 
 
 def _process(pid: int) -> str:

@@ -17,6 +17,7 @@ from recompile.io import files
 from recompile.io.files import (
     OutputDirectory,
     check_outputs,
+    lock,
     locked,
     open_regular,
     parse_json,
@@ -141,6 +142,29 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
         process.wait()
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_a_lock_that_is_let_go_while_its_holder_is_looked_for_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lets_go: bool
+) -> None:
+    holders = [os.open(tmp_path, os.O_RDONLY)]
+    lock(holders[0], tmp_path)
+
+    def is_gone(descriptor: int) -> None:
+        if lets_go:
+            os.close(holders.pop())
+
+    monkeypatch.setattr(files, "_holder", is_gone)
+    if lets_go:
+        with locked(tmp_path):
+            pass
+    else:  # no /proc that says who it is
+        with pytest.raises(OutputError, match="another process is writing it"), locked(tmp_path):
+            pass
+    assert len(holders) == (not lets_go)
+    for descriptor in holders:
+        os.close(descriptor)
 
 
 def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
