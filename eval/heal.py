@@ -604,8 +604,8 @@ class _Healing:
     def _settings(self) -> dict[str, Any]:
         return {
             "kind": "recompile-heal",
-            "build": self.build.fingerprint,
-            "base": self.base.fingerprint,
+            "build": self.build.identity,
+            "base": self.base.identity,
             "rows": self.rows.sha256(),
             "tokens": self.options.tokens,
             "minutes": self.options.minutes,

@@ -173,6 +173,7 @@ class _Job:
         about = asdict(self.about)
         for name in ("kinds", "roles", "prompts", "ended", "prompts_source", "base"):
             del about[name]
+        about["base_fingerprint"] = self.base.identity  # in full, with its config: a journal never mixes two models
         about |= {"prompts": prompts_sha256(self.prompts), "ends": sorted(self.ends), "batch": self.request.batch_size}
         return {"made_by": "recompile", "kind": "trace", **about}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recompile.errors import RecompileError
-from recompile.io.files import write_with
+from recompile.io.tensors import save_tensors
 from recompile.model.tokens import ROLE_SHARES, role_of_key
 
 if TYPE_CHECKING:
@@ -154,11 +154,10 @@ def make_trace(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[in
 def save_trace(trace: Trace, path: Path | str) -> None:
     """Write the file; whole or not at all. Raises OutputError."""
     import torch
-    from safetensors.torch import save_file
 
     tensors = {"input_ids": trace.ids, "response": trace.response.to(torch.uint8), "lengths": trace.lengths}
     metadata = {"made_by": "recompile", METADATA_KEY: json.dumps(asdict(trace.about))}
-    write_with(path, lambda name: save_file(tensors, name, metadata=metadata))
+    save_tensors(path, tensors, metadata)
 
 
 def read_trace(path: Path | str) -> Trace:

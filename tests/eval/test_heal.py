@@ -282,6 +282,26 @@ def test_every_run_ends_with_the_same_files_and_no_others(tmp_path: Path, monkey
     assert finished("killed") == whole
 
 
+@pytest.mark.parametrize("what", ["base", "build"])
+def test_a_run_does_not_go_on_with_another_model(tmp_path: Path, what: str) -> None:
+    """One number of the config, or one bit in the middle of a tensor, is another model."""
+    build, base = make_build("int2", tmp_path / "v"), open_checkpoint(tiny.copy_of(tiny.base("llama"), tmp_path / "b"))
+    for event in heal(build, base, tmp_path / "out", make_rows(), OPTIONS):
+        if isinstance(event, HealChecked):
+            break
+    if what == "base":
+        config = json.loads((base.path / "config.json").read_text())
+        (base.path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.01}))
+    else:
+        shard = next(iter(build.path.glob("*.safetensors")))
+        raw = bytearray(shard.read_bytes())
+        raw[-len(raw) // 3] ^= 1
+        shard.write_bytes(raw)
+    changed = open_checkpoint(build.path), open_checkpoint(base.path)
+    with pytest.raises(OutputError, match=rf"other settings \({what}\)"):
+        next(iter(heal(*changed, tmp_path / "out", make_rows(), OPTIONS)))
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path) -> None:
     build = make_build("int2", tmp_path / "v")
     whole = finish(build, tmp_path / "whole")
