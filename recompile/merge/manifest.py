@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +25,12 @@ def recipe_text(overlay: Overlay) -> str | None:
     if recipe.path is None:
         return dump_recipe(recipe)
     try:
-        text = recipe.path.read_text(encoding="utf-8")
+        raw = recipe.path.read_bytes()
+        text = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8").read()  # with the line ends of read_text
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{recipe.name}: cannot be read again: {error}") from error
+    if hashlib.sha256(raw).hexdigest() == recipe.text_sha256:
+        return text
     again = parse_recipe(text, recipe.name)
     if (again.sources, again.overrides) != (recipe.sources, recipe.overrides):
         raise RecipeError(f"{recipe.name}: changed while this command was reading it; start again")

@@ -30,6 +30,7 @@ class Recipe:
     name: str = "<recipe>"  # what messages call it: the path as given
     other: Mapping[Any, Any] = field(default_factory=dict, hash=False)  # unknown top-level keys, carried through
     warnings: tuple[str, ...] = ()
+    text_sha256: str = field(default="", hash=False, compare=False, repr=False)  # of the file it was read from
     # A second name of some tensors (GGUF's own), by which lines may call them as well.
     aliases: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False, repr=False)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,7 +60,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise RecipeError(
             f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
         ) from None
-    return _parse(text, name, Path(path))
+    return replace(_parse(text, name, Path(path)), text_sha256=hashlib.sha256(data).hexdigest())
 
 
 def parse_recipe(text: str, name: str = "<string>") -> Recipe:
