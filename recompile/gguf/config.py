@@ -31,8 +31,8 @@ GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 GEMMA3_LOCAL_ROPE = 10000.0
 SMALLEST_UNTURNED = 1e20  # a frequency that is divided by more does not turn at all
 
-
 MOST_LAYERS = 2000
+HEADS_BY_LAYER = ("gemma4",)  # whose config has numbers of key heads by kind of layer
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
             f"{file.label}: key {known.name}.block_count is {str(layers)[:60]}, wanted a whole number from 1 to "
             f"{MOST_LAYERS}"
         )
-    query, hidden = _one(keys.need("attention.head_count")), keys.need("embedding_length")
+    query, hidden = _heads(keys, "attention.head_count", layers), keys.need("embedding_length")
     epsilon_key, epsilon = EPSILON.get(known.name, RMS_EPSILON)
     config: dict[str, Any] = {
         "model_type": known.model_types[0],
         "hidden_size": hidden,
         "num_hidden_layers": keys.need("block_count") - keys.get("nextn_predict_layers", 0),
         "num_attention_heads": query,
-        "num_key_value_heads": _one(keys.get("attention.head_count_kv", query)),
+        "num_key_value_heads": _heads(keys, "attention.head_count_kv", layers, query),
         "head_dim": keys.get("attention.key_length", hidden // max(1, query)),
         "intermediate_size": _one(keys.get("feed_forward_length") or keys.need("expert_feed_forward_length")),
         "max_position_embeddings": keys.need("context_length"),
@@ -125,6 +125,20 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
 def _short(value: Any) -> Any:
     """A float32 in its shortest decimal spelling: 1e-05, not 9.999999747378752e-06."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _heads(keys: _Keys, key: str, layers: int, absent: int | None = None) -> int:
+    """A number of heads: one for all layers, or a list with one a layer, 0 where there is no attention. Raises
+    CheckpointError for a list of another length, and where layers differ that the model's config has one number for."""
+    value = keys.need(key) if absent is None else keys.get(key, absent)
+    if not isinstance(value, list):
+        return value
+    where = f"{keys.file.label}: key {keys.arch}.{key}"
+    if len(value) not in (layers, layers - keys.get("nextn_predict_layers", 0)):
+        raise CheckpointError(f"{where} has {len(value)} numbers, wanted one for each of the {layers} layers")
+    if len({*value} - {0}) > 1 and keys.arch not in HEADS_BY_LAYER:
+        raise CheckpointError(f"{where} differs from layer to layer, wanted one number ({str(value)[:60]})")
+    return max(value)
 
 
 def _one(value: Any) -> int:
