@@ -183,7 +183,7 @@ def write_with(path: Path | str, write: Callable[[Path], object], *, error: Fail
         write(final)
         return
     partial = partial_path(final)
-    scratch = final.with_name(f"{final.stem}.{os.getpid()}{PARTIAL_SUFFIX}{final.suffix}")
+    scratch = final.with_name(f"{final.stem}{PARTIAL_SUFFIX}{final.suffix}")  # one that a killed run left is replaced
     try:
         write(scratch)
         with scratch.open("rb") as file:

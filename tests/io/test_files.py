@@ -88,7 +88,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_library_that_wants_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.partial.svg").write_text("left by a run that was killed")
     write_with(tmp_path / "a.svg", lambda name: name.write_text("drawn"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
     assert (tmp_path / "a.svg").read_text() == "drawn"
 
     def fails(name: Path) -> None:
