@@ -21,7 +21,7 @@ from recompile.quantize.modifiers import load_modifiers
 from recompile.quantize.pipeline import Encoder
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.quantize.two_sided import OutputSource
-from recompile.recipe.recipe import describe_spec, load_recipe
+from recompile.recipe.recipe import DENSE, describe_spec, load_recipe
 
 EXL_FORMATS = ("exl2", "exl3")
 MLX = "mlx"
@@ -181,7 +181,7 @@ def format_of_mix(path: Path, asked: str) -> str:
     specs = [source.spec for source in recipe.sources if source.spec is not None]
     if isinstance(recipe.base, dict):
         specs.append(recipe.base)
-    said = {str(spec.get("format", asked)) for spec in specs}
+    said = {str(spec.get("format", asked)) for spec in specs if spec != DENSE}
     if len(said) > 1:
         raise RecipeError(f"{recipe.name}: sources of several formats, {', '.join(sorted(said))}; a mix has one")
     found = said.pop() if said else asked
@@ -224,6 +224,7 @@ def mix_encoder(
     if of_head is not None and head not in assignment:
         assignment[head] = describe_spec(of_head)
         specs[assignment[head]] = of_head
+    assignment = {module: key for module, key in assignment.items() if specs.get(key) != DENSE}
     for spec in specs.values():
         if "bits" not in spec and "scheme" not in spec:
             kind = next(iter(spec), "nothing")

@@ -51,7 +51,7 @@ class MixEncoder:
 
     def why_not(self, module: str, shape: tuple[int, int]) -> str | None:
         if module not in self.assignment:
-            return "no line of the recipe names it, and it has no base: kept dense"
+            return "a line of the recipe says dense, or none names it and there is no base: kept dense"
         return self.encoders[self.assignment[module]].why_not(module, shape)
 
     def why_not_in(self, variant: int, module: str, shape: tuple[int, int]) -> str | None:

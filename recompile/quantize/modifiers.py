@@ -147,10 +147,14 @@ def _names(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _foreign(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    if content and all(str(key).endswith("_modifiers") for key in content):  # one stage, left out
+        content = {"default_stage": content}
     for stage, groups in content.items():
         if not str(stage).endswith("_stage") or not isinstance(groups, Mapping):
             raise RecipeError(f"{where}: {stage!r} is not known; wanted `modifiers:`, or stages of llm-compressor")
         for name, modifiers in groups.items():
+            if name == "run_type":  # when the stage runs: there is no other time here
+                continue
             if not str(name).endswith("_modifiers") or not isinstance(modifiers, Mapping):
                 raise RecipeError(f"{where}: {stage}.{name}: wanted `..._modifiers` with modifiers by class name")
             for kind, body in modifiers.items():
@@ -166,6 +170,8 @@ def _foreign_rules(kind: str, body: Mapping[str, Any], where: str, notes: list[s
     ignore = _names(body.get("ignore") or (), where)
     _check_mappings(body, where)
     for key in body.keys() - _READ_KEYS - {"mappings"}:
+        if body[key] is None or (key == "bypass_divisibility_checks" and body[key] is False):  # says nothing
+            continue
         if key not in _SEARCH_KEYS:
             raise RecipeError(f"{where}: {key!r} is not known here, and may change what the recipe means")
         notes.append(f"{where}.{key}: steers llm-compressor's search and is not used")
@@ -200,6 +206,8 @@ def _check_mappings(body: Mapping[str, Any], where: str) -> None:
 def _smoothquant(body: Mapping[str, Any], where: str, notes: list[str]) -> ScalingRule:
     _check_mappings(body, where)
     for key in body.keys() - {"smoothing_strength", "ignore", "mappings"}:
+        if body[key] is None:
+            continue
         if key not in _SEARCH_KEYS:
             raise RecipeError(f"{where}: {key!r} is not known here, and may change what the recipe means")
         notes.append(f"{where}.{key}: steers llm-compressor's search and is not used")

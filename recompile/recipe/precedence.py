@@ -87,13 +87,15 @@ class Recipe:
         ]
 
     def unmatched(self, names: Iterable[str]) -> list[Override]:
-        """Lines that match none of the names, in file order. `suggest` finds what each may have meant."""
+        """Lines that match none of the names, in file order, but for optional ones. `suggest` finds what each may have
+        meant."""
         rules = self._rules
         matched: set[int] = set()
         for name in names:
             for index in self._matching(name):
                 matched.update(rules.patterns[index].written)
-        return [override for number, override in enumerate(self.overrides) if number not in matched]
+        needed = [(number, override) for number, override in enumerate(self.overrides) if not override.optional]
+        return [override for number, override in needed if number not in matched]
 
     def location(self, line: Source | Override) -> str:
         """How a message names a line of this recipe: `mix.yaml:9: overrides[4]`.

@@ -26,6 +26,7 @@ from recompile.recipe.messages import (
     show_typed,
     unknown_source,
 )
+from recompile.recipe.other_tools import read_other
 from recompile.recipe.precedence import Recipe
 from recompile.recipe.spelling import TEXT_TAG, describe_spec
 from recompile.recipe.values import MADE_KINDS, MADE_SETTINGS, Override, Source, SourceId
@@ -251,6 +252,8 @@ class _Mapping:
 
 
 def _parse(text: str, name: str, path: Path | None) -> Recipe:
+    if "\t" in text and text.lstrip()[:1] == "{":  # JSON, whose strings hold no tab
+        text = text.replace("\t", " ")
     data, node, repeated = _read_yaml(text, name)
     if data is None:
         raise RecipeError(f'{name}: is empty; wanted a mapping with "sources:" and "overrides:"')
@@ -258,6 +261,16 @@ def _parse(text: str, name: str, path: Path | None) -> Recipe:
         line = line_of(node) if node is not None else 0
         raise Place(name, line).error(f'{show_typed(data)} is not a mapping; wanted "sources:" and "overrides:"')
     top = _Mapping(Place(name, line_of(node)), data, node, repeated, _TOP_KEYS)
+    other = None if {"overrides", "sources"} & data.keys() else read_other(data, node, Place(name, line_of(node)))
+    if other is not None:
+        return Recipe(
+            sources=tuple(other.sources.values()),
+            overrides=tuple(other.overrides),
+            base=other.base,
+            path=path,
+            name=name,
+            warnings=tuple(other.warnings),
+        )
     warnings = list(top.oddities())
 
     top.require("overrides")

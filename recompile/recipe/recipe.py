@@ -18,10 +18,11 @@ from recompile.recipe.globs import Glob, suggest
 from recompile.recipe.precedence import Recipe
 from recompile.recipe.read_yaml import load_recipe, parse_recipe, resolve_dir
 from recompile.recipe.spelling import describe_spec
-from recompile.recipe.values import MADE_KINDS, MADE_SETTINGS, Decision, Override, Source, SourceId
+from recompile.recipe.values import DENSE, MADE_KINDS, MADE_SETTINGS, Decision, Override, Source, SourceId
 from recompile.recipe.write_yaml import dump_recipe
 
 __all__ = [
+    "DENSE",
     "MADE_KINDS",
     "MADE_SETTINGS",
     "Decision",

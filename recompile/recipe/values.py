@@ -12,6 +12,7 @@ SourceId: TypeAlias = str | int | float | bool | bytes | datetime.date | None  #
 # A source that is not there yet: model_quantize makes it. What each says is read by recompile/quantize/made.py.
 MADE_KINDS = ("bits", "type", "scheme")
 MADE_SETTINGS = ("group_size", "symmetric", "format")
+DENSE: Mapping[str, Any] = {"scheme": "dense"}  # of a source that leaves modules as the base has them
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Override:
     source: SourceId
     line: int = 0  # of the entry, from 1; 0 where no file was read
     note: str | None = None
+    optional: bool = False  # no error where it matches nothing: of other tools that let it pass
 
 
 @dataclass(frozen=True)
