@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,12 +31,18 @@ class Settings:
     level: str
     report: tuple[int, int]
     method: str = "gptq"
+    heal_minutes: float = 0.0  # of the smaller mix; 0: it is not healed
 
 
-FULL = Settings(calibration=(24, 512), profile=(4, 96), level="fused", report=(16, 384))
+FULL = Settings(calibration=(24, 512), profile=(4, 96), level="fused", report=(16, 384), heal_minutes=4)
 QUICK = Settings(calibration=(4, 128), profile=(3, 64), level="block", report=(8, 256), method="rtn")
 BITS = ("2", "3", "4", "6")
 BUDGETS = ("3.5", "4.5")
+HAND = """sources:
+  - {{id: 4, model_dir: {four}}}
+overrides:
+  - {{key: "*.self_attn.*", source: 4}}
+"""
 
 
 def say(text: str = "") -> None:
@@ -86,12 +93,43 @@ def demo(quick: bool, directory: Path | None) -> None:
         if not (out / "recompile_manifest.json").exists():
             run(f"recompile -i {names['3']} -o {out} -or {recipe} --verify")
         mixes[budget] = str(out)
-    table = measure(base, names, mixes, work, settings)
+    hand = work / "hand.yaml"
+    hand.write_text(HAND.format(four=names["4"]))
+    healed = heal(mixes["3.5"], base, work / "mix-3.5bpw-healed", settings)
+    builds = [Build(f"uniform {bits} bit", directory) for bits, directory in names.items()]
+    builds.append(Build("by hand: attention 4, rest 3", names["3"], hand))
+    builds += [Build(f"mix for {budget} bpw", directory) for budget, directory in mixes.items()]
+    builds += [Build("mix for 3.5 bpw, healed", healed)] if healed else []
+    table = measure(base, builds, work, settings)
     prove_loading(mixes["4.5"])
     say()
     click.echo(table)
     say(f"\nAll of it took {time.monotonic() - began:.0f} s. Recipes: {work}/*.yaml; edit one by hand and try it:")
     say(f"  model_diff -ma {names['3']} -mb {base} -or {work}/4.5bpw.yaml -r 4 -l 512")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A row of the table: a directory, and a recipe that is applied to it in memory."""
+
+    label: str
+    directory: str
+    recipe: Path | None = None
+
+
+def heal(mix: str, base: str, out: Path, settings: Settings) -> str | None:
+    """The healed mix's directory; None where it is not healed, or not better for it."""
+    from recompile.errors import NotBetterError
+
+    if not settings.heal_minutes:
+        return None
+    if not (out / "config.json").exists():
+        try:
+            run(f"model_heal -i {mix} -mb {base} -o {out} --minutes {settings.heal_minutes:g}")
+        except (click.ClickException, NotBetterError) as error:
+            say(f"  {error}")
+            return None
+    return str(out)
 
 
 def make_variants(base: str, variants: Path, settings: Settings) -> None:
@@ -106,8 +144,8 @@ def make_variants(base: str, variants: Path, settings: Settings) -> None:
     )
 
 
-def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Path, settings: Settings) -> str:
-    """Compare every variant and mix with the base on the role "report"; one reference pass for all of them."""
+def measure(base: str, builds: list[Build], work: Path, settings: Settings) -> str:
+    """Compare every build with the base on the role "report"; one reference pass for all of them."""
     from eval.diff import measure_many
     from recompile.checkpoint.checkpoint import open_checkpoint
     from recompile.io.report import format_columns, write_report
@@ -117,12 +155,11 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
 
     reference = open_checkpoint(base)
     rows, _ = read_rows([reference.path], "report", *settings.report, None, None, None)
-    entries = [(f"uniform {bits} bit", directory) for bits, directory in uniform.items()]
-    entries += [(f"mix for {budget} bpw", directory) for budget, directory in mixes.items()]
-    overlays = [build_overlay(open_checkpoint(directory), None) for _, directory in entries]
+    overlays = [build_overlay(open_checkpoint(build.directory), build.recipe) for build in builds]
     cached = work / "comparison.json"
-    key = [rows.sha256, reference.fingerprint, *(overlay.base.fingerprint for overlay in overlays)]
-    say(f"\nComparing {len(entries)} builds on {len(rows.ids)} rows x {rows.ids.shape[1]} tokens never used before.")
+    recipes = [build.recipe.read_text() if build.recipe else "" for build in builds]
+    key = [rows.sha256, reference.fingerprint, *(overlay.base.fingerprint for overlay in overlays), *recipes]
+    say(f"\nComparing {len(builds)} builds on {len(rows.ids)} rows x {rows.ids.shape[1]} tokens never used before.")
     found = json.loads(cached.read_text()) if cached.exists() else {}
     if found.get("key") != key:
         reports = measure_many(overlays, reference, rows.ids, rows_source=rows.source)
@@ -138,11 +175,11 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
     score = found["reports"][0]["score_reference"]
     base_size = reference.size_bytes
     table = [("base (bf16)", "16.000", format_bytes(base_size), "0", f"{score['perplexity']:.3f}", "100.0 %")]
-    for (label, _), overlay, report in zip(entries, overlays, found["reports"], strict=True):
+    for build, overlay, report in zip(builds, overlays, found["reports"], strict=True):
         size = overlay.accounting
         table.append(
             (
-                label,
+                build.label,
                 f"{size.bpw:.3f}",
                 format_bytes(size.total_bytes),
                 f"{report['kl']['mean']:.4f} ± {report['kl']['std_error']:.4f}",
@@ -151,7 +188,22 @@ def measure(base: str, uniform: dict[str, str], mixes: dict[str, str], work: Pat
             )
         )
     header = ("build", "bpw", "size", "KL(base || build), nats/token", "perplexity", "same top token")
-    return format_columns(table, header, range(1, 6))
+    return "\n".join([format_columns(table, header, range(1, 6)), *paired_lines(builds, found["reports"])])
+
+
+def paired_lines(builds: list[Build], reports: list[dict[str, Any]]) -> list[str]:
+    """The smaller mix against what is of about its size, paired over rows."""
+    from eval.report.card import paired_interval
+
+    rows = {build.label: report["kl_rows"] for build, report in zip(builds, reports, strict=True)}
+    mix = "mix for 3.5 bpw"
+    pairs = [(mix, "by hand: attention 4, rest 3"), (f"{mix}, healed", mix)]
+    lines = []
+    for left, right in pairs:
+        if left in rows and right in rows:
+            mean, low, high = paired_interval(rows[left], rows[right])
+            lines.append(f"{left}, less {right}: {mean:+.4f} nats per token, 95 % {low:+.4f} to {high:+.4f}")
+    return ["", *lines] if lines else []
 
 
 def prove_loading(directory: str) -> None:

@@ -112,8 +112,9 @@ def main(work: Path, out: Path) -> None:
     points = []
     for report in json.loads((work / "comparison.json").read_text())["reports"]:
         name = Path(report["candidate"]).name
-        mix = name.startswith("mix-")
-        label = f"mix {name[4:-3]}" if mix else f"uniform {name[:-3]}-bit"
+        mix = not name.removesuffix("bpw").isdecimal()
+        label = {"hand.yaml": "by hand"}.get(name, name.replace("mix-", "mix ").replace("bpw-healed", " healed"))
+        label = label.removesuffix("bpw") if mix else f"uniform {name[:-3]}-bit"
         points.append((label, report["bpw"], report["kl"]["mean"], report["kl"]["std_error"], mix))
     header = load_profile(work / "profile.jsonl").header
     recipes = []
