@@ -15,10 +15,12 @@ failure another RecompileError, with one line that says what to do.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from recompile.events import OnEvent, Progress, ignore
 from recompile.io.sizes import size_bytes
@@ -36,13 +38,13 @@ if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.costs import Profile
     from recompile.merge.run import CheckReport, MergeReport
-    from recompile.optimize.choose import Constraint
     from recompile.quantize.gguf import VariantsReport
     from recompile.quantize.pipeline import QuantizeReport
     from recompile.quantize.run import ConvertedVariants
     from recompile.recipe.recipe import Recipe
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
+Verb = TypeVar("Verb", bound=Callable[..., object])
 
 
 def quantize(
@@ -269,6 +271,65 @@ def profile(
     return run_profile(str(reference), target, request, on_event or ignore)
 
 
+def _choosing(
+    *,
+    pin: Sequence[str] = (),
+    minimum: Sequence[str] = (),
+    maximum: Sequence[str] = (),
+    ban: Sequence[str] = (),
+    max_step: int | None = None,
+    tie: Sequence[str] = (),
+    engine: str | None = None,
+    free_experts: bool = False,
+    check: bool | None = None,
+    activations: bool = False,
+    rows: int = 16,
+    length: int = 256,
+    device: str = "cpu",
+    text: PathLike | None = None,
+    dataset: str | None = None,
+) -> dict[str, Any]:
+    """What `optimize` and `frontier` have in common, as fields of OptimizeOptions."""
+    from recompile.model.rows import RowOptions
+    from recompile.optimize.choose import Constraint
+
+    kinds = (("pin", pin), ("min", minimum), ("max", maximum), ("ban", ban))
+    return {
+        "constraints": tuple(Constraint.parse(kind, text) for kind, given in kinds for text in given),
+        "max_step": max_step,
+        "ties": tuple(tie),
+        "engine": engine,
+        "free_experts": free_experts,
+        "check": check,
+        "activations": activations,
+        "where": RowOptions(rows, length, as_path(text), dataset),
+        "device": device,
+    }
+
+
+def _shares(common: Callable[..., object]) -> Callable[[Verb], Verb]:
+    """For a function whose **keywords are the arguments of `common`: its signature shows them one by one."""
+    shared = inspect.signature(common).parameters
+
+    def decorate(verb: Verb) -> Verb:
+        own = inspect.signature(verb)
+        *named, events, rest = own.parameters.values()
+        assert (events.name, rest.kind) == ("on_event", rest.VAR_KEYWORD), f"{verb.__name__}: on_event, **keywords last"
+        known = {parameter.name for parameter in (*named, events)} | shared.keys()
+
+        @functools.wraps(verb)
+        def checked(*args: Any, **given: Any) -> Any:
+            if unknown := [name for name in given if name not in known]:
+                raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {unknown[0]!r}")
+            return verb(*args, **given)
+
+        checked.__signature__ = own.replace(parameters=[*named, *shared.values(), events])  # type: ignore[attr-defined]
+        return cast("Verb", checked)
+
+    return decorate
+
+
+@_shares(_choosing)
 def optimize(
     profile: PathLike,
     out: PathLike | None = None,
@@ -285,23 +346,9 @@ def optimize(
     steps: int | None = None,
     minutes: float | None = None,
     max_memory: int | str | None = None,
-    pin: Sequence[str] = (),
-    minimum: Sequence[str] = (),
-    maximum: Sequence[str] = (),
-    ban: Sequence[str] = (),
-    max_step: int | None = None,
-    tie: Sequence[str] = (),
-    engine: str | None = None,
-    free_experts: bool = False,
-    check: bool | None = None,
-    activations: bool = False,
     guard: bool = True,
-    rows: int = 16,
-    length: int = 256,
-    device: str = "cpu",
-    text: PathLike | None = None,
-    dataset: str | None = None,
     on_event: OnEvent | None = None,
+    **choosing: Any,
 ) -> OptimizeReport:
     """Choose a source for every group of a profile so that KL is least within a size; write the override file.
 
@@ -322,7 +369,6 @@ def optimize(
     Raises BudgetError where the budget cannot be met.
     """
     from eval.search.optimize import OptimizeOptions, optimize_recipe
-    from recompile.model.rows import RowOptions
     from recompile.optimize.budget import parse_share
 
     options = OptimizeOptions(
@@ -333,47 +379,26 @@ def optimize(
         max_ppl_increase=parse_share(max_ppl_increase) if isinstance(max_ppl_increase, str) else max_ppl_increase,
         active_bpw=active_bpw,
         pools=tuple(pool),
-        constraints=_constraints(pin, minimum, maximum, ban),
-        ties=tuple(tie),
-        engine=engine,
-        free_experts=free_experts,
-        max_step=max_step,
         solver=solver,
         start=as_path(start),
         steps=steps,
         minutes=minutes,
         max_memory_bytes=size_bytes(max_memory),
-        check=check,
-        activations=activations,
         guard=guard,
-        where=RowOptions(rows, length, as_path(text), dataset),
-        device=device,
+        **_choosing(**choosing),
     )
     return optimize_recipe(Path(profile), Path(out or "overrides.yaml"), options, on_event or ignore)
 
 
+@_shares(_choosing)
 def frontier(
     profile: PathLike,
     grid: str,
     out: PathLike | None = None,
     *,
     solver: str = "exact",
-    pin: Sequence[str] = (),
-    minimum: Sequence[str] = (),
-    maximum: Sequence[str] = (),
-    ban: Sequence[str] = (),
-    max_step: int | None = None,
-    tie: Sequence[str] = (),
-    engine: str | None = None,
-    free_experts: bool = False,
-    check: bool | None = None,
-    activations: bool = False,
-    rows: int = 16,
-    length: int = 256,
-    device: str = "cpu",
-    text: PathLike | None = None,
-    dataset: str | None = None,
     on_event: OnEvent | None = None,
+    **choosing: Any,
 ) -> FrontierReport:
     """A recipe for every budget of a grid, with a table and a plot, in the folder `out` (default "frontier").
 
@@ -384,20 +409,8 @@ def frontier(
     """
     from eval.search.frontier import write_frontier
     from eval.search.optimize import OptimizeOptions
-    from recompile.model.rows import RowOptions
 
-    options = OptimizeOptions(
-        solver=solver,
-        constraints=_constraints(pin, minimum, maximum, ban),
-        max_step=max_step,
-        ties=tuple(tie),
-        engine=engine,
-        free_experts=free_experts,
-        check=check,
-        activations=activations,
-        where=RowOptions(rows, length, as_path(text), dataset),
-        device=device,
-    )
+    options = OptimizeOptions(solver=solver, **_choosing(**choosing))
     return write_frontier(Path(profile), Path(out or "frontier"), grid, options, on_event or ignore)
 
 
@@ -685,15 +698,6 @@ def load_recipe(path: PathLike) -> Recipe:
     from recompile.recipe.recipe import load_recipe as loaded
 
     return loaded(path)
-
-
-def _constraints(
-    pin: Sequence[str], minimum: Sequence[str], maximum: Sequence[str], ban: Sequence[str]
-) -> tuple[Constraint, ...]:
-    from recompile.optimize.choose import Constraint
-
-    kinds = (("pin", pin), ("min", minimum), ("max", maximum), ("ban", ban))
-    return tuple(Constraint.parse(kind, text) for kind, given in kinds for text in given)
 
 
 def as_path(given: PathLike | None) -> Path | None:

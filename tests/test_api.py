@@ -116,6 +116,21 @@ def test_every_verb_has_an_example_and_is_found_late_and_early(name: str) -> Non
     assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters), "plain arguments"
 
 
+def test_what_two_verbs_share_is_checked_and_named_as_their_own() -> None:
+    both = [inspect.signature(verb).parameters for verb in (recompile.optimize, recompile.frontier)]
+    shared = both[0].keys() & both[1].keys()
+    assert len(shared) == 19
+    assert {name for name in shared if both[0][name] != both[1][name]} == {"solver"}  # refine walks no grid
+    for verb, name, given in (
+        (recompile.optimize, "optimize", ["p"]),
+        (recompile.frontier, "frontier", ["p", "3:4:1"]),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'pins'$"):
+            verb(*given, pins=["*=4"])
+        with pytest.raises(RecompileError, match=r'^pin "x": wanted GLOB=ID'):
+            verb(*given, pin=["x"])
+
+
 def test_a_verb_is_callable_whatever_was_imported_first() -> None:
     code = (
         "import recompile.quantize.encoders, recompile.optimize.choose, recompile.merge.overlay, recompile.auto\n"
