@@ -215,6 +215,7 @@ FLAGS_OF_OTHERS = {
     "eval/engines/builds.py": ("--no-deps",),  # pip
     "eval/engines/base_logits.py": ("--save-all-logits",),  # llama-perplexity
     "eval/engines/process.py": ("-c",),  # python
+    "eval/search/refine_journal.py": ("--max-step", "--pool", "--active-bpw"),  # in keys of journals begun before
 }
 # A command line that can be run as it stands is no flag out of place: "recompile -i BASE -o OUT -or overrides.yaml".
 COMMAND_LINE = re.compile(r"\b(?:recompile|model_[a-z]+)(?: (?:--?[a-z-]+|[A-Z]+(?:\.gguf)?(?![a-z])|\.\.\.))+")

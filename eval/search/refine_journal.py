@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import numpy as np
 
 from eval.mixes.oracle import MixOracle
 from eval.search.job import Search
+from recompile.arguments import spell
 from recompile.errors import JournalError
 from recompile.io.journal import LineJournal
 from recompile.optimize.choose import profile_sha256
 from recompile.optimize.refine import RefineStep, SwapModel
 
 FORMAT = 4
+_FLAGS = {"max_step": "--max-step", "pool": "--pool", "active_bpw": "--active-bpw"}
 
 
 @dataclass
@@ -43,11 +45,13 @@ class RefineJournal:
         A journal of another search is begun anew: what it holds is a recipe that was written already. A line cut off
         by a crash is dropped. Raises JournalError where it cannot be written.
         """
-        header = {"kind": "recompile-refine", "key": _key(search, rows_sha256)}
+        header = _header(search, rows_sha256)
+        limits = [replace(row, name=spell(row.name, _FLAGS)) for row in search.limits]
+        before = _header(replace(search, limits=limits), rows_sha256)  # of a version whose limits were called by flags
         journal = LineJournal(path)
         try:
             lines = journal.values()
-            if not lines or lines[0] != header:
+            if not lines or lines[0] not in (header, before):
                 journal.begin(header)
                 lines = []
             journal.drop_torn()
@@ -148,6 +152,10 @@ class RefineJournal:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+
+def _header(search: Search, rows_sha256: str) -> dict[str, str]:
+    return {"kind": "recompile-refine", "key": _key(search, rows_sha256)}
 
 
 def _key(search: Search, rows_sha256: str) -> str:
