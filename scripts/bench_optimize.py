@@ -165,7 +165,7 @@ class Bench:
     def oracle(self, ids: torch.Tensor) -> MixOracle:
         if self._oracle is None:
             self._oracle = MixOracle(
-                self.main.header, self.checkpoints, self.reference, ids, ids, device=self.settings.device
+                self.main.header, self.checkpoints, self.reference, ids, pool=ids, device=self.settings.device
             )
         return self._oracle
 

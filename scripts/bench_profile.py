@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import make_base  # noqa: E402
 from bench_record import birth_certificate, keep  # noqa: E402
 
-from eval.mixes.oracle import MixOracle  # noqa: E402
+from eval.mixes.meter import MixMeter  # noqa: E402
 from eval.profile.adaptive_rows import FILLING_SAMPLES, RowLimits, profile_more_rows  # noqa: E402
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact  # noqa: E402
 from eval.profile.sketch import SketchOptions, profile_sketch  # noqa: E402
@@ -170,7 +170,7 @@ class Bench:
         self.report = read_rows([self.base.path], "report", judge, 256, None, None, None)[0].ids
         self.folder = Path(tempfile.mkdtemp(prefix="bench-profile-")) if work is None else work
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.oracle: MixOracle | None = None
+        self.meter: MixMeter | None = None
 
     def rows_of(self, rows: int, tokens: int) -> torch.Tensor:
         return read_rows([self.base.path], "choose", rows, tokens, None, None, None)[0].ids
@@ -284,11 +284,11 @@ class Bench:
         return {budget: np.load(path) for budget, path in kept.items()}
 
     def kl_of_recipe(self, profile: Profile, budget: float) -> np.ndarray:
-        if self.oracle is None:
+        if self.meter is None:
             by_label = {str(b): checkpoint for b, checkpoint in self.candidates}
-            self.oracle = MixOracle(profile.header, by_label, self.base, self.report, self.report)
+            self.meter = MixMeter(profile.header, by_label, self.base, self.report)
         choice = solve_exact(make_problem(profile), Budget(bpw=budget).bits(profile)).choice
-        return np.array(self.oracle.measure(choice))
+        return np.array(self.meter.measure(choice))
 
 
 def ranking(exact: Profile, other: Profile) -> dict[str, dict[str, float]]:

@@ -1,13 +1,16 @@
 """Whole mixes run against the reference: the one place where a choice of the optimizer becomes figures of a model.
 
-`reports` gives all that `model_diff` says of a mix, `kl_rows` and `meter` only its KL. Searches that measure many mixes
-on the same few rows build on it (`eval.mixes.oracle` keeps what the reference makes of those rows).
+A MixEvaluator's `reports` give all that `model_diff` says of a mix, its `kl_rows` and `meter` only the KL. Searches
+that measure many mixes on the same few rows take a MixMeter (`eval.mixes.meter`), which keeps what the reference makes
+of those rows; a MixOracle (`eval.mixes.oracle`) is one that linearises, too.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -23,28 +26,42 @@ from recompile.optimize.local import Measure
 TOGETHER = 8  # mixes whose hidden states are held at the same time
 
 
-class MixEvaluator:
-    """Choices (group -> candidate label) of a profile as models.
+@dataclass
+class Mixes(ABC):
+    """Choices (group -> candidate label) of a profile as models; whoever measures them builds on it.
 
-    Decoded weights are held between calls as far as there is room, where `holds`.
+    Decoded weights are held between calls, as far as there is room, where `holds`.
     """
 
-    def __init__(
-        self,
-        header: ProfileHeader,
-        checkpoints: Mapping[str, Checkpoint],
-        reference: WeightSource,
-        options: DiffOptions | None = None,
-        holds: bool = False,
-    ) -> None:
-        self.header, self.checkpoints, self.reference = header, checkpoints, reference
-        self.options = options or DiffOptions()
-        self._store = WeightStore(room_for_weights(self.options.device)) if holds else None
+    header: ProfileHeader
+    checkpoints: Mapping[str, Checkpoint]  # by candidate label
+    reference: WeightSource
+    holds: bool = field(default=False, kw_only=True)
+
+    @abstractmethod
+    def _room(self) -> int:
+        """Bytes that held weights may take."""
+
+    @cached_property
+    def _store(self) -> WeightStore:
+        return WeightStore(self._room())
+
+    def _held(self, source: WeightSource) -> WeightSource:
+        return self._store.over(source) if self.holds else source
 
     def source(self, choice: Mapping[str, str]) -> WeightSource:
         """The mix of a choice. Raises MissingWeight for a module that its source lacks."""
-        mix = Overlay.of_choice(self.header, self.checkpoints, choice)
-        return self._store.over(mix) if self._store is not None else mix
+        return self._held(Overlay.of_choice(self.header, self.checkpoints, choice))
+
+
+@dataclass
+class MixEvaluator(Mixes):
+    """Mixes with all that `model_diff` says of them, several in one pass."""
+
+    options: DiffOptions = field(default_factory=DiffOptions)
+
+    def _room(self) -> int:
+        return room_for_weights(self.options.device)
 
     def reports(
         self,
@@ -64,8 +81,7 @@ class MixEvaluator:
         if activations:
             quantized = (n for n, mix in enumerate(mixes) if isinstance(mix, Overlay) and quantizes_inputs(mix))
             options = replace(options, quantized_inputs=frozenset(quantized))
-        reference = self._store.over(self.reference) if self._store is not None else self.reference
-        return measure_many(mixes, reference, ids, options, on_event, what)
+        return measure_many(mixes, self._held(self.reference), ids, options, on_event, what)
 
     def kl_rows(self, choices: Sequence[Mapping[str, str]], ids: Tensor) -> list[tuple[float, ...]]:
         """KL(reference || mix) of every choice at every row of `ids`, nats per token; TOGETHER mixes in a pass."""

@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.mixes.meter import MixMeter
 from eval.mixes.mixes_file import KIND, MixesFile
-from eval.mixes.oracle import MixOracle
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.costs import Profile
 from recompile.errors import JournalError
@@ -43,7 +43,7 @@ class MeasuredMixes:
         self._header, self._reference, self._checkpoints = profile.header, reference, checkpoints
         self._device, self._file, self._on_event, self._holds, self._rough = device, file, on_event, holds, rough
         self._key = digest([profile_sha256(profile), rows.sha256, *(["rough"] if rough else [])])
-        self._oracle: MixOracle | None = None
+        self._meter: MixMeter | None = None
         self._known: dict[str, float] = {}
         self._mixes: dict[str, dict[str, str]] = {}
         self._load()
@@ -69,13 +69,12 @@ class MeasuredMixes:
         self._mixes[name] = dict(mix)
         self._append({"name": name, "choice": dict(mix)})
 
-    def _open(self) -> MixOracle:
+    def _open(self) -> MixMeter:
         """The models, once one has to be measured; the reference runs once."""
-        if self._oracle is None:
-            ids = self.rows.ids
+        if self._meter is None:
             models = self._header, self._checkpoints, self._reference
-            self._oracle = MixOracle(*models, ids, ids, device=self._device, holds=self._holds, rough=self._rough)
-        return self._oracle
+            self._meter = MixMeter(*models, self.rows.ids, device=self._device, holds=self._holds, rough=self._rough)
+        return self._meter
 
     def _load(self) -> None:
         """What is known of these rows and this profile. Raises JournalError."""

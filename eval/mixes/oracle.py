@@ -16,86 +16,20 @@ import torch
 from torch import Tensor
 
 from eval.diff import BATCH_TOKENS
-from eval.metrics import kl_divergence
+from eval.mixes.meter import Goal, MixMeter, same_head
 from eval.passes.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
-from eval.passes.fisher import FisherCotangents, HeadOutput, chunks_of
+from eval.passes.fisher import FisherCotangents, HeadOutput
 from eval.profile.sketch import collect, estimate
-from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
-from recompile.costs import ProfileHeader
-from recompile.errors import NotFiniteError
+from recompile.checkpoint.checkpoint import WeightSource
 from recompile.io.memory import keep_heap_small
-from recompile.merge.overlay import Overlay
-from recompile.merge.weight_cache import WeightStore, room_for_weights
-from recompile.model.finite import WIDER, check_finite, is_finite, name_of
-from recompile.model.stream import LayeredModel, default_dtype, sketch_dtype
+from recompile.model.finite import check_finite
+from recompile.model.stream import LayeredModel
 from recompile.optimize.refine import SwapModel
 from recompile.quantize.lazy_variant import making_bytes
 
 SAMPLES = 1  # Fisher samples a row, beside the gradient: a search averages them over its steps
 SAMPLED_FIRST, SAMPLED_EVERY = 6, 3  # linearisations that draw them: the first ones, then one in so many
 CURVES_KEPT = 0.9  # weight of the second-order terms so far when those of another linearisation are averaged in
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is kept of the reference's distributions p over some tokens.
-
-    Through a linear head W, with hidden states h of another model under the same head,
-
-        KL(p || q) = sum of p log p - (W'p) . h + log sum exp(W h),
-
-    so nothing the size of the vocabulary has to be kept or made twice.
-
-    normed: [tokens, hidden] the reference's post-norm states
-    mean: [tokens, hidden] W'p; negative_entropy: float32 [tokens]; both None for a head that is no linear map
-    """
-
-    normed: Tensor
-    mean: Tensor | None = None
-    negative_entropy: Tensor | None = None
-
-    @staticmethod
-    def of(model: LayeredModel, normed: Tensor) -> Goal:
-        """normed: [tokens, hidden]; the head of the reference must be loaded."""
-        if not model.head_is_linear(normed[None, :2]):
-            return Goal(normed)
-        means, entropies = [], []
-        for chunk in chunks_of(len(normed)):
-            output = HeadOutput.of(model, normed[chunk], linear=True)
-            assert output.mean is not None, "asked above"
-            means.append(output.mean)
-            expected = torch.linalg.vecdot(output.mean.float(), normed[chunk].float())
-            entropies.append(expected - output.log_total)
-        return Goal(normed, torch.cat(means), torch.cat(entropies))
-
-    def under_head(self, same: bool) -> Goal:
-        """What of it holds for a model whose head is the reference's, or another."""
-        return self if same else Goal(self.normed)
-
-    def kl(self, chunk: slice, output: HeadOutput, reference: LayeredModel) -> Tensor:
-        """KL of the tokens of a chunk to what another model makes of them, float32 [tokens]."""
-        if self.mean is None or self.negative_entropy is None:
-            return kl_divergence(reference.logits(self.normed[None, chunk])[0], output.logits.detach())
-        expected = torch.linalg.vecdot(self.mean[chunk].float(), output.states.float())
-        return (self.negative_entropy[chunk] - expected + output.log_total).clamp(min=0)
-
-    def gradient(self, chunk: slice, output: HeadOutput, reference: LayeredModel, model: LayeredModel) -> Tensor:
-        """The gradient q - p of that KL with respect to the states of the other `model`, [tokens, hidden]; both heads
-        are loaded."""
-        if self.mean is not None and output.mean is not None:
-            return output.mean - self.mean[chunk]
-        goal = reference.logits(self.normed[None, chunk])[0]
-        change = output.p - goal.float().softmax(-1)
-        if output.mean is None:
-            return output.pull_back(change)
-        weight = model.head.get_parameter("weight")  # a linear head that is not the reference's
-        return change.to(weight.dtype) @ weight
-
-
-def same_head(reference: LayeredModel, model: LayeredModel) -> bool:
-    """Whether two heads, both loaded, hold the same weights."""
-    own, its = (each.head.get_parameter("weight") for each in (reference, model))
-    return own.shape == its.shape and torch.equal(own, its)
 
 
 @dataclass
@@ -203,33 +137,24 @@ class Curves:
 
 
 @dataclass
-class MixOracle:
-    """`recompile.optimize.refine.Oracle` over real models.
+class MixOracle(MixMeter):
+    """`recompile.optimize.refine.Oracle` over real models: measures as a MixMeter, and linearises.
 
-    pool: int64 [rows, tokens] for linearising, taken in turns of `rows_per_step`; accept: [rows, tokens] for measuring
-    progress: called after every layer of a linearisation
+    pool: int64 [rows, tokens] for linearising, taken in turns of `rows_per_step`, in the quickest type that serves
+    where `dtype` is None; progress: called after every layer of a linearisation
     """
 
-    header: ProfileHeader
-    checkpoints: Mapping[str, Checkpoint]  # by candidate label
-    reference: WeightSource
-    pool: Tensor
-    accept: Tensor
-    rows_per_step: int = 12
-    samples: int = SAMPLES
-    seed: int = 0
-    rough_above_nats: float = math.inf  # where the first mix has more KL, all are measured in the quickest type too
-    dtype: torch.dtype | None = None  # None: the device's default to measure in, the quickest that serves to linearise
-    device: str = "cpu"
-    max_memory_bytes: int | None = None
-    holds: bool = True  # whether decoded weights may be held where there is room
-    rough: bool | None = None  # whether mixes are measured in the quickest type; None: the first one will say
-    progress: Callable[[OracleProgress], None] = lambda event: None
+    pool: Tensor = field(kw_only=True)
+    rows_per_step: int = field(default=12, kw_only=True)
+    samples: int = field(default=SAMPLES, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    max_memory_bytes: int | None = field(default=None, kw_only=True)
+    progress: Callable[[OracleProgress], None] = field(default=lambda event: None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_memory_bytes is not None:
             keep_heap_small()  # before there is much to keep
-        self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None
         self._curves = Curves()
 
     @cached_property
@@ -248,54 +173,14 @@ class MixOracle:
             weight_gradients=True,
         )
 
-    @cached_property
-    def _store(self) -> WeightStore:
-        """What is decoded, as far as there is room beside a linearisation."""
-        room = room_for_weights(self.device)
-        if not self.holds:
-            room = 0
-        elif self.max_memory_bytes is not None:
-            room = min(room, self.max_memory_bytes - self._plan.total)
-        return WeightStore(room)
-
-    @cached_property
-    def _held_reference(self) -> WeightSource:
-        return self._store.over(self.reference)
+    def _room(self) -> int:
+        """Bytes beside a linearisation."""
+        room = super()._room()
+        return room if self.max_memory_bytes is None else min(room, self.max_memory_bytes - self._plan.total)
 
     @cached_property
     def _held_checkpoints(self) -> dict[str, WeightSource]:
-        return {label: self._store.over(source) for label, source in self.checkpoints.items()}
-
-    def _mix(self, choice: Mapping[str, str]) -> WeightSource:
-        return self._store.over(Overlay.of_choice(self.header, self.checkpoints, choice))
-
-    @cached_property
-    def _sharp(self) -> tuple[LayeredModel, LayeredModel]:
-        """The models, of the reference and of mixes, to measure with."""
-        return self._models(self.dtype or default_dtype(self.device))
-
-    @cached_property
-    def _quick(self) -> tuple[LayeredModel, LayeredModel]:
-        """Those to linearise with."""
-        dtype = sketch_dtype(self.device)
-        return self._sharp if self.dtype or dtype == default_dtype(self.device) else self._models(dtype)
-
-    def _models(self, dtype: torch.dtype) -> tuple[LayeredModel, LayeredModel]:
-        sources = (self.reference, self.checkpoints[self.header.base])
-        reference, model = (LayeredModel.of(source, dtype=dtype, device=self.device) for source in sources)
-        return reference, model
-
-    @torch.no_grad()
-    def normed(self, model: LayeredModel, source: WeightSource, ids: Tensor) -> Tensor:
-        """Post-norm states [rows, tokens, hidden] of a model with the weights of `source`."""
-        batch = max(1, BATCH_TOKENS // ids.shape[1])
-        states = list(model.embed(ids, batch, source))
-        for index in range(model.depth):
-            with model.layer(index, source):
-                for number, state in enumerate(states):
-                    states[number] = model.run_layer(index, state, number * batch)
-        with model.norm_loaded(source) as norm:
-            return torch.cat([norm(state) for state in states])
+        return {label: self._held(source) for label, source in self.checkpoints.items()}
 
     def linearise(self, choice: Mapping[str, str], step: int) -> SwapModel:
         """See the protocol. Rows of the pool are taken in turn; after the last the first come again, with new draws.
@@ -305,7 +190,7 @@ class MixOracle:
         ids = self._rows_of(step)
         samples = self.samples if self._curves.are_due else 0
         reference, model = self._quick
-        mix, origin = self._mix(choice), self._held_reference
+        mix, origin = self.source(choice), self._held_reference
         goals = self.goals(reference, ids)
         runner = AdjointPass(model, mix, self._held_checkpoints, self.header.groups, self._plan, origin=origin)
         found: list[SwapProducts] = []
@@ -358,10 +243,10 @@ class MixOracle:
         places = [{layers[name] for name in swap} for swap in swaps]
         # those of neighbouring layers together; the embedding and the head first, for they run from the start
         order = sorted(range(len(swaps)), key=lambda n: min(-1 if at is None else at for at in places[n]))
-        mix, found = self._mix(choice), {}
+        mix, found = self.source(choice), {}
         for start in range(0, len(order), model.depth):
             some = order[start : start + model.depth]
-            others = [self._mix({**choice, **swaps[number]}) for number in some]
+            others = [self.source({**choice, **swaps[number]}) for number in some]
             states, branches = self._branches(mix, others, [places[number] for number in some], ids)
             under_one = [n for n, number in enumerate(some) if None not in places[number]]
             without, *kls = self._kls([states, *(branches[n] for n in under_one)], mix, reference, model, goals)
@@ -413,68 +298,3 @@ class MixOracle:
 
     def _note(self, text: str, done: int, total: int) -> None:
         self.progress(OracleProgress(text, done, total))
-
-    @torch.no_grad()
-    def goals(self, model: LayeredModel, ids: Tensor) -> list[Goal]:
-        """What the reference makes of rows [rows, tokens]; model: of the reference."""
-        wanted = self.normed(model, self._held_reference, ids)
-        with model.head_loaded(self._held_reference):
-            return [Goal.of(model, states) for states in wanted]
-
-    @torch.no_grad()
-    def measure(self, choice: Mapping[str, str]) -> list[float]:
-        """KL(reference || mix) of every accepting row, nats per token. All mixes are measured in the same type, which
-        the KL of the first one decides."""
-        mix = self._mix(choice)
-        if self.rough is None and self.rough_above_nats < math.inf:
-            found = self.kl_rows(mix, *self._measured_in(self._quick))
-            self.rough = math.fsum(found) > self.rough_above_nats * len(found)
-            if self.rough or self._quick is self._sharp:
-                return found
-            self._accepting = None
-        return self.kl_rows(mix, *self._measured_in(self._quick if self.rough else self._sharp))
-
-    def _measured_in(self, models: tuple[LayeredModel, LayeredModel]) -> tuple[LayeredModel, LayeredModel, list[Goal]]:
-        """The models, with what the reference of this type makes of the accepting rows."""
-        if self._accepting is None:
-            self._accepting = (*models, self.goals(models[0], self.accept))
-        return self._accepting
-
-    @torch.no_grad()
-    def kl_rows(
-        self, source: WeightSource, reference: LayeredModel, model: LayeredModel, goals: Sequence[Goal]
-    ) -> list[float]:
-        """KL to the model with the weights of `source` on the accepting rows."""
-        (found,) = self._kls([self.normed(model, source, self.accept)], source, reference, model, goals)
-        return found
-
-    def _kls(
-        self,
-        models: Sequence[Tensor],
-        source: WeightSource,
-        reference: LayeredModel,
-        model: LayeredModel,
-        goals: Sequence[Goal],
-    ) -> list[list[float]]:
-        """KL of every row to some models with the head of `source`, from their post-norm states [rows, tokens, hidden]
-        each."""
-        kls = []  # on the device until all are known: one wait for it
-        with reference.head_loaded(self._held_reference), model.head_loaded(source):
-            same, linear = same_head(reference, model), model.head_is_linear(models[0][:1, :2])
-            for normed in models:
-                for goal, states in zip(goals, normed, strict=True):
-                    there = goal.under_head(same)
-                    sums = []
-                    for chunk in chunks_of(len(states)):
-                        output = HeadOutput.of(model, states[chunk], linear, mean=False)
-                        sums.append(there.kl(chunk, output, reference).double().sum())
-                    kls.append(torch.stack(sums).sum() / len(states))
-        found = torch.stack(kls).reshape(len(models), len(goals))
-        if not is_finite(found):
-            row = int(found.isfinite().logical_not().any(0).nonzero()[0])
-            raise NotFiniteError(
-                f"{getattr(source, 'label', '') or 'a mix'}: the head",
-                f"its KL is NaN or infinite in {name_of(models[0])}; {WIDER}",
-                row,
-            )
-        return found.tolist()

@@ -64,7 +64,7 @@ def oracle(base: Path, step: str) -> None:
     candidates = variants(base)
     header = job_of(base, candidates, Path(), HALF).header(HALF)
     rows = tiny.rows(3, 8)
-    made = MixOracle(header, dict(zip(("2", "3"), candidates, strict=True)), reference, rows, rows, dtype=HALF)
+    made = MixOracle(header, dict(zip(("2", "3"), candidates, strict=True)), reference, rows, pool=rows, dtype=HALF)
     choice = {group.name: "3" for group in header.groups}
     if step == "linearise":
         made.linearise(choice, 0)

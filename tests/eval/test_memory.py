@@ -37,12 +37,13 @@ match = tuple(f"model.layers.{n}.*" for n in ((47,) if made else (46, 47) if mod
 options = ProfileOptions(level="fused", max_memory_bytes=cap, match=match)
 job = ProfileJob(base, first, candidates, ids, folder / f"{mode}{len(candidates)}.jsonl", options)
 if mode == "refine":
+    import eval.mixes.meter
     import eval.mixes.oracle
     eval.mixes.oracle.SAMPLED_FIRST = 1
-    eval.mixes.oracle.sketch_dtype = lambda device: torch.float32  # as on a processor without bfloat16: all is larger
+    eval.mixes.meter.sketch_dtype = lambda device: torch.float32  # as on a processor without bfloat16: all is larger
     header = job.header(torch.float32)
     models = header, {str(label): candidate for label, candidate in candidates}, base
-    oracle = eval.mixes.oracle.MixOracle(*models, ids, ids, max_memory_bytes=cap)
+    oracle = eval.mixes.oracle.MixOracle(*models, ids, pool=ids, max_memory_bytes=cap)
     choice = {group.name: ("2", "4")[n % 2] for n, group in enumerate(header.groups)}
     oracle.measure(choice)
     for step in range(2):

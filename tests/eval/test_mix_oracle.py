@@ -45,7 +45,7 @@ def oracle(architecture: str, level: str = "tensor") -> MixOracle:
     rows = tiny.rows(12, 16)
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     header = ProfileJob(base, 4, given, rows, Path(), ProfileOptions(level=level)).header(torch.float32)
-    return MixOracle(header, candidates, base, rows[:8], rows[8:], rows_per_step=4, dtype=torch.float32)
+    return MixOracle(header, candidates, base, rows[8:], pool=rows[:8], rows_per_step=4, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama+head", "qwen3-moe", "gemma2"])
@@ -112,7 +112,7 @@ def test_a_swapped_head_is_run_with_that_head() -> None:
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     options = ProfileOptions(level="tensor", head=True)
     header = ProfileJob(base, 4, given, rows, Path(), options).header(torch.float32)
-    made = MixOracle(header, candidates, base, rows[:8], rows[:4], rows_per_step=4, dtype=torch.float32)
+    made = MixOracle(header, candidates, base, rows[:4], pool=rows[:8], rows_per_step=4, dtype=torch.float32)
     (head,) = (group.name for group in header.groups if group.layer is None)
     choice = {group.name: "4" for group in header.groups}
     changes, _ = made.changes(choice, [{head: "2"}, {header.groups[0].name: "2"}], 0)
@@ -190,7 +190,7 @@ def test_the_kl_of_a_mix_is_that_of_model_diff() -> None:
 
 
 def test_large_kls_may_be_measured_in_the_quickest_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.mixes.oracle.sketch_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("eval.mixes.meter.sketch_dtype", lambda device: torch.bfloat16)
     exact = oracle("llama")
     bad, good = (dict.fromkeys((group.name for group in exact.header.groups), source) for source in ("2", "8"))
     limit = float(np.mean(exact.measure(bad))) / 2
