@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from recompile.events import OnEvent, Progress, ignore
+from recompile.formats import COMPRESSED
 from recompile.io.sizes import size_bytes
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def quantize(
     modifiers: PathLike | None = None,
     independent: bool = False,
     recipe: PathLike | None = None,
-    format: str = "compressed-tensors",
+    format: str = COMPRESSED,
     method: str = "gptq",
     group_size: int | str = 64,
     asym: bool = False,
@@ -163,7 +164,7 @@ def profile(
     out: PathLike = "profile.jsonl",
     *,
     candidates: Sequence[str] = (),
-    format: str = "compressed-tensors",
+    format: str = COMPRESSED,
     group_size: int | str | None = None,
     asym: bool = False,
     importance_rows: int = 16,

@@ -290,10 +290,8 @@ def test_light_rooms_import_no_torch() -> None:
 # The list may only get shorter: conversions, engine rules and checks are to become methods of the rows as well.
 CALLED_BY_NAME = {
     *("recompile/merge/check_formats.py", "recompile/merge/convert.py", "recompile/merge/engine_rules.py"),
-    *(f"recompile/quantize/{name}.py" for name in ("candidates", "encoder_choice", "encoders", "fake_quant_exl")),
-    *(f"recompile/quantize/{name}.py" for name in ("float_grids", "modifiers", "movable", "run", "scheme_encoder")),
-    *("recompile/api.py", "recompile/auto.py", "recompile/cli/model_quantize.py", "recompile/cli/options.py"),
-    "eval/search/optimize.py",
+    *(f"recompile/quantize/{name}.py" for name in ("encoder_choice", "fake_quant_exl", "movable")),
+    "recompile/auto.py",
 }
 
 

@@ -19,6 +19,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, RecompileError
 from recompile.events import Note, OnEvent, ignore
+from recompile.formats import FORMATS, FormatSpec
 from recompile.io.files import write_text
 from recompile.io.sizes import parse_size
 from recompile.merge.overlay import build_overlay
@@ -454,9 +455,9 @@ def rules_of(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | N
 def _engine_of_format(checkpoints: Mapping[str, Checkpoint] | None) -> str | None:
     """Whose sets of experts sources of this format should keep to; None for EXL2, which has one kernel an expert."""
     formats = {name for checkpoint in (checkpoints or {}).values() for name in checkpoint.formats}
-    if "exl2" in formats:
-        return None
-    return "exllamav3" if "exl3" in formats else "llama.cpp" if "gguf" in formats else "vllm"
+    general = FormatSpec.expert_engine
+    own = (row.expert_engine for row in FORMATS.values() if row.name in formats and row.expert_engine != general)
+    return next(own, general)
 
 
 def say_of_experts(rules: Rules, profile: Profile, on_event: OnEvent) -> None:

@@ -10,6 +10,7 @@ import click
 from recompile.cli.common import Screen, check_json_path, show
 from recompile.cli.options import device_options, many_values_command, output_options, text_options
 from recompile.cli.render_quantize import describe_variants
+from recompile.formats import COMPRESSED, VARIANT_FORMATS
 
 
 @many_values_command(
@@ -60,8 +61,8 @@ from recompile.cli.render_quantize import describe_variants
 @click.option(
     "--format",
     "format",
-    type=click.Choice(["compressed-tensors", "exl2", "exl3", "gguf", "mlx"]),
-    default="compressed-tensors",
+    type=click.Choice(VARIANT_FORMATS),
+    default=COMPRESSED,
     show_default=True,
 )
 @click.option(

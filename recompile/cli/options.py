@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from recompile.cli.common import Command
+from recompile.formats import CANDIDATE_FORMATS, COMPRESSED
 
 
 class ManyValuesCommand(Command):
@@ -134,8 +135,8 @@ def made_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--format",
                 "format",
-                type=click.Choice(["compressed-tensors", "exl2", "exl3", "mlx"]),
-                default="compressed-tensors",
+                type=click.Choice(CANDIDATE_FORMATS),
+                default=COMPRESSED,
                 show_default=True,
                 help="What --candidates given as bits are: integers; EXL2 by its encoder without GPTQ, fractions too; "
                 "EXL3 by stand-ins: noise as large as its encoder's error, which takes too long on a CPU; MLX, affine "

@@ -90,6 +90,11 @@ class FormatSpec:
     engine:   the one engine that loads it; None: general ones, by the rules of merge/engine_rules.py
     names_method: config.json's quant_method is the format's own name
     config_is_read: whether its engine reads quantization_config at all
+    levels:   the numbers that its codes stand for, of quantize/float_grids.py; None: integers of any width, or its own
+    is_made:  `quantize` makes variants of it by its name
+    lazily:   how candidates of it are made in memory: by its "encoder", or as "noise" of the encoder's size; None: not
+    names_modes: variants of it are named by modes, as schemes are
+    expert_engine: whose sets of experts a mix of it keeps to where no engine is asked for; None: one kernel an expert
     runs_stored_head: whether its engine runs a stored head though the config ties it to the embedding
     merge:    file beside this one that says what a merge of such modules needs, see `load_merge`; None: a family that
               merge/configs.py knows by its quant_method
@@ -111,6 +116,11 @@ class FormatSpec:
     merge: str | None = None
     names_method: bool = False
     config_is_read: bool = True
+    levels: str | None = None
+    is_made: bool = False
+    lazily: str | None = None
+    names_modes: bool = False
+    expert_engine: str | None = "vllm"
     runs_stored_head: bool = False
 
     def matches(self, parts: Headers) -> bool:
@@ -187,7 +197,8 @@ _INT32 = frozenset({"I32"})
 _UINT8 = frozenset({"U8"})
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _EXPONENTS = frozenset({"U8", "F8_E8M0"})  # MX scales: powers of two
-_COMPRESSED_TENSORS = {"compressed-tensors": "compressed_tensors"}
+COMPRESSED = "compressed-tensors"  # a family of formats: what `quantize` makes where no other is asked for
+_COMPRESSED_TENSORS = {COMPRESSED: "compressed_tensors"}
 _FP8_READERS = {"fp8": "fp8", "modelopt": "fp8", "fbgemm_fp8": "fp8"}
 
 # Asked from top to bottom; the first row that matches names the format. "dense" is last: any module whose parts are
@@ -207,6 +218,9 @@ FORMATS: dict[str, FormatSpec] = {
             merge="exl2_config",
             names_method=True,
             config_is_read=False,
+            is_made=True,
+            lazily="encoder",
+            expert_engine=None,
             runs_stored_head=True,
         ),
         FormatSpec(
@@ -220,6 +234,9 @@ FORMATS: dict[str, FormatSpec] = {
             engine="exllamav3",
             merge="exl3_config",
             names_method=True,
+            is_made=True,
+            lazily="noise",
+            expert_engine="exllamav3",
         ),
         FormatSpec(
             "pack-quantized",
@@ -236,6 +253,7 @@ FORMATS: dict[str, FormatSpec] = {
             "fp4",
             _nvfp4_shape,
             readers=_COMPRESSED_TENSORS,
+            levels="e2m1",
         ),
         FormatSpec(
             "nvfp4-modelopt",
@@ -253,6 +271,7 @@ FORMATS: dict[str, FormatSpec] = {
             _mxfp6_shape,
             when=lambda parts: _bytes_per_scale(parts) == 24,  # 32 codes of 6 bits; mxfp4 has 16 bytes
             readers=_COMPRESSED_TENSORS,
+            levels="e2m3",
         ),
         FormatSpec(
             "mxfp4-pack-quantized",
@@ -261,6 +280,7 @@ FORMATS: dict[str, FormatSpec] = {
             "mx",
             _nvfp4_shape,
             readers=_COMPRESSED_TENSORS | {"mxfp4": "mx"},
+            levels="e2m1",
         ),
         FormatSpec(
             "mxfp8-quantized",
@@ -270,6 +290,7 @@ FORMATS: dict[str, FormatSpec] = {
             _weight_shape,
             when=lambda parts: parts["weight_scale"].dtype in _EXPONENTS,
             readers=_COMPRESSED_TENSORS,
+            levels="e4m3",
         ),
         FormatSpec(
             "fp8-scale-inv",
@@ -286,6 +307,7 @@ FORMATS: dict[str, FormatSpec] = {
             "fp8",
             _weight_shape,
             readers=_COMPRESSED_TENSORS | _FP8_READERS,
+            levels="e4m3",
         ),
         FormatSpec(
             "int-quantized",
@@ -294,6 +316,7 @@ FORMATS: dict[str, FormatSpec] = {
             "int_plain",
             _weight_shape,
             readers=_COMPRESSED_TENSORS,
+            levels="int8",
         ),
         FormatSpec(
             "gptq",
@@ -320,6 +343,8 @@ FORMATS: dict[str, FormatSpec] = {
             _weight_shape,
             readers={"gguf": "gguf"},
             engine="llama.cpp",
+            is_made=True,
+            expert_engine="llama.cpp",
         ),
         FormatSpec(
             "mlx",
@@ -332,10 +357,16 @@ FORMATS: dict[str, FormatSpec] = {
             shards=ShardRules(metadata="mlx", engines="MLX engines"),
             engine="mlx-lm",
             merge="mlx_config",
+            is_made=True,
+            lazily="encoder",
+            names_modes=True,
         ),
         FormatSpec("dense", (), ("weight", FLOAT_DTYPES), None, _weight_shape, unless=("weight_scale",)),
     )
 }
+
+VARIANT_FORMATS = (COMPRESSED, *(row.name for row in FORMATS.values() if row.is_made))
+CANDIDATE_FORMATS = (COMPRESSED, *(row.name for row in FORMATS.values() if row.lazily))
 
 # Parts that hold codes, which are nothing without the others of their format; and parts that are nothing without codes.
 # Names that models have for parameters of their own (scales, signs, bias) are left out.

@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 from recompile.errors import FormatError, MismatchError, UnsupportedError
-from recompile.formats import FORMATS
+from recompile.formats import COMPRESSED, FORMATS
 from recompile.formats.stored import Described, StoredModule
 from recompile.io.patterns import Regex, compile_regex
 
-QUANT_METHOD = "compressed-tensors"
+QUANT_METHOD = COMPRESSED
 WRITTEN_VERSION = "0.20.0"
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recompile.errors import FormatError
 
+FORMAT = "exl2"  # the row that this file is the code of
 PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
 WIDTHS = (8, 6, 5, 4, 3, 2)  # bits per code, in the only order that the engine reads
 OUT_MULTIPLE = 32  # out_features is padded to this

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from recompile.errors import FormatError
 
+FORMAT = "exl3"  # the row that this file is the code of
 TILE = 16  # a tile is 16 x 16 weights
 TILE_WEIGHTS = 256
 BLOCK = 128  # side of the Hadamard rotation of a linear; in and out are padded to it

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from recompile.errors import FormatError
 
+FORMAT = "pack-quantized"  # the row that this file is the code of
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Config keys of one `weights` entry that say nothing about the stored bytes: how the numbers were found.

@@ -76,6 +76,16 @@ class Scheme:
         size = self.weights.get("group_size")
         return int(size) if size else None
 
+    @property
+    def is_packed_integer(self) -> bool:
+        """Integers of any width in words of 32 bits, by quantize/int_grids.py; all others are float_grids'."""
+        return self.format == "pack-quantized"
+
+    @property
+    def has_global_scale(self) -> bool:
+        """A scale of the whole tensor stands over those of its groups."""
+        return self.format == "nvfp4-pack-quantized"
+
     def group(self) -> dict[str, Any]:
         """The config group without its targets."""
         return {
@@ -93,6 +103,21 @@ class Scheme:
         if self.format == "mxfp6-pack-quantized" and shape[1] % 4:
             return f"6-bit floats are stored in fours, it has {shape[1]} columns, kept dense"
         return None
+
+
+def stored_format(weights: Mapping[str, Any], *, has_inputs: bool) -> tuple[str, str | None]:
+    """The format that a config group's `weights` are stored in, and the dtype of scales where that has only one.
+
+    has_inputs: whether activations are quantized, too
+    """
+    bits, strategy = weights["num_bits"], weights["strategy"]
+    if weights["type"] == "int":
+        return ("int-quantized" if bits == 8 and has_inputs else "pack-quantized"), None
+    if strategy == "tensor_group":
+        return "nvfp4-pack-quantized", "torch.float8_e4m3fn"
+    if strategy == "group" and weights.get("group_size") == MX_COLUMNS:
+        return ("mxfp8-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"), "torch.uint8"
+    return "float-quantized", None
 
 
 @cache

@@ -14,6 +14,7 @@ from recompile.checkpoint.decoded import as_dense
 from recompile.costs import is_expert
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
+from recompile.formats import COMPRESSED, FORMATS
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.imatrix import read_imatrix
 from recompile.model.devices import compute_device
@@ -57,6 +58,11 @@ class CandidateOptions:
     roles: frozenset[str]
     cap_bytes: int | None
 
+    @property
+    def lazily(self) -> str | None:
+        """How candidates of a format of its own are made, see FormatSpec; None: those that their names say."""
+        return FORMATS[self.format].lazily if self.format in FORMATS else None
+
 
 def check_rounding(format_name: str, group_size: int | str | None, asym: bool) -> None:
     """Raises ArgumentError where settings of integers are given for a format that has none."""
@@ -65,7 +71,7 @@ def check_rounding(format_name: str, group_size: int | str | None, asym: bool) -
         if asym:
             raise ArgumentError("{asym}: of compressed-tensors; {format} mlx has a bias in every group anyway")
         return
-    if given and format_name != "compressed-tensors":
+    if given and format_name != COMPRESSED:
         raise ArgumentError(f"{', '.join(given)}: of integers; {{format}} {format_name} has groups of its own")
 
 
@@ -89,7 +95,7 @@ def make_candidates(
     importance: Mapping[str, Tensor] | None = None
     if types and (options.imatrix is not None or options.importance_rows):
         importance = _gguf_importance(as_dense(reference, to_gguf=True), options, on_event)
-    elif options.importance_rows and options.format != "exl3":  # noise has no use for it
+    elif options.importance_rows and options.lazily != "noise":  # which has no use for it
         rows = _calibration_rows(reference, options)
         importance = input_power(reference, rows.ids, device=compute_device(options.device))
     keep = KEEP_BYTES if options.cap_bytes is None else 0
@@ -111,7 +117,7 @@ def _specs(
         if given == "channel":
             raise ArgumentError("{group_size} channel: MLX has 32, 64, 128")
         return [mlx_spec_of(name, int(given)) for name in parse_candidates(names)]
-    if options.format not in ("exl2", "exl3"):
+    if options.lazily is None:
         size = None if given == "channel" else int(given)
         return [spec_of(name, group_size=size, symmetric=not options.asym) for name in parse_candidates(names)]
     specs = [exl_spec_of(name, options.format) for name in parse_candidates(names)]
@@ -119,7 +125,7 @@ def _specs(
         raise ArgumentError(
             f"{{head}}, {{embedding}}: {options.format} candidates have one head of 6 bits, and a dense embedding"
         )
-    if options.format == "exl3":
+    if options.lazily == "noise":
         on_event(
             Note(
                 "EXL3 candidates are stand-ins, the weight with noise as large as what the encoder leaves; sizes "

@@ -145,7 +145,7 @@ class IntEncoder:
     def config_group(self, role: str, variant: int) -> dict[str, Any]:
         """The config group of modules of a role in one variant."""
         return {
-            "format": "pack-quantized",
+            "format": packed_int.FORMAT,
             "weights": self.schemes(role)[variant].to_config(),
             "input_activations": None,
             "output_activations": None,
@@ -159,7 +159,7 @@ class IntEncoder:
 
     def description(self) -> dict[str, Any]:
         return {
-            "format": "pack-quantized",
+            "format": packed_int.FORMAT,
             "bits": [int(bits) for bits in self.bits],
             "group_size": self.group_size,
             "symmetric": self.symmetric,
@@ -218,7 +218,7 @@ class Exl2Encoder:
 
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
         return {
-            "quant_method": "exl2",
+            "quant_method": exl2.FORMAT,
             "version": "0.3.2",
             "bits": float(self.bits[variant]),
             "head_bits": self.head_bits or 16,
@@ -227,7 +227,7 @@ class Exl2Encoder:
 
     def description(self) -> dict[str, Any]:
         return {
-            "format": "exl2",
+            "format": exl2.FORMAT,
             "bits": [float(bits) for bits in self.bits],
             "head_bits": self.head_bits,
             "method": self.method,
@@ -292,7 +292,7 @@ class Exl3Encoder:
 
     def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]:
         return {
-            "quant_method": "exl3",
+            "quant_method": exl3.FORMAT,
             "version": "1.4.1",
             "bits": float(self.bits[variant]),
             "head_bits": self.head_bits or 16,
@@ -303,7 +303,7 @@ class Exl3Encoder:
 
     def description(self) -> dict[str, Any]:
         return {
-            "format": "exl3",
+            "format": exl3.FORMAT,
             "bits": list(self.bits),
             "head_bits": self.head_bits,
             "codebook": self.codebook,

@@ -31,7 +31,7 @@ from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.float_grids import fit_levels, global_scale
 from recompile.quantize.gguf import BaseTensor, Preset, base_tensors, find_preset, layers_of
 from recompile.quantize.int_grids import fit_grid, normalise_importance, quantize_to_grid
-from recompile.quantize.scheme_encoder import NVFP4, PACKED, SchemeEncoder, uniform
+from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 
 NOWHERE = Path("(made on the fly)")
 SCALE_DTYPE = torch.bfloat16
@@ -96,7 +96,7 @@ class IntMaker:
     bytes_per_weight: int = WORKING_BYTES
 
     def store(self, base: Checkpoint) -> Stored:
-        return store_alike(base, linear_modules(base), PACKED, self.encoder.why_not, self._parts)
+        return store_alike(base, linear_modules(base), packed_int.FORMAT, self.encoder.why_not, self._parts)
 
     def _parts(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         (encoded,) = self.encoder.round("model.layers.0.x", torch.zeros(shape), None)
@@ -137,13 +137,13 @@ class SchemeMaker:
 
     def round(self, base: Checkpoint, module: str, weight: Tensor, importance: Importances | None) -> Tensor:
         weight, diagonal = weight.float(), _of(module, importance, weight)
-        if self.scheme.format == PACKED:
+        if self.scheme.is_packed_integer:
             scheme = IntScheme.from_config(self.scheme.weights)
             grid = fit_grid(weight, scheme, "mse", diagonal, SCALE_DTYPE)
             codes = quantize_to_grid(weight, grid, scheme)
             parts = packed_int.pack(codes, grid.scale, grid.zero_point, scheme, SCALE_DTYPE)
             return packed_int.dequantize(parts, scheme, module=module)
-        whole = self._global_scale(base, module, weight) if self.scheme.format == NVFP4 else None
+        whole = self._global_scale(base, module, weight) if self.scheme.has_global_scale else None
         columns = normalise_importance(diagonal, weight.shape[1], weight.device)
         levels = fit_levels(weight, self.scheme, "mse", columns, SCALE_DTYPE, whole)
         code = FORMATS[self.scheme.format].load_code()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recompile.errors import FormatError
-from recompile.formats import fp4, mx
+from recompile.formats import FORMATS, fp4, mx
 from recompile.formats.fp4 import round_e2m1, round_small_float
 from recompile.formats.fp8 import E4M3_MAX, round_e4m3
 from recompile.formats.schemes import Scheme
@@ -41,25 +41,27 @@ def round_int8(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Levels:
-    """A type of levels. largest: what the largest weight of a scale is mapped to when nothing is clipped."""
+    """A type of levels. largest: what the largest weight of a scale is mapped to when nothing is clipped; codes: levels
+    [O, I] as they are stored."""
 
     round: Callable[[Tensor], Tensor]
     largest: float
+    codes: Callable[[Tensor], Tensor]
 
 
-E2M1 = Levels(round_e2m1, E2M1_MAX)
-E2M3 = Levels(round_e2m3, E2M3_MAX)
-E4M3 = Levels(round_e4m3, E4M3_MAX)
-INT8 = Levels(round_int8, 127.5)
+E2M1 = Levels(round_e2m1, E2M1_MAX, fp4.pack_e2m1)
+E2M3 = Levels(round_e2m3, E2M3_MAX, mx.pack_e2m3)
+E4M3 = Levels(round_e4m3, E4M3_MAX, lambda levels: levels.to(torch.float8_e4m3fn))
+INT8 = Levels(round_int8, 127.5, lambda levels: levels.to(torch.int8))
 
-LEVELS: Mapping[str, Levels] = {
-    "int-quantized": INT8,
-    "float-quantized": E4M3,
-    "nvfp4-pack-quantized": E2M1,
-    "mxfp4-pack-quantized": E2M1,
-    "mxfp6-pack-quantized": E2M3,
-    "mxfp8-quantized": E4M3,
-}
+# As the rows of formats call them.
+LEVELS: Mapping[str, Levels] = {"int8": INT8, "e4m3": E4M3, "e2m1": E2M1, "e2m3": E2M3}
+
+
+def levels_of(scheme: Scheme) -> Levels:
+    name = FORMATS[scheme.format].levels
+    assert name is not None, f"{scheme.name}: integers have grids of their own"
+    return LEVELS[name]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class LevelGrid:
 
     @property
     def levels(self) -> Levels:
-        return LEVELS[self.scheme.format]
+        return levels_of(self.scheme)
 
     def spread(self, in_features: int) -> Tensor:
         """The factor of every weight, [O, I]."""
@@ -96,17 +98,8 @@ class LevelGrid:
 
     def pack(self, levels: Tensor) -> dict[str, Tensor]:
         """The stored parts of levels [O, I]."""
-        return {**_CODES[self.scheme.format](levels), **self.scales}
-
-
-_CODES: Mapping[str, Callable[[Tensor], dict[str, Tensor]]] = {
-    "int-quantized": lambda levels: {"weight": levels.to(torch.int8)},
-    "float-quantized": lambda levels: {"weight": levels.to(torch.float8_e4m3fn)},
-    "nvfp4-pack-quantized": lambda levels: {"weight_packed": fp4.pack_e2m1(levels)},
-    "mxfp4-pack-quantized": lambda levels: {"weight_packed": fp4.pack_e2m1(levels)},
-    "mxfp6-pack-quantized": lambda levels: {"weight_packed": mx.pack_e2m3(levels)},
-    "mxfp8-quantized": lambda levels: {"weight": levels.to(torch.float8_e4m3fn)},
-}
+        part, _ = FORMATS[self.scheme.format].marks
+        return {part: self.levels.codes(levels), **self.scales}
 
 
 def global_scale(weights: Sequence[Tensor]) -> Tensor:
@@ -142,7 +135,7 @@ def fit_levels(
     if why is not None:
         raise FormatError(f"{scheme.name}: {why}")
     weight = weight.float()
-    if scheme.format == "nvfp4-pack-quantized":
+    if scheme.has_global_scale:
         whole = global_scale([weight]) if whole is None else whole
         return _fit_nvfp4(weight, scheme, method, column_weight, whole, smallest)
     if scheme.format.startswith("mxfp"):
@@ -186,7 +179,7 @@ def _fit_plain(
     smallest = torch.finfo(scale_dtype).tiny
 
     def grid(fraction: float) -> LevelGrid:
-        exact = largest / LEVELS[scheme.format].largest * fraction
+        exact = largest / levels_of(scheme).largest * fraction
         scale = torch.where(largest > 0, exact, torch.ones_like(exact)).clamp_(min=smallest).to(scale_dtype)
         return with_scale(scale)
 

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from recompile.errors import FormatError, RecipeError, UnsupportedError
-from recompile.formats.schemes import Scheme, parse_scheme
+from recompile.formats.schemes import Scheme, parse_scheme, stored_format
 from recompile.io.files import read_text
 from recompile.io.patterns import compile_regex
 from recompile.quantize.scheme_encoder import (
@@ -228,15 +228,9 @@ def _scheme_of_group(group: Any, where: str) -> Scheme:
     if "strategy" not in args:
         raise RecipeError(f"{where}: weights.strategy is missing")
     bits, strategy = args["num_bits"], args["strategy"]
-    if args["type"] == "int":
-        fmt = "int-quantized" if bits == 8 and inputs else "pack-quantized"
-    elif strategy == "tensor_group":
-        fmt, args["scale_dtype"] = "nvfp4-pack-quantized", "torch.float8_e4m3fn"
-    elif strategy == "group" and args.get("group_size") == 32:
-        fmt = "mxfp8-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"
-        args["scale_dtype"] = "torch.uint8"
-    else:
-        fmt = "float-quantized"
+    fmt, scale_dtype = stored_format(args, has_inputs=bool(inputs))
+    if scale_dtype is not None:
+        args["scale_dtype"] = scale_dtype
     own = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
     kept = None if not inputs else {**own, **{k: v for k, v in inputs.items() if v is not None and k[:8] != "observer"}}
     name = f"{args['type']}{bits}-{strategy}{args.get('group_size') or ''}{'' if args['symmetric'] else '-asym'}"

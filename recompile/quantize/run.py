@@ -16,7 +16,7 @@ from recompile.checkpoint.decoded import as_dense, base_note
 from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
-from recompile.formats import FORMATS
+from recompile.formats import COMPRESSED, FORMATS
 from recompile.gguf.container import open_gguf
 from recompile.gguf.imatrix import read_imatrix, write_imatrix
 from recompile.model.devices import compute_device, compute_dtype
@@ -103,9 +103,10 @@ class QuantizeOptions:
             raise ArgumentError("{independent} goes with {modifiers}; variants are always calibrated so")
         if self.schemes and self.modifiers:
             raise ArgumentError("{scheme} and {modifiers}: wanted one of them")
-        said = (self.bits, self.recipe, self.format != "compressed-tensors", self.engine != "own", self.asym)
-        of_mlx = self.format == "mlx" and self.schemes and not self.modifiers  # whose modes are named
-        if (self.schemes or self.modifiers) and (any(said) or self.head_bits) and not of_mlx:
+        said = (self.bits, self.recipe, self.format != COMPRESSED, self.engine != "own", self.asym)
+        names_modes = self.format in FORMATS and FORMATS[self.format].names_modes
+        of_modes = names_modes and self.schemes and not self.modifiers
+        if (self.schemes or self.modifiers) and (any(said) or self.head_bits) and not of_modes:
             raise ArgumentError(
                 "{scheme} and {modifiers} say all of the stored form; leave out {bits}, {recipe}, {format}, {engine}, "
                 "{asym} and {head_bits}"

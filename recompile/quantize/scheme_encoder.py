@@ -19,7 +19,7 @@ from torch import Tensor
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ROUTERS, fused_sets
 from recompile.errors import FormatError
-from recompile.formats import FORMATS, packed_int
+from recompile.formats import COMPRESSED, FORMATS, packed_int
 from recompile.formats.compressed_tensors import merged_config
 from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
@@ -42,7 +42,6 @@ from recompile.quantize.two_sided import OutputSource, improve_integers, improve
 
 METHODS = ("rtn", "mse", "gptq")
 SCALED_METHODS = tuple(name for scaling in SCALINGS for name in (scaling, *(f"{scaling}+{how}" for how in METHODS)))
-PACKED, NVFP4 = "pack-quantized", "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ class SchemeEncoder:
         """A weight [out, in] rounded to nearest in its scheme, decoded."""
         scheme = self._scheme_in(variant, name, weight)
         assert scheme is not None, name
-        if scheme.format != PACKED:
+        if not scheme.is_packed_integer:
             grid = fit_levels(weight, scheme, "rtn", None, self.scale_dtype)
             return grid.round(weight) * grid.spread(weight.shape[1])
         integers = IntScheme.from_config(scheme.weights)
@@ -296,7 +295,7 @@ class SchemeEncoder:
         stacked = torch.cat(list(weights.values())).float()
         sizes = [len(weight) for weight in weights.values()]
         made: list[dict[str, dict[str, Tensor]]] = [{} for _ in jobs]
-        integers = [n for n, job in enumerate(jobs) if job.scheme.format == PACKED]
+        integers = [n for n, job in enumerate(jobs) if job.scheme.is_packed_integer]
         quantized = self._quantize_integers(stacked, hessian, [jobs[n] for n in integers])
         if self.outputs is not None and hessian is not None:
             chosen = [at for at, n in enumerate(integers) if n in plain and jobs[n].method == "gptq"]
@@ -317,7 +316,7 @@ class SchemeEncoder:
             )
             for name, codes, scale, zero in pieces:
                 made[n][name] = packed_int.pack(codes, scale, zero, found.scheme, self.scale_dtype)
-        others = [n for n, job in enumerate(jobs) if job.scheme.format != PACKED]
+        others = [n for n, job in enumerate(jobs) if not job.scheme.is_packed_integer]
         grids = [self._fit(weights, hessian, jobs[n]) for n in others]
         with_gptq = [at for at, n in enumerate(others) if jobs[n].method == "gptq" and hessian is not None]
         rounded: dict[int, Tensor] = {}
@@ -374,7 +373,7 @@ class SchemeEncoder:
         diagonal = hessian.diagonal() if hessian is not None and self.importance else None
         column_weight = normalise_importance(diagonal, first.shape[1], first.device)
         whole: dict[str, Tensor] = {}
-        if job.scheme.format == NVFP4:
+        if job.scheme.has_global_scale:
             for members in fused_sets(weights):
                 whole |= dict.fromkeys(members, global_scale([weights[name] for name in members]))
         return {
@@ -406,7 +405,7 @@ class SchemeEncoder:
 
     def description(self) -> dict[str, Any]:
         return {
-            "format": "compressed-tensors",
+            "format": COMPRESSED,
             "variants": {
                 variant.name: [
                     {
