@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from recompile.costs import Profile
     from recompile.merge.run import CheckReport, MergeReport
     from recompile.quantize.gguf import VariantsReport
-    from recompile.quantize.pipeline import QuantizeReport
+    from recompile.quantize.quantize_report import QuantizeReport
     from recompile.quantize.run import ConvertedVariants
     from recompile.recipe.recipe import Recipe
 

@@ -39,9 +39,10 @@ from eval.passes.output_gradients import GradientOptions, measure_outputs  # noq
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.merge.overlay import build_overlay  # noqa: E402
 from recompile.model.rows import RowOptions  # noqa: E402
+from recompile.quantize.encoder import Encoded  # noqa: E402
 from recompile.quantize.encoders import IntEncoder  # noqa: E402
 from recompile.quantize.output_statistics import StoredStatistics, open_statistics  # noqa: E402
-from recompile.quantize.pipeline import Encoded, quantize_model  # noqa: E402
+from recompile.quantize.pipeline import quantize_model  # noqa: E402
 
 OUT = RESULTS / "quality.json"
 METHODS = ("rtn", "gptq", "two-sided")

@@ -10,7 +10,7 @@ from recompile.io.sizes import format_bpw, format_bytes
 
 if TYPE_CHECKING:
     from recompile.quantize.gguf import VariantsReport
-    from recompile.quantize.pipeline import ModuleReport, QuantizeReport
+    from recompile.quantize.quantize_report import ModuleReport, QuantizeReport
     from recompile.quantize.run import ConvertedVariants
 
 

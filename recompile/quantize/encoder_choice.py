@@ -15,10 +15,10 @@ from recompile.events import Note, OnEvent, ignore
 from recompile.formats.schemes import parse_scheme
 from recompile.model.tokens import Rows
 from recompile.quantize import mlx_encoder
+from recompile.quantize.encoder import Encoder
 from recompile.quantize.encoders import EXL_HEAD_BITS, Exl2Encoder, Exl3Encoder, IntEncoder
 from recompile.quantize.mix import MixEncoder, assign
 from recompile.quantize.modifiers import load_modifiers
-from recompile.quantize.pipeline import Encoder
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.quantize.two_sided import OutputSource
 from recompile.recipe.recipe import DENSE, describe_spec, load_recipe

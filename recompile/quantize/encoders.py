@@ -15,9 +15,10 @@ from recompile.errors import FormatError
 from recompile.formats import exl2, exl3, packed_int
 from recompile.formats.compressed_tensors import merged_config
 from recompile.formats.packed_int import IntScheme
+from recompile.quantize.encoder import Encoded
 from recompile.quantize.gptq import ActOrder, QuantizedWeight, quantize_gptq
 from recompile.quantize.int_grids import fit_grid, quantize_to_grid
-from recompile.quantize.pipeline import Encoded, VariantReport
+from recompile.quantize.quantize_report import VariantReport
 from recompile.quantize.two_sided import OutputSource, improve_integers
 
 METHODS = ("rtn", "mse", "gptq")

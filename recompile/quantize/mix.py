@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from recompile.quantize.pipeline import Encoded, Encoder, VariantReport
+    from recompile.quantize.encoder import Encoded, Encoder
+    from recompile.quantize.quantize_report import VariantReport
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ from recompile.model.roles import roles_of
 from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputStatistics
+from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder
+from recompile.quantize.quantize_report import LayerDone, ModuleReport, QuantizeReport, VariantReport
 from recompile.quantize.smoothing_mappings import Fold, find_folds
 from recompile.quantize.smoothing_scales import powers_of_two, scaled_statistics
 
@@ -57,95 +59,7 @@ JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant 
 REPORT = "quantize_report.json"
 BUILDING_SUFFIX = ".building"  # not write.py's ".partial", which the last step uses
 BATCH_TOKENS = 2048
-NAMED = 4  # modules of a list that a message names
 DEFAULT_DENSE = Dense()
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One module in one variant: its stored parts and the dense weight they stand for."""
-
-    parts: dict[str, Tensor]
-    dense: Tensor  # [out, in], decoded from the parts
-    rounding: str = ""  # what two-sided rounding did, for the report
-
-
-class Encoder(Protocol):
-    """Makes the variants' parts of modules that share an input. One object serves all bitrates of a run."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Variant directory names, e.g. "3bpw"."""
-        ...
-
-    def why_not(self, module: str, shape: tuple[int, int]) -> str | None:
-        """The reason why a module must stay dense, None if it can be encoded."""
-        ...
-
-    def encode(
-        self, weights: Mapping[str, Tensor], hessian: Tensor | None, biases: Mapping[str, Tensor]
-    ) -> list[dict[str, Encoded]]:
-        """For each variant, the parts of every module; hessian [in, in] or None where no token was seen."""
-        ...
-
-    def dense_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """What unquantized floating-point tensors are stored as."""
-        ...
-
-    def quantization_config(self, variant: int, report: VariantReport, dense: Sequence[str]) -> dict[str, Any]: ...
-    def description(self) -> dict[str, Any]:
-        """Everything that decides the output, for the journal."""
-        ...
-
-
-@runtime_checkable
-class ObservingEncoder(Protocol):
-    """An Encoder that also asks for the ranges of the inputs, and may keep a module dense in some variants only."""
-
-    def why_not_in(self, variant: int, module: str, shape: tuple[int, int]) -> str | None: ...
-    def encode_observed(
-        self,
-        weights: Mapping[str, Tensor],
-        hessian: Tensor | None,
-        biases: Mapping[str, Tensor],
-        largest: Tensor | None,
-    ) -> list[dict[str, Encoded]]:
-        """As Encoder.encode; largest: [in] the largest |x| of every input over the calibration rows."""
-        ...
-
-
-@runtime_checkable
-class KeyedEncoder(Protocol):
-    """An Encoder whose loaders look for more in config.json than a quantization_config, or elsewhere."""
-
-    def config_fields(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys to set in a base's config.json; quantization: what `quantization_config` gave."""
-        ...
-
-
-@runtime_checkable
-class ScalingEncoder(Protocol):
-    """An Encoder whose variants may scale inputs before they round."""
-
-    @property
-    def scales_inputs(self) -> bool: ...
-    def only(self, variants: Sequence[int]) -> Encoder:
-        """The encoder of some of its variants."""
-        ...
-
-    def scale_of(
-        self,
-        variant: int,
-        fold: Fold,
-        weights: Mapping[str, Tensor],
-        statistics: Mapping[str, InputStatistics],
-        finish: Callable[[Tensor], Tensor],
-    ) -> Tensor | None:
-        """float32 [channels] that divides the producer's outputs in one variant, None for none.
-
-        weights: the consumers', unscaled; finish: turns a wanted scale into the nearest that can be stored exactly
-        """
-        ...
 
 
 @dataclass
@@ -167,74 +81,6 @@ class _Scales:
 
     def touches(self, names: Sequence[str]) -> bool:
         return any(name in self.columns or name in self.rows for name in names)
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """How one module came out in one variant."""
-
-    module: str
-    weights: int
-    size_bytes: int  # of all its parts, scales and bias included
-    relative_error: float  # |W - Wq| / |W|, Frobenius
-    sqnr_db: float | None  # None: no error at all
-    output_error: float | None  # tr(E H E') / tr(W H W'): relative squared error of the outputs on the calibration rows
-    tokens: int  # calibration tokens that reached the module
-    quantized: bool = True
-    note: str = ""  # why it stayed dense, or was made without a Hessian
-    rounding: str = ""  # what two-sided rounding did
-    smoothed: bool | None = None  # whether a scale could be moved into what makes its inputs; None: none was wanted
-
-    @property
-    def bits(self) -> float:
-        """Stored bits per weight."""
-        return 8 * self.size_bytes / self.weights
-
-
-@dataclass(frozen=True)
-class VariantReport:
-    """What became of one variant: bits per weight and an entry for every quantized module."""
-
-    name: str
-    modules: tuple[ModuleReport, ...]
-    bpw: float  # over the quantized modules of the layers
-    head_bpw: float | None
-    size_bytes: int
-    left_dense: str = ""  # the share of the weights that is not quantized, by role
-
-    @property
-    def not_smoothed(self) -> str:
-        """The modules that AWQ or SmoothQuant left out, in one sentence; empty where there are none."""
-        left = [module.module for module in self.modules if module.smoothed is False]
-        wanted = sum(module.smoothed is not None for module in self.modules)
-        if not left:
-            return ""
-        return (
-            f"{self.name}: not smoothed: {len(left)} of {wanted} quantized modules, whose inputs are made by nothing "
-            f"that a scale can be moved into: {', '.join(left[:NAMED])}{', ...' if len(left) > NAMED else ''}"
-        )
-
-
-@dataclass(frozen=True)
-class LayerDone:
-    """A layer is written to every variant."""
-
-    index: int
-    total: int
-    name: str
-    resumed: bool
-    modules: Mapping[str, tuple[ModuleReport, ...]]  # by variant
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What a quantizing run made."""
-
-    variants: tuple[VariantReport, ...]
-    directories: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def quantize_model(

@@ -40,7 +40,8 @@ from recompile.quantize.lazy_variant import read_importance
 from recompile.quantize.mix import MixEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
 from recompile.quantize.output_statistics import StoredStatistics, open_statistics
-from recompile.quantize.pipeline import LayerDone, QuantizeReport, quantize_model
+from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.quantize_report import LayerDone, QuantizeReport
 
 ROUNDING_METHODS = ("rtn", "mse", "gptq")
 

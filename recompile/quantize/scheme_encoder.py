@@ -25,6 +25,7 @@ from recompile.formats.packed_int import IntScheme
 from recompile.formats.schemes import Scheme
 from recompile.io.patterns import Regex, compile_regex
 from recompile.quantize.calibrate import InputStatistics
+from recompile.quantize.encoder import Encoded
 from recompile.quantize.float_grids import E2M1_MAX, E4M3_MAX, LevelGrid, fit_levels, global_scale
 from recompile.quantize.gptq import QuantizedWeight, quantize_gptq
 from recompile.quantize.gptq_float import round_gptq
@@ -35,7 +36,7 @@ from recompile.quantize.int_grids import (
     normalise_importance,
     quantize_to_grid,
 )
-from recompile.quantize.pipeline import Encoded, VariantReport
+from recompile.quantize.quantize_report import VariantReport
 from recompile.quantize.smoothing_mappings import Fold
 from recompile.quantize.smoothing_scales import SCALINGS, awq_scale, smoothquant_scale
 from recompile.quantize.two_sided import OutputSource, improve_integers, improve_levels

@@ -23,7 +23,8 @@ from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector
 from recompile.quantize.modifiers import load_modifiers
-from recompile.quantize.pipeline import LayerDone, quantize_model
+from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.quantize_report import LayerDone
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import mixes, tiny
 

@@ -25,7 +25,8 @@ from recompile.model.stream import LayeredModel
 from recompile.quantize import pipeline
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder, variant_name
-from recompile.quantize.pipeline import LayerDone, QuantizeReport, quantize_model
+from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.quantize_report import LayerDone, QuantizeReport
 from tests import tiny
 
 IDS = tiny.rows(6, 32, seed=5)

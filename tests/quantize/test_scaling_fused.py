@@ -15,7 +15,8 @@ from recompile.formats.schemes import parse_scheme
 from recompile.merge.overlay import build_overlay
 from recompile.model.activations import QuantizedInputs
 from recompile.model.stream import LayeredModel
-from recompile.quantize.pipeline import QuantizeReport, quantize_model
+from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.quantize_report import QuantizeReport
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import tiny
 from tests.quantize.test_fused_experts import CASES, EXPERTS, IDS, logits_of, make

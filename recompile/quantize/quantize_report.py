@@ -1,0 +1,77 @@
+"""What is known of variants that were made: of each module, each variant, and all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+NAMED = 4  # modules of a list that a message names
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """How one module came out in one variant."""
+
+    module: str
+    weights: int
+    size_bytes: int  # of all its parts, scales and bias included
+    relative_error: float  # |W - Wq| / |W|, Frobenius
+    sqnr_db: float | None  # None: no error at all
+    output_error: float | None  # tr(E H E') / tr(W H W'): relative squared error of the outputs on the calibration rows
+    tokens: int  # calibration tokens that reached the module
+    quantized: bool = True
+    note: str = ""  # why it stayed dense, or was made without a Hessian
+    rounding: str = ""  # what two-sided rounding did
+    smoothed: bool | None = None  # whether a scale could be moved into what makes its inputs; None: none was wanted
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.size_bytes / self.weights
+
+
+@dataclass(frozen=True)
+class VariantReport:
+    """What became of one variant: bits per weight and an entry for every quantized module."""
+
+    name: str
+    modules: tuple[ModuleReport, ...]
+    bpw: float  # over the quantized modules of the layers
+    head_bpw: float | None
+    size_bytes: int
+    left_dense: str = ""  # the share of the weights that is not quantized, by role
+
+    @property
+    def not_smoothed(self) -> str:
+        """The modules that AWQ or SmoothQuant left out, in one sentence; empty where there are none."""
+        left = [module.module for module in self.modules if module.smoothed is False]
+        wanted = sum(module.smoothed is not None for module in self.modules)
+        if not left:
+            return ""
+        return (
+            f"{self.name}: not smoothed: {len(left)} of {wanted} quantized modules, whose inputs are made by nothing "
+            f"that a scale can be moved into: {', '.join(left[:NAMED])}{', ...' if len(left) > NAMED else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """A layer is written to every variant."""
+
+    index: int
+    total: int
+    name: str
+    resumed: bool
+    modules: Mapping[str, tuple[ModuleReport, ...]]  # by variant
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a quantizing run made."""
+
+    variants: tuple[VariantReport, ...]
+    directories: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
