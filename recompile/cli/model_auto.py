@@ -9,7 +9,18 @@ import click
 
 from recompile.arguments import spell
 from recompile.cli.common import Screen, check_json_path, flags_of, show
-from recompile.cli.options import device_options, made_options, many_values_command, output_options
+from recompile.cli.options import (
+    budget_bits_option,
+    device_options,
+    in_dir_option,
+    made_options,
+    many_values_command,
+    max_memory_option,
+    output_options,
+    rounding_option,
+    samples_option,
+    tokenizer_from_option,
+)
 from recompile.cli.render_auto import describe_auto, describe_stage
 from recompile.planning import TARGETS
 
@@ -17,9 +28,9 @@ from recompile.planning import TARGETS
 @many_values_command(
     "model_auto", outputs={"--json": "json_path"}, inputs=("base", "variants", "tokenizer_from", "text")
 )
-@click.option("-i", "--in-dir", "--in_dir", "base", required=True, help="The dense base model.")
+@in_dir_option("base", "The dense base model.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The mix; stages go to OUT.work/.")
-@click.option("-b", "--bits", type=float, help="Budget: bits per weight over quantized modules.")
+@budget_bits_option(says="Budget: bits per weight over quantized modules.")
 @click.option("--total-bpw", type=float, help="Budget: bits per weight over everything.")
 @click.option("--size", help="Budget: size of the weights, e.g. 4.2GiB.")
 @click.option(
@@ -28,7 +39,7 @@ from recompile.planning import TARGETS
     help="Bits and schemes on offer, made on the fly [default: 2,3,4,5,6,8]; or GGUF types: Q3_K,IQ4_XS,Q6_K, with "
     "-o MIX.gguf.",
 )
-@click.option("--tokenizer-from", metavar="X.gguf", help="GGUF: the file whose tokenizer keys the mix gets.")
+@tokenizer_from_option("GGUF: the file whose tokenizer keys the mix gets.")
 @click.option(
     "--variants",
     multiple=True,
@@ -41,24 +52,14 @@ from recompile.planning import TARGETS
     type=click.Choice(list(TARGETS)),
     help="The engine that is to load the mix: sets format and candidates, and keeps its rules.",
 )
-@click.option(
-    "--rounding",
-    type=click.Choice(["one-sided", "two-sided"]),
-    help="As in model_quantize; two-sided takes longer and loses less.",
-)
+@rounding_option("As in model_quantize; two-sided takes longer and loses less.")
 @click.option(
     "--heal", metavar="MINUTES", type=float, help="Tune scales, norms and biases of the finished mix for so long."
 )
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, how long it may take, and stop.")
 @made_options
 @click.option("--level", default="fused", show_default=True, help="What is chosen together, as in model_profile.")
-@click.option(
-    "--samples",
-    type=click.IntRange(2, 65536),
-    default=16,
-    show_default=True,
-    help="Random draws per row of the profile.",
-)
+@samples_option("Random draws per row of the profile.", default=16)
 @click.option("--solver", help="As in model_optimize; its own default if left out.")
 @click.option("--minutes", type=float, help="For a solver that measures.")
 @click.option("-r", "--rows", default=16, show_default=True, help="Rows to profile on; as many others verify.")
@@ -66,7 +67,7 @@ from recompile.planning import TARGETS
 @click.option("--calibration-rows", default=64, show_default=True, help="Rows to quantize with.")
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text.")
 @click.option("--dataset", help="A data set of the `datasets` library, e.g. wiki2.")
-@click.option("--max-memory", help="For the profile: never use more memory than this, e.g. 8GiB.")
+@max_memory_option("For the profile")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Also make and measure a uniform build.")
 @device_options
 @output_options

@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from recompile.cli.common import Screen, check_json_path, command, show
-from recompile.cli.options import device_options, engine_options, output_options, text_options, trace_options
+from recompile.cli.options import (
+    device_options,
+    engine_options,
+    model_b_option,
+    output_options,
+    text_options,
+    trace_options,
+)
 from recompile.cli.render_diff import describe_diff, describe_many
 from recompile.cli.render_engine import describe_engine
 
@@ -32,7 +39,7 @@ from recompile.cli.render_engine import describe_engine
     multiple=True,
     help="Model A, the candidate (a quantized build); several times for a table of candidates on the same rows.",
 )
-@click.option("-mb", "--model-b", "--model_b", "reference", help="Model B, the reference (the unquantized base).")
+@model_b_option("reference", "Model B, the reference (the unquantized base).", required=False)
 @click.option(
     "-or",
     "--override",

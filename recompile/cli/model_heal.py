@@ -8,22 +8,22 @@ from typing import Any
 import click
 
 from recompile.cli.common import Screen, check_json_path, command, show
-from recompile.cli.options import device_options, output_options, text_options
+from recompile.cli.options import (
+    device_options,
+    in_dir_option,
+    max_memory_option,
+    model_b_option,
+    out_dir_option,
+    output_options,
+    text_options,
+)
 from recompile.cli.render_heal import describe_heal
 
 
 @command("model_heal", outputs={"--json": "json_path"}, inputs=("build", "base", "text", "input_ids"))
-@click.option("-i", "--in-dir", "--in_dir", "build", required=True, help="The finished build: a variant or a mix.")
-@click.option("-mb", "--model-b", "--model_b", "base", required=True, help="The unquantized base that it was made of.")
-@click.option(
-    "-o",
-    "--out-dir",
-    "--out_dir",
-    "out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Where the healed build goes.",
-)
+@in_dir_option("build", "The finished build: a variant or a mix.")
+@model_b_option("base", "The unquantized base that it was made of.")
+@out_dir_option("Where the healed build goes.")
 @click.option(
     "--tokens", default=150_000, show_default=True, help="Training tokens, rows used again where text is short."
 )
@@ -34,7 +34,7 @@ from recompile.cli.render_heal import describe_heal
     help="Of Adam on logarithms of scales; default by the build's bits (0.0005 to 0.004).",
 )
 @click.option("--batch-tokens", default=1024, show_default=True, help="Tokens a step.")
-@click.option("--max-memory", help="Never use more memory than this, e.g. 8GiB.")
+@max_memory_option()
 @text_options(rows=16, length=512)
 @device_options
 @output_options

@@ -9,7 +9,7 @@ import click
 
 from recompile.arguments import spell
 from recompile.cli.common import Screen, check_json_path, flags_of, refuse_outputs, show
-from recompile.cli.options import many_values_command, output_options
+from recompile.cli.options import budget_bits_option, many_values_command, output_options
 from recompile.cli.render_optimize import describe_frontier, describe_recipe
 from recompile.errors import ArgumentError
 from recompile.optimize.solvers import SOLVERS
@@ -21,13 +21,9 @@ ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
 
 @many_values_command("model_optimize", outputs={"--json": "json_path"}, inputs=("profile", "start", "text"))
 @click.argument("profile", metavar="PROFILE", type=click.Path(path_type=Path))
-@click.option(
-    "-b",
-    "--bits",
+@budget_bits_option(
     "--target-bpw",
-    "bits",
-    type=float,
-    help="Budget in bits per weight over quantized modules (and the head, where the profile offers it).",
+    says="Budget in bits per weight over quantized modules (and the head, where the profile offers it).",
 )
 @click.option("--size", "--target-size", "size", help="Budget for all tensors, e.g. 4.2GiB.")
 @click.option(

@@ -8,7 +8,19 @@ from typing import Any
 import click
 
 from recompile.cli.common import EXIT_INTERRUPTED, Screen, check_json_path, show
-from recompile.cli.options import device_options, made_options, many_values_command, output_options, text_options
+from recompile.cli.options import (
+    budget_bits_option,
+    device_options,
+    imatrix_option,
+    in_dir_option,
+    made_options,
+    many_values_command,
+    max_memory_option,
+    model_b_option,
+    output_options,
+    samples_option,
+    text_options,
+)
 from recompile.cli.render_profile import describe_next, describe_profile, profile_summary
 from recompile.costs import LEVELS, load_profile
 
@@ -18,10 +30,8 @@ from recompile.costs import LEVELS, load_profile
     outputs={"--json": "json_path"},
     inputs=("reference", "base", "sources", "text", "input_ids", "imatrix", "out"),
 )
-@click.option("-mb", "--model-b", "--model_b", "reference", required=True, help="The reference: the unquantized base.")
-@click.option(
-    "-i", "--in-dir", "--in_dir", "base", help="The variant that recipes start from; with --candidates its name."
-)
+@model_b_option("reference", "The reference: the unquantized base.")
+@in_dir_option("base", "The variant that recipes start from; with --candidates its name.", required=False)
 @click.option("-s", "--sources", multiple=True, help="Other variants, as DIR or ID=DIR; any number.")
 @click.option(
     "--candidates",
@@ -37,9 +47,7 @@ from recompile.costs import LEVELS, load_profile
     show_default=True,
     help="--candidates: calibration rows by whose inputs errors are weighed on fitting grids; 0: all alike.",
 )
-@click.option(
-    "--imatrix", metavar="FILE", help="--candidates of GGUF types: importance from this imatrix file instead."
-)
+@imatrix_option("--candidates of GGUF types: importance from this imatrix file instead.")
 @click.option(
     "-o",
     "--out",
@@ -77,11 +85,7 @@ from recompile.costs import LEVELS, load_profile
     show_default=True,
     help="With --mode weights: weigh errors by the inputs of the text, or all columns alike.",
 )
-@click.option(
-    "--samples",
-    type=click.IntRange(2, 65536),
-    help="Random draws per row of the estimating modes; default 16, or 3 where --minutes are filled with rows.",
-)
+@samples_option("Random draws per row of the estimating modes; default 16, or 3 where --minutes are filled with rows.")
 @click.option(
     "--minutes",
     type=float,
@@ -97,7 +101,7 @@ from recompile.costs import LEVELS, load_profile
 @click.option("--max-rows", default=256, show_default=True, help="With -r auto: never more rows than this.")
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
 @click.option("--pairs", is_flag=True, help="Keep every draw, from which interactions of pairs can be had.")
-@click.option("-b", "--bits", type=float, help="With --mode hybrid: the budget whose decisions are checked, in bpw.")
+@budget_bits_option(says="With --mode hybrid: the budget whose decisions are checked, in bpw.")
 @click.option(
     "--whole-mixes/--no-whole-mixes",
     default=True,
@@ -122,7 +126,7 @@ from recompile.costs import LEVELS, load_profile
     help="Spread the swaps of --mode exact, or the rows and sweeps of a sketch, over a Ray cluster at an address "
     "(auto, ray://HOST:10001), or over the cores of this machine.",
 )
-@click.option("--max-memory", help="Never use more memory than this, e.g. 8GiB.")
+@max_memory_option()
 @text_options(rows=16, length=512, auto=True)
 @device_options
 @output_options

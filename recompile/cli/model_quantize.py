@@ -8,7 +8,18 @@ from typing import Any
 import click
 
 from recompile.cli.common import Screen, check_json_path, show
-from recompile.cli.options import device_options, many_values_command, output_options, text_options
+from recompile.cli.options import (
+    device_options,
+    imatrix_option,
+    in_dir_option,
+    many_values_command,
+    max_memory_option,
+    out_dir_option,
+    output_options,
+    rounding_option,
+    text_options,
+    tokenizer_from_option,
+)
 from recompile.cli.render_quantize import describe_variants
 from recompile.formats import COMPRESSED, VARIANT_FORMATS
 
@@ -18,16 +29,8 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     outputs={"--json": "json_path", "--save-imatrix": "save_imatrix"},
     inputs=("base", "recipe", "modifiers", "tokenizer_from", "imatrix", "text", "input_ids"),
 )
-@click.option("-i", "--in-dir", "--in_dir", "base", required=True, help="The dense base model.")
-@click.option(
-    "-o",
-    "--out-dir",
-    "--out_dir",
-    "out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Where the variants go: DIR/3bpw, DIR/4bpw, ...",
-)
+@in_dir_option("base", "The dense base model.")
+@out_dir_option("Where the variants go: DIR/3bpw, DIR/4bpw, ...")
 @click.option(
     "-b", "--bits", multiple=True, help="Bitrates, any number: -b 2 3 4 6; GGUF types: -b Q3_K_S Q4_K IQ4_KSS."
 )
@@ -97,16 +100,9 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
 @click.option(
     "--codebook", type=click.Choice(["3inst", "mcg", "mul1"]), default="mul1", show_default=True, help="EXL3 codebook."
 )
-@click.option(
-    "--tokenizer-from",
-    metavar="X.gguf",
-    help="GGUF: the file whose tokenizer keys the outputs get; needed where the base is no GGUF file.",
-)
-@click.option(
-    "--imatrix",
-    metavar="FILE",
-    help="GGUF: importance from this imatrix file, or a profile's .importance.safetensors, in place of a calibration "
-    "pass.",
+@tokenizer_from_option("GGUF: the file whose tokenizer keys the outputs get; needed where the base is no GGUF file.")
+@imatrix_option(
+    "GGUF: importance from this imatrix file, or a profile's .importance.safetensors, in place of a calibration pass."
 )
 @click.option("--save-imatrix", metavar="FILE", help="GGUF: also write the importance as an imatrix file.")
 @click.option(
@@ -119,10 +115,8 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     show_default=True,
     help="Whose encoder makes the tensors; the last two need CUDA.",
 )
-@click.option(
-    "--rounding",
-    type=click.Choice(["one-sided", "two-sided"]),
-    help="With GPTQ: weigh errors by the inputs of a map alone, or also by the gradients at its outputs, which takes a "
+@rounding_option(
+    "With GPTQ: weigh errors by the inputs of a map alone, or also by the gradients at its outputs, which takes a "
     "backward pass over the calibration rows. Default: two-sided where --stats is given.",
 )
 @click.option(
@@ -131,7 +125,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     metavar="DIR",
     help="Keep the statistics of those gradients here, and use them again when they are there (some MB a layer).",
 )
-@click.option("--max-memory", help="For that backward pass: never use more memory than this, e.g. 8GiB.")
+@max_memory_option("For that backward pass")
 @click.option(
     "--mtp",
     type=click.Choice(["quantize", "keep"]),

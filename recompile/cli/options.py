@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 
 from recompile.cli.common import Command
 from recompile.formats import CANDIDATE_FORMATS, COMPRESSED
+
+Option: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class ManyValuesCommand(Command):
@@ -63,9 +65,7 @@ class RowCount(click.ParamType):
         return int(value)
 
 
-def text_options(
-    rows: int, length: int, *, auto: bool = False, unset: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = False) -> Option:
     """`-r -l --text --dataset --input-ids`: where token rows come from; `auto`: -r auto is a choice, and nothing given
     is None; `unset`: nothing given is None."""
     row_type: Any = RowCount() if auto else int
@@ -114,6 +114,54 @@ def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Path(path_type=Path),
         help="Rows of model_trace in place of text: those of the role that is needed; all of them, or the first -r.",
     )(function)
+
+
+def in_dir_option(name: str, says: str, *, required: bool = True) -> Option:
+    """`-i`: the build or base that a command starts from."""
+    return click.option("-i", "--in-dir", "--in_dir", name, required=required, help=says)
+
+
+def model_b_option(name: str, says: str, *, required: bool = True) -> Option:
+    """`-mb`: the unquantized model."""
+    return click.option("-mb", "--model-b", "--model_b", name, required=required, help=says)
+
+
+def out_dir_option(says: str) -> Option:
+    """`-o`: the directory that is made."""
+    path = click.Path(path_type=Path)
+    return click.option("-o", "--out-dir", "--out_dir", "out", type=path, required=True, help=says)
+
+
+def budget_bits_option(*others: str, says: str) -> Option:
+    """`-b`: one budget in bits per weight; others: more spellings of the flag."""
+    return click.option("-b", "--bits", *others, "bits", type=float, help=says)
+
+
+def max_memory_option(of: str = "") -> Option:
+    """`--max-memory`; of: the part of the work that it is for, "For the profile"."""
+    says = "Never use more memory than this, e.g. 8GiB."
+    return click.option("--max-memory", help=f"{of}: {says[0].lower()}{says[1:]}" if of else says)
+
+
+def tokenizer_from_option(says: str) -> Option:
+    """`--tokenizer-from`: of GGUF outputs."""
+    return click.option("--tokenizer-from", metavar="X.gguf", help=says)
+
+
+def imatrix_option(says: str) -> Option:
+    """`--imatrix`: of GGUF types."""
+    return click.option("--imatrix", metavar="FILE", help=says)
+
+
+def rounding_option(says: str) -> Option:
+    """`--rounding`: whose errors GPTQ weighs."""
+    return click.option("--rounding", type=click.Choice(["one-sided", "two-sided"]), help=says)
+
+
+def samples_option(says: str, default: int | None = None) -> Option:
+    """`--samples`: random draws of a sketch."""
+    shown: dict[str, Any] = {} if default is None else {"default": default, "show_default": True}
+    return click.option("--samples", type=click.IntRange(2, 65536), **shown, help=says)
 
 
 def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
