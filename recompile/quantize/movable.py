@@ -36,7 +36,7 @@ class Movable:
     """One stored tensor. Its value is start * exp(delta) for scales, start + unit * delta for norms, biases and what is
     added to the weights of a group.
 
-    start, delta: float32, the tensor's shape;  dtype: the stored one
+    start, delta: float32, the tensor's shape;  dtype: the stored one; of E4M3 that a file calls U8, E4M3
     reduce: for parts of a weight [out, in]: weight and gradient of it -> d loss / d log of every scale, or d loss / d
             every number that is added; None for norms and biases
     unit: the root mean square of `start`, 1 where that is 0; of what is added, that of the scales beside it
@@ -92,10 +92,14 @@ class MovedBuild:
         if not any(moving.values()):
             return self.build.load(tensor, device=device)
         parts = {
-            part: read_tensor(info, device) if moved is None else moved.stored.to(device)
+            part: read_tensor(info, device) if moved is None else _as_in_file(moved.stored, info.dtype).to(device)
             for (part, info), moved in zip(module.parts.items(), moving.values(), strict=True)
         }
         return self.build.decode(module, parts)
+
+
+def _as_in_file(value: Tensor, dtype: str) -> Tensor:
+    return value.view(torch.uint8) if dtype == "U8" else value
 
 
 # ---- which tensors ---------------------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
     found: dict[str, Movable] = {}
 
     def add(tensor: str, reduce: Callable[[Tensor, Tensor], Tensor] | None, added: bool = False) -> Movable:
-        value = build.read(tensor, device)
+        value = as_floats(build.read(tensor, device))
         start = value.float()
         size = float(start.square().mean().sqrt())
         found[tensor] = Movable(tensor, start, value.dtype, reduce, size if size > 0 else 1.0, added)
@@ -146,6 +150,11 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
     return found
 
 
+def as_floats(scales: Tensor) -> Tensor:
+    """Scales that a file calls bytes are E4M3 (MLX's nvfp4)."""
+    return scales.view(torch.float8_e4m3fn) if scales.dtype == torch.uint8 else scales
+
+
 def _shape(module: StoredModule) -> tuple[int, int]:
     assert module.shape is not None, f"{module.name}: a quantized weight has a shape"
     return (module.shape[0], module.shape[1])
@@ -161,9 +170,9 @@ def _packed(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
 
 
 def _mlx(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
-    """Affine scales and biases move together, see ADDED. mxfp4 and mxfp8 scales are powers of two, those of nvfp4 are
-    stored as 8-bit codes."""
-    return {}
+    """Affine scales and biases move together, see ADDED; nvfp4's as those of compressed-tensors. mxfp4 and mxfp8 scales
+    are powers of two."""
+    return {"scales": _over_sixteen} if build.scheme(module).mode == "nvfp4" else {}
 
 
 def _of_product(reduce: Reduce, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -192,7 +201,11 @@ def _plain(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
 
 def _nvfp4(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:
     """Scales of 16 weights are 8-bit floats of 3 mantissa bits: most keep their code, some reach the next one."""
-    return {"weight_scale": lambda product: over_grid(product, ScaleGrid(1, 16))}
+    return {"weight_scale": _over_sixteen}
+
+
+def _over_sixteen(product: Tensor) -> Tensor:
+    return over_grid(product, ScaleGrid(1, 16))
 
 
 def _none(build: Checkpoint, module: StoredModule) -> Mapping[str, Reduce]:

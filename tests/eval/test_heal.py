@@ -24,7 +24,7 @@ from recompile.formats.gptq import GptqScheme
 from recompile.formats.mlx_config import MlxScheme
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
-from recompile.quantize.movable import SCALES, Movable, find_movables
+from recompile.quantize.movable import SCALES, Movable, as_floats, find_movables
 from recompile.quantize.pipeline import Encoder, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import mixes, tiny
@@ -41,6 +41,8 @@ def encoder_of(kind: str) -> Encoder:
         return Exl2Encoder((2.5,), 4)
     if kind == "mlx3":
         return MlxEncoder((MlxScheme(3, 32),), {}, method="rtn")
+    if kind == "mlx-nvfp4":
+        return MlxEncoder((MlxScheme(4, 16, "nvfp4"),), {}, method="rtn")
     if kind.startswith("int"):
         return IntEncoder((int(kind[3]),), 32, "asym" not in kind, "rtn", head_bits=4 if "head" in kind else None)
     return SchemeEncoder((uniform(parse_scheme(kind), "rtn"),))
@@ -115,6 +117,7 @@ KINDS = [
     "exl2",
     "exl3",
     "mlx3",
+    "mlx-nvfp4",
 ]
 
 
@@ -141,7 +144,7 @@ def test_a_scale_s_gradient_is_what_doubling_it_does(kind: str, tmp_path: Path) 
                 found = found / moving.unit * moving.start.flatten()
             for place in torch.randperm(found.numel(), generator=generator)[:6].tolist():
                 doubled = parts[part].clone()
-                flat = doubled.view(-1)
+                flat = as_floats(doubled).view(-1)
                 flat[place] = (flat[place].float() * 2).to(flat.dtype)
                 after = build.decode(stored, {**parts, part: doubled}).float()
                 change = float(((after - weight).double() * gradient).sum())
@@ -203,7 +206,7 @@ def test_gradients_are_those_of_finite_differences(
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["int3", "int3-asym", "nvfp4", "exl2", "mlx3", "mix"])
+@pytest.mark.parametrize("kind", ["int3", "int3-asym", "nvfp4", "exl2", "mlx3", "mlx-nvfp4", "mix"])
 def test_what_is_written_is_what_was_measured(kind: str, tmp_path: Path) -> None:
     if kind == "mix":
         made = tiny.variants("llama", (2, 4))
@@ -214,7 +217,7 @@ def test_what_is_written_is_what_was_measured(kind: str, tmp_path: Path) -> None
         build = make_build(kind, tmp_path / "v")
     out, base = tmp_path / "out", open_checkpoint(tiny.base("llama"))
     rows = make_rows()
-    options = replace(OPTIONS, learning_rate=0.003) if kind in ("nvfp4", "mlx3") else OPTIONS
+    options = replace(OPTIONS, learning_rate=0.003) if kind in ("nvfp4", "mlx3", "mlx-nvfp4") else OPTIONS
     *_, report = heal(build, base, out, rows, options)
     assert isinstance(report, HealReport)
     assert report.kept
