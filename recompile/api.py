@@ -470,7 +470,8 @@ def emit(
     allow_unmatched: bool = False,
     on_event: OnEvent | None = None,
 ) -> str:
-    """A mix of GGUF types as a recipe of another tool: "llama-quantize", "ik-custom-q" or "thireus".
+    """A mix as a recipe of another tool: of GGUF types for "llama-quantize", "ik-custom-q" or "thireus"; of bits or
+    schemes for "mlx", "llm-compressor" or "exllamav3".
 
     print(recompile.emit("Q3_K.gguf", "ik-custom-q", recipe="overrides.yaml"))
     """

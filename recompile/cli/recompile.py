@@ -15,6 +15,7 @@ from recompile.io.files import write_text
 from recompile.merge.engine_rules import CHECKED_ENGINES
 from recompile.merge.run import VerifyFailed, describe_errors
 from recompile.merge.write_plan import DEFAULT_SHARD_MB
+from recompile.recipe.other_tools import SCHEME_DIALECTS
 
 
 @many_values_command("recompile", outputs={"--json": "json_path"}, inputs=("base", "recipe", "type_sources", "check"))
@@ -48,8 +49,8 @@ from recompile.merge.write_plan import DEFAULT_SHARD_MB
 @click.option(
     "--emit",
     "emit",
-    type=click.Choice(["llama-quantize", "ik-custom-q", "thireus"]),
-    help="Print the mix as a recipe of another tool (to OUT with -o), and stop. GGUF only.",
+    type=click.Choice(["llama-quantize", "ik-custom-q", "thireus", *SCHEME_DIALECTS]),
+    help="Print the mix as a recipe of another tool (to OUT with -o), and stop. The first three are of GGUF types.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop. Reads no weight.")
 @click.option("--all", "every", is_flag=True, help="With --dry-run: a line for every module.")

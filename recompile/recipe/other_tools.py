@@ -26,6 +26,8 @@ from recompile.recipe.spelling import describe_spec
 from recompile.recipe.values import DENSE, Override, Source
 
 MLX, MODELOPT, EXLLAMAV3 = mlx_config.QUANT_METHOD, "modelopt", "exllamav3"
+LLM_COMPRESSOR = "llm-compressor"
+SCHEME_DIALECTS = (MLX, LLM_COMPRESSOR, EXLLAMAV3)  # that are written, of bits and schemes
 MIXED = "MIXED_PRECISION"
 # quant_algo -> scheme; {}: the group size
 _ALGORITHMS: Mapping[str, str] = {
