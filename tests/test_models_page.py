@@ -9,9 +9,9 @@ from tests.conftest import load_script
 
 def test_types_are_taken_the_whole_way() -> None:
     """Fused experts; a gate renamed by the loader; towers within the text model; a router of idle experts too; a head
-    of which a bias alone is stored."""
+    of which a bias alone is stored; one behind a transform, under a name of its own."""
     script = load_script("make_models_page")
-    types = ["qwen3_moe", "lfm3", "phi4_multimodal", "longcat_flash", "camembert"]
+    types = ["qwen3_moe", "lfm3", "phi4_multimodal", "longcat_flash", "camembert", "rembert"]
     found = dict(script.try_all(types, 1))
     assert list(found) == types
     assert {row["class"] for row in found.values()} > {"Qwen3MoeForCausalLM", "LongcatFlashForCausalLM"}
@@ -19,6 +19,12 @@ def test_types_are_taken_the_whole_way() -> None:
         assert {step: row[step] for step in script.STEPS[:-1]} == dict.fromkeys(script.STEPS[:-1], "yes"), name
     assert found["qwen3_moe"]["gguf"] == "yes"
     assert found["lfm3"]["gguf"] == "model_type 'lfm3' cannot be written as GGUF here"
+
+
+def test_weights_that_layers_share_are_rounded_once() -> None:
+    """Zamba 2 runs one block in several layers, with adapters whose names end in two numbers."""
+    (row,) = dict(load_script("make_models_page").try_all(["zamba2"], 1)).values()
+    assert {row[step] for step in ("logits", "quantize", "profile", "merge")} == {"yes"}, row
 
 
 def test_a_head_that_reads_more_than_the_last_layer_is_refused() -> None:

@@ -18,7 +18,7 @@ from recompile.io.files import read_json
 
 HEAD_NAMES = ("lm_head", "output", "embed_out")
 EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "word_embeddings", "token_embd")
-NUMBERS = re.compile(r"(?<=\.)(\d+)(?=\.)")  # of layers and experts
+NUMBERS = re.compile(r"(?<=\.)(\d+)(?=\.|$)")  # of layers and experts
 _WHOLE_NAMES = {"head": "head", "embed": "embedding"}  # DeepSeek's own; within a tower such a name means something else
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # asked only where transformers does not know the architecture
 

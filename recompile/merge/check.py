@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
+from recompile.checkpoint.module_names import NUMBERS, role_of
 from recompile.checkpoint.tied_head import find_tied_head, stored_head
 from recompile.errors import CheckpointError
 from recompile.formats import FORMATS
@@ -86,8 +87,21 @@ def _head_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     tied_head = find_tied_head(checkpoint)
     if tied_head is not None:
         yield Problem("config.json", str(tied_head), "warning" if tied_head.is_copy else "error")
-    if stored_head(checkpoint.modules) is None and causal and checkpoint.config.get("tie_word_embeddings") is False:
+    untied = checkpoint.config.get("tie_word_embeddings") is False
+    if untied and causal and stored_head(checkpoint.modules) is None and not _has_head_by_shape(checkpoint):
         yield Problem("config.json", "tie_word_embeddings is false, and no output head is stored")
+
+
+def _has_head_by_shape(checkpoint: Checkpoint) -> bool:
+    """Whether a map outside the layers gives a value for every token, under a name of its own
+    (`cls.predictions.decoder`)."""
+    vocab = checkpoint.config.get("vocab_size")
+    shapes = [
+        module.shape
+        for name, module in checkpoint.modules.items()
+        if role_of(name) != "embedding" and not NUMBERS.search(name) and not name.endswith("word_embeddings")
+    ]
+    return any(shape is not None and len(shape) == 2 and shape[0] == vocab for shape in shapes)
 
 
 # ---- engines ----

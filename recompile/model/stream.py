@@ -548,7 +548,8 @@ class LayeredModel:
     def head_is_linear(self, normed: Tensor) -> bool:
         """Whether logits are exactly `head(hidden)`, with no soft cap or scale after it. The head must be loaded."""
         head = self.head
-        return isinstance(head, nn.Linear) and torch.equal(self.logits(normed), head(normed))
+        takes_it = isinstance(head, nn.Linear) and head.in_features == normed.shape[-1]  # else a transform is between
+        return takes_it and torch.equal(self.logits(normed), head(normed))
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,17 @@ class _Build:
         }
         self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
         self._held = ExitStack()  # locks on the partials, while `run` runs
-        self.in_layers = {name for n in range(self.model.depth) for name in self.model.modules_of_layer(n)}
+        self.first_layer: dict[str, int] = {}  # of a module; weights that layers share are rounded in their first one
+        for n in range(self.model.depth):
+            for name in self.model.modules_of_layer(n):
+                self.first_layer.setdefault(name, n)
+        self.in_layers = set(self.first_layer)
+        self.shared = {
+            name
+            for n in range(self.model.depth)
+            for name in self.model.modules_of_layer(n)
+            if self.first_layer[name] != n
+        }
         self.outside = [name for name in base.modules if name not in self.in_layers and self._is_made_outside(name)]
         self.turned = {name for name in self.in_layers if self.model.is_turned(name)}  # stored as [in, out]
         likes = {like for name in self.outside if (like := self.roles[name].like) is not None}
@@ -209,14 +219,15 @@ class _Build:
                             self.model.run_layer(number, state, n * len(states[0]))
                     else:
                         self._advance(number, states)
-                names = self.model.modules_of_layer(number)
+                names = [name for name in self.model.modules_of_layer(number) if self.first_layer[name] == number]
                 folds = self._folds(number, row) if self._scales_inputs else []
                 self._keep(number, collector.groups)
-                done = self._quantize(number, names, collector.groups, folds)
+                groups = [self._of_layer(number, group) for group in collector.groups]
+                done = self._quantize(number, names, groups, folds)
             if self.sequential:
                 with self.model.layer(number, _QuantizedLayer(self.base, self.decoded)):
                     self._advance(number, states)
-                self.decoded = {}
+                self.decoded = {k: v for k, v in self.decoded.items() if k.rpartition(".")[0] in self.shared}
             yield done
         if self.outside:
             at = self.model.depth
@@ -225,6 +236,11 @@ class _Build:
         if self.head:
             yield self._quantize_head(states)
         yield self._finish()
+
+    def _of_layer(self, number: int, group: InputStatistics) -> InputStatistics:
+        """A group without the modules that an earlier layer shares with this one, which are rounded already."""
+        left = [name for name in group.modules if self.first_layer.get(name, number) == number]
+        return group if len(left) == len(group.modules) else replace(group, modules=left)
 
     def _advance_again(self, number: int, states: list[Tensor]) -> None:
         """Run a layer that is quantized already, once more collecting what MTP layers want of it."""

@@ -32,6 +32,7 @@ from recompile.checkpoint.checkpoint import (
     read_tensor,
     split_name,
 )
+from recompile.checkpoint.module_names import template_of
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import FORMATS
 from tests import tiny
@@ -579,3 +580,15 @@ def test_dense_dtype_is_that_of_most_bytes() -> None:
     assert dense_dtype([stored("a", "F32", 10), stored("b", "BF16", 30), stored("c", "F16", 20)]) == "BF16"
     assert dense_dtype([stored("a", "F16", 10), stored("b", "BF16", 30, "exl2")]) == "F16"
     assert dense_dtype([]) == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "template"),
+    [
+        ("model.layers.1.list.0.0", ["1", "0", "0"], "model.layers.{0}.list.{1}.{2}"),  # the last one counts, too
+        ("model.layers.1.mlp.down_proj", ["1"], "model.layers.{0}.mlp.down_proj"),
+        ("model.layers.1.x", ["2"], None),
+    ],
+)
+def test_names_as_templates_of_their_numbers(name: str, numbers: list[str], template: str | None) -> None:
+    assert template_of(name, numbers) == template
