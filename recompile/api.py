@@ -473,7 +473,7 @@ def emit(
     """A mix as a recipe of another tool: of GGUF types for "llama-quantize", "ik-custom-q" or "thireus"; of bits or
     schemes for "mlx", "llm-compressor" or "exllamav3".
 
-    print(recompile.emit("Q3_K.gguf", "ik-custom-q", recipe="overrides.yaml"))
+        print(recompile.emit("Q3_K.gguf", "ik-custom-q", recipe="overrides.yaml"))
     """
     from recompile.merge.run import MergeOptions
     from recompile.quantize.emit import emit_recipe
@@ -497,13 +497,9 @@ def check(
     return run_check(str(path), verify, engine, on_event or ignore)
 
 
-def diff(
-    candidate: PathLike,
-    reference: PathLike,
+def _comparing(
     *,
-    recipe: PathLike | None = None,
     allow_unmatched: bool = False,
-    activations: bool = False,
     rows: int | None = None,
     length: int = 2048,
     text: PathLike | None = None,
@@ -516,12 +512,40 @@ def diff(
     batch_size: int | None = None,
     gen_prompt: bool = False,
     save_input_ids: PathLike | None = None,
-    save_logits_a: PathLike | None = None,
     save_logits_b: PathLike | None = None,
     divergence: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+) -> dict[str, Any]:
+    """What `diff` and `diff_many` have in common, as fields of DiffRequest."""
+    from recompile.model.rows import RowOptions
+
+    taken = rows or (10 if trace is None else None)
+    return {
+        "allow_unmatched": allow_unmatched,
+        "keep_b": keep_b,
+        "topk_max": topk_max,
+        "batch_size": batch_size,
+        "gen_prompt": gen_prompt,
+        "save_input_ids": as_path(save_input_ids),
+        "save_logits_b": as_path(save_logits_b),
+        "where": RowOptions(taken, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions),
+        "device": device,
+        "dtype": dtype,
+        "divergence": divergence,
+    }
+
+
+@_shares(_comparing)
+def diff(
+    candidate: PathLike,
+    reference: PathLike,
+    *,
+    recipe: PathLike | None = None,
+    activations: bool = False,
+    save_logits_a: PathLike | None = None,
     on_event: OnEvent | None = None,
+    **comparing: Any,
 ) -> ModelDiff:
     """How far the predictions of a candidate are from those of the reference: KL in nats per token, and more.
 
@@ -539,57 +563,20 @@ def diff(
     Both are streamed layer by layer, and nothing is written. Raises MismatchError for builds of different models.
     """
     from eval.run_diff import DiffRequest, run_diff
-    from recompile.model.rows import RowOptions
 
     request = DiffRequest(
-        recipe=as_path(recipe),
-        allow_unmatched=allow_unmatched,
-        activations=activations,
-        keep_b=keep_b,
-        topk_max=topk_max,
-        batch_size=batch_size,
-        gen_prompt=gen_prompt,
-        save_input_ids=as_path(save_input_ids),
-        save_logits_a=as_path(save_logits_a),
-        save_logits_b=as_path(save_logits_b),
-        where=RowOptions(
-            rows or (10 if trace is None else None),
-            length,
-            as_path(text),
-            dataset,
-            as_path(input_ids),
-            as_path(trace),
-            positions,
-        ),
-        device=device,
-        dtype=dtype,
-        divergence=divergence,
+        recipe=as_path(recipe), activations=activations, save_logits_a=as_path(save_logits_a), **_comparing(**comparing)
     )
     return run_diff(str(candidate), str(reference), request, on_event or ignore)
 
 
+@_shares(_comparing)
 def diff_many(
     candidates: Sequence[PathLike | tuple[PathLike, PathLike | None]],
     reference: PathLike,
     *,
-    allow_unmatched: bool = False,
-    rows: int | None = None,
-    length: int = 2048,
-    text: PathLike | None = None,
-    dataset: str | None = None,
-    input_ids: PathLike | None = None,
-    trace: PathLike | None = None,
-    positions: str = "response",
-    keep_b: int = 0,
-    topk_max: int = 5,
-    batch_size: int | None = None,
-    gen_prompt: bool = False,
-    save_input_ids: PathLike | None = None,
-    save_logits_b: PathLike | None = None,
-    divergence: str | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
     on_event: OnEvent | None = None,
+    **comparing: Any,
 ) -> ManyDiffs:
     """Several candidates against one reference on the same rows, and every two of them paired over rows.
 
@@ -600,36 +587,11 @@ def diff_many(
     `diff`. The reference runs once. Raises MismatchError for builds of different models.
     """
     from eval.run_diff import DiffRequest, run_diffs
-    from recompile.model.rows import RowOptions
 
-    request = DiffRequest(
-        recipe=None,
-        allow_unmatched=allow_unmatched,
-        activations=False,
-        keep_b=keep_b,
-        topk_max=topk_max,
-        batch_size=batch_size,
-        gen_prompt=gen_prompt,
-        save_input_ids=as_path(save_input_ids),
-        save_logits_a=None,
-        save_logits_b=as_path(save_logits_b),
-        where=RowOptions(
-            rows or (10 if trace is None else None),
-            length,
-            as_path(text),
-            dataset,
-            as_path(input_ids),
-            as_path(trace),
-            positions,
-        ),
-        device=device,
-        dtype=dtype,
-        divergence=divergence,
-    )
+    request = DiffRequest(recipe=None, activations=False, save_logits_a=None, **_comparing(**comparing))
     pairs = [given if isinstance(given, tuple) else (given, None) for given in candidates]
-    return run_diffs(
-        [(str(model), as_path(recipe)) for model, recipe in pairs], str(reference), request, on_event or ignore
-    )
+    mixes = [(str(model), as_path(recipe)) for model, recipe in pairs]
+    return run_diffs(mixes, str(reference), request, on_event or ignore)
 
 
 def engine_diff(
