@@ -55,7 +55,8 @@ def draw_frontier(points: list[tuple[str, float, float, float, bool]]) -> list[s
     out.append(text((left + right) / 2, bottom + 38, "bits per weight over quantized modules", 12, "middle"))
     line = " ".join(f"{x(bpw):.1f},{y(kl):.1f}" for _, bpw, kl, _, mix in sorted(points, key=lambda p: p[1]) if not mix)
     out.append(f'<polyline points="{line}" fill="none" stroke="{UNIFORM}" stroke-width="1.5"/>')
-    for label, bpw, kl, error, mix in points:
+    last_mix = (math.inf, 0.0)  # its size, and where its name stands
+    for label, bpw, kl, error, mix in sorted(points, key=lambda point: (round(point[1], 1), -point[2])):
         colour = MIX if mix else UNIFORM
         span = f'y1="{y(max(kl - error, 10**low)):.1f}" y2="{y(kl + error):.1f}"'
         out.append(f'<line x1="{x(bpw):.1f}" x2="{x(bpw):.1f}" {span} stroke="{colour}" stroke-width="1.5"/>')
@@ -66,7 +67,11 @@ def draw_frontier(points: list[tuple[str, float, float, float, bool]]) -> list[s
         )
         out.append(shape)
         at = (x(bpw) - 11, "end") if mix else (x(bpw) + 10, "start")
-        out.append(text(at[0], y(kl) + (14 if mix else -6), f"{label}: {kl:.3f}", 11, at[1], colour))
+        below = y(kl) + (14 if mix else -6)
+        if mix and abs(bpw - last_mix[0]) < 0.3:  # names of mixes of one size stand below each other
+            below = max(below, last_mix[1] + 14)
+        last_mix = (bpw, below) if mix else last_mix
+        out.append(text(at[0], below, f"{label}: {kl:.3f}", 11, at[1], colour))
     return out
 
 
