@@ -24,7 +24,7 @@ from recompile.errors import ArgumentError, JournalError, NotBetterError, Output
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf
-from recompile.io.files import locked, read_json, write_json
+from recompile.io.files import OutputDirectory, locked, read_json, write_json
 from recompile.planning import AutoPlan, Target, make_plan, target_of
 
 make_callable(__name__)
@@ -232,7 +232,8 @@ class _Auto:
         if self.mlx or (self.is_plain and not self.gguf):
             self.rounding = {"group_size": self.group_size, "asym": options.asym}
         self.heals = options.heal is not None
-        if self.heals and (self.gguf or (self.target is not None and not self.target.heals)):
+        of_gguf = self.gguf or any(is_gguf(path) for path in options.variants)
+        if self.heals and (of_gguf or (self.target is not None and not self.target.heals)):
             raise ArgumentError("{heal}: GGUF builds cannot be healed yet; leave it out")
 
     def plan(self) -> AutoPlan:
@@ -355,8 +356,10 @@ class _Auto:
             )
         except NotBetterError as error:
             self.on_event(Note(f"{error}; the mix stays as it was built"))
-            shutil.copytree(self.built, self.out.with_name(f"{self.out.name}.building"), dirs_exist_ok=True)
-            self.out.with_name(f"{self.out.name}.building").rename(self.out)
+            whole = OutputDirectory(self.out)
+            with whole as place:
+                shutil.copytree(self.built, place, dirs_exist_ok=True)
+                whole.finish()
             return {"kept": False}
 
     def _quantize(self, out: Path, **what: Any) -> object:

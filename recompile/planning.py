@@ -199,7 +199,6 @@ def memory_bytes(sizes: Sizes, tokens: int) -> int:
 
 
 DEFAULT_SEARCH_MINUTES = 10.0  # of refine, where nothing is said
-SOLVERS_AT_ONCE = ("exact", "greedy", "superadditive", "lagrangian")
 SKETCH_SHARE = 0.55  # of as many plain forward and backward passes (scripts/bench_profile.py)
 VERIFIED_MIXES = 6  # the recipe, uniform and hand-made ones
 
@@ -225,6 +224,7 @@ def make_plan(
 ) -> AutoPlan:
     """Times are those of the arithmetic at the rate of one matrix product, times what the passes measured beside it."""
     from recompile.model.devices import compute_device
+    from recompile.optimize.solvers import SOLVERS
 
     sizes, rate = Sizes.of(base), flops_per_second(compute_device(device))
 
@@ -232,7 +232,8 @@ def make_plan(
         return forward_seconds(sizes, tokens, rate)
 
     tokens, calibration = rows * length, calibration_rows * length
-    search = 0.0 if solver in SOLVERS_AT_ONCE else 60 * (search_minutes or DEFAULT_SEARCH_MINUTES)
+    measures = solver is None or solver not in SOLVERS or SOLVERS[solver].runs_models
+    search = 60 * (search_minutes or DEFAULT_SEARCH_MINUTES) if measures else 0.0
     build = encoder_seconds(sizes, form, rate, two_sided) + 4 * forward(calibration)
     build += 3 * forward(calibration) if two_sided else 0.0
     build = build if builds else 0.0

@@ -238,6 +238,16 @@ def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
     assert open_checkpoint(out).size_bytes == mix["total_bytes"]
 
 
+def test_gguf_variants_are_not_healed(text: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "x.gguf", tmp_path / "y.gguf"]
+    for file in files:
+        file.write_bytes(b"GGUF")
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4, "--heal", 1, "--variants", *files)
+    assert result.exit_code == 1
+    assert "--heal: GGUF builds cannot be healed yet" in result.output
+    assert not (tmp_path / "mix.work").exists()
+
+
 def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> None:
     base, out = tiny.base("llama-2"), tmp_path / "mix"
     result = made(base, out, text, "-b", 4, "--heal", 5, "--rounding", "two-sided", "--plan")
@@ -251,6 +261,8 @@ def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> No
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["missing"] == ["the tokenizer keys of a GGUF file of this model: tokenizer_from X.gguf"]
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
+    searched = recompile.auto_plan(base, out, bits=4, solver="superadditive", minutes=3)
+    assert searched.stages[1].seconds > 180  # it measures whole mixes, as the table of solvers says
     result = auto(base, file, text, "-b", 4, "--for", "llama.cpp")
     assert result.exit_code == 1
     assert "--tokenizer-from X.gguf" in result.output
