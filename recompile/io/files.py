@@ -261,16 +261,26 @@ def lock(descriptor: int, what: Path | str, *, error: Failure = OutputError) -> 
 
 @contextmanager
 def locked(path: Path | str, what: Path | str | None = None, *, error: Failure = OutputError) -> Iterator[None]:
-    """Hold a file or directory that exists alone for the length of the block. Raises `error` saying who holds it."""
+    """Hold a file or directory that exists alone for the length of the block.
+
+    Raises `error` saying who holds it, or that the one who held it has just given it its final name.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as failed:
         raise _cannot_write(what or path, failed, error) from failed
     try:
         lock(descriptor, what or path, error=error)
+        if not is_still(path, descriptor):
+            raise error(finished_meanwhile(what or path))
         yield
     finally:
         os.close(descriptor)
+
+
+def finished_meanwhile(path: Path | str) -> str:
+    """What is said where an output was not there when the work was planned, and is once it is held."""
+    return f"{path}: exists by now: another process has just finished it; choose another output"
 
 
 def open_locked(path: Path, what: Path, error: Failure = OutputError) -> int:
@@ -281,7 +291,7 @@ def open_locked(path: Path, what: Path, error: Failure = OutputError) -> int:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise error(f"{path}: stands where {what.name} would be written first, and is no file; remove it")
             lock(descriptor, what, error=error)
-            if _is_still(path, descriptor):  # and was not renamed by its owner between the two calls
+            if is_still(path, descriptor):  # and was not renamed by its owner between the two calls
                 os.ftruncate(descriptor, 0)
                 return descriptor
         except BaseException:
@@ -290,7 +300,8 @@ def open_locked(path: Path, what: Path, error: Failure = OutputError) -> int:
         os.close(descriptor)
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def is_still(path: Path | str, descriptor: int) -> bool:
+    """Whether the open file or directory stands under that name: not removed, renamed or replaced meanwhile."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -340,23 +351,50 @@ class OutputDirectory:
         self._marker = -1
 
     def create(self) -> None:
-        """Make it, in place of one that a killed run left. Raises OutputError where another run is at work."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        check_partial(self.path)
+        """Make it, in place of one that a killed run left.
+
+        Raises OutputError where another run is at work, or has just finished.
+        """
         marker = self.path / MARKER_NAME
-        if marker.exists():
-            with marker.open("rb") as old:
-                lock(old.fileno(), self.path)
-                shutil.rmtree(self.path)
-        self.path.mkdir(exist_ok=True)
-        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            lock(descriptor, self.path)
-        except RecompileError:
+        while True:
+            descriptor = self._hold(marker)
+            try:
+                lock(descriptor, self.path)
+                if is_still(marker, descriptor):  # and was not removed or renamed by its owner between the two calls
+                    break
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
-            raise
         self._marker = descriptor
-        os.write(self._marker, b"An unfinished output of recompile. The next run with this output replaces it.\n")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            self.discard()
+            raise OutputError(finished_meanwhile(self.out))
+        self._empty()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, b"An unfinished output of recompile. The next run with this output replaces it.\n")
+
+    def _hold(self, marker: Path) -> int:
+        """The open marker in the directory, both made where they are missing."""
+        for left in range(_TRIES, -1, -1):
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                check_partial(self.path)
+                self.path.mkdir(exist_ok=True)
+                return os.open(marker, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            except (FileNotFoundError, FileExistsError):  # its owner removed or renamed it between two of the calls
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _empty(self) -> None:
+        for path in self.path.iterdir():
+            if path.name == MARKER_NAME:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def finish(self) -> None:
         """Rename it to the output. The marker goes last: a directory without it is never taken for ours to delete."""
@@ -370,8 +408,16 @@ class OutputDirectory:
     def discard(self) -> None:
         """Remove it, if it was made by this run and is not finished."""
         if self._marker >= 0:
-            insist(lambda: shutil.rmtree(self.path, ignore_errors=True))
+            insist(self._remove)
             self._close()
+
+    def _remove(self) -> None:
+        """The marker, by which it is held, goes last: what another run then puts there is not ours to remove."""
+        with suppress(OSError):
+            if is_still(self.path / MARKER_NAME, self._marker):
+                self._empty()
+                (self.path / MARKER_NAME).unlink()
+                self.path.rmdir()
 
     def _close(self) -> None:
         if self._marker >= 0:
@@ -388,6 +434,9 @@ class OutputDirectory:
         self.discard()
 
 
+_TRIES = 1000
+
+
 def partial_path(out: Path) -> Path:
     """Where an output grows. Raises OutputError for the root of a file system, which has no name."""
     if not out.name:
@@ -397,15 +446,29 @@ def partial_path(out: Path) -> Path:
 
 def check_partial(partial: Path) -> int:
     """Bytes in an unfinished output of ours, which will be replaced. Raises OutputError if it is not ours."""
-    if not os.path.lexists(partial):
+    try:
+        names = None if partial.is_symlink() else os.listdir(partial)
+    except FileNotFoundError:
         return 0
-    ours = partial.is_dir() and not partial.is_symlink()
-    if not ours or (not (partial / MARKER_NAME).is_file() and any(partial.iterdir())):
+    except NotADirectoryError:
+        if not os.path.lexists(partial):  # something above it is a file, which the caller says
+            return 0
+        names = None
+    if names is None or (names and MARKER_NAME not in names):
         raise OutputError(
             f"{partial}: exists and is not an unfinished output of recompile (no {MARKER_NAME} in it); "
             f"move it away or choose another output"
         )
-    return sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
+    return sum(_size_of(partial / name) for name in names)
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a regular file; 0 for anything else, also for one that its owner has just removed."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def insist(clean_up: Callable[[], None]) -> None:

@@ -31,7 +31,7 @@ from recompile.gguf.container import (
     lay_out,
     open_gguf,
 )
-from recompile.io.files import PARTIAL_SUFFIX, open_locked, sync_directory
+from recompile.io.files import PARTIAL_SUFFIX, finished_meanwhile, is_still, open_locked, sync_directory
 from recompile.merge.manifest import recipe_text
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, quantizable
 from recompile.merge.write_plan import MB, Step
@@ -400,6 +400,8 @@ class _Files:
                 self._stamps[path] = self._stamp(path)
             for partial, shard in zip(self.partials, self.plan.shards, strict=True):
                 self.targets.append(open_locked(partial, shard.path))
+                if shard.path.exists():
+                    raise OutputError(finished_meanwhile(shard.path))
                 os.ftruncate(self.targets[-1], shard.layout.size_bytes)
                 _write_at(self.targets[-1], memoryview(shard.layout.header), 0)
         except BaseException:
@@ -434,8 +436,9 @@ class _Files:
                 raise CheckpointError(f"{path}: was changed while it was being copied; start again")
 
     def __exit__(self, *_: object) -> None:
-        for partial, _held in zip(self.partials, self.targets, strict=False):  # those of another process stay
-            partial.unlink(missing_ok=True)
+        for partial, held in zip(self.partials, self.targets, strict=False):
+            if is_still(partial, held):  # one that another process began since ours was renamed stays
+                partial.unlink(missing_ok=True)
         for descriptor in (*self.targets, *self._sources.values()):
             os.close(descriptor)
         self.targets, self._sources = [], {}

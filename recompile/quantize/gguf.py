@@ -44,7 +44,7 @@ from recompile.gguf.names import (
     unnamed,
 )
 from recompile.gguf.values import split_one
-from recompile.io.files import sync_directory
+from recompile.io.files import finished_meanwhile, sync_directory
 from recompile.io.journal import LineJournal
 from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
 from recompile.model.finite import check_finite
@@ -766,6 +766,10 @@ class _Journal:
         self._journal = LineJournal(self.path, error=OutputError)
         settings = json.loads(json.dumps(self.plan.settings))
         lines = self._journal.values()
+        made = next((variant.path for variant in self.plan.variants if variant.path.exists()), None)
+        if made is not None and not lines:  # another run renamed it since it was looked for
+            self.path.unlink(missing_ok=True)
+            raise OutputError(finished_meanwhile(made))
         if lines and lines[0] != settings:
             same = isinstance(lines[0], dict) and lines[0].get("base") == settings["base"]
             why = "with other settings" if same else "of another base (or its config or tensors were changed since)"

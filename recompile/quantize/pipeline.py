@@ -39,7 +39,7 @@ from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_role
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders
-from recompile.io.files import PARTIAL_SUFFIX, locked, write_json, write_text
+from recompile.io.files import PARTIAL_SUFFIX, finished_meanwhile, locked, write_json, write_text
 from recompile.io.tensors import save_tensors
 from recompile.merge.configs import is_linear
 from recompile.merge.left_dense import left_dense
@@ -305,6 +305,9 @@ class _Build:
                         raise OutputError(f"{partial}: is not an unfinished build of this tool; remove it")
                     partial.mkdir(parents=True, exist_ok=True)
                     self._held.enter_context(locked(partial, final))
+                    if final.exists():  # another run renamed it since it was looked for
+                        partial.rmdir()
+                        raise OutputError(finished_meanwhile(final))
                     write_json(journal, self.journal)
                 elif read_json(journal) != self.journal:
                     raise OutputError(

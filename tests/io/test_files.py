@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import re
 import subprocess
 import sys
 import time
@@ -182,6 +184,42 @@ def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
         (folder / "file").write_text("x")
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "other.partial").exists()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_three_at_once_one_makes_the_directory(seed: int, tmp_path: Path) -> None:
+    """Each gives it up once and then finishes it; the others are told in words, and nothing of two is mixed."""
+    children = [_make_in_a_fork(tmp_path / "out", 8 * number + seed) for number in range(3)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert set(codes) <= {0, 1}
+    assert codes.count(0) <= 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"] * codes.count(0)
+    if 0 in codes:
+        assert len({(tmp_path / "out" / name).read_text() for name in "abc"}) == 1
+        assert sorted(os.listdir(tmp_path / "out")) == ["a", "b", "c"]
+
+
+def _make_in_a_fork(out: Path, seed: int) -> int:
+    """Pid of a child that ends with 0 where it made the directory, 1 where it was refused in words."""
+    child = os.fork()
+    if child:
+        return child
+    code, moment = 3, random.Random(seed)
+    try:
+        time.sleep(moment.random() / 1000)
+        with OutputDirectory(out) as folder:
+            (folder / "given up").write_text("x")
+        whole = OutputDirectory(out)
+        with whole as folder:
+            for name in "abc":
+                (folder / name).write_text(str(os.getpid()))
+            time.sleep(moment.random() / 1000)
+            whole.finish()
+        code = 0
+    except OutputError as refused:
+        code = 1 if re.search("is writing it|exists by now", str(refused)) else 2
+    finally:
+        os._exit(code)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
