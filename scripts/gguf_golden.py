@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from recompile.checkpoint.checkpoint import read_safetensors_header
+from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.gguf.container import GgufFile, open_gguf
 from recompile.quantize.gguf_convert import FOLDER, environment, install
 from tests import gguf_tiny

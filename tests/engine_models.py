@@ -14,7 +14,8 @@ from eval.engines.builds import EngineError, Installed, find_engine
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.model.tokens import default_text, load_tokenizer, make_rows
-from recompile.quantize.gguf import Importance, Mix, base_tensors, build_variants, collect_importance, plan_variants
+from recompile.quantize.gguf import Importance, Mix, base_tensors, collect_importance, plan_variants
+from recompile.quantize.gguf_build import build_variants
 
 PADDING, NORMAL, CONTROL = 5, 1, 3  # token types of GGUF
 

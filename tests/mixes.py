@@ -15,7 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recompile.checkpoint.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from recompile.formats import exl2, exl3, packed_int
+from recompile.merge.overlay import Overlay, build_overlay
+from recompile.merge.plan_safetensors import plan_write
+from recompile.merge.write_safetensors import execute
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 64, 4, 2, 96, 160
 GROUP = 32
@@ -227,3 +231,28 @@ def recipe(file: Path, taken: Mapping[str, Path | str]) -> Path:
         lines[0] = "sources: []"
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+def overlay_of(base: Path, recipe: Path | None = None) -> Overlay:
+    return build_overlay(open_checkpoint(base), recipe)
+
+
+def written(overlay: Overlay, out: Path, shard_mb: int = 8192, **options: Any) -> Checkpoint:
+    for _ in execute(plan_write(overlay, out, shard_mb, **options)):
+        pass
+    return open_checkpoint(out)
+
+
+def raw(info: TensorInfo) -> bytes:
+    with info.path.open("rb") as file:
+        file.seek(info.offset)
+        return file.read(info.size_bytes)
+
+
+def bytes_of(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every tensor: dtype, shape and bytes."""
+    return {name: (i.dtype, i.shape, raw(i)) for name, i in open_checkpoint(directory).tensors.items()}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

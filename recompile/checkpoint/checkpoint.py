@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from recompile.checkpoint.fused_experts import split_experts
 from recompile.checkpoint.quantization_fields import check_mlx_quantization, check_quantization_config
+from recompile.checkpoint.safetensors_files import OpenFiles, read_safetensors_header, read_tensor
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import (
     DTYPE_BYTES,
@@ -48,17 +49,13 @@ from recompile.gguf.names import (
     to_hf,
 )
 from recompile.gguf.values import join_one
-from recompile.io.files import open_regular, parse_json
 from recompile.io.files import read_json as read_json
 from recompile.io.printable import printable
-from recompile.io.schema import describe
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MOST_TENSORS, MOST_AXES = 500_000, 16  # DeepSeek-V3 has 135,459 of at most 3
-MAX_HEADER_BYTES = 100 * 1000 * 1000  # the limit of the safetensors format itself
 INTEGER_DTYPES = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 INDEX_NAME = "model.safetensors.index.json"
 # Files that say how a model is quantized where config.json does not -> quant_method, where they name none.
@@ -72,129 +69,6 @@ def split_name(tensor: str) -> tuple[str, str]:
     """`model.norm.weight` -> (`model.norm`, `weight`)."""
     module, _, part = tensor.rpartition(".")
     return module, part
-
-
-def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and metadata of one safetensors file, checked against the size of the file.
-
-    Raises CheckpointError naming the file and the tensor for anything the safetensors format forbids: a header that
-    does not fit, unknown dtypes, offsets that do not match shape and dtype, overlap, holes, a truncated file.
-    """
-    try:
-        with open_regular(path) as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
-                raise CheckpointError(
-                    f"{path}: not a whole safetensors file: it has {file_bytes} bytes and its first 8 ask for a header "
-                    f"of {header_bytes}; download or write it again"
-                )
-            raw = file.read(header_bytes)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    count = raw.count(b"data_offsets")
-    if count > MOST_TENSORS:
-        raise CheckpointError(
-            f"{path}: the safetensors header has {count} tensors, at most {MOST_TENSORS} are read here"
-        )
-    header = parse_json(raw, f"{path}: the safetensors header")
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is {type(header).__name__}, wanted an object")
-    start = 8 + header_bytes
-    metadata = header.pop("__metadata__", {}) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ of the safetensors header is no object of texts; write it again")
-    tensors: dict[str, TensorInfo] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # few differ; 135,000 tensors of 256 experts share them
-    for name, entry in header.items():
-        tensors[intern(name)] = _tensor_info(path, name, entry, start, shapes)
-    end = 0
-    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.size_bytes)):
-        begin = info.offset - start
-        if begin != end:
-            what = "overlaps the tensor before it" if begin < end else f"leaves {begin - end} bytes unused before it"
-            raise CheckpointError(f"{path}: tensor {info.name} {what}; the file is damaged")
-        end = begin + info.size_bytes
-    if start + end != file_bytes:
-        what = "truncated" if start + end > file_bytes else "longer than its header says"
-        raise CheckpointError(
-            f"{path}: {what}: its header describes {start + end} bytes and it has {file_bytes}; "
-            f"download or write it again"
-        )
-    return tensors, metadata
-
-
-_ODD = re.compile(r"[^\x00-\x7f]|[0-9]{10}")
-
-
-def _tensor_info(
-    path: Path, name: str, entry: Any, start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
-) -> TensorInfo:
-    try:
-        dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: header entry of tensor {name} is malformed: {repr(entry)[:200]}") from error
-    if _ODD.search(name) and any(
-        word.isdigit() and not (word.isascii() and len(word) < 10) for word in name.split(".")
-    ):
-        raise CheckpointError(
-            f"{path}: tensor {printable(name)[:80]} has a number in its name that none has; the file is damaged"
-        )
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {repr(dtype)[:80]}, known: {', '.join(DTYPE_BYTES)}")
-    sizes = (*shape, begin, stop)
-    if len(shape) > MOST_AXES or not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
-        found = f"shape {describe(list(shape))} and offsets {describe(begin)}..{describe(stop)}"
-        found = f"shape {list(shape)} and offsets {begin}..{stop}" if len(str(sizes)) < 200 else found
-        raise CheckpointError(
-            f"{path}: tensor {name} has {found}; wanted at most {MOST_AXES} axes, and whole numbers from 0 to 2^63"
-        )
-    wanted = DTYPE_BYTES[dtype]
-    for size in shape:
-        wanted *= size
-    if stop - begin != wanted:
-        raise CheckpointError(
-            f"{path}: tensor {name} {dtype} {list(shape)} needs {wanted} bytes, its offsets give {stop - begin}"
-        )
-    return TensorInfo(intern(name), intern(dtype), shapes.setdefault(shape, shape), path, start + begin, wanted)
-
-
-class OpenFiles:
-    """Shards that stay open for the length of a `with` block: many small reads open each of them once."""
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-
-    def __enter__(self) -> OpenFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
-
-    def read(self, info: TensorInfo) -> bytes:
-        """The bytes of one tensor. Raises CheckpointError for a file that cannot be read or ends early."""
-        if info.is_scattered:
-            import torch
-
-            return read_tensor(info).reshape(-1).view(torch.uint8).numpy().tobytes()
-        try:
-            descriptor = self._descriptors.get(info.path)
-            if descriptor is None:
-                descriptor = self._descriptors[info.path] = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-            pieces = []
-            done = 0
-            while done < info.size_bytes:  # one read gives 2 GiB at most
-                piece = os.pread(descriptor, info.size_bytes - done, info.offset + done)
-                if not piece:
-                    raise CheckpointError(f"{info.path}: ends inside tensor {info.name}; was it changed while open?")
-                pieces.append(piece)
-                done += len(piece)
-        except OSError as error:
-            raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class WeightSource(Protocol):
@@ -509,45 +383,6 @@ def _stack_experts(dequantize: Callable[..., Tensor], parts: Mapping[str, Tensor
             for expert in range(experts)
         ]
     )
-
-
-def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:
-    """The bytes of one tensor as a torch tensor of its own dtype, read once into its final host buffer."""
-    import torch
-
-    if info.view is not None and info.is_scattered:
-        stored, (start, step) = info.view.stored, info.view.columns or info.view.rows or (0, 1)
-        size = stored.size_bytes // stored.shape[0]
-        whole = replace(
-            stored, shape=stored.shape[1:], offset=stored.offset + info.view.index * size, size_bytes=size, view=None
-        )
-        count = info.shape[0]
-        if info.view.rows is not None:
-            return read_tensor(whole, device)[start : start + step * count : step].reshape(info.shape)
-        part = read_tensor(whole, device)[..., start : start + step * count : step]
-        return (part.T if part.dim() == 2 else part).contiguous()
-    from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
-
-    buffer = torch.empty(info.size_bytes, dtype=torch.uint8)
-    try:
-        with info.path.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-            done = 0
-            while done < info.size_bytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{info.path}: ends inside tensor {info.name}; was it changed while open?")
-                done += count
-    except OSError as error:
-        raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
-    if info.dtype in QUANTIZED_TYPES:  # rows of bytes
-        buffer = buffer.view(*info.shape[:-1], -1)
-        return buffer if torch.device(device).type == "cpu" else buffer.to(device)
-    dtype = torch.float8_e8m0fnu if info.dtype == "F8_E8M0" else TORCH_DTYPES[info.dtype]
-    assert dtype is not None, "DTYPE_BYTES lists only dtypes that torch has"
-    tensor = buffer.view(dtype).reshape(info.shape)
-    return tensor if torch.device(device).type == "cpu" else tensor.to(device)
 
 
 @dataclass(frozen=True)

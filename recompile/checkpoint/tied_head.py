@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, read_tensor
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.formats import FORMATS
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint.checkpoint import INDEX_NAME, Checkpoint, GgufCheckpoint, StoredModule, read_json, read_tensor
+from recompile.checkpoint.checkpoint import INDEX_NAME, Checkpoint, GgufCheckpoint, StoredModule, read_json
+from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.checkpoint.tied_head import stored_head
 from recompile.errors import CheckpointError, FormatError
 from recompile.formats import exl2_config, exl3_config, mlx_config

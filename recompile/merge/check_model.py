@@ -13,8 +13,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo, read_tensor
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
 from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.errors import CheckpointError, RecompileError, UnsupportedError
 from recompile.formats import FLOAT_DTYPES, FORMATS
 from recompile.formats.compressed_tensors import QUANT_METHOD

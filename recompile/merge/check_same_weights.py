@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, StoredModule, TensorInfo, read_tensor
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, StoredModule, TensorInfo
 from recompile.checkpoint.coupled_modules import read_scaled_sets
+from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.errors import CheckpointError, MismatchError
 from recompile.formats import FLOAT_DTYPES, FORMATS
 from recompile.merge.overlay import Overlay, Placement

@@ -283,7 +283,7 @@ def _stored_scalar(module: StoredModule, part: str) -> float | None:
     info = module.parts.get(part)
     if info is None:
         return None
-    from recompile.checkpoint.checkpoint import read_tensor
+    from recompile.checkpoint.safetensors_files import read_tensor
 
     return float(read_tensor(info).float().reshape(-1)[0])
 

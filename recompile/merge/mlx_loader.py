@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint.checkpoint import read_safetensors_header
 from recompile.checkpoint.module_names import HEAD_NAMES
+from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
 from recompile.formats import FLOAT_DTYPES, mlx_config
 from recompile.formats.mlx_config import MODES, MlxScheme

@@ -10,14 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recompile.checkpoint.checkpoint import (
-    Checkpoint,
-    GgufCheckpoint,
-    OpenFiles,
-    StoredModule,
-    open_checkpoint,
-    read_json,
-)
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, StoredModule, open_checkpoint, read_json
+from recompile.checkpoint.safetensors_files import OpenFiles
 from recompile.errors import CheckpointError
 from recompile.merge.check import check_checkpoint
 from recompile.merge.manifest import MANIFEST_VERSION

@@ -19,7 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from recompile.checkpoint.checkpoint import GgufCheckpoint, OpenFiles, TensorInfo, read_safetensors_header, read_tensor
+from recompile.checkpoint.checkpoint import GgufCheckpoint, TensorInfo
+from recompile.checkpoint.safetensors_files import OpenFiles, read_safetensors_header, read_tensor
 from recompile.errors import CheckpointError, OutputError
 from recompile.io.files import PARTIAL_SUFFIX, OutputDirectory, check_partial, insist, partial_path
 from recompile.merge.configs import dump_json

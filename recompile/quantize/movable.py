@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, read_tensor, split_name
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, split_name
 from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.errors import UnsupportedError
 from recompile.formats import FLOAT_DTYPES
 from recompile.formats.scale_grid import ScaleGrid

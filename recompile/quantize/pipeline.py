@@ -25,17 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recompile.checkpoint.checkpoint import (
-    Checkpoint,
-    StoredModule,
-    open_checkpoint,
-    read_json,
-    read_safetensors_header,
-    read_tensor,
-)
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
 from recompile.checkpoint.decoded import NOWHERE, as_dense
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
+from recompile.checkpoint.safetensors_files import read_safetensors_header, read_tensor
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders

@@ -28,12 +28,12 @@ from recompile.quantize.gguf import (
     Importance,
     Mix,
     VariantsReport,
-    build_variants,
     collect_importance,
     imatrix_of,
     importance_from,
     plan_variants,
 )
+from recompile.quantize.gguf_build import build_variants
 from recompile.quantize.gguf_convert import convert
 from recompile.quantize.gguf_mix import is_gguf_recipe, read_mix
 from recompile.quantize.lazy_variant import read_importance

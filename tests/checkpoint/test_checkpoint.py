@@ -22,17 +22,15 @@ from recompile.checkpoint import checkpoint as checkpoint_module
 from recompile.checkpoint.checkpoint import (
     INDEX_NAME,
     Checkpoint,
-    OpenFiles,
     StoredModule,
     TensorInfo,
     dense_dtype,
     open_checkpoint,
     quant_method,
-    read_safetensors_header,
-    read_tensor,
     split_name,
 )
 from recompile.checkpoint.module_names import template_of
+from recompile.checkpoint.safetensors_files import OpenFiles, read_safetensors_header, read_tensor
 from recompile.errors import CheckpointError, FormatError, MissingWeight, UnsupportedError
 from recompile.formats import FORMATS
 from tests import tiny

@@ -18,7 +18,8 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.decoded import as_dense
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.model.stream import LayeredModel
-from recompile.quantize.gguf import Mix, base_tensors, build_variants, plan_variants
+from recompile.quantize.gguf import Mix, base_tensors, plan_variants
+from recompile.quantize.gguf_build import build_variants
 from tests import gguf_tiny
 from tests.engine_models import installed
 

@@ -19,7 +19,8 @@ from recompile.gguf.container import GgufFile, encode_key, open_gguf, write_gguf
 from recompile.gguf.keys import model_records
 from recompile.gguf.names import architecture_of, text_name
 from recompile.model.stream import dense_names, transformers_config
-from recompile.quantize.gguf import build_variants, plan_variants
+from recompile.quantize.gguf import plan_variants
+from recompile.quantize.gguf_build import build_variants
 from tests import gguf_tiny
 
 # Keys that the converter leaves out and the engine would fill in with the same values, and the other way round.

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from recompile.checkpoint.checkpoint import open_checkpoint, read_safetensors_header
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.checkpoint.config_fields import check_config
+from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.cli.recompile import main as recompile
 from recompile.errors import CheckpointError
 from recompile.model.known_fields import NEVER, taken

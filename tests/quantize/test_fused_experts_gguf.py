@@ -15,12 +15,12 @@ from recompile.quantize.gguf import (
     Importance,
     VariantsReport,
     base_tensors,
-    build_variants,
     collect_importance,
     imatrix_of,
     importance_from,
     plan_variants,
 )
+from recompile.quantize.gguf_build import build_variants
 from recompile.quantize.gguf_mix import read_mix
 from recompile.quantize.lazy_variant import make_variants, spec_of
 from tests import gguf_tiny

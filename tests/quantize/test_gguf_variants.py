@@ -20,11 +20,11 @@ from recompile.quantize.gguf import (
     Importance,
     TensorDone,
     VariantsReport,
-    build_variants,
     collect_importance,
     find_preset,
     plan_variants,
 )
+from recompile.quantize.gguf_build import build_variants
 from tests.gguf_models import VOCAB, write_model
 
 pytest.importorskip("libgguf")

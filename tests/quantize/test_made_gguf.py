@@ -27,7 +27,8 @@ from recompile.merge.type_recipes import parse_type_recipe
 from recompile.merge.write_gguf import execute_gguf, plan_gguf
 from recompile.model.stream import LayeredModel
 from recompile.quantize import fake_quant
-from recompile.quantize.gguf import Importance, base_tensors, build_variants, collect_importance, plan_variants
+from recompile.quantize.gguf import Importance, base_tensors, collect_importance, plan_variants
+from recompile.quantize.gguf_build import build_variants
 from recompile.quantize.gguf_mix import makes_gguf, mix_of, types_got
 from recompile.quantize.lazy_variant import (
     MadeVariant,

@@ -18,7 +18,8 @@ from recompile.events import Note
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import IntEncoder
-from recompile.quantize.gguf import build_variants, plan_variants
+from recompile.quantize.gguf import plan_variants
+from recompile.quantize.gguf_build import build_variants
 from recompile.quantize.pipeline import quantize_model
 from tests import gguf_tiny
 from tests.gguf.test_architecture_logits import logits, write_files

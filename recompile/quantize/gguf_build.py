@@ -1,0 +1,215 @@
+"""A plan of GGUF files carried out, tensor by tensor; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
+from recompile.checkpoint.safetensors_files import read_tensor
+from recompile.errors import FormatError, OutputError
+from recompile.formats.gguf import dequantize_rows
+from recompile.formats.gguf_encode import NEEDS_IMPORTANCE, quantize_rows
+from recompile.formats.gguf_types import QUANTIZED_TYPES, TYPES, GgufType, find_type
+from recompile.gguf.keys import heads_in
+from recompile.gguf.names import text_config_of
+from recompile.io.files import finished_meanwhile, sync_directory
+from recompile.io.journal import LineJournal
+from recompile.quantize.gguf import VOCABULARY, BaseTensor, Made, TensorDone, VariantPlan, VariantsReport, place_pieces
+
+BUILDING_SUFFIX = ".building"
+CHUNK_ROWS_BYTES = 1 << 28  # float32 bytes encoded at a time
+
+
+def build_variants(plan: VariantPlan) -> Iterator[TensorDone | VariantsReport]:
+    """Write every file of the plan, yielding after each tensor and last the report.
+
+    Files grow as NAME.building beside a journal, and get their names when whole; the same plan again goes on where it
+    was. Raises OutputError where that cannot be written or belongs to other settings, FormatError as encoding does.
+    """
+    journal = _Journal(plan)
+    total = 4 * sum(math.prod(tensor.ne) for tensor in plan.tensors)
+    done = 0
+    try:
+        journal.open()
+        for number, tensor in enumerate(plan.tensors):
+            size = 4 * math.prod(tensor.ne)
+            if number >= journal.count:
+                journal.add(_build_tensor(plan, number, journal))
+            done += size
+            yield TensorDone(tensor.name, done, total)
+        for number, (_, value) in enumerate(plan.extra.items(), len(plan.tensors)):
+            for variant, file in zip(plan.variants, journal.files, strict=True):
+                _write_at(file, value.float().numpy().tobytes(), variant.layout.offsets[number])
+        journal.finish()
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or plan.variants[0].path}: cannot be written: {error.strerror or error}; make room and "
+            f"run the same command again, it goes on from here"
+        ) from error
+    finally:
+        journal.close()
+    yield VariantsReport(
+        tuple(str(variant.path) for variant in plan.variants),
+        {v.preset.name: tuple(entries[n] for entries in journal.made) for n, v in enumerate(plan.variants)},
+        plan.left_out,
+    )
+
+
+def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Made]:
+    """Encode one tensor for every variant and write it; equal types are encoded once."""
+    tensor = plan.tensors[number]
+    sizes, unseen = [0] * len(plan.variants), False
+    noise, signal = [0.0] * len(plan.variants), 0.0
+    offsets = [variant.layout.offsets[number] for variant in plan.variants]
+    for module, rows in _rows_of(plan.base, tensor):  # the tensor, or its experts one after another
+        importance = _importance_of(plan, module, tensor)
+        looked_up = tensor.name == "token_embd.weight"  # unless it is the head too, it has no inputs to weigh errors by
+        unseen = unseen or (plan.importance is not None and importance is None and not tensor.plain and not looked_up)
+        step = max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            signal += float(part.double().square().sum())
+            encoded: dict[str, tuple[bytes, float]] = {}
+            for n, variant in enumerate(plan.variants):
+                kind = variant.kinds[number]
+                if kind.name not in encoded:
+                    # a type that has to have importance, where no token came by: every column counts the same
+                    flat = importance is None and plan.importance is not None and kind.name in NEEDS_IMPORTANCE
+                    counts = torch.ones(tensor.ne[0]) if flat else importance
+                    encoded[kind.name] = _encode(kind, part, counts, tensor.name)
+                raw, error = encoded[kind.name]
+                _write_at(journal.files[n], raw, offsets[n] + sizes[n])
+                sizes[n] += len(raw)
+                noise[n] += error
+    made = []
+    tied = not any(other.name == "output.weight" for other in plan.tensors)
+    for n, variant in enumerate(plan.variants):
+        kind = variant.kinds[number]
+        asked = kind.name if tensor.plain else find_type(variant.preset.wanted(tensor.name, plan.layers, tied)).name
+        note = "" if asked == kind.name else f"{asked} has blocks of {TYPES[asked].block}, its rows are {tensor.ne[0]}"
+        if unseen and kind.is_quantized:
+            note += ("; " if note else "") + "no calibration token reached it: made without importance"
+        error = math.sqrt(noise[n] / signal) if signal else 0.0
+        made.append(Made(tensor.name, asked, kind.name, math.prod(tensor.ne), sizes[n], error, note))
+    return made
+
+
+def _encode(kind: GgufType, rows: Tensor, importance: Tensor | None, name: str) -> tuple[bytes, float]:
+    """The bytes and the squared error of some rows."""
+    try:
+        packed = quantize_rows(kind, rows, importance)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+    dense = dequantize_rows(kind, packed, rows.shape[1])
+    return packed.numpy().tobytes(), float((dense - rows).double().square().sum())
+
+
+def _rows_of(base: Checkpoint, tensor: BaseTensor) -> Iterator[tuple[str, Tensor]]:
+    """The rows of a tensor as GGUF has them, float32 [rows, ne 0], expert by expert, each with its module's name.
+
+    Those of a GGUF base are what is stored; no order or offset of it is undone and done again."""
+    if isinstance(base, GgufCheckpoint):
+        for source in tensor.sources:
+            yield source.rpartition(".")[0], _stored_rows(base.tensors[source], tensor.ne[0])
+        return
+    heads, modules = heads_in(text_config_of(base.config)), iter(tensor.modules)
+    for source in tensor.sources:
+        for piece in place_pieces(base.load(source), tensor.place, heads):
+            whole = piece.float().reshape(-1, tensor.ne[0])
+            yield next(modules)[0], whole[: tensor.ne[1]] if tensor.name in VOCABULARY else whole
+
+
+def _stored_rows(info: TensorInfo, columns: int) -> Tensor:
+    """float32 [rows, columns] of a tensor in a GGUF file, decoded where it is quantized."""
+    stored = read_tensor(info)
+    if info.dtype in QUANTIZED_TYPES:
+        return dequantize_rows(TYPES[info.dtype], stored.reshape(-1, stored.shape[-1]), columns)
+    return stored.float().reshape(-1, columns)
+
+
+def _importance_of(plan: VariantPlan, module: str, tensor: BaseTensor) -> Tensor | None:
+    if plan.importance is None or tensor.plain or (tensor.place.fused is not None and tensor.place.fused.how == "kv_b"):
+        return None  # keys and values of a latent are multiplied the other way round
+    found = plan.importance.values.get(module)
+    if found is None or found.shape != (tensor.ne[0],) or not bool(found.any()):
+        return None
+    return found
+
+
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        count = os.pwrite(file, view, offset)
+        view = view[count:]
+        offset += count
+
+
+class _Journal:
+    """The unfinished files of a plan and what was made so far."""
+
+    def __init__(self, plan: VariantPlan) -> None:
+        self.plan = plan
+        self.path = plan.variants[0].path.with_name(f"{plan.variants[0].path.stem}{BUILDING_SUFFIX}.jsonl")
+        self.partials = [variant.path.with_name(variant.path.name + BUILDING_SUFFIX) for variant in plan.variants]
+        self.files: list[int] = []
+        self.made: list[list[Made]] = []
+        self._journal: LineJournal | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.made)
+
+    def open(self) -> None:
+        """Begin, or go on where a killed run of the same settings was. Raises OutputError for one of other settings,
+        and where another process is at work."""
+        self._journal = LineJournal(self.path, error=OutputError)
+        settings = json.loads(json.dumps(self.plan.settings))
+        lines = self._journal.values()
+        made = next((variant.path for variant in self.plan.variants if variant.path.exists()), None)
+        if made is not None and not lines:  # another run renamed it since it was looked for
+            self.path.unlink(missing_ok=True)
+            raise OutputError(finished_meanwhile(made))
+        if lines and lines[0] != settings:
+            same = isinstance(lines[0], dict) and lines[0].get("base") == settings["base"]
+            why = "with other settings" if same else "of another base (or its config or tensors were changed since)"
+            raise OutputError(f"{self.path}: an unfinished run {why}; remove it and its *.building files")
+        if all(partial.exists() for partial in self.partials):
+            self.made = [[Made(**entry) for entry in line] for line in lines[1:]]
+        fresh = not self.made
+        for partial, variant in zip(self.partials, self.plan.variants, strict=True):
+            flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0)
+            self.files.append(os.open(partial, flags, 0o666))
+            os.ftruncate(self.files[-1], variant.layout.size_bytes)
+            _write_at(self.files[-1], variant.layout.header, 0)
+        if fresh:
+            self._journal.begin(settings)
+
+    def add(self, entries: list[Made]) -> None:
+        """A tensor counts as made once its bytes and its line are on disk."""
+        assert self._journal is not None
+        for file in self.files:
+            os.fdatasync(file)
+        self.made.append(entries)
+        self._journal.append([asdict(entry) for entry in entries])
+
+    def finish(self) -> None:
+        for file in self.files:
+            os.fsync(file)
+        for partial, variant in zip(self.partials, self.plan.variants, strict=True):
+            os.replace(partial, variant.path)
+        sync_directory(self.path.parent)
+        self.path.unlink()
+
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
+        self.files = []
+        if self._journal is not None:
+            self._journal.close()
