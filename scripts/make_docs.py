@@ -26,6 +26,7 @@ COMMANDS = (
     "model_optimize",
     "model_diff",
     "recompile",
+    "recompile engines",
     "model_heal",
     "model_trace",
     "model_report",
@@ -47,9 +48,9 @@ def commands_page() -> str:
 
     lines = ["# Commands", "", MADE, "", "What every command prints for `--help`. Exit codes: 0 done; 1 one message on"]
     lines += ["stderr says what was wrong (2 for options that do not exist); 130 interrupted.", ""]
-    lines += [f"- [{name}](#{name})" for name in COMMANDS]
+    lines += [f"- [{name}](#{name.replace(' ', '-')})" for name in COMMANDS]
     for name in COMMANDS:
-        command = importlib.import_module(f"recompile.cli.{name}").main
+        command = importlib.import_module(f"recompile.cli.{name.rpartition(' ')[2]}").main
         context = click.Context(command, info_name=name, max_content_width=110, terminal_width=110)
         context.help_option_names = ["-h", "--help"]
         lines += ["", f"## {name}", "", "```text", command.get_help(context).strip(), "```"]

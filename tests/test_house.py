@@ -213,6 +213,7 @@ FLAGS_OF_OTHERS = {
     "recompile/quantize/gguf_convert.py": None,  # Python's venv and pip, llama.cpp's converter
     "recompile/quantize/modifiers.py": ("-a",),  # w8a8-int-a, a scheme
     "eval/engines/builds.py": ("--no-deps",),  # pip
+    "eval/engines/environments.py": None,  # Python and pip
     "eval/engines/base_logits.py": ("--save-all-logits",),  # llama-perplexity
     "eval/engines/process.py": ("-c",),  # python
     "eval/search/refine_journal.py": ("--max-step", "--pool", "--active-bpw"),  # in keys of journals begun before

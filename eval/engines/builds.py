@@ -118,7 +118,8 @@ class Installed:
 
 
 def find_engine(engine: str, library: Path | str | None = None) -> Installed:
-    """The library to use for "llama.cpp" or "ik_llama.cpp": the one named, else the first pinned wheel installed.
+    """The library to use for "llama.cpp" or "ik_llama.cpp": the one named, else the first pinned wheel that is
+    installed, here or by `recompile engines install`.
 
     Raises EngineError where there is none (with the pip command) or only other versions of the wheels.
     """
@@ -145,10 +146,23 @@ def find_engine(engine: str, library: Path | str | None = None) -> Installed:
             other.append(f"{build.package} {version}, which lacks {build.library} (a wheel of another platform?)")
             continue
         return Installed(engine, path, build)
+    apart = _in_environment(engine, builds[0])
+    if apart is not None:
+        return apart
     found = f"; found {', '.join(other)}, whose structs may be laid out in another way" if other else ""
     raise EngineError(
-        f"no usable {engine} is installed{found}; {builds[0].pip}, or name your own library with {{library}}"
+        f"no usable {engine} is installed{found}; recompile engines install {engine}, or {builds[0].pip}, or name your "
+        f"own library with {{library}}"
     )
+
+
+def _in_environment(engine: str, build: Build) -> Installed | None:
+    """What `recompile engines install` put into an environment of its own."""
+    from eval.engines.environments import site_packages
+
+    folder = site_packages(engine)
+    path = folder / build.library if folder is not None else None
+    return Installed(engine, path.resolve(), build) if path is not None and path.is_file() else None
 
 
 def _located(build: Build, inside: str) -> Path:

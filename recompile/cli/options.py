@@ -47,9 +47,11 @@ class ManyValuesCommand(Command):
         return super().parse_args(ctx, spread)
 
 
-def many_values_command(name: str, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
+def many_values_command(
+    name: str, *, cls: type[ManyValuesCommand] = ManyValuesCommand, **options: Any
+) -> Callable[[Callable[..., Any]], click.Command]:
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, **options.pop("context_settings", {})}
-    return click.command(name, cls=ManyValuesCommand, context_settings=settings, **options)
+    return click.command(name, cls=cls, context_settings=settings, **options)
 
 
 class RowCount(click.ParamType):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from recompile.cli.common import Screen, check_json_path, refuse_outputs, show
-from recompile.cli.options import many_values_command, output_options
+from recompile.cli.options import ManyValuesCommand, many_values_command, output_options
 from recompile.cli.render_merge import describe_check, describe_merge, describe_plan
 from recompile.errors import CheckpointError
 from recompile.io.files import write_text
@@ -18,7 +19,22 @@ from recompile.merge.write_plan import DEFAULT_SHARD_MB
 from recompile.recipe.other_tools import SCHEME_DIALECTS
 
 
-@many_values_command("recompile", outputs={"--json": "json_path"}, inputs=("base", "recipe", "type_sources", "check"))
+class _Recompile(ManyValuesCommand):
+    """`recompile engines ...` is another command. Nothing else can be meant: this one takes no word without a flag."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        given = args[0] if args else extra.get("args")
+        words = sys.argv[1:] if given is None else list(given)
+        if words[:1] == ["engines"]:
+            from recompile.cli.engines import main as engines
+
+            return engines.main(words[1:], "recompile engines")
+        return super().main(*args, **extra)
+
+
+@many_values_command(
+    "recompile", cls=_Recompile, outputs={"--json": "json_path"}, inputs=("base", "recipe", "type_sources", "check")
+)
 @click.option("-i", "--in-dir", "--in_dir", "base", metavar="DIR", help="The variant that is overridden.")
 @click.option(
     "-o", "--out-dir", "--out_dir", "out", type=click.Path(path_type=Path), metavar="OUT", help="What is written."
@@ -84,6 +100,8 @@ def main(
 
     Every tensor is copied byte for byte from its source; config, index and manifest are written to fit. The output
     appears whole or not at all.
+
+    `recompile engines` lists and installs the real engines (recompile engines --help).
 
     \b
       recompile -i 3bpw -or overrides.yaml --dry-run
