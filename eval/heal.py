@@ -27,18 +27,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eval.heal_output import check_name, write_healed
 from eval.metrics import kl_divergence
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import ArgumentError, NotBetterError, OutputError, RecompileError
 from recompile.events import OnEvent, Progress, ignore
-from recompile.io.files import OutputDirectory, read_json, write_json
+from recompile.io.files import read_json, write_json
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
 from recompile.io.tensors import save_tensors
 from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer, rows_of_text
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
-from recompile.quantize.movable import Movable, MovedBuild, find_movables, patch
+from recompile.quantize.movable import Movable, MovedBuild, find_movables
 
 REPORT = "heal_report.json"
 WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its last state
@@ -326,8 +327,7 @@ class _Healing:
     # ---- the run ---------------------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[HealStarted | HealStep | HealChecked | HealReport]:
-        if self.out.exists():
-            raise OutputError(f"{self.out}: exists already; remove it, or choose another output")
+        check_name(self.build, self.out)
         with self._journal() as journal:
             self._take_up(journal)
             resumed = self.done
@@ -524,7 +524,7 @@ class _Healing:
             value, gradient = value[place.rows], gradient[place.rows]
         for tensor in place.tensors:
             movable = self.movables[tensor]
-            found = movable.gradient(None if movable.reduce is None else value, gradient)
+            found = movable.gradient(None if movable.is_vector else value, gradient)
             gradients[tensor] = gradients[tensor] + found if tensor in gradients else found
 
     def _places(self, index: int) -> list[_Place]:
@@ -533,7 +533,7 @@ class _Healing:
         found = []
         of_module: dict[str, list[str]] = {}
         for tensor, movable in self.movables.items():
-            if movable.reduce is not None:
+            if not movable.is_vector:
                 of_module.setdefault(self._module_of(tensor), []).append(tensor)
         for weight in LinearWeights(model, index):
             of_base = self.base.modules  # the build's shapes may be padded
@@ -550,7 +550,7 @@ class _Healing:
             origin = model.origins[f"{prefix}{name}"]
             if origin.converter is None and origin.tensors[0] in self.movables:
                 movable = self.movables[origin.tensors[0]]
-                if movable.reduce is None:
+                if movable.is_vector:
                     found.append(_Place(name, None, None, (origin.tensors[0],)))
         return found
 
@@ -732,26 +732,3 @@ def row_kls(
                 pieces.append(kl_divergence(p[..., :vocab], q[..., :vocab]))
             found.append(float(torch.cat(pieces).double().mean()))
     return found
-
-
-def write_healed(build: Checkpoint, movables: Mapping[str, Movable], out: Path, report: Mapping[str, Any]) -> None:
-    """Copy a build and overwrite what moved, in place: every other byte is the build's.
-
-    Its recompile_manifest.json is left out: it says which bytes came from which variant, and these no longer do."""
-    directory = OutputDirectory(out)
-    with directory as folder:
-        _copy_files(build, folder)
-        for name, movable in movables.items():
-            info = build.tensors[name]
-            value = movable.stored
-            if tuple(value.shape) != tuple(info.shape):
-                raise OutputError(f"{name}: is {list(value.shape)} now, was {list(info.shape)}")
-            patch(folder / info.path.relative_to(build.path), info.offset, value)
-        write_json(folder / REPORT, report)
-        directory.finish()
-
-
-def _copy_files(build: Checkpoint, folder: Path) -> None:
-    for path in sorted(build.path.iterdir()):
-        if path.is_file() and path.name not in ("recompile_manifest.json", REPORT) and not path.name.startswith("."):
-            shutil.copyfile(path, folder / path.name)

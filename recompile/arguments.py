@@ -12,7 +12,7 @@ from collections.abc import Mapping
 _ARGUMENTS = """
     activations active_bpw allow_unmatched asym ban base base_logits batch_tokens bits candidates check chunks
     context converter dataset dense device divergence dry_run dtype embedding engine engines_dir force format
-    free_experts gen_prompt grid group_size head head_bits heal imatrix importance independent input_ids keep
+    free_experts gen_prompt grid group_size head head_bits imatrix importance independent input_ids keep
     learning_rate length level library match max_kl max_memory max_ppl_increase max_step maximum method minimum
     mode modifiers mtp out pairs pin pool positions probe prompts quantize_also ray recipe reencode reference
     rounding rows rtol samples save_base_logits save_input_ids save_logits_a save_logits_b scheme shard_size size

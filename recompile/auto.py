@@ -24,7 +24,7 @@ from recompile.errors import ArgumentError, JournalError, NotBetterError, Output
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf
-from recompile.io.files import OutputDirectory, locked, read_json, write_json
+from recompile.io.files import copy_whole, locked, read_json, write_json
 from recompile.planning import AutoPlan, Target, make_plan, target_of
 
 make_callable(__name__)
@@ -232,9 +232,6 @@ class _Auto:
         if self.mlx or (self.is_plain and not self.gguf):
             self.rounding = {"group_size": self.group_size, "asym": options.asym}
         self.heals = options.heal is not None
-        of_gguf = self.gguf or any(is_gguf(path) for path in options.variants)
-        if self.heals and (of_gguf or (self.target is not None and not self.target.heals)):
-            raise ArgumentError("{heal}: GGUF builds cannot be healed yet; leave it out")
 
     def plan(self) -> AutoPlan:
         """See `auto_plan`."""
@@ -331,7 +328,7 @@ class _Auto:
     @property
     def built(self) -> Path:
         """The mix as it is built; what is healed goes to `out`."""
-        return self.work / "built" if self.heals else self.out
+        return self.work / f"built{self.out.suffix if self.out.suffix == '.gguf' else ''}" if self.heals else self.out
 
     def _build(self) -> object:
         if self.options.variants:
@@ -356,10 +353,7 @@ class _Auto:
             )
         except NotBetterError as error:
             self.on_event(Note(f"{error}; the mix stays as it was built"))
-            whole = OutputDirectory(self.out)
-            with whole as place:
-                shutil.copytree(self.built, place, dirs_exist_ok=True)
-                whole.finish()
+            copy_whole(self.built, self.out)
             return {"kept": False}
 
     def _quantize(self, out: Path, **what: Any) -> object:
@@ -388,6 +382,7 @@ class _Auto:
         result = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
         for made in ("uniform", "built"):
             shutil.rmtree(self.work / made, ignore_errors=True)
+        (self.work / "built.gguf").unlink(missing_ok=True)
         return result
 
     def _uniform(self, size_bytes: int) -> Checkpoint:

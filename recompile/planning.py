@@ -27,15 +27,13 @@ class Target:
     """What is made for an engine unless it is said otherwise.
 
     candidates: as `recompile.profile` takes them; rules: the engine whose rules the choice keeps, None where the format
-    alone decides; packages: what making it needs, each with the extra that brings it; heals: whether a finished build
-    of it can be healed
+    alone decides; packages: what making it needs, each with the extra that brings it
     """
 
     format: str
     candidates: tuple[str, ...]
     rules: str | None = None
     packages: tuple[tuple[str, str], ...] = ()
-    heals: bool = True
     wants: str = ""  # what else the user has to give
     note: str = ""
 
@@ -51,7 +49,6 @@ TARGETS: Mapping[str, Target] = {
         ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
         "llama.cpp",
         (("gguf", "gguf"), ("libgguf", "gguf")),
-        heals=False,
         wants="tokenizer_from",
     ),
     "exllamav2": Target(_format_of("exllamav2"), ("2", "2.5", "3", "3.5", "4", "5", "6"), note="loads with CUDA"),

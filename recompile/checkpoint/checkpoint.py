@@ -334,6 +334,10 @@ class Checkpoint:
         except FormatError as error:
             raise FormatError(f"{self.label}: {str(error).removeprefix(f'{self.label}: ')}") from error
 
+    def restore(self, tensor: str, value: Tensor) -> Tensor:
+        """A dense tensor as models have it, given as the file has it."""
+        return value
+
     def scheme(self, module: StoredModule) -> Any:
         """What the config says of how this module is quantized; None where the parts alone say it all."""
         reader = self._reader(FORMATS[module.format], module.name)
@@ -425,12 +429,12 @@ class GgufCheckpoint(Checkpoint):
 
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
         value = super().read(tensor, device)
-        return value if self.tensors[tensor].dtype in QUANTIZED_TYPES else self._restore(tensor, value)
+        return value if self.tensors[tensor].dtype in QUANTIZED_TYPES else self.restore(tensor, value)
 
     def decode(self, module: StoredModule, parts: Mapping[str, Tensor]) -> Tensor:
-        return self._restore(module.dense_name, super().decode(module, parts))
+        return self.restore(module.dense_name, super().decode(module, parts))
 
-    def _restore(self, tensor: str, value: Tensor) -> Tensor:
+    def restore(self, tensor: str, value: Tensor) -> Tensor:
         """Undo what conversion to GGUF did to a tensor's rows or values."""
         place = self.places.get(tensor)
         if place is None:

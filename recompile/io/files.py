@@ -471,6 +471,18 @@ def _size_of(path: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
+def copy_whole(source: Path, out: Path) -> None:
+    """Copy a file or a directory, whole or not at all. Raises OutputError as the writers of either do."""
+    if source.is_file():
+        with write_atomically(out) as file, open_regular(source) as old:
+            shutil.copyfileobj(old, file, 1 << 24)
+        return
+    directory = OutputDirectory(out)
+    with directory as place:
+        shutil.copytree(source, place, dirs_exist_ok=True)
+        directory.finish()
+
+
 def insist(clean_up: Callable[[], None]) -> None:
     """Clean up to the end, also where Ctrl-C is pressed again meanwhile (or a shell sends it twice)."""
     interrupted: KeyboardInterrupt | None = None

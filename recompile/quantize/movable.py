@@ -8,7 +8,7 @@ whatever the format, whatever else multiplies them (Hadamard transforms of EXL3 
 `SCALES`: the part that moves, and the function that adds up (d loss / d W) * W over the weights of each of its numbers.
 What is added to every weight of a group (MLX's biases, `ADDED`) gets the sum of d loss / d W. Norms and biases move by
 themselves, in steps of their own size. What moves is held in float32 and used as it will be stored: rounded to its
-stored dtype.
+stored dtype. GGUF keeps its scales inside blocks of codes: `movable_gguf`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, split_name
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, StoredModule, TensorInfo, split_name
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.errors import UnsupportedError
@@ -44,7 +43,7 @@ class Movable:
     added: whether it is added to weights, and moves in steps of `unit`
     """
 
-    tensor: str
+    tensor: str  # the stored tensor that it is, or is a part of
     start: Tensor
     dtype: torch.dtype
     reduce: Callable[[Tensor, Tensor], Tensor] | None
@@ -58,11 +57,25 @@ class Movable:
     @property
     def stored(self) -> Tensor:
         """As it will be stored; a number keeps its start where it moved beyond what the dtype holds."""
-        scaled = self.reduce is not None and not self.added
+        scaled = not self.is_vector and not self.added
         moved = self.start * self.delta.exp() if scaled else self.start + self.unit * self.delta
         rounded = moved.to(self.dtype)
         lost = ~rounded.float().isfinite() | ((rounded.float() == 0) & (self.start != 0) & scaled)
         return torch.where(lost, self.start.to(self.dtype).float(), rounded.float()).to(self.dtype)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a norm or a bias, and not a part of a quantized weight."""
+        return self.reduce is None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its tensor."""
+        return True
+
+    def in_file(self, info: TensorInfo, stored: Tensor | None = None) -> Tensor:
+        """The tensor as `read_tensor` gives it, with what moved. stored: what it was, where only a part of it moves."""
+        return self.stored.view(torch.uint8) if info.dtype == "U8" else self.stored
 
     def gradient(self, weight: Tensor | None, gradient: Tensor) -> Tensor:
         """Of `delta`; weight and gradient of the decoded weight [out, in], or of the vector itself (weight None)."""
@@ -79,59 +92,69 @@ class MovedBuild:
     def __init__(self, build: Checkpoint, movables: Mapping[str, Movable]) -> None:
         self.build, self.movables = build, movables
         self.config, self.modules, self.label = build.config, build.modules, build.label
+        self._moving: dict[str, list[str]] = {}  # keys of `movables` by tensor
+        for key, movable in movables.items():
+            self._moving.setdefault(movable.tensor, []).append(key)
 
     def has(self, tensor: str) -> bool:
         return self.build.has(tensor)
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        if tensor in self.movables:
-            return self.movables[tensor].stored.to(device)
+        if isinstance(self.build, GgufCheckpoint) and tensor in self.build.joined:
+            return self.build.join(self.build.joined[tensor], lambda part: self.load(part, device=device))
         module = self.modules.get(tensor) or self.modules.get(split_name(tensor)[0])
         if module is None or not module.is_quantized or tensor != module.dense_name:
+            if tensor in self._moving:
+                return self.build.restore(tensor, self._moved(self.build.tensors[tensor], device))
             return self.build.load(tensor, device=device)
-        moving = {part: self.movables.get(info.name) for part, info in module.parts.items()}
-        if not any(moving.values()):
+        if not any(info.name in self._moving for info in module.parts.values()):
             return self.build.load(tensor, device=device)
-        parts = {
-            part: read_tensor(info, device) if moved is None else _as_in_file(moved.stored, info.dtype).to(device)
-            for (part, info), moved in zip(module.parts.items(), moving.values(), strict=True)
-        }
-        return self.build.decode(module, parts)
+        return self.build.decode(module, {part: self._moved(info, device) for part, info in module.parts.items()})
 
-
-def _as_in_file(value: Tensor, dtype: str) -> Tensor:
-    return value.view(torch.uint8) if dtype == "U8" else value
+    def _moved(self, info: TensorInfo, device: str | torch.device) -> Tensor:
+        moving = [self.movables[key] for key in self._moving.get(info.name, ())]
+        if len(moving) == 1 and moving[0].is_whole:
+            return moving[0].in_file(info).to(device)
+        stored = read_tensor(info, device)
+        for movable in moving:
+            stored = movable.in_file(info, stored)
+        return stored
 
 
 # ---- which tensors ---------------------------------------------------------------------------------------------------
 
 
 def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict[str, Movable]:
-    """By tensor name: the scales of quantized modules, and norms and biases of the layers, the final norm included.
+    """By name of the tensor, of a part of its blocks after it in GGUF ("...weight:d"): the scales of quantized modules,
+    and norms and biases of the layers, the final norm included.
 
     Raises UnsupportedError for a build with nothing quantized or with a format whose scales cannot move, naming it.
     """
+    from recompile.quantize.movable_gguf import find_gguf_movables
+
     quantized = [module for module in build.modules.values() if module.is_quantized]
     if not quantized:
         raise UnsupportedError(f"{build.label}: nothing in it is quantized, so there is nothing to heal")
-    unknown = next((module for module in quantized if module.format not in SCALES), None)
+    healed = (*SCALES, "gguf")
+    unknown = next((module for module in quantized if module.format not in healed), None)
     if unknown is not None:
         raise UnsupportedError(
             f"{build.label}: {unknown.name} is stored as {unknown.format}, whose scales model_heal does not move; it "
-            f"heals {', '.join(SCALES)}"
+            f"heals {', '.join(healed)}"
         )
     stacked = next((module for module in quantized if module.shape is None or len(module.shape) != 2), None)
     if stacked is not None:
         raise UnsupportedError(
             f"{build.label}: {stacked.name} holds all experts of a layer in one tensor; model_heal wants one for each"
         )
+    if isinstance(build, GgufCheckpoint):
+        return find_gguf_movables(build, device)
     found: dict[str, Movable] = {}
 
     def add(tensor: str, reduce: Callable[[Tensor, Tensor], Tensor] | None, added: bool = False) -> Movable:
         value = as_floats(build.read(tensor, device))
         start = value.float()
-        size = float(start.square().mean().sqrt())
-        found[tensor] = Movable(tensor, start, value.dtype, reduce, size if size > 0 else 1.0, added)
+        found[tensor] = Movable(tensor, start, value.dtype, reduce, size_of(start), added)
         return found[tensor]
 
     for module in build.modules.values():
@@ -149,6 +172,12 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
             if is_vector and (part == "bias" or (not module.is_quantized and part == "weight")):
                 add(info.name, None)
     return found
+
+
+def size_of(value: Tensor) -> float:
+    """The root mean square, 1 where that is 0."""
+    size = float(value.square().mean().sqrt())
+    return size if size > 0 else 1.0
 
 
 def as_floats(scales: Tensor) -> Tensor:
@@ -285,11 +314,3 @@ class Added:
 ADDED: Mapping[str, Added] = {
     "mlx": Added("biases", "scales", lambda build, module: ScaleGrid(1, build.scheme(module).group_size)),
 }
-
-
-def patch(path: Any, offset: int, value: Tensor) -> None:
-    """Overwrite a stored tensor in place: same dtype, same shape, same bytes around it."""
-    raw = value.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(raw)

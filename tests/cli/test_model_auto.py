@@ -11,15 +11,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import recompile
+from eval.heal_output import REPORT_KEY
 from recompile import check
 from recompile.auto import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
 from recompile.errors import NotBetterError
-from recompile.gguf.container import encode_key, open_gguf, write_gguf
+from recompile.gguf.container import open_gguf
 from recompile.recipe.recipe import load_recipe
 from tests import tiny
+from tests.quantize.test_gguf_variants import tokenizer_file
 
 GROUP = tiny.GROUP_SIZE
 TEXT = "\n\n\n".join(f"Document {n}. " + " ".join(f"word{(n * k) % 97}" for k in range(120)) for n in range(60))
@@ -145,8 +147,7 @@ def test_gguf_types_make_one_file(text: Path, tmp_path: Path) -> None:
     base, out = tiny.base("llama-2"), tmp_path / "MIX.gguf"
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     tokens = tmp_path / "tokens.gguf"
-    records = [encode_key("tokenizer.ggml.model", "gpt2"), encode_key("tokenizer.ggml.tokens", ["x"] * vocabulary)]
-    write_gguf(tokens, records, [])
+    tokenizer_file(tokens, vocabulary)
     options = (text, "-b", 5.1, "--candidates", "Q4_0,Q5_0,Q8_0", "--tokenizer-from", tokens, "--level", "tensor")
     made(base, out, *options, "--json", tmp_path / "r.json")
     mix, uniform = json.loads((tmp_path / "r.json").read_text())["builds"]
@@ -165,6 +166,20 @@ def test_gguf_types_make_one_file(text: Path, tmp_path: Path) -> None:
         result = auto(base, where, text, "-b", 5, "--candidates", names)
         assert result.exit_code == 1
         assert message in result.output
+
+
+def test_a_gguf_mix_is_healed_or_stays_as_it_was_built(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("libgguf")
+    base, out = tiny.base("llama-2"), tmp_path / "MIX.gguf"
+    tokens = tokenizer_file(tmp_path / "tokens.gguf", json.loads((base / "config.json").read_text())["vocab_size"])
+    more = ("-b", 5.1, "--candidates", "Q4_0,Q8_0", "--tokenizer-from", tokens, "--heal", 0.05)
+    said = made(base, out, text, *more, "--json", tmp_path / "r.json").output
+    mix, built, _ = json.loads((tmp_path / "r.json").read_text())["builds"]
+    assert (Path(mix["build"]).name, Path(built["build"]).name) == ("MIX.gguf", "built.gguf")
+    assert mix["total_bytes"] == built["total_bytes"] == open_checkpoint(out).size_bytes
+    is_healed = REPORT_KEY in open_gguf(out).keys
+    assert is_healed == (mix["kl_nats"] != built["kl_nats"]) == ("stays as it was built" not in said)
+    assert not (tmp_path / "MIX.gguf.work" / "built.gguf").exists()
 
 
 def test_bits_and_schemes_on_offer(text: Path, tmp_path: Path) -> None:
@@ -236,16 +251,6 @@ def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
     mix, built, _ = json.loads((tmp_path / "r.json").read_text())["builds"]
     assert mix["kl_nats"] == built["kl_nats"]
     assert open_checkpoint(out).size_bytes == mix["total_bytes"]
-
-
-def test_gguf_variants_are_not_healed(text: Path, tmp_path: Path) -> None:
-    files = [tmp_path / "x.gguf", tmp_path / "y.gguf"]
-    for file in files:
-        file.write_bytes(b"GGUF")
-    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4, "--heal", 1, "--variants", *files)
-    assert result.exit_code == 1
-    assert "--heal: GGUF builds cannot be healed yet" in result.output
-    assert not (tmp_path / "mix.work").exists()
 
 
 def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from eval.diff import DiffReport, compare
-from eval.heal import REPORT, HealChecked, HealOptions, HealReport, HealRows, HealStep, Paired, _Healing, heal
+from eval.heal import HealChecked, HealOptions, HealReport, HealRows, HealStep, Paired, _Healing, heal
+from eval.heal_output import REPORT
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_heal import main as model_heal
 from recompile.cli.recompile import main as recompile_command
