@@ -14,7 +14,6 @@ from eval.diff import DiffOptions, DiffReport, measure_many
 from eval.divergence import Divergence, divergence, greedy_runs, parse_divergence
 from eval.metrics import Mean, paired_difference
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.checkpoint.decoded import base_note
 from recompile.checkpoint.tied_head import find_tied_head
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
@@ -24,6 +23,7 @@ from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import Overlay, build_overlay, check_same_model
 from recompile.model import tokens
 from recompile.model.activations import quantizes_inputs
+from recompile.model.decoded import base_note
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary, read_rows
 

@@ -88,6 +88,9 @@ def make_base(name: str, folder: Path) -> dict[str, Any]:
         template = f"{match[1]}.{{}}.{match[3]}" if match else tensor
         count = max(int(match[2]) + 1, shapes.get(template, [0])[0]) if match else 0
         shapes[template] = [count, *info.shape] if match else list(info.shape)
+    for tensor, shape in shapes.items():
+        if tensor.endswith(gguf_tiny.TURNED.get(name, ("\n",))):
+            shapes[tensor] = [shape[0], shape[2], shape[1]]
     config = trimmed(json.loads((folder / "config.json").read_text())) | kept
     for outer, stored in gguf_tiny.STORED.get(name, {}).items():
         config[outer] = config[outer] | stored if isinstance(stored, dict) else stored

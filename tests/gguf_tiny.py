@@ -63,6 +63,21 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "n
 SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8}
 TOKENS = {"image_token_index": 40, "boi_token_index": 41, "eoi_token_index": 42, "mm_tokens_per_image": 4}
 GEMMA3 = {**COMMON, **HEAD, **WINDOW, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
+QUARTER = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+OLD = {"num_key_value_heads": None, "intermediate_size": None, "tie_word_embeddings": True}
+QWEN_IMAGES = {
+    "image_token_id": 40,
+    "video_token_id": 41,
+    "vision_start_token_id": 42,
+    "vision_end_token_id": 43,
+    "tie_word_embeddings": False,
+}
+QWEN2_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
+QWEN3_VISION = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0, 1],
+}  # fmt: skip
 
 BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", HEAD),
@@ -184,18 +199,81 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", HEAD),
     "nemotron": ("nemotron", HEAD),
     "starcoder2": ("starcoder2", {"use_bias": True}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "rope_parameters": QUARTER}),
+    "olmo": ("olmo", {"clip_qkv": 2.0}),
+    "phi2": ("phi", {"num_key_value_heads": 4, "intermediate_size": 256, "rope_parameters": QUARTER}),
+    "qwen2vl": ("qwen2_vl", {"text_config": {**COMMON, **SECTIONS}, "vision_config": QWEN2_VISION, **QWEN_IMAGES}),
+    "qwen2vl of version 2.5": (
+        "qwen2_5_vl",
+        {
+            "text_config": {**COMMON, **SECTIONS},
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "out_hidden_size": 64,
+                "num_heads": 2,
+                "patch_size": 8,
+            },
+            **QWEN_IMAGES,
+        },
+    ),
+    "qwen3vl": (
+        "qwen3_vl",
+        {"text_config": {**COMMON, **HEAD, **SECTIONS}, "vision_config": QWEN3_VISION, **QWEN_IMAGES},
+    ),
+    "qwen3vlmoe": (
+        "qwen3_vl_moe",
+        {
+            "text_config": {**COMMON, **HEAD, **MOE, **SECTIONS, "moe_intermediate_size": 48},
+            "vision_config": QWEN3_VISION,
+            **QWEN_IMAGES,
+        },
+    ),
+    "bailingmoe2": ("sarvam_moe", {**HEAD, **GROUPED, "rope_parameters": {**QUARTER, "partial_rotary_factor": 0.5}}),
+    "gpt2": ("gpt2", {**OLD, "n_positions": 256, "n_ctx": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}),
+    "bloom": ("bloom", {**OLD, "n_layer": 2, "n_head": 4, "seq_length": 256}),
+    "gptneox": ("gpt_neox", {"num_key_value_heads": None, "rotary_pct": 0.25}),
+    "falcon": ("falcon", {**OLD, "max_position_embeddings": 2048, "num_kv_heads": 1}),
+    "falcon of groups": (
+        "falcon",
+        {
+            **OLD,
+            "max_position_embeddings": 2048,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+        },
+    ),
     "afmoe": (
         "afmoe",
         {**HEAD, **MOE, **WINDOW, **FOURTH, "num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True},
     ),
 }
-EXTRA = ("scoring_func", "rotary_pct", "full_attention_interval", "global_head_dim")  # transformers drops them
+EXTRA = (
+    "seq_length",
+    "n_ctx",
+    "scoring_func",
+    "rotary_pct",
+    "full_attention_interval",
+    "global_head_dim",
+)  # transformers drops them
 STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it, and transformers does not
+    "bailingmoe2": {  # Sarvam's: of its router's bias the converter takes the mean away, which chooses the same experts
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "score_function": "sigmoid",
+    },
     "hunyuan-moe": {"moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1], "moe_topk": [2, 2]},
     "afmoe": {"route_norm": True, "score_func": "sigmoid"},
     "mistral3": {"rope_parameters": TYPED},
     "mistral3 wrapped": {"text_config": {"rope_parameters": TYPED}},
 }
+
+TURNED = {
+    "qwen3vlmoe": ("experts.gate_up_proj", "experts.down_proj")
+}  # in published files, not in those of transformers 5
 
 
 def fields_of(name: str) -> tuple[str, dict[str, Any]]:

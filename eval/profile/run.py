@@ -18,11 +18,11 @@ from eval.profile.hybrid import HybridOptions, HybridRound, RoutingMoved, profil
 from eval.profile.sketch import SketchOptions, SketchProgress, SketchStarted, SweepDone, profile_sketch
 from eval.profile.whole_mixes import corrected, keep_corrected, measure_factors
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.checkpoint.decoded import base_note
 from recompile.costs import Profile, id_of_directory
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.sizes import format_bytes, format_seconds
+from recompile.model.decoded import base_note
 from recompile.model.rows import RowOptions, check_vocabulary
 from recompile.optimize.budget import Budget
 from recompile.quantize.candidates import CandidateOptions, candidate_named, make_candidates

@@ -442,7 +442,8 @@ class GgufCheckpoint(Checkpoint):
         if place.heads:
             value = value[row_order(value.shape[0], place.heads, back=True)]
         if place.steps and self.heads is not None:
-            for step in reversed(steps_of(place, self.heads)):
+            quantized = self.tensors[tensor].dtype in QUANTIZED_TYPES
+            for step in reversed(steps_of(place, self.heads, quantized=quantized)):
                 value = step.to_hf(value)
         return value - place.offset if place.offset else value
 
@@ -477,7 +478,7 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
     config, notes = config_of(file)
     architecture = ARCHITECTURES.get(str(file.value("general.architecture")))
     beside = file.path.parent / "config.json"
-    if beside.is_file() and architecture is not None:
+    if beside.is_file() and architecture is not None and not architecture.read_as:
         found = read_json(beside)
         text = text_config_of(found) if isinstance(found, dict) else {}
         if text.get("model_type") in architecture.model_types:
@@ -502,7 +503,7 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
             tensors[name] = _slice_of(tensor, name, number, len(found_names) if stacked else None, place, heads)
             if place is not None:
                 places[name] = place
-    joined = joined_of(architecture, names) if architecture is not None else {}
+    joined = joined_of(architecture, names) if architecture is not None and not architecture.read_as else {}
     return GgufCheckpoint(
         file.path, label, config, tensors, tuple(notes), file=file, places=places, joined=joined, heads=heads
     )
@@ -515,7 +516,7 @@ def _slice_of(
     if count is None:
         shape = tensor.shape
         if place is not None and heads is not None:
-            for step in reversed(steps_of(place, heads)):
+            for step in reversed(steps_of(place, heads, quantized=tensor.type.name in QUANTIZED_TYPES)):
                 shape = step.shape(shape)
         if len(shape) == 3 and not (place is not None and place.steps):  # heads that are no experts: rows one by one
             shape = (shape[0] * shape[1], shape[2])

@@ -109,6 +109,15 @@ _SHORT_CONV = {
 _SHORT_CONV_OUTER = {"token_embd": "model.embed_tokens", "token_embd_norm": "model.embedding_norm", "output": "lm_head"}
 _POST_NORM_LAYER = {leaf: there for leaf, there in _ATTENTION.items() if leaf != "attn_norm"} | _QK_NORMS | _POST_NORMS
 _HUNYUAN_NORMS = {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}
+_FALCON = {"token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head"}
+_GPT_NEOX = {
+    "attn_norm": "input_layernorm",
+    "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_QKV = {"attn_qkv.weight": ("qkv_groups",), "attn_qkv.bias": ("qkv_groups",)}
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,9 @@ class Fused:
 
     hf:    its name within the layer, with its part where it has one
     parts: the GGUF tensors within the layer, in order
-    how:   "rows" one after another, "alternate" row by row, both also "_turned" ([in, out] in Hugging Face); "kv_b",
-           "qkvz": see `recompile.gguf.values`. Tensors of experts are split expert by expert
+    how:   "rows" one after another, "alternate" row by row, both also "_turned" ([in, out] in Hugging Face); "wide_in",
+           "wide_out": rows, turned or not; "kv_b", "qkvz": see `recompile.gguf.values`. Tensors of experts are split
+           expert by expert
     """
 
     hf: str
@@ -132,9 +142,11 @@ class Architecture:
 
     name:        in the GGUF file
     model_types: in config.json; the first is what a GGUF file is read as, where its keys do not say otherwise
+    read_as:     that model type where it is one of another architecture: the text model of a multimodal one
     layer:       leaf in GGUF ("attn_q") -> leaf in a Hugging Face layer; "{}" is the number of an expert
     tensors:     the same for tensors whose part differs ("ssm_a" -> "linear_attn.A_log")
     outer:       the same outside of layers
+    layers:      the name of the list of layers in Hugging Face
     permuted:    whether the rows of attn_q and attn_k are reordered head by head
     norm_offset: what was added to every norm weight but those of `plain_norms`
     steps:       other changes, by tensor in GGUF
@@ -148,11 +160,13 @@ class Architecture:
     layer: Mapping[str, str] = field(repr=False)
     tensors: Mapping[str, str] = field(default_factory=dict, repr=False)
     outer: Mapping[str, str] = field(default_factory=lambda: OUTER, repr=False)
+    layers: str = "model.layers"
     permuted: bool = False
     norm_offset: float = 0.0
     plain_norms: tuple[str, ...] = ()
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     fused: tuple[Fused, ...] = ()
+    read_as: str = ""
     runnable: bool = True
     cuts_vocabulary: bool = False
 
@@ -463,6 +477,114 @@ ARCHITECTURES: dict[str, Architecture] = {
             | _EXPERTS
             | _SHARED_EXPERTS,
             {"exp_probs_b.bias": "mlp.expert_bias"},
+        ),
+        Architecture(
+            "stablelm",
+            ("stablelm",),
+            _ATTENTION
+            | {"attn_q_norm": "self_attn.q_layernorm.norms.{}", "attn_k_norm": "self_attn.k_layernorm.norms.{}"}
+            | _PRE_NORM
+            | _MLP,
+        ),
+        Architecture(
+            "olmo", ("olmo",), {k: v for k, v in _ATTENTION.items() if k != "attn_norm"} | _MLP, permuted=True
+        ),
+        Architecture(
+            "phi2",
+            ("phi",),
+            _ATTENTION | {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
+            outer=OUTER | {"output_norm": "model.final_layernorm"},
+        ),
+        Architecture(
+            "qwen2vl",
+            ("qwen2_vl", "qwen2_5_vl", "qwen2_vl_text", "qwen2_5_vl_text"),
+            _ATTENTION | _PRE_NORM | _MLP,
+            read_as="qwen2",
+        ),
+        Architecture(
+            "qwen3vl",
+            ("qwen3_vl", "qwen3_vl_text"),
+            _ATTENTION | _QK_NORMS | _PRE_NORM | _MLP,
+            read_as="qwen3",
+        ),
+        Architecture(
+            "qwen3vlmoe",
+            ("qwen3_vl_moe", "qwen3_vl_moe_text"),
+            _ATTENTION | _QK_NORMS | _PRE_NORM | _MLP | _EXPERTS | _ROUTER,
+            fused=(
+                Fused("mlp.experts.gate_up_proj", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), "wide_in"),
+                Fused("mlp.experts.down_proj", ("ffn_down_exps.weight",), "wide_out"),
+            ),
+            read_as="qwen3_moe",
+        ),
+        Architecture(
+            "gpt2",
+            ("gpt2",),
+            {
+                "attn_norm": "ln_1",
+                "attn_qkv": "attn.c_attn",
+                "attn_output": "attn.c_proj",
+                "ffn_norm": "ln_2",
+                "ffn_up": "mlp.c_fc",
+                "ffn_down": "mlp.c_proj",
+            },
+            outer={
+                "token_embd": "transformer.wte",
+                "position_embd": "transformer.wpe",
+                "output_norm": "transformer.ln_f",
+                "output": "lm_head",
+            },
+            layers="transformer.h",
+            steps={f"{leaf}.weight": ("turned",) for leaf in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")},
+        ),
+        Architecture(
+            "bloom",
+            ("bloom",),
+            _GPT_NEOX | {"attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"},
+            outer=_FALCON | {"token_embd_norm": "transformer.word_embeddings_layernorm"},
+            layers="transformer.h",
+            steps=_QKV,
+        ),
+        Architecture(
+            "gptneox",
+            ("gpt_neox",),
+            _GPT_NEOX | {"attn_qkv": "attention.query_key_value"},
+            outer={
+                "token_embd": "gpt_neox.embed_in",
+                "output_norm": "gpt_neox.final_layer_norm",
+                "output": "embed_out",
+            },
+            layers="gpt_neox.layers",
+            steps=_QKV,
+        ),
+        Architecture(
+            "falcon",
+            ("falcon",),
+            {leaf: there for leaf, there in _GPT_NEOX.items() if leaf != "ffn_norm"}
+            | {"attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"},
+            outer=_FALCON,
+            layers="transformer.h",
+            steps=_QKV,
+        ),
+        Architecture(
+            "bailingmoe2",
+            ("sarvam_moe", "bailing_moe", "bailing_moe_v2"),
+            {
+                "attn_norm": "input_layernorm",
+                "attn_qkv": "attention.query_key_value",
+                "attn_output": "attention.dense",
+                "attn_q_norm": "attention.query_layernorm",
+                "attn_k_norm": "attention.key_layernorm",
+                "layer_output_norm": "final_layernorm",  # of draft layers
+            }
+            | _PRE_NORM
+            | _MLP
+            | _EXPERTS
+            | _SHARED_EXPERTS
+            | _ROUTER
+            | _NEXTN,
+            {"exp_probs_b.bias": "mlp.gate.expert_bias"},
+            outer=OUTER | {"token_embd": "model.word_embeddings"},
         ),
     )
 }

@@ -16,6 +16,7 @@ from recompile.gguf.fields import (
     EPSILON,
     EXPERT_SIZES,
     FIELDS,
+    FIXED_EPSILON,
     MAVERICK_EXPERTS,
     PARTIAL_ROTARY,
     REQUIRED,
@@ -80,7 +81,7 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
     query, hidden = _heads(keys, "attention.head_count", layers), keys.need("embedding_length")
     epsilon_key, epsilon = EPSILON.get(known.name, RMS_EPSILON)
     config: dict[str, Any] = {
-        "model_type": known.model_types[0],
+        "model_type": known.read_as or known.model_types[0],
         "hidden_size": hidden,
         "num_hidden_layers": keys.need("block_count") - keys.get("nextn_predict_layers", 0),
         "num_attention_heads": query,
@@ -88,15 +89,16 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
         "head_dim": keys.get("attention.key_length", hidden // max(1, query)),
         "intermediate_size": _one(keys.get("feed_forward_length") or keys.need("expert_feed_forward_length")),
         "max_position_embeddings": keys.need("context_length"),
-        epsilon: keys.need(epsilon_key),
         "rope_theta": keys.get("rope.freq_base", 10000.0),
         "vocab_size": file.tensors["token_embd.weight"].ne[1],
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
+    if known.name not in FIXED_EPSILON:
+        config[epsilon] = keys.need(epsilon_key)
     layers = config["num_hidden_layers"]
     for there, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         config[name] = file.value(f"tokenizer.ggml.{there}_token_id")  # None, not the default of another vocabulary
-    config["attention_bias"] = keys.in_any_layer("attn_q.bias", layers)
+    config["attention_bias"] = any(keys.in_any_layer(f"{leaf}.bias", layers) for leaf in ("attn_q", "attn_qkv"))
     experts = keys.get("expert_count")
     for entry in FIELDS.get(known.name, ()):
         absent = entry.default
@@ -193,6 +195,21 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["block_auto_adjust_ff_dim"] = False
         if arch == "lfm2moe":
             config["use_expert_bias"] = keys.in_any_layer("exp_probs_b.bias", layers)
+    elif arch == "stablelm":
+        config |= {
+            "use_qkv_bias": config["attention_bias"],
+            "qk_layernorm": keys.in_any_layer("attn_q_norm.weight", layers),
+            "use_parallel_residual": not keys.in_any_layer("ffn_norm.weight", layers),  # the engine's rule
+        }
+    elif arch == "bailingmoe2":
+        config["use_qk_norm"] = True
+    elif arch == "gpt2":
+        config["n_inner"] = config["intermediate_size"]
+    elif arch == "falcon":
+        heads = config["num_key_value_heads"]
+        grouped = {"num_kv_heads": heads, "multi_query": heads == 1, "new_decoder_architecture": heads > 1}
+        config |= {**grouped, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": config["intermediate_size"]}
+        del config["head_dim"]
     elif arch == "starcoder2":
         config |= {"use_bias": config["attention_bias"], "sliding_window": None}
     elif arch == "phi3":

@@ -95,6 +95,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     "deepseek32": (*_GROUPED, *_LATENT, *_INDEXER),
     "glm-dsa": (*_GROUPED, *_LATENT, *_INDEXER, _NEXTN),
     "dots1": _GROUPED,
+    "bailingmoe2": (*_GROUPED, _NEXTN),
     "llama4": (
         *_experts("num_local_experts"),
         Field("interleave_moe_layer_step", "interleave_moe_layer_step"),
@@ -136,6 +137,10 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("shortconv.l_cache", "conv_L_cache"),
         Field("leading_dense_block_count", "num_dense_layers"),
     ),
+    "olmo": (Field("attention.clamp_kqv", "clip_qkv", "f32", None),),
+    "stablelm": (Field("use_parallel_residual", "use_parallel_residual", "bool", True),),
+    "gptneox": (Field("use_parallel_residual", "use_parallel_residual", "bool", True),),
+    "qwen3vlmoe": (*_experts(), _EXPERT_SIZE),
     "afmoe": (
         *_experts(),
         _EXPERT_SIZE,
@@ -147,26 +152,73 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     ),
 }
 
+# What other configs call a field, by its usual name; the first that is there counts.
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "n_embed"),
+    "num_attention_heads": ("n_head",),
+    "num_hidden_layers": ("n_layer",),
+    "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
+    "max_position_embeddings": ("n_positions", "n_ctx", "seq_length"),
+    "intermediate_size": ("ffn_hidden_size", "n_inner"),
+}
+
 # The norms' epsilon where it is not `rms_norm_eps`.
 EPSILON: dict[str, tuple[str, str]] = {
     "command-r": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "cohere2": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "starcoder2": ("attention.layer_norm_epsilon", "norm_epsilon"),
+    "stablelm": ("attention.layer_norm_epsilon", "layer_norm_eps"),
+    "phi2": ("attention.layer_norm_epsilon", "layer_norm_eps"),
+    "gptneox": ("attention.layer_norm_epsilon", "layer_norm_eps"),
+    "gpt2": ("attention.layer_norm_epsilon", "layer_norm_epsilon"),
+    "bloom": ("attention.layer_norm_epsilon", "layer_norm_epsilon"),
+    "falcon": ("attention.layer_norm_epsilon", "layer_norm_epsilon"),
+    "olmo": ("attention.layer_norm_epsilon", ""),
     "nemotron": ("attention.layer_norm_epsilon", "norm_eps"),
     "lfm2": ("attention.layer_norm_rms_epsilon", "norm_eps"),
     "lfm2moe": ("attention.layer_norm_rms_epsilon", "norm_eps"),
 }
+FIXED_EPSILON = {"olmo": 1e-5}  # of models whose config does not have it
 RMS_EPSILON = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 
 # Architectures that turn only some columns of a head; how many is in `rope.dimension_count`.
-PARTIAL_ROTARY = frozenset({"glm4", "glm4moe", "minimax-m2", "qwen3next", "qwen35", "qwen35moe", "nemotron", "phi3"})
+PARTIAL_ROTARY = frozenset(
+    (
+        "glm4",
+        "glm4moe",
+        "minimax-m2",
+        "qwen3next",
+        "qwen35",
+        "qwen35moe",
+        "nemotron",
+        "phi3",
+        "phi2",
+        "stablelm",
+        "gptneox",
+        "bailingmoe2",
+    )
+)
 EXPERT_SIZES = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})  # old files lack them
 SIGMOID = 2  # expert_gating_func
-SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe"})
+SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe", "bailingmoe2"})
 LLAMA4_CHUNK = 8192
 MAVERICK_EXPERTS = 128  # Llama 4 normalizes queries and keys, but for the model of 128 experts
 NO_ROPE_INTERVAL = 4
 EXAONE4_LAYERS = 64  # of the one EXAONE 4 with windows
+
+
+FIXED: dict[str, dict[str, Any]] = {
+    "phi2": {"qk_layernorm": False},
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    "bloom": {"apply_residual_connection_post_layernorm": False},
+    "gptneox": {"attention_bias": True},
+    "falcon": {"parallel_attn": True, "alibi": False, "bias": False},
+}
 
 
 def every(layers: int, interval: int, special: str, usual: str) -> list[str]:
@@ -176,7 +228,9 @@ def every(layers: int, interval: int, special: str, usual: str) -> list[str]:
 
 def constants(arch: str, layers: int) -> Mapping[str, Any]:
     """What the engine computes of an architecture without being told, as fields of config.json."""
-    if arch == "qwen3moe":
+    if arch in FIXED:
+        return FIXED[arch]
+    if arch in ("qwen3moe", "qwen3vlmoe"):
         return {"norm_topk_prob": True}
     if arch in ("qwen2moe", "olmoe"):
         return {"norm_topk_prob": False}

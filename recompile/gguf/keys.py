@@ -11,6 +11,7 @@ from recompile.gguf.fields import (
     EPSILON,
     EXAONE4_LAYERS,
     FIELDS,
+    FIXED_EPSILON,
     MAVERICK_EXPERTS,
     PARTIAL_ROTARY,
     REQUIRED,
@@ -42,10 +43,16 @@ def heads_in(config: Mapping[str, Any]) -> Heads:
         size("qk_nope_head_dim"),
         size("v_head_dim"),
         size("kv_lora_rank"),
+        size("hidden_size"),
     )
 
 
-SYNONYMS = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}  # versions of transformers differ
+SYNONYMS = {  # versions of transformers differ, and so do models
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "num_shared_experts",
+}
 Values = dict[str, tuple[Any, str]]  # key below the architecture's name -> value and its kind
 
 
@@ -64,14 +71,14 @@ def model_records(architecture: Architecture, config: Mapping[str, Any], name: s
     epsilon_key, epsilon = EPSILON.get(arch, RMS_EPSILON)
     values: Values = {
         "block_count": (layers, "u32"),
-        "context_length": (_need(config, "max_position_embeddings"), "u32"),
+        "context_length": (_context(arch, config), "u32"),
         "embedding_length": (hidden, "u32"),
-        "feed_forward_length": (config.get("intermediate_size") or _need(config, "moe_intermediate_size"), "u32"),
+        "feed_forward_length": (_width(arch, config), "u32"),
         "attention.head_count": (heads.query, "u32"),
         "attention.head_count_kv": (heads.key, "u32"),
         "attention.key_length": (head_dim, "u32"),
         "attention.value_length": (head_dim, "u32"),
-        epsilon_key: (_need(config, epsilon), "f32"),
+        epsilon_key: (FIXED_EPSILON.get(arch) or _need(config, epsilon), "f32"),
         "rope.freq_base": (rope["rope_theta"], "f32"),
         "rope.dimension_count": (head_dim, "u32"),
         "vocab_size": (_need(config, "vocab_size"), "u32"),
@@ -107,6 +114,20 @@ def model_records(architecture: Architecture, config: Mapping[str, Any], name: s
     return records
 
 
+def _context(arch: str, config: Mapping[str, Any]) -> int:
+    if arch == "bloom":  # which knows positions by their distance
+        return int(config.get("max_position_embeddings") or 2048)
+    return int(_need(config, "max_position_embeddings"))
+
+
+def _width(arch: str, config: Mapping[str, Any]) -> int:
+    """Rows of the feed-forward maps; of older models they follow from the hidden size."""
+    found = config.get("intermediate_size")
+    if not found and arch in ("gpt2", "bloom", "falcon"):
+        return 4 * int(config["hidden_size"])
+    return int(found or _need(config, "moe_intermediate_size"))
+
+
 def _add_scaling(arch: str, config: Mapping[str, Any], rope: Mapping[str, Any], values: Values) -> None:
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
@@ -123,7 +144,7 @@ def _add_scaling(arch: str, config: Mapping[str, Any], rope: Mapping[str, Any], 
                 values["rope.scaling.yarn_log_multiplier"] = (tenth * rope["mscale_all_dim"], "f32")
     elif kind == "proportional" and arch == "gemma4":
         pass  # in the factors of rope_freqs.weight
-    elif kind not in ("default", "llama3"):
+    elif kind not in ("default", "llama3", "mrope"):
         raise UnsupportedError(f"config.json: rope_type {kind!r} has no GGUF keys here; use llama.cpp's own converter")
 
 
@@ -151,9 +172,20 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         head = _need(config, "linear_value_head_dim")
         values["ssm.inner_size"] = (head * config["linear_num_value_heads"], "u32")
         values["full_attention_interval"] = (_interval(config, layers), "u32")
-        if arch != "qwen3next":  # rotary sections of images; text has one position
-            sections = _rope(config).get("mrope_section") or [11, 11, 10]
-            values["rope.dimension_sections"] = ([*sections, 0][:4], "i32")
+        if arch != "qwen3next":
+            _add_sections(config, values, [11, 11, 10])
+    if arch in ("qwen2vl", "qwen3vl", "qwen3vlmoe"):
+        _add_sections(config, values)
+        if arch != "qwen2vl":
+            values["n_deepstack_layers"] = (config.get("deepstack_layers") or 0, "u32")
+    if arch in ("stablelm", "gptneox"):  # what transformers does without being told
+        values.setdefault("use_parallel_residual", (arch == "gptneox", "bool"))
+    if arch == "bailingmoe2":
+        _add_bailing(config, values)
+    if arch in ("gpt2", "gptneox"):
+        del values["attention.head_count_kv"]  # as many as of queries, without being told
+    if arch == "falcon":
+        values["tensor_data_layout"] = ("jploski", "string")
     if arch in ("deepseek2", "deepseek32", "glm-dsa"):
         _add_latent(arch, config, values)
     if arch == "gemma4":
@@ -187,6 +219,24 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
     if arch == "dots1":
         values["expert_gating_func"] = (SIGMOID, "u32")
+
+
+def _add_bailing(config: Mapping[str, Any], values: Values) -> None:
+    if not config.get("use_qk_norm"):
+        raise UnsupportedError(
+            "config.json: has no use_qk_norm, as the first Ling models; GGUF names are known here of those that "
+            "normalize queries and keys. Use llama.cpp's own converter"
+        )
+    shared = int(_need(config, "moe_intermediate_size")) * int(values.get("expert_shared_count", (0, ""))[0])
+    values["expert_shared_feed_forward_length"] = (shared, "u32")
+
+
+def _add_sections(config: Mapping[str, Any], values: Values, usual: list[int] | None = None) -> None:
+    """Rotary sections of images; text has one position."""
+    sections = _rope(config).get("mrope_section") or usual
+    if sections is None:
+        raise CheckpointError("config.json: has no mrope_section, which a GGUF file must say")
+    values["rope.dimension_sections"] = ([*sections, 0][:4], "i32")
 
 
 def _check_windows(arch: str, types: list[str]) -> None:
@@ -310,9 +360,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(config.get("rope_scaling") or {})
     found |= scaling
     found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
-    found.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    if config.get("partial_rotary_factor") is not None:
-        found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    found.setdefault("rope_theta", config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0)
+    for name in ("partial_rotary_factor", "rotary_pct"):
+        if config.get(name) is not None:
+            found.setdefault("partial_rotary_factor", config[name])
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from recompile.errors import UnsupportedError
 from recompile.gguf.architectures import ARCHITECTURES, Architecture, Fused
+from recompile.gguf.fields import OTHER_NAMES
 from recompile.gguf.values import Heads, Step, make_step, row_order
 
 __all__ = ["ARCHITECTURES", "Architecture", "Fused", "Heads", "Joined", "Place", "row_order"]
@@ -25,7 +26,10 @@ _WRAPPED = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.text_model.", "model."),
+    *((name, f"transformer.{name}") for name in ("h.", "wte.", "wpe.", "ln_f.", "word_embeddings.")),  # the bare model
+    ("word_embeddings_layernorm.", "transformer.word_embeddings_layernorm."),
 )
+NO_WEIGHTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 # Towers and projectors are a file of their own for llama.cpp (mmproj); heads that draft tokens are not taken here.
 TOWERS = (
     "model.visual.",
@@ -43,8 +47,7 @@ TOWERS = (
     "mtp.",
 )
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-_HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_HF_EXPERT = re.compile(r"(.+\.experts|experts)\.(\d+)\.(.+)")
+_NUMBERED = re.compile(r"(.+?\.|)(\d+)(\..+|)")  # of an expert, or of the norm of a head
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,21 @@ def architecture_of(model_type: Any) -> Architecture:
 
 
 def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the text model: that of a multimodal one's language part, else the config itself."""
-    inner = config.get("text_config")
-    if not isinstance(inner, Mapping):
-        return config
-    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-    return {**inner, **outer}
+    """The config of the text model, under the usual names of fields: that of a multimodal one's language part, else the
+    config itself. `deepstack_layers` is how many of its layers take what a vision tower gives."""
+    inner, vision = config.get("text_config"), config.get("vision_config")
+    found = dict(inner) if isinstance(inner, Mapping) else dict(config)
+    if "tie_word_embeddings" in config:
+        found["tie_word_embeddings"] = config["tie_word_embeddings"]
+    if isinstance(vision, Mapping) and vision.get("deepstack_visual_indexes") is not None:
+        found["deepstack_layers"] = len(vision["deepstack_visual_indexes"])
+    for name, others in OTHER_NAMES.items():
+        other = next((other for other in others if found.get(other) is not None), None)
+        if found.get(name) is None and other is not None:
+            found[name] = found[other]
+    if found.get("model_type") == "falcon" and not found.get("new_decoder_architecture"):
+        found["num_key_value_heads"] = 1 if found.get("multi_query", True) else found.get("num_attention_heads")
+    return found
 
 
 def text_name(hf: str) -> str | None:
@@ -148,13 +160,13 @@ def to_hf(architecture: Architecture | None, name: str, experts: int | None = No
     if match is None:
         return [name]
     if match[2] in architecture.tensors:
-        return [f"model.layers.{match[1]}.{architecture.tensors[match[2]]}"]
+        return [f"{architecture.layers}.{match[1]}.{architecture.tensors[match[2]]}"]
     leaf = architecture.layer.get(match[2].rpartition(".")[0])
     if leaf is None:
         return [name]
     if "{}" not in leaf:
-        return [f"model.layers.{match[1]}.{leaf}.{part}"]
-    return [f"model.layers.{match[1]}.{leaf.format(number)}.{part}" for number in range(experts or 0)]
+        return [f"{architecture.layers}.{match[1]}.{leaf}.{part}"]
+    return [f"{architecture.layers}.{match[1]}.{leaf.format(number)}.{part}" for number in range(experts or 0)]
 
 
 def is_stacked(architecture: Architecture, name: str) -> bool:
@@ -177,10 +189,10 @@ def places_of(architecture: Architecture, hf: str, heads: Heads) -> tuple[Place,
     module, _, part = hf.rpartition(".")
     if module in outer:
         return (_place(architecture, f"{outer[module]}.{part}", outer[module], part, heads),)
-    match = _HF_LAYER.fullmatch(hf)
-    if match is None:
+    number, _, leaf = hf.removeprefix(f"{architecture.layers}.").partition(".")
+    if not hf.startswith(f"{architecture.layers}.") or not number.isdigit():
         return ()
-    blk, leaf = f"blk.{match[1]}.", match[2]
+    blk = f"blk.{number}."
     if leaf in fused:
         return tuple(
             Place(
@@ -195,9 +207,9 @@ def places_of(architecture: Architecture, hf: str, heads: Heads) -> tuple[Place,
     if leaf in tensors:
         return (Place(f"{blk}{tensors[leaf]}", steps=architecture.steps.get(tensors[leaf], ())),)
     leaf, expert = leaf.rpartition(".")[0], None
-    inside = _HF_EXPERT.fullmatch(leaf)
+    inside = None if leaf in modules else _NUMBERED.fullmatch(leaf)
     if inside is not None:
-        leaf, expert = f"{inside[1]}.{{}}.{inside[3]}", int(inside[2])
+        leaf, expert = f"{inside[1]}{{}}{inside[3]}", int(inside[2])
     gguf = modules.get(leaf)
     if gguf is None:
         return ()
@@ -229,15 +241,16 @@ def joined_of(architecture: Architecture, names: Mapping[str, tuple[str, ...]]) 
         for fused in architecture.fused:
             stored = [names.get(f"blk.{layer}.{part}") for part in fused.parts]
             if all(stored):
-                name = f"model.layers.{layer}.{fused.hf}"
+                name = f"{architecture.layers}.{layer}.{fused.hf}"
                 stacked = "{}" in architecture.layer[fused.parts[0].rpartition(".")[0]]
                 found[name] = Joined(name, tuple(part for part in stored if part), fused.how, stacked)
     return found
 
 
-def steps_of(place: Place, heads: Heads) -> tuple[Step, ...]:
-    """The changes of a place that are functions, in the order in which conversion does them."""
-    return tuple(make_step(name, heads) for name in place.steps)
+def steps_of(place: Place, heads: Heads, *, quantized: bool = False) -> tuple[Step, ...]:
+    """The changes of a place that are functions, in the order in which conversion does them. Quantized maps are
+    [out, in] wherever they are stored, so that none of them is turned."""
+    return tuple(make_step(name, heads) for name in place.steps if not (quantized and name == "turned"))
 
 
 def unnamed(architecture: Architecture, tensors: Iterable[str], heads: Heads) -> tuple[list[str], list[str]]:
@@ -247,6 +260,6 @@ def unnamed(architecture: Architecture, tensors: Iterable[str], heads: Heads) ->
         plain = text_name(name)
         if plain is None:
             left.append(name)
-        elif not places_of(architecture, plain, heads) and not plain.endswith(("rotary_emb.inv_freq",)):
+        elif not places_of(architecture, plain, heads) and not plain.endswith(NO_WEIGHTS):
             unknown.append(name)
     return unknown, left

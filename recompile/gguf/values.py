@@ -23,6 +23,7 @@ class Heads:
     query, key:          attention heads of queries and keys
     linear_key, _value:  heads of linear attention; head_value: rows of one of its value heads; head_key: of a key head
     nope, value, rank:   of multi-head latent attention: rows a head without position, value rows a head, latent width
+    hidden:              width of the states between layers
     """
 
     query: int
@@ -34,6 +35,7 @@ class Heads:
     nope: int = 0
     value: int = 0
     rank: int = 0
+    hidden: int = 0
 
 
 def row_order(rows: int, heads: int, *, back: bool) -> list[int]:
@@ -54,6 +56,20 @@ def row_order(rows: int, heads: int, *, back: bool) -> list[int]:
         else:
             order += [start + j * half + i for i in range(half) for j in range(2)]
     return order
+
+
+def _qkv_order(heads: Heads, rows: int, *, back: bool) -> list[int]:
+    """Rows of fused queries, keys and values: Hugging Face has for each key head its queries, its key and its value,
+    GGUF all queries, all keys, all values. Raises UnsupportedError where the rows are not whole heads."""
+    count, each = heads.query + 2 * heads.key, heads.query // heads.key + 2
+    if rows % count or heads.query % heads.key:
+        raise UnsupportedError(f"{rows} rows are not those of {heads.query} queries and {heads.key} keys and values")
+    size = rows // count
+    groups = [range(first, first + each) for first in range(0, count, each)]
+    blocks = [block for group in groups for block in group[:-2]]
+    blocks += [group[-2] for group in groups] + [group[-1] for group in groups]
+    order = [block * size + i for block in blocks for i in range(size)]
+    return sorted(range(rows), key=order.__getitem__) if back else order
 
 
 # ---- steps: one tensor to one tensor ---------------------------------------------------------------------------------
@@ -109,6 +125,17 @@ def make_step(name: str, heads: Heads) -> Step:
             lambda value: value.reshape(1, -1),
             lambda shape: (1, shape[-1]),
         )
+    if name == "turned":  # [in, out] in Hugging Face
+        return Step(
+            lambda value: value.T,
+            lambda value: value.reshape(value.shape[1], value.shape[0]).T,  # the bytes of GGUF's, read in this shape
+            lambda shape: (shape[1], shape[0]),
+        )
+    if name == "qkv_groups":
+        return Step(
+            lambda value: value[_qkv_order(heads, value.shape[0], back=False)],
+            lambda value: value[_qkv_order(heads, value.shape[0], back=True)],
+        )
     if name == "value_rows":
         return _reorder_values(heads, heads.head_value)
     if name == "value_columns":
@@ -118,6 +145,16 @@ def make_step(name: str, heads: Heads) -> Step:
 
 
 # ---- joins: several GGUF tensors that are one in Hugging Face's checkpoint -------------------------------------------
+
+
+def _is_turned(how: str, shape: Sequence[int], heads: Heads) -> bool:
+    """Whether a fused tensor is [in, out]. Where checkpoints of both kinds are about, the side that is as wide as the
+    states between layers decides; with two such sides it is not turned, as transformers reads it."""
+    if how == "wide_in":
+        return shape[1] != heads.hidden
+    if how == "wide_out":
+        return shape[0] != heads.hidden
+    return how.endswith("_turned")
 
 
 def _turned(value: Tensor) -> Tensor:
@@ -133,7 +170,7 @@ def split_one(how: str, value: Tensor, part: int, count: int, heads: Heads) -> T
         kept = _qkvz_parts(value, heads)
         rows = kept[3:] if part else kept[:3]
         return _concatenate([piece.reshape(-1, value.shape[-1]) for piece in rows])
-    value = _turned(value) if how.endswith("_turned") else value
+    value = _turned(value) if _is_turned(how, value.shape, heads) else value
     if how.startswith("alternate"):
         return value[part::count]
     if value.shape[0] % count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint.checkpoint import GgufCheckpoint, TensorInfo, dense_dtype, no_table_of_names
+from recompile.checkpoint.checkpoint import GgufCheckpoint, StoredModule, TensorInfo, dense_dtype, no_table_of_names
 from recompile.errors import CheckpointError, UnsupportedError
 from recompile.formats import DTYPE_BYTES, FORMATS
 from recompile.gguf.names import Joined
@@ -58,9 +58,10 @@ def dense_tensors(
     ordered: Sequence[Placement],
     shapes: Mapping[str, tuple[int, ...]],
     fused: Sequence[FusedExperts],
+    turned: frozenset[str] = frozenset(),
 ) -> list[list[WantedTensor]]:
     """The tensors of a decoded copy: dense modules as they are, others as `weight` (and `bias`) of their true shape,
-    experts of one tensor a layer as that tensor.
+    experts of one tensor a layer as that tensor; turned: modules whose dense weight is [in, out].
     """
     dtype = dense_dtype(overlay.base.modules.values())
     together: dict[str, list[FusedExperts]] = {}
@@ -78,7 +79,9 @@ def dense_tensors(
             held = [(whole_of.get(info.name), info) for info in infos]
             wanted.append(
                 [
-                    wanted_tensor(info.name, dtype, info.shape) if joined is None else _joined(overlay, joined, dtype)
+                    wanted_tensor(info.name, dtype, _shape(info.shape, stored, turned))
+                    if joined is None
+                    else _joined(overlay, joined, dtype)
                     for joined, info in held
                     if joined is None or info.name == joined.parts[0][0]
                 ]
@@ -89,7 +92,7 @@ def dense_tensors(
             continue
         shape = shapes.get(stored.name) or stored.shape
         assert shape is not None, stored.name
-        tensors = [wanted_tensor(f"{stored.name}.weight", dtype, shape)]
+        tensors = [wanted_tensor(f"{stored.name}.weight", dtype, _shape(shape, stored, turned))]
         if "bias" in stored.parts:
             bias = stored.parts["bias"]
             # The padding is at the end, so the true bias is a prefix of the stored bytes.
@@ -99,6 +102,10 @@ def dense_tensors(
             tensors.insert(0, WantedTensor(bias.name, bias.dtype, shape[:1], cut, cut.size_bytes))
         wanted.append(tensors)
     return wanted
+
+
+def _shape(shape: tuple[int, ...], stored: StoredModule, turned: frozenset[str]) -> tuple[int, ...]:
+    return shape[::-1] if stored.is_quantized and stored.name in turned else shape
 
 
 def _joined(overlay: Overlay, whole: Joined, dtype: str) -> WantedTensor:
@@ -142,6 +149,7 @@ def _shape_in_model(overlay: Overlay, model: Any, parameters: Mapping[str, Any],
         if tensor not in origin.tensors:
             continue
         shape = tuple(parameters[name].shape)
+        shape = shape[::-1] if model.is_turned(module) else shape
         if origin.converter is not None and len(shape) == 3:  # experts in one tensor, some projections side by side
             side_by_side = len(set(origin.patterns))
             shape = (shape[1] // side_by_side, shape[2])
@@ -164,6 +172,9 @@ def decode_planned(plan: WritePlan, module: PlannedModule, tensor: PlannedTensor
     assert dtype is not None, "decoded weights are of a float dtype"
     whole = plan.fused.get(info.name)
     value: Tensor = plan.overlay.load(info.name) if whole is None else whole.make(plan.overlay, plan.true_shapes, dtype)
+    stored = module.placement.stored
+    if stored.is_quantized and stored.name in plan.turned and value.dim() == 2:
+        value = value.T
     if any(have < want for have, want in zip(value.shape, info.shape, strict=True)):
         raise CheckpointError(
             f"{origin_of(module.placement)}: {info.name} decodes to {list(value.shape)}, wanted {info.shape}"

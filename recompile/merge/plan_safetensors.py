@@ -98,13 +98,17 @@ def plan_write(
     ordered = [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
     fused: dict[str, FusedExperts] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    turned: frozenset[str] = frozenset()
     if dense:
+        from recompile.model.roles import turned_modules
+
         check_decodable(overlay, ordered)
+        turned = turned_modules(overlay)
         shapes = true_shapes(overlay)
         wholes, warnings = fused_experts(overlay)
         fused = {whole.name: whole for whole in wholes}
         ordered = sorted(with_fused(ordered, wholes, overlay.placements), key=lambda p: natural_key(p.module))
-        wanted = dense_tensors(overlay, ordered, shapes, wholes)
+        wanted = dense_tensors(overlay, ordered, shapes, wholes, turned)
         texts = {"config.json": dump_json(dense_config(overlay))}
         rules, with_index = ShardRules(), True
     else:
@@ -138,6 +142,7 @@ def plan_write(
         (*warnings, *_code_notes(overlay.base, skipped)),
         fused,
         shapes,
+        turned,
     )
 
 

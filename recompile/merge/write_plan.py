@@ -66,6 +66,7 @@ class WritePlan:
     warnings: tuple[str, ...] = ()
     fused: Mapping[str, FusedExperts] = field(default_factory=dict)  # of a decoded copy, by their names in it
     true_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of modules that are stored padded
+    turned: frozenset[str] = frozenset()  # modules whose weight is [in, out] in a decoded copy
 
     @property
     def data_bytes(self) -> int:

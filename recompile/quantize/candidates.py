@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint
-from recompile.checkpoint.decoded import as_dense
 from recompile.costs import is_expert
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats import COMPRESSED, FORMATS
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.imatrix import read_imatrix
+from recompile.model.decoded import as_dense
 from recompile.model.devices import compute_device
 from recompile.model.rows import check_vocabulary, read_rows
 from recompile.model.tokens import Rows

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
-from recompile.checkpoint.decoded import as_dense
 from recompile.errors import RecipeError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats.gguf_types import TYPES
@@ -14,6 +13,7 @@ from recompile.io.sizes import format_bpw
 from recompile.merge.overlay import build_overlay
 from recompile.merge.run import MergeOptions, read_type_recipe
 from recompile.merge.type_recipes import emit, looks_like_type_recipe, types_of
+from recompile.model.decoded import as_dense
 from recompile.quantize.emit_schemes import WRITERS, modules_of, modules_to_make
 from recompile.quantize.gguf import base_tensors
 from recompile.quantize.gguf_mix import makes_gguf, read_mix, types_got

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, split_name
-from recompile.checkpoint.decoded import as_dense
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
 from recompile.formats.gguf_encode import ENCODABLE, resolve
 from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
@@ -41,6 +40,7 @@ from recompile.gguf.names import (
 )
 from recompile.gguf.values import split_one
 from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
+from recompile.model.decoded import as_dense
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputPower

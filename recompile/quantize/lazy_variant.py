@@ -28,13 +28,13 @@ from recompile.checkpoint.checkpoint import (
     open_checkpoint,
     split_name,
 )
-from recompile.checkpoint.decoded import as_dense
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import Profile, ProfileGroup, candidate_label
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.names import Heads, Joined
 from recompile.io.tensors import save_tensors
+from recompile.model.decoded import as_dense
 from recompile.recipe.recipe import SourceId
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
-from recompile.checkpoint.decoded import NOWHERE, as_dense
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
 from recompile.checkpoint.safetensors_files import read_safetensors_header, read_tensor
 from recompile.costs import fused_sets
@@ -40,6 +39,7 @@ from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import other_files, plan_write
 from recompile.merge.write_safetensors import execute
+from recompile.model.decoded import NOWHERE, as_dense
 from recompile.model.roles import roles_of
 from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.checkpoint.decoded import as_dense, base_note
 from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
 from recompile.formats import COMPRESSED, FORMATS
 from recompile.gguf.container import open_gguf
 from recompile.gguf.imatrix import read_imatrix, write_imatrix
+from recompile.model.decoded import as_dense, base_note
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary
 from recompile.model.tokens import Rows

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from eval.engines.builds import Installed
 from eval.engines.engine_diff import EngineReport, compare_with_engine
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.checkpoint.decoded import as_dense
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
+from recompile.model.decoded import as_dense
 from recompile.model.stream import LayeredModel
 from recompile.quantize.gguf import Mix, base_tensors, plan_variants
 from recompile.quantize.gguf_build import build_variants
@@ -44,9 +45,10 @@ def golden() -> dict[str, Any]:
     return found
 
 
-def write_files(folder: Path, name: str, *, mixed: bool) -> tuple[Any, ...]:
+def write_files(folder: Path, entry: str | dict[str, Any], *, mixed: bool) -> tuple[Any, ...]:
     """The checkpoint of an entry, its float32 file, and, if asked for, one with weights of several types."""
-    base = open_checkpoint(gguf_tiny.write_tiny(folder / "base", golden()[name], gguf_tiny.sound_values))
+    entry = golden()[entry] if isinstance(entry, str) else entry
+    base = open_checkpoint(gguf_tiny.write_tiny(folder / "base", entry, gguf_tiny.sound_values))
     tokens = [f"t{number}" for number in range(gguf_tiny.VOCAB)]
     records = [
         encode_key("tokenizer.ggml.model", "gpt2"),
@@ -94,8 +96,29 @@ def test_the_file_alone_is_the_same_model(name: str, tmp_path: Path) -> None:
 def test_kl_in_the_engine(name: str, tmp_path: Path) -> None:
     """The engine's logits of the float32 file are ours, and its KL of the mix is ours up to what its 8-bit activations
     do to the mix itself."""
-    found = installed("llama.cpp")
-    _, reference, mixed = write_files(tmp_path, name, mixed=True)
+    judge(installed("llama.cpp"), write_files(tmp_path, name, mixed=True), ENGINE_ERROR.get(name, 0))
+
+
+def test_a_norm_for_every_head(tmp_path: Path) -> None:
+    """StableLM 2: norms of heads are rows of one tensor, and nothing between attention and feed-forward. The converter
+    that the others are compared with fails on these models."""
+    entry = json.loads(json.dumps(golden()["stablelm"]))
+    entry["config"] |= {"qk_layernorm": True, "use_parallel_residual": True}
+    for layer in range(2):
+        del entry["hf"][f"model.layers.{layer}.post_attention_layernorm.weight"]
+        del entry["hf"][f"model.layers.{layer}.post_attention_layernorm.bias"]
+        for leaf, heads in (("q", 4), ("k", 2)):
+            entry["hf"][f"model.layers.{layer}.self_attn.{leaf}_layernorm.norms.{{}}.weight"] = [heads, 16]
+    base, reference, _ = files = write_files(tmp_path, entry, mixed=True)
+    want = logits(base)
+    assert torch.allclose(logits(open_checkpoint(reference)), want, atol=1e-4 * float(want.std()))
+    assert open_gguf(reference).tensors["blk.1.attn_q_norm.weight"].shape == (4, 16)
+    judge(installed("llama.cpp"), files)
+
+
+def judge(found: Installed, files: tuple[Any, ...], allowed: float = 0) -> None:
+    """allowed: nats that the engine computes otherwise"""
+    _, reference, mixed = files
     cut = np.random.default_rng(0).integers(3, gguf_tiny.VOCAB, (2, 64)).astype(np.int32)
     sources = open_checkpoint(mixed), open_checkpoint(reference)
     *_, report = compare_with_engine(found, mixed, reference, cut, sources=sources, threads=1)
@@ -103,7 +126,7 @@ def test_kl_in_the_engine(name: str, tmp_path: Path) -> None:
     assert report.torch is not None
     assert report.torch.engine_reference is not None
     ours, theirs, itself = report.torch.kl.kl.mean, report.kl.kl.mean, report.torch.engine_candidate.kl.mean
-    assert report.torch.engine_reference.kl.mean < ENGINE_ERROR.get(name, 1e-4)
+    assert report.torch.engine_reference.kl.mean < (allowed or 1e-4)
     assert ours > 1e-6
-    assert itself < 0.6 * ours + ENGINE_ERROR.get(name, 0)
+    assert itself < 0.6 * ours + allowed
     assert abs(theirs - ours) <= RELATIVE * ours + min(ABSOLUTE, ours / 10) + 3 * itself

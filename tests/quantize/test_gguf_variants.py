@@ -243,9 +243,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         plan_variants(open_checkpoint(tmp_path / "q.gguf"), tmp_path, ["Q8_0"])
     other = tmp_path / "gpt"
     other.mkdir()
-    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    (other / "config.json").write_text('{"model_type": "opt"}')
     save_file({"wte.weight": torch.zeros(2, 2)}, other / "model.safetensors")
-    with pytest.raises(UnsupportedError, match="model_type 'gpt2' cannot be written"):
+    with pytest.raises(UnsupportedError, match="model_type 'opt' cannot be written"):
         plan_variants(open_checkpoint(other), tmp_path, ["Q8_0"], tokenizer_from=wrong)
     keys = open_gguf(tokenizer_file(tmp_path / "tokens.gguf"))
     wide = open_checkpoint(write_hf(tmp_path / "wide", "llama", inner=256))

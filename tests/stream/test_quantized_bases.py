@@ -17,10 +17,10 @@ import recompile
 from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
 from eval.profile.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.checkpoint.decoded import as_dense
 from recompile.costs import Profile
 from recompile.errors import FormatError, UnsupportedError
 from recompile.events import Note
+from recompile.model.decoded import as_dense
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.lazy_variant import make_variants, spec_of
 from recompile.quantize.pipeline import quantize_model

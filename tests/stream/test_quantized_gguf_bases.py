@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 import recompile
 from recompile.checkpoint.checkpoint import GgufCheckpoint, open_checkpoint
-from recompile.checkpoint.decoded import as_dense
 from recompile.costs import load_profile
 from recompile.errors import UnsupportedError
 from recompile.events import Note
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
+from recompile.model.decoded import as_dense
 from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.gguf import plan_variants

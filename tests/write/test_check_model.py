@@ -18,9 +18,11 @@ from recompile.cli import recompile as command
 from recompile.errors import FormatError
 from recompile.merge.check_model import vocabulary_problems
 from recompile.merge.run import run_check
+from recompile.model.decoded import as_dense
 from tests import tiny
 from tests.commands import refusal, run
 from tests.stream import architectures
+from tests.stream.test_architectures import logits_of
 
 MODULE = "model.layers.1.mlp.up_proj"
 Config = dict[str, Any]
@@ -133,6 +135,24 @@ def test_a_quantized_conv1d_is_out_times_in(tmp_path: Path) -> None:
     assert "c_fc.weight: is [128, 32], the model of config.json wants [64, 32]" in refusal(
         command.main, "--check", made
     )
+
+
+def test_a_decoded_copy_of_a_conv1d_is_in_times_out_again(tmp_path: Path) -> None:
+    """And so is a quantized GPT-2 as a base of another build."""
+    ids = architectures.rows(2, 12)
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    run(
+        model_quantize.main, "-i", architectures.checkpoint("gpt2"), "-o", tmp_path, "-b", 8, "-g", 16,
+        "--input-ids", tmp_path / "ids.safetensors",
+    )  # fmt: skip
+    run(command.main, "-i", tmp_path / "8bpw", "-o", tmp_path / "dense", "--dense")
+    made, base = open_checkpoint(tmp_path / "8bpw"), open_checkpoint(architectures.checkpoint("gpt2"))
+    copy = open_checkpoint(tmp_path / "dense")
+    assert {name: info.shape for name, info in copy.tensors.items()} == {n: t.shape for n, t in base.tensors.items()}
+    wanted = logits_of(made, ids)
+    plain = tiny.plain_logits(architectures.plain_model(tmp_path / "dense"), ids, 2)
+    assert float((plain - wanted).abs().max()) < 0.02 * float(wanted.std())  # bfloat16
+    assert torch.allclose(logits_of(as_dense(made), ids), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["no scale", "no codes", "no shape"])

@@ -27,11 +27,13 @@ class DecodedCheckpoint(Checkpoint):
     `load` gives what the stored parts mean, as `stored.load` does; `read` rounds that to the dtype that `tensors` say,
     which is what a build that leaves the weight dense holds.
 
-    slices: tensors that are rows (first, last) of a stored one
+    slices: tensors that are rows (first, last) of a stored one; turned: weights that a dense checkpoint of this model
+    stores as [in, out] and the stored one, quantized, as [out, in]
     """
 
     stored: Checkpoint = field(kw_only=True, repr=False)
     slices: Mapping[str, tuple[str, int, int]] = field(default_factory=dict, kw_only=True, repr=False)
+    turned: frozenset[str] = field(default=frozenset(), kw_only=True, repr=False)
 
     @cached_property
     def quantization_config(self) -> Mapping[str, object]:
@@ -57,7 +59,8 @@ class DecodedCheckpoint(Checkpoint):
         if tensor in self.slices:
             whole, first, last = self.slices[tensor]
             return self.stored.load(whole, device=device)[first:last]
-        return self.stored.load(tensor, device=device)
+        value = self.stored.load(tensor, device=device)
+        return value.T.contiguous() if tensor in self.turned else value
 
 
 def as_dense(checkpoint: Checkpoint, *, to_gguf: bool = False) -> Checkpoint:
@@ -77,14 +80,15 @@ def as_dense(checkpoint: Checkpoint, *, to_gguf: bool = False) -> Checkpoint:
         raise UnsupportedError(
             f"{checkpoint.label}: is a {padded[0]} build; take the model that it was made from as the base"
         )
+    turned = turned_weights(checkpoint)
     tensors: dict[str, TensorInfo] = {}
     for module in checkpoint.modules.values():
         if not module.is_quantized:
             tensors.update({info.name: info for info in module.parts.values()})
             continue
         assert module.shape is not None, "only padded formats have none"
-        name = module.dense_name
-        tensors[name] = _decoded(name, tuple(module.shape), next(iter(module.parts.values())).path)
+        name, shape = module.dense_name, tuple(module.shape)
+        tensors[name] = _decoded(name, shape[::-1] if name in turned else shape, next(iter(module.parts.values())).path)
         if "bias" in module.parts:
             tensors[module.parts["bias"].name] = module.parts["bias"]
     config = {key: value for key, value in checkpoint.config.items() if key not in mlx_config.KEYS}
@@ -95,6 +99,18 @@ def as_dense(checkpoint: Checkpoint, *, to_gguf: bool = False) -> Checkpoint:
         tensors,
         (*checkpoint.notes, base_note(checkpoint)),
         stored=checkpoint,
+        turned=turned,
+    )
+
+
+def turned_weights(source: Checkpoint) -> frozenset[str]:
+    """The quantized weights that the dense model stores as [in, out] (GPT-2's): quantized ones are [out, in] in every
+    format."""
+    from recompile.model.roles import turned_modules
+
+    modules = source.modules
+    return frozenset(
+        modules[name].dense_name for name in turned_modules(source) if name in modules and modules[name].is_quantized
     )
 
 
@@ -108,6 +124,7 @@ def _gguf_as_dense(checkpoint: GgufCheckpoint) -> DecodedCheckpoint:
         raise UnsupportedError(
             f"{checkpoint.label}: {no_table_of_names(checkpoint.file.value('general.architecture'))}"
         )
+    turned = turned_weights(checkpoint)
     tensors: dict[str, TensorInfo] = {}
     slices: dict[str, tuple[str, int, int]] = {}
     parts: dict[str, None] = {}
@@ -128,10 +145,18 @@ def _gguf_as_dense(checkpoint: GgufCheckpoint) -> DecodedCheckpoint:
                 slices[half] = (name, number * rows // 2, (number + 1) * rows // 2)
                 tensors[half] = _decoded(half, (rows // 2, columns), info.path, dtype)
         else:
-            tensors[name] = _decoded(name, info.shape, info.path, dtype)
+            shape = info.shape[::-1] if name in turned else info.shape
+            tensors[name] = _decoded(name, shape, info.path, dtype)
     notes = (*checkpoint.notes, base_note(checkpoint)) if checkpoint.is_quantized else checkpoint.notes
     return DecodedCheckpoint(
-        checkpoint.path, checkpoint.label, checkpoint.config, tensors, notes, stored=checkpoint, slices=slices
+        checkpoint.path,
+        checkpoint.label,
+        checkpoint.config,
+        tensors,
+        notes,
+        stored=checkpoint,
+        slices=slices,
+        turned=turned,
     )
 
 
