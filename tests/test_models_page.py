@@ -27,14 +27,19 @@ def test_weights_that_layers_share_are_rounded_once() -> None:
     assert {row[step] for step in ("logits", "quantize", "profile", "merge")} == {"yes"}, row
 
 
-def test_a_head_that_reads_more_than_the_last_layer_is_refused() -> None:
-    """Inkling keeps gate and up of its experts in turn; Inkling 2 mixes what earlier layers gave before its head."""
-    found = dict(load_script("make_models_page").try_all(["inkling_mm_model", "inkling2_text"], 1))
-    assert {found["inkling_mm_model"][step] for step in ("logits", "quantize", "profile", "merge")} == {"yes"}
+def test_what_is_no_sequence_of_layers_runs_as_one_block() -> None:
+    """Inkling keeps gate and up of its experts in turn; Inkling 2 mixes what its layers gave before its head."""
+    types = ["inkling_mm_model", "inkling2_text"]
+    for name, row in load_script("make_models_page").try_all(types, 1):
+        assert {row[step] for step in ("logits", "quantize", "profile", "merge")} == {"yes"}, (name, row)
+
+
+def test_what_predicts_no_next_token_is_refused() -> None:
+    (found,) = dict(load_script("make_models_page").try_all(["diffusion_gemma"], 1)).values()
     refusal = (
-        "Inkling2ForCausalLM: what its head takes follows from more than what leaves the last layer; not supported"
+        "DiffusionGemmaForBlockDiffusion: its states are not one a row and token ([2, 5, 64] enters, [2, 256, 64] "
     )
-    assert found["inkling2_text"]["logits"] == found["inkling2_text"]["quantize"] == refusal
+    assert found["logits"] == found["quantize"] == f"{refusal}leaves); not supported"
 
 
 def test_a_page_numbers_its_refusals() -> None:

@@ -402,9 +402,7 @@ class AdjointPass:
                 with torch.enable_grad(), _Tape(weights, wanted) as tape:
                     out = model.run_layer(index, hidden, batch.start)
                 calls = tape.calls
-                if len(hidden) > 1 and any(
-                    call.inputs.shape[:-1].numel() != hidden.shape[:-1].numel() for call in calls
-                ):
+                if len(hidden) > 1 and not all(_row_by_row(call, hidden) for call in calls):
                     raise UnsupportedError(f"layer {index} runs linear maps on parts of a batch; plan one row a batch")
                 changes = deltas.changes(calls, len(hidden))
                 squares = [torch.zeros_like(call.output) for call in calls]
@@ -634,6 +632,15 @@ class _Deltas:
         if self._origin is None or self._origin[0] != parameter:
             self._origin = parameter, self._owner.model.load_parameter(parameter, origin)
         return self._origin[1]
+
+
+def _row_by_row(call: _LinearCall, hidden: Tensor) -> bool:
+    """Whether a map runs on what is of the rows of a batch, one after another: on their tokens, or on as many places of
+    each. An expert is given some tokens of the batch."""
+    inputs = call.inputs
+    if inputs.shape[:-1].numel() == hidden.shape[:-1].numel():
+        return True
+    return call.weight.expert is None and inputs.dim() == 3 and len(inputs) == len(hidden)
 
 
 class _Accumulator:

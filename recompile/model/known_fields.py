@@ -66,6 +66,7 @@ _READ = re.compile(
 )
 # Paths and ids of repositories; a separator of words (" / ") is none.
 _ELSEWHERE = re.compile(r"\S[/\\]|[/\\]\S")
+_RATIO = re.compile(r"\d{1,3}/\d{1,3}")  # of two numbers: Granite 4 Vision's downsample_rate
 _FLOATS = re.compile(r"(torch\.)?(bfloat16|float\d+\w*|half|double)")
 
 
@@ -108,6 +109,8 @@ def taken(config: Mapping[str, Any], config_class: type | None, place: str) -> d
             continue  # transformers takes any attribute of torch by this name
         if isinstance(value, Mapping) and (key in inner or key == "text_config"):
             kept[key] = taken(value, _inner_class(config_class, inner.get(key), key, value), f"{place}: {key}")
+        elif key.endswith(("_rate", "_ratio")) and isinstance(value, str) and _RATIO.fullmatch(value):
+            kept[key] = value
         else:
             kept[key] = _without_code(value, f"{place}: {key}")
     return kept

@@ -163,14 +163,14 @@ class Layout:
 
     def _columns(self, extra: _Extra, value: Tensor) -> Tensor:
         flat = extra.shape.by_row(value).flatten(1)
-        pieces = _split(flat, extra.pieces, self.dtype)  # [rows, pieces, values]
+        pieces = split_values(flat, extra.pieces, self.dtype)  # [rows, pieces, values]
         padded = (extra.columns.stop - extra.columns.start) // extra.pieces * self.tokens
         pieces = nn.functional.pad(pieces, (0, padded - pieces.shape[-1]))
         return pieces.unflatten(-1, (self.tokens, -1)).transpose(1, 2).flatten(2)
 
     def _extra(self, extra: _Extra, state: Tensor) -> Tensor:
         pieces = state[..., extra.columns].unflatten(-1, (extra.pieces, -1)).transpose(1, 2).flatten(2)
-        flat = _join(pieces[..., : math.prod(extra.shape.row)], extra.dtype, self.dtype)
+        flat = join_values(pieces[..., : math.prod(extra.shape.row)], extra.dtype, self.dtype)
         return extra.shape.together(flat.unflatten(-1, extra.shape.row))
 
     # ---- running ---------------------------------------------------------------------------------------------------
@@ -272,13 +272,13 @@ def run_until_reached(
 # ---- whole numbers and wide floats in a state ------------------------------------------------------------------------
 
 
-def _pieces_of(dtype: torch.dtype, state: torch.dtype) -> int:
+def pieces_of(dtype: torch.dtype, state: torch.dtype) -> int:
     if dtype.is_floating_point:
         return 1 if dtype.itemsize <= state.itemsize else 3
     return 1 if dtype == torch.bool else 32 // DIGIT_BITS.get(state, 8)
 
 
-def _split(value: Tensor, pieces: int, dtype: torch.dtype) -> Tensor:
+def split_values(value: Tensor, pieces: int, dtype: torch.dtype) -> Tensor:
     """[rows, values] -> [rows, pieces, values] in `dtype`, which adds up to the same."""
     if pieces == 1:
         return value.to(dtype)[:, None]
@@ -295,7 +295,7 @@ def _split(value: Tensor, pieces: int, dtype: torch.dtype) -> Tensor:
     return torch.stack(parts, 1)
 
 
-def _join(pieces: Tensor, dtype: torch.dtype, state: torch.dtype) -> Tensor:
+def join_values(pieces: Tensor, dtype: torch.dtype, state: torch.dtype) -> Tensor:
     """The opposite; [rows, pieces, values] -> [rows, values] in `dtype`."""
     if pieces.shape[1] == 1 or dtype.is_floating_point:
         return pieces.to(dtype).sum(1) if pieces.shape[1] > 1 else pieces[:, 0].to(dtype)
@@ -337,7 +337,7 @@ def record_layout(
         nonlocal width
         if shape is None:
             raise UnsupportedError(f"{what}: layers share {list(value.shape)} without an axis of rows; not supported")
-        pieces = _pieces_of(value.dtype, dtype)
+        pieces = pieces_of(value.dtype, dtype)
         columns = -(-math.prod(shape.row) // tokens) * pieces
         extras.append(_Extra(shape, value.dtype, slice(width, width + columns), pieces, made_at))
         width += columns

@@ -29,7 +29,18 @@ from recompile.formats import FORMATS
 from recompile.io.memory import release_freed
 from recompile.model.finite import FiniteWatch
 from recompile.model.fused_experts import is_transposed
-from recompile.model.own_forward import Probe, Reached, Structure, name_of, patched, result_of, run_own, zeros_outside
+from recompile.model.one_block import Block, BlockLayout, find_block, record_block
+from recompile.model.own_forward import (
+    PROBE_TOKENS,
+    Probe,
+    Reached,
+    Structure,
+    name_of,
+    patched,
+    result_of,
+    run_own,
+    zeros_outside,
+)
 from recompile.model.skeleton import (
     Origin,
     build_skeleton,
@@ -47,6 +58,8 @@ from recompile.model.states import Layout, record_layout
 __all__ = ["LayeredModel", "LinearWeights", "dense_names", "transformers_config"]
 
 STRUCTURES_KEPT = 32  # of models, so that skeletons of one config need not be run on zeros again
+# What a model's own code raises on a config or inputs that it does not fit.
+OF_MODELS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -112,7 +125,7 @@ class LayeredModel:
     layers: nn.ModuleList
     layers_name: str
     origins: dict[str, Origin] = field(default_factory=dict)
-    layouts: dict[int, Layout] = field(default_factory=dict)  # by tokens of a row
+    layouts: dict[int, Layout | BlockLayout] = field(default_factory=dict)  # by tokens of a row
     watch: FiniteWatch = field(default_factory=FiniteWatch)  # sees every state that is handed on
     loaded_from: str = ""  # label of the source that was loaded last
 
@@ -133,8 +146,10 @@ class LayeredModel:
         layers_name, layers = find_stack(model)
         made = cls(source, dtype, device, model, find_runner(model, layers_name), layers, layers_name)
         made.origins, left = find_origins(model, source)
-        made._check_complete()
         check_nothing_left(model, layers_name, len(layers), source, left)
+        if isinstance(made.structure, Block):
+            made.layers, made.layers_name = nn.ModuleList([made.structure.part_of(model)]), made.structure.base
+        made._check_complete()
         return made
 
     def _check_complete(self) -> None:
@@ -168,13 +183,30 @@ class LayeredModel:
             while len(_structures) >= STRUCTURES_KEPT:
                 del _structures[next(iter(_structures))]
             try:
-                _structures[key] = probe.run()
-            except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+                _structures[key] = self._probed(probe)
+            except OF_MODELS as error:
                 raise UnsupportedError(
                     f"{type(self.model).__name__} of transformers does not run on text alone with this config.json: "
                     f"{type(error).__name__}: {one_line(error)}"
                 ) from error
         return _structures[key]
+
+    def _probed(self, probe: Probe) -> Structure:
+        """As a sequence of layers or, where that fails, as one block. Raises what the first of both says."""
+        try:
+            found = probe.run()
+            with zeros_outside(self.model, self.layers_name, self.device):
+                ids = torch.zeros(1, PROBE_TOKENS + 2, dtype=torch.int64, device=self.device)
+                layers = list(self.layers)
+                record_layout(found, self.model, self.runner, layers, self.layers_name, ids, self.dtype)
+        except (UnsupportedError, *OF_MODELS) as error:
+            try:
+                return find_block(self.model, self.runner, self.layers_name, self.device)
+            except UnsupportedError as other:
+                raise (error if isinstance(error, UnsupportedError) else other) from None
+            except OF_MODELS:
+                raise error from None
+        return found
 
     @property
     def depth(self) -> int:
@@ -198,10 +230,14 @@ class LayeredModel:
         return self.layouts[tokens].width
 
     def prefix_of_layer(self, index: int) -> str:
+        if isinstance(self.structure, Block):
+            return self.structure.base
         return f"{self.layers_name}.{index}"
 
     def prefix_of(self, module: nn.Module) -> str:
         """The dotted name of a submodule within the model."""
+        if isinstance(self.structure, Block) and module is self.layers[0]:
+            return self.structure.base
         return name_of(self.model, module)
 
     @property
@@ -403,12 +439,15 @@ class LayeredModel:
 
     def modules_of_layer(self, index: int) -> list[str]:
         """Checkpoint modules whose tensors make up this layer, in the order of its parameters."""
-        prefix = self.prefix_of_layer(index) + "."
+        prefix = self.prefix_of_layer(index)
+        names = [name for name in self.origins if name.startswith(f"{prefix}.")]
+        if isinstance(self.structure, Block):  # what lies under its name is more than it
+            inside = {f"{prefix}.{name}" for name in self._names_in(self.layers[index], prefix)}
+            names = [name for name in names if name in inside]
         found: dict[str, None] = {}
-        for name, origin in self.origins.items():
-            if name.startswith(prefix):
-                for tensor in origin.tensors:
-                    found[module_of(self.source, tensor)] = None
+        for name in names:
+            for tensor in self.origins[name].tensors:
+                found[module_of(self.source, tensor)] = None
         return list(found)
 
     def parameters_of(self, module: str) -> list[str]:
@@ -453,6 +492,10 @@ class LayeredModel:
     def record(self, ids: Tensor) -> None:
         """Note every layer's call arguments for rows of this length. What is read before the layers must be loaded."""
         ids = ids[:1].to(self.device)
+        if isinstance(self.structure, Block):
+            found = record_block(self.structure, self.model, self.runner, ids, self.dtype)
+            self.layouts[ids.shape[1]] = found
+            return
         with self._towers_there():
             self.layouts[ids.shape[1]] = record_layout(
                 self.structure, self.model, self.runner, list(self.layers), self.layers_name, ids, self.dtype
@@ -493,7 +536,7 @@ class LayeredModel:
         layout = next(iter(self.layouts.values()))
         hidden = layout.hidden_of(state)
         name = self.structure.norm
-        if name is not None:
+        if name is not None or isinstance(layout, BlockLayout):
             return self.model.get_submodule(name)(hidden) if name else hidden
         found: list[Tensor] = []
         base = self.model.get_submodule(self.structure.base)

@@ -113,6 +113,27 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
             "depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 8, "mlp_ratio": 1,
         },
     }),
+    # no sequence of layers, each run once: rounds of layers, of two stacks in turn, a head that reads several layers, a
+    # state with places that are no tokens
+    "dory": ("dory", {
+        **COMMON, "num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "full_attention", "mlp"],
+    }),
+    "hrm-text": ("hrm_text", {
+        **COMMON, "num_key_value_heads": 4, "num_layers_per_stack": 1, "num_hidden_layers": 8, "L_cycles": 3,
+        "embedding_scale": 2.0,
+    }),
+    "inkling2": ("inkling2_text", {
+        **COMMON, "unpadded_vocab_size": VOCAB, "num_hidden_layers": 3, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 6, "d_rel": 4, "rel_extent": 32,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid"], "moe_intermediate_size": 16, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_layers_per_attn_res_block": 1,
+    }),
+    "cpm-ant": ("cpmant", {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48,
+        "num_hidden_layers": 2, "prompt_length": 3, "prompt_types": 4, "segment_types": 4,
+        "position_bias_num_buckets": 32, "position_bias_max_distance": 64, "init_std": 0.1,
+    }),
 }  # fmt: skip
 _made: list[Any] = []
 

@@ -78,7 +78,7 @@ def changed(value: Tensor) -> Tensor:
     return value.flip(-1) * 1.5 + 0.25 if value.is_floating_point() else value + 1
 
 
-QUICK = ("glm4-moe", "gemma4", "qwen2-vl")
+QUICK = ("glm4-moe", "gemma4", "qwen2-vl", "hrm-text")
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.sweep) for name in architectures.TYPES]
 
 
@@ -105,7 +105,7 @@ def test_a_changed_tensor_changes_the_logits_where_it_changes_those_of_transform
         assert torch.equal(found, before) == (float((wanted - before).abs().max()) == 0), tensor
 
 
-@pytest.mark.parametrize("name", ["glm4-moe", "gemma4", "gemma3n", "glm-5"])
+@pytest.mark.parametrize("name", ["glm4-moe", "gemma4", "gemma3n", "glm-5", "hrm-text"])
 def test_a_model_against_itself_has_kl_zero(name: str) -> None:
     base = open_checkpoint(architectures.checkpoint(name))
     *_, report = compare(base, base, architectures.rows(2, 9), DiffOptions(dtype=torch.float32))
@@ -115,9 +115,10 @@ def test_a_model_against_itself_has_kl_zero(name: str) -> None:
     assert {stage.drift.relative_error for stage in report.layers} == {0.0}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma4", "glm-5"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma4", "glm-5", "dory", "hrm-text"])
 def test_swaps_of_few_bits_are_seen_by_both_profiles(name: str, tmp_path: Path) -> None:
-    """GPT-2's weights lie the other way round, Gemma 4 shares keys between layers, GLM-5 an indexer's choice."""
+    """GPT-2's weights lie the other way round, Gemma 4 shares keys between layers, GLM-5 an indexer's choice; Dory and
+    HRM run their layers in rounds, of which the latter trains the last ones alone."""
     base = open_checkpoint(architectures.checkpoint(name))
     candidates = make_variants(base, [spec_of("6", group_size=8, symmetric=False)])
     found = []
@@ -184,6 +185,15 @@ def test_types_that_cannot_be_run_are_refused_in_a_sentence(
     with pytest.raises(error, match=says) as caught:
         LayeredModel.of(open_checkpoint(directory))
     assert len(str(caught.value)) < 300
+
+
+def test_models_that_draw_numbers_are_refused(tmp_path: Path) -> None:
+    """Reformer hashes with random rotations: no two runs of it agree."""
+    from tests.conftest import load_script
+
+    load_script("tiny_configs").write("reformer", tmp_path / "reformer")
+    with pytest.raises(UnsupportedError, match="ReformerModelWithLMHead draws random numbers while it runs"):
+        logits_of(open_checkpoint(tmp_path / "reformer"), architectures.rows(1, 24))
 
 
 def test_infinities_as_transformers_writes_them_are_read(tmp_path: Path) -> None:
