@@ -44,12 +44,14 @@ from eval.metrics import (
 )
 from eval.routing import ExpertChoices, LayerRouting, compare_choices
 from recompile.checkpoint.checkpoint import WeightSource
-from recompile.errors import MismatchError, NotFiniteError, OutputError
+from recompile.errors import MismatchError, NotFiniteError, OutputError, UnsupportedError
 from recompile.events import OnEvent, Progress, ignore
+from recompile.formats.cache_types import CacheFormat
 from recompile.io.files import write_atomically
 from recompile.merge.overlay import Overlay
 from recompile.model.activations import QuantizedInputs
 from recompile.model.finite import WIDER, check_finite, name_of
+from recompile.model.kv_cache import SimulatedCache, attends
 from recompile.model.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
@@ -91,6 +93,39 @@ class ModelScore:
 
 
 @dataclass(frozen=True)
+class CacheUsed:
+    """The quantized cache that a candidate attended through.
+
+    layers: that keep keys and values, of all `of_layers`; what others keep (Mamba, linear attention) was left as it is
+    bytes_per_token: of context, over all these layers; of those with a window it grows up to that window only
+    """
+
+    name: str  # as -cq has it
+    engine: str
+    flags: str  # of the engine
+    key_bits: float  # stored bits a value, scales included
+    value_bits: float
+    layers: int
+    of_layers: int
+    bytes_per_token: float
+
+    @staticmethod
+    def of(stored_as: CacheFormat, seen: SimulatedCache, of_layers: int) -> CacheUsed:
+        keys, values = seen.values_per_token
+        key_bits, value_bits = stored_as.key_bits, stored_as.value_bits
+        return CacheUsed(
+            stored_as.name,
+            stored_as.engine,
+            stored_as.flags,
+            key_bits,
+            value_bits,
+            seen.layers,
+            of_layers,
+            (keys * key_bits + values * value_bits) / 8,
+        )
+
+
+@dataclass(frozen=True)
 class DiffReport:
     """What `model_diff` measured. A is the candidate, B the reference."""
 
@@ -126,6 +161,7 @@ class DiffReport:
     by_position: tuple[Slice, ...] = ()  # by length of context, where rows are long
     rows_role: str = ""  # which part of the text or trace the rows are: "report", "all"; "" where that is not known
     positions: str = "all"  # of a trace: "response" where only predictions of what the model wrote are counted
+    cache: CacheUsed | None = None  # the candidate's keys and values, where they are quantized
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,6 +178,7 @@ class DiffOptions:
     device: str = "cpu"
     vocab: int | None = None  # true vocabulary where the model pads it
     quantized_inputs: frozenset[int] = frozenset()  # candidates (Overlays) run with their inputs quantized as they say
+    caches: tuple[CacheFormat | None, ...] = ()  # a candidate: what it keeps its keys and values in; None: as they are
     origins: tuple[str, ...] = ()  # per row, what kind of text it is from; empty where that is not known
     lengths: tuple[int, ...] = ()  # per row, tokens without the padding; empty where there is none
     counted: Tensor | None = field(default=None, compare=False)  # bool [rows, tokens] that figures are of; None: all
@@ -179,17 +216,27 @@ def compare_many(
 ) -> Iterator[Event]:
     """As `compare`, with the reference run once for all candidates: per stage a LayerDrift of each candidate, at the
     end (after a RowsCompared per row) a DiffReport of each, both in the order given. Holds the hidden states
-    of all of them."""
+    of all of them; weights of a candidate that is given several times (with other caches) are read once."""
     options = options or DiffOptions()
     model_b = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
     models: list[LayeredModel] = []
-    for candidate in candidates:
-        model = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
-        check_same_skeleton(model_b, model)
-        if len(models) in options.quantized_inputs:
-            model.model.set_experts_implementation("eager")  # one linear call an expert, which QuantizedInputs sees
-        models.append(model)
+    made: dict[tuple[int, bool], LayeredModel] = {}
+    for number, candidate in enumerate(candidates):
+        key = id(candidate), number in options.quantized_inputs
+        if key not in made:
+            made[key] = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
+            check_same_skeleton(model_b, made[key])
+            if number in options.quantized_inputs:
+                made[key].model.set_experts_implementation(
+                    "eager"
+                )  # a linear call an expert, which QuantizedInputs sees
+        models.append(made[key])
     _check_ids(ids, model_b.vocab_size)
+    if any(options.caches) and not attends(model_b.layers):
+        raise UnsupportedError(
+            f"{{cache_quant}}: no layer of {type(model_b.model).__name__} keeps keys and values for later tokens, so "
+            f"that there is no cache to quantize"
+        )
     yield from _Comparison(models, model_b, ids, options, rows_source, rows_sha256).run()
 
 
@@ -279,11 +326,18 @@ class _Comparison:
         self.floor_ids = ids[:1, : min(FLOOR_TOKENS, max(2, first_length // 2))]
         self.stages: list[list[LayerDrift]] = [[] for _ in candidates]
         self.routing: list[list[LayerRouting]] = [[] for _ in candidates]
+        formats = options.caches or (None,) * len(candidates)
+        kind = b.model.config.model_type
+        self.caches = [SimulatedCache.of(each, kind) if each is not None else None for each in formats]
 
     @torch.inference_mode()
     def run(self) -> Iterator[Event]:
         states_b = list(self._embed(self.b))
-        states = [list(self._embed(model)) for model in self.candidates]
+        states: list[list[Tensor]] = [[] for _ in self.candidates]
+        for model, (first, *others) in self._by_model():
+            states[first] = list(self._embed(model))
+            for number in others:
+                states[number] = [state.clone() for state in states[first]]
         floor = next(self.b.embed(self.floor_ids, 1))
         yield from self._finish_stage("embedding", states, states_b)
         for index in range(self.b.depth):
@@ -291,22 +345,15 @@ class _Comparison:
                 floor = self.b.run_layer(index, floor)
                 with ExpertChoices().watching(self.b.layers[index]) as chosen_b:
                     self._run_layer(self.b, index, states_b)
-            for number, (model, states_a) in enumerate(zip(self.candidates, states, strict=True)):
-                with (
-                    model.layer(index) as layer,
-                    self._inputs(number, index),
-                    ExpertChoices().watching(layer) as chosen,
-                ):
-                    self._run_layer(model, index, states_a)
-                routing = compare_choices(self.b.prefix_of_layer(index), chosen_b, chosen, len(self.ids), self.meant)
-                self.routing[number] += [routing] if routing is not None else []
+            self._run_candidates(index, states, chosen_b)
             yield from self._finish_stage(self.b.prefix_of_layer(index), states, states_b)
         with self.b.norm_loaded() as norm:
             floor = norm(floor)
             states_b = [norm(state) for state in states_b]
-        for n, model in enumerate(self.candidates):
+        for model, numbers in self._by_model():
             with model.norm_loaded() as norm:
-                states[n] = [norm(state) for state in states[n]]
+                for n in numbers:
+                    states[n] = [norm(state) for state in states[n]]
         yield from self._finish_stage("norm", states, states_b)
         pieces: list[list[TokenMetrics]] = [[] for _ in self.candidates]
         floor_kl = yield from self._compare_logits(states, states_b, floor, pieces)
@@ -314,6 +361,28 @@ class _Comparison:
             whole = TokenMetrics.cat(found)
             placed = whole.reshape(len(self.ids)) if self.counted is None else whole.placed(self.counted)
             yield self._report(n, placed, floor_kl)
+
+    def _by_model(self) -> list[tuple[LayeredModel, list[int]]]:
+        """Every model of the candidates once, with the numbers of those that are it."""
+        found: dict[int, tuple[LayeredModel, list[int]]] = {}
+        for number, model in enumerate(self.candidates):
+            found.setdefault(id(model), (model, []))[1].append(number)
+        return list(found.values())
+
+    def _run_candidates(self, index: int, states: list[list[Tensor]], chosen_b: ExpertChoices) -> None:
+        name = self.b.prefix_of_layer(index)
+        for model, numbers in self._by_model():
+            with model.layer(index) as layer:
+                for number in numbers:
+                    cache = self.caches[number]
+                    with (
+                        self._inputs(number, index),
+                        cache.of_layer(layer) if cache is not None else nullcontext(),
+                        ExpertChoices().watching(layer) as chosen,
+                    ):
+                        self._run_layer(model, index, states[number])
+                    routing = compare_choices(name, chosen_b, chosen, len(self.ids), self.meant)
+                    self.routing[number] += [routing] if routing is not None else []
 
     def _embed(self, model: LayeredModel) -> Iterator[Tensor]:
         for group in self.groups:
@@ -383,7 +452,7 @@ class _Comparison:
         with ExitStack() as stack:
             file_a = stack.enter_context(_LogitFile(self.options.save_candidate_logits, shape))
             file_b = stack.enter_context(_LogitFile(self.options.save_reference_logits, shape))
-            for model in (self.b, *self.candidates):
+            for model in (self.b, *(model for model, _ in self._by_model())):
                 stack.enter_context(model.head_loaded())
             length = floor.shape[1]
             first = [] if self.counted is None else [self._floor_logits(states_b[0], length)[:, :vocab].clone()]
@@ -456,7 +525,14 @@ class _Comparison:
             by_position=slices_by_position(found.kl, found.agree[..., 0], counted),
             rows_role=self.options.role,
             positions=self.options.positions,
+            cache=self._cache_used(number),
         )
+
+    def _cache_used(self, number: int) -> CacheUsed | None:
+        stored_as, seen = self.options.caches[number] if self.options.caches else None, self.caches[number]
+        if stored_as is None or seen is None:
+            return None
+        return CacheUsed.of(stored_as, seen, len(self.b.structure.ran))
 
 
 def _not_finite(b: LayeredModel, logits_b: Tensor, a: LayeredModel, logits_a: Tensor, row: int) -> NotFiniteError:

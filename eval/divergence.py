@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from eval.metrics import Mean, paired_difference
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, UnsupportedError
 from recompile.events import OnEvent, Progress, ignore
+from recompile.formats.cache_types import CacheFormat
 from recompile.io.memory import available_bytes, format_mib
+from recompile.model.kv_cache import SimulatedCache
 from recompile.model.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
@@ -168,17 +171,19 @@ def divergence(
     device: str = "cpu",
     vocab: int | None = None,
     reference: LayeredModel | None = None,
+    cache: CacheFormat | None = None,
     on_event: OnEvent = ignore,
 ) -> Divergence:
-    """Where a candidate's greedy runs leave the reference's. Streams the candidate once."""
+    """Where a candidate's greedy runs, keys and values kept in `cache`, leave the reference's. Streams it once."""
     model = LayeredModel.of(candidate, dtype=dtype, device=device)
+    seen = SimulatedCache.of(cache, model.model.config.model_type) if cache is not None else None
     if reference is not None:
         check_same_skeleton(reference, model)
     what = f"greedy runs of {getattr(candidate, 'label', 'A')}"
     states = list(model.embed(runs.ids[:, :-1], batch))
     for index in range(model.depth):
         on_event(Progress(what, index, model.depth + 1, unit="layers"))
-        with model.layer(index):
+        with model.layer(index) as layer, seen.of_layer(layer) if seen is not None else nullcontext():
             for n, state in enumerate(states):
                 states[n] = model.run_layer(index, state, n * batch)
     with model.norm_loaded() as norm:

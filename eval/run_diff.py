@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval.cache_sweep import CachePoint, sweep_of
 from eval.diff import DiffOptions, DiffReport, measure_many
 from eval.divergence import Divergence, divergence, greedy_runs, parse_divergence
 from eval.metrics import Mean, paired_difference
@@ -17,6 +18,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.tied_head import find_tied_head
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
+from recompile.formats.cache_types import CacheFormat, parse_cache, parse_sweep
 from recompile.io.files import read_text
 from recompile.merge.explain import reached_aside
 from recompile.merge.left_dense import left_dense
@@ -46,6 +48,8 @@ class DiffRequest:
     device: str
     dtype: str | None
     divergence: str | None = None  # PROMPTSxTOKENS of greedy runs
+    cache_quant: str | None = None
+    cache_sweep: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class ModelDiff:
     recipe: str | None  # its text, so that a report can be set beside the profile that predicted it
     with_activations: DiffReport | None  # the same with inputs quantized as the candidate's schemes say
     divergence: Divergence | None = None  # of greedy runs, where asked for
+    cache_sweep: tuple[CachePoint, ...] = ()  # through other caches, in the order asked for
 
     def as_dict(self) -> dict[str, Any]:
         more: dict[str, Any] = {}
@@ -65,6 +70,8 @@ class ModelDiff:
             more["with_activations"] = self.with_activations.as_dict()
         if self.divergence is not None:
             more["divergence"] = asdict(self.divergence)
+        if self.cache_sweep:
+            more["cache_sweep"] = [asdict(point) for point in self.cache_sweep]
         return {
             **self.report.as_dict(),
             "size": {**self.overlay.accounting.as_dict(), "left_dense": left_dense(self.overlay).as_dict()},
@@ -129,12 +136,15 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
     Raises MismatchError for builds of different models, RecipeError, ArgumentError.
     """
     _check_trace(request)
+    _check_caches(request)
     base, mix = open_checkpoint(reference), open_checkpoint(candidate)
     overlay = _overlay_of(mix, request.recipe, base, request, on_event)
     _check_divergence(request)
     report, *others = _measure([overlay], base, request, on_event)
+    with_inputs = others.pop(0) if request.activations else None
     (parted,) = _divergences([overlay], base, request, on_event)
-    return _model_diff(report, overlay, request.recipe, others[0] if others else None, parted)
+    found = _model_diff(report, overlay, request.recipe, with_inputs, parted)
+    return replace(found, cache_sweep=sweep_of(report, others))
 
 
 def run_diffs(
@@ -148,8 +158,11 @@ def run_diffs(
         raise ArgumentError(f"{{save_logits_a}}: goes with one candidate; {len(candidates)} are given")
     if request.activations:
         raise ArgumentError(f"{{activations}}: goes with one candidate; {len(candidates)} are given")
+    if request.cache_sweep:
+        raise ArgumentError(f"{{cache_sweep}}: goes with one candidate; {len(candidates)} are given")
     _check_divergence(request)
     _check_trace(request)
+    _check_caches(request)
     base = open_checkpoint(reference)
     overlays = [_overlay_of(open_checkpoint(model), recipe, base, request, on_event) for model, recipe in candidates]
     reports = _measure(overlays, base, request, on_event)
@@ -199,7 +212,8 @@ def _overlay_of(
 def _measure(
     overlays: Sequence[Overlay], base: Checkpoint, request: DiffRequest, on_event: OnEvent
 ) -> list[DiffReport]:
-    """A report of each; with `activations` one more, of the first with its inputs quantized."""
+    """A report of each; with `activations` one more, of the first with its inputs quantized; then one of the first
+    through each cache of the sweep."""
     if base.is_quantized:
         on_event(Note(base_note(base), "Warning"))
     for checkpoint in {one.path: one for one in (base, *(overlay.base for overlay in overlays))}.values():
@@ -214,6 +228,9 @@ def _measure(
         ids = torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
     if request.save_input_ids is not None:
         tokens.save_rows(rows, request.save_input_ids)
+    stored_as = _cache_of(request)
+    sweep = parse_sweep(request.cache_sweep)
+    sources = [*overlays, *([overlays[0]] if request.activations else [])]
     options = DiffOptions(
         batch=request.batch_size,
         top_k=request.topk_max,
@@ -229,9 +246,14 @@ def _measure(
         quantized_inputs=frozenset({len(overlays)} if request.activations else ()),
         save_candidate_logits=request.save_logits_a,
         save_reference_logits=request.save_logits_b,
+        caches=(*[stored_as] * len(sources), *sweep),
     )
-    sources = [*overlays, *([overlays[0]] if request.activations else [])]
+    sources += [overlays[0]] * len(sweep)
     return measure_many(sources, base, ids, options, on_event, rows_source=rows.source, rows_sha256=rows.sha256)
+
+
+def _cache_of(request: DiffRequest) -> CacheFormat | None:
+    return parse_cache(request.cache_quant) if request.cache_quant is not None else None
 
 
 def _check_trace(request: DiffRequest) -> None:
@@ -250,6 +272,11 @@ def _check_trace(request: DiffRequest) -> None:
 
 
 PROMPT_TOKENS = 48  # of a row's beginning, which greedy runs go on from
+
+
+def _check_caches(request: DiffRequest) -> None:
+    _cache_of(request)
+    parse_sweep(request.cache_sweep)
 
 
 def _check_divergence(request: DiffRequest) -> None:
@@ -287,7 +314,7 @@ def _divergences(
         "on_event": on_event,
     }
     runs = greedy_runs(base, rows.ids[:count, :PROMPT_TOKENS], new_tokens, **how)
-    return [divergence(overlay, runs, **how) for overlay in overlays]
+    return [divergence(overlay, runs, cache=_cache_of(request), **how) for overlay in overlays]
 
 
 def _model_diff(

@@ -515,6 +515,7 @@ def _comparing(
     save_input_ids: PathLike | None = None,
     save_logits_b: PathLike | None = None,
     divergence: str | None = None,
+    cache_quant: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -534,6 +535,7 @@ def _comparing(
         "device": device,
         "dtype": dtype,
         "divergence": divergence,
+        "cache_quant": cache_quant,
     }
 
 
@@ -545,6 +547,7 @@ def diff(
     recipe: PathLike | None = None,
     activations: bool = False,
     save_logits_a: PathLike | None = None,
+    cache_sweep: Sequence[str] = (),
     on_event: OnEvent | None = None,
     **comparing: Any,
 ) -> ModelDiff:
@@ -560,13 +563,19 @@ def diff(
     keep_b: take the reference's state after so many stages; topk_max: the largest K; batch_size: rows a batch
     save_...: files for the token rows and both models' logits
     divergence: "32x300" for greedy runs of 32 prompts and 300 tokens: where the candidate's leave the reference's
+    cache_quant: the candidate attends through a quantized cache, "8,6" as exllamav3 stores it or "q8_0,q4_0" as
+    llama.cpp does; cache_sweep: also through each of these, in one pass
 
     Both are streamed layer by layer, and nothing is written. Raises MismatchError for builds of different models.
     """
     from eval.run_diff import DiffRequest, run_diff
 
     request = DiffRequest(
-        recipe=as_path(recipe), activations=activations, save_logits_a=as_path(save_logits_a), **_comparing(**comparing)
+        recipe=as_path(recipe),
+        activations=activations,
+        save_logits_a=as_path(save_logits_a),
+        cache_sweep=tuple(cache_sweep),
+        **_comparing(**comparing),
     )
     return run_diff(str(candidate), str(reference), request, on_event or ignore)
 
@@ -610,6 +619,7 @@ def engine_diff(
     save_base_logits: PathLike | None = None,
     with_torch: bool = True,
     threads: int | None = None,
+    cache_quant: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -621,7 +631,7 @@ def engine_diff(
 
     chunks of `length` tokens, default 8, of which the second half counts; library: your own libllama; base_logits: a
     file of llama-perplexity in place of the reference's run; save_base_logits: writes one; with_torch: our own forward
-    pass beside it
+    pass beside it; cache_quant: types of the candidate's keys and values, "q8_0,q4_0"
     """
     from eval.engines.run import EngineRun, run_engine_diff
 
@@ -639,6 +649,7 @@ def engine_diff(
         save_base_logits=as_path(save_base_logits),
         with_torch=with_torch,
         threads=threads,
+        cache_quant=cache_quant,
         device=device,
         dtype=dtype,
     )

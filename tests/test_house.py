@@ -215,6 +215,7 @@ FLAGS_OF_OTHERS = {
     "eval/engines/builds.py": ("--no-deps",),  # pip
     "eval/engines/environments.py": None,  # Python and pip
     "eval/engines/base_logits.py": ("--save-all-logits",),  # llama-perplexity
+    "recompile/formats/cache_types.py": ("-cq", "-ctk", "-ctv", "-fa"),  # exllamav3, llama.cpp
     "eval/engines/process.py": ("-c",),  # python
     "eval/search/refine_journal.py": ("--max-step", "--pool", "--active-bpw"),  # in keys of journals begun before
 }

@@ -35,6 +35,7 @@ class ContextLayout:
     n_threads: int  # n_threads_batch follows
     type_k: int  # type_v follows
     logits_all: int | None = None  # bool; only the fork has it
+    flash_attn: int | None = None  # an enum where 1 is on, a bool in the fork; None: of before September 2025
 
     @property
     def is_fork(self) -> bool:
@@ -68,7 +69,7 @@ BUILDS = (
         9371,
         "modelnexus/native/linux-x86_64/libllama.so.0",
         ("libggml-base.so.0", "libggml.so.0"),
-        ContextLayout(n_ctx=0, n_batch=4, n_ubatch=8, n_threads=20, type_k=96),
+        ContextLayout(n_ctx=0, n_batch=4, n_ubatch=8, n_threads=20, type_k=96, flash_attn=44),
         quantizes=True,
     ),
     Build(
@@ -78,7 +79,7 @@ BUILDS = (
         11549,
         "xllamacpp/xllamacpp.abi3.so",
         (),
-        ContextLayout(n_ctx=0, n_batch=4, n_ubatch=8, n_threads=28, type_k=104),
+        ContextLayout(n_ctx=0, n_batch=4, n_ubatch=8, n_threads=28, type_k=104, flash_attn=52),
         quantizes=False,
     ),
     Build(
@@ -88,7 +89,7 @@ BUILDS = (
         None,
         "ik_llama_cpp/lib/libllama.so",
         (),
-        ContextLayout(n_ctx=4, n_batch=8, n_ubatch=12, n_threads=20, type_k=96, logits_all=140),
+        ContextLayout(n_ctx=4, n_batch=8, n_ubatch=12, n_threads=20, type_k=96, logits_all=140, flash_attn=143),
         quantizes=False,
         quantize_program="ik_llama_cpp/bin/llama-quantize",
     ),
@@ -211,6 +212,7 @@ def probe_context(defaults: bytes) -> ContextLayout:
     if types is None:
         raise _unknown("two caches of f16 behind a null callback are missing", words)
     logits_all = _fork_booleans(defaults, 4 * types) if start == 1 else None
+    flash_attn = logits_all + 3 if logits_all is not None else 4 * (enums + 3) if words[enums + 3] == -1 else None
     return ContextLayout(
         n_ctx=4 * start,
         n_batch=4 * start + 4,
@@ -218,6 +220,7 @@ def probe_context(defaults: bytes) -> ContextLayout:
         n_threads=4 * threads,
         type_k=4 * types,
         logits_all=logits_all,
+        flash_attn=flash_attn,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +27,9 @@ from eval.engines.process import Engine, EngineModel
 from eval.metrics import Mean, Quantiles, kl_divergence, mean_over_rows, quantiles
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, NotFiniteError, RecompileError
+from recompile.formats.cache_types import CacheFormat
 from recompile.model.finite import WIDER, is_finite
+from recompile.model.kv_cache import SimulatedCache
 from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import TextSource, assign_roles
 
@@ -88,6 +90,7 @@ class EngineReport:
     kl: KlFigures  # from the engine's logits, neither clipped nor rounded (against a base file: its clipped ones)
     torch: TorchFigures | None
     versions: dict[str, str]
+    cache: str = ""  # what the candidate keeps its keys and values in; "": the engine's default, f16
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,6 +142,7 @@ class TorchSide:
     """Two models streamed layer by layer over all chunks at once; keeps the normed states of the counted positions.
 
     ids: int64 [chunks, n_ctx]
+    cache: through which the candidate attends
     """
 
     def __init__(
@@ -149,19 +153,22 @@ class TorchSide:
         *,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        cache: CacheFormat | None = None,
     ) -> None:
         self.models = tuple(LayeredModel.of(source, dtype=dtype, device=device) for source in (candidate, reference))
         check_same_skeleton(self.models[1], self.models[0])
         self.first, self.last = counted(ids.shape[1])
-        self.states = tuple(self._run(model, ids) for model in self.models)
+        kind = self.models[0].model.config.model_type
+        caches = (SimulatedCache.of(cache, kind) if cache is not None else None, None)
+        self.states = tuple(self._run(model, ids, seen) for model, seen in zip(self.models, caches, strict=True))
 
-    def _run(self, model: LayeredModel, ids: Tensor) -> Tensor:
+    def _run(self, model: LayeredModel, ids: Tensor, cache: SimulatedCache | None) -> Tensor:
         """[chunks, counted positions, hidden] after the last norm."""
         with torch.inference_mode():
             batch = max(1, BATCH_TOKENS // ids.shape[1])
             states = list(model.embed(ids, batch))
             for index in range(model.depth):
-                with model.layer(index):
+                with model.layer(index) as layer, cache.of_layer(layer) if cache is not None else nullcontext():
                     states = [model.run_layer(index, state, n * batch) for n, state in enumerate(states)]
             with model.norm_loaded() as norm:
                 return torch.cat([norm(state[:, self.first : self.last]) for state in states])
@@ -198,12 +205,14 @@ def compare_with_engine(
     dtype: torch.dtype | None = None,
     text: str = "",
     threads: int | None = None,
+    cache: CacheFormat | None = None,
 ) -> Iterator[EngineEvent]:
     """Run two GGUF files over chunks of tokens, int32 [chunks, n_ctx]; yields a ChunkDone a chunk, last the report.
 
     reference: the base's file; None where `base`, an opened base-logits file, takes its place
     save_base: where to write the base's logits for llama-perplexity or for another run
     sources:   candidate and reference opened as checkpoints, to run both in torch beside the engine
+    cache:     what the candidate keeps its keys and values in, in the engine and in torch; the reference keeps f16
     Raises EngineError (missing, refused), MismatchError for files of different vocabularies.
     """
     chunks, n_ctx = tokens.shape
@@ -217,7 +226,7 @@ def compare_with_engine(
     figures: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         engine_a = stack.enter_context(Engine(installed, threads=threads))
-        model_a = engine_a.load(candidate, n_ctx)
+        model_a = engine_a.load(candidate, n_ctx, cache)
         engine_b = None
         if reference is not None:
             engine_b = stack.enter_context(Engine(installed, threads=threads))
@@ -233,7 +242,7 @@ def compare_with_engine(
         side = None
         if sources is not None:
             ids = torch.tensor([with_bos(chunk, model_a) for chunk in tokens])
-            side = stack.enter_context(TorchSide(*sources, ids, device=device, dtype=dtype))
+            side = stack.enter_context(TorchSide(*sources, ids, device=device, dtype=dtype, cache=cache))
         for number, chunk in enumerate(tokens):
             run, labels = with_bos(chunk, model_a), chunk[first + 1 : last + 1]
             blocks_b = (
@@ -291,6 +300,7 @@ def compare_with_engine(
             dtype=str(side.models[0].dtype).removeprefix("torch."),
         ),
         versions=versions(),
+        cache=cache.name if cache is not None else "",
     )
 
 

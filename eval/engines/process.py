@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.engines.builds import EngineError, Installed
+from recompile.formats.cache_types import CacheFormat
+from recompile.formats.gguf_types import find_type
 
 ROOT = Path(__file__).resolve().parents[2]  # what holds the packages `eval` and `recompile`
 _COMPLAINT = re.compile(
@@ -87,14 +89,17 @@ class Engine:
             self._log.close()
             self._log = None
 
-    def load(self, path: Path | str, n_ctx: int) -> EngineModel:
+    def load(self, path: Path | str, n_ctx: int, cache: CacheFormat | None = None) -> EngineModel:
         """Load a GGUF file (the first of its splits) with a context of n_ctx tokens.
+
+        cache: what keys and values are stored in, with flash attention on; None: the engine's default, f16
 
         Raises EngineError with the engine's own words where it refuses.
         """
         if not Path(path).is_file():
             raise EngineError(f"{path}: there is no such file; the engine reads a GGUF file")
-        found = self._ask(do="load", path=str(path), n_ctx=n_ctx, threads=self.threads)
+        types = None if cache is None else [find_type(kind).type_id for kind in (cache.keys, cache.values)]
+        found = self._ask(do="load", path=str(path), n_ctx=n_ctx, threads=self.threads, cache=types)
         self.model = EngineModel(**{key: found[key] for key in EngineModel.__dataclass_fields__})
         return self.model
 

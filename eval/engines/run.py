@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, no_table_of_names, open_checkpoint
 from recompile.errors import ArgumentError, MismatchError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
+from recompile.formats.cache_types import EXLLAMA, CacheFormat, parse_cache
 from recompile.merge.overlay import check_same_model
 from recompile.model import tokens
 from recompile.model.devices import compute_device, compute_dtype
@@ -43,6 +44,7 @@ class EngineRun:
     threads: int | None
     device: str
     dtype: str | None
+    cache_quant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class EngineDiff:
 def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
     """Compare in the engine. on_event: gets a ChunkDone a chunk."""
     installed = find_engine(run.engine, run.library)
+    cache = _cache_of(run)
     base = None
     if run.base_logits is not None:
         if run.save_base_logits is not None:
@@ -88,6 +91,7 @@ def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
         dtype=compute_dtype(run.dtype),
         text=text,
         threads=run.threads,
+        cache=cache,
     ):
         if isinstance(event, EngineReport):
             report = event
@@ -97,6 +101,17 @@ def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
             on_event(Progress(what, event.done, len(chunks), "chunks"))
     assert report is not None, "compare_with_engine ends with its report"
     return EngineDiff(report, tuple(done))
+
+
+def _cache_of(run: EngineRun) -> CacheFormat | None:
+    if run.cache_quant is None:
+        return None
+    cache = parse_cache(run.cache_quant)
+    if cache.engine == EXLLAMA:
+        raise ArgumentError(
+            f'{{cache_quant}} "{run.cache_quant}": {run.engine} stores no such cache; give its types, such as q8_0'
+        )
+    return replace(cache, engine=run.engine)
 
 
 def _no_names(reference: Checkpoint) -> str:

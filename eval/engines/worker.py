@@ -127,7 +127,9 @@ class Library:
 class Model:
     """A loaded file with one context."""
 
-    def __init__(self, library: Library, path: str, n_ctx: int, threads: int) -> None:
+    def __init__(
+        self, library: Library, path: str, n_ctx: int, threads: int, cache: tuple[int, int] | None = None
+    ) -> None:
         self.library = library
         self.model = library.call("llama_model_load_from_file", os.fsencode(path), self._model_params())
         if not self.model:
@@ -147,9 +149,22 @@ class Model:
             struct.pack_into("<i", params.raw, offset, value)
         if layout.logits_all is not None:
             params.raw[layout.logits_all] = 1
+        if cache is not None:
+            self._set_cache(params, *cache)
         self.context = library.call("llama_init_from_model", self.model, params)
         if not self.context:
             raise EngineError(f"{path}: the engine made no context of {n_ctx} tokens")
+
+    def _set_cache(self, params: _Params, type_k: int, type_v: int) -> None:
+        """Types of keys and values, by ggml's numbers; flash attention on, without which values are not quantized."""
+        layout = self.library.layout
+        if layout.flash_attn is None:
+            raise EngineError("this libllama is too old for a quantized cache here: its flash attention is not found")
+        struct.pack_into("<2i", params.raw, layout.type_k, type_k, type_v)
+        if layout.is_fork:
+            params.raw[layout.flash_attn] = 1
+        else:
+            struct.pack_into("<i", params.raw, layout.flash_attn, 1)
 
     def _model_params(self) -> _Params:
         params: _Params = self.library.call("llama_model_default_params")
@@ -292,7 +307,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
                 continue
             assert library is not None
             if kind == "load":
-                model = Model(library, request["path"], request["n_ctx"], request["threads"])
+                model = Model(library, request["path"], request["n_ctx"], request["threads"], request["cache"])
                 answer({"ok": True, **model.about()})
             elif kind == "quantize":
                 quantize(library, request)

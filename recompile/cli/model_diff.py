@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, command, show
+from recompile.cli.common import Screen, check_json_path, show
 from recompile.cli.options import (
     device_options,
     engine_options,
+    many_values_command,
     model_b_option,
     output_options,
     text_options,
@@ -20,7 +21,7 @@ from recompile.cli.render_diff import describe_diff, describe_many
 from recompile.cli.render_engine import describe_engine
 
 
-@command(
+@many_values_command(
     "model_diff",
     outputs={
         "--json": "json_path",
@@ -93,6 +94,23 @@ from recompile.cli.render_engine import describe_engine
     metavar="PROMPTSxTOKENS",
     help="Also where greedy runs of A leave B's, e.g. 32x300. B's weights must fit in memory for that.",
 )
+@click.option(
+    "-cq",
+    "--cache-quant",
+    "--cache_quant",
+    metavar="BITS[,BITS]",
+    help="A's keys and values in a quantized cache: 8 or 8,6 as exllamav3 stores it, q8_0 or q8_0,q4_0 as llama.cpp "
+    "does, ik:q8_0 as ik_llama.cpp does.",
+)
+@click.option(
+    "-cqs",
+    "--cache-quant-sweep",
+    "--cache_quant_sweep",
+    "cache_sweep",
+    multiple=True,
+    metavar="BITS[,BITS] ...",
+    help="Also A through each of these caches, in one pass; exllamav3 and llama.cpp stand for lists of their own.",
+)
 @engine_options
 @device_options
 @output_options
@@ -116,6 +134,7 @@ def main(
       model_diff -ma 3bpw -mb base -or overrides.yaml -r 10 --json diff.json
       model_diff -ma 3bpw -mb base --trace trace.safetensors
       model_diff -ma gptq -ma mix -ma healed -mb base -r 20
+      model_diff -ma base -mb base -cqs q8_0 q8_0,q4_0 q4_0
       model_diff --engine llama.cpp -ma Q4_K_M.gguf -mb BF16.gguf --llama-chunks 20
     """
     check_json_path(json_path)
@@ -187,8 +206,9 @@ NOT_WITH_ENGINE = (
     "divergence",
     "trace",
     "positions",
+    "cache_sweep",
 )
-ONE_ONLY = ("activations", "save_logits_a")  # of several candidates none is meant
+ONE_ONLY = ("activations", "save_logits_a", "cache_sweep")  # of several candidates none is meant
 
 
 def _given(ctx: click.Context, name: str) -> bool:

@@ -10,7 +10,7 @@ from recompile.io.sizes import format_bpw, format_bytes
 from recompile.merge.left_dense import left_dense
 
 if TYPE_CHECKING:
-    from eval.diff import DiffReport
+    from eval.diff import CacheUsed, DiffReport
     from eval.metrics import Slice
     from eval.run_diff import ManyDiffs, ModelDiff
     from recompile.merge.overlay import Overlay
@@ -20,6 +20,8 @@ def describe_diff(found: ModelDiff) -> str:
     parts = [_layer_table(found.report), _summary(found.report, found.overlay)]
     if found.with_activations is not None:
         parts.append(_with_inputs(found.report, found.with_activations))
+    if found.cache_sweep:
+        parts += ["", _sweep(found)]
     if found.divergence is not None:
         parts += ["", f"Greedy runs ({_runs(found)}): {found.divergence}"]
     return "\n".join(parts)
@@ -28,6 +30,46 @@ def describe_diff(found: ModelDiff) -> str:
 def _runs(found: ModelDiff) -> str:
     assert found.divergence is not None
     return f"{found.divergence.prompts} prompts x {found.divergence.new_tokens} tokens"
+
+
+def _cache(used: CacheUsed) -> str:
+    rest = used.of_layers - used.layers
+    others = f"; what the other {rest} keep is left as it is" if rest else ""
+    return (
+        f"{used.name} as {used.engine} stores it ({used.flags}): {used.key_bits:g} bits a value of keys, "
+        f"{used.value_bits:g} of values, {format_bytes(used.bytes_per_token)} a token; {used.layers} of "
+        f"{used.of_layers} layers attend through it{others}"
+    )
+
+
+def _sweep(found: ModelDiff) -> str:
+    """A row a cache, and what it adds to A as the report has it."""
+    rows = [
+        (
+            point.cache.name,
+            f"{point.bits:.2f}",
+            format_bytes(point.cache.bytes_per_token),
+            f"{point.kl.mean:.6f}" + _error(point.kl.std_error, 6),
+            f"{point.difference.mean:+.6f}" + _error(point.difference.std_error, 6),
+            f"{point.interval[0]:+.6f} to {point.interval[1]:+.6f}" if point.interval is not None else "-",
+            f"{point.kl_quantiles.p99:.4f}",
+            f"{100 * point.same_top.mean:.2f} %",
+            f"{point.perplexity:.4f}",
+        )
+        for point in found.cache_sweep
+    ]
+    header = (
+        *("cache", "bits a value", "a token", "KL(B || A), nats/token", "more than above", "95 %", "p99"),
+        *("same top token", "perplexity"),
+    )
+    used = found.cache_sweep[0].cache
+    rest = used.of_layers - used.layers
+    lines = [
+        f"A through quantized caches; {used.layers} of {used.of_layers} layers attend through one"
+        + (f", what the other {rest} keep is left as it is" if rest else ""),
+        format_columns(rows, header, tuple(range(1, len(header)))),
+    ]
+    return "\n".join(lines)
 
 
 def describe_many(found: ManyDiffs) -> str:
@@ -68,6 +110,7 @@ def describe_many(found: ManyDiffs) -> str:
         f"B (reference): {first.reference}",
         f"Measured on:   {_rows_of(first)}, {first.dtype} on {first.device}; B's perplexity "
         f"{first.score_reference.perplexity:.4f}",
+        *([f"Their cache:   {_cache(first.cache)}"] if first.cache is not None else []),
         "",
         format_columns(rows, header, tuple(range(1, len(header)))),
         "",
@@ -152,6 +195,7 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         f"A's size:      {format_bpw(size.bpw)} bpw over quantized modules, head {format_bpw(size.head_bpw)}, "
         f"embedding {format_bpw(size.embedding_bpw)}, {format_bytes(size.total_bytes)} in all",
         f"               {left_dense(overlay)}",
+        *([f"A's cache:     {_cache(report.cache)}"] if report.cache is not None else []),
         f"Measured on:   {_rows_of(report, whole=True)}, {report.dtype} on {report.device}",
         "",
         f"A perplexity: {a.perplexity:.8f}" + _error(a.perplexity_std_error),

@@ -31,6 +31,7 @@ def _summary(report: EngineReport) -> str:
         f"B (reference): {report.reference}",
         f"Measured on:   {report.chunks} chunks x {report.n_ctx} tokens, {report.tokens} of them count; {report.text}",
         f"Engine:        {report.engine}",
+        *([f"A's cache:     {report.cache}, flash attention on; B's is f16"] if report.cache else []),
         "",
         "KL(B || A) in nats a token, unclipped; standard errors over chunks:",
         f"  engine: {_figures(report.kl)}{clipped}",
@@ -44,6 +45,8 @@ def _summary(report: EngineReport) -> str:
         ]
         if t.engine_reference is not None:
             lines.append(f"  B:      {_figures(t.engine_reference)}")
+        if report.cache:
+            lines.append("The KL in torch is that of the cache as it is simulated; B attends to its keys as they are.")
         lines.append(
             "The engine rounds activations to 8 bits before it multiplies them with quantized weights and keeps its "
             "cache in f16;\ntorch does neither. KLs that differ by no more than that say nothing about the weights."

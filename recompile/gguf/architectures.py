@@ -588,3 +588,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     )
 }
+
+
+def keys_are_interleaved(model_type: str) -> bool:
+    """Whether conversion to GGUF reorders a model's keys, so that the two halves of a head that rotary embedding turns
+    together lie side by side in llama.cpp: value i of half j is number 2 i + j of a head."""
+    return any(row.permuted and model_type in row.model_types for row in ARCHITECTURES.values())
