@@ -117,7 +117,8 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
 )
 @rounding_option(
     "With GPTQ: weigh errors by the inputs of a map alone, or also by the gradients at its outputs, which takes a "
-    "backward pass over the calibration rows. Default: two-sided where --stats is given.",
+    "backward pass over the calibration rows. Default: two-sided where --stats is given. GGUF types are rounded to "
+    "nearest, as llama-quantize does, unless this is given.",
 )
 @click.option(
     "--stats",

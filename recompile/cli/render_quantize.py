@@ -69,7 +69,11 @@ def _gguf_summary(report: VariantsReport) -> str:
         error = _mean([entry.relative_error for entry in quantized])
         rows.append((file, format_bpw(8 * size / weights), format_bytes(size), f"{error:.4f}", types))
     text = format_columns(rows, ("file", "bpw", "size", "rel. error", "tensors by type"), range(1, 4))
-    for preset, _ in report.tensors.items():
+    for preset, made in report.tensors.items():
+        rounded = [entry for entry in made if entry.rounding]
+        if rounded:
+            both = sum(entry.rounding.startswith("two-sided") for entry in rounded)
+            text += f"\n{preset}: codes of {len(rounded)} tensors by error feedback, {both} of them two-sided"
         noted: dict[tuple[str, str, str], int] = {}
         for entry in report.noted(preset):
             key = (entry.asked, entry.got, entry.note)

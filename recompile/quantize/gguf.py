@@ -44,6 +44,7 @@ from recompile.model.decoded import as_dense
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputPower
+from recompile.quantize.gguf_rounding import Feedback
 
 BATCH_TOKENS = 2048
 # Never quantized; GGUF keeps them as float32, whatever the architecture (llama.cpp's quantizer passes over the same).
@@ -306,6 +307,7 @@ class Made:
     size_bytes: int
     relative_error: float  # |W - Wq| / |W|, Frobenius
     note: str = ""
+    rounding: str = ""  # how its codes were chosen; empty: each by itself
 
     @property
     def bits(self) -> float:
@@ -333,6 +335,13 @@ class VariantPlan:
     extra: Mapping[str, Tensor]  # tensors that follow from the config: rope factors
     layers: int  # that presets count
     left_out: tuple[str, ...] = ()  # tensors of towers and draft heads, which are files of their own for the engine
+    feedback: Feedback | None = None  # for codes that make up for each other's errors
+
+    @property
+    def order(self) -> list[int]:
+        """Numbers of tensors as they are made: with feedback a tied embedding last, as the head that it is."""
+        numbers = range(len(self.tensors))
+        return sorted(numbers, key=lambda n: self.feedback is not None and self.tensors[n].name == VOCABULARY[0])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -344,6 +353,7 @@ class VariantPlan:
         return {
             "base": self.base.identity,
             "importance": digest.hexdigest(),
+            **({} if self.feedback is None else {"rounding": self.feedback.key}),
             "headers": [hashlib.sha256(variant.layout.header).hexdigest() for variant in self.variants],
         }
 

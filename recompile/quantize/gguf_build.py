@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
@@ -22,6 +23,7 @@ from recompile.gguf.names import text_config_of
 from recompile.io.files import finished_meanwhile, sync_directory
 from recompile.io.journal import LineJournal
 from recompile.quantize.gguf import VOCABULARY, BaseTensor, Made, TensorDone, VariantPlan, VariantsReport, place_pieces
+from recompile.quantize.gguf_rounding import Order, layer_of, summary_of
 
 BUILDING_SUFFIX = ".building"
 CHUNK_ROWS_BYTES = 1 << 28  # float32 bytes encoded at a time
@@ -38,9 +40,10 @@ def build_variants(plan: VariantPlan) -> Iterator[TensorDone | VariantsReport]:
     done = 0
     try:
         journal.open()
-        for number, tensor in enumerate(plan.tensors):
+        for made, number in enumerate(plan.order):
+            tensor = plan.tensors[number]
             size = 4 * math.prod(tensor.ne)
-            if number >= journal.count:
+            if made >= journal.count:
                 journal.add(_build_tensor(plan, number, journal))
             done += size
             yield TensorDone(tensor.name, done, total)
@@ -68,23 +71,26 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
     sizes, unseen = [0] * len(plan.variants), False
     noise, signal = [0.0] * len(plan.variants), 0.0
     offsets = [variant.layout.offsets[number] for variant in plan.variants]
+    notes: list[list[str]] = [[] for _ in plan.variants]  # of rounding
     for module, rows in _rows_of(plan.base, tensor):  # the tensor, or its experts one after another
         importance = _importance_of(plan, module, tensor)
         looked_up = tensor.name == "token_embd.weight"  # unless it is the head too, it has no inputs to weigh errors by
         unseen = unseen or (plan.importance is not None and importance is None and not tensor.plain and not looked_up)
-        step = max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
+        improve = _feedback_of(plan, tensor, module, len(rows))
+        step = len(rows) if improve is not None else max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             signal += float(part.double().square().sum())
-            encoded: dict[str, tuple[bytes, float]] = {}
+            encoded: dict[str, tuple[bytes, float, str]] = {}
             for n, variant in enumerate(plan.variants):
                 kind = variant.kinds[number]
                 if kind.name not in encoded:
                     # a type that has to have importance, where no token came by: every column counts the same
                     flat = importance is None and plan.importance is not None and kind.name in NEEDS_IMPORTANCE
                     counts = torch.ones(tensor.ne[0]) if flat else importance
-                    encoded[kind.name] = _encode(kind, part, counts, tensor.name)
-                raw, error = encoded[kind.name]
+                    encoded[kind.name] = _encode(kind, part, counts, tensor.name, improve)
+                raw, error, note = encoded[kind.name]
+                notes[n] += [note] if note else []
                 _write_at(journal.files[n], raw, offsets[n] + sizes[n])
                 sizes[n] += len(raw)
                 noise[n] += error
@@ -97,18 +103,38 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
         if unseen and kind.is_quantized:
             note += ("; " if note else "") + "no calibration token reached it: made without importance"
         error = math.sqrt(noise[n] / signal) if signal else 0.0
-        made.append(Made(tensor.name, asked, kind.name, math.prod(tensor.ne), sizes[n], error, note))
+        made.append(
+            Made(tensor.name, asked, kind.name, math.prod(tensor.ne), sizes[n], error, note, summary_of(notes[n]))
+        )
     return made
 
 
-def _encode(kind: GgufType, rows: Tensor, importance: Tensor | None, name: str) -> tuple[bytes, float]:
-    """The bytes and the squared error of some rows."""
+Improve = Callable[[GgufType, Tensor, Tensor], tuple[Tensor, str]]
+
+
+def _feedback_of(plan: VariantPlan, tensor: BaseTensor, module: str, rows: int) -> Improve | None:
+    """What chooses better codes for all rows of a map; None where they stay as encoded."""
+    fused = tensor.place.fused
+    if plan.feedback is None or tensor.plain or (fused is not None and fused.how == "kv_b"):
+        return None  # keys and values of a latent are multiplied the other way round
+    whole = rows * (len(fused.parts) if fused is not None else 1)
+    order = Order.of(tensor.place, heads_in(text_config_of(plan.base.config)), whole, tensor.ne[0])
+    return functools.partial(plan.feedback.improve, module=module, layer=layer_of(tensor.name), order=order)
+
+
+def _encode(
+    kind: GgufType, rows: Tensor, importance: Tensor | None, name: str, improve: Improve | None
+) -> tuple[bytes, float, str]:
+    """The bytes and the squared error of some rows, and what is to be noted."""
     try:
         packed = quantize_rows(kind, rows, importance)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from error
+    note = ""
+    if improve is not None:
+        packed, note = improve(kind, packed, rows)
     dense = dequantize_rows(kind, packed, rows.shape[1])
-    return packed.numpy().tobytes(), float((dense - rows).double().square().sum())
+    return packed.numpy().tobytes(), float((dense - rows).double().square().sum()), note
 
 
 def _rows_of(base: Checkpoint, tensor: BaseTensor) -> Iterator[tuple[str, Tensor]]:

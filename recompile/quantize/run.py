@@ -36,6 +36,7 @@ from recompile.quantize.gguf import (
 from recompile.quantize.gguf_build import build_variants
 from recompile.quantize.gguf_convert import convert
 from recompile.quantize.gguf_mix import is_gguf_recipe, read_mix
+from recompile.quantize.gguf_rounding import Feedback, InputHessians
 from recompile.quantize.lazy_variant import read_importance
 from recompile.quantize.mix import MixEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
@@ -121,9 +122,10 @@ class QuantizeOptions:
 
     def _check_two_sided(self) -> None:
         """What cannot be rounded so is said before the backward pass."""
-        if self.engine != "own" or self.format == "gguf":
-            what = f"{{engine}} {self.engine}" if self.engine != "own" else "{format} gguf"
-            raise ArgumentError(f"{{rounding}} two-sided: not with {what}, whose encoder is not ours to feed back into")
+        if self.engine != "own":
+            raise ArgumentError(
+                f"{{rounding}} two-sided: not with {{engine}} {self.engine}, whose encoder is not ours to feed into"
+            )
         if "gptq" not in self.method and self.modifiers is None:
             raise ArgumentError(f"{{rounding}} two-sided: goes with {{method}} gptq, not {self.method}")
 
@@ -150,7 +152,7 @@ def run_quantize(
     """
     options.check()
     if options.format == "gguf" or (options.recipe is not None and is_gguf_recipe(options.recipe)):
-        return _make_gguf(base, out, options, on_event)
+        return _make_gguf(base, out, options, on_event, measure_outputs)
     if options.engine != "own":
         return _run_engine(base, out, options, on_event)
     return _make_safetensors(base, out, options, on_event, measure_outputs)
@@ -230,7 +232,13 @@ def _output_statistics(
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def _make_gguf(base_dir: Path, out: Path, options: QuantizeOptions, on_event: OnEvent) -> VariantsReport:
+def _make_gguf(
+    base_dir: Path,
+    out: Path,
+    options: QuantizeOptions,
+    on_event: OnEvent,
+    measure_outputs: MeasureOutputs | None,
+) -> VariantsReport:
     """One GGUF file for each type, preset or mix."""
     folder = out if options.recipe is None else out.parent
     if options.converter:
@@ -261,6 +269,18 @@ def _make_gguf(base_dir: Path, out: Path, options: QuantizeOptions, on_event: On
         plan = replace(plan, importance=found)
         if options.save_imatrix is not None:
             write_imatrix(options.save_imatrix, imatrix_of(found, plan.tensors, rows.ids.shape[1]))
+    outputs: StoredStatistics | None = None
+    if options.rounding is not None or options.two_sided:
+        rows, vocab = options.where.read([base.path], "calibrate")
+        check_vocabulary(base, vocab)
+        if options.two_sided:
+            assert measure_outputs is not None, "handed in by recompile.api"
+            outputs = _output_statistics(base, out, rows, options, measure_outputs, on_event)
+        inputs = InputHessians(
+            base, rows.ids, device=compute_device(options.device), dtype=compute_dtype(options.dtype)
+        )
+        key = f"{rows.sha256} {outputs.fingerprint if outputs is not None else ''}"
+        plan = replace(plan, feedback=Feedback(inputs, outputs, key))
     report: VariantsReport | None = None
     for event in build_variants(plan):
         on_event(event)
@@ -269,6 +289,8 @@ def _make_gguf(base_dir: Path, out: Path, options: QuantizeOptions, on_event: On
         else:
             on_event(Progress("encoding", event.done_bytes, event.total_bytes, "bytes", event.tensor))
     assert report is not None, "build_variants ends with its report"
+    if outputs is not None and options.stats is None:
+        shutil.rmtree(outputs.path)
     return report
 
 

@@ -97,6 +97,11 @@ class RoundingGrid:
     table: Tensor | None = None
     offset: Tensor | None = None
 
+    def rows(self, rows: slice) -> RoundingGrid:
+        """Some of its rows, as views."""
+        parts = {name: getattr(self, name) for name in ("scale", "low", "high", "offset")}
+        return replace(self, **{name: part[rows] for name, part in parts.items() if part is not None})
+
     def without_offset(self, weight: Tensor) -> Tensor:
         """weight [O, I] less its offsets."""
         return weight if self.offset is None else weight - self.offset[:, self.group]

@@ -84,7 +84,7 @@ def test_without_stats_they_are_gone_when_the_variants_are_whole(tmp_path: Path,
     ("options", "message"),
     [
         (("--rounding", "two-sided", "--method", "rtn"), "goes with --method gptq"),
-        (("--rounding", "two-sided", "--format", "gguf"), "not with --format gguf"),
+        (("--rounding", "two-sided", "--format", "exl2", "--engine", "exllamav2"), "not with --engine exllamav2"),
         (("--rounding", "one-sided", "--stats", "x"), "leave out --rounding"),
     ],
 )
