@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from eval.attribution import Attribution, attribute
 from eval.cache_sweep import CachePoint, sweep_of
 from eval.diff import DiffOptions, DiffReport, measure_many
 from eval.divergence import Divergence, divergence, greedy_runs, parse_divergence
 from eval.metrics import Mean, paired_difference
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.tied_head import find_tied_head
+from recompile.costs import LEVELS
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats.cache_types import CacheFormat, parse_cache, parse_sweep
@@ -50,6 +53,9 @@ class DiffRequest:
     divergence: str | None = None  # PROMPTSxTOKENS of greedy runs
     cache_quant: str | None = None
     cache_sweep: tuple[str, ...] = ()
+    attribute: str | None = None  # a level of groups
+    iso: bool = False
+    attribute_journal: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class ModelDiff:
     with_activations: DiffReport | None  # the same with inputs quantized as the candidate's schemes say
     divergence: Divergence | None = None  # of greedy runs, where asked for
     cache_sweep: tuple[CachePoint, ...] = ()  # through other caches, in the order asked for
+    attribution: Attribution | None = None  # of KL to groups of modules, where asked for
 
     def as_dict(self) -> dict[str, Any]:
         more: dict[str, Any] = {}
@@ -72,6 +79,8 @@ class ModelDiff:
             more["divergence"] = asdict(self.divergence)
         if self.cache_sweep:
             more["cache_sweep"] = [asdict(point) for point in self.cache_sweep]
+        if self.attribution is not None:
+            more["attribution"] = self.attribution.as_dict()
         return {
             **self.report.as_dict(),
             "size": {**self.overlay.accounting.as_dict(), "left_dense": left_dense(self.overlay).as_dict()},
@@ -137,6 +146,7 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
     """
     _check_trace(request)
     _check_caches(request)
+    _check_attribute(request)
     base, mix = open_checkpoint(reference), open_checkpoint(candidate)
     overlay = _overlay_of(mix, request.recipe, base, request, on_event)
     _check_divergence(request)
@@ -144,7 +154,8 @@ def run_diff(candidate: str, reference: str, request: DiffRequest, on_event: OnE
     with_inputs = others.pop(0) if request.activations else None
     (parted,) = _divergences([overlay], base, request, on_event)
     found = _model_diff(report, overlay, request.recipe, with_inputs, parted)
-    return replace(found, cache_sweep=sweep_of(report, others))
+    parts = _attributed(overlay, base, request, on_event) if request.attribute is not None else None
+    return replace(found, cache_sweep=sweep_of(report, others), attribution=parts)
 
 
 def run_diffs(
@@ -160,9 +171,12 @@ def run_diffs(
         raise ArgumentError(f"{{activations}}: goes with one candidate; {len(candidates)} are given")
     if request.cache_sweep:
         raise ArgumentError(f"{{cache_sweep}}: goes with one candidate; {len(candidates)} are given")
+    if request.attribute is not None:
+        raise ArgumentError(f"{{attribute}}: goes with one candidate; {len(candidates)} are given")
     _check_divergence(request)
     _check_trace(request)
     _check_caches(request)
+    _check_attribute(request)
     base = open_checkpoint(reference)
     overlays = [_overlay_of(open_checkpoint(model), recipe, base, request, on_event) for model, recipe in candidates]
     reports = _measure(overlays, base, request, on_event)
@@ -220,12 +234,7 @@ def _measure(
         tied_head = find_tied_head(checkpoint)
         if tied_head is not None and not tied_head.is_copy:
             on_event(Note(f"{checkpoint.label}: {tied_head}", "Warning"))
-    rows, vocab = request.where.read_own([base.path, *(overlay.base.path for overlay in overlays)], "report")
-    vocab = check_vocabulary(base, vocab)
-    ids = rows.ids
-    if request.gen_prompt:
-        prefix = tokens.with_tokenizer(base.path, _chat_prompt)
-        ids = torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
+    ids, rows, vocab = _rows_of(overlays, base, request)
     if request.save_input_ids is not None:
         tokens.save_rows(rows, request.save_input_ids)
     stored_as = _cache_of(request)
@@ -263,6 +272,7 @@ def _check_trace(request: DiffRequest) -> None:
     for given, name in (
         (request.gen_prompt, "{gen_prompt}"),
         (request.divergence is not None, "{divergence}"),
+        (request.attribute is not None, "{attribute}"),
         (request.save_input_ids is not None, "{save_input_ids}"),
         (request.save_logits_a is not None, "{save_logits_a}"),
         (request.save_logits_b is not None, "{save_logits_b}"),
@@ -272,6 +282,43 @@ def _check_trace(request: DiffRequest) -> None:
 
 
 PROMPT_TOKENS = 48  # of a row's beginning, which greedy runs go on from
+
+
+def _rows_of(
+    overlays: Sequence[Overlay], base: Checkpoint, request: DiffRequest
+) -> tuple[Tensor, tokens.Rows, int | None]:
+    """What is run, int64 [rows, tokens]; where it is from; and the true vocabulary of a padded one."""
+    rows, vocab = request.where.read_own([base.path, *(overlay.base.path for overlay in overlays)], "report")
+    vocab = check_vocabulary(base, vocab)
+    ids = rows.ids
+    if request.gen_prompt:
+        prefix = tokens.with_tokenizer(base.path, _chat_prompt)
+        ids = torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
+    return ids, rows, vocab
+
+
+def _attributed(overlay: Overlay, base: Checkpoint, request: DiffRequest, on_event: OnEvent) -> Attribution:
+    ids, rows, _ = _rows_of([overlay], base, request)
+    return attribute(
+        overlay,
+        base,
+        ids,
+        level=request.attribute or "",
+        iso=request.iso,
+        journal=request.attribute_journal,
+        dtype=compute_dtype(request.dtype),
+        device=compute_device(request.device),
+        rows_sha256=rows.sha256,
+        rows_source=rows.source,
+        on_event=on_event,
+    )
+
+
+def _check_attribute(request: DiffRequest) -> None:
+    if request.iso and request.attribute is None:
+        raise ArgumentError("{iso}: goes with {attribute}")
+    if request.attribute is not None and request.attribute not in LEVELS:
+        raise ArgumentError(f'{{attribute}}: "{request.attribute}" is no level; wanted one of {", ".join(LEVELS)}')
 
 
 def _check_caches(request: DiffRequest) -> None:

@@ -548,6 +548,9 @@ def diff(
     activations: bool = False,
     save_logits_a: PathLike | None = None,
     cache_sweep: Sequence[str] = (),
+    attribute: str | None = None,
+    iso: bool = False,
+    attribute_journal: PathLike | None = None,
     on_event: OnEvent | None = None,
     **comparing: Any,
 ) -> ModelDiff:
@@ -565,6 +568,8 @@ def diff(
     divergence: "32x300" for greedy runs of 32 prompts and 300 tokens: where the candidate's leave the reference's
     cache_quant: the candidate attends through a quantized cache, "8,6" as exllamav3 stores it or "q8_0,q4_0" as
     llama.cpp does; cache_sweep: also through each of these, in one pass
+    attribute: "layer", "block", "fused", "expert" or "tensor": KL of each such group of the candidate by itself in the
+    reference; iso: beside isotropic noise of the same size; attribute_journal: where it goes on after an interruption
 
     Both are streamed layer by layer, and nothing is written. Raises MismatchError for builds of different models.
     """
@@ -575,6 +580,9 @@ def diff(
         activations=activations,
         save_logits_a=as_path(save_logits_a),
         cache_sweep=tuple(cache_sweep),
+        attribute=attribute,
+        iso=iso,
+        attribute_journal=as_path(attribute_journal),
         **_comparing(**comparing),
     )
     return run_diff(str(candidate), str(reference), request, on_event or ignore)

@@ -19,6 +19,7 @@ from recompile.cli.options import (
 )
 from recompile.cli.render_diff import describe_diff, describe_many
 from recompile.cli.render_engine import describe_engine
+from recompile.costs import LEVELS
 
 
 @many_values_command(
@@ -111,6 +112,15 @@ from recompile.cli.render_engine import describe_engine
     metavar="BITS[,BITS] ...",
     help="Also A through each of these caches, in one pass; exllamav3 and llama.cpp stand for lists of their own.",
 )
+@click.option(
+    "--attribute",
+    is_flag=False,
+    flag_value="fused",
+    type=click.Choice(LEVELS),
+    metavar="[LEVEL]",
+    help="Also the KL of each group of A by itself in B: layer, block, fused (the default), expert or tensor.",
+)
+@click.option("--iso", is_flag=True, help="With --attribute: beside isotropic noise as large as A's error there.")
 @engine_options
 @device_options
 @output_options
@@ -135,6 +145,7 @@ def main(
       model_diff -ma 3bpw -mb base --trace trace.safetensors
       model_diff -ma gptq -ma mix -ma healed -mb base -r 20
       model_diff -ma base -mb base -cqs q8_0 q8_0,q4_0 q4_0
+      model_diff -ma 3bpw -mb base -r 10 --attribute tensor --iso --json diff.json
       model_diff --engine llama.cpp -ma Q4_K_M.gguf -mb BF16.gguf --llama-chunks 20
     """
     check_json_path(json_path)
@@ -161,9 +172,7 @@ def main(
     if options["reference"] is None:
         raise click.UsageError("-mb is needed: model B, the reference")
     if len(candidates) == 1 and len(recipes) < 2:
-        with Screen(quiet) as screen:
-            found = api.diff(candidates[0], recipe=recipes[0] if recipes else None, **options, on_event=screen)
-        show(found.as_dict(), json_path, lambda: describe_diff(found))
+        _diff_one(candidates[0], recipes[0] if recipes else None, json_path, quiet, options)
         return
     for name in ONE_ONLY:
         if _given(ctx, name):
@@ -173,6 +182,21 @@ def main(
     with Screen(quiet) as screen:
         many = api.diff_many(mixes, **options, on_event=screen)
     show(many.as_dict(), json_path, lambda: describe_many(many))
+
+
+def _diff_one(
+    candidate: str, recipe: Path | None, json_path: Path | None, quiet: bool, options: dict[str, Any]
+) -> None:
+    from recompile import api
+
+    journal = None
+    if options["attribute"] is not None and json_path is not None and str(json_path) != "-":
+        journal = json_path.with_name(f"{json_path.name}.journal")  # an interrupted run goes on from it
+    with Screen(quiet) as screen:
+        found = api.diff(candidate, recipe=recipe, **options, attribute_journal=journal, on_event=screen)
+    show(found.as_dict(), json_path, lambda: describe_diff(found))
+    if journal is not None:
+        journal.unlink(missing_ok=True)
 
 
 def _candidates_with_recipes(candidates: tuple[str, ...], recipes: tuple[Path, ...]) -> list[tuple[str, Path | None]]:
@@ -207,8 +231,10 @@ NOT_WITH_ENGINE = (
     "trace",
     "positions",
     "cache_sweep",
+    "attribute",
+    "iso",
 )
-ONE_ONLY = ("activations", "save_logits_a", "cache_sweep")  # of several candidates none is meant
+ONE_ONLY = ("activations", "save_logits_a", "cache_sweep", "attribute", "iso")  # of several candidates none is meant
 
 
 def _given(ctx: click.Context, name: str) -> bool:

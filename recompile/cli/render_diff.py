@@ -10,6 +10,7 @@ from recompile.io.sizes import format_bpw, format_bytes
 from recompile.merge.left_dense import left_dense
 
 if TYPE_CHECKING:
+    from eval.attribution import Attribution
     from eval.diff import CacheUsed, DiffReport
     from eval.metrics import Slice
     from eval.run_diff import ManyDiffs, ModelDiff
@@ -22,6 +23,8 @@ def describe_diff(found: ModelDiff) -> str:
         parts.append(_with_inputs(found.report, found.with_activations))
     if found.cache_sweep:
         parts += ["", _sweep(found)]
+    if found.attribution is not None:
+        parts += ["", _attribution(found.attribution, found.report)]
     if found.divergence is not None:
         parts += ["", f"Greedy runs ({_runs(found)}): {found.divergence}"]
     return "\n".join(parts)
@@ -69,6 +72,41 @@ def _sweep(found: ModelDiff) -> str:
         + (f", what the other {rest} keep is left as it is" if rest else ""),
         format_columns(rows, header, tuple(range(1, len(header)))),
     ]
+    return "\n".join(lines)
+
+
+GROUPS_SHOWN = 40
+
+
+def _attribution(found: Attribution, report: DiffReport) -> str:
+    """A row a group, the most expensive first."""
+    with_noise = found.total_noise is not None
+    rows = [
+        (
+            each.group,
+            format_bpw(each.bits_per_weight),
+            f"{100 * each.relative_error:.2f} %",
+            f"{each.kl.mean:.6f}" + _error(each.kl.std_error, 6),
+            f"{100 * each.kl.mean / found.total.mean:.1f} %" if found.total.mean > 0 else "-",
+            *([f"{each.noise.mean:.6f}" + _error(each.noise.std_error, 6)] if each.noise is not None else []),
+            *([f"{each.against_noise:.2f}" if each.against_noise is not None else "-"] if with_noise else []),
+        )
+        for each in found.groups[:GROUPS_SHOWN]
+    ]
+    header = ["group", "bpw", "rel. error", "KL by itself, nats/token", "share"]
+    header += ["noise of that size", "KL / noise"] if with_noise else []
+    left = len(found.groups) - len(rows)
+    lines = [
+        f"A's groups ({found.level}), each by itself in B:",
+        format_columns(rows, header, tuple(range(1, len(header)))),
+        *([f"... and {left} more, which --json holds"] if left > 0 else []),
+        f"All of them added: {found.total}; together, as above: {report.kl}",
+    ]
+    if found.total_noise is not None and found.total_noise.mean > 0:
+        lines.append(
+            f"Noise of their sizes added: {found.total_noise}; A's errors cost "
+            f"{found.total.mean / found.total_noise.mean:.2f} times as much"
+        )
     return "\n".join(lines)
 
 
