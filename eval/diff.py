@@ -49,7 +49,7 @@ from recompile.events import OnEvent, Progress, ignore
 from recompile.formats.cache_types import CacheFormat
 from recompile.io.files import write_atomically
 from recompile.merge.overlay import Overlay
-from recompile.model.activations import QuantizedInputs
+from recompile.model.activations import QuantizedInputs, UnseenInputs, unseen_inputs
 from recompile.model.finite import WIDER, check_finite, name_of
 from recompile.model.kv_cache import SimulatedCache, attends
 from recompile.model.stream import LayeredModel, check_same_skeleton
@@ -162,6 +162,7 @@ class DiffReport:
     rows_role: str = ""  # which part of the text or trace the rows are: "report", "all"; "" where that is not known
     positions: str = "all"  # of a trace: "response" where only predictions of what the model wrote are counted
     cache: CacheUsed | None = None  # the candidate's keys and values, where they are quantized
+    unseen_inputs: tuple[UnseenInputs, ...] = ()  # with inputs quantized: modules whose inputs were not, and why
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -329,6 +330,7 @@ class _Comparison:
         formats = options.caches or (None,) * len(candidates)
         kind = b.model.config.model_type
         self.caches = [SimulatedCache.of(each, kind) if each is not None else None for each in formats]
+        self.seen_inputs: dict[int, set[str]] = {number: set() for number in options.quantized_inputs}
 
     @torch.inference_mode()
     def run(self) -> Iterator[Event]:
@@ -395,7 +397,13 @@ class _Comparison:
             return nullcontext()
         model = self.candidates[number]
         assert isinstance(model.source, Overlay), "only a mix of checkpoints says how inputs are quantized"
-        return QuantizedInputs(model, model.source, index)
+        return QuantizedInputs(model, model.source, index, seen=self.seen_inputs[number])
+
+    def _unseen_inputs(self, number: int) -> tuple[UnseenInputs, ...]:
+        model = self.candidates[number]
+        if number not in self.seen_inputs or not isinstance(model.source, Overlay):
+            return ()
+        return unseen_inputs(model.source, model, self.seen_inputs[number])
 
     def _run_layer(self, model: LayeredModel, index: int, states: list[Tensor]) -> None:
         for n, state in enumerate(states):
@@ -526,6 +534,7 @@ class _Comparison:
             rows_role=self.options.role,
             positions=self.options.positions,
             cache=self._cache_used(number),
+            unseen_inputs=self._unseen_inputs(number),
         )
 
     def _cache_used(self, number: int) -> CacheUsed | None:

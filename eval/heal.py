@@ -19,7 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eval.heal_output import check_name, write_healed
+from eval.heal_places import Place, whole_of
 from eval.metrics import kl_divergence
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
@@ -457,7 +458,7 @@ class _Healing:
         """Move everything once; returns the KL before."""
         model, source = self.model, self.source
         gradients: dict[str, Tensor] = {}
-        graphs: list[tuple[Tensor, Tensor, dict[str, Tensor], list[_Place]]] = []
+        graphs: list[tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]] = []
         with torch.no_grad():
             hidden = torch.cat(list(model.embed(ids, len(ids), source)))
         inputs: list[Tensor] = []
@@ -486,7 +487,7 @@ class _Healing:
         self.adam.step(self.movables, gradients, self._rate_now())
         return loss
 
-    def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[_Place]]:
+    def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]:
         """The loaded layer's input and output in a graph, its parameters that matter, and whose they are."""
         layer = self.model.layers[index]
         places = self._places(index)
@@ -503,7 +504,7 @@ class _Healing:
         leaf: Tensor,
         out: Tensor,
         parameters: Mapping[str, Tensor],
-        places: Sequence[_Place],
+        places: Sequence[Place],
         cotangent: Tensor,
         gradients: dict[str, Tensor],
     ) -> Tensor:
@@ -517,17 +518,19 @@ class _Healing:
         assert found[0] is not None, "a layer depends on its input"
         return found[0]
 
-    def _add(self, place: _Place, value: Tensor, gradient: Tensor, gradients: dict[str, Tensor]) -> None:
+    def _add(self, place: Place, value: Tensor, gradient: Tensor, gradients: dict[str, Tensor]) -> None:
         if place.expert is not None:
             value, gradient = value[place.expert], gradient[place.expert]
         if place.rows is not None:
             value, gradient = value[place.rows], gradient[place.rows]
+        if place.whole is not None:
+            value, gradient = place.whole.filled(value), place.whole.filled(gradient)
         for tensor in place.tensors:
             movable = self.movables[tensor]
             found = movable.gradient(None if movable.is_vector else value, gradient)
             gradients[tensor] = gradients[tensor] + found if tensor in gradients else found
 
-    def _places(self, index: int) -> list[_Place]:
+    def _places(self, index: int) -> list[Place]:
         """Where the movables of a loaded layer sit in its parameters."""
         model, prefix = self.model, f"{self.model.prefix_of_layer(index)}."
         found = []
@@ -544,14 +547,17 @@ class _Healing:
                 if module in of_module:
                     part = slice(start, start + rows) if len(weight.modules) > 1 else None
                     parameter = weight.parameter.removeprefix(prefix)
-                    found.append(_Place(parameter, weight.expert, part, tuple(of_module[module])))
+                    whole = None
+                    if shape is not None and weight.expert is None and len(weight.modules) == 1:
+                        whole = whole_of(model, weight.parameter, shape)
+                    found.append(Place(parameter, weight.expert, part, tuple(of_module[module]), whole))
                 start += rows
         for name, _ in model.layers[index].named_parameters():
             origin = model.origins[f"{prefix}{name}"]
             if origin.converter is None and origin.tensors[0] in self.movables:
                 movable = self.movables[origin.tensors[0]]
                 if movable.is_vector:
-                    found.append(_Place(name, None, None, (origin.tensors[0],)))
+                    found.append(Place(name, None, None, (origin.tensors[0],)))
         return found
 
     def _module_of(self, tensor: str) -> str:
@@ -587,7 +593,7 @@ class _Healing:
                     pieces.append(found[0])
                     for parameter, gradient in zip(moving, found[1:], strict=True):
                         tensors = tuple(t for t in self.movables if role_of(self._module_of(t)) == "head")
-                        self._add(_Place("", None, None, tensors), parameter.detach(), gradient, gradients)
+                        self._add(Place("", None, None, tensors), parameter.detach(), gradient, gradients)
             back = torch.autograd.grad(
                 normed, [leaf, *moving_norms.values()], torch.cat(pieces).view_as(normed), allow_unused=True
             )
@@ -663,16 +669,6 @@ class _Healing:
             "seconds": self.spent,
         }
         write_json(self.work / "state.json", about)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where movables sit: a parameter of the layer (name within it), one expert of it, some of its rows."""
-
-    parameter: str
-    expert: int | None
-    rows: slice | None
-    tensors: tuple[str, ...] = field(default=())
 
 
 class _OtherHead:

@@ -105,8 +105,12 @@ def _plain_logits(directory: Path, ids: Path) -> Any:
     for parameter in model.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+    rows = load_file(ids)["input_ids"]
     with torch.no_grad():
-        return model(input_ids=load_file(ids)["input_ids"], use_cache=False).logits.float()
+        try:
+            return model(input_ids=rows, use_cache=False).logits.float()
+        except AttributeError:  # Llama 4's wrapper asks the output of its text model for a field that it has not
+            return model.language_model(input_ids=rows, use_cache=False).logits.float()
 
 
 def _our_logits(directory: Path, ids: Path, folder: Path) -> Any:

@@ -25,6 +25,7 @@ def test_weights_that_layers_share_are_rounded_once() -> None:
     """Zamba 2 runs one block in several layers, with adapters whose names end in two numbers."""
     (row,) = dict(load_script("make_models_page").try_all(["zamba2"], 1)).values()
     assert {row[step] for step in ("logits", "quantize", "profile", "merge")} == {"yes"}, row
+    assert "gives it to several layers, and stops where such a one is packed (8 modules like it)" in row["loads"]
 
 
 def test_what_is_no_sequence_of_layers_runs_as_one_block() -> None:

@@ -321,6 +321,9 @@ def _with_inputs(report: DiffReport, with_inputs: DiffReport) -> str:
         f"perplexity {with_inputs.score_candidate.perplexity:.6f}, "
         f"same top token {100 * with_inputs.top_k_agreement[0].mean:.1f} %",
     ]
+    for unseen in with_inputs.unseen_inputs:
+        more = f" and {len(unseen.modules) - 1} more" if len(unseen.modules) > 1 else ""
+        lines.append(f"Not quantized: inputs of {unseen.modules[0]}{more}, which {unseen.why}")
     return "\n".join(lines)
 
 

@@ -8,7 +8,8 @@ running). Values are quantized and decoded again in the compute dtype's float32,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.costs import is_expert
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats import compressed_tensors, mx
 from recompile.formats.fp4 import round_e2m1
@@ -26,6 +28,7 @@ from recompile.model.stream import LayeredModel, LinearWeights
 if TYPE_CHECKING:
     from recompile.merge.overlay import Overlay
 
+NUMBERS = re.compile(r"\d+")
 SMALLEST_NVFP4_SCALE = 0.125  # in place of 0, as the library has it
 _STRATEGIES = ("token", "tensor", "group", "tensor_group")
 
@@ -157,18 +160,28 @@ class QuantizedInputs(LinearMode):
     see their inputs as their schemes quantize them.
 
     The model must run experts one by one (`set_experts_implementation("eager")`), as `of` arranges.
-    only: these modules alone; None: all
+    only: these modules alone; None: all. seen: gets the modules whose maps ran
     """
 
-    def __init__(self, model: LayeredModel, overlay: Overlay, index: int, only: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: LayeredModel,
+        overlay: Overlay,
+        index: int,
+        only: Collection[str] | None = None,
+        seen: set[str] | None = None,
+    ) -> None:
         super().__init__(LinearWeights(model, index))
         self._only = only
+        self._seen: set[str] = set() if seen is None else seen
         self._overlay, self._device = overlay, model.device
         self._inputs: dict[str, _Input | None] = {}
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         found = self.weights.find(weight)
         how = self._of(found.modules[0]) if found is not None else None
+        if found is not None:
+            self._seen.update(found.modules)
         if found is not None and how is not None:
             x = self._quantize(x, how, found.modules[0])
         return super().linear(x, weight, bias)
@@ -193,9 +206,38 @@ class QuantizedInputs(LinearMode):
 
 def quantizes_inputs(overlay: Overlay) -> bool:
     """Whether any module of the mix says how its inputs are quantized."""
-    return any(
-        bool(compressed_tensors.group_for(p.checkpoint, p.stored).get("input_activations"))
-        for p in overlay.placements.values()
-        if p.stored.is_quantized
-        and p.checkpoint.quantization_config.get("quant_method") == compressed_tensors.QUANT_METHOD
-    )
+    return any(True for _ in _that_quantize(overlay))
+
+
+def _that_quantize(overlay: Overlay) -> Iterator[str]:
+    for name, p in overlay.placements.items():
+        method = p.checkpoint.quantization_config.get("quant_method")
+        known = p.stored.is_quantized and method == compressed_tensors.QUANT_METHOD
+        if known and compressed_tensors.group_for(p.checkpoint, p.stored).get("input_activations"):
+            yield name
+
+
+@dataclass(frozen=True)
+class UnseenInputs:
+    """Modules whose schemes quantize inputs that were run as they are; why: the rest of a sentence."""
+
+    why: str
+    modules: tuple[str, ...]
+
+
+def unseen_inputs(overlay: Overlay, model: LayeredModel, seen: Collection[str]) -> tuple[UnseenInputs, ...]:
+    """What a run under `QuantizedInputs` of every layer, which saw the modules `seen`, has not quantized."""
+    inside = {name for index in range(model.depth) for name in model.modules_of_layer(index)}
+    alike = {NUMBERS.sub("#", name) for name in seen}
+    found: dict[str, list[str]] = {}
+    for name in _that_quantize(overlay):
+        if name in seen:
+            continue
+        if name not in inside:
+            why = "stand outside of the layers, where inputs are kept"
+        elif is_expert(name) and NUMBERS.sub("#", name) in alike:
+            why = "are experts that no token reached"
+        else:
+            why = "are multiplied by a function that is not seen here"
+        found.setdefault(why, []).append(name)
+    return tuple(UnseenInputs(why, tuple(names)) for why, names in found.items())

@@ -82,6 +82,9 @@ def _why_not(model: Any, target: str, pattern: str | None, kind: str) -> str | N
         return "takes it apart or puts it together while it loads, dense only; the weight stays random"
     if owner is not None and leaf in owner._parameters and pattern is not None:
         return _FUSED  # experts that the mapping collects
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if isinstance(owner, nn.Linear) and target in {*tied, *tied.values()}:
+        return "gives it to several layers, and stops where such a one is packed"
     if isinstance(owner, nn.Linear):
         return None if _initializes(model, name) else "stops while it initializes a packed module of this kind"
     if type(owner).__name__ == "Conv1D":

@@ -29,7 +29,7 @@ from recompile.formats.schemes import Scheme
 from recompile.model.roles import roles_of, turned_modules
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.float_grids import fit_levels, global_scale
-from recompile.quantize.gguf import BaseTensor, Preset, base_tensors, find_preset, layers_of
+from recompile.quantize.gguf import VOCABULARY, BaseTensor, Preset, base_tensors, find_preset, layers_of, rows_in_file
 from recompile.quantize.int_grids import fit_grid, normalise_importance, quantize_to_grid
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 
@@ -307,6 +307,7 @@ class GgufMaker:
     def store(self, base: Checkpoint) -> Stored:
         planned = base_tensors(base)
         kinds = gguf_types(base, planned, self.preset, self.literal)
+        cut = rows_in_file(base)
         tensors: dict[str, TensorInfo] = {}
         formats: dict[str, str] = {}
         fallbacks: dict[str, tuple[str, str]] = {}
@@ -315,6 +316,7 @@ class GgufMaker:
             for source in tensor.seen:  # experts one by one, whose rows are those of the stack
                 shape = base.tensors[source].shape
                 rows = base.tensors[source].numel // tensor.ne[0]
+                rows = cut if cut is not None and tensor.name in VOCABULARY else rows
                 tensors[source] = TensorInfo(source, got.name, shape, NOWHERE, 0, rows * got.row_bytes(tensor.ne[0]))
                 if tensor.plain:
                     continue

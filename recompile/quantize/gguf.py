@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, split_name
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, read_json, split_name
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
 from recompile.formats.gguf_encode import ENCODABLE, resolve
 from recompile.formats.gguf_types import FILE_TYPES, TYPES, GgufType, find_type
@@ -471,6 +471,23 @@ def _rows_of_vocabulary(architecture: Architecture, base: Checkpoint, tokenizer_
             f"file of the same model"
         )
     return tokens
+
+
+def rows_in_file(base: Checkpoint) -> int | None:
+    """How many rows of its vocabulary a Hugging Face base has in a GGUF file, where conversion leaves out those beyond
+    the tokenizer's last token; None where it leaves out none, or no tokenizer.json says how many tokens there are."""
+    path = base.path / "tokenizer.json"
+    vocab = text_config_of(base.config).get("vocab_size")
+    if isinstance(base, GgufCheckpoint) or not architecture_of(base.config.get("model_type")).cuts_vocabulary:
+        return None
+    if not path.is_file() or not isinstance(vocab, int):
+        return None
+    content = read_json(path)
+    model = content.get("model", {}).get("vocab", {})
+    ids = [*(model.values() if isinstance(model, dict) else range(len(model)))]
+    ids += [added["id"] for added in content.get("added_tokens") or ()]
+    tokens = max(ids, default=-1) + 1
+    return tokens if 0 < vocab - tokens <= MOST_PADDING else None
 
 
 def _stored_config(base: Checkpoint) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from recompile.model.rows import read_rows
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import tiny
+from tests.stream import architectures
 
 NAMES = ("w8a8", "fp8-dynamic", "fp8-static", "nvfp4-a4", "mxfp4-a4")
 
@@ -111,6 +112,31 @@ def test_model_diff_prints_both(built: Path, tmp_path: Path) -> None:
     assert found["with_activations"]["kl"]["mean"] > found["kl"]["mean"]
     refused = CliRunner().invoke(model_diff, ["-ma", str(tiny.base("llama-2")), *arguments])
     assert (refused.exit_code, "input_activations" in refused.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "module"),
+    [
+        ("glm4-moe", "are experts that no token reached", "model.layers.1.mlp.experts.0.down_proj"),
+        ("gemma4", "stand outside of the layers, where inputs are kept", "model.per_layer_model_projection"),
+        ("llama", None, ""),
+    ],
+)
+def test_modules_whose_inputs_were_not_quantized_are_named(
+    name: str, why: str | None, module: str, tmp_path: Path
+) -> None:
+    folder = architectures.checkpoint(name)
+    encoder = SchemeEncoder((uniform(parse_scheme("fp8-dynamic"), "rtn"),))
+    for _ in quantize_model(open_checkpoint(folder), tmp_path, encoder, architectures.rows(2, 12)):
+        pass
+    save_file({"input_ids": architectures.rows(1, 6)}, tmp_path / "ids")
+    arguments = ["-ma", str(tmp_path / "fp8-dynamic"), "-mb", str(folder), "--input-ids", str(tmp_path / "ids")]
+    ran = CliRunner().invoke(model_diff, [*arguments, "--quiet", "--activations", "--json", str(tmp_path / "j")])
+    assert ran.exit_code == 0, ran.output
+    found = json.loads((tmp_path / "j").read_text())["with_activations"]["unseen_inputs"]
+    assert [entry["why"] for entry in found] == ([why] if why else [])
+    assert not why or found[0]["modules"][0] == module
+    assert (f"Not quantized: inputs of {module}" in ran.output) == bool(why)
 
 
 def profile(built: Path, out: Path, *more: str) -> Result:

@@ -17,12 +17,14 @@ from torch import Tensor
 from eval.diff import DiffReport, compare
 from eval.heal import HealChecked, HealOptions, HealReport, HealRows, HealStep, Paired, _Healing, heal
 from eval.heal_output import REPORT
+from eval.heal_places import whole_of
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_heal import main as model_heal
 from recompile.cli.recompile import main as recompile_command
 from recompile.errors import OutputError, RecompileError, UnsupportedError
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.mlx_config import MlxScheme
+from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
 from recompile.quantize.movable import SCALES, Movable, as_floats, find_movables
@@ -31,6 +33,7 @@ from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import mixes, tiny
 from tests.commands import refusal, run
 from tests.formats.packers import pack_awq, pack_gptq
+from tests.stream import architectures
 
 TOKENS = 24
 
@@ -404,3 +407,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert "nothing was written" in said
     assert not (tmp_path / "worse").exists()
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_parameter_that_is_some_rows_of_a_stored_weight() -> None:
+    """HRM keeps gate, queries, keys and values in one tensor, and transformers takes it apart."""
+    base = open_checkpoint(architectures.checkpoint("hrm-text"))
+    model = LayeredModel.of(base, dtype=torch.float32)
+    stored = base.load("model.L_module.layers.0.attn.gqkv_proj.weight")
+    total = torch.zeros(stored.shape)
+    for leaf in ("gate_proj", "q_proj", "k_proj", "v_proj"):
+        name = f"model.L_module.layers.0.self_attn.{leaf}.weight"
+        whole = whole_of(model, name, tuple(stored.shape))
+        assert whole is not None
+        total += whole.filled(model.load_parameter(name))
+    assert torch.equal(total, stored)
+    other = "model.L_module.layers.0.self_attn.o_proj.weight"
+    assert whole_of(model, other, model.shapes[other]) is None

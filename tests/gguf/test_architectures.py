@@ -21,6 +21,7 @@ from recompile.gguf.names import architecture_of, text_config_of, text_name
 from recompile.model.stream import dense_names, transformers_config
 from recompile.quantize.gguf import plan_variants
 from recompile.quantize.gguf_build import build_variants
+from recompile.quantize.lazy_variant import make_variants, spec_of
 from tests import gguf_tiny
 
 # Keys that the converter leaves out and the engine would fill in with the same values, and the other way round.
@@ -167,6 +168,17 @@ def test_rows_beyond_the_tokens_are_left_out_where_the_converter_leaves_them_out
     assert transformers_config(made.config).vocab_size == tokens
     have, want = (checkpoint.load("model.embed_tokens.weight").float() for checkpoint in (made, base))
     assert torch.allclose(have, want[:tokens], atol=0 if kind == "F32" else 0.01)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(44, 44), (48, 48)])
+def test_a_candidate_on_the_fly_weighs_the_rows_that_the_file_will_have(tokens: int, rows: int, tmp_path: Path) -> None:
+    folder = gguf_tiny.write_tiny(tmp_path / "base", golden()["gemma3"])
+    vocab = {f"t{number}": number for number in range(tokens - 1)}
+    added = [{"id": tokens - 1, "content": "end"}]
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": added}))
+    ((_, made),) = make_variants(open_checkpoint(folder), [spec_of("Q8_0")])
+    assert made.modules["model.embed_tokens"].size_bytes == rows * 64 // 32 * 34
+    assert made.modules["model.embed_tokens"].shape == (48, 64)
 
 
 def test_fewer_tokens_than_rows_are_another_model_elsewhere(tmp_path: Path) -> None:
