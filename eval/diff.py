@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeAlias
@@ -53,6 +53,7 @@ from recompile.model.activations import QuantizedInputs, UnseenInputs, unseen_in
 from recompile.model.finite import WIDER, check_finite, name_of
 from recompile.model.kv_cache import SimulatedCache, attends
 from recompile.model.stream import LayeredModel, check_same_skeleton
+from recompile.model.tokens import Rows
 
 LOGIT_CHUNK_TOKENS = 256
 LARGEST_NLL = 700.0  # nats a token; beyond, perplexity overflows a double
@@ -187,6 +188,17 @@ class DiffOptions:
     positions: str = "all"  # what `counted` marks, for the report
     save_candidate_logits: Path | None = None
     save_reference_logits: Path | None = None
+
+    def over(self, rows: Rows) -> DiffOptions:
+        """The same of these rows: their kinds, lengths, role, and what counts of them."""
+        return replace(
+            self,
+            origins=tuple("+".join(sorted(set(origin.split("+")))) for origin in rows.origins),
+            lengths=tuple(rows.lengths.tolist()) if rows.lengths is not None else (),
+            counted=rows.counted,
+            role=rows.role,
+            positions=rows.positions,
+        )
 
 
 def compare(

@@ -19,7 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ from recompile.io.files import read_json, write_json
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
 from recompile.io.tensors import save_tensors
+from recompile.model.counted import pick, places_of, spread
 from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer, rows_of_text
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
+from recompile.model.used_rows import UsedRows, check_apart, recorded_rows
 from recompile.quantize.movable import Movable, MovedBuild, find_movables
 
 REPORT = "heal_report.json"
 WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its last state
 LOGIT_CHUNK_TOKENS = 256
 LEAST_TRAIN_ROWS = 4
+ROLES = {"train": "calibrate", "choose": "choose", "accept": "accept", "report": "report"}  # of a text or trace
 BLOCK_STEPS = 16  # steps whose rows the base runs over at a time
 BETAS, EPSILON = (
     (0.9, 0.99),
@@ -60,7 +63,11 @@ LEARNING_RATES = ((2.6, 4e-3), (3.6, 2e-3), (4.8, 1e-3), (99.0, 5e-4))
 
 @dataclass(frozen=True)
 class HealRows:
-    """int64 [rows, tokens] each; roles as above. second: another kind of text, named by `second_source`."""
+    """int64 [rows, tokens] each; roles as above. second: another kind of text, named by `second_source`.
+
+    counted: by name, bool [rows, tokens], the places of these rows whose KL counts; of those not named all do
+    used: which rows they are, for the report
+    """
 
     train: Tensor
     choose: Tensor
@@ -69,6 +76,9 @@ class HealRows:
     second: Tensor
     source: str = ""
     second_source: str = ""
+    counted: Mapping[str, Tensor] = field(default_factory=dict)
+    used: tuple[UsedRows, ...] = ()
+    positions: str = "all"
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -76,6 +86,8 @@ class HealRows:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 digest.update(repr(tuple(value.shape)).encode() + value.contiguous().numpy().tobytes())
+        for name, counted in sorted(self.counted.items()):
+            digest.update(name.encode() + counted.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -174,6 +186,7 @@ class HealReport:
     dtype: str
     rows_sha256: str
     kl_rows: Mapping[str, tuple[float, ...]]  # "report" and "second" of the healed build, row means
+    positions: str = "all"  # of a trace: "response" where only predictions of what the model wrote are counted
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -189,19 +202,23 @@ def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: in
     if where.input_ids is not None:
         raise ArgumentError("{input_ids}: rows of several roles are needed; give text with {text} or {dataset}")
     directories = [base.path, build.path]
-    train = where.read_up_to(directories, "calibrate", -(-tokens // where.length), LEAST_TRAIN_ROWS)
-    choose, accept, report = (where.read(directories, role)[0] for role in ("choose", "accept", "report"))
-    own = where.text is not None or where.dataset is not None
+    parts = {"train": where.read_up_to(directories, "calibrate", -(-tokens // where.length), LEAST_TRAIN_ROWS)}
+    parts |= {role: where.read(directories, role)[0] for role in ("choose", "accept", "report")}
+    used = tuple(UsedRows.of(rows, ROLES[name]) for name, rows in parts.items())
+    for name, rows in parts.items():
+        here = [(f"healing ({other.role} rows)", other) for other in used]
+        check_apart(rows, ROLES[name], [*recorded_rows([build.path]), *here])
+    own = any(given is not None for given in (where.text, where.dataset, where.trace))
     other = texts.default_text() if own else texts.other_text(texts.default_text())
     second, vocab = rows_of_text(other, first_with_tokenizer(directories), None, where.length, "report")
     found = HealRows(
-        train=train.ids,
-        choose=choose.ids,
-        accept=accept.ids,
-        report=report.ids,
+        **{name: rows.ids for name, rows in parts.items()},
         second=second.ids[: where.rows],
-        source=report.source,
+        source=parts["report"].source,
         second_source=second.source,
+        counted={name: rows.counted for name, rows in parts.items() if rows.counted is not None},
+        used=used,
+        positions=parts["report"].positions,
     )
     return found, check_vocabulary(base, vocab)
 
@@ -340,15 +357,15 @@ class _Healing:
             began = time.monotonic()
             earlier = self.spent
             stop = self.done >= self.steps or self.looks_since >= self.options.patience
-            for ids, wanted in self._batches() if not stop else ():
-                loss = self._step(ids, wanted)
+            for ids, wanted, counted in self._batches() if not stop else ():
+                loss = self._step(ids, wanted, counted)
                 self.done += 1
                 self.spent = earlier + time.monotonic() - began
                 yield HealStep(self.done, self.steps, loss)
                 late = self.options.minutes is not None and self.spent > 60 * self.options.minutes
                 if self.done % self.options.check_every and self.done != self.steps and not late:
                     continue
-                kl = self._row_kls(self.rows.choose, self.choose_states)
+                kl = self._row_kls("choose", self.choose_states)
                 found = Paired.of(before["choose"], kl)
                 is_best = found.after < self.best_kl
                 if is_best:
@@ -375,19 +392,21 @@ class _Healing:
         warm = min(1.0, (self.done + 1) / max(1.0, WARM_SHARE * self.steps))
         return self.rate * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training rows of the steps still to do, and the base's last hidden states of them. Rows come in an order of
-        their own in every round through them."""
-        count = len(self.rows.train)
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Training rows of the steps still to do, the base's last hidden states of them, and what counts of them. Rows
+        come in an order of their own in every round through them."""
+        count, counted = len(self.rows.train), self.rows.counted.get("train")
         order: list[int] = []
         while len(order) < self.steps * self.batch_rows:
             generator = torch.Generator().manual_seed(self.options.seed + len(order))
             order += torch.randperm(count, generator=generator).tolist()
         for first in range(self.done, self.steps, BLOCK_STEPS):
             last = min(self.steps, first + BLOCK_STEPS)
-            chosen = self.rows.train[order[first * self.batch_rows : last * self.batch_rows]]
-            states = self._teacher_states(chosen)
-            yield from zip(chosen.split(self.batch_rows), states.split(self.batch_rows), strict=True)
+            numbers = order[first * self.batch_rows : last * self.batch_rows]
+            chosen = self.rows.train[numbers]
+            states = self._teacher_states(chosen).split(self.batch_rows)
+            marks = [None] * len(states) if counted is None else counted[numbers].split(self.batch_rows)
+            yield from zip(chosen.split(self.batch_rows), states, marks, strict=True)
 
     @torch.no_grad()
     def _teacher_states(self, ids: Tensor) -> Tensor:
@@ -401,15 +420,23 @@ class _Healing:
             movable.delta = torch.zeros_like(movable.delta)
         found = {}
         self.choose_states = self._teacher_states(self.rows.choose)
-        found["choose"] = self._row_kls(self.rows.choose, self.choose_states)
+        found["choose"] = self._row_kls("choose", self.choose_states)
         for name, movable in self.movables.items():
             movable.delta = kept[name]
         return found
 
-    def _row_kls(self, ids: Tensor, teacher: Tensor) -> list[float]:
-        """KL(base || what is being healed) of every row, nats a token."""
+    def _row_kls(self, name: str, teacher: Tensor, source: WeightSource | None = None) -> list[float]:
+        """KL(base || what is being healed, or another source) of every row of a name, nats a token."""
         return row_kls(
-            self.model, self.source, self.teacher, self.base, ids, teacher, self.options.vocab, self.batch_rows
+            self.model,
+            source or self.source,
+            self.teacher,
+            self.base,
+            getattr(self.rows, name),
+            teacher,
+            self.options.vocab,
+            self.batch_rows,
+            self.rows.counted.get(name),
         )
 
     def _verdict(self, before: Mapping[str, list[float]]) -> HealReport:
@@ -417,12 +444,8 @@ class _Healing:
         rows: dict[str, tuple[float, ...]] = {}
         untouched = MovedBuild(self.build, {})
         for name in ("accept", "report", "second"):
-            ids = getattr(self.rows, name)
-            teacher = self._teacher_states(ids)
-            old = row_kls(
-                self.model, untouched, self.teacher, self.base, ids, teacher, self.options.vocab, self.batch_rows
-            )
-            new = self._row_kls(ids, teacher)
+            teacher = self._teacher_states(getattr(self.rows, name))
+            old, new = self._row_kls(name, teacher, untouched), self._row_kls(name, teacher)
             pairs[name] = Paired.of(old, new)
             rows[name] = tuple(new)
         kept = self.best_step > 0 and pairs["accept"].is_better
@@ -445,17 +468,18 @@ class _Healing:
             dtype=str(self.model.dtype),
             rows_sha256=self.rows.sha256(),
             kl_rows={name: rows[name] for name in ("report", "second")},
+            positions=self.rows.positions,
         )
         if kept:
-            about = report.as_dict()
+            about = {**report.as_dict(), "rows": [asdict(used) for used in self.rows.used]}
             del about["seconds"]  # told, but not written: two runs end with the same files
             write_healed(self.build, self.movables, self.out, about)
         return report
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    def _step(self, ids: Tensor, teacher: Tensor) -> float:
-        """Move everything once; returns the KL before."""
+    def _step(self, ids: Tensor, teacher: Tensor, counted: Tensor | None = None) -> float:
+        """Move everything once; returns the KL before. counted: bool [rows, tokens], what it is of; None: all."""
         model, source = self.model, self.source
         gradients: dict[str, Tensor] = {}
         graphs: list[tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]] = []
@@ -471,7 +495,7 @@ class _Healing:
                 else:
                     with torch.no_grad():
                         hidden = model.run_layer(index, hidden)
-        loss, cotangent = self._head(hidden, teacher, gradients)
+        loss, cotangent = self._head(hidden, teacher, gradients, counted)
         for index in reversed(range(model.depth)):
             if self.keeps_graph:
                 cotangent = self._pull_back(*graphs.pop(), cotangent, gradients)
@@ -563,8 +587,10 @@ class _Healing:
     def _module_of(self, tensor: str) -> str:
         return tensor.rpartition(".")[0]
 
-    def _head(self, hidden: Tensor, teacher: Tensor, gradients: dict[str, Tensor]) -> tuple[float, Tensor]:
-        """Mean KL of the batch, and the cotangent of what leaves the last layer."""
+    def _head(
+        self, hidden: Tensor, teacher: Tensor, gradients: dict[str, Tensor], counted: Tensor | None
+    ) -> tuple[float, Tensor]:
+        """Mean KL of what counts of the batch, and the cotangent of what leaves the last layer."""
         model, source = self.model, self.source
         with model.norm_loaded(source) as norm, model.head_loaded(source) as head:
             moving_norms: dict[str, Tensor] = {}  # by stored tensor
@@ -578,7 +604,8 @@ class _Healing:
             moving = [head.get_parameter("weight")] if self.head_moves else []
             for parameter in moving:
                 parameter.requires_grad_(True)
-            flat, wanted = normed.detach().flatten(0, 1), teacher.flatten(0, 1)
+            places = None if counted is None else counted.flatten().nonzero().flatten()
+            flat, wanted = (pick(states.flatten(0, 1), places) for states in (normed.detach(), teacher))
             total, pieces = 0.0, []
             with _OtherHead(self.teacher, self.base) as reference:
                 for start in range(0, len(flat), LOGIT_CHUNK_TOKENS):
@@ -594,9 +621,8 @@ class _Healing:
                     for parameter, gradient in zip(moving, found[1:], strict=True):
                         tensors = tuple(t for t in self.movables if role_of(self._module_of(t)) == "head")
                         self._add(Place("", None, None, tensors), parameter.detach(), gradient, gradients)
-            back = torch.autograd.grad(
-                normed, [leaf, *moving_norms.values()], torch.cat(pieces).view_as(normed), allow_unused=True
-            )
+            cotangent = spread(torch.cat(pieces)[None], places, normed.shape[:2].numel()).view_as(normed)
+            back = torch.autograd.grad(normed, [leaf, *moving_norms.values()], cotangent, allow_unused=True)
             for tensor, gradient in zip(moving_norms, back[1:], strict=True):
                 if gradient is not None:
                     gradients[tensor] = self.movables[tensor].gradient(None, gradient)
@@ -715,12 +741,17 @@ def row_kls(
     teacher_states: Tensor,
     vocab: int | None,
     batch: int,
+    counted: Tensor | None = None,
 ) -> list[float]:
-    """Mean KL(base || source) of every row, nats a token; teacher_states: the base's post-norm states of `ids`."""
+    """Mean KL(base || source) of every row, nats a token; teacher_states: the base's post-norm states of `ids`.
+
+    counted: bool [rows, tokens], the places that are meant; None: all
+    """
     normed = _normed(model, source, ids, batch)
     found = []
     with model.head_loaded(source), _OtherHead(teacher, base) as reference:
-        for mine, wanted in zip(normed, teacher_states, strict=True):
+        for row, both in enumerate(zip(normed, teacher_states, strict=True)):
+            mine, wanted = (pick(states, places_of(counted, row)) for states in both)
             pieces = []
             for start in range(0, len(mine), LOGIT_CHUNK_TOKENS):
                 part = slice(start, start + LOGIT_CHUNK_TOKENS)

@@ -31,6 +31,7 @@ from recompile.model.activations import quantizes_inputs
 from recompile.model.decoded import base_note
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary, read_rows
+from recompile.model.used_rows import check_apart, recorded_rows
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,8 @@ def _measure(
         if tied_head is not None and not tied_head.is_copy:
             on_event(Note(f"{checkpoint.label}: {tied_head}", "Warning"))
     ids, rows, vocab = _rows_of(overlays, base, request)
+    made_of = dict.fromkeys(folder for overlay in overlays for folder in folders_of(overlay))
+    check_apart(rows, "report", recorded_rows(made_of), on_event)
     if request.save_input_ids is not None:
         tokens.save_rows(rows, request.save_input_ids)
     stored_as = _cache_of(request)
@@ -247,22 +250,22 @@ def _measure(
         dtype=compute_dtype(request.dtype),
         device=compute_device(request.device),
         vocab=vocab,
-        origins=tuple("+".join(sorted(set(origin.split("+")))) for origin in rows.origins),
-        lengths=tuple(rows.lengths.tolist()) if rows.lengths is not None else (),
-        counted=rows.counted,
-        role=rows.role,
-        positions=rows.positions,
         quantized_inputs=frozenset({len(overlays)} if request.activations else ()),
         save_candidate_logits=request.save_logits_a,
         save_reference_logits=request.save_logits_b,
         caches=(*[stored_as] * len(sources), *sweep),
-    )
+    ).over(rows)
     sources += [overlays[0]] * len(sweep)
     return measure_many(sources, base, ids, options, on_event, rows_source=rows.source, rows_sha256=rows.sha256)
 
 
 def _cache_of(request: DiffRequest) -> CacheFormat | None:
     return parse_cache(request.cache_quant) if request.cache_quant is not None else None
+
+
+def folders_of(overlay: Overlay) -> list[Path]:
+    """Where what a candidate was made of may be said: its own directory and its sources'."""
+    return [overlay.base.path, *(source.path for source in overlay.sources.values())]
 
 
 def _check_trace(request: DiffRequest) -> None:

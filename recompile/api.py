@@ -28,7 +28,6 @@ from recompile.io.sizes import size_bytes
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from eval.engines.environments import EngineStatus
     from eval.engines.run import EngineDiff
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.costs import Profile
     from recompile.merge.run import CheckReport, MergeReport
+    from recompile.model.tokens import Rows
     from recompile.quantize.gguf import VariantsReport
     from recompile.quantize.quantize_report import QuantizeReport
     from recompile.quantize.run import ConvertedVariants
@@ -82,6 +82,8 @@ def quantize(
     text: PathLike | None = None,
     dataset: str | None = None,
     input_ids: PathLike | None = None,
+    trace: PathLike | None = None,
+    positions: str = "response",
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -102,7 +104,8 @@ def quantize(
     mtp, tower: "quantize" or "keep" MTP layers and vision or audio towers; keep, quantize_also: globs of modules that
     stay dense, or are quantized, whatever they are for
     tokenizer_from, imatrix, save_imatrix, converter: of GGUF; engine: whose encoder, "own", "exllamav2" or "exllamav3"
-    rows, length, text, dataset, input_ids: what is calibrated on; device, dtype: where and in what
+    rows, length, text, dataset, input_ids: what is calibrated on; trace: a file of `trace` in place of these, its
+    calibrate rows; positions: the inputs of the "response" count, or of "all"; device, dtype: where and in what
 
     Returns a QuantizeReport (`directories`, `variants`), for GGUF a VariantsReport (`files`). Raises ArgumentError,
     FormatError, OutputError.
@@ -133,7 +136,7 @@ def quantize(
         stats=as_path(stats),
         max_memory_bytes=size_bytes(max_memory),
         dense=Dense(tuple(keep), tuple(quantize_also), mtp, tower),
-        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids)),
+        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions),
         device=device,
         dtype=dtype,
     )
@@ -142,9 +145,8 @@ def quantize(
 
 def _measure_outputs(
     base: Checkpoint,
-    ids: Tensor,
+    rows: Rows,
     path: Path,
-    rows_sha256: str,
     device: str,
     dtype: torch.dtype | None,
     cap_bytes: int | None,
@@ -152,7 +154,7 @@ def _measure_outputs(
     from eval.passes.output_gradients import GradientOptions, GradientsProgress, measure_outputs
 
     options = GradientOptions(dtype=dtype, device=device, max_memory_bytes=cap_bytes)
-    for event in measure_outputs(base, ids, path, options, rows_sha256=rows_sha256):
+    for event in measure_outputs(base, rows.ids, path, options, rows_sha256=rows.sha256, counted=rows.counted):
         yield event
         if isinstance(event, GradientsProgress):
             yield Progress("gradients", event.done, event.total, "layers", event.text)
@@ -194,6 +196,8 @@ def profile(
     text: PathLike | None = None,
     dataset: str | None = None,
     input_ids: PathLike | None = None,
+    trace: PathLike | None = None,
+    positions: str = "response",
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -212,7 +216,8 @@ def profile(
     diagonal or weights (importance: weighed by inputs); samples, seed, pairs: of random draws; whole_mixes: after a
     sketch of a mixture of experts, measure a few mixes and multiply costs by measured / predicted
     rows: a number, or "auto": until the standard error is below rtol, or for so many minutes, at most max_rows;
-    default 16. length, text, dataset, input_ids: of these rows
+    default 16. length, text, dataset, input_ids: of these rows; trace: a file of `trace` in place of text, its choose
+    rows (importance_rows: its calibrate rows); positions: KL of the "response" counts, or of "all"
     ray: "local" or the address of a cluster; max_memory: bytes or text such as "8GiB"; device, dtype: where and in what
 
     Returns the Profile (`cost(group, source)`, `header.groups`). An unfinished journal goes on. Raises ArgumentError,
@@ -225,6 +230,7 @@ def profile(
     from recompile.quantize.candidates import CandidateOptions
 
     cap, target = size_bytes(max_memory), Path(out)
+    where = RowOptions(None, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions)
     roles = frozenset(role for role, asked in (("head", head), ("embedding", embedding)) if asked)
     request = ProfileRequest(
         base=None if base is None else str(base),
@@ -236,8 +242,7 @@ def profile(
             asym=asym,
             importance_rows=importance_rows,
             imatrix=as_path(imatrix),
-            text=as_path(text),
-            dataset=dataset,
+            where=where,
             device=device,
             out=target,
             level=level,
@@ -268,7 +273,7 @@ def profile(
         whole_mixes=whole_mixes,
         ray=ray,
         rows=rows,
-        where=RowOptions(None, length, as_path(text), dataset, as_path(input_ids)),
+        where=where,
     )
     return run_profile(str(reference), target, request, on_event or ignore)
 
@@ -286,16 +291,20 @@ def _choosing(
     check: bool | None = None,
     activations: bool = False,
     rows: int = 16,
-    length: int = 256,
+    length: int | None = None,
     device: str = "cpu",
     text: PathLike | None = None,
     dataset: str | None = None,
+    trace: PathLike | None = None,
+    positions: str = "response",
 ) -> dict[str, Any]:
     """What `optimize` and `frontier` have in common, as fields of OptimizeOptions."""
     from recompile.model.rows import RowOptions
     from recompile.optimize.choose import Constraint
 
     kinds = (("pin", pin), ("min", minimum), ("max", maximum), ("ban", ban))
+    if length is None:
+        length = 256 if trace is None else 512
     return {
         "constraints": tuple(Constraint.parse(kind, text) for kind, given in kinds for text in given),
         "max_step": max_step,
@@ -304,7 +313,7 @@ def _choosing(
         "free_experts": free_experts,
         "check": check,
         "activations": activations,
-        "where": RowOptions(rows, length, as_path(text), dataset),
+        "where": RowOptions(rows, length, as_path(text), dataset, None, as_path(trace), positions),
         "device": device,
     }
 
@@ -366,7 +375,8 @@ def optimize(
     what it loads; free_experts: without an engine, experts of a layer may differ, which few engines load
     check: measure the recipe beside uniform, hand-made and greedy mixes on rows that nothing else uses; None: where the
     models are there. guard: write the best of those where the recipe does not beat them with confidence. rows, length,
-    text, dataset, device: of what is run; activations: with inputs quantized as schemes say
+    text, dataset, device: of what is run; trace: a file of `trace` in place of text, its choose, accept and report
+    rows; positions: KL of the "response" counts, or of "all"; activations: with inputs quantized as schemes say
 
     Raises BudgetError where the budget cannot be met.
     """
@@ -761,6 +771,8 @@ def heal(
     text: PathLike | None = None,
     dataset: str | None = None,
     input_ids: PathLike | None = None,
+    trace: PathLike | None = None,
+    positions: str = "response",
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -771,7 +783,8 @@ def heal(
 
     tokens: of training, rows used again where text is short; minutes: of training at most; learning_rate: of Adam on
     logarithms of scales, None: by the build's bits; batch_tokens: of a step; max_memory: bytes or text
-    rows: of each role that judges; length, text, dataset: of all rows; device, dtype: of the arithmetic
+    rows: of each role that judges; length, text, dataset: of all rows; trace: a file of `trace` in place of text, each
+    role's own rows; positions: KL of the "response" counts, or of "all"; device, dtype: of the arithmetic
 
     Raises RecompileError, and writes nothing, where KL on rows of its own is not lower with confidence.
     """
@@ -788,5 +801,5 @@ def heal(
         dtype=compute_dtype(dtype),
         max_memory_bytes=size_bytes(max_memory),
     )
-    where = RowOptions(rows, length, as_path(text), dataset, as_path(input_ids))
+    where = RowOptions(rows, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions)
     return heal_build(Path(build), Path(base), Path(out), where, options, on_event or ignore)

@@ -25,6 +25,8 @@ from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf
 from recompile.io.files import copy_whole, locked, read_json, write_json
+from recompile.model.rows import RowOptions
+from recompile.model.trace import read_trace
 from recompile.planning import AutoPlan, Target, make_plan, target_of
 
 make_callable(__name__)
@@ -50,6 +52,8 @@ class AutoReport:
     row_tokens: int
     rows_sha256: str
     rows_source: str
+    rows_role: str
+    positions: str
     seconds: Mapping[str, float]  # by stage
     recipe: str
     out: str
@@ -77,6 +81,8 @@ class AutoOptions:
     calibration_rows: int
     text: Path | None
     dataset: str | None
+    trace: Path | None
+    positions: str
     max_memory: int | str | None
     verify: bool
     engine: str | None
@@ -143,6 +149,8 @@ def auto(
     calibration_rows: int = 64,
     text: api.PathLike | None = None,
     dataset: str | None = None,
+    trace: api.PathLike | None = None,
+    positions: str = "response",
     max_memory: int | str | None = None,
     verify: bool = True,
     engine: str | None = None,
@@ -200,7 +208,7 @@ def auto_options(**given: Any) -> AutoOptions:
     values = {name: given.get(name, known[name].default) for name in names}
     values["candidates"] = tuple(str(candidate) for candidate in values["candidates"])
     values["variants"] = tuple(Path(variant) for variant in values["variants"])
-    for name in ("tokenizer_from", "text"):
+    for name in ("tokenizer_from", "text", "trace"):
         values[name] = api.as_path(values[name])
     return AutoOptions(**values)
 
@@ -226,7 +234,8 @@ class _Auto:
         self.gguf = not options.variants and self.is_plain and are_gguf_types(self.offered, out)
         self.work = out.with_name(f"{out.name}.work")
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
-        self.texts: dict[str, Any] = {"text": options.text, "dataset": options.dataset, "device": options.device}
+        of_rows = ("text", "dataset", "trace", "positions", "device")
+        self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
         # what candidates are rounded to, where there is a choice
         self.rounding: dict[str, Any] = {}
         if self.mlx or (self.is_plain and not self.gguf):
@@ -299,6 +308,7 @@ class _Auto:
             **({"rounding": options.rounding} if options.rounding else {}),
             **({"heal": options.heal} if self.heals else {}),
             **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
+            **({"trace": [read_trace(options.trace).sha256, options.positions]} if options.trace else {}),
         }
 
     def _profile(self) -> Profile:
@@ -378,7 +388,8 @@ class _Auto:
             baselines = [self._uniform(mix.size_bytes)]
         if self.heals:
             baselines.insert(0, open_checkpoint(self.built))
-        rows = (options.rows, options.length, options.text, options.dataset)
+        where = (options.text, options.dataset, None, options.trace, options.positions)
+        rows = RowOptions(options.rows, options.length, *where)
         result = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
         for made in ("uniform", "built"):
             shutil.rmtree(self.work / made, ignore_errors=True)

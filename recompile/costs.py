@@ -113,6 +113,9 @@ class ProfileHeader:
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = JOURNAL_VERSION
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method: seed, draws, ...
+    rows_role: str = ""  # which part of a text or trace the rows are; "" in profiles of earlier versions
+    positions: str = "all"  # of a trace: "response" where only predictions of what the model wrote are counted
+    documents: tuple[str, ...] = ()  # of every row
 
     @cached_property
     def group_weights(self) -> int:
@@ -520,7 +523,7 @@ def header_difference(old: ProfileHeader, new: ProfileHeader) -> list[str]:
 
 def _comparable(header: ProfileHeader) -> dict[str, Any]:
     values = json.loads(json.dumps(_header_as_dict(header)))
-    for key in ("kind", "reference", "rows_source"):
+    for key in ("kind", "reference", "rows_source", "rows_role", "documents"):  # rows are told apart by their hash
         values.pop(key)
     values["candidates"] = [[entry["id"], entry["fingerprint"]] for entry in values["candidates"]]
     return dict(values)

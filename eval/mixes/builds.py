@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +13,27 @@ from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.events import OnEvent, ignore
 from recompile.merge.overlay import account, quantizable
 from recompile.model.devices import compute_device
-from recompile.model.rows import read_rows
+from recompile.model.rows import RowOptions
+from recompile.model.used_rows import check_apart, recorded_rows
 
 
 def compare_builds(
     reference: Checkpoint,
     mix: Checkpoint,
     baselines: Sequence[Checkpoint],
-    rows: tuple[int, int, Path | None, str | None],
+    rows: RowOptions,
     device: str = "cpu",
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """The mix and other builds against the reference on rows of the role "report", paired by row; as JSON values.
 
-    rows: how many, of how many tokens, of which text and data set
+    rows: which ones. Raises MismatchError where a build was made of one of them.
     """
-    found, vocab = read_rows([reference.path, mix.path], "report", *rows)
+    found, vocab = rows.read([reference.path, mix.path], "report")
+    found = found.by_length()
     builds = [mix, *baselines]
-    options = DiffOptions(device=compute_device(device), vocab=vocab)
+    check_apart(found, "report", recorded_rows(build.path for build in builds), on_event)
+    options = DiffOptions(device=compute_device(device), vocab=vocab).over(found)
     reports = measure_many(
         builds,
         reference,
@@ -65,4 +67,6 @@ def compare_builds(
         "row_tokens": found.ids.shape[1],
         "rows_sha256": found.sha256,
         "rows_source": found.source,
+        "rows_role": found.role,
+        "positions": found.positions,
     }

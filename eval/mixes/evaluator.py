@@ -21,6 +21,7 @@ from recompile.events import OnEvent, ignore
 from recompile.merge.overlay import Overlay
 from recompile.merge.weight_cache import WeightStore, room_for_weights
 from recompile.model.activations import quantizes_inputs
+from recompile.model.tokens import Rows
 from recompile.optimize.local import Measure
 
 TOGETHER = 8  # mixes whose hidden states are held at the same time
@@ -66,35 +67,35 @@ class MixEvaluator(Mixes):
     def reports(
         self,
         choices: Sequence[Mapping[str, str]],
-        ids: Tensor,
+        rows: Tensor | Rows,
         on_event: OnEvent = ignore,
         what: str = "measuring mixes",
         *,
         activations: bool = False,
     ) -> list[DiffReport]:
-        """Every mix compared with the reference over `ids` (int64 [rows, tokens]), all in one pass.
+        """Every mix compared with the reference over `rows` (or int64 [rows, tokens]), all in one pass.
 
         activations: with the inputs of maps quantized where a mix says how
         """
         mixes = [self.source(choice) for choice in choices]
-        options = self.options
+        options, ids = (self.options, rows) if isinstance(rows, Tensor) else (self.options.over(rows), rows.ids)
         if activations:
             quantized = (n for n, mix in enumerate(mixes) if isinstance(mix, Overlay) and quantizes_inputs(mix))
             options = replace(options, quantized_inputs=frozenset(quantized))
         return measure_many(mixes, self._held(self.reference), ids, options, on_event, what)
 
-    def kl_rows(self, choices: Sequence[Mapping[str, str]], ids: Tensor) -> list[tuple[float, ...]]:
-        """KL(reference || mix) of every choice at every row of `ids`, nats per token; TOGETHER mixes in a pass."""
+    def kl_rows(self, choices: Sequence[Mapping[str, str]], rows: Tensor | Rows) -> list[tuple[float, ...]]:
+        """KL(reference || mix) of every choice at every row, nats per token; TOGETHER mixes in a pass."""
         return [
             report.kl_rows
             for start in range(0, len(choices), TOGETHER)
-            for report in self.reports(choices[start : start + TOGETHER], ids)
+            for report in self.reports(choices[start : start + TOGETHER], rows)
         ]
 
-    def meter(self, ids: Tensor) -> Measure:
-        """What recompile.optimize.local measures with: choices and numbers of rows of `ids` -> KL at these rows."""
+    def meter(self, given: Tensor | Rows) -> Measure:
+        """What recompile.optimize.local measures with: choices and numbers of rows -> KL at these rows."""
 
         def measure(choices: Sequence[Mapping[str, str]], rows: Sequence[int]) -> list[tuple[float, ...]]:
-            return self.kl_rows(choices, ids[list(rows)])
+            return self.kl_rows(choices, given[list(rows)] if isinstance(given, Tensor) else given.of(rows))
 
         return measure

@@ -73,7 +73,8 @@ class MeasuredMixes:
         """The models, once one has to be measured; the reference runs once."""
         if self._meter is None:
             models = self._header, self._checkpoints, self._reference
-            self._meter = MixMeter(*models, self.rows.ids, device=self._device, holds=self._holds, rough=self._rough)
+            how: dict[str, Any] = {"device": self._device, "holds": self._holds, "rough": self._rough}
+            self._meter = MixMeter(*models, self.rows.ids, counted=self.rows.counted, **how)
         return self._meter
 
     def _load(self) -> None:

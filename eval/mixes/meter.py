@@ -17,6 +17,7 @@ from eval.passes.fisher import HeadOutput, chunks_of
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import NotFiniteError
 from recompile.merge.weight_cache import room_for_weights
+from recompile.model.counted import pick, places_of
 from recompile.model.finite import WIDER, is_finite, name_of
 from recompile.model.stream import LayeredModel, default_dtype, sketch_dtype
 
@@ -31,19 +32,22 @@ class Goal:
 
     so nothing the size of the vocabulary has to be kept or made twice.
 
-    normed: [tokens, hidden] the reference's post-norm states
+    normed: [tokens, hidden] the reference's post-norm states, of the places of a row that count
     mean: [tokens, hidden] W'p; negative_entropy: float32 [tokens]; both None for a head that is no linear map
+    places: int64 [tokens], where in the row these are; None: they are the whole row
     """
 
     normed: Tensor
     mean: Tensor | None = None
     negative_entropy: Tensor | None = None
+    places: Tensor | None = None
 
     @staticmethod
-    def of(model: LayeredModel, normed: Tensor) -> Goal:
-        """normed: [tokens, hidden]; the head of the reference must be loaded."""
+    def of(model: LayeredModel, row: Tensor, places: Tensor | None = None) -> Goal:
+        """row: [tokens, hidden], of which `places` count; the head of the reference must be loaded."""
+        normed = pick(row, places)
         if not model.head_is_linear(normed[None, :2]):
-            return Goal(normed)
+            return Goal(normed, places=places)
         means, entropies = [], []
         for chunk in chunks_of(len(normed)):
             output = HeadOutput.of(model, normed[chunk], linear=True)
@@ -51,11 +55,11 @@ class Goal:
             means.append(output.mean)
             expected = torch.linalg.vecdot(output.mean.float(), normed[chunk].float())
             entropies.append(expected - output.log_total)
-        return Goal(normed, torch.cat(means), torch.cat(entropies))
+        return Goal(normed, torch.cat(means), torch.cat(entropies), places)
 
     def under_head(self, same: bool) -> Goal:
         """What of it holds for a model whose head is the reference's, or another."""
-        return self if same else Goal(self.normed)
+        return self if same else Goal(self.normed, places=self.places)
 
     def kl(self, chunk: slice, output: HeadOutput, reference: LayeredModel) -> Tensor:
         """KL of the tokens of a chunk to what another model makes of them, float32 [tokens]."""
@@ -87,7 +91,7 @@ def same_head(reference: LayeredModel, model: LayeredModel) -> bool:
 class MixMeter(Mixes):
     """KL(reference || mix) on rows that are always the same; the reference runs once.
 
-    accept: int64 [rows, tokens]
+    accept: int64 [rows, tokens]; counted: bool, the places of them that count, None: all
     """
 
     accept: Tensor
@@ -96,6 +100,7 @@ class MixMeter(Mixes):
     device: str = "cpu"
     holds: bool = field(default=True, kw_only=True)  # whether decoded weights may be held where there is room
     rough: bool | None = None  # whether mixes are measured in the quickest type; None: the first one will say
+    counted: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None
@@ -136,11 +141,11 @@ class MixMeter(Mixes):
             return torch.cat([norm(state) for state in states])
 
     @torch.no_grad()
-    def goals(self, model: LayeredModel, ids: Tensor) -> list[Goal]:
-        """What the reference makes of rows [rows, tokens]; model: of the reference."""
+    def goals(self, model: LayeredModel, ids: Tensor, counted: Tensor | None = None) -> list[Goal]:
+        """What the reference makes of rows [rows, tokens], at the places that count; model: of the reference."""
         wanted = self.normed(model, self._held_reference, ids)
         with model.head_loaded(self._held_reference):
-            return [Goal.of(model, states) for states in wanted]
+            return [Goal.of(model, states, places_of(counted, row)) for row, states in enumerate(wanted)]
 
     @torch.no_grad()
     def measure(self, choice: Mapping[str, str]) -> list[float]:
@@ -158,7 +163,7 @@ class MixMeter(Mixes):
     def _measured_in(self, models: tuple[LayeredModel, LayeredModel]) -> tuple[LayeredModel, LayeredModel, list[Goal]]:
         """The models, with what the reference of this type makes of the accepting rows."""
         if self._accepting is None:
-            self._accepting = (*models, self.goals(models[0], self.accept))
+            self._accepting = (*models, self.goals(models[0], self.accept, self.counted))
         return self._accepting
 
     @torch.no_grad()
@@ -183,8 +188,8 @@ class MixMeter(Mixes):
         with reference.head_loaded(self._held_reference), model.head_loaded(source):
             same, linear = same_head(reference, model), model.head_is_linear(models[0][:1, :2])
             for normed in models:
-                for goal, states in zip(goals, normed, strict=True):
-                    there = goal.under_head(same)
+                for goal, row in zip(goals, normed, strict=True):
+                    there, states = goal.under_head(same), pick(row, goal.places)
                     sums = []
                     for chunk in chunks_of(len(states)):
                         output = HeadOutput.of(model, states[chunk], linear, mean=False)

@@ -22,6 +22,7 @@ from eval.passes.fisher import FisherCotangents, HeadOutput
 from eval.profile.sketch import collect, estimate
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.io.memory import keep_heap_small
+from recompile.model.counted import weight_of
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.optimize.refine import SwapModel
@@ -58,13 +59,16 @@ class KlCotangents(FisherCotangents):
 
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
         pieces, products = super().at_norm(rows, normed)
-        gradients = torch.stack([torch.cat(self._gradients.pop(row)) for row in range(rows.start, rows.stop)])
-        return torch.cat([gradients[None], pieces]), products
+        gradients = [
+            self.spread(row, weight_of(self.counted, row) * torch.cat(self._gradients.pop(row))[None], normed.shape[1])
+            for row in range(rows.start, rows.stop)
+        ]
+        return torch.cat([torch.stack(gradients, 1), pieces]), products
 
     def head_gradients(self, row: int, chunk: slice, p: Tensor, change: Tensor) -> Sequence[Tensor]:
         assert self.reference is not None, "given by MixOracle"
         goal = self.reference.logits(self.goals[row].normed[None, chunk])[0].float().softmax(-1)
-        return [torch.linalg.vecdot(p - goal, change).sum()]
+        return [weight_of(self.counted, row) * torch.linalg.vecdot(p - goal, change).sum()]
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,12 @@ class MixOracle(MixMeter):
     """`recompile.optimize.refine.Oracle` over real models: measures as a MixMeter, and linearises.
 
     pool: int64 [rows, tokens] for linearising, taken in turns of `rows_per_step`, in the quickest type that serves
-    where `dtype` is None; progress: called after every layer of a linearisation
+    where `dtype` is None; pool_counted: bool, the places of them that count, None: all; progress: called after every
+    layer of a linearisation
     """
 
     pool: Tensor = field(kw_only=True)
+    pool_counted: Tensor | None = field(default=None, kw_only=True)
     rows_per_step: int = field(default=12, kw_only=True)
     samples: int = field(default=SAMPLES, kw_only=True)
     seed: int = field(default=0, kw_only=True)
@@ -187,11 +193,11 @@ class MixOracle(MixMeter):
 
         Only some linearisations draw Fisher samples (SAMPLED_FIRST, SAMPLED_EVERY): what they say of single groups
         hardly changes with the mix, while the slope does with every group that moves."""
-        ids = self._rows_of(step)
+        ids, counted = self._rows_of(step)
         samples = self.samples if self._curves.are_due else 0
         reference, model = self._quick
         mix, origin = self.source(choice), self._held_reference
-        goals = self.goals(reference, ids)
+        goals = self.goals(reference, ids, counted)
         runner = AdjointPass(model, mix, self._held_checkpoints, self.header.groups, self._plan, origin=origin)
         found: list[SwapProducts] = []
         with torch.no_grad(), reference.head_loaded(origin):
@@ -206,6 +212,7 @@ class MixOracle(MixMeter):
                 origin=origin,
                 reference=reference,
                 goals=goals,
+                counted=counted,
             )
             for event in runner.run(ids, cotangents):
                 if isinstance(event, LayerBackward):
@@ -228,17 +235,19 @@ class MixOracle(MixMeter):
         curves = self._curves
         return SwapModel(kl, slope, dict(curves.own), curves.cross(choice), dict(curves.alike))
 
-    def _rows_of(self, step: int) -> Tensor:
+    def _rows_of(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """The rows of a step, and what counts of them."""
         count = min(self.rows_per_step, len(self.pool))
         first = (step * count) % len(self.pool)
-        return torch.cat([self.pool, self.pool])[first : first + count]
+        rows = torch.arange(first, first + count) % len(self.pool)
+        return self.pool[rows], None if self.pool_counted is None else self.pool_counted[rows]
 
     @torch.no_grad()
     def changes(self, choice: Mapping[str, str], swaps: Sequence[Mapping[str, str]], step: int) -> list[list[float]]:
         """See the protocol. A swap is run from its layer on; as many together as a linearisation holds states."""
-        ids = self._rows_of(step)
+        ids, counted = self._rows_of(step)
         reference, model = self._quick
-        goals = self.goals(reference, ids)
+        goals = self.goals(reference, ids, counted)
         layers = {group.name: group.layer for group in self.header.groups}
         places = [{layers[name] for name in swap} for swap in swaps]
         # those of neighbouring layers together; the embedding and the head first, for they run from the start

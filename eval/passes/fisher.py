@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from eval.passes.adjoint import LOGIT_CHUNK_TOKENS
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.costs import ProfileGroup
+from recompile.model.counted import pick, places_of, spread, weight_of
 from recompile.model.stream import LayeredModel
 
 DRAWS = 4  # labels per token and sample
@@ -42,14 +43,18 @@ class FisherCotangents:
     draws: int = DRAWS
     gradients: int = 0
     origin: WeightSource | None = None  # whose head the changes of swapped heads are counted from; None: the model's
+    # bool [rows of the pass, tokens]: labels are drawn there alone, and rows weighed by one over how many these are,
+    # so that what is divided by the length of the rows is a mean over what counts; None: everywhere
+    counted: Tensor | None = None
 
     def at_norm(self, rows: slice, normed: Tensor) -> tuple[Tensor, Mapping[tuple[str, str], Tensor]]:
         """As `eval.passes.adjoint.Cotangents.at_norm`."""
         found: list[Tensor] = []
-        draws = [self._draw(rows.start + row, normed.shape[1]) for row in range(len(normed))]
         labels: list[Tensor] = []
         linear = self.model.head_is_linear(normed[:1, :2])
-        for row, (states, (uniform, signs)) in enumerate(zip(normed, draws, strict=True)):
+        parts = [pick(states, places_of(self.counted, rows.start + row)) for row, states in enumerate(normed)]
+        draws = [self._draw(rows.start + row, normed.shape[1]) for row in range(len(normed))]
+        for row, (states, (uniform, signs)) in enumerate(zip(parts, draws, strict=True)):
             pieces = []
             for chunk in chunks_of(len(states)):
                 output = self.output(rows.start + row, chunk, states[chunk], linear)
@@ -58,24 +63,39 @@ class FisherCotangents:
                 )
                 pieces.append(made)
                 labels.append(drawn)
-            found.append(torch.cat(pieces, 1))
-        return torch.stack(found, 1), self._head_products(rows.start, normed, labels, draws)
+            found.append(self.spread(rows.start + row, torch.cat(pieces, 1), normed.shape[1]))
+        return torch.stack(found, 1), self._head_products(rows.start, parts, labels, draws)
+
+    def spread(self, row: int, values: Tensor, tokens: int) -> Tensor:
+        """What is at the places of a row that count, zero elsewhere; [n, places, hidden] -> [n, tokens, hidden]."""
+        return spread(values, places_of(self.counted, row), tokens)
 
     def output(self, row: int, chunk: slice, states: Tensor, linear: bool) -> HeadOutput:
         """What the head makes of some tokens of a row; states: [tokens, hidden]. Called once for each of them."""
         return HeadOutput.of(self.model, states, linear)
 
     def _draw(self, row: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Uniform numbers that choose labels, and their signs over the square root of their number."""
+        """Uniform numbers that choose labels, and their signs over the square root of their number, of the places that
+        count; a place has the same ones whichever others count."""
         shape = (self.samples, tokens, self.draws)
         generator = row_generator(self.seed, self.sweep, self.first_row + row)
         uniform = torch.rand(shape, generator=generator)
-        return uniform, torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1).mul_(self.draws**-0.5)
+        signs = torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1).mul_(self.draws**-0.5)
+        if (places := places_of(self.counted, row)) is None:
+            return uniform, signs
+        return uniform[:, places], signs[:, places] * weight_of(self.counted, row) ** 0.5
 
     def _head_products(
-        self, first_row: int, normed: Tensor, labels: Sequence[Tensor], draws: Sequence[tuple[Tensor, Tensor]]
+        self,
+        first_row: int,
+        normed: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        draws: Sequence[tuple[Tensor, Tensor]],
     ) -> dict[tuple[str, str], Tensor]:
-        """g . dz of every candidate of the head, dz the true change of the logits; [rows, gradients + samples] each."""
+        """g . dz of every candidate of the head, dz the true change of the logits; [rows, gradients + samples] each.
+
+        normed: a row, the states of the places that count, [places, hidden]
+        """
         model = self.model
         products: dict[tuple[str, str], Tensor] = {}
         for group in self.groups:

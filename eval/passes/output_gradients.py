@@ -59,6 +59,7 @@ class OutputGradients:
     """Collects g g^T of every wanted module; handed to `AdjointPass.observe`."""
 
     held_out: frozenset[int]  # numbers of rows
+    counted: Tensor | None = None  # bool [rows, tokens], the places that are meant; None: all
     found: dict[str, _Sums] = field(default_factory=dict)
 
     def see(self, shares: list[tuple[str, slice]], adjoints: Tensor, rows: slice) -> None:
@@ -75,9 +76,16 @@ class OutputGradients:
             together = [row for row in range(count) if rows.start + row not in self.held_out]
             for share, chosen in enumerate((together, apart)):
                 if chosen:
-                    flat = g[:, chosen].flatten(0, 2)
+                    flat = self._meant(g[:, chosen], [rows.start + row for row in chosen])
                     mine.sums[share].addmm_(flat.t(), flat)
                     mine.tokens[share] += len(flat)
+
+    def _meant(self, g: Tensor, rows: list[int]) -> Tensor:
+        """[samples, rows, tokens, out] -> [tokens that count, out]; experts are given some tokens of a row, and those
+        that do not count add next to nothing to them."""
+        if self.counted is None or g.shape[2] != self.counted.shape[1]:
+            return g.flatten(0, 2)
+        return g[:, self.counted[rows].to(g.device)].flatten(0, 1)
 
     def take(self) -> dict[str, GradientSums]:
         """What was found since it was last asked."""
@@ -94,9 +102,17 @@ def held_out_rows(rows: int) -> frozenset[int]:
 
 
 def measure_outputs(
-    base: Checkpoint, ids: Tensor, path: Path, options: GradientOptions | None = None, *, rows_sha256: str = ""
+    base: Checkpoint,
+    ids: Tensor,
+    path: Path,
+    options: GradientOptions | None = None,
+    *,
+    rows_sha256: str = "",
+    counted: Tensor | None = None,
 ) -> Iterator[PassPlan | GradientsProgress | StoredStatistics]:
     """Measure all linear maps of the layers of `base` on rows ids, int64 [rows, tokens], into the directory `path`.
+
+    counted: bool [rows, tokens], the places that labels are drawn at, and whose gradients count; None: all.
 
     Yields the plan, a GradientsProgress a layer and direction, and last the StoredStatistics. Routers, and maps with
     more than WIDEST outputs, are left out. Raises RecompileError where the memory cap cannot be kept.
@@ -117,9 +133,9 @@ def measure_outputs(
     rows, tokens = ids.shape
     plan = plan_pass(model, groups, 0, rows, tokens, wanted.samples, wanted.max_memory_bytes, making=2 * largest)
     yield plan
-    collector = OutputGradients(held_out)
+    collector = OutputGradients(held_out, counted)
     swaps = AdjointPass(model, base, {}, groups, plan, path.parent, observe=collector.see)
-    cotangents = FisherCotangents(model, {}, (), wanted.samples, wanted.seed)
+    cotangents = FisherCotangents(model, {}, (), wanted.samples, wanted.seed, counted=counted)
     made_of = {
         "base": base.identity,
         "rows": rows_sha256,

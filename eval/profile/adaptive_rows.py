@@ -201,7 +201,9 @@ def relative_error(values: NDArray[np.float64], documents: Sequence[str]) -> flo
 def publish(path: Path, folder: Path, rows: Rows, parts: Sequence[Profile], sketch: SketchOptions | None) -> Profile:
     """Write the profile of all rows at `path`, with the sweeps of a sketch beside it; returns it."""
     settings = {key: value for key, value in parts[0].header.settings.items() if key != "first_row"}
-    header = replace(parts[0].header, rows=len(rows.ids), rows_sha256=rows.sha256, settings=settings)
+    header = replace(
+        parts[0].header, rows=len(rows.ids), rows_sha256=rows.sha256, settings=settings, documents=rows.documents
+    )
     _check_place(path, header)
     if sketch is None:
         profile = Profile(header, *_joined(parts))

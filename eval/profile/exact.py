@@ -47,6 +47,7 @@ from recompile.errors import MismatchError, MissingWeight, NotFiniteError, Recom
 from recompile.io.memory import format_mib, keep_heap_small, process_bytes
 from recompile.merge.overlay import account, build_overlay, check_same_model, quantizable
 from recompile.model.activations import QuantizedInputs, quantizes_inputs
+from recompile.model.counted import pick, places_of, row_means
 from recompile.model.finite import check_finite
 from recompile.model.roles import roles_of, stack_name
 from recompile.model.stream import LayeredModel, check_same_skeleton
@@ -196,8 +197,9 @@ class ProfileJob:
 
     base:        the id of the base variant, one of `candidates`
     candidates:  (id, checkpoint) each
-    ids:         int64 [rows, tokens]; rows_sha256 and rows_source say in the header where they come from
+    ids:         int64 [rows, tokens]; rows_sha256, rows_source and the like say in the header where they come from
     path:        the journal
+    counted:     bool [rows, tokens], the places whose KL counts; None: all
     """
 
     reference: Checkpoint
@@ -208,6 +210,10 @@ class ProfileJob:
     options: ProfileOptions = ProfileOptions()
     rows_sha256: str = ""
     rows_source: str = ""
+    counted: Tensor | None = None
+    rows_role: str = ""
+    positions: str = "all"
+    documents: tuple[str, ...] = ()
 
     @cached_property
     def by_label(self) -> dict[str, Checkpoint]:
@@ -215,7 +221,22 @@ class ProfileJob:
 
     def over(self, rows: Rows, path: Path) -> ProfileJob:
         """The same of other rows, kept elsewhere."""
-        return replace(self, ids=rows.ids, rows_sha256=rows.sha256, rows_source=rows.source, path=path)
+        return replace(
+            self,
+            ids=rows.ids,
+            rows_sha256=rows.sha256,
+            rows_source=rows.source,
+            path=path,
+            counted=rows.counted,
+            rows_role=rows.role,
+            positions=rows.positions,
+            documents=rows.documents,
+        )
+
+    def first(self, rows: int) -> ProfileJob:
+        """The same of the first rows."""
+        counted = None if self.counted is None else self.counted[:rows]
+        return replace(self, ids=self.ids[:rows], counted=counted, documents=self.documents[:rows])
 
     def model(self) -> LayeredModel:
         """The reference, with no weights loaded."""
@@ -283,7 +304,10 @@ class ProfileJob:
             dtype=str(dtype).removeprefix("torch."),
             device=self.options.device,
             versions=versions(),
-            settings=dict(settings or {}),
+            settings={**(settings or {}), **({"padded": True} if self.counted is not None else {})},
+            rows_role=self.rows_role,
+            positions=self.positions,
+            documents=self.documents,
         )
 
     def plan(self, model: LayeredModel, header: ProfileHeader) -> MemoryPlan:
@@ -540,7 +564,7 @@ class ExactProfiler:
                     swapped.append(self._advance(index, states))
                 # experts alone: elsewhere a swap without effect is a finding, here it only says that none was asked
                 experts = all(is_expert(module) for module in group.modules)
-                reached.append(not (experts and differs and torch.equal(swapped[-1], after)))
+                reached.append(not (experts and differs and self._are_equal(swapped[-1], after)))
         together = torch.cat(swapped)
         del swapped
         for later in range(index + 1, self.context.depth):
@@ -560,6 +584,13 @@ class ExactProfiler:
             Measurement(group.name, source, self._kl_rows(together[n * rows : (n + 1) * rows]), reached[n])
             for n, (group, source) in enumerate(wave)
         ]
+
+    def _are_equal(self, one: Tensor, other: Tensor) -> bool:
+        """Whether states are equal up to the last place of each row that counts: what follows is seen by none."""
+        if self.job.counted is None:
+            return torch.equal(one, other)
+        seen = self.job.counted.flip(1).cummax(1).values.flip(1).to(one.device)
+        return torch.equal(one[seen], other[seen])
 
     def _quantized_inputs(self, index: int, group: ProfileGroup, source: str) -> AbstractContextManager[Any]:
         candidate = self.candidates[source]
@@ -648,8 +679,8 @@ class ExactProfiler:
             ):
                 normed = torch.cat([self.context.norm(state[None]) for state in found])
                 moved = torch.linalg.vecdot(projected.float(), (normed - wanted).float()).double()
-                result += (log_sum_exp(head, normed) - wanted_lse - moved).mean(1).tolist()
-        return tuple(result)
+                result.append(log_sum_exp(head, normed) - wanted_lse - moved)
+        return tuple(row_means(torch.cat(result), self.job.counted).tolist())
 
     @staticmethod
     def _head_batches(rows: Tensor) -> tuple[Tensor, ...]:
@@ -662,11 +693,13 @@ class ExactProfiler:
         with self._reference_head(), self._head() as head:
             kept = head.weight.data
             for row, state in enumerate(states):
-                normed = self.context.norm(state[None])[0]
+                places = places_of(self.job.counted, row)
+                normed = pick(self.context.norm(state[None])[0], places)
+                of_reference = pick(self.tail.normed[row], places)[None]
                 total = 0.0
                 for start in range(0, len(normed), LOGIT_CHUNK_TOKENS):
                     piece = slice(start, start + LOGIT_CHUNK_TOKENS)
-                    wanted = self.reference.logits(self.tail.normed[row : row + 1, piece])
+                    wanted = self.reference.logits(of_reference[:, piece])
                     # only now: in the clean context both are one model
                     self.context.set_parameter(head, "weight", kept if head_weight is None else head_weight)
                     found = self.context.logits(normed[None, piece])

@@ -89,14 +89,15 @@ def profile_hybrid(
         else:
             yield event
     assert sketched is not None, "a sketch ends with its profile"
-    job = replace(job, ids=job.ids[: sketched.header.rows])
+    job = job.first(sketched.header.rows)
     noise = math.sqrt(2 / (sketch_options.samples * len(job.ids)) + MISFIT**2)
     moved = routing_moved(job, sketched)
     if moved is not None:
         yield moved
     noises = noise_by_group(sketched.header.groups, noise, moved)
     model = job.model()
-    header = replace(sketched.header, method="exact", settings={})
+    padded = {name: value for name, value in sketched.header.settings.items() if name == "padded"}
+    header = replace(sketched.header, method="exact", settings=padded)
     began = time.monotonic()
     exact_path = job.path.with_name(f"{job.path.name}.exact.jsonl")
     if exact_path.exists() and (before := load_profile(exact_path).header.rows) != header.rows:
@@ -165,8 +166,9 @@ def routing_moved(job: ProfileJob, sketched: Profile) -> RoutingMoved | None:
     if not any(_holds_experts(group) for group in sketched.header.groups):
         return None
     rows = min(ROUTED_ROWS, len(job.ids))
-    options = DiffOptions(dtype=job.options.dtype, device=str(job.options.device))
-    *_, report = compare(job.by_label[sketched.header.base], job.reference, job.ids[:rows], options)
+    some = job.first(rows)
+    options = DiffOptions(dtype=job.options.dtype, device=str(job.options.device), counted=some.counted)
+    *_, report = compare(job.by_label[sketched.header.base], job.reference, some.ids, options)
     assert isinstance(report, DiffReport), "a comparison ends with its report"
     shares = {layer_index(f"{layer.name}."): 1 - layer.same_experts.mean for layer in report.routing}
     return RoutingMoved({layer: share for layer, share in shares.items() if layer is not None}, rows)

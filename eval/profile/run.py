@@ -24,6 +24,7 @@ from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.sizes import format_bytes, format_seconds
 from recompile.model.decoded import base_note
 from recompile.model.rows import RowOptions, check_vocabulary
+from recompile.model.used_rows import check_apart, recorded_rows
 from recompile.optimize.budget import Budget
 from recompile.quantize.candidates import CandidateOptions, candidate_named, make_candidates
 from recompile.quantize.lazy_variant import MadeVariant
@@ -122,7 +123,8 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
     sketch = SketchOptions(
         samples, for_draws, request.seed, keep_pairs=request.pairs, mode=mode, is_corrected=is_corrected
     )
-    job = ProfileJob(reference, base_id, offered, found.ids, out, request.options, found.sha256, found.source)
+    check_apart(found, "choose", recorded_rows(checkpoint.path for _, checkpoint in offered), on_event)
+    job = ProfileJob(reference, base_id, offered, found.ids, out, request.options).over(found, out)
     run = _profiler(sketch, request.importance, request.ray)
     if auto:
         for_rows = minutes if mode != "hybrid" else None
@@ -134,7 +136,7 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
     else:
         events = run(job, 0)
     most = "at most " if auto else ""
-    on_event(Note(f"{most}{len(found.ids)} rows x {found.ids.shape[1]} tokens", ""))
+    on_event(Note(f"{most}{len(found.ids)} rows x {found.ids.shape[1]} tokens{found.counted_in_words}", ""))
     if mode == "hybrid":
         wanted = HybridOptions(Budget(bpw=request.bpw), HYBRID_MINUTES if minutes is None else minutes)
         events = profile_hybrid(job, sketch, wanted, sketching=events)
@@ -152,11 +154,11 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
 
 def _corrected(profile: Profile, job: ProfileJob, out: Path, on_event: OnEvent) -> Profile:
     """Costs of a mixture of experts, multiplied by what a few whole mixes tell of them."""
-    options = DiffOptions(dtype=job.options.dtype, device=str(job.options.device))
+    job = job.first(profile.header.rows)
+    options = DiffOptions(dtype=job.options.dtype, device=str(job.options.device), counted=job.counted)
     together = TOGETHER if job.options.max_memory_bytes is None else 1
-    ids = job.ids[: profile.header.rows]
     kept = out.with_name(f"{out.name}.mixes.json")
-    factors = measure_factors(profile, job.reference, job.by_label, ids, options, kept, together, on_event)
+    factors = measure_factors(profile, job.reference, job.by_label, job.ids, options, kept, together, on_event)
     if not factors:
         return profile
     for factor in factors:

@@ -355,7 +355,10 @@ class SketchJob:
         job, candidates = self.job, self.job.by_label
         runner = AdjointPass(model, job.reference, candidates, self.header.groups, plan, scratch_folder=folder)
         samples, first = self.samples(sweep), self.wanted.first_row + rows.start
-        cotangents = FisherCotangents(model, candidates, self.header.groups, samples, self.wanted.seed, sweep, first)
+        counted = None if job.counted is None else job.counted[rows]
+        cotangents = FisherCotangents(
+            model, candidates, self.header.groups, samples, self.wanted.seed, sweep, first, counted=counted
+        )
         found: list[SwapProducts] = []
         for event in runner.run(job.ids[rows], cotangents):
             if isinstance(event, LayerBackward):
@@ -406,6 +409,8 @@ def as_profile(header: ProfileHeader, sketch: Sketch, options: SketchOptions) ->
     diagonal = options.mode == "diagonal"
     values = estimate(sketch, header.row_tokens, diagonal=diagonal, shrink=options.shrink, weigh=options.shrink)
     seen = sketch.tokens.sum(1) > 0  # an expert that no token reached is not free, it is unmeasured
+    if header.settings.get("padded"):  # nor is one that nothing but padding reached
+        seen &= sketch.products2.sum(1) > 0
     measured = {
         swap: Measurement(*swap, tuple(rows), bool(reached) or not is_expert(swap[0]))
         for swap, rows, reached in zip(sketch.swaps, values.tolist(), seen, strict=True)

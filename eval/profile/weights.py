@@ -61,7 +61,7 @@ def profile_weights(job: ProfileJob, *, importance: bool = True) -> Iterator[Mea
         if journal.profile.control is None:
             journal.append([Measurement(None, None, (0.0,) * rows)])
         groups = [group for group in header.groups if group.name in todo]
-        for group, moments in _with_moments(model, job.ids, groups):
+        for group, moments in _with_moments(model, job.ids, groups, job.counted):
             for label in todo[group.name]:
                 scores = torch.zeros(rows, dtype=torch.float64)
                 candidate = job.by_label[label]
@@ -75,7 +75,7 @@ def profile_weights(job: ProfileJob, *, importance: bool = True) -> Iterator[Mea
 
 
 def _with_moments(
-    model: LayeredModel | None, ids: Tensor, groups: Sequence[ProfileGroup]
+    model: LayeredModel | None, ids: Tensor, groups: Sequence[ProfileGroup], counted: Tensor | None = None
 ) -> Iterator[tuple[ProfileGroup, Mapping[str, InputMoments]]]:
     """Every group, when the inputs of its modules are known; those of one layer are held at a time. model: None for
     scores without inputs."""
@@ -85,7 +85,7 @@ def _with_moments(
     waiting = {module: group for group in groups for module in group.modules}
     head = any(role_of(module) == "head" for module in waiting)
     seen: set[str] = set()
-    for layer in collect_moments(model, ids, head=head):
+    for layer in collect_moments(model, ids, head=head, counted=counted):
         moments = {module: inputs for inputs in layer for module in inputs.modules}
         for group in {waiting[module].name: waiting[module] for module in moments if module in waiting}.values():
             seen.add(group.name)

@@ -97,6 +97,8 @@ def measure_factors(
     for label in others:
         for part, names in parts.items():
             mixes[part, label] = {**mixes["all", largest], **dict.fromkeys(names, label)}
+    if options.counted is not None:
+        options = replace(options, counted=options.counted[:rows])
     evaluator = MixEvaluator(header, checkpoints, reference, options)
     measured: dict[tuple[str, str], float] = {}
     wanted = list(mixes)
@@ -104,7 +106,8 @@ def measure_factors(
         on_event(Progress("measuring whole mixes", start, len(wanted), "mixes"))
         some = wanted[start : start + together]
         reports = evaluator.reports([mixes[name] for name in some], ids[:rows])
-        measured |= {name: report.kl.mean for name, report in zip(some, reports, strict=True)}
+        # rows count alike, as in the costs
+        measured |= {name: math.fsum(found.kl_rows) / rows for name, found in zip(some, reports, strict=True)}
     on_event(Progress("measuring whole mixes", len(wanted), len(wanted), "mixes"))
 
     def predicted(names: Sequence[str], label: str) -> float:

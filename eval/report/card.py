@@ -13,6 +13,7 @@ import recompile
 from eval.report.data import Measured, ReportData
 from eval.report.pictures import shown_choice
 from recompile.io.printable import printable
+from recompile.io.report import role_in_words
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Choice, make_recipe, predict
 from recompile.optimize.problem import Solution
@@ -58,13 +59,15 @@ def card(data: ReportData) -> str:
         lines += [
             "",
             f"KL(reference \\|\\| build), mean ± one standard error over {measured.rows} rows of {measured.row_tokens} "
-            f"tokens ({_cell(measured.rows_source)}). Bits per weight are over quantized modules, scales included; the "
-            f"size is that of all tensors.",
+            f"tokens ({_cell(measured.rows_source, 160)}). Bits per weight are over quantized modules, scales "
+            f"included; the size is that of all tensors.",
         ]
     lines += [
         "",
         f"The mix was chosen from a KL profile ({_cell(header.method)}, level {_cell(header.level)}, {header.rows} "
-        f"rows of {header.row_tokens} tokens), which predicts {_with_error(mean, error)} nats per token for it.",
+        f"rows of {header.row_tokens} tokens, {_cell(header.rows_source, 160)}"
+        f"{role_in_words(header.rows_role, header.positions)}), which predicts {_with_error(mean, error)} nats per "
+        f"token for it.",
         "",
         "### Recipe",
         "",
@@ -135,10 +138,10 @@ def recipe_text(data: ReportData, choice: dict[str, str]) -> str:
     return dump_recipe(recipe, comments)
 
 
-def _cell(text: str) -> str:
+def _cell(text: str, most: int = 80) -> str:
     """Text in a Markdown table: no mark-up, no line break, no cell border."""
     flat = printable(" ".join(str(text).split()))
-    flat = flat if len(flat) <= 80 else f"{flat[:79]}…"
+    flat = flat if len(flat) <= most else f"{flat[: most - 1]}…"
     return re.sub(r"([\\`*_\[\]<>|~#$])", r"\\\1", flat).replace("&", "&amp;")
 
 

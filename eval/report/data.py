@@ -14,8 +14,9 @@ from typing import Any
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Profile, load_profile
-from recompile.errors import RecompileError
+from recompile.errors import MismatchError, RecompileError
 from recompile.io.files import read_json
+from recompile.io.report import role_in_words
 from recompile.merge.overlay import account, quantizable
 from recompile.optimize.choose import predict
 from recompile.recipe.recipe import Recipe, load_recipe, parse_recipe
@@ -45,7 +46,7 @@ class Measured:
     total_bytes: int | None
     rows: int
     row_tokens: int
-    rows_source: str
+    rows_source: str  # and the role
     rows_sha256: str
     perplexity: float | None
     same_top_token: float | None  # share of tokens
@@ -145,6 +146,12 @@ def gather(
                 notes.append(f"{path.name}: a recipe without a measured KL (model_optimize --check measures it)")
             else:
                 measured.append(found)
+    same = [one.name for one in measured if one.rows_sha256 and one.rows_sha256 == profile.header.rows_sha256]
+    if same:
+        raise MismatchError(
+            f"{same[0]} was measured on the rows that {profile_path.name} was made of; a row has one role: measure it "
+            f"on others (model_diff takes those of the role report)"
+        )
     if len({one.rows_sha256 for one in measured}) > 1:
         notes.append("The measured builds did not all run on the same rows: compare their KL with care.")
     presets = tuple(_preset(load_recipe(path), path.name, profile) for path in recipes)
@@ -284,7 +291,8 @@ def _measured(
         total_bytes=int(size["total_bytes"]) if size else None,
         rows=int(report["rows"]),
         row_tokens=int(report["row_tokens"]),
-        rows_source=str(report["rows_source"]),
+        rows_source=str(report["rows_source"])
+        + role_in_words(str(report.get("rows_role", "")), str(report.get("positions", "all"))),
         rows_sha256=str(report["rows_sha256"]),
         perplexity=report["score_candidate"]["perplexity"],
         same_top_token=agree[0]["mean"] if agree else None,

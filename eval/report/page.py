@@ -22,6 +22,7 @@ import recompile
 from eval.report.data import ReportData
 from recompile.costs import Candidate
 from recompile.errors import RecompileError
+from recompile.io.report import role_in_words
 from recompile.recipe.recipe import Source, dump_recipe
 
 ROWS_EMBEDDED_UP_TO = 100_000  # numbers: 0.8 MB; beyond, the page shows no standard error of sums
@@ -65,13 +66,14 @@ def page_data(data: ReportData) -> dict[str, Any]:
                 rows += [value - zero for value, zero in zip(values, control, strict=True)]
         first.append(len(source))
     names = {group.name: number for number, group in enumerate(header.groups)}
-    keep = ("method", "context", "level", "reference", "base", "rows", "row_tokens", "rows_source", "rows_sha256")
+    keep = ("method", "context", "level", "reference", "base", "rows", "row_tokens", "rows_sha256")
     return {
         "version": recompile.__version__,
         "title": data.title,
         "profile_name": data.profile_name,
         "header": {
             **{key: getattr(header, key) for key in keep},
+            "rows_source": header.rows_source + role_in_words(header.rows_role, header.positions),
             "dtype": header.dtype,
             "device": header.device,
             "versions": dict(header.versions),

@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rows of the role "accept" say of a recipe."""
+    """What rows that nothing else used say of a recipe."""
 
     contenders: tuple[Contender, ...]  # the recipe first
     predicted_kl_nats: float
@@ -58,6 +58,9 @@ class Verdict:
     rows_source: str
     noise_floor: float
     activations: bool = False  # whether the mixes ran with quantized inputs
+    rows_role: str = ""
+    positions: str = "all"  # of a trace: "response" where only predictions of what the model wrote are counted
+    tokens: int = 0  # compared
 
     @property
     def recipe(self) -> Contender:
@@ -101,9 +104,9 @@ def verify(
     bits, predicted_kl_nats: of the recipe; activations: run every mix with the inputs of its maps quantized as their
     schemes say. on_event: gets what `eval.diff.measure_many` tells.
     """
-    header = mixes.header
+    header, rows = mixes.header, rows.by_length()
     choices: list[Mapping[str, str]] = [recipe, *(r.choice for r in baselines)]
-    reports = mixes.reports(choices, rows.ids, on_event, "checking", activations=activations)
+    reports = mixes.reports(choices, rows, on_event, "checking", activations=activations)
     contenders = [_contender(RECIPE, recipe, bits, False, True, reports[0], None)]
     for baseline, report in zip(baselines, reports[1:], strict=True):
         competes = baseline.within is not None
@@ -127,7 +130,7 @@ def verify(
     again = [baseline for baseline in again if baseline.within is not None and dict(baseline.within) not in known]
     if again:
         choices = [baseline.within for baseline in again if baseline.within is not None]
-        more = mixes.reports(choices, rows.ids, on_event, "checking", activations=activations)
+        more = mixes.reports(choices, rows, on_event, "checking", activations=activations)
         for baseline, choice, report in zip(again, choices, more, strict=True):
             smaller = header.fixed_bits + sum(group.bits[choice[group.name]] for group in header.groups)
             name = f"{baseline.name} (within the limits)"
@@ -142,6 +145,9 @@ def verify(
         rows.source,
         reports[0].noise_floor,
         activations,
+        rows.role,
+        rows.positions,
+        reports[0].tokens,
     )
 
 

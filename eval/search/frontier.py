@@ -17,6 +17,7 @@ from eval.search.optimize import (
     rules_of,
     say_of_experts,
     tensor_names,
+    used_before,
     write_recipe,
 )
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -25,6 +26,7 @@ from recompile.errors import ArgumentError, OutputError
 from recompile.events import Note, OnEvent, ignore
 from recompile.io.files import write_text, write_with
 from recompile.io.report import PICTURE_METADATA, to_json
+from recompile.model.used_rows import check_apart
 from recompile.optimize.choose import profile_sha256
 from recompile.optimize.pareto import Frontier, parse_grid, solve_frontier
 from recompile.optimize.solvers import BY_COSTS
@@ -137,7 +139,7 @@ def write_frontier(
     if options.check:
         if checkpoints is None:
             raise ArgumentError("{check}: the sources are not available")
-        measured = measure_frontier(found, profile, checkpoints, options, on_event)
+        measured = measure_frontier(found, profile, checkpoints, options, profile_path, on_event)
     table = tuple(make_table(found, measured))
     report = FrontierReport(
         folder, profile_sha256(profile), solver, grid, tuple(found.left_out), tuple(found.reachable), table
@@ -152,15 +154,19 @@ def measure_frontier(
     profile: Profile,
     checkpoints: Mapping[str, Checkpoint],
     options: OptimizeOptions,
+    path: Path,
     on_event: OnEvent = ignore,
 ) -> dict[str, tuple[float, float | None]]:
-    """name -> (KL, standard error) of every recipe and uniform variant, on rows of the role "accept"."""
+    """name -> (KL, standard error) of every recipe and uniform variant, on rows of the role "accept"; path: of the
+    profile."""
     from eval.diff import DiffOptions
     from eval.mixes.evaluator import MixEvaluator
     from recompile.model.devices import compute_device
 
     reference = open_checkpoint(profile.header.reference)
     rows, vocab = options.where.read([reference.path, *(c.path for c in checkpoints.values())], "accept")
+    check_apart(rows, "accept", used_before(path, profile, checkpoints), on_event)
+    rows = rows.by_length()
     evaluator = MixEvaluator(
         profile.header, checkpoints, reference, DiffOptions(device=compute_device(options.device), vocab=vocab)
     )
@@ -170,7 +176,7 @@ def measure_frontier(
     for start in range(0, len(mixes), MEASURED_TOGETHER):
         part = mixes[start : start + MEASURED_TOGETHER]
         what = f"measuring {part[0][0]} to {part[-1][0]}"
-        reports = evaluator.reports([choice for _, choice in part], rows.ids, on_event, what)
+        reports = evaluator.reports([choice for _, choice in part], rows, on_event, what)
         measured |= {name: (r.kl.mean, r.kl.std_error) for (name, _), r in zip(part, reports, strict=True)}
     return measured
 

@@ -29,7 +29,7 @@ def search_local(search: Search) -> Mapping[str, str]:
         seconds=60 * search.minutes if search.minutes is not None else defaults.seconds,
     )
     result: LocalResult | None = None
-    measure = mixes.meter(rows.ids)
+    measure = mixes.meter(rows)
     for event in exchange(search.problem, search.limits, search.start, measure, len(rows.ids), options):
         if isinstance(event, LocalResult):
             result = event

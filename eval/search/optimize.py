@@ -24,6 +24,7 @@ from recompile.io.files import write_text
 from recompile.io.sizes import parse_size
 from recompile.merge.overlay import build_overlay
 from recompile.model.rows import RowOptions
+from recompile.model.used_rows import UsedRows, check_apart, recorded_rows
 from recompile.optimize.baselines import make_baselines
 from recompile.optimize.budget import Budget, Pool, active_share, split_pool
 from recompile.optimize.choose import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from eval.profile.sketch import Sketch
     from eval.search.acceptance import Contender, Verdict
     from eval.search.kl_limit import MeasuredLimit
+    from recompile.model.tokens import Rows
 
 REFINE_MINUTES = 10.0  # at most, where nobody asked for a solver
 
@@ -242,13 +244,18 @@ class _Optimization:
                 "{max_kl} and {max_ppl_increase}"
             )
         reference, checkpoints = open_models(self.profile, self.checkpoints)
-        directories = [reference.path, *(source.path for source in checkpoints.values())]
-        rows, _ = options.where.read(directories, "accept")
+        rows, _ = self._rows("accept", reference, checkpoints)
         free, device = options.max_memory_bytes is None, compute_device(options.device)
         kls = MeasuredMixes(
             self.profile, reference, checkpoints, rows, device, self.measured, self.on_event, holds=free
         )
         return hold_limit(self.profile, budget, self.by_costs, self.rules, kls, on_event)
+
+    def _rows(self, role: str, reference: Checkpoint, checkpoints: Mapping[str, Checkpoint]) -> tuple[Rows, int | None]:
+        """Rows that nothing else used, as far as the profile and the variants say, and the true vocabulary."""
+        rows, vocab = self.options.where.read([reference.path, *(c.path for c in checkpoints.values())], role)
+        check_apart(rows, role, used_before(self.path, self.profile, checkpoints), self.on_event)
+        return rows, vocab
 
     # ---- searching with the models -----------------------------------------------------------------------------------
 
@@ -354,8 +361,7 @@ class _Optimization:
             others["exact"] = choose(profile, budget, "exact", rules).solution.choice
         baselines = make_baselines(profile, problem, chosen.solution.choice, limits, others, as_they_are)
         role = "accept" if held is None else "report"  # the size was found with the accepting rows
-        directories = [reference.path, *(source.path for source in checkpoints.values())]
-        rows, vocab = options.where.read(directories, role)
+        rows, vocab = self._rows(role, reference, checkpoints)
         diff = DiffOptions(device=compute_device(options.device), vocab=vocab)
         return verify(
             MixEvaluator(profile.header, checkpoints, reference, diff),
@@ -417,6 +423,12 @@ def are_same(profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> bool:
         return False
     reference = profile.header.reference
     return Path(reference).exists() and open_checkpoint(reference).identity == profile.header.reference_fingerprint
+
+
+def used_before(path: Path, profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> list[tuple[str, UsedRows]]:
+    """Rows that the profile at a path and the variants of it were made of."""
+    chosen = UsedRows("choose", profile.header.documents)
+    return [(str(path), chosen), *recorded_rows(checkpoint.path for checkpoint in checkpoints.values())]
 
 
 def open_models(
@@ -524,6 +536,7 @@ def write_recipe(
             "measured_kl_nats": round(found.kl.mean, 6),
             "measured_std_error": round(found.kl.std_error, 6) if found.kl.std_error is not None else None,
             "measured_on": f"{verdict.rows} rows x {verdict.row_tokens} tokens, sha256 {verdict.rows_sha256}",
+            **({"measured_positions": verdict.positions} if verdict.positions != "all" else {}),
         }
     recipe, comments = make_recipe(chosen, {"made_by": made_by, **measured}, names)
     base = chosen.profile.header.candidate(chosen.profile.header.base).model_dir

@@ -57,12 +57,15 @@ def search_refine(search: Search) -> Mapping[str, str]:
         reached = max(reached, journal.steps + event.done / event.total)
         search.on_event(Progress("refining", reached, steps, text=event.text))
 
+    judging, pool = rows.part(first, first + accept), rows.part(first + accept, len(rows.ids))
     oracle = MixOracle(
         search.profile.header,
         search.checkpoints,
         search.reference,
-        pool=rows.ids[first + accept :],
-        accept=rows.ids[first : first + accept],
+        pool=pool.ids,
+        pool_counted=pool.counted,
+        accept=judging.ids,
+        counted=judging.counted,
         rows_per_step=of_step,
         rough_above_nats=ROUGH_ABOVE_NATS,
         device=search.device,

@@ -20,13 +20,14 @@ from recompile.cli.options import (
     rounding_option,
     samples_option,
     tokenizer_from_option,
+    trace_options,
 )
 from recompile.cli.render_auto import describe_auto, describe_stage
 from recompile.planning import TARGETS
 
 
 @many_values_command(
-    "model_auto", outputs={"--json": "json_path"}, inputs=("base", "variants", "tokenizer_from", "text")
+    "model_auto", outputs={"--json": "json_path"}, inputs=("base", "variants", "tokenizer_from", "text", "trace")
 )
 @in_dir_option("base", "The dense base model.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The mix; stages go to OUT.work/.")
@@ -67,6 +68,7 @@ from recompile.planning import TARGETS
 @click.option("--calibration-rows", default=64, show_default=True, help="Rows to quantize with.")
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text.")
 @click.option("--dataset", help="A data set of the `datasets` library, e.g. wiki2.")
+@trace_options
 @max_memory_option("For the profile")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Also make and measure a uniform build.")
 @device_options

@@ -167,8 +167,6 @@ def main(
         if _given(ctx, name):
             raise click.UsageError(f"{_flag(ctx, name)} goes with --engine")
         del options[name]
-    if _given(ctx, "positions") and options["trace"] is None:
-        raise click.UsageError("--positions goes with --trace")
     if options["reference"] is None:
         raise click.UsageError("-mb is needed: model B, the reference")
     if len(candidates) == 1 and len(recipes) < 2:

@@ -16,11 +16,12 @@ from recompile.cli.options import (
     out_dir_option,
     output_options,
     text_options,
+    trace_options,
 )
 from recompile.cli.render_heal import describe_heal
 
 
-@command("model_heal", outputs={"--json": "json_path"}, inputs=("build", "base", "text", "input_ids"))
+@command("model_heal", outputs={"--json": "json_path"}, inputs=("build", "base", "text", "input_ids", "trace"))
 @in_dir_option("build", "The finished build: a variant or a mix.")
 @model_b_option("base", "The unquantized base that it was made of.")
 @out_dir_option("Where the healed build goes.")
@@ -36,6 +37,7 @@ from recompile.cli.render_heal import describe_heal
 @click.option("--batch-tokens", default=1024, show_default=True, help="Tokens a step.")
 @max_memory_option()
 @text_options(rows=16, length=512)
+@trace_options
 @device_options
 @output_options
 def main(json_path: Path | None, quiet: bool, **options: Any) -> None:

@@ -9,7 +9,7 @@ import click
 
 from recompile.arguments import spell
 from recompile.cli.common import Screen, check_json_path, flags_of, refuse_outputs, show
-from recompile.cli.options import budget_bits_option, many_values_command, output_options
+from recompile.cli.options import budget_bits_option, many_values_command, output_options, trace_options
 from recompile.cli.render_optimize import describe_frontier, describe_recipe
 from recompile.errors import ArgumentError
 from recompile.optimize.solvers import SOLVERS
@@ -19,7 +19,7 @@ SOLVERS_HELP = spell("; ".join(f"{solver.name}: {solver.says}" for solver in SOL
 ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
 
 
-@many_values_command("model_optimize", outputs={"--json": "json_path"}, inputs=("profile", "start", "text"))
+@many_values_command("model_optimize", outputs={"--json": "json_path"}, inputs=("profile", "start", "text", "trace"))
 @click.argument("profile", metavar="PROFILE", type=click.Path(path_type=Path))
 @budget_bits_option(
     "--target-bpw",
@@ -113,10 +113,11 @@ ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
     help="--no-guard: write the solver's recipe even where a simpler mix measures better.",
 )
 @click.option("-r", "--rows", default=16, show_default=True, help="Rows for --check.")
-@click.option("-l", "--length", default=256, show_default=True, help="Tokens in a row for --check.")
+@click.option("-l", "--length", type=int, show_default="256; 512 of a trace", help="Tokens in a row for --check.")
 @click.option("-d", "--device", default="cpu", show_default=True, help="For --check.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text for --check, split as in model_profile.")
 @click.option("--dataset", help="Data set for --check.")
+@trace_options
 @output_options
 def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     """Choose a source for every group of a profile so that KL is least within a size.
@@ -134,7 +135,7 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     with Screen(quiet) as screen:
         if grid is None:
             options["out"] = options["out"] if options["out"] is not None else Path("overrides.yaml")
-            inputs = [options[name] for name in ("profile", "start", "text")]
+            inputs = [options[name] for name in ("profile", "start", "text", "trace")]
             refuse_outputs({"-o": options["out"], "--json": json_path}, inputs)
             found = api.optimize(**options, on_event=screen)
             show(found.as_dict(), json_path, lambda: describe_recipe(found))
@@ -147,6 +148,6 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
         from eval.search.frontier import frontier_files
 
         for path in frontier_files(options["out"] or Path("frontier"), grid):
-            refuse_outputs({"-o": path, "--json": json_path}, [options["profile"], options["text"]])
+            refuse_outputs({"-o": path, "--json": json_path}, [options["profile"], options["text"], options["trace"]])
         table = api.frontier(grid=grid, solver=solver, **options, on_event=screen)
     show(table.as_dict(), json_path, lambda: describe_frontier(table))

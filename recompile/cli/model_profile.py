@@ -20,6 +20,7 @@ from recompile.cli.options import (
     output_options,
     samples_option,
     text_options,
+    trace_options,
 )
 from recompile.cli.render_profile import describe_next, describe_profile, profile_summary
 from recompile.costs import LEVELS, load_profile
@@ -28,7 +29,7 @@ from recompile.costs import LEVELS, load_profile
 @many_values_command(
     "model_profile",
     outputs={"--json": "json_path"},
-    inputs=("reference", "base", "sources", "text", "input_ids", "imatrix", "out"),
+    inputs=("reference", "base", "sources", "text", "input_ids", "trace", "imatrix", "out"),
 )
 @model_b_option("reference", "The reference: the unquantized base.")
 @in_dir_option("base", "The variant that recipes start from; with --candidates its name.", required=False)
@@ -128,6 +129,7 @@ from recompile.costs import LEVELS, load_profile
 )
 @max_memory_option()
 @text_options(rows=16, length=512, auto=True)
+@trace_options
 @device_options
 @output_options
 def main(json_path: Path | None, quiet: bool, **options: Any) -> None:

@@ -19,6 +19,7 @@ from recompile.cli.options import (
     rounding_option,
     text_options,
     tokenizer_from_option,
+    trace_options,
 )
 from recompile.cli.render_quantize import describe_variants
 from recompile.formats import COMPRESSED, VARIANT_FORMATS
@@ -27,7 +28,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
 @many_values_command(
     "model_quantize",
     outputs={"--json": "json_path", "--save-imatrix": "save_imatrix"},
-    inputs=("base", "recipe", "modifiers", "tokenizer_from", "imatrix", "text", "input_ids"),
+    inputs=("base", "recipe", "modifiers", "tokenizer_from", "imatrix", "text", "input_ids", "trace"),
 )
 @in_dir_option("base", "The dense base model.")
 @out_dir_option("Where the variants go: DIR/3bpw, DIR/4bpw, ...")
@@ -155,6 +156,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     help="Matrices that are quantized whatever their role is.",
 )
 @text_options(rows=64, length=512)
+@trace_options
 @device_options
 @output_options
 def main(json_path: Path | None, quiet: bool, **options: Any) -> None:

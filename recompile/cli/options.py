@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -104,18 +105,27 @@ def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = Fa
 
 def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--trace --positions`."""
-    function = click.option(
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        source = click.get_current_context().get_parameter_source("positions")
+        if source is not click.core.ParameterSource.DEFAULT and options["trace"] is None:
+            raise click.UsageError("--positions goes with --trace")
+        return function(*args, **options)
+
+    with_positions = click.option(
         "--positions",
         type=click.Choice(["response", "all"]),
         default="response",
         show_default=True,
         help="Of a trace: which predictions count, those of the response's tokens or all.",
-    )(function)
+    )(checked)
     return click.option(
         "--trace",
         type=click.Path(path_type=Path),
-        help="Rows of model_trace in place of text: those of the role that is needed; all of them, or the first -r.",
-    )(function)
+        help="Rows of model_trace, or a publisher's token ids (JSON, JSONL, parquet), in place of text: those of the "
+        "role that is needed, at most -r of them.",
+    )(with_positions)
 
 
 def in_dir_option(name: str, says: str, *, required: bool = True) -> Option:

@@ -8,7 +8,7 @@ from recompile.cli.render_merge import describe_merge
 from recompile.cli.render_optimize import describe_recipe
 from recompile.cli.render_profile import describe_next
 from recompile.cli.render_quantize import describe_variants
-from recompile.io.report import format_columns
+from recompile.io.report import format_columns, role_in_words
 from recompile.io.sizes import format_bpw, format_bytes
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def describe_auto(report: AutoReport) -> str:
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
     lines = [
         format_columns(rows, header, range(1, 6)),
-        f"on {report.rows} rows x {report.row_tokens} tokens that nothing else used",
+        f"on {report.rows} rows x {report.row_tokens} tokens that nothing else used, {report.rows_source}"
+        f"{role_in_words(report.rows_role, report.positions)}",
         *verdicts,
         f"Stages: {seconds}. Recipe: {report.recipe}",
     ]

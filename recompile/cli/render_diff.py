@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns
+from recompile.io.report import format_columns, role_in_words
 from recompile.io.sizes import format_bpw, format_bytes
 from recompile.merge.left_dense import left_dense
 
@@ -181,7 +181,7 @@ def _rows_of(report: DiffReport, whole: bool = False) -> str:
             f" ({report.tokens} tokens counted, {report.unlabelled_tokens} of them, the last of each row, not in "
             f"perplexity)"
         )
-    role = f", role {report.rows_role}" if report.rows_role not in ("", "all") else ""
+    role = role_in_words(report.rows_role)
     shape = f"{report.rows} rows {'of at most' if padded else 'x'} {report.row_tokens} tokens"
     return f"{shape}{counted}, {report.rows_source}{role}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns
+from recompile.io.report import format_columns, role_in_words
 from recompile.io.sizes import format_seconds
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def describe_heal(report: HealReport) -> str:
 
     rows = [
         line("accept rows (the verdict)", report.accept),
-        line(f"report rows: {report.rows_source}", report.report),
+        line(f"report rows: {report.rows_source}{role_in_words('', report.positions)}", report.report),
         line(f"another kind of text: {report.second_source}", report.second),
     ]
     header = ("KL(base || build), nats a token", "before", "healed", "ratio", "paired difference")

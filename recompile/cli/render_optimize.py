@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns
+from recompile.io.report import format_columns, role_in_words
 from recompile.io.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -98,10 +98,11 @@ def describe_verdict(verdict: Verdict, profile: Profile) -> str:
         )
     inputs = ", inputs quantized as the schemes say" if verdict.activations else ""
     header = ("mix", "bpw", "measured KL", "recipe - mix, 95 % interval", "")
-    return (
-        f"Measured on {verdict.rows} rows x {verdict.row_tokens} tokens that nothing else uses (KL in nats per token, "
-        f"paired by row{inputs}):\n" + format_columns(rows, header, (1, 2, 3)) + "\n" + verdict_line(verdict)
+    on = (
+        f"Measured on {verdict.rows} rows x {verdict.row_tokens} tokens that nothing else uses, {verdict.rows_source}"
+        f"{role_in_words(verdict.rows_role, verdict.positions)} (KL in nats per token, paired by row{inputs}):"
     )
+    return f"{on}\n{format_columns(rows, header, (1, 2, 3))}\n{verdict_line(verdict)}"
 
 
 def _mark(contender: Contender) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns
+from recompile.io.report import format_columns, role_in_words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +64,8 @@ def describe_profile(profile: Profile, most: int = 20) -> str:
     if len(order) > most:
         title += f" (the {most} most expensive of {len(order)} groups)"
     text = f"{title}\n" + format_columns(rows, ("group", *labels), range(1, len(labels) + 1))
+    said = role_in_words(header.rows_role, header.positions)
+    text += f"\nMeasured on {header.rows} rows x {header.row_tokens} tokens, {header.rows_source}{said}"
     unreached = profile.unreached()
     if unreached:
         text += (

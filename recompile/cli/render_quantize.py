@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns
+from recompile.io.report import format_columns, role_in_words
 from recompile.io.sizes import format_bpw, format_bytes
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def _summary(report: QuantizeReport) -> str:
         )
     header = ("variant", "bpw", "head", "size", "modules", "rel. error", "SQNR dB", "output error")
     text = format_columns(rows, header, range(1, 8))
+    if (used := report.rows) is not None:
+        said = role_in_words(used.role, used.positions)
+        text += f"\ncalibrated on {len(used.documents)} rows, {used.source}{said}"
     modules = report.variants[0].modules
     borrowed = sum(module.quantized and module.note.startswith("made with the inputs of") for module in modules)
     blind = sum(module.quantized and module.note.startswith("not calibrated") for module in modules)

@@ -64,6 +64,12 @@ def write_report(path: str | os.PathLike[str], report: Any) -> None:
     write_text(Path(path), to_json(report))
 
 
+def role_in_words(role: str, positions: str = "all") -> str:
+    """What rows are for and what of them counts, to go on a name of theirs: ", role report, response tokens only"."""
+    said = f", role {role}" if role not in ("", "all") else ""
+    return f"{said}, response tokens only" if positions == "response" else said
+
+
 def format_columns(
     rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Iterable[int] = ()
 ) -> str:

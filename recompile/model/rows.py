@@ -12,6 +12,7 @@ from recompile.errors import ArgumentError, MismatchError, RecompileError
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint
     from recompile.model.tokens import Rows, TextSource
+    from recompile.model.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,19 @@ class RowOptions:
     positions: str = "response"  # of a trace, that count: "response" or "all"
 
     def read(self, directories: Sequence[Path], role: str, rows: int | None = None) -> tuple[Rows, int | None]:
-        """As `read_rows`, of a role; rows: as many instead."""
+        """As `read_rows`, of a role; rows: as many instead. Those of a trace end after `length` tokens."""
+        self.check()
         if self.trace is not None:
-            return trace_rows(self.trace, directories, role, rows or self.rows, self.positions)
+            return trace_rows(self.trace, directories, role, rows or self.rows, self.positions, self.length)
         return read_rows(directories, role, rows or self.rows, self.length, self.text, self.dataset, self.input_ids)
 
     def read_own(self, directories: Sequence[Path], role: str) -> tuple[Rows, int | None]:
-        """As `read`, where the user's own text is not split into roles; a trace always is."""
+        """As `read`, where the user's own text is not split into roles; a trace always is, and its rows are whole,
+        short ones first."""
         self.check()
         if self.trace is not None:
-            return self.read(directories, role)
+            found, vocab = trace_rows(self.trace, directories, role, self.rows, self.positions)
+            return found.by_length(), vocab
         given = (self.rows, self.length, self.text, self.dataset, self.input_ids)
         return read_rows(directories, role, *given, split_own_text=False)
 
@@ -49,6 +53,14 @@ class RowOptions:
 
     def read_up_to(self, directories: Sequence[Path], role: str, most: int, least: int) -> Rows:
         """`most` rows, or as many as the text has. Raises RecompileError for fewer than `least`."""
+        if self.trace is not None:
+            found = self.read(directories, role, most)[0]
+            if len(found.ids) < least:
+                raise RecompileError(
+                    f'{self.trace}: {len(found.ids)} rows have the role "{role}", and {least} are needed; trace more '
+                    f"prompts, or give a larger {{length}}"
+                )
+            return found
         try:
             return self.read(directories, role, most)[0]
         except RecompileError:  # a short text, which is read again at little cost
@@ -79,6 +91,11 @@ def read_rows(
         raise ArgumentError("{text}, {dataset} and {input_ids} exclude each other; give one of them")
     if input_ids is not None:
         found = tokens.rows_from_file(input_ids)
+        if found.role not in ("all", role):
+            raise MismatchError(
+                f'{input_ids}: its rows have the role "{found.role}", and are to be used in the role "{role}"; a row '
+                f"has one role: give rows that are for this"
+            )
         return found, None
     if text is not None:
         source = tokens.text_from_file(text)
@@ -91,15 +108,16 @@ def read_rows(
     return rows_of_text(source, first_with_tokenizer(model_dirs), rows, length, taken)
 
 
-def trace_rows(path: Path, model_dirs: Sequence[Path], role: str, rows: int | None, positions: str) -> tuple[Rows, int]:
-    """The rows of one role of a trace, at most so many, short ones first, and the vocabulary that it was written with.
+def trace_rows(
+    path: Path, model_dirs: Sequence[Path], role: str, rows: int | None, positions: str, length: int | None = None
+) -> tuple[Rows, int]:
+    """The rows of one role of a trace, at most so many, in its order, and the vocabulary that it was written with.
 
-    Raises MismatchError where a model's tokenizer is another than the trace's, RecompileError for a role without rows.
+    length: rows end after so many tokens, and those whose response begins later are left out. Raises MismatchError
+    where a model's tokenizer is another than the trace's, RecompileError for a role without rows.
     """
-    from hashlib import sha256
-
-    from recompile.model.tokens import Rows, tokenizer_sha256
-    from recompile.model.trace import read_trace
+    from recompile.model.tokens import Rows, rows_sha256, tokenizer_sha256, with_tokenizer
+    from recompile.model.trace import check_trace_vocabulary, read_trace
 
     trace = read_trace(path)
     about = trace.about
@@ -110,25 +128,44 @@ def trace_rows(path: Path, model_dirs: Sequence[Path], role: str, rows: int | No
             f"{path}: was written with another tokenizer than that of {first_with_tokenizer(model_dirs)}; trace this "
             f"model's base"
         )
-    found = trace.of_role(role).first(rows).by_length()
-    if not len(found.ids):
+    vocab = about.vocab
+    if not vocab:
+        vocab = with_tokenizer(first_with_tokenizer(model_dirs), len)
+        check_trace_vocabulary(path, trace.ids, vocab)
+    of_role = trace.of_role(role)
+    if not len(of_role.ids):
         raise RecompileError(
             f'{path}: no row has the role "{role}" ({", ".join(f"{its}: {n}" for its, n in trace.counts.items())}); '
             f"trace more prompts"
         )
-    drawn = "greedily" if about.temperature == 0 else f"at temperature {about.temperature:g}, seed {about.seed}"
+    short = of_role if length is None else of_role.cut(length)
+    if not len(short.ids):
+        raise RecompileError(
+            f'{path}: no response of the role "{role}" begins within {length} tokens; give a larger {{length}}'
+        )
+    found = short.first(rows)
+    counted = found.counted(positions)
     made = Rows(
         found.ids,
-        documents=tuple(f"prompt-{prompt[:8]}" for prompt in found.about.prompts),
+        documents=tuple(f"prompt-{prompt[:16]}" for prompt in found.about.prompts),
         origins=found.about.kinds,
-        source=f"{path.name}, written by {about.base} {drawn}",
+        source=f"{path.name}, {about.origin}{_cut_in_words(of_role, length)}",
         role=role,
-        sha256=sha256(f"{found.sha256} {positions}".encode()).hexdigest(),
+        sha256=rows_sha256(found.ids, counted),
         lengths=found.lengths,
-        counted=found.counted(positions),
+        counted=counted,
         positions=positions,
     )
-    return made, about.vocab
+    return made, vocab
+
+
+def _cut_in_words(whole: Trace, length: int | None) -> str:
+    """What a limit on the length of rows takes from the rows of a role."""
+    if length is None or not bool((whole.lengths > length).any()):
+        return ""
+    late = len(whole.ids) - len(whole.cut(length).ids)
+    left_out = f"; {late} of {len(whole.ids)} rows answer later and are left out" if late else ""
+    return f", cut at {length} tokens{left_out}"
 
 
 def rows_of_text(source: TextSource, model_dir: Path, rows: int | None, length: int, role: str) -> tuple[Rows, int]:

@@ -21,7 +21,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -96,8 +96,36 @@ class Rows:
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows start .. stop - 1, with a hash of their own."""
-        rows = slice(start, stop)
-        return _rows(self.ids[rows], self.documents[rows], self.origins[rows], self.source, self.role)
+        return self.of(range(start, min(stop, len(self.ids))))
+
+    def of(self, rows: Sequence[int]) -> Rows:
+        """These rows in this order, with a hash of their own."""
+        kept = list(rows)
+        counted = None if self.counted is None else self.counted[kept]
+        found = _rows(
+            self.ids[kept],
+            tuple(self.documents[row] for row in kept),
+            tuple(self.origins[row] for row in kept),
+            self.source,
+            self.role,
+            counted,
+        )
+        lengths = None if self.lengths is None else self.lengths[kept]
+        return replace(found, lengths=lengths, counted=counted, positions=self.positions)
+
+    @property
+    def counted_in_words(self) -> str:
+        """What counts of the rows of a trace, to go on a sentence about them; empty for text."""
+        if self.counted is None:
+            return ""
+        what = "response tokens" if self.positions == "response" else "tokens, padding left out,"
+        return f", of which {int(self.counted.sum())} {what} count ({self.source}, role {self.role})"
+
+    def by_length(self) -> Rows:
+        """Short rows first, so that padded rows that run together are of about one length."""
+        if self.lengths is None:
+            return self
+        return self.of(self.lengths.sort(stable=True).indices.tolist())
 
 
 # ---------------------------------------------------------------- where text comes from
@@ -533,14 +561,26 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _rows(
-    ids: Tensor | list[list[int]], documents: tuple[str, ...], origins: tuple[str, ...], source: str, role: str
+    ids: Tensor | list[list[int]],
+    documents: tuple[str, ...],
+    origins: tuple[str, ...],
+    source: str,
+    role: str,
+    counted: Tensor | None = None,
 ) -> Rows:
     import torch
 
     tensor = torch.as_tensor(ids, dtype=torch.int64).contiguous()
-    digest = hashlib.sha256(struct.pack("<2q", *tensor.shape))
-    digest.update(tensor.cpu().numpy().astype("<i8").tobytes())
-    return Rows(tensor, documents, origins, source, role, digest.hexdigest())
+    return Rows(tensor, documents, origins, source, role, rows_sha256(tensor, counted))
+
+
+def rows_sha256(ids: Tensor, counted: Tensor | None = None) -> str:
+    """Of the shape and the ids, and of what counts where that is not all; int64 and bool [rows, tokens]."""
+    digest = hashlib.sha256(struct.pack("<2q", *ids.shape))
+    digest.update(ids.cpu().numpy().astype("<i8").tobytes())
+    if counted is not None:
+        digest.update(counted.cpu().numpy().astype("u1").tobytes())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- rows in files
@@ -584,7 +624,7 @@ def rows_from_file(path: Path | str) -> Rows:
         raise RecompileError(f"{path}: input_ids[{row}, {column}] is {int(ids[row, column])}; a token is 0 or more")
     about = _about_rows(metadata.get("recompile_rows"), ids.shape[0])
     if about is None:
-        names = tuple(f"row-{row}" for row in range(ids.shape[0]))
+        names = tuple(f"row-{rows_sha256(row[None])[:16]}" for row in ids)
         return _rows(ids, names, (path.name,) * ids.shape[0], str(path), "all")
     return _rows(ids, **about)
 

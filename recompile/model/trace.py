@@ -61,11 +61,19 @@ class TraceAbout:
     max_new_tokens: int
     dtype: str
     device: str
-    vocab: int  # tokens that could be written
+    vocab: int  # tokens that could be written; 0 where another tool does not say
     tools_in_text: bool  # the template has no place for tools, so that schemas stand in the first message
     thinking_switch: bool  # the template has one
     versions: dict[str, str]
     version: int = VERSION
+
+    @property
+    def origin(self) -> str:
+        """Who wrote it and how, for reports."""
+        if not self.base_fingerprint:
+            return f"of another tool, written by {self.base}" if self.base else "of another tool"
+        drawn = "greedily" if self.temperature == 0 else f"at temperature {self.temperature:g}, seed {self.seed}"
+        return f"written by {self.base} {drawn}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +117,14 @@ class Trace:
             ),
         )
 
-    def by_length(self) -> Trace:
-        """Short rows first, so that rows that run together are of about one length."""
-        return self._rows(self.lengths.sort(stable=True).indices.tolist())
+    def cut(self, length: int) -> Trace:
+        """The first `length` tokens of every row, without the rows whose response begins later."""
+        from dataclasses import replace
+
+        response = self.response[:, :length]
+        kept = response.any(1).nonzero().flatten().tolist()
+        whole = replace(self, ids=self.ids[:, :length], response=response, lengths=self.lengths.clamp(max=length))
+        return whole._rows(kept)
 
     @property
     def sha256(self) -> str:
@@ -161,11 +174,19 @@ def save_trace(trace: Trace, path: Path | str) -> None:
 
 
 def read_trace(path: Path | str) -> Trace:
-    """Read and check what `save_trace` wrote. Raises RecompileError for anything else, or for a prompt in two roles."""
+    """Read and check what `save_trace` wrote, or a publisher's JSON, JSON lines or parquet
+    (recompile.model.published_trace). Raises RecompileError for anything else, or for a prompt in two roles."""
     import torch
     from safetensors import SafetensorError, safe_open
 
+    from recompile.model.published_trace import SUFFIXES, read_published
+
     path = Path(path)
+    if path.suffix in SUFFIXES:
+        found_trace = read_published(path)
+        if found_trace.about.vocab:
+            check_trace_vocabulary(path, found_trace.ids, found_trace.about.vocab)
+        return found_trace
     try:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
@@ -186,6 +207,7 @@ def read_trace(path: Path | str) -> Trace:
     ids, response, lengths = (found[name] for name in wanted)
     about = _about(path, metadata[METADATA_KEY], len(ids))
     _check_rows(path, ids, response, lengths)
+    check_trace_vocabulary(path, ids, about.vocab)
     return Trace(ids, response.bool(), lengths, about)
 
 
@@ -236,4 +258,14 @@ def _check_rows(path: Path, ids: Tensor, response: Tensor, lengths: Tensor) -> N
     if bool(response.bool()[padding].any()) or bool(response[:, 0].any()) or not bool(response.bool().any(1).all()):
         raise RecompileError(
             f"{path}: marks padding or a first token as written, or none of a row; make the trace again"
+        )
+
+
+def check_trace_vocabulary(path: Path, ids: Tensor, vocab: int) -> None:
+    """Raise RecompileError for a token that a vocabulary of so many does not have."""
+    if int(ids.max()) >= vocab:
+        row, place = (ids >= vocab).nonzero()[0].tolist()
+        raise RecompileError(
+            f"{path}: row {row} has token {int(ids[row, place])} at place {place}, and the vocabulary {vocab} tokens; "
+            f"it is damaged, or of another model"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recompile.gguf.imatrix import Imatrix, InputSums
 from recompile.gguf.names import Heads, architecture_of, place_of
+from recompile.model.counted import pick, places_of
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputStatistics
@@ -58,9 +59,12 @@ class MomentCollector(InputCollector):
         return [InputMoments(tuple(g.modules), *self._found[id(g)]) for g in self.groups if id(g) in self._found]
 
 
-def collect_moments(model: LayeredModel, ids: Tensor, *, head: bool = False) -> Iterator[list[InputMoments]]:
+def collect_moments(
+    model: LayeredModel, ids: Tensor, *, head: bool = False, counted: Tensor | None = None
+) -> Iterator[list[InputMoments]]:
     """Run rows int64 [rows, tokens] through the model; yields the moments of one layer after the other, and last, with
-    `head`, those of the head's input. The layer is loaded while its moments are yielded."""
+    `head`, those of the head's input. The layer is loaded while its moments are yielded. counted: bool [rows, tokens],
+    the places that are meant; None for all."""
     model.model.set_experts_implementation("eager")  # one linear call an expert, which the collector sees
     with torch.inference_mode():
         states = list(model.embed(ids, 1))
@@ -70,6 +74,7 @@ def collect_moments(model: LayeredModel, ids: Tensor, *, head: bool = False) -> 
             with torch.inference_mode(), collector:
                 for row, state in enumerate(states):
                     collector.row = row
+                    collector.counted = None if counted is None else counted[row : row + 1]
                     states[row] = model.run_layer(index, state, row)
             yield collector.moments()
     if head:
@@ -77,6 +82,7 @@ def collect_moments(model: LayeredModel, ids: Tensor, *, head: bool = False) -> 
             normed = [norm(state)[0].float() for state in states]
             for row, state in enumerate(normed):
                 model.watch.see(state[None], model.loaded_from, "the final norm", row, model.norm_module)
+            normed = [pick(state, places_of(counted, row)) for row, state in enumerate(normed)]
         yield [
             InputMoments(
                 (model.prefix_of(model.head),),

@@ -7,6 +7,7 @@ by which slice of it the call reads, so each expert gets the Hessian of the toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from recompile.model.linear_calls import LinearMode
 from recompile.model.stream import LayeredModel, LinearWeights
 
 BATCH_TOKENS = 2048
+EVERYWHERE = "inputs of all places count, for which of them are of a response cannot be told"
+_GATHERS = (torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select)
 
 
 @dataclass
@@ -64,14 +67,17 @@ class InputCollector(LinearMode):
     raises NotFiniteError where these are no numbers.
 
     groups: filled while running; modules that are always given the very same tensor (q, k, v; gate, up) share one entry
+    counted: bool [rows, tokens] of the batch that runs, the places whose inputs count; None: all
     """
 
     groups: list[InputStatistics] = field(default_factory=list)
     statistics: type[InputStatistics] = InputStatistics
+    counted: Tensor | None = None
 
     def __init__(self, model: LayeredModel, index: int) -> None:
         super().__init__(LinearWeights(model, index))
-        self.groups = []
+        self.groups, self.counted = [], None
+        self._taken: Tensor | None = None  # the places that an expert was given last
         self._group_of: dict[str, InputStatistics] = {}
         self._label = model.loaded_from
         self._last: tuple[Tensor, InputStatistics] | None = None
@@ -81,6 +87,34 @@ class InputCollector(LinearMode):
         if found is not None:
             self._add(found.modules, x)
         return super().linear(x, weight, bias)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if self.counted is not None and func in _GATHERS:
+            of = [value for value in (args[1] if isinstance(args[1], tuple) else args[1:]) if isinstance(value, Tensor)]
+            if (
+                len(args[0]) == self.counted.numel()
+                and len(of) == 1
+                and of[0].dtype == torch.int64
+                and of[0].dim() == 1
+            ):
+                self._taken = of[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _meant(self, group: InputStatistics, inputs: Tensor) -> Tensor:
+        """The inputs of a call, [..., in], at the places that count. Experts are given places that were taken out of
+        all by their numbers."""
+        if self.counted is None:
+            return inputs
+        flat, marks = inputs.reshape(-1, inputs.shape[-1]), self.counted.to(inputs.device)
+        if len(flat) == marks.numel():
+            is_turned = inputs.dim() > 2 and inputs.shape[:2] == marks.shape[::-1] != marks.shape
+            return flat[(marks.T if is_turned else marks).flatten()]
+        if self._taken is not None and len(flat) == len(self._taken):
+            return flat[marks.flatten()[self._taken]]
+        group.note = EVERYWHERE
+        return inputs
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)
@@ -112,7 +146,7 @@ class InputCollector(LinearMode):
         self._last = (inputs, group)
         if group.modules[0] != leader:
             return
-        self.accumulate(group, inputs)
+        self.accumulate(group, self._meant(group, inputs))
 
     def accumulate(self, group: InputStatistics, inputs: Tensor) -> None:
         """Count the inputs of a call, [..., in]."""
@@ -121,9 +155,15 @@ class InputCollector(LinearMode):
 
 @torch.inference_mode()
 def input_power(
-    base: Checkpoint, ids: Tensor, *, device: str = "cpu", dtype: torch.dtype | None = None
+    base: Checkpoint,
+    ids: Tensor,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    counted: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Module -> [in] float32, the mean square of every input over calibration rows ids, int64 [rows, tokens].
+    """Module -> [in] float32, the mean square of every input over calibration rows ids, int64 [rows, tokens], at the
+    places that count (bool [rows, tokens]; None: all).
 
     Streams the model once; an expert's mean is over the tokens that the router sent to it, and one that got none is
     left out.
@@ -138,8 +178,22 @@ def input_power(
             collector = InputCollector(model, index)
             collector.statistics = InputPower
             with collector:
-                states = [model.run_layer(index, state, n * batch) for n, state in enumerate(states)]
+                run_batches(model, index, states, batch, collector, counted)
         for group in collector.groups:
             if group.hessian is not None:
                 found |= dict.fromkeys(group.modules, group.hessian / group.tokens)
     return found
+
+
+def run_batches(
+    model: LayeredModel,
+    index: int,
+    states: list[Tensor],
+    batch: int,
+    collector: InputCollector,
+    counted: Tensor | None = None,
+) -> None:
+    """Run a loaded layer over states of `batch` rows each, in place, and tell the collector what counts of each."""
+    for n, state in enumerate(states):
+        collector.counted = None if counted is None else counted[n * batch : n * batch + len(state)]
+        states[n] = model.run_layer(index, state, n * batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.imatrix import read_imatrix
 from recompile.model.decoded import as_dense
 from recompile.model.devices import compute_device
-from recompile.model.rows import check_vocabulary, read_rows
+from recompile.model.rows import RowOptions, check_vocabulary
 from recompile.model.tokens import Rows
 from recompile.quantize.calibrate import input_power
 from recompile.quantize.fake_quant import KEEP_BYTES
@@ -50,8 +50,7 @@ class CandidateOptions:
     asym: bool
     importance_rows: int
     imatrix: Path | None
-    text: Path | None
-    dataset: str | None
+    where: RowOptions  # of these rows; its `rows` and `length` are not looked at, but for a trace its length is
     device: str
     out: Path
     level: str
@@ -97,7 +96,7 @@ def make_candidates(
         importance = _gguf_importance(as_dense(reference, to_gguf=True), options, on_event)
     elif options.importance_rows and options.lazily != "noise":  # which has no use for it
         rows = _calibration_rows(reference, options)
-        importance = input_power(reference, rows.ids, device=compute_device(options.device))
+        importance = input_power(reference, rows.ids, device=compute_device(options.device), counted=rows.counted)
     keep = KEEP_BYTES if options.cap_bytes is None else 0
     offered = make_variants(reference, specs, importance, options.roles, keep)
     if importance is not None:
@@ -154,9 +153,9 @@ def _gguf_importance(reference: Checkpoint, options: CandidateOptions, on_event:
 
 
 def _calibration_rows(reference: Checkpoint, options: CandidateOptions) -> Rows:
-    rows, vocab = read_rows(
-        [reference.path], "calibrate", options.importance_rows, CALIBRATION_LENGTH, options.text, options.dataset
-    )
+    length = CALIBRATION_LENGTH if options.where.trace is None else options.where.length
+    where = replace(options.where, rows=options.importance_rows, length=length, input_ids=None)
+    rows, vocab = where.read([reference.path], "calibrate")
     check_vocabulary(reference, vocab)
     return rows
 

@@ -43,7 +43,7 @@ from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
 from recompile.model.decoded import as_dense
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
-from recompile.quantize.calibrate import InputCollector, InputPower
+from recompile.quantize.calibrate import InputCollector, InputPower, run_batches
 from recompile.quantize.gguf_rounding import Feedback
 
 BATCH_TOKENS = 2048
@@ -191,11 +191,17 @@ class Calibrated:
 
 @torch.inference_mode()
 def collect_importance(
-    base: Checkpoint, ids: Tensor, *, device: str = "cpu", dtype: torch.dtype | None = None, source: str = ""
+    base: Checkpoint,
+    ids: Tensor,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    source: str = "",
+    counted: Tensor | None = None,
 ) -> Iterator[Calibrated | Importance]:
     """One pass of calibration rows (int64 [rows, tokens]) over the layers; yields a Calibrated a layer and last the
-    Importance. The head's inputs are collected too, under the embedding's name where both are tied: then that is the
-    head."""
+    Importance, of the places that count (bool [rows, tokens]; None: all). The head's inputs are collected too, under
+    the embedding's name where both are tied: then that is the head."""
     model = LayeredModel.of(base, dtype=dtype, device=device)
     model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
     values: dict[str, Tensor] = {}
@@ -207,8 +213,7 @@ def collect_importance(
             collector = InputCollector(model, number)
             collector.statistics = InputPower
             with collector:
-                for n, state in enumerate(states):
-                    states[n] = model.run_layer(number, state, n * batch)
+                run_batches(model, number, states, batch, collector, counted)
         for group in collector.groups:
             if group.hessian is None:
                 continue
@@ -218,8 +223,11 @@ def collect_importance(
         yield Calibrated(number + 1, model.depth)
     total, count = torch.zeros(model.hidden_size), 0
     with model.norm_loaded() as norm:
-        for state in states:
-            x = norm(state).reshape(-1, model.hidden_size).float()  # a state may be wider than what the head takes
+        for n, state in enumerate(states):
+            x = norm(state)  # a state may be wider than what the head takes
+            if counted is not None:
+                x = x[counted[n * batch : n * batch + len(state)].to(x.device)]
+            x = x.reshape(-1, model.hidden_size).float()
             total += x.square().sum(0).cpu()
             count += len(x)
         check_finite(total, f"{model.loaded_from}: inputs of the head")

@@ -22,7 +22,7 @@ from recompile.gguf.names import Place
 from recompile.gguf.values import Heads, make_step, row_order, split_one
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
-from recompile.quantize.calibrate import BATCH_TOKENS, InputCollector
+from recompile.quantize.calibrate import BATCH_TOKENS, InputCollector, run_batches
 from recompile.quantize.two_sided import (
     OutputSource,
     OutputStatistics,
@@ -39,11 +39,19 @@ class InputHessians:
     """X^T X of the inputs of every map over calibration rows, [in, in] float32.
 
     Layers are asked for in rising order, the head (None) last: the model is streamed as far as that, and only the last
-    layer's are held. ids: int64 [rows, tokens]
+    layer's are held. ids: int64 [rows, tokens]; counted: bool, the places of them that are meant, None: all
     """
 
-    def __init__(self, base: Checkpoint, ids: Tensor, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
-        self._base, self._ids, self._device, self._dtype = base, ids, device, dtype
+    def __init__(
+        self,
+        base: Checkpoint,
+        ids: Tensor,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        counted: Tensor | None = None,
+    ) -> None:
+        self._base, self._ids, self._device, self._dtype, self._counted = base, ids, device, dtype, counted
         self._layers: Iterator[tuple[int | None, dict[str, Tensor]]] | None = None
         self._at: int | None = -1
         self._found: dict[str, Tensor] = {}
@@ -66,7 +74,7 @@ class InputHessians:
             with model.layer(number):
                 collector = InputCollector(model, number)
                 with collector:
-                    states = [model.run_layer(number, state, n * batch) for n, state in enumerate(states)]
+                    run_batches(model, number, states, batch, collector, self._counted)
             found: dict[str, Tensor] = {}
             for group in collector.groups:
                 if group.hessian is not None:
@@ -74,8 +82,11 @@ class InputHessians:
             yield number, found
         total = torch.zeros(model.hidden_size, model.hidden_size, device=self._device)
         with model.norm_loaded() as norm:
-            for state in states:
-                x = norm(state).reshape(-1, model.hidden_size).float()
+            for n, state in enumerate(states):
+                x = norm(state)
+                if self._counted is not None:
+                    x = x[self._counted[n * batch : n * batch + len(state)].to(x.device)]
+                x = x.reshape(-1, model.hidden_size).float()
                 total.addmm_(x.T, x)
         check_finite(total, f"{model.loaded_from}: inputs of the head")
         head, embedding = model.prefix_of(model.head), model.prefix_of(model.embedding)

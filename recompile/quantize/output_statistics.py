@@ -75,6 +75,13 @@ class StoredStatistics:
                 f"{self.path}: was measured on another model than {label}; give another {{stats}}, or remove it"
             )
 
+    def check_rows(self, rows_sha256: str) -> None:
+        """Raise MismatchError unless they were measured on these rows."""
+        if self.about["made_of"].get("rows") != rows_sha256:
+            raise MismatchError(
+                f"{self.path}: was measured on other rows, by a run that was stopped; remove it, or go on with its rows"
+            )
+
 
 def open_statistics(path: Path) -> StoredStatistics | None:
     """What a directory holds; None where there is none yet. Raises CheckpointError for one that is something else."""

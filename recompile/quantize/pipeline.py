@@ -43,7 +43,8 @@ from recompile.model.decoded import NOWHERE, as_dense
 from recompile.model.roles import roles_of
 from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel
-from recompile.quantize.calibrate import InputCollector, InputStatistics
+from recompile.model.used_rows import UsedRows
+from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
 from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder
 from recompile.quantize.quantize_report import LayerDone, ModuleReport, QuantizeReport, VariantReport
 from recompile.quantize.smoothing_mappings import Fold, find_folds
@@ -90,10 +91,13 @@ def quantize_model(
     shard_mb: int = 8192,
     sequential: bool = False,
     dense: Dense = DEFAULT_DENSE,
+    counted: Tensor | None = None,
+    used: UsedRows | None = None,
 ) -> Iterator[LayerDone | QuantizeReport]:
     """Quantize `base` to every variant of `encoder`; yields a LayerDone per layer and last the QuantizeReport.
 
-    ids: int64 [rows, tokens] calibration rows. `head` also quantizes the output head.
+    ids: int64 [rows, tokens] calibration rows; counted: bool, the places of them whose inputs count, None: all; used:
+    which rows they are, for the report. `head` also quantizes the output head.
     sequential: calibrate every layer on what the quantized layers before it give, in place of the base's activations;
     for one variant. A run that was killed starts anew, and the modules fit that variant better than a merge.
     dense: what stays dense beside what its role keeps so (routers, gates, norms, convolutions, embeddings, towers). MTP
@@ -111,7 +115,9 @@ def quantize_model(
     if reasons and all(reasons.values()):
         name = next(iter(reasons))
         raise FormatError(f"{base.label}: nothing would be quantized; {name}: {reasons[name]}")
-    yield from _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb, sequential, dense).run()
+    build = _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb, sequential, dense)
+    build.counted, build.used = counted, used
+    yield from build.run()
 
 
 class _QuantizedLayer:
@@ -145,6 +151,8 @@ class _Build:
         dense: Dense,
     ) -> None:
         self.sequential, self.dense, self.roles = sequential, dense, roles_of(base)
+        self.counted: Tensor | None = None
+        self.used: UsedRows | None = None
         self.decoded: dict[str, Tensor] = {}  # of the layer just quantized, where later ones are calibrated on it
         self.base, self.encoder, self.ids, self.head, self.shard_mb = base, encoder, ids, head, shard_mb
         self.model = LayeredModel.of(base, dtype=dtype, device=device)
@@ -208,11 +216,7 @@ class _Build:
                     continue
                 row = states[0][:1].clone()
                 with InputCollector(self.model, number) as collector:
-                    if self.sequential:
-                        for n, state in enumerate(states):
-                            self.model.run_layer(number, state, n * len(states[0]))
-                    else:
-                        self._advance(number, states)
+                    self._collect(number, list(states) if self.sequential else states, collector)
                 names = [name for name in self.model.modules_of_layer(number) if self.first_layer[name] == number]
                 folds = self._folds(number, row) if self._scales_inputs else []
                 self._keep(number, collector.groups)
@@ -242,7 +246,7 @@ class _Build:
             self._advance(number, states)
             return
         with InputCollector(self.model, number) as collector:
-            self._advance(number, states)
+            self._collect(number, states, collector)
         self._keep(number, collector.groups)
 
     def _keep(self, number: int, groups: Sequence[InputStatistics]) -> None:
@@ -273,6 +277,9 @@ class _Build:
         if role_of(name) == "head" or name == self._head_module() or not self._is_linear(name):
             return False
         return self.dense.why_dense(name, self.roles[name], self.base.modules[name].shape) is None
+
+    def _collect(self, index: int, states: list[Tensor], collector: InputCollector) -> None:
+        run_batches(self.model, index, states, len(states[0]), collector, self.counted)
 
     def _advance(self, index: int, states: list[Tensor]) -> None:
         for n, state in enumerate(states):
@@ -540,8 +547,11 @@ class _Build:
         """Of the head's inputs, as those of a module."""
         statistics = InputStatistics([module], note=note)
         with self.model.norm_loaded() as norm:
-            for state in states:
-                statistics.add(norm(state))
+            for n, state in enumerate(states):
+                normed, first = norm(state), n * len(states[0])
+                if self.counted is not None:
+                    normed = normed[self.counted[first : first + len(state)].to(normed.device)]
+                statistics.add(normed)
         return statistics
 
     def _weight_tensor(self, name: str) -> str:
@@ -648,7 +658,8 @@ class _Build:
         write_json(partial / "config.json", config)
         write_text(partial / ROLES_NAME, dump_roles(self.roles))
         report = replace(report, left_dense=str(left_dense(open_checkpoint(partial))))
-        write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal})
+        used = {"rows": asdict(self.used)} if self.used is not None else {}
+        write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal, **used})
         sets = [*read_scaled_sets(self.base.path)]
         for number in range(self.model.depth):
             sets += [ScaledSet(e["producer"], tuple(e["consumers"])) for e in read_json(partial / _stage_sets(number))]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from recompile.model.used_rows import UsedRows
+
 NAMED = 4  # modules of a list that a message names
 
 
@@ -72,6 +74,7 @@ class QuantizeReport:
 
     variants: tuple[VariantReport, ...]
     directories: tuple[str, ...]
+    rows: UsedRows | None = None  # that it was calibrated on
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

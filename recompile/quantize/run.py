@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.checkpoint.module_names import Dense
@@ -18,10 +17,12 @@ from recompile.events import Note, OnEvent, Progress, follow, ignore
 from recompile.formats import COMPRESSED, FORMATS
 from recompile.gguf.container import open_gguf
 from recompile.gguf.imatrix import read_imatrix, write_imatrix
+from recompile.io.report import role_in_words
 from recompile.model.decoded import as_dense, base_note
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary
 from recompile.model.tokens import Rows
+from recompile.model.used_rows import UsedRows
 from recompile.quantize.encoder_choice import EncoderChoice, parse_rates
 from recompile.quantize.external_converters import check_engine, plan_engine, run_engine
 from recompile.quantize.gguf import (
@@ -46,11 +47,10 @@ from recompile.quantize.quantize_report import LayerDone, QuantizeReport
 
 ROUNDING_METHODS = ("rtn", "mse", "gptq")
 
-# Measures the gradients at the outputs of all maps of a base on rows (int64 [rows, tokens]) into a directory: a pass of
-# `eval`, handed in from above. (base, ids, directory, rows_sha256, device, dtype, cap in bytes) -> events, last the
-# StoredStatistics
+# Measures the gradients at the outputs of all maps of a base on rows into a directory: a pass of `eval`, handed in from
+# above. (base, rows, directory, device, dtype, cap in bytes) -> events, last the StoredStatistics
 MeasureOutputs: TypeAlias = Callable[
-    [Checkpoint, Tensor, Path, str, str, "torch.dtype | None", "int | None"], Iterator[object]
+    [Checkpoint, Rows, Path, str, "torch.dtype | None", "int | None"], Iterator[object]
 ]
 
 
@@ -193,6 +193,8 @@ def _make_safetensors(
         rows_sha256=rows.sha256,
         sequential=options.modifiers is not None and not options.independent,
         dense=dense,
+        counted=rows.counted,
+        used=UsedRows.of(rows, "calibrate"),
     ):
         on_event(event)
         if isinstance(event, LayerDone):
@@ -201,6 +203,7 @@ def _make_safetensors(
         else:
             report = event
     assert report is not None, "quantize_model ends with its report"
+    report = replace(report, rows=UsedRows.of(rows, "calibrate"))
     for variant in report.variants:
         if variant.not_smoothed:
             on_event(Note(variant.not_smoothed, "Warning"))
@@ -223,9 +226,11 @@ def _output_statistics(
     kept = open_statistics(path)
     if kept is not None:
         kept.check_base(base.identity, base.label)
+        if options.stats is None:
+            kept.check_rows(rows.sha256)
         return kept
     device, dtype = compute_device(options.device), compute_dtype(options.dtype)
-    events = measure_outputs(base, rows.ids, path, rows.sha256, device, dtype, options.max_memory_bytes)
+    events = measure_outputs(base, rows, path, device, dtype, options.max_memory_bytes)
     return follow(events, on_event, StoredStatistics)
 
 
@@ -277,7 +282,11 @@ def _make_gguf(
             assert measure_outputs is not None, "handed in by recompile.api"
             outputs = _output_statistics(base, out, rows, options, measure_outputs, on_event)
         inputs = InputHessians(
-            base, rows.ids, device=compute_device(options.device), dtype=compute_dtype(options.dtype)
+            base,
+            rows.ids,
+            device=compute_device(options.device),
+            dtype=compute_dtype(options.dtype),
+            counted=rows.counted,
         )
         key = f"{rows.sha256} {outputs.fingerprint if outputs is not None else ''}"
         plan = replace(plan, feedback=Feedback(inputs, outputs, key))
@@ -300,7 +309,12 @@ def calibrate_importance(
     """Mean squares of the inputs of every matrix over calibration rows, as GGUF encoders weigh errors."""
     found: Importance | None = None
     for event in collect_importance(
-        base, rows.ids, device=compute_device(device), dtype=compute_dtype(dtype), source=rows.source
+        base,
+        rows.ids,
+        device=compute_device(device),
+        dtype=compute_dtype(dtype),
+        source=rows.source if rows.counted is None else f"{rows.source}{role_in_words(rows.role, rows.positions)}",
+        counted=rows.counted,
     ):
         on_event(event)
         if isinstance(event, Importance):
@@ -323,6 +337,10 @@ def _run_engine(base: Path, out: Path, options: QuantizeOptions, on_event: OnEve
     check_engine(engine)
     number = options.device.rpartition(":")[2] if options.device != "cpu" else "0"
     where, head_bits = options.where, options.head_bits or 6
+    if where.trace is not None:
+        raise ArgumentError(
+            f"{{trace}}: the converter of {engine} has text of its own; leave it out, or take our encoder"
+        )
     if where.rows is None:
         raise FormatError("an engine's converter takes a number of rows")
     steps = plan_engine(

@@ -34,7 +34,7 @@ def rows(count: int, documents: tuple[str, ...] | None = None) -> Rows:
 def block(mode: str, some: Rows, first_row: int, path: Path) -> Iterator[object]:
     base = open_checkpoint(tiny.base("llama"))
     given = [(bits, open_checkpoint(folder)) for bits, folder in tiny.variants("llama", (2, 4)).items()]
-    job = ProfileJob(base, 4, given, some.ids, path, OPTIONS, some.sha256, some.source)
+    job = ProfileJob(base, 4, given, some.ids, path, OPTIONS).over(some, path)
     if mode == "exact":
         return profile_exact(job)
     return profile_sketch(job, SketchOptions(4, mode=mode, first_row=first_row))

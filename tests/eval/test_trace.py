@@ -121,8 +121,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(folder: Path) -> None:
     *lines, last = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 8  # a header, and eight prompts with the last
     journal.write_bytes(b"".join(lines) + last[:-5])  # cut off while it was written: its batch is made again
-    with pytest.raises(JournalError, match=r"another trace \(seed\)"):
-        traced(folder, "stopped", seed=3)
+    others = [
+        ({"seed": 3}, "seed"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"tokens": TOKENS + 1}, "max_new_tokens"),
+        ({"batch_size": 3}, "batch"),
+        ({"rows": 20}, "prompts"),
+        ({"prompts": traces.write_prompts(folder / "more.jsonl", copies=2)}, "prompts"),
+    ]
+    for changed, key in others:
+        with pytest.raises(JournalError, match=rf"another trace \({key}\)"):
+            traced(folder, "stopped", **changed)
     seen.clear()
     report = traced(folder, "stopped", on_event=seen.append)
     assert seen[0].done == 4

@@ -23,7 +23,7 @@ from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.quantize import pipeline
-from recompile.quantize.calibrate import InputCollector, InputStatistics
+from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder, variant_name
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.quantize_report import LayerDone, QuantizeReport
@@ -50,7 +50,7 @@ def hashes(folder: Path) -> dict[str, str]:
 # ---- Hessians --------------------------------------------------------------------------------------------------------
 
 
-def collected(base: Path, ids: Tensor, batch: int) -> dict[str, InputStatistics]:
+def collected(base: Path, ids: Tensor, batch: int, counted: Tensor | None = None) -> dict[str, InputStatistics]:
     """What InputCollector finds for every checkpoint module of every layer."""
     model = LayeredModel.of(open_checkpoint(base))
     model.model.set_experts_implementation("eager")
@@ -59,7 +59,7 @@ def collected(base: Path, ids: Tensor, batch: int) -> dict[str, InputStatistics]
         states = list(model.embed(ids, batch))
         for index in range(model.depth):
             with model.layer(index), InputCollector(model, index) as collector:
-                states = [model.run_layer(index, state) for state in states]
+                run_batches(model, index, states, batch, collector, counted)
             for group in collector.groups:
                 for module in group.modules:
                     assert module not in found
@@ -68,19 +68,23 @@ def collected(base: Path, ids: Tensor, batch: int) -> dict[str, InputStatistics]
 
 
 @torch.inference_mode()
-def inputs_by_hooks(base: Path, ids: Tensor, batch: int) -> dict[str, list[Tensor]]:
-    """[tokens, in] of every nn.Linear under a layer, and of every expert by the router's own choice."""
+def inputs_by_hooks(base: Path, ids: Tensor, batch: int, counted: Tensor | None = None) -> dict[str, list[Tensor]]:
+    """[tokens, in] of every nn.Linear under a layer, and of every expert by the router's own choice, at the places that
+    count; with `counted` all rows are one batch."""
     model = tiny.plain_model(base)
     model.set_experts_implementation("eager")
     seen: dict[str, list[Tensor]] = {}
+    marks = counted.flatten() if counted is not None else slice(None)
 
     def watch(name: str) -> Any:
-        return lambda module, args: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
+        return lambda module, args: seen.setdefault(name, []).append(
+            args[0].reshape(-1, args[0].shape[-1])[marks].double()
+        )
 
     def watch_experts(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
             hidden, chosen = args[0], args[1]
-            hidden = hidden.reshape(-1, hidden.shape[-1])
+            hidden, chosen = hidden.reshape(-1, hidden.shape[-1])[marks], chosen[marks]
             for expert in range(tiny.EXPERTS):
                 mine = hidden[(chosen == expert).any(-1)]
                 for leaf in ("gate_proj", "up_proj"):
@@ -100,10 +104,15 @@ def inputs_by_hooks(base: Path, ids: Tensor, batch: int) -> dict[str, list[Tenso
     return seen
 
 
+@pytest.mark.parametrize("counts", ["all places", "some places"])
 @pytest.mark.parametrize("architecture", ["llama", "llama-bias", "qwen2-moe", "qwen3-moe", "gemma2"])
-def test_hessians_are_those_of_the_inputs(architecture: str) -> None:
+def test_hessians_are_those_of_the_inputs(architecture: str, counts: str) -> None:
     base, ids = tiny.base(architecture), tiny.rows(5, 24)
-    found, wanted = collected(base, ids, 2), inputs_by_hooks(base, ids, 2)
+    counted = None
+    if counts == "some places":  # experts are given numbers of places, so that order matters
+        counted = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+        assert counted.sum(1).unique().numel() > 2
+    found, wanted = collected(base, ids, 2, counted), inputs_by_hooks(base, ids, 5, counted)
     assert set(wanted) <= set(found)
     for name, inputs in wanted.items():
         x = torch.cat(inputs)
