@@ -629,12 +629,14 @@ def engine_diff(
     engine: str = "llama.cpp",
     library: PathLike | None = None,
     chunks: int | None = None,
+    rows: int | None = None,
     length: int = 512,
     text: PathLike | None = None,
     dataset: str | None = None,
     input_ids: PathLike | None = None,
     base_logits: PathLike | None = None,
     save_base_logits: PathLike | None = None,
+    engine_top_k: int | None = None,
     with_torch: bool = True,
     threads: int | None = None,
     cache_quant: str | None = None,
@@ -642,14 +644,20 @@ def engine_diff(
     dtype: str | None = None,
     on_event: OnEvent | None = None,
 ) -> EngineDiff:
-    """Two GGUF files in llama.cpp or ik_llama.cpp, with llama-perplexity's KL statistics and ours.
+    """Candidate and reference in a real engine, and by our own forward pass beside it.
 
         found = recompile.engine_diff("Q4_K_M.gguf", "BF16.gguf", chunks=20)
+        found = recompile.engine_diff("variants/w4a16-g64", "base", engine="vllm", rows=8)
         print(found.report.kl)
 
-    chunks of `length` tokens, default 8, of which the second half counts; library: your own libllama; base_logits: a
-    file of llama-perplexity in place of the reference's run; save_base_logits: writes one; with_torch: our own forward
-    pass beside it; cache_quant: types of the candidate's keys and values, "q8_0,q4_0"
+    llama.cpp, ik_llama.cpp: GGUF files, with llama-perplexity's KL statistics; chunks of `length` tokens, default 8, of
+    which the second half counts; base_logits: a file of llama-perplexity in place of the reference's run;
+    save_base_logits: writes one; library: your own libllama; cache_quant: types of the candidate's keys and values,
+    "q8_0,q4_0"
+    vllm, transformers, mlx: directories, over `rows` of `length` tokens, default 8; dtype: that the engine computes in;
+    engine_top_k: of vllm, how many log-probabilities it tells at a position, default 1000, 0: all; library: a Python
+    that has the engine, in place of the environment of `install_engine`
+    with_torch: our own forward pass beside it
     """
     from eval.engines.run import EngineRun, run_engine_diff
 
@@ -666,6 +674,8 @@ def engine_diff(
         base_logits=as_path(base_logits),
         save_base_logits=as_path(save_base_logits),
         with_torch=with_torch,
+        rows=rows,
+        engine_top_k=engine_top_k,
         threads=threads,
         cache_quant=cache_quant,
         device=device,

@@ -38,6 +38,7 @@ REPORTS = (
     ("model_diff --divergence: `divergence`", "eval.divergence", "Divergence"),
     ("model_diff -cqs: one of `cache_sweep`", "eval.cache_sweep", "CachePoint"),
     ("model_diff --attribute: `attribution`", "eval.attribution", "Attribution"),
+    ("model_diff --engine vllm, transformers, mlx --json", "eval.engines.judged_diff", "JudgedReport"),
     ("model_diff --json: `size`", "recompile.merge.overlay", "Accounting"),
     ("model_heal --json", "eval.heal", "HealReport"),
     ("model_trace --json", "eval.trace.run", "TraceReport"),

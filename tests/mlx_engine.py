@@ -1,23 +1,21 @@
-"""mlx-lm as a judge, in an environment of its own: `RECOMPILE_MLX_PYTHON` names a Python that has it.
+"""mlx-lm as a judge, in the environment of `recompile engines install mlx`, or a Python of `RECOMPILE_MLX_PYTHON`.
 
-python3 -m venv ENV; ENV/bin/pip install 'mlx[cpu]' mlx-lm
-RECOMPILE_MLX_PYTHON=ENV/bin/python pytest tests/formats/test_mlx.py tests/quantize/test_mlx_encode.py
+pytest tests/formats/test_mlx.py tests/quantize/test_mlx_encode.py
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tests import judges
 
 # argv: a JSON file with what to do. Runs without anything of ours. `logits` with weights as float32, as ours are.
 _PROGRAM = """
@@ -40,12 +38,7 @@ mx.save_safetensors(job["out"], made)
 
 def python() -> str:
     """The Python to run; skips the test where none has mlx-lm."""
-    given = os.environ.get("RECOMPILE_MLX_PYTHON")
-    if given:
-        return given
-    if importlib.util.find_spec("mlx_lm") is None:
-        pytest.skip("RECOMPILE_MLX_PYTHON names no Python with mlx-lm")
-    return sys.executable
+    return str(judges.python("mlx"))
 
 
 def run(program: str, job: dict[str, object], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,34 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.diff import BATCH_TOKENS, versions
+from eval.diff import versions
 from eval.engines.base_logits import CLIP_NATS, BaseLogits, BaseLogitsWriter, counted, decode, encode
 from eval.engines.builds import Installed
+from eval.engines.figures import Collected, KlFigures
 from eval.engines.llama_kl import FEWEST_TOKENS, Tally, ToolStatistics
+from eval.engines.ours import OwnRun, OwnRuns
 from eval.engines.process import Engine, EngineModel
-from eval.metrics import Mean, Quantiles, kl_divergence, mean_over_rows, quantiles
+from eval.metrics import kl_divergence
 from recompile.checkpoint.checkpoint import WeightSource
-from recompile.errors import MismatchError, NotFiniteError, RecompileError
+from recompile.errors import MismatchError, RecompileError
 from recompile.formats.cache_types import CacheFormat
-from recompile.model.finite import WIDER, is_finite
-from recompile.model.kv_cache import SimulatedCache
-from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import TextSource, assign_roles
-
-
-@dataclass(frozen=True)
-class KlFigures:
-    """KL(reference || candidate) in nats per token over the counted positions; rows are chunks."""
-
-    kl: Mean
-    quantiles: Quantiles
-    rows: tuple[float, ...]
-
-    @staticmethod
-    def of(chunks: list[Tensor]) -> KlFigures:
-        """chunks: [positions] float32 KL values of each chunk."""
-        values = torch.stack(chunks)
-        return KlFigures(mean_over_rows(values), quantiles(values), tuple(float(row.double().mean()) for row in values))
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class ChunkDone:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What `model_diff --engine` measured. A is the candidate, B the reference."""
+    """What `model_diff --engine llama.cpp` measured. A is the candidate, B the reference."""
 
     engine: str
     candidate: str
@@ -138,60 +122,6 @@ def tokenize_with_engine(
     return cut_chunks(found, n_ctx, chunks)
 
 
-class TorchSide:
-    """Two models streamed layer by layer over all chunks at once; keeps the normed states of the counted positions.
-
-    ids: int64 [chunks, n_ctx]
-    cache: through which the candidate attends
-    """
-
-    def __init__(
-        self,
-        candidate: WeightSource,
-        reference: WeightSource,
-        ids: Tensor,
-        *,
-        device: str = "cpu",
-        dtype: torch.dtype | None = None,
-        cache: CacheFormat | None = None,
-    ) -> None:
-        self.models = tuple(LayeredModel.of(source, dtype=dtype, device=device) for source in (candidate, reference))
-        check_same_skeleton(self.models[1], self.models[0])
-        self.first, self.last = counted(ids.shape[1])
-        kind = self.models[0].model.config.model_type
-        caches = (SimulatedCache.of(cache, kind) if cache is not None else None, None)
-        self.states = tuple(self._run(model, ids, seen) for model, seen in zip(self.models, caches, strict=True))
-
-    def _run(self, model: LayeredModel, ids: Tensor, cache: SimulatedCache | None) -> Tensor:
-        """[chunks, counted positions, hidden] after the last norm."""
-        with torch.inference_mode():
-            batch = max(1, BATCH_TOKENS // ids.shape[1])
-            states = list(model.embed(ids, batch))
-            for index in range(model.depth):
-                with model.layer(index) as layer, cache.of_layer(layer) if cache is not None else nullcontext():
-                    states = [model.run_layer(index, state, n * batch) for n, state in enumerate(states)]
-            with model.norm_loaded() as norm:
-                return torch.cat([norm(state[:, self.first : self.last]) for state in states])
-
-    def __enter__(self) -> TorchSide:
-        self._heads = ExitStack()
-        for model in self.models:
-            self._heads.enter_context(model.head_loaded())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._heads.close()
-
-    def logits(self, chunk: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Candidate's and reference's logits [positions, vocab], on the CPU; positions from the first counted one."""
-        with torch.inference_mode():
-            a, b = (
-                model.logits(state[chunk : chunk + 1, start:stop])[0].float().cpu()
-                for model, state in zip(self.models, self.states, strict=True)
-            )
-        return a, b
-
-
 def compare_with_engine(
     installed: Installed,
     candidate: Path | str,
@@ -223,7 +153,7 @@ def compare_with_engine(
     first, last = counted(n_ctx)
     clip = CLIP_NATS[installed.engine]
     tally = Tally()
-    figures: dict[str, list[Tensor]] = {}
+    collected = Collected(f"{candidate} against {reference or (base and base.path)}: KL")
     with ExitStack() as stack:
         engine_a = stack.enter_context(Engine(installed, threads=threads))
         model_a = engine_a.load(candidate, n_ctx, cache)
@@ -242,7 +172,8 @@ def compare_with_engine(
         side = None
         if sources is not None:
             ids = torch.tensor([with_bos(chunk, model_a) for chunk in tokens])
-            side = stack.enter_context(TorchSide(*sources, ids, device=device, dtype=dtype, cache=cache))
+            runs = [OwnRun(sources[0], dtype, cache=cache), OwnRun(sources[1], dtype)]
+            side = stack.enter_context(OwnRuns(runs, ids, first, last, device))
         for number, chunk in enumerate(tokens):
             run, labels = with_bos(chunk, model_a), chunk[first + 1 : last + 1]
             blocks_b = (
@@ -250,7 +181,6 @@ def compare_with_engine(
                 if engine_b is not None
                 else _records_in_blocks(base, number, model_a.batch_tokens)
             )
-            kl: dict[str, list[Tensor]] = {}
             place = 0
             for block_a, block_b in _same_positions(engine_a.logits(run, first, last), blocks_b, last - first):
                 if block_b.dtype == np.uint16:
@@ -262,20 +192,14 @@ def compare_with_engine(
                 tally.add(block_a, records, labels[place : place + len(block_a)])
                 found = {"engine": kl_divergence(_tensor(logits_b), _tensor(block_a))}
                 if side is not None:
-                    torch_a, torch_b = side.logits(number, place, place + len(block_a))
+                    torch_a, torch_b = (side.logits(run, number, place, place + len(block_a)) for run in (0, 1))
                     found["torch"] = kl_divergence(torch_b, torch_a)
                     found["engine a"] = kl_divergence(torch_a, _tensor(block_a))
                     found["engine b"] = kl_divergence(torch_b, _tensor(logits_b))
                 for what, values in found.items():
-                    if not is_finite(values):
-                        raise NotFiniteError(
-                            f"{candidate} against {reference or base}, {what}, chunk {number + 1}",
-                            f"its KL is NaN or infinite: one of the two has logits that are no numbers; {WIDER}",
-                        )
-                    kl.setdefault(what, []).append(values)
+                    collected.add(what, values)
                 place += len(block_a)
-            for what, parts in kl.items():
-                figures.setdefault(what, []).append(torch.cat(parts))
+            collected.end_row(number)
             yield ChunkDone(number + 1, chunks, tally.statistics())
     label_b = str(reference if reference is not None else base.path if base else "")
     yield EngineReport(
@@ -290,13 +214,13 @@ def compare_with_engine(
         tokens_sha256=hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest(),
         tool=tally.statistics(),
         tool_complete=tally.tokens >= FEWEST_TOKENS,
-        kl=KlFigures.of(figures["engine"]),
+        kl=collected.kl("engine"),
         torch=None
         if side is None
         else TorchFigures(
-            kl=KlFigures.of(figures["torch"]),
-            engine_candidate=KlFigures.of(figures["engine a"]),
-            engine_reference=KlFigures.of(figures["engine b"]) if reference is not None else None,
+            kl=collected.kl("torch"),
+            engine_candidate=collected.kl("engine a"),
+            engine_reference=collected.kl("engine b") if reference is not None else None,
             dtype=str(side.models[0].dtype).removeprefix("torch."),
         ),
         versions=versions(),

@@ -243,7 +243,7 @@ def _make(row: Environment, path: Path, on_event: OnEvent) -> None:
         constraints.write("\n".join(row.constraints) + "\n")
         constraints.flush()
         needs = ("--constraint", constraints.name) if row.with_needs else ("--no-deps",)
-        _pip(row, path, ["install", "--progress-bar", "off", *needs, *row.packages], on_event)
+        _pip(row, path, ["install", "--no-compile", "--progress-bar", "off", *needs, *row.packages], on_event)
     if row.removed:
         _pip(row, path, ["uninstall", "--yes", *row.removed], on_event)
     on_event(Said(f"{row.name}: trying it"))

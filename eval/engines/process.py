@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eval.engines.builds import EngineError, Installed
+from eval.engines.pipe import Worker
 from recompile.formats.cache_types import CacheFormat
 from recompile.formats.gguf_types import find_type
 
 ROOT = Path(__file__).resolve().parents[2]  # what holds the packages `eval` and `recompile`
-_COMPLAINT = re.compile(
-    r"error|fail|invalid|unknown|missing|assert|unsupported|mismatch|not found|wrong", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -48,25 +43,17 @@ class Engine:
         self.installed = installed
         self.threads = threads or default_threads()
         self.model: EngineModel | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log: IO[bytes] | None = None
-
-    def __enter__(self) -> Engine:
-        self._log = tempfile.TemporaryFile()
         environment = dict(os.environ)
         # A second pool of threads that spins while it waits costs more than it gives on a shared machine.
         environment |= {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(self.threads)}
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from eval.engines.worker import main; main()"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-        )
+        self._worker = Worker(installed.label, [sys.executable, "-c", code], environment)
+
+    def __enter__(self) -> Engine:
+        self._worker.__enter__()
         build = self.installed.build
         try:
-            self._ask(
+            self._worker.ask(
                 do="open",
                 library=str(self.installed.library),
                 preload=list(build.preload) if build else _neighbours(self.installed.library),
@@ -78,16 +65,7 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._worker.__exit__()
 
     def load(self, path: Path | str, n_ctx: int, cache: CacheFormat | None = None) -> EngineModel:
         """Load a GGUF file (the first of its splits) with a context of n_ctx tokens.
@@ -99,13 +77,13 @@ class Engine:
         if not Path(path).is_file():
             raise EngineError(f"{path}: there is no such file; the engine reads a GGUF file")
         types = None if cache is None else [find_type(kind).type_id for kind in (cache.keys, cache.values)]
-        found = self._ask(do="load", path=str(path), n_ctx=n_ctx, threads=self.threads, cache=types)
+        found = self._worker.ask(do="load", path=str(path), n_ctx=n_ctx, threads=self.threads, cache=types)
         self.model = EngineModel(**{key: found[key] for key in EngineModel.__dataclass_fields__})
         return self.model
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text as llama-perplexity takes them: the model's special tokens added, none read in the text."""
-        return list(self._ask(do="tokenize", text=text)["tokens"])
+        return list(self._worker.ask(do="tokenize", text=text)["tokens"])
 
     def logits(self, tokens: Sequence[int], first: int = 0, last: int | None = None) -> Iterator[NDArray[np.float32]]:
         """Logits of one sequence at the positions first <= i < last: blocks of float32 [positions, n_vocab], in order.
@@ -114,9 +92,9 @@ class Engine:
         """
         assert self.model is not None, "load a model first"
         last = len(tokens) if last is None else last
-        self._send(do="logits", tokens=[int(token) for token in tokens], first=first, last=last)
-        while size := int(self._receive().get("bytes", 0)):
-            data = self._read(size)
+        self._worker.send(do="logits", tokens=[int(token) for token in tokens], first=first, last=last)
+        while size := int(self._worker.receive().get("bytes", 0)):
+            data = self._worker.read(size)
             yield np.frombuffer(data, np.float32).reshape(-1, self.model.n_vocab)
 
     def quantize(
@@ -150,7 +128,7 @@ class Engine:
                         entries.append((name, start, flat.size))
                         start += flat.size
                 request["importance"] = {"file": str(path), "entries": entries}
-            self._ask(
+            self._worker.ask(
                 do="quantize",
                 source=str(source),
                 target=str(target),
@@ -163,57 +141,6 @@ class Engine:
                 pure=pure,
                 **request,
             )
-
-    # ---- the pipe --------------------------------------------------------------------------------------------------
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        self._send(**request)
-        return self._receive()
-
-    def _send(self, **request: Any) -> None:
-        assert self._process is not None, "use the engine inside its with block"
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._died() from error
-
-    def _receive(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise self._died()
-        answer: dict[str, Any] = json.loads(line)
-        if not answer["ok"]:
-            words = self._words()
-            raise EngineError(f"{self.installed.label}: {answer['error']}" + (f"; it said: {words}" if words else ""))
-        return answer
-
-    def _read(self, size: int) -> bytes:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        data = self._process.stdout.read(size)
-        if len(data) < size:
-            raise self._died()
-        return data
-
-    def _died(self) -> EngineError:
-        assert self._process is not None
-        code = self._process.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        words = self._words()
-        said = f"; it said: {words}" if words else ""
-        return EngineError(f"{self.installed.label}: the engine's process {how}{said}")
-
-    def _words(self, lines: int = 2) -> str:
-        """The engine's last complaints, else its last line."""
-        assert self._log is not None
-        self._log.seek(0)
-        every = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        complaints = [line for line in every if _COMPLAINT.search(line)]
-        return " / ".join((complaints or every)[-lines:])
 
 
 def default_threads() -> int:

@@ -1,4 +1,4 @@
-"""Two GGUF files compared in llama.cpp or ik_llama.cpp: the work of `recompile.engine_diff`."""
+"""Two GGUF files, or two directories, compared in a real engine: the work of `recompile.engine_diff`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.engines.base_logits import BaseLogits, open_base_logits
+from eval.engines.builds import ENGINES as GGUF_ENGINES
 from eval.engines.builds import Installed, find_engine
 from eval.engines.engine_diff import ChunkDone, EngineReport, compare_with_engine, report_text, tokenize_with_engine
+from eval.engines.environments import python_of
+from eval.engines.judge import JUDGES, Judge
+from eval.engines.judged_diff import JudgedReport, compare_in_engine
 from recompile.arguments import Worded
-from recompile.checkpoint.checkpoint import Checkpoint, no_table_of_names, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, no_table_of_names, open_checkpoint
 from recompile.errors import ArgumentError, MismatchError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.formats.cache_types import EXLLAMA, CacheFormat, parse_cache
-from recompile.merge.overlay import check_same_model
+from recompile.merge.overlay import build_overlay, check_same_model
 from recompile.model import tokens
 from recompile.model.devices import compute_device, compute_dtype
+from recompile.model.rows import RowOptions, check_vocabulary
 
 DEFAULT_N_CTX = 512
 DEFAULT_CHUNKS = 8
+DEFAULT_TOP_K = 1000
+ENGINES = (*GGUF_ENGINES, *JUDGES)
 
 
 @dataclass(frozen=True)
@@ -45,18 +52,27 @@ class EngineRun:
     device: str
     dtype: str | None
     cache_quant: str | None = None
+    rows: int | None = None
+    engine_top_k: int | None = None
 
 
 @dataclass(frozen=True)
 class EngineDiff:
-    """What was measured. chunks: the figures after each chunk, as llama-perplexity prints them."""
+    """What was measured. chunks: of GGUF files, the figures after each chunk, as llama-perplexity prints them."""
 
-    report: EngineReport
-    chunks: tuple[ChunkDone, ...]
+    report: EngineReport | JudgedReport
+    chunks: tuple[ChunkDone, ...] = ()
 
 
 def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
-    """Compare in the engine. on_event: gets a ChunkDone a chunk."""
+    """Compare in the engine. on_event: gets a ChunkDone a chunk of GGUF files, a RowJudged a row of directories."""
+    if run.engine in JUDGES:
+        return _run_judge(JUDGES[run.engine], run, on_event)
+    if run.rows is not None or run.engine_top_k is not None:
+        name = "{rows}" if run.rows is not None else "{engine_top_k}"
+        raise ArgumentError(
+            f"{name}: goes with {', '.join(JUDGES)}; {run.engine} takes {{chunks}} and tells all tokens"
+        )
     installed = find_engine(run.engine, run.library)
     cache = _cache_of(run)
     base = None
@@ -112,6 +128,51 @@ def _cache_of(run: EngineRun) -> CacheFormat | None:
             f'{{cache_quant}} "{run.cache_quant}": {run.engine} stores no such cache; give its types, such as q8_0'
         )
     return replace(cache, engine=run.engine)
+
+
+def _run_judge(judge: Judge, run: EngineRun, on_event: OnEvent) -> EngineDiff:
+    """Two directories in vLLM, transformers or mlx-lm."""
+    for given, name in (
+        (run.chunks is not None, "{chunks}"),
+        (run.base_logits is not None, "{base_logits}"),
+        (run.save_base_logits is not None, "{save_base_logits}"),
+        (run.cache_quant is not None, "{cache_quant}"),
+    ):
+        if given:
+            raise ArgumentError(f"{name}: goes with GGUF files in {' or '.join(GGUF_ENGINES)}")
+    if run.reference is None:
+        raise ArgumentError(f"{{reference}} is needed: the base's directory, which {judge.name} runs as well")
+    if run.engine_top_k is not None and not judge.lists:
+        raise ArgumentError(f"{{engine_top_k}}: {judge.name} tells the log-probabilities of all tokens; leave it out")
+    python = run.library or python_of(judge.environment)
+    candidate, reference = (build_overlay(open_checkpoint(path), None) for path in (run.candidate, run.reference))
+    for side in (candidate, reference):
+        if isinstance(side.base, GgufCheckpoint):
+            raise ArgumentError(f"{side.label}: is a GGUF file; {judge.name} runs directories")
+    check_same_model(reference.base, candidate.base)
+    where = RowOptions(run.rows or DEFAULT_CHUNKS, run.n_ctx, run.text, run.dataset, run.input_ids)
+    rows, vocab = where.read_own([reference.base.path, candidate.base.path], "report")
+    what = f"rows in {judge.name}"
+    on_event(Progress(what, 0, len(rows.ids), "rows"))
+    for event in compare_in_engine(
+        judge,
+        candidate,
+        reference,
+        rows.ids,
+        python=python,
+        top_k=DEFAULT_TOP_K if run.engine_top_k is None else run.engine_top_k,
+        dtype=run.dtype,
+        with_torch=run.with_torch,
+        device=compute_device(run.device),
+        vocab=check_vocabulary(reference.base, vocab),
+        text=rows.source,
+        threads=run.threads,
+    ):
+        if isinstance(event, JudgedReport):
+            return EngineDiff(event)
+        on_event(event)
+        on_event(Progress(what, event.done, event.total, "rows"))
+    raise AssertionError("compare_in_engine ends with its report")
 
 
 def _no_names(reference: Checkpoint) -> str:

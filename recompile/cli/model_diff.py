@@ -147,6 +147,7 @@ def main(
       model_diff -ma base -mb base -cqs q8_0 q8_0,q4_0 q4_0
       model_diff -ma 3bpw -mb base -r 10 --attribute tensor --iso --json diff.json
       model_diff --engine llama.cpp -ma Q4_K_M.gguf -mb BF16.gguf --llama-chunks 20
+      model_diff --engine vllm -ma w4a16 -mb base -r 8              # or transformers, mlx: see recompile engines
     """
     check_json_path(json_path)
     from recompile import api
@@ -212,10 +213,9 @@ def _candidates_with_recipes(candidates: tuple[str, ...], recipes: tuple[Path, .
 
 
 # What only the real engine takes, and what it cannot take.
-ENGINE_ONLY = ("library", "chunks", "base_logits", "save_base_logits", "with_torch", "threads")
+ENGINE_ONLY = ("library", "engine_top_k", "chunks", "base_logits", "save_base_logits", "with_torch", "threads")
 NOT_WITH_ENGINE = (
     "recipes",
-    "rows",
     "keep_b",
     "topk_max",
     "batch_size",
@@ -249,5 +249,5 @@ def _check_engine_use(ctx: click.Context) -> None:
     wrong = [_flag(ctx, name) for name in NOT_WITH_ENGINE if _given(ctx, name)]
     if wrong:
         raise click.UsageError(
-            f"{', '.join(wrong)}: not with --engine, which runs finished GGUF files in chunks (--llama-chunks, -l)"
+            f"{', '.join(wrong)}: not with --engine, which runs finished builds in rows (-r) or chunks (--llama-chunks)"
         )

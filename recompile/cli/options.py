@@ -12,6 +12,7 @@ import click
 
 from recompile.cli.common import Command
 from recompile.formats import CANDIDATE_FORMATS, COMPRESSED
+from recompile.formats.mlx_config import QUANT_METHOD as MLX
 
 Option: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -222,17 +223,26 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
         (
             click.option(
                 "--engine",
-                type=click.Choice(["llama.cpp", "ik_llama.cpp"]),
-                help="Run GGUF files in this engine and print llama-perplexity's KL statistics, beside our own.",
+                type=click.Choice(["llama.cpp", "ik_llama.cpp", "vllm", "transformers", MLX]),
+                help="Run both models in this engine, beside our own forward pass: GGUF files with llama-perplexity's "
+                "KL statistics, directories with log-probabilities (see `recompile engines`).",
             ),
             click.option(
-                "--engine-lib", "library", type=path, help="Your own libllama in place of the pinned wheel's."
+                "--engine-lib",
+                "library",
+                type=path,
+                help="Your own libllama, or a Python that has vllm, transformers or mlx-lm, not the pinned one.",
+            ),
+            click.option(
+                "--engine-top-k",
+                type=click.IntRange(min=0),
+                help="With --engine vllm: log-probabilities that it tells at a position; default 1000, 0: all (slow).",
             ),
             click.option(
                 "--llama-chunks",
                 "chunks",
                 type=click.IntRange(min=1),
-                help="With --engine: chunks of -l tokens (default 8 of 512), of which the second half counts.",
+                help="GGUF in --engine: chunks of -l tokens (default 8 of 512), of which the second half counts.",
             ),
             click.option(
                 "--kl-divergence-base",
