@@ -76,7 +76,7 @@ QWEN_IMAGES = {
 QWEN2_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
 QWEN3_VISION = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 64,
-    "deepstack_visual_indexes": [0, 1],
+    "deepstack_visual_indexes": [0],
 }  # fmt: skip
 
 BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -245,6 +245,32 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_ln_in_parallel_attn": 1,
         },
     ),
+    "llama in llava": (
+        "llava",
+        {
+            "text_config": {**COMMON, **HEAD, "model_type": "llama"},
+            "vision_config": {**VISION, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
+            "image_token_index": 40,
+        },
+    ),
+    "llama in smolvlm": (
+        "smolvlm",
+        {
+            "text_config": {**COMMON, **HEAD, "model_type": "llama"},
+            "vision_config": {**VISION, "model_type": "smolvlm_vision", "image_size": 32, "patch_size": 8},
+            "image_token_id": 40,
+            "scale_factor": 2,
+        },
+    ),
+    "lfm2 in lfm2-vl": (
+        "lfm2_vl",
+        {
+            "text_config": {**COMMON, **SHORT_CONV, "block_auto_adjust_ff_dim": False, "model_type": "lfm2"},
+            "vision_config": {**VISION, "model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 8},
+            "image_token_id": 40,
+            "projector_hidden_size": 64,
+        },
+    ),
     "afmoe": (
         "afmoe",
         {**HEAD, **MOE, **WINDOW, **FOURTH, "num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True},
@@ -265,6 +291,9 @@ STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it, a
         "num_shared_experts": 1,
         "score_function": "sigmoid",
     },
+    "llama in llava": {"text_config": {"architectures": ["LlamaForCausalLM"]}},
+    "llama in smolvlm": {"text_config": {"architectures": ["VLlama3ForCausalLM"]}},
+    "lfm2 in lfm2-vl": {"text_config": {"architectures": ["Lfm2ForCausalLM"]}},
     "hunyuan-moe": {"moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1], "moe_topk": [2, 2]},
     "afmoe": {"route_norm": True, "score_func": "sigmoid"},
     "mistral3": {"rope_parameters": TYPED},

@@ -105,11 +105,13 @@ def _reverse(name: str) -> tuple[dict[str, str], dict[str, str], dict[str, str],
     )
 
 
-def architecture_of(model_type: Any) -> Architecture:
-    """The GGUF architecture of a config.json's `model_type`. Raises UnsupportedError for any other than those known."""
-    for row in ARCHITECTURES.values():
-        if model_type in row.model_types:
-            return row
+def architecture_of(model_type: Any, text_type: Any = None) -> Architecture:
+    """The GGUF architecture of a config.json's `model_type`, or of that of its text model. Raises UnsupportedError for
+    any other than those known."""
+    for kind in (model_type, text_type):
+        for row in ARCHITECTURES.values():
+            if kind in row.model_types:
+                return row
     known = ", ".join(name for row in ARCHITECTURES.values() for name in row.model_types)
     raise UnsupportedError(
         f"model_type {model_type!r} cannot be written as GGUF here; known: {known}. Convert it with llama.cpp's own "
@@ -251,6 +253,17 @@ def steps_of(place: Place, heads: Heads, *, quantized: bool = False) -> tuple[St
     """The changes of a place that are functions, in the order in which conversion does them. Quantized maps are
     [out, in] wherever they are stored, so that none of them is turned."""
     return tuple(make_step(name, heads) for name in place.steps if not (quantized and name == "turned"))
+
+
+def architecture_for(config: Mapping[str, Any]) -> Architecture:
+    """Of a whole config.json; raises as `architecture_of` does, and for text that is read in both directions."""
+    text = text_config_of(config)
+    found = architecture_of(config.get("model_type"), text.get("model_type"))
+    if text.get("use_bidirectional_attention") is True:
+        raise UnsupportedError(
+            f"config.json: use_bidirectional_attention is true, and llama.cpp computes {found.name} causally"
+        )
+    return found
 
 
 def unnamed(architecture: Architecture, tensors: Iterable[str], heads: Heads) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recompile.gguf.imatrix import Imatrix, InputSums
-from recompile.gguf.names import Heads, architecture_of, place_of
+from recompile.gguf.names import Heads, architecture_for, place_of, text_name
 from recompile.model.counted import pick, places_of
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
@@ -103,14 +103,15 @@ def make_imatrix(
 
     config: the model's, for its `model_type`; raises UnsupportedError for an architecture without a table of names
     """
-    architecture = architecture_of(config.get("model_type"))
+    architecture = architecture_for(config)
     parts: dict[str, dict[int, InputMoments]] = {}
     rows = 0
     for found in layers:
         for moments in found:
             rows = max(rows, len(moments.tokens))
             for module in moments.modules:
-                place = place_of(architecture, f"{module}.weight", Heads(1, 1))
+                name = text_name(f"{module}.weight")
+                place = place_of(architecture, name, Heads(1, 1)) if name is not None else None
                 if place is not None:
                     parts.setdefault(place.gguf, {})[place.expert or 0] = moments
     entries = {}

@@ -30,7 +30,7 @@ from recompile.gguf.names import (
     Architecture,
     Heads,
     Place,
-    architecture_of,
+    architecture_for,
     places_of,
     row_order,
     steps_of,
@@ -42,6 +42,7 @@ from recompile.gguf.values import split_one
 from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
 from recompile.model.decoded import as_dense
 from recompile.model.finite import check_finite
+from recompile.model.roles import roles_of
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector, InputPower, run_batches
 from recompile.quantize.gguf_rounding import Feedback
@@ -486,7 +487,7 @@ def rows_in_file(base: Checkpoint) -> int | None:
     the tokenizer's last token; None where it leaves out none, or no tokenizer.json says how many tokens there are."""
     path = base.path / "tokenizer.json"
     vocab = text_config_of(base.config).get("vocab_size")
-    if isinstance(base, GgufCheckpoint) or not architecture_of(base.config.get("model_type")).cuts_vocabulary:
+    if isinstance(base, GgufCheckpoint) or not architecture_for(base.config).cuts_vocabulary:
         return None
     if not path.is_file() or not isinstance(vocab, int):
         return None
@@ -513,12 +514,23 @@ def gguf_architecture(base: Checkpoint) -> Architecture | None:
     Raises UnsupportedError for a Hugging Face model of a type that has no row in the table."""
     if isinstance(base, GgufCheckpoint):
         return ARCHITECTURES.get(str(base.file.value("general.architecture")))
-    return architecture_of(base.config.get("model_type"))
+    return architecture_for(base.config)
 
 
 def left_out(base: Checkpoint) -> list[str]:
     """The tensors of a Hugging Face checkpoint that a GGUF file of its text model does not hold."""
-    return [] if isinstance(base, GgufCheckpoint) else [name for name in base.tensors if text_name(name) is None]
+    if isinstance(base, GgufCheckpoint):
+        return []
+    towers = _towers(base)
+    return [name for name in base.tensors if text_name(name) is None or name in towers]
+
+
+def _towers(base: Checkpoint) -> frozenset[str]:
+    """The tensors of a multimodal checkpoint beside its text model, whatever they are called."""
+    if not isinstance(base.config.get("text_config"), Mapping):
+        return frozenset()
+    beside = [base.modules[name] for name, role in roles_of(base).items() if role.part == "tower"]
+    return frozenset(info.name for module in beside for info in module.parts.values())
 
 
 def layers_of(base: Checkpoint, tensors: Iterable[BaseTensor]) -> int:
@@ -549,7 +561,8 @@ def base_tensors(base: Checkpoint) -> list[BaseTensor]:
     config = text_config_of(base.config)
     heads = heads_in(config)
     found: dict[str, list[tuple[int, str, Place]]] = {}
-    unknown, _ = unnamed(architecture, base.tensors, heads)
+    left = set(left_out(base))
+    unknown, _ = unnamed(architecture, [name for name in base.tensors if name not in left], heads)
     if unknown:
         raise FormatError(
             f"{base.label}: {len(unknown)} tensors have no name in GGUF's {architecture.name}, first {unknown[0]}; "
@@ -557,7 +570,7 @@ def base_tensors(base: Checkpoint) -> list[BaseTensor]:
         )
     tied = base.config.get("tie_word_embeddings")
     for name in base.tensors:
-        plain = text_name(name)
+        plain = text_name(name) if name not in left else None
         for place in places_of(architecture, plain, heads) if plain is not None else ():
             if place.gguf != "output.weight" or not tied:  # some checkpoints store the tied head once more
                 found.setdefault(place.gguf, []).append((-1 if place.expert is None else place.expert, name, place))

@@ -35,7 +35,10 @@ NOT_IN_ENGINE = {
     "dots1": "wants as many heads of keys as of queries",
     "olmoe": "wants as many heads of keys as of queries",
 }
-ENGINE_ERROR = {"gpt-oss": 2e-2}  # it rounds the bounds of YaRN's ramp, which these models do not
+ENGINE_ERROR = {
+    "gpt-oss": 2e-2,  # it rounds the bounds of YaRN's ramp, which these models do not
+    "qwen3vlmoe": 2e-3,  # one token lies so near the border between two experts that rounding takes it across
+}
 ALL = bool(os.environ.get("RECOMPILE_TEST_ALL"))
 
 
