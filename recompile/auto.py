@@ -24,13 +24,14 @@ from recompile.errors import ArgumentError, JournalError, NotBetterError, Output
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf
-from recompile.io.files import copy_whole, locked, read_json, write_json
+from recompile.io.files import check_outputs, copy_whole, locked, read_json, write_json, write_text
 from recompile.model.rows import RowOptions
 from recompile.model.trace import read_trace
 from recompile.planning import AutoPlan, Target, make_plan, target_of
 
 make_callable(__name__)
 STATE = "auto.json"
+MEASURED = "measured.json"  # of the builds, as model_diff --json has it
 DEFAULT_CANDIDATES = "2,3,4,5,6,8"
 
 
@@ -57,6 +58,8 @@ class AutoReport:
     seconds: Mapping[str, float]  # by stage
     recipe: str
     out: str
+    card: str  # Markdown for a model page
+    page: str  # HTML
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,8 @@ class _Auto:
         plan = self.plan()
         if plan.missing:
             raise ArgumentError("; ".join(plan.missing))
+        if not self.work.exists():
+            check_outputs({"the card": self.card, "the page": self.page}, [])
         stages = Stages(self.work, self._settings(), self.out, self.on_event)
         if not stages.seconds:
             self.on_event(Said(str(plan)))
@@ -285,8 +290,17 @@ class _Auto:
             if self.heals:
                 stages.run("heal", self._heal)
             found = stages.run("verify", self._measure)
+            stages.run("report", self._report)
         builds = tuple(found.pop("builds"))
-        return AutoReport(builds, **found, seconds=stages.seconds, recipe=str(self.recipe), out=str(self.out))
+        return AutoReport(
+            builds,
+            **found,
+            seconds=stages.seconds,
+            recipe=str(self.recipe),
+            out=str(self.out),
+            card=str(self.card),
+            page=str(self.page),
+        )
 
     def _settings(self) -> dict[str, Any]:
         """What a run must not be gone on with another of."""
@@ -390,11 +404,36 @@ class _Auto:
             baselines.insert(0, open_checkpoint(self.built))
         where = (options.text, options.dataset, None, options.trace, options.positions)
         rows = RowOptions(options.rows, options.length, *where)
-        result = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
+        result, measured = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
+        recipe = {"recipe_name": mix_name(self.out), "recipe": self.recipe.read_text()}
+        names = [mix_name(self.out), *([f"{mix_name(self.out)} before healing"] if self.heals else [])]
+        for one, name in zip(measured, names, strict=False):
+            base = load_profile(self.profile).header
+            one |= recipe | {"recipe_name": name, "candidate_dir": base.candidate(base.base).model_dir}
+        write_json(self.work / MEASURED, {"candidates": measured})
         for made in ("uniform", "built"):
             shutil.rmtree(self.work / made, ignore_errors=True)
         (self.work / "built.gguf").unlink(missing_ok=True)
         return result
+
+    @property
+    def card(self) -> Path:
+        return self.out.with_name(f"{mix_name(self.out)}.card.md")
+
+    @property
+    def page(self) -> Path:
+        return self.out.with_name(f"{mix_name(self.out)}.report.html")
+
+    def _report(self) -> dict[str, Any]:
+        """A block for a model card and a page, beside the output."""
+        from eval.report.card import card
+        from eval.report.data import gather
+        from eval.report.page import render
+
+        data = gather(self.profile, [self.work / MEASURED], title=mix_name(self.out))
+        write_text(self.card, card(data))
+        write_text(self.page, render(data))
+        return {"card": str(self.card), "page": str(self.page)}
 
     def _uniform(self, size_bytes: int) -> Checkpoint:
         """A uniform build of about the size of the mix, made the same way."""
@@ -408,6 +447,11 @@ class _Auto:
         stem = self.base.path.resolve().name.removesuffix(".gguf")
         name = f"{stem}-{rate}.gguf" if self.gguf else rate if scheme else f"{rate}bpw"
         return open_checkpoint(self.work / "uniform" / name)
+
+
+def mix_name(out: Path) -> str:
+    """What the files beside an output are named after."""
+    return out.name.removesuffix(".gguf")
 
 
 class Stages:

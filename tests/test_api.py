@@ -119,7 +119,7 @@ def test_every_verb_has_an_example_and_is_found_late_and_early(name: str) -> Non
 def test_what_two_verbs_share_is_checked_and_named_as_their_own() -> None:
     both = [inspect.signature(verb).parameters for verb in (recompile.optimize, recompile.frontier)]
     shared = both[0].keys() & both[1].keys()
-    assert len(shared) == 19
+    assert len(shared) == 21
     assert {name for name in shared if both[0][name] != both[1][name]} == {"solver"}  # refine walks no grid
     for verb, name, given in (
         (recompile.optimize, "optimize", ["p"]),

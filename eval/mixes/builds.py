@@ -24,8 +24,9 @@ def compare_builds(
     rows: RowOptions,
     device: str = "cpu",
     on_event: OnEvent = ignore,
-) -> dict[str, Any]:
-    """The mix and other builds against the reference on rows of the role "report", paired by row; as JSON values.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The mix and other builds against the reference on rows of the role "report", paired by row; as JSON values: what
+    is told of them, and everything that was measured of each, as `model_diff --json` has it.
 
     rows: which ones. Raises MismatchError where a build was made of one of them.
     """
@@ -45,7 +46,7 @@ def compare_builds(
         rows_sha256=found.sha256,
     )
     counted = quantizable(builds)
-    told = []
+    told, whole = [], []
     for build, report in zip(builds, reports, strict=True):
         sizes = account(build.modules.values(), counted)
         entry: dict[str, Any] = {
@@ -60,6 +61,7 @@ def compare_builds(
             mean, interval = paired_difference(torch.tensor(reports[0].kl_rows), torch.tensor(report.kl_rows))
             entry |= {"mix_minus_this_nats": mean.mean, "interval_95": list(interval)}
         told.append(entry)
+        whole.append({**report.as_dict(), "size": sizes.as_dict(), "candidate_dir": build.label})
     return {
         "builds": told,
         "reference_perplexity": reports[0].score_reference.perplexity,
@@ -69,4 +71,4 @@ def compare_builds(
         "rows_source": found.source,
         "rows_role": found.role,
         "positions": found.positions,
-    }
+    }, whole

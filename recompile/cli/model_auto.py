@@ -30,7 +30,13 @@ from recompile.planning import TARGETS
     "model_auto", outputs={"--json": "json_path"}, inputs=("base", "variants", "tokenizer_from", "text", "trace")
 )
 @in_dir_option("base", "The dense base model.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The mix; stages go to OUT.work/.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The mix; stages go to OUT.work/, a card and a page beside it (OUT.card.md, OUT.report.html).",
+)
 @budget_bits_option(says="Budget: bits per weight over quantized modules.")
 @click.option("--total-bpw", type=float, help="Budget: bits per weight over everything.")
 @click.option("--size", help="Budget: size of the weights, e.g. 4.2GiB.")

@@ -66,5 +66,6 @@ def describe_auto(report: AutoReport) -> str:
         f"{role_in_words(report.rows_role, report.positions)}",
         *verdicts,
         f"Stages: {seconds}. Recipe: {report.recipe}",
+        f"For a model page: {report.card}; to look at: {report.page}",
     ]
     return "\n".join(lines)

@@ -63,10 +63,24 @@ def test_one_command_makes_the_mix_and_measures_it(text: Path, tmp_path: Path) -
     assert 0 < mix["kl_nats"] < uniform["kl_nats"]
     low, high = uniform["interval_95"]
     assert low < uniform["mix_minus_this_nats"] < high
-    assert set(report["seconds"]) == {"profile", "recipe", "build", "verify"}
+    assert set(report["seconds"]) == {"profile", "recipe", "build", "verify", "report"}
     assert "mix - this" in result.output
     assert not (tmp_path / "mix.work" / "uniform").exists(), "no variant stays on the disk"
+    card = (tmp_path / "mix.card.md").read_text()
+    assert f"| mix | {mix['bpw']:.2f} |" in card
+    assert "overrides:" in card
+    page = (tmp_path / "mix.report.html").read_text()
+    assert page.startswith("<!doctype html>") or "<html" in page[:400].lower()
+    assert report["card"].endswith("mix.card.md")
     assert {c.label for c in load_profile(tmp_path / "mix.work" / "profile.jsonl").header.candidates} == {"3", "4", "6"}
+
+
+def test_a_card_of_the_user_s_is_not_written_over(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "mix.card.md").write_text("# my model\n")
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4.3, "--candidates", "3,4")
+    assert result.exit_code == 1
+    assert "mix.card.md: exists, and this tool did not make it" in result.output
+    assert not (tmp_path / "mix.work").exists()
 
 
 def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +107,7 @@ def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, mo
     assert sorted(ran) == sorted(["profile", "recipe", "build", *("profile", "recipe", "build", "verify")])
     made(*options)
     again = made(*options)
-    assert again.output.count("done before") == 4
+    assert again.output.count("done before") == 5
 
 
 def test_other_settings_are_not_mixed_in(text: Path, tmp_path: Path) -> None:
@@ -157,7 +171,7 @@ def test_gguf_types_make_one_file(text: Path, tmp_path: Path) -> None:
     assert 4.9 < mix["bpw"] <= 5.1
     assert uniform["total_bytes"] <= mix["total_bytes"] == open_checkpoint(out).size_bytes
     assert 0 < mix["kl_nats"] < uniform["kl_nats"]
-    assert made(base, out, *options).output.count("done before") == 4
+    assert made(base, out, *options).output.count("done before") == 5
 
     for names, where, message in (
         ("Q4_0,Q8_0", tmp_path / "mix", "ends in .gguf"),
@@ -221,7 +235,7 @@ def test_for_mlx_embedding_and_head_are_chosen_too(text: Path, tmp_path: Path) -
     stored = {module.format for module in open_checkpoint(out).modules.values() if len(module.shape or ()) == 2}
     assert stored == {"mlx"}
     assert check(out, engine="mlx").errors == ()
-    assert made(*options).output.count("done before") == 4
+    assert made(*options).output.count("done before") == 5
 
 
 def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path: Path) -> None:
@@ -230,11 +244,11 @@ def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path:
     made(*options, "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     mix, built, _ = report["builds"]
-    assert list(report["seconds"]) == ["profile", "recipe", "build", "heal", "verify"]
+    assert list(report["seconds"]) == ["profile", "recipe", "build", "heal", "verify", "report"]
     assert (Path(mix["build"]).name, Path(built["build"]).name) == ("mix", "built")
     assert mix["total_bytes"] == built["total_bytes"]
     assert not (tmp_path / "mix.work" / "built").exists()
-    assert made(*options).output.count("done before") == 5
+    assert made(*options).output.count("done before") == 6
 
 
 def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
