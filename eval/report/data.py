@@ -24,6 +24,8 @@ from recompile.recipe.recipe import Recipe, load_recipe, parse_recipe
 # Ends of tensor names, since keys match tensors and a profile names modules. One of the builds' kinds always fits.
 TENSOR_ENDINGS = ("weight", "weight_packed", "qweight", "q_weight", "trellis", "weight_scale", "bias")
 
+GROUPS_SHOWN = 600  # of an attribution, the most expensive first
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -33,6 +35,22 @@ class Drift:
     sqnr_db: float | None  # None: the states are equal
     cosine_error: float | None
     relative_error: float | None
+
+
+@dataclass(frozen=True)
+class CacheKl:
+    """A build through one quantized cache."""
+
+    name: str
+    engine: str
+    bits: float  # a value, scales included
+    bytes_per_token: float
+    kl: float  # nats per token
+    std_error: float | None
+    difference: float  # from the build's KL in the same report, paired over rows
+    difference_error: float | None
+    p99: float | None
+    same_top: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,11 @@ class Measured:
     histogram: Mapping[str, Any] | None
     confidence: tuple[Mapping[str, Any], ...]
     drift: tuple[Drift, ...]
+    by_origin: tuple[Mapping[str, Any], ...] = ()  # slices as the report has them
+    by_position: tuple[Mapping[str, Any], ...] = ()
+    divergence: Mapping[str, Any] | None = None  # of greedy runs: prompts, median, survival
+    cache_sweep: tuple[CacheKl, ...] = ()
+    attribution: Mapping[str, Any] | None = None  # level, groups with KL and noise, totals
     uniform: str | None = None  # candidate label, where this is one of the profile's candidates alone
     choice: Mapping[str, str] | None = None  # group -> candidate label; None where it cannot be told
     predicted_kl_nats: float | None = None
@@ -265,8 +288,12 @@ def _read_diff(content: Mapping[str, Any], path: Path, profile: Profile, builds:
             choice = choice if len(choice) == len(profile.header.groups) else None
         else:
             note = f"{directory} is none of the profile's sources"
-    found = _measured(content, name, size, choice, profile, note)
-    if content.get("recipe") or base is None:
+    cache = content.get("cache")
+    if cache:
+        name = f"{name}, cache {cache['name']}"
+        note = note or "the prediction is of weights alone"
+    found = _measured(content, name, size, choice if not cache else None, profile, note)
+    if content.get("recipe") or base is None or cache:
         return found
     from dataclasses import replace
 
@@ -312,11 +339,60 @@ def _measured(
             )
             for layer in report["layers"]
         ),
+        by_origin=tuple(report.get("by_origin") or ()),
+        by_position=tuple(report.get("by_position") or ()),
+        divergence=_divergence(report.get("divergence")),
+        cache_sweep=tuple(_cache_kl(point) for point in report.get("cache_sweep") or ()),
+        attribution=_attribution(report.get("attribution")),
         choice=choice,
         predicted_kl_nats=mean,
         predicted_std_error=error,
         note=note,
     )
+
+
+def _divergence(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    keys = ("prompts", "new_tokens", "median", "survival")
+    return {key: found[key] for key in keys} if found and found.get("survival") else None
+
+
+def _cache_kl(point: Mapping[str, Any]) -> CacheKl:
+    cache = point["cache"]
+    return CacheKl(
+        name=str(cache["name"]),
+        engine=str(cache["engine"]),
+        bits=(float(cache["key_bits"]) + float(cache["value_bits"])) / 2,
+        bytes_per_token=float(cache["bytes_per_token"]),
+        kl=float(point["kl"]["mean"]),
+        std_error=point["kl"]["std_error"],
+        difference=float(point["difference"]["mean"]),
+        difference_error=point["difference"]["std_error"],
+        p99=point["kl_quantiles"]["p99"],
+        same_top=float(point["same_top"]["mean"]),
+    )
+
+
+def _attribution(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the page shows of it: the most expensive groups, means alone."""
+    if not found:
+        return None
+    groups = [
+        {
+            "group": str(each["group"]),
+            "bits_per_weight": float(each["bits_per_weight"]),
+            "relative_error": float(each["relative_error"]),
+            "kl": float(each["kl"]["mean"]),
+            "noise": float(each["noise"]["mean"]) if each["noise"] is not None else None,
+        }
+        for each in found["groups"][:GROUPS_SHOWN]
+    ]
+    noise = found["total_noise"]
+    return {
+        "level": str(found["level"]),
+        "groups": groups,
+        "total": float(found["total"]["mean"]),
+        "total_noise": float(noise["mean"]) if noise is not None else None,
+    }
 
 
 def _inner(report: Mapping[str, Any], *names: str) -> float | None:

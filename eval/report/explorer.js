@@ -833,9 +833,13 @@ const RecompileReport = (() => {
     const share = (value) => (value === null ? "–" : `${digits(100 * value, 1)} %`);
     const rows = measured.map((one) => [short(one.name, 60), one.bpw === null ? "–" : digits(one.bpw, 3), one.total_bytes === null ? "–" : sizeText(one.total_bytes),
       withError(one.kl_nats, one.std_error), one.predicted_kl_nats === null ? `– ${short(one.note, 80)}` : withError(one.predicted_kl_nats, one.predicted_std_error),
-      klText(one.quantiles.median), klText(one.quantiles.p99), one.perplexity === null ? "–" : digits(one.perplexity, 3), share(one.same_top_token)]);
-    for (const build of builds) if (!measured.some((one) => one.total_bytes === build.total_bytes)) rows.push([short(build.name, 60), digits(build.bpw, 3), sizeText(build.total_bytes), "not measured", "–", "–", "–", "–", "–"]);
-    fillTable($("measured"), ["build", "bits per weight", "size", "KL, nats/token", "predicted KL", "median token", "99th percentile", "perplexity", "same top token"], rows);
+      klText(one.quantiles.median), klText(one.quantiles.p99), one.perplexity === null ? "–" : digits(one.perplexity, 3), share(one.same_top_token),
+      one.delta_p_rms === null ? "–" : `${digits(100 * one.delta_p_rms, 2)} %`, share(one.sure_flips), one.divergence === null ? "–" : one.divergence.median === null ? "half never" : `after ${one.divergence.median}`, measured.length > 1 ? besideBest(one) : "–"]);
+    for (const build of builds) if (!measured.some((one) => one.total_bytes === build.total_bytes)) rows.push([short(build.name, 60), digits(build.bpw, 3), sizeText(build.total_bytes), "not measured", "–", "–", "–", "–", "–", "–", "–", "–", "–"]);
+    const header = ["build", "bits per weight", "size", "KL, nats/token", "predicted KL", "median token", "99th percentile", "perplexity", "same top token", "RMS delta p", "sure tokens changed", "greedy runs part", "more than the best"];
+    const told = header.map((_, column) => column < 4 || rows.some((row) => row[column] !== "–")); // columns that say something
+    const kept = (row) => row.filter((_, column) => told[column]);
+    fillTable($("measured"), kept(header), rows.map(kept));
   }
 
   /* ---- charts ---- */
@@ -854,6 +858,27 @@ const RecompileReport = (() => {
     drawTokens();
     drawConfidence();
     drawDrift();
+    RecompileDetails.draw(view.data.measured, { digits, klText, withError, short, sizeText, nickname });
+  }
+
+  /* "model.layers.3.self_attn.q_proj+k_proj" -> "3 q_proj+k_proj" */
+  const nickname = (group) => {
+    const layer = /\.(\d+)\./.exec(group);
+    const last = group.slice(group.lastIndexOf(".") + 1);
+    return layer ? `${layer[1]} ${last}` : last;
+  };
+
+  /* KL less that of the build of the smallest, paired over rows where both ran on the same ones. */
+  function besideBest(one) {
+    const best = view.data.measured.reduce((a, b) => (b.kl_nats < a.kl_nats ? b : a));
+    if (one === best) return "the least";
+    const rows = one.kl_rows.length;
+    const difference = one.kl_nats - best.kl_nats;
+    if (one.rows_sha256 !== best.rows_sha256 || rows !== best.kl_rows.length || rows < 2) return `+${klText(difference)}, other rows`;
+    const parts = one.kl_rows.map((value, row) => value - best.kl_rows[row]);
+    const mean = parts.reduce((a, b) => a + b, 0) / rows;
+    const spread = parts.reduce((sum, part) => sum + (part - mean) ** 2, 0);
+    return `+${withError(difference, Math.sqrt(spread / (rows - 1) / rows))}`;
   }
 
   function chartTable(id, header, rows, summary) {

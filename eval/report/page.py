@@ -26,7 +26,7 @@ from recompile.io.report import role_in_words
 from recompile.recipe.recipe import Source, dump_recipe
 
 ROWS_EMBEDDED_UP_TO = 100_000  # numbers: 0.8 MB; beyond, the page shows no standard error of sums
-SCRIPTS = ("solver.js", "recipe.js", "charts.js", "explorer.js")
+SCRIPTS = ("solver.js", "recipe.js", "charts.js", "details.js", "explorer.js")
 
 
 def render(data: ReportData) -> str:

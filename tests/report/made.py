@@ -105,3 +105,41 @@ def write_diff(path: Path, directory: str, kl: float, recipe: str | None = None,
     }
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
+
+
+def details(kl: float) -> dict[str, Any]:
+    """What a report holds where more was asked for: slices, greedy runs, a sweep of caches, an attribution."""
+
+    def mean(value: float) -> dict[str, float]:
+        return {"mean": value, "std_error": value / 10}
+
+    def parts(*names: str) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "rows": 4, "tokens": 256, "kl": mean(kl * (n + 1)), "same_top": mean(0.8)}
+            for n, name in enumerate(names)
+        ]
+
+    def cache(name: str, bits: float) -> dict[str, Any]:
+        used = {"name": name, "engine": "llama.cpp", "key_bits": bits, "value_bits": bits, "bytes_per_token": 64 * bits}
+        return {
+            "cache": used, "kl": mean(kl + 1 / 2**bits), "kl_quantiles": {"p99": 1.0}, "same_top": mean(0.8),
+            "difference": mean(1 / 2**bits),
+        }  # fmt: skip
+
+    groups = [
+        {
+            "group": f"model.layers.{layer}.{name}", "bits_per_weight": 3.25, "relative_error": 0.2,
+            "kl": mean(kl / (2 + layer)), "noise": mean(kl / (1 + layer)),
+        }
+        for layer in range(4)
+        for name in ("self_attn.q_proj+k_proj+v_proj", "mlp.down_proj")
+    ]  # fmt: skip
+    return {
+        "by_origin": parts("wiki", "code", "tool calls"),
+        "by_position": parts("0 - 512", "512 - 2048"),
+        "divergence": {
+            "prompts": 8, "new_tokens": 32, "median": None, "survival": [[1, 1.0], [8, 0.75], [32, 0.625]],
+        },
+        "cache_sweep": [cache("q8_0", 8.5), cache("q4_0", 4.5), cache("f16", 16.0)],
+        "attribution": {"level": "fused", "groups": groups, "total": mean(2 * kl), "total_noise": mean(3 * kl)},
+    }  # fmt: skip

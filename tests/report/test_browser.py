@@ -23,7 +23,7 @@ from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Constraint, Rules, choose
 from recompile.recipe.recipe import load_recipe, parse_recipe
 from tests import tiny
-from tests.report.made import write_diff, write_profile
+from tests.report.made import details, write_diff, write_profile
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -219,6 +219,55 @@ def test_light_dark_and_phone_fit(browser: Any, report: tuple[Path, Path]) -> No
         )
 
 
+DETAILS = ("origins", "positions", "greedy", "caches", "attribution")
+
+
+def test_what_reports_hold_is_drawn_for_every_build(browser: Any, report: tuple[Path, Path], tmp_path: Path) -> None:
+    """And nothing where no report holds it."""
+    with Page(browser, report[1]) as page:
+        assert page.locator("#measured-charts figure").count() == 4
+    rows = [{"kl_rows": [0.04, 0.06, 0.05]}, {"kl_rows": [0.02, 0.05, 0.02]}]
+    kls = (0.05, 0.03)
+    diffs = [
+        write_diff(tmp_path / f"{n}.json", f"{n}bpw", kls[n], **details(kls[n]), **rows[n]) for n in range(len(kls))
+    ]
+    plain = write_diff(tmp_path / "plain.json", "plain", 0.2)
+    path = tmp_path / "report.html"
+    path.write_text(render(gather(report[0], [*diffs, plain])), encoding="utf-8")
+    with Page(browser, path) as page:
+        assert page.locator("#measured-charts figure").count() == 4 + len(DETAILS)
+        for name in DETAILS:
+            box = page.locator(f"#{name} .main-svg").first.bounding_box()
+            assert box["width"] > 300, name
+            assert page.locator(f"#{name}").get_attribute("aria-label"), name
+            cells = f"""[...document.querySelectorAll('.numbers[data-of="{name}"] td:first-child')]"""
+            assert set(page.evaluate(f"{cells}.map((e) => e.textContent)")) == {"0bpw", "1bpw"}, name
+        points = page.evaluate("document.getElementById('attribution').data.map((t) => t.x.length)")
+        assert points == [2, 8, 8], "the line of equals and eight groups of each build"
+        assert page.evaluate("document.getElementById('greedy').data.map((t) => t.y[1])") == [75, 75]
+        heights = page.evaluate("document.getElementById('caches').data.slice(-1)[0].y")
+        assert heights == sorted(heights, reverse=True), "by bits"
+        table = page.locator("#measured").inner_text()
+        assert "half never" in table
+        # paired over rows: .02, .01 and .03 apart
+        assert "+0.0200 ± 0.00577" in table
+        assert "the least" in table
+        before = page.evaluate("document.getElementById('caches').data[0].line.color")
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_selector("html[data-theme=dark]", state="attached")
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.getElementById('caches').data[0].line.color") != before
+        overlaps = page.evaluate(
+            """[...document.querySelectorAll('#attribution .textpoint text')].map((e) => e.getBoundingClientRect())
+            .filter((a, n, all) => all.some((b, m) => m > n && a.width && b.width && a.left < b.right &&
+            b.left < a.right && a.top < b.bottom && b.top < a.bottom)).length"""
+        )
+        assert overlaps == 0
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 HOSTILE = (
     '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2"><b>&amp;\'"`${1}%{x}'
     + "\u202e\u2028é" * 80
@@ -227,7 +276,11 @@ HOSTILE = (
 
 def test_hostile_names_are_text(browser: Any, tmp_path: Path) -> None:
     profile = write_profile(tmp_path / "p.jsonl", 3, ids=(3, HOSTILE, "b"), prefix=f"{HOSTILE}.layers")
-    diff = write_diff(tmp_path / "d.json", HOSTILE, 0.01, size={"bpw": 3.5, "total_bytes": 9_000_000})
+    more = details(0.01)
+    for part, name in (("by_origin", "name"), ("by_position", "name")):
+        more[part][0][name] = HOSTILE
+    more["attribution"]["groups"][0]["group"] = more["cache_sweep"][0]["cache"]["name"] = HOSTILE
+    diff = write_diff(tmp_path / "d.json", HOSTILE, 0.01, size={"bpw": 3.5, "total_bytes": 9_000_000}, **more)
     page_file = tmp_path / "report.html"
     page_file.write_text(render(gather(profile, [diff], title=HOSTILE)), encoding="utf-8")
     with Page(browser, page_file) as page:

@@ -28,7 +28,7 @@ from recompile.costs import load_profile
 from recompile.errors import NotFiniteError, RecompileError
 from recompile.optimize.choose import predict
 from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
-from tests.report.made import write_diff, write_profile
+from tests.report.made import details, write_diff, write_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = (
@@ -88,6 +88,33 @@ def test_measured_builds_are_matched_with_their_prediction(profile: Path, tmp_pa
     assert other.predicted_kl_nats is None
     assert "none of the profile's sources" in other.note
     assert other.bpw is None
+
+
+def test_what_reports_hold_beside_a_kl(profile: Path, tmp_path: Path) -> None:
+    cache = {"name": "q4_0"}
+    reports = [
+        write_diff(tmp_path / "a.json", "3bpw", 0.5, **details(0.5)),
+        write_diff(tmp_path / "b.json", "3bpw", 0.6, cache=cache),
+        write_diff(tmp_path / "c.json", "3bpw", 0.5),
+    ]
+    with_all, through, plain = gather(profile, reports).measured
+    assert [slice["name"] for slice in with_all.by_origin] == ["wiki", "code", "tool calls"]
+    assert with_all.divergence is not None
+    assert with_all.divergence["median"] is None
+    assert [(point.name, point.bits, point.bytes_per_token) for point in with_all.cache_sweep] == [
+        ("q8_0", 8.5, 544.0), ("q4_0", 4.5, 288.0), ("f16", 16.0, 1024.0),
+    ]  # fmt: skip
+    assert with_all.cache_sweep[1].difference == 1 / 2**4.5
+    assert with_all.attribution is not None
+    assert with_all.attribution["groups"][0]["noise"] == 0.5
+    assert with_all.attribution["total_noise"] == 1.5
+    assert (through.name, through.predicted_kl_nats) == ("uniform 3, cache q4_0", None)
+    assert "of weights alone" in through.note
+    assert (plain.by_origin, plain.divergence, plain.cache_sweep, plain.attribution) == ((), None, (), None)
+    broken = details(0.5)
+    del broken["cache_sweep"][0]["cache"]
+    with pytest.raises(RecompileError, match="an incomplete report, at 'cache'"):
+        gather(profile, [write_diff(tmp_path / "d.json", "3bpw", 0.5, **broken)])
 
 
 def test_a_recipe_that_cannot_be_predicted_says_why(profile: Path) -> None:
