@@ -744,6 +744,7 @@ def trace(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 8,
+    url: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -755,6 +756,8 @@ def trace(
     prompts: a file of JSON lines in place of the bundled ones; rows: the first so many, None: all
     tokens: of a response at most; temperature: 1 draws from the model's own distribution, 0 is greedy; seed: of the
     draws, of which every prompt has its own; batch_size: prompts that run together; device, dtype: where and in what
+    url: of an OpenAI-compatible server that runs the model and answers instead, "http://localhost:8000/v1"; base is
+    needed for its tokenizer and config then
 
     Every prompt belongs to one role. Goes on with an interrupted run. Raises UnsupportedError for a model without a
     chat template or too large for memory.
@@ -762,7 +765,8 @@ def trace(
     from eval.trace.generate import Sampling
     from eval.trace.run import TraceRequest, run_trace
 
-    request = TraceRequest(as_path(prompts), rows, Sampling(temperature, seed, tokens), batch_size, device, dtype)
+    sampling = Sampling(temperature, seed, tokens)
+    request = TraceRequest(as_path(prompts), rows, sampling, batch_size, device, dtype, url)
     return run_trace(Path(base), Path(out), request, on_event or ignore)
 
 

@@ -17,7 +17,7 @@ _ARGUMENTS = """
     max_ppl_increase max_step maximum method minimum mode modifiers mtp out pairs pin pool positions probe prompts
     quantize_also ray recipe reencode reference rounding rows rtol samples save_base_logits save_input_ids
     save_logits_a save_logits_b scheme shard_size size skip solver sources start stats temperature text tie
-    tokenizer_from tokens total_bpw tower trace type_sources variants verify
+    tokenizer_from tokens total_bpw tower trace type_sources url variants verify
 """
 ARGUMENTS = frozenset(re.findall(r"\w+", _ARGUMENTS))
 

@@ -4,9 +4,9 @@
     .venv/bin/python scripts/bench_trace.py --work /tmp/bench-trace
 
 The base answers prompts (model_trace). Candidates are profiled (a sketch) and a recipe is chosen on the choose rows of
-the trace or of the default text; each recipe is built with GPTQ calibrated on the calibrate rows of either. All four
-builds are measured on report rows of the trace, at the positions of responses, and on report rows of the text. With
---work a run that was stopped goes on. Writes scripts/bench_results/trace.json.
+the trace or of the default text; each recipe is built with GPTQ calibrated on the calibrate rows of the same source
+(--crossed: of either). The builds are measured on report rows of the trace, at the positions of responses, and on
+report rows of the text. With --work a run that was stopped goes on. Writes scripts/bench_results/trace.json.
 """
 
 from __future__ import annotations
@@ -42,15 +42,12 @@ class Bench:
     def __init__(self, base: Path, work: Path, settings: dict[str, Any]) -> None:
         self.base, self.work, self.settings = base, work, settings
         self.trace = work / "trace.safetensors"
-        self.seconds: dict[str, float] = {}
 
     def timed(self, name: str, made: Path, make: Any) -> None:
         if made.exists():
             return
         say(name)
-        began = time.monotonic()
         make()
-        self.seconds[name] = round(time.monotonic() - began, 1)
 
     def rows(self, source: str) -> dict[str, Any]:
         return {"length": self.settings["length"], **({"trace": self.trace} if source == "trace" else {})}
@@ -62,7 +59,7 @@ class Bench:
         recipes = {source: self.recipe(source) for source in SOURCES}
         builds = {}
         for recipe, (path, _) in recipes.items():
-            for calibration in SOURCES:
+            for calibration in SOURCES if s["crossed"] else (recipe,):
                 name = f"recipe {recipe}, calibrated {calibration}"
                 builds[name] = self.work / f"{recipe}-{calibration}"
                 self.timed(
@@ -84,7 +81,6 @@ class Bench:
             "predicted_kl": {source: predicted for source, (_, predicted) in recipes.items()},
             "same_choices": self.same_choices(),
             "judged": judged,
-            "seconds": self.seconds,
         }
 
     def recipe(self, source: str) -> tuple[Path, float]:
@@ -141,6 +137,7 @@ def table(names: list[str], found: ManyDiffs) -> dict[str, Any]:
 @click.option("--length", default=256, show_default=True)
 @click.option("--calibrate-rows", default=24, show_default=True)
 @click.option("--report-rows", default=16, show_default=True)
+@click.option("--crossed", is_flag=True, help="Each recipe calibrated on both sources.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for what is made; kept.")
 def main(work: Path | None, **settings: Any) -> None:
     torch.set_num_threads(1)

@@ -36,6 +36,19 @@ def encode_prompts(model_dir: Path, prompts: Sequence[Prompt]) -> EncodedPrompts
     return with_tokenizer(folder, lambda tokenizer: _encode(tokenizer, prompts, folder), text_bytes=text_bytes)
 
 
+def encode_texts(model_dir: Path, texts: Mapping[int, str]) -> dict[int, list[int]]:
+    """Tokens of texts that a model wrote, by their numbers; nothing is put around them."""
+
+    def work(tokenizer: Any) -> dict[int, list[int]]:
+        found = {}
+        for number, text in texts.items():
+            stepped()
+            found[number] = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return found
+
+    return with_tokenizer(first_with_tokenizer([model_dir]), work, text_bytes=sum(map(len, texts.values())))
+
+
 def _encode(tokenizer: Any, prompts: Sequence[Prompt], folder: Path) -> EncodedPrompts:
     template = getattr(tokenizer, "chat_template", None)
     if not template:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eval.diff import versions
 from eval.divergence import check_weights_fit
-from eval.trace.encode import EncodedPrompts, encode_prompts
+from eval.trace.encode import EncodedPrompts, encode_prompts, encode_texts
 from eval.trace.generate import Sampling, answer, end_tokens, plan_batches
 from eval.trace.prompts import BUNDLED, Prompt, bundled_prompts, prompts_of_file, prompts_sha256
+from eval.trace.server import Answer, Server
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.errors import ArgumentError, CheckpointError, JournalError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
@@ -38,6 +39,7 @@ class TraceRequest:
     batch_size: int
     device: str
     dtype: str | None
+    url: str | None = None  # of a server that runs the model
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def run_trace(base: Path, out: Path, request: TraceRequest, on_event: OnEvent = 
     prompts, encoded, left_out = _that_fit(checkpoint, prompts, encoded, request.sampling.max_new_tokens, on_event)
     if encoded.tools_in_text:
         on_event(Note("the chat template has no place for tools; their schemas stand in the first message"))
-    job = _Job(checkpoint, prompts, encoded, request, on_event)
+    kind = _Job if request.url is None else ServerJob
+    job = kind(checkpoint, prompts, encoded, request, on_event)
     journal_path = out.with_name(out.name + ".journal")
     with LineJournal(journal_path) as journal:
         responses = job.run(journal)
@@ -101,8 +104,6 @@ def _that_fit(
     base: Checkpoint, prompts: Sequence[Prompt], encoded: EncodedPrompts, new_tokens: int, on_event: OnEvent
 ) -> tuple[tuple[Prompt, ...], EncodedPrompts, int]:
     """Without the prompts that leave no room for a whole response in the model's context."""
-    from dataclasses import replace
-
     nested = base.config.get("text_config")
     context = base.config.get("max_position_embeddings") or (
         nested.get("max_position_embeddings") if isinstance(nested, dict) else None
@@ -134,14 +135,12 @@ class _Job:
         on_event: OnEvent,
     ) -> None:
         self.base, self.prompts, self.encoded, self.request, self.on_event = base, prompts, encoded, request, on_event
-        self.device, dtype = compute_device(request.device), compute_dtype(request.dtype)
-        self.model = LayeredModel.of(base, dtype=dtype, device=self.device)
-        known = check_vocabulary(base, encoded.vocab) or self.model.vocab_size
-        self.vocab = min(known, self.model.vocab_size)
+        size, dtype, device, writer = self._open()
+        self.vocab = min(check_vocabulary(base, encoded.vocab) or size, size)
         largest = max(max(ids) for ids in encoded.ids)
-        if largest >= self.model.vocab_size:
+        if largest >= size:
             raise RecompileError(
-                f"{base.label}: the chat template gives token {largest}, the model has {self.model.vocab_size}; "
+                f"{base.label}: the chat template gives token {largest}, the model has {size}; "
                 f"take the tokenizer of the same model"
             )
         self.ends = end_tokens(base.config, _generation_config(base), encoded.end)
@@ -159,23 +158,35 @@ class _Job:
             temperature=sampling.temperature,
             seed=sampling.seed,
             max_new_tokens=sampling.max_new_tokens,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            device=self.device,
+            dtype=dtype,
+            device=device,
             vocab=self.vocab,
             tools_in_text=encoded.tools_in_text,
             thinking_switch=encoded.thinking_switch,
             versions=versions(),
+            writer=writer,
         )
+
+    def _open(self) -> tuple[int, str, str, str]:
+        """What writes: its vocabulary, dtype and device, and its name where it is not this tool."""
+        self.device = compute_device(self.request.device)
+        self.model = LayeredModel.of(self.base, dtype=compute_dtype(self.request.dtype), device=self.device)
+        return self.model.vocab_size, str(self.model.dtype).removeprefix("torch."), self.device, ""
 
     @property
     def header(self) -> dict[str, Any]:
         """What a journal must have been begun with."""
         about = asdict(self.about)
-        for name in ("kinds", "roles", "prompts", "ended", "prompts_source", "base"):
+        for name in ("kinds", "roles", "prompts", "ended", "prompts_source", "base", "is_retokenized"):
             del about[name]
         about["base_fingerprint"] = self.base.identity  # in full, with its config: a journal never mixes two models
-        about |= {"prompts": prompts_sha256(self.prompts), "ends": sorted(self.ends), "batch": self.request.batch_size}
+        about |= {"prompts": prompts_sha256(self.prompts), "ends": sorted(self.ends), **self._rounding}
         return {"made_by": "recompile", "kind": "trace", **about}
+
+    @property
+    def _rounding(self) -> dict[str, Any]:
+        """What else decides the draws."""
+        return {"batch": self.request.batch_size}
 
     def run(self, journal: LineJournal) -> list[list[int]]:
         """A response a prompt. A batch counts as written once all of its lines are there."""
@@ -219,10 +230,21 @@ class _Job:
 
     def _take_up(self, journal: LineJournal) -> dict[int, list[int]]:
         """The responses of a journal; a new one is begun."""
+        if not self._take_up_header(journal):
+            return {}
+        found = {}
+        for number, line in enumerate(journal.values()[1:], start=2):
+            if not self._is_response(line):
+                raise JournalError(f"{journal.path}:{number}: is no response of this trace; remove the file")
+            found[line["prompt"]] = line["response"]
+        return found
+
+    def _take_up_header(self, journal: LineJournal) -> bool:
+        """Whether a journal has lines of this trace; an empty one is begun. Raises JournalError for one of another."""
         if not journal.lines:
             journal.begin(self.header)
-            return {}
-        header, *lines = journal.values()
+            return False
+        header, *_ = journal.values()
         if header != self.header:
             wanted = self.header
             other = [name for name in wanted if not isinstance(header, dict) or header.get(name) != wanted[name]]
@@ -230,12 +252,7 @@ class _Job:
                 f"{journal.path}: is of another trace ({', '.join(other)}); remove it, or choose another {{out}}"
             )
         journal.drop_torn()
-        found = {}
-        for number, line in enumerate(lines, start=2):
-            if not self._is_response(line):
-                raise JournalError(f"{journal.path}:{number}: is no response of this trace; remove the file")
-            found[line["prompt"]] = line["response"]
-        return found
+        return True
 
     def _is_response(self, line: Any) -> bool:
         if not isinstance(line, dict) or not isinstance(line.get("prompt"), int):
@@ -249,10 +266,76 @@ class _Job:
         )
 
     def trace(self, responses: Sequence[Sequence[int]]) -> Trace:
-        from dataclasses import replace
-
         ended = tuple(response[-1] in self.ends for response in responses)
         return make_trace(self.encoded.ids, responses, replace(self.about, ended=ended))
+
+
+class ServerJob(_Job):
+    """The same by a server; a journal line holds tokens, or text where the server gives no tokens."""
+
+    def _open(self) -> tuple[int, str, str, str]:
+        assert self.request.url is not None, "asked for"
+        self.server = Server.at(self.request.url)
+        nested = self.base.config.get("text_config")
+        size = self.base.config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
+        return size if isinstance(size, int) else self.encoded.vocab, "", "server", self.server.model
+
+    @property
+    def _rounding(self) -> dict[str, Any]:
+        return {}
+
+    def run(self, journal: LineJournal) -> list[list[int]]:
+        """A response a prompt; texts become tokens once all are there."""
+        answers = self._answers_of(journal)
+        total = len(self.prompts)
+        missing = {number: ids for number, ids in enumerate(self.encoded.ids) if number not in answers}
+        self.on_event(Progress(WRITING, total - len(missing), total, unit="prompts"))
+        hashes = [prompt.sha256 for prompt in self.prompts]
+        for number, found in self.server.answers(missing, hashes, self.request.sampling, self.request.batch_size):
+            journal.append({"prompt": number, **asdict(found)})
+            answers[number] = found
+            self.on_event(Progress(WRITING, len(answers), total, unit="prompts"))
+        return self._tokens(answers)
+
+    def _tokens(self, answers: Mapping[int, Answer]) -> list[list[int]]:
+        """Of every prompt, with the end of the turn where the model ended it."""
+        texts = {number: one.text for number, one in answers.items() if one.tokens is None}
+        found = {number: list(one.tokens) for number, one in answers.items() if one.tokens is not None}
+        if texts:
+            said = f"{len(texts)} of {len(answers)} responses came as text and are tokenized again, which may differ"
+            self.on_event(Note(f"{said} from what was drawn"))
+            self.about = replace(self.about, is_retokenized=True)
+            found |= encode_texts(self.base.path, texts)
+        responses = []
+        for number in range(len(answers)):
+            tokens = found[number]
+            if answers[number].ended and not (tokens and tokens[-1] in self.ends) and self.encoded.end is not None:
+                tokens = [*tokens, self.encoded.end]
+            self._check(number, tokens)
+            responses.append(tokens)
+        return responses
+
+    def _check(self, number: int, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise RecompileError(f"{self.request.url}: prompt {number + 1} has an empty response; leave it out")
+        if max(tokens) >= self.vocab:
+            raise RecompileError(
+                f"{self.request.url}: token {max(tokens)} in the response to prompt {number + 1} is beyond the "
+                f"vocabulary of {self.vocab}; it serves another model than {self.base.label}"
+            )
+
+    def _answers_of(self, journal: LineJournal) -> dict[int, Answer]:
+        """Those of a journal; a new one is begun."""
+        if not self._take_up_header(journal):
+            return {}
+        found = {}
+        for number, line in enumerate(journal.values()[1:], start=2):
+            try:
+                tokens = None if line["tokens"] is None else tuple(int(token) for token in line["tokens"])
+                found[range(len(self.prompts))[line["prompt"]]] = Answer(str(line["text"]), tokens, bool(line["ended"]))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise JournalError(f"{journal.path}:{number}: is no response of this trace; remove the file") from error
+        return found
 
 
 def _generation_config(base: Checkpoint) -> Mapping[str, Any]:

@@ -33,18 +33,25 @@ from recompile.cli.render_trace import describe_trace
 )
 @click.option("--seed", default=0, show_default=True, help="Of the draws; each prompt has draws of its own.")
 @click.option("-bsz", "--batch-size", "--batch_size", default=8, show_default=True, help="Prompts a batch.")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="Ask a running OpenAI-compatible server, e.g. http://localhost:8000/v1, in place of running the model; -m "
+    "then gives tokenizer and config, -bsz requests at a time.",
+)
 @device_options
 @output_options
 def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     """Let a model answer prompts through its chat template; write the rows that others calibrate and measure on.
 
     Every prompt belongs to one role (calibrate, choose, accept, report), so that no row is used for two things. The
-    weights are in memory for this. A run that was stopped goes on when the same command is given again.
+    weights are in memory for this, or on a server. A run that was stopped goes on when the same command is given again.
 
     \b
     Examples:
       model_trace -m base -o trace.safetensors
       model_trace -m base -o trace.safetensors --prompts mine.jsonl --tokens 512 --seed 1
+      model_trace -m base -o trace.safetensors --url http://localhost:8000/v1 -bsz 32
     """
     check_json_path(json_path)
     from recompile import api

@@ -17,7 +17,7 @@ import json
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,8 @@ class TraceAbout:
     thinking_switch: bool  # the template has one
     versions: dict[str, str]
     version: int = VERSION
+    writer: str = ""  # where a server wrote it: the name of the model there
+    is_retokenized: bool = False  # some responses came as text
 
     @property
     def origin(self) -> str:
@@ -73,7 +75,9 @@ class TraceAbout:
         if not self.base_fingerprint:
             return f"of another tool, written by {self.base}" if self.base else "of another tool"
         drawn = "greedily" if self.temperature == 0 else f"at temperature {self.temperature:g}, seed {self.seed}"
-        return f"written by {self.base} {drawn}"
+        there = f" on a server ({self.writer})" if self.writer else ""
+        again = ", text tokenized again" if self.is_retokenized else ""
+        return f"written by {self.base}{there} {drawn}{again}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +223,7 @@ def _about(path: Path, text: str, rows: int) -> TraceAbout:
     if not isinstance(value, dict) or value.get("version") != VERSION:
         version = value.get("version") if isinstance(value, dict) else None
         raise RecompileError(f"{path}: a trace of version {version!r}; this version reads {VERSION}; make it again")
-    names = [field.name for field in fields(TraceAbout)]
+    names = [field.name for field in fields(TraceAbout) if field.default is MISSING or field.name in value]
     missing = [name for name in names if name not in value]
     if missing:
         raise RecompileError(f"{path}: {METADATA_KEY} has no {missing[0]}; make the trace again")
