@@ -186,7 +186,7 @@ class DiffOptions:
     counted: Tensor | None = field(default=None, compare=False)  # bool [rows, tokens] that figures are of; None: all
     role: str = ""  # of the rows, for the report
     positions: str = "all"  # what `counted` marks, for the report
-    save_candidate_logits: Path | None = None
+    save_candidate_logits: Path | None = None  # of the first candidate that `quantized_inputs` has, else of the first
     save_reference_logits: Path | None = None
 
     def over(self, rows: Rows) -> DiffOptions:
@@ -469,6 +469,7 @@ class _Comparison:
         rows, tokens = self.ids.shape
         labels = self._labels()
         shape = (rows, tokens, self.b.vocab_size)
+        saved = min(self.options.quantized_inputs, default=0)
         with ExitStack() as stack:
             file_a = stack.enter_context(_LogitFile(self.options.save_candidate_logits, shape))
             file_b = stack.enter_context(_LogitFile(self.options.save_reference_logits, shape))
@@ -486,7 +487,7 @@ class _Comparison:
                             first.append(logits_b[: length - sum(map(len, first)), :vocab].clone())
                         for n, model in enumerate(self.candidates):
                             logits_a = model.logits(states[n][batch][r : r + 1, places], row)[0]
-                            if n == 0:
+                            if n == saved:
                                 file_a.append(logits_a)
                             found = token_metrics(
                                 logits_b[:, :vocab], logits_a[:, :vocab], labels[row, places], self.options.top_k

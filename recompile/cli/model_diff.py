@@ -81,7 +81,8 @@ from recompile.costs import LEVELS
     "--save-logits-a",
     "--save_logits_a",
     type=click.Path(path_type=Path),
-    help="Save A's logits (safetensors, logits, float32 [rows, tokens, vocab]).",
+    help="Save A's logits (safetensors, logits, float32 [rows, tokens, vocab]); with --activations those with "
+    "quantized inputs.",
 )
 @click.option("-slb", "--save-logits-b", "--save_logits_b", type=click.Path(path_type=Path), help="Save B's logits.")
 @click.option("--allow-unmatched", is_flag=True, help="Go on where a key of the recipe matches no tensor.")

@@ -106,7 +106,7 @@ def main(
     \b
       recompile -i 3bpw -or overrides.yaml --dry-run
       recompile -i 3bpw -o mix -or overrides.yaml --verify
-      recompile --check mix --engine vllm                         # or mlx: what its loader makes of every module
+      recompile --check mix --engine vllm                         # what its loader makes of every module
       recompile -i Q3_K.gguf -o MIX.gguf -or overrides.yaml --verify
       recompile -i Q3_K.gguf -or overrides.yaml --emit llama-quantize      # or -i base, for a mix that is to be made
       recompile -i Q3_K.gguf -o MIX.gguf -or custom-q.txt --type-sources IQ4_XS=IQ4_XS.gguf Q6_K=Q6_K.gguf

@@ -30,7 +30,7 @@ class Targets:
         self._named: dict[str, Mapping[str, Any]] = {}
         for group in (config.get("config_groups") or {}).values():
             for target in group.get("targets") or ():
-                self._named.setdefault(str(target), group)
+                self._named[str(target)] = group  # the last group of a target that several have, as the library does
         self._patterns: list[tuple[Regex, Mapping[str, Any]]] = []
         for target in sorted(target for target in self._named if target.startswith("re:")):
             pattern = compile_regex(target[3:], f"config_groups: target {target[:100]!r}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
@@ -23,7 +23,10 @@ from recompile.merge.check_formats import (
     readers_of,
 )
 from recompile.merge.configs import COMPRESSED_FORMATS, family_of
+from recompile.merge.left_dense import is_plain, known_roles
+from recompile.merge.loader_truth import misread
 from recompile.merge.problems import Problem
+from recompile.merge.target_rules import ROWS
 from recompile.merge.write_plan import MANIFEST_NAME, WritePlan
 
 
@@ -119,7 +122,17 @@ def check_engine(directory: str | os.PathLike[str], engine: str) -> list[Problem
 def engine_problems(checkpoint: Checkpoint, engine: str) -> list[Problem]:
     """What keeps an engine from running it, as far as headers and the model's classes tell. Raises CheckpointError."""
     found = [_as_problem(finding) for finding in engines.findings(engine, checkpoint)]
+    if engine in ROWS:
+        loaded = {} if is_plain(checkpoint.config) else _loaded_names(checkpoint)
+        applied = misread(engine, checkpoint.modules, checkpoint.quantization_config, loaded)
+        found += [Problem(where, message) for where, message in applied]
     return found + _left_out(checkpoint) if engine == "transformers" else found
+
+
+def _loaded_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Stored name -> the name in transformers' model; experts keep theirs, which it puts together."""
+    roles = known_roles(checkpoint)
+    return {name: role.loader for name, role in roles.items() if role.part == "text" and ".experts." not in name}
 
 
 def _left_out(checkpoint: Checkpoint) -> list[Problem]:
@@ -162,7 +175,13 @@ def check_plan(plan: WritePlan, engine: str) -> list[Problem]:
         if module.conversion is not None and module.conversion.group is not None
     }
     config = json.loads(plan.texts["config.json"])
-    return [_as_problem(finding) for finding in engines.findings_of(engine, placed, config, converted)]
+    found = [_as_problem(finding) for finding in engines.findings_of(engine, placed, config, converted)]
+    if engine in ROWS and not converted:
+        modules = {name: stored for name, (_, stored) in placed.items()}
+        quantization = config.get("quantization_config")
+        quantization = quantization if isinstance(quantization, Mapping) else {}
+        found += [Problem(where, message) for where, message in misread(engine, modules, quantization)]
+    return found
 
 
 def _as_problem(finding: engines.Finding) -> Problem:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import fused_sets
 from recompile.errors import FormatError
@@ -31,7 +31,15 @@ ENGINES = ("vllm", "transformers", "sglang")
 # Engines with a loader of their own, whose rules are not about schemes: the file beside this one that has them, with
 # source and version, and the engine's name in the rows of FORMATS
 LOADERS: Mapping[str, tuple[str, str]] = {"mlx": ("mlx_loader", "mlx-lm")}
-CHECKED_ENGINES = (*ENGINES, *LOADERS)
+# Engines that find each module's scheme in its own tensors: nothing is matched, so nothing can be matched wrongly. What
+# they load beside their own format is in the second place.
+SELF_TOLD: Mapping[str, frozenset[str]] = {
+    "llama.cpp": frozenset(),
+    "exllamav2": frozenset({"gptq"}),
+    "exllamav3": frozenset(),
+}
+CPU = "vllm-cpu"  # vLLM with the kernels of its CPU backend
+CHECKED_ENGINES = ("vllm", CPU, "sglang", "transformers", *LOADERS, *SELF_TOLD)
 
 _MARLIN_COLUMNS = (None, 32, 64, 128)
 _EXPERT = re.compile(r"^(.*?\.experts)\.(\d+)\.(.+)$|^(.*?\.experts)\.([a-z]\w*)$")
@@ -192,10 +200,10 @@ def has_trivial_order(checkpoint: Checkpoint, module: StoredModule, group_size: 
 def why_not(engine: str, kind: Kind, role: str = "layer", *, expert: bool = False) -> str | None:
     """Why an engine cannot run modules of a kind; None if it can. role: "layer", "head" or "embedding".
 
-    Raises ValueError for an engine that is not in ENGINES.
+    Raises ValueError for an engine without rules about schemes.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine {engine!r}: wanted one of {', '.join(ENGINES)}")
+    if engine not in _RULES:
+        raise ValueError(f"engine {engine!r}: wanted one of {', '.join(_RULES)}")
     return _RULES[engine](kind, role, expert)
 
 
@@ -237,6 +245,21 @@ def _vllm_gptq(kind: Kind) -> str | None:
         return "vLLM refuses activation order (a real g_idx)"
     if kind.columns not in _MARLIN_COLUMNS:
         return f"vLLM's GPTQ kernels have groups of 32, 64, 128 or the whole row, not {kind.columns}"
+    return None
+
+
+def _vllm_cpu(kind: Kind, role: str, expert: bool) -> str | None:
+    """vllm-cpu 0.32.0, run with a small model of every scheme on a processor with AMX."""
+    refused = _vllm(kind, role, expert)
+    if refused is not None:
+        return refused
+    if kind.family != compressed_tensors.QUANT_METHOD:
+        return None if kind.bits == 4 else f"vLLM's CPU backend has no kernel for {kind.bits} bits of this kind"
+    if kind.format == "pack-quantized" and (kind.bits != 4 or kind.inputs):
+        return "vLLM's CPU backend has kernels for packed integers of 4 bits without quantized inputs alone"
+    runs_inputs = kind.format == "float-quantized" and kind.inputs is not None and kind.strategy != "block"
+    if kind.format not in ("pack-quantized", "int-quantized") and not runs_inputs:
+        return "vLLM's CPU backend has no kernel for it; of fp8 it runs weights with fp8 inputs, of one scale a row"
     return None
 
 
@@ -285,6 +308,7 @@ def _sglang(kind: Kind, role: str, expert: bool) -> str | None:
 
 _RULES: Mapping[str, Callable[[Kind, str, bool], str | None]] = {
     "vllm": _vllm,
+    CPU: _vllm_cpu,
     "transformers": _transformers,
     "sglang": _sglang,
 }
@@ -357,6 +381,7 @@ def problems_of(
             broken.setdefault(listed, []).append(members[0])
     what = {
         "vllm": "vLLM runs fused projections, and the experts of a layer, with one scheme",
+        CPU: "vLLM runs fused projections, and the experts of a layer, with one scheme",
         "sglang": "SGLang runs fused projections, and the experts of a layer, with one scheme",
         "transformers": "transformers decodes all experts with one scheme, silently",
     }[engine]
@@ -383,10 +408,33 @@ def _others(names: Sequence[str], what: str = "modules") -> str:
 
 def findings(engine: str, checkpoint: Checkpoint) -> list[Finding]:
     """Everything that keeps an engine from running a finished checkpoint."""
+    if engine in SELF_TOLD:
+        return list(_foreign(engine, checkpoint))
     if engine in LOADERS:
         return list(importlib.import_module(f"recompile.merge.{LOADERS[engine][0]}").findings(checkpoint))
     placed = {name: (checkpoint, module) for name, module in checkpoint.modules.items()}
     return findings_of(engine, placed, checkpoint.config)
+
+
+def _foreign(engine: str, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What an engine of one format does not load: it reads each tensor's own type, bits and shapes."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        if FORMATS["gguf"].engine != engine:
+            yield Finding(checkpoint.label, f"is a GGUF file, which {engine} does not load")
+            return
+        for name, tensor in checkpoint.file.tensors.items():
+            if tensor.type.fork:
+                yield Finding(name, f"stored as {tensor.type.name}; {engine} does not know the type and stops")
+        return
+    if FORMATS["gguf"].engine == engine:
+        yield Finding(checkpoint.label, f"is no GGUF file; {engine} loads nothing else")
+        return
+    for name, module in checkpoint.modules.items():
+        if not module.is_quantized or FORMATS[module.format].engine == engine:
+            continue
+        is_taken = module.format in SELF_TOLD[engine] and checkpoint.scheme(module).bits == 4
+        if not is_taken:
+            yield Finding(name, f"stored as {module.format}; {engine} does not load it")
 
 
 def findings_of(
@@ -405,6 +453,10 @@ def findings_of(
     kinds: dict[str, Kind | None] = {}
     found: list[Finding] = []
     for name, (checkpoint, module) in placed.items():
+        if engine in SELF_TOLD and module.is_quantized and FORMATS[module.format].engine != engine:
+            return [Finding(name, f"is stored as {module.format}, which {engine} does not load")]
+        if engine in SELF_TOLD:
+            continue
         if engine in LOADERS and module.is_quantized and FORMATS[module.format].engine != LOADERS[engine][1]:
             return [Finding(name, f"is stored as {module.format}, which {LOADERS[engine][1]} does not load")]
         if engine in LOADERS:
@@ -417,7 +469,7 @@ def findings_of(
             kinds[name] = converted.get(name) or kind_of(checkpoint, module)
         except FormatError as error:
             found.append(Finding(name, str(error).removeprefix(f"{checkpoint.label}: ")))
-    if engine in LOADERS:
+    if engine in LOADERS or engine in SELF_TOLD:
         return found
     quantization = config.get("quantization_config")
     found += problems_of(

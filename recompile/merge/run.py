@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from recompile.errors import ArgumentError, CheckpointError, RecipeError, UnsupportedError
 from recompile.events import Note, OnEvent, Progress, ignore
+from recompile.formats import FORMATS
 from recompile.merge.explain import reached_aside
 from recompile.merge.finished import is_finished
 from recompile.merge.overlay import Accounting, Overlay, account, build_overlay, quantizable
@@ -187,6 +188,8 @@ def _refused(plan: Plan, engine: str) -> list[str]:
     from recompile.merge.check import check_plan
 
     if isinstance(plan, GgufPlan):
+        if engine == FORMATS["gguf"].engine:
+            return []
         raise UnsupportedError(f"{{engine}} {engine}: GGUF files are llama.cpp's; leave out {{engine}}")
     problems = check_plan(plan, engine)
     errors = [f"{problem}" for problem in errors_of(problems)]

@@ -110,6 +110,13 @@ def test_model_diff_prints_both(built: Path, tmp_path: Path) -> None:
     assert "Inputs quantized as well" in ran.output
     found = json.loads((tmp_path / "j").read_text())
     assert found["with_activations"]["kl"]["mean"] > found["kl"]["mean"]
+    both = CliRunner().invoke(model_diff, ["-ma", str(built / "w8a8"), *arguments, "-sla", str(tmp_path / "a")])
+    assert both.exit_code == 0, both.output
+    saved, ids = load_file(tmp_path / "a")["logits"], tiny.rows(2, 12)
+    options = DiffOptions(quantized_inputs=frozenset({0}), save_candidate_logits=tmp_path / "wanted")
+    overlay = build_overlay(open_checkpoint(built / "w8a8"), None)
+    list(compare_many([overlay], open_checkpoint(tiny.base("llama-2")), ids, options))
+    assert torch.equal(saved, load_file(tmp_path / "wanted")["logits"]), "those with quantized inputs"
     refused = CliRunner().invoke(model_diff, ["-ma", str(tiny.base("llama-2")), *arguments])
     assert (refused.exit_code, "input_activations" in refused.output) == (1, True)
 

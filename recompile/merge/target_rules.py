@@ -1,0 +1,206 @@
+"""How loaders of compressed-tensors checkpoints match targets: one row an engine, with source and version. No torch.
+
+A loader asks for one place at a time, by the name and the class of the module in its own model; projections that it
+runs as one matrix (`qkv_proj`) are one place. The rows say how it looks the place up in `ignore` and in the targets of
+`config_groups`. tests/write/test_loader_truth.py runs the libraries' own functions on many configs, and compares.
+
+    vLLM 0.32.0          model_executor/layers/quantization/compressed_tensors/utils.py, compressed_tensors.py
+    SGLang at 06b5b190   python/sglang/srt/layers/quantization/compressed_tensors/utils.py (read, not run)
+    compressed-tensors   0.20.1, utils/match.py and quantization/lifecycle/apply.py, which transformers 5.24 calls
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from recompile.errors import FormatError
+from recompile.io.patterns import Regex, compile_regex
+
+# What a loader runs as one matrix, by the last word of its name. The first shard's target is everybody's.
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+EXPERT_SHARDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_EXPERTS = "RoutedExperts"  # vLLM's class of all experts of a layer, which targets of Linear take as well
+
+
+class Stops(FormatError):
+    """The loader ends with an error at this place."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """`config_groups` and `ignore` as loaders hold them: a target that is written twice keeps its first place and has
+    its last group."""
+
+    groups: Mapping[str, Mapping[str, Any]]
+    ignore: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], renamed: Callable[[str], str] = lambda name: name) -> Targets:
+        """renamed: what a loader makes of entries that are names (not of `re:` patterns nor of classes)."""
+
+        def entry(text: Any) -> str:
+            name = str(text)
+            return renamed(name) if "." in name and not name.startswith("re:") else name
+
+        groups: dict[str, Mapping[str, Any]] = {}
+        for group in (config.get("config_groups") or {}).values():
+            for target in group.get("targets") or ():
+                groups[entry(target)] = group
+        return cls(groups, tuple(entry(text) for text in config.get("ignore") or ()))
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module of a loader's model.
+
+    name:    "model.layers.0.self_attn.qkv_proj"
+    classes: its class and those above it, the nearest first
+    shards:  names of what it is fused of; of experts those of the first; empty where it is one module
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    shards: tuple[str, ...] = ()
+    is_experts: bool = False
+
+
+@dataclass(frozen=True)
+class TargetRules:
+    """One loader. find: the target that a place falls in; None: left dense. Raises Stops."""
+
+    version: str
+    find: Callable[[Targets, Place], str | None]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stacks_experts: bool = False  # one scheme for all experts of a layer
+    renames: Callable[[str], str] | None = (
+        None  # of multimodal models, stored name -> its own; None: transformers' names
+    )
+
+
+@lru_cache(maxsize=8192)
+def _pattern(text: str) -> Regex:
+    return compile_regex(text, "quantization_config: target")
+
+
+def _is_match(value: str, target: str, contains: bool = False) -> bool:
+    """A `re:` pattern from the start, else equal; contains: or anywhere in the value, in any case."""
+    if target.startswith("re:"):
+        return _pattern(target[3:]).match(value)
+    return target.lower() in value.lower() if contains else target == value
+
+
+def _first(value: str, targets: Iterable[str], contains: bool = False) -> str | None:
+    return next((target for target in targets if _is_match(value, target, contains)), None)
+
+
+def _of_shards(place: Place, targets: Sequence[str]) -> str | None:
+    """The first shard's target, where every shard has one, whether it is the same or not."""
+    found = [_first(shard, targets) for shard in place.shards]
+    return found[0] if found and all(found) else None
+
+
+def _ignored_shards(place: Place, ignored: Callable[[str], bool]) -> bool:
+    found = [ignored(shard) for shard in place.shards]
+    if any(found) and not all(found):
+        left = [shard for shard, is_ignored in zip(place.shards, found, strict=True) if is_ignored]
+        raise Stops(f"ignore has {', '.join(left)} and not the other projections of {place.name}")
+    return all(found)
+
+
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+
+
+def vllm(targets: Targets, place: Place) -> str | None:
+    if place.is_experts:
+        return _vllm_experts(targets, place)
+    if _vllm_ignores(targets, place):
+        return None
+    listed = tuple(targets.groups)
+    return _first(place.name, listed) or _of_shards(place, listed) or _first(place.classes[0], listed, contains=True)
+
+
+def _vllm_ignores(targets: Targets, place: Place) -> bool:
+    if _first(place.name, targets.ignore) is not None:
+        return True
+    return bool(place.shards) and _ignored_shards(place, lambda shard: _first(shard, targets.ignore) is not None)
+
+
+def _vllm_experts(targets: Targets, place: Place) -> str | None:
+    """Asks for the projections of expert 0, and takes what they have for all."""
+    listed = list(targets.groups)
+    if "Linear" in listed and _EXPERTS not in listed:
+        listed.append(_EXPERTS)
+    found: list[str | None] = []
+    for shard in place.shards:
+        if _first(shard, targets.ignore) is not None:
+            found.append(None)
+            continue
+        target = _first(shard, listed) or _first(_EXPERTS, listed, contains=True)
+        found.append("Linear" if target == _EXPERTS and _EXPERTS not in targets.groups else target)
+    schemes = [targets.groups[target] if target is not None else None for target in found]
+    if any(scheme != schemes[0] for scheme in schemes):
+        raise Stops(f"the projections of {place.shards[0].rpartition('.')[0]} have several schemes")
+    return found[0]
+
+
+# ---- SGLang ----------------------------------------------------------------------------------------------------------
+
+
+def sglang(targets: Targets, place: Place) -> str | None:
+    if place.is_experts:  # as vLLM did before 0.19: no other rule is known here
+        return _vllm_experts(targets, place)
+
+    def ignored(name: str) -> bool:
+        return _first(name, targets.ignore, contains=True) is not None
+
+    if place.shards and place.name not in targets.ignore:
+        is_ignored = _ignored_shards(place, ignored)
+    else:
+        is_ignored = ignored(place.name)
+    if is_ignored:
+        return None
+    listed = tuple(targets.groups)
+    found = _first(place.name, listed) or _first(place.classes[0], listed, contains=True) or _of_shards(place, listed)
+    if found is None:
+        raise Stops("no target of config_groups matches it, and ignore does not have it")
+    return found
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def compressed_tensors(targets: Targets, place: Place) -> str | None:
+    """Exact names, then patterns, both in the order of the alphabet, then classes."""
+
+    def named(entry: str) -> bool:
+        return _is_match(place.name, entry) or entry in place.classes
+
+    if any(named(entry) for entry in targets.ignore):
+        return None
+    ordered = sorted(targets.groups, key=lambda target: ("re:" in target, target))
+    return _first(place.name, ordered) or next((target for target in ordered if target in place.classes), None)
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+def _multimodal(name: str) -> str:
+    """vLLM and SGLang keep the text model of a multimodal one under `language_model.model.`."""
+    for stored, loaded in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
+        if name.startswith(stored):
+            return loaded + name[len(stored) :]
+    return name.removeprefix("model.") if name.startswith(("model.visual.", "model.vision_tower.")) else name
+
+
+ROWS: Mapping[str, TargetRules] = {
+    "vllm": TargetRules("vLLM 0.32.0", vllm, FUSED, stacks_experts=True, renames=_multimodal),
+    "vllm-cpu": TargetRules("vLLM 0.32.0 on a CPU", vllm, FUSED, stacks_experts=True, renames=_multimodal),
+    "sglang": TargetRules("SGLang at 06b5b190", sglang, FUSED, stacks_experts=True, renames=_multimodal),
+    "transformers": TargetRules("transformers 5.24 with compressed-tensors 0.20.1", compressed_tensors),
+}
