@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from recompile.gguf.container import is_gguf
 from recompile.io.files import check_outputs, copy_whole, locked, read_json, write_json, write_text
 from recompile.model.rows import RowOptions
 from recompile.model.trace import read_trace
-from recompile.planning import AutoPlan, Target, make_plan, target_of
+from recompile.planning import AutoPlan, Target, make_plan, split_minutes, target_of
 
 make_callable(__name__)
 STATE = "auto.json"
@@ -78,7 +78,8 @@ class AutoOptions:
     level: str
     samples: int
     solver: str | None
-    minutes: float | None
+    minutes: float | None  # in all
+    search_minutes: float | None
     rows: int
     length: int
     calibration_rows: int
@@ -147,6 +148,7 @@ def auto(
     samples: int = 16,
     solver: str | None = None,
     minutes: float | None = None,
+    search_minutes: float | None = None,
     rows: int = 16,
     length: int = 512,
     calibration_rows: int = 64,
@@ -172,6 +174,8 @@ def auto(
     merge these directories instead, the first is the one that recipes start from
     engine: "llama.cpp", "exllamav2", "exllamav3", "mlx", "vllm" or "transformers": format and candidates where they are
     not given, and rules that the choice keeps; rounding: as in `quantize`; heal: minutes of healing of the finished mix
+    minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave;
+    search_minutes: of a solver that measures
     verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
     """
@@ -239,15 +243,37 @@ class _Auto:
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
         of_rows = ("text", "dataset", "trace", "positions", "device")
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
+        self._chosen: dict[str, Any] = {}  # by the minutes in all
         # what candidates are rounded to, where there is a choice
         self.rounding: dict[str, Any] = {}
         if self.mlx or (self.is_plain and not self.gguf):
             self.rounding = {"group_size": self.group_size, "asym": options.asym}
-        self.heals = options.heal is not None
+
+    @property
+    def heals(self) -> bool:
+        return self.options.heal is not None
 
     def plan(self) -> AutoPlan:
         """See `auto_plan`."""
+        if self.options.minutes is not None:
+            self._chosen = self._split()
+            self.options = replace(self.options, **self._chosen)
+        return self._plan(self.options)
+
+    def _split(self) -> dict[str, Any]:
+        """Rows, draws and minutes of stages for the minutes in all."""
         options = self.options
+        assert options.minutes is not None, "asked first"
+        none: dict[str, Any] = {"search_minutes": 0.0, "heal": None, "minutes": None}
+
+        def passes(rows: int, samples: int, calibration_rows: int) -> float:
+            counts = replace(options, rows=rows, samples=samples, calibration_rows=calibration_rows)
+            return self._plan(replace(counts, **none)).seconds
+
+        asked = (options.rows, options.samples, options.calibration_rows)
+        return asdict(split_minutes(options.minutes, asked, passes, True if options.heal is None else options.heal))
+
+    def _plan(self, options: AutoOptions) -> AutoPlan:
         missing = []
         if self.gguf and options.tokenizer_from is None and not options.variants and not is_gguf(self.base.path):
             missing.append("the tokenizer keys of a GGUF file of this model: {tokenizer_from} X.gguf")
@@ -261,13 +287,14 @@ class _Auto:
             length=options.length,
             samples=options.samples,
             calibration_rows=options.calibration_rows,
-            search_minutes=options.minutes,
+            search_minutes=options.search_minutes,
             solver=options.solver,
-            two_sided=options.rounding == "two-sided",
+            rounding=options.rounding,
             heal_minutes=options.heal,
             builds=not options.variants,
             verify=options.verify,
             device=options.device,
+            minutes=options.minutes,
         )
 
     @property
@@ -275,15 +302,18 @@ class _Auto:
         return 64 if self.options.group_size is None else self.options.group_size
 
     def run(self) -> AutoReport:
+        settings, asked = self._settings(), self.options
         plan = self.plan()
         if plan.missing:
             raise ArgumentError("; ".join(plan.missing))
         if not self.work.exists():
             check_outputs({"the card": self.card, "the page": self.page}, [])
-        stages = Stages(self.work, self._settings(), self.out, self.on_event)
+        stages = Stages(self.work, settings, self.out, self.on_event)
         if not stages.seconds:
             self.on_event(Said(str(plan)))
         with locked(self.work, self.out):  # one process at a time
+            if asked.minutes is not None:  # as the first run found, whose machine may have been busy or idle
+                self.options = replace(asked, **stages.run("split", lambda: self._chosen))
             stages.run("profile", self._profile)
             stages.run("recipe", self._recipe)
             stages.run("build", self._build)
@@ -314,7 +344,8 @@ class _Auto:
             "offered": [open_checkpoint(path).identity for path in options.variants] or made,
             "level": options.level,
             "samples": options.samples,
-            "solver": [options.solver, options.minutes],
+            "solver": [options.solver, options.search_minutes],
+            **({} if options.minutes is None else {"minutes": options.minutes}),
             "rows": [options.rows, options.length, options.calibration_rows, str(options.text), options.dataset],
             "dtype": options.dtype,
             **({} if self.is_plain else {"format": self.format}),
@@ -342,7 +373,7 @@ class _Auto:
 
     def _recipe(self) -> object:
         options = self.options
-        how: dict[str, Any] = {"solver": options.solver, "minutes": options.minutes, "rows": options.rows}
+        how: dict[str, Any] = {"solver": options.solver, "minutes": options.search_minutes, "rows": options.rows}
         how["engine"] = self.target.rules if self.target is not None else None
         return api.optimize(
             self.profile, self.recipe, **options.budget, **how, length=options.length, **self.texts,

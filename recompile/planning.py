@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,12 +177,12 @@ SLOWER_THAN_A_PRODUCT = 1.5  # what attention, norms, reading and small shapes c
 FEEDBACK_SLOWER = 6.0  # column by column
 
 
-def encoder_seconds(sizes: Sizes, form: str, rate: float, two_sided: bool) -> float:
+def encoder_seconds(sizes: Sizes, form: str, rate: float, rounding: str | None) -> float:
     """Rounding every module once."""
-    feedback = FEEDBACK_SLOWER * 2 * sizes.cubes / rate * (8 if two_sided else 1)
+    feedback = FEEDBACK_SLOWER * 2 * sizes.cubes / rate * (8 if rounding == "two-sided" else 1)
     engine = "llama.cpp" if form == "gguf" else FORMATS[form].engine if form in FORMATS else None
     each = ENCODER_SECONDS.get(engine or "", 0.0) * sizes.body / 1e6 / (os.cpu_count() or 1)
-    return (0.0 if form == "gguf" else feedback) + each
+    return (0.0 if form == "gguf" and rounding is None else feedback) + each
 
 
 def forward_seconds(sizes: Sizes, tokens: int, rate: float) -> float:
@@ -195,9 +195,54 @@ def memory_bytes(sizes: Sizes, tokens: int) -> int:
     return 4 * (2 * tokens * sizes.hidden + 3 * layer + 2 * sizes.head)
 
 
+@dataclass(frozen=True)
+class Split:
+    """How so many minutes in all are spent: rows and draws, and minutes of the stages that end by the clock.
+
+    heal: None where nothing is healed
+    """
+
+    rows: int
+    samples: int
+    calibration_rows: int
+    search_minutes: float
+    heal: float | None
+
+
+LEAST = (8, 4, 16)  # rows, samples, calibration rows
+PASSES_SHARE = 0.6  # of the minutes, which passes take at most where fewer rows and draws will do
+HEAL_SHARE, LEAST_HEAL_MINUTES = 0.6, 2.0  # of what is left
+LEAST_SEARCH_MINUTES = 0.5
+
+
+def split_minutes(
+    minutes: float, asked: tuple[int, int, int], passes: Callable[[int, int, int], float], heal: float | bool | None
+) -> Split:
+    """asked: rows, samples and calibration rows, which are halved in turn until the passes leave room for the rest;
+    passes: seconds of all stages with so many, without search and healing
+    heal: minutes that were asked for; True: a share of what is left; None or False: nothing is healed
+    """
+    counts = list(asked)
+    while passes(counts[0], counts[1], counts[2]) > PASSES_SHARE * 60 * minutes:
+        could = [n for n in (1, 0, 2) if counts[n] > LEAST[n]]  # draws first: rows are worth more
+        if not could:
+            break
+        most = max(could, key=lambda n: counts[n] / LEAST[n])
+        counts[most] = max(LEAST[most], counts[most] // 2)
+    left = max(0.0, minutes - passes(counts[0], counts[1], counts[2]) / 60)
+    healing: float | None = None
+    if heal is True:
+        healing = HEAL_SHARE * left if HEAL_SHARE * left >= LEAST_HEAL_MINUTES else None
+    elif heal:
+        healing = heal
+    search = max(LEAST_SEARCH_MINUTES, left - (healing or 0.0))
+    return Split(counts[0], counts[1], counts[2], round(search, 2), None if healing is None else round(healing, 2))
+
+
 DEFAULT_SEARCH_MINUTES = 10.0  # of refine, where nothing is said
 SKETCH_SHARE = 0.55  # of as many plain forward and backward passes (scripts/bench_profile.py)
 VERIFIED_MIXES = 6  # the recipe, uniform and hand-made ones
+JUDGED_BY_HEAL = 12  # forward passes over rows of four roles, before and after
 
 
 def make_plan(
@@ -213,13 +258,16 @@ def make_plan(
     calibration_rows: int,
     search_minutes: float | None,
     solver: str | None,
-    two_sided: bool,
+    rounding: str | None,
     heal_minutes: float | None,
     builds: bool,
     verify: bool,
     device: str = "cpu",
+    minutes: float | None = None,
 ) -> AutoPlan:
-    """Times are those of the arithmetic at the rate of one matrix product, times what the passes measured beside it."""
+    """minutes: in all, where so many were asked for; a plan that takes longer says so.
+
+    Times are those of the arithmetic at the rate of one matrix product, times what the passes measured beside it."""
     from recompile.model.devices import compute_device
     from recompile.optimize.solvers import SOLVERS
 
@@ -230,8 +278,10 @@ def make_plan(
 
     tokens, calibration = rows * length, calibration_rows * length
     measures = solver is None or solver not in SOLVERS or SOLVERS[solver].runs_models
-    search = 60 * (search_minutes or DEFAULT_SEARCH_MINUTES) if measures else 0.0
-    build = encoder_seconds(sizes, form, rate, two_sided) + 4 * forward(calibration)
+    asked = DEFAULT_SEARCH_MINUTES if search_minutes is None else search_minutes
+    search = 60 * asked if measures else 0.0
+    two_sided = rounding == "two-sided"
+    build = encoder_seconds(sizes, form, rate, rounding) + 4 * forward(calibration)
     build += 3 * forward(calibration) if two_sided else 0.0
     build = build if builds else 0.0
     stages = [
@@ -252,13 +302,20 @@ def make_plan(
         ),
     ]
     if heal_minutes is not None:
-        stages.append(PlannedStage("heal", "scales, norms and biases against the base", 60 * heal_minutes))
+        healing = 60 * heal_minutes + JUDGED_BY_HEAL * forward(tokens)
+        stages.append(PlannedStage("heal", "scales, norms and biases against the base", healing))
     uniform = build if verify and builds else 0.0
     what = "a uniform build, and both" if uniform else "the mix"
     stages.append(
         PlannedStage("verify", f"{what} against the base on rows of their own", uniform + 3 * forward(tokens))
     )
     target = target_of(engine) if engine is not None else None
+    notes = [target.note] if target is not None and target.note else []
+    if minutes is not None:
+        over = sum(stage.seconds for stage in stages) > 1.2 * 60 * minutes
+        notes.append(
+            f"{minutes:g} minutes in all were asked for" + ("; the least that can be done takes longer" if over else "")
+        )
     found = [*missing, *(missing_packages(target) if target is not None else [])]
     return AutoPlan(
         engine,
@@ -267,5 +324,5 @@ def make_plan(
         tuple(stages),
         memory_bytes(sizes, max(tokens, calibration)),
         tuple(found),
-        target.note if target is not None else "",
+        "; ".join(notes),
     )

@@ -68,7 +68,12 @@ from recompile.planning import TARGETS
 @click.option("--level", default="fused", show_default=True, help="What is chosen together, as in model_profile.")
 @samples_option("Random draws per row of the profile.", default=16)
 @click.option("--solver", help="As in model_optimize; its own default if left out.")
-@click.option("--minutes", type=float, help="For a solver that measures.")
+@click.option(
+    "--minutes",
+    type=float,
+    help="In all, about: rows and draws are at most those asked for; search and healing share what is left.",
+)
+@click.option("--search-minutes", type=float, help="For a solver that measures.")
 @click.option("-r", "--rows", default=16, show_default=True, help="Rows to profile on; as many others verify.")
 @click.option("-l", "--length", default=512, show_default=True, help="Tokens in a row.")
 @click.option("--calibration-rows", default=64, show_default=True, help="Rows to quantize with.")

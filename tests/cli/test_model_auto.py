@@ -19,6 +19,7 @@ from recompile.cli import model_auto
 from recompile.costs import load_profile
 from recompile.errors import NotBetterError
 from recompile.gguf.container import open_gguf
+from recompile.planning import split_minutes
 from recompile.recipe.recipe import load_recipe
 from tests import tiny
 from tests.quantize.test_gguf_variants import tokenizer_file
@@ -73,6 +74,47 @@ def test_one_command_makes_the_mix_and_measures_it(text: Path, tmp_path: Path) -
     assert page.startswith("<!doctype html>") or "<html" in page[:400].lower()
     assert report["card"].endswith("mix.card.md")
     assert {c.label for c in load_profile(tmp_path / "mix.work" / "profile.jsonl").header.candidates} == {"3", "4", "6"}
+
+
+def test_minutes_in_all_are_split_once_and_kept(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and draws fall until the passes fit, and what is left is shared; a later run takes the same."""
+    base, out = tiny.base("llama-2"), tmp_path / "mix"
+    said = auto(base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--minutes", 60, "--plan").output
+    assert "60 minutes in all were asked for" in said
+    assert re.search(r"^  heal +about +\d", said, re.MULTILINE), "there is time for it"
+    options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--minutes", 0.2)
+    made(*options)
+    split = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]["split"]["result"]
+    assert split["heal"] is None
+    assert split["search_minutes"] == 0.5
+    monkeypatch.setattr(
+        "recompile.planning.flops_per_second", lambda device="cpu": 1e6
+    )  # a machine that is slow by now
+    again = made(*options)
+    assert again.output.count("done before") == 6
+    other = auto(*options[:-1], 30)
+    assert other.exit_code == 1
+    assert "other settings (minutes)" in other.output
+
+
+@pytest.mark.parametrize(
+    ("minutes", "heal", "wanted"),
+    [
+        (100.0, True, (64, 16, 64, 18.67, 28.0)),
+        (100.0, None, (64, 16, 64, 46.67, None)),
+        (100.0, 5.0, (64, 16, 64, 41.67, 5.0)),
+        (20.0, True, (16, 4, 32, 3.52, 5.28)),
+        (1.0, True, (8, 4, 16, 0.5, None)),
+    ],
+)
+def test_how_minutes_are_split(minutes: float, heal: float | None, wanted: tuple[float | None, ...]) -> None:
+    def passes(rows: int, samples: int, calibration_rows: int) -> float:
+        return rows * (samples + 1) * 2.0 + calibration_rows * 16.0
+
+    found = split_minutes(minutes, (64, 16, 64), passes, heal)
+    assert (found.rows, found.samples, found.calibration_rows, found.search_minutes, found.heal) == wanted
+    spent = passes(found.rows, found.samples, found.calibration_rows) / 60 + found.search_minutes + (found.heal or 0)
+    assert spent <= minutes + 0.01 or wanted[:3] == (8, 4, 16)
 
 
 def test_a_card_of_the_user_s_is_not_written_over(text: Path, tmp_path: Path) -> None:
@@ -280,7 +322,7 @@ def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> No
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["missing"] == ["the tokenizer keys of a GGUF file of this model: tokenizer_from X.gguf"]
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
-    searched = recompile.auto_plan(base, out, bits=4, solver="superadditive", minutes=3)
+    searched = recompile.auto_plan(base, out, bits=4, solver="superadditive", search_minutes=3)
     assert searched.stages[1].seconds > 180  # it measures whole mixes, as the table of solvers says
     result = auto(base, file, text, "-b", 4, "--for", "llama.cpp")
     assert result.exit_code == 1
