@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +27,14 @@ from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf
 from recompile.io.files import check_outputs, copy_whole, locked, read_json, write_json, write_text
 from recompile.model.rows import RowOptions
+from recompile.model.tokens import ROLE_SHARES
 from recompile.model.trace import read_trace
-from recompile.planning import AutoPlan, Target, make_plan, split_minutes, target_of
+from recompile.planning import TRACE_TOKENS, AutoPlan, Target, make_plan, split_minutes, target_of
 
 make_callable(__name__)
 STATE = "auto.json"
+MAKE = "make"  # in place of a trace
+LATE_ANSWERS = 1.25  # more prompts, for those that are longer than rows, and for roles that got few
 MEASURED = "measured.json"  # of the builds, as model_diff --json has it
 DEFAULT_CANDIDATES = "2,3,4,5,6,8"
 
@@ -94,6 +98,15 @@ class AutoOptions:
     heal: float | None  # minutes
     device: str
     dtype: str | None
+
+    @property
+    def prompts(self) -> int:
+        """How many the base answers for a trace that is to be made: as many as give every role its rows; else 0."""
+        if str(self.trace) != MAKE:
+            return 0
+        shares = {"calibrate": self.calibration_rows, "choose": self.rows, "accept": self.rows, "report": self.rows}
+        needed = max(rows / ROLE_SHARES[role] for role, rows in shares.items())
+        return math.ceil(LATE_ANSWERS * needed)
 
     @property
     def target(self) -> Target | None:
@@ -176,6 +189,7 @@ def auto(
     not given, and rules that the choice keeps; rounding: as in `quantize`; heal: minutes of healing of the finished mix
     minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave;
     search_minutes: of a solver that measures
+    trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
     verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
     """
@@ -244,6 +258,8 @@ class _Auto:
         of_rows = ("text", "dataset", "trace", "positions", "device")
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
         self._chosen: dict[str, Any] = {}  # by the minutes in all
+        if options.prompts:
+            self.texts["trace"] = self.work / "trace.safetensors"
         # what candidates are rounded to, where there is a choice
         self.rounding: dict[str, Any] = {}
         if self.mlx or (self.is_plain and not self.gguf):
@@ -293,6 +309,7 @@ class _Auto:
             heal_minutes=options.heal,
             builds=not options.variants,
             verify=options.verify,
+            prompts=options.prompts,
             device=options.device,
             minutes=options.minutes,
         )
@@ -314,6 +331,8 @@ class _Auto:
         with locked(self.work, self.out):  # one process at a time
             if asked.minutes is not None:  # as the first run found, whose machine may have been busy or idle
                 self.options = replace(asked, **stages.run("split", lambda: self._chosen))
+            if self.options.prompts:
+                stages.run("trace", self._trace)
             stages.run("profile", self._profile)
             stages.run("recipe", self._recipe)
             stages.run("build", self._build)
@@ -353,8 +372,18 @@ class _Auto:
             **({"rounding": options.rounding} if options.rounding else {}),
             **({"heal": options.heal} if self.heals else {}),
             **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
-            **({"trace": [read_trace(options.trace).sha256, options.positions]} if options.trace else {}),
+            **({"trace": [self._identity_of(options.trace), options.positions]} if options.trace else {}),
         }
+
+    def _identity_of(self, trace: Path) -> str:
+        """Of the rows of a trace; one that is to be made follows from the other settings."""
+        return MAKE if self.options.prompts else read_trace(trace).sha256
+
+    def _trace(self) -> object:
+        options = self.options
+        how: dict[str, Any] = {"rows": options.prompts, "tokens": TRACE_TOKENS, "device": options.device}
+        path = self.texts["trace"]
+        return api.trace(self.base_dir, path, **how, dtype=options.dtype, on_event=self.on_event)
 
     def _profile(self) -> Profile:
         options = self.options
@@ -433,7 +462,7 @@ class _Auto:
             baselines = [self._uniform(mix.size_bytes)]
         if self.heals:
             baselines.insert(0, open_checkpoint(self.built))
-        where = (options.text, options.dataset, None, options.trace, options.positions)
+        where = (options.text, options.dataset, None, self.texts["trace"], options.positions)
         rows = RowOptions(options.rows, options.length, *where)
         result, measured = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
         recipe = {"recipe_name": mix_name(self.out), "recipe": self.recipe.read_text()}

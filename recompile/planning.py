@@ -241,6 +241,9 @@ def split_minutes(
 
 DEFAULT_SEARCH_MINUTES = 10.0  # of refine, where nothing is said
 SKETCH_SHARE = 0.55  # of as many plain forward and backward passes (scripts/bench_profile.py)
+PROMPT_TOKENS = 220  # of a bundled prompt in the mean, its template included
+TRACE_TOKENS = 256  # of a response at most
+ONE_BY_ONE = 3.0  # what tokens that are written one after another take, of a pass over as many
 VERIFIED_MIXES = 6  # the recipe, uniform and hand-made ones
 JUDGED_BY_HEAL = 12  # forward passes over rows of four roles, before and after
 
@@ -262,10 +265,12 @@ def make_plan(
     heal_minutes: float | None,
     builds: bool,
     verify: bool,
+    prompts: int = 0,
     device: str = "cpu",
     minutes: float | None = None,
 ) -> AutoPlan:
-    """minutes: in all, where so many were asked for; a plan that takes longer says so.
+    """prompts: that the base answers first, for a trace, 0: none; minutes: in all, where so many were asked for; a plan
+    that takes longer says so.
 
     Times are those of the arithmetic at the rate of one matrix product, times what the passes measured beside it."""
     from recompile.model.devices import compute_device
@@ -284,7 +289,14 @@ def make_plan(
     build = encoder_seconds(sizes, form, rate, rounding) + 4 * forward(calibration)
     build += 3 * forward(calibration) if two_sided else 0.0
     build = build if builds else 0.0
+    read, written = prompts * PROMPT_TOKENS, prompts * TRACE_TOKENS
+    tracing = PlannedStage(
+        "trace",
+        f"the base answers {prompts} prompts, at most {TRACE_TOKENS} tokens each; all its weights in memory",
+        forward(read) + ONE_BY_ONE * forward(written),
+    )
     stages = [
+        *([tracing] if prompts else []),
         PlannedStage(
             "profile",
             f"a sketch, {rows} rows x {length} tokens, {samples} draws each",
@@ -322,7 +334,7 @@ def make_plan(
         form,
         candidates,
         tuple(stages),
-        memory_bytes(sizes, max(tokens, calibration)),
+        memory_bytes(sizes, max(tokens, calibration)) + (4 * (sizes.body + sizes.head) if prompts else 0),
         tuple(found),
         "; ".join(notes),
     )

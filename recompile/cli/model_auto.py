@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ from recompile.planning import TARGETS
 @click.option("--calibration-rows", default=64, show_default=True, help="Rows to quantize with.")
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text.")
 @click.option("--dataset", help="A data set of the `datasets` library, e.g. wiki2.")
-@trace_options
+@partial(trace_options, more=" make: the base answers prompts first, for as many rows as all stages need.")
 @max_memory_option("For the profile")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Also make and measure a uniform build.")
 @device_options
@@ -91,6 +92,7 @@ def main(ctx: click.Context, json_path: Path | None, quiet: bool, plan_only: boo
     \b
     Examples:
       model_auto -i base -o mix -b 3.5
+      model_auto -i base -o mix -b 3.5 --trace make --plan
       model_auto -i base -o mix --size 14GiB --for vllm --heal 20 --plan
       model_auto -i base -o mix --size 4.2GiB --variants 3bpw 2bpw 4bpw 6bpw
       model_auto -i base -o mix -b 3.5 --format exl2 --candidates 2,2.5,3,4,5,6

@@ -104,8 +104,8 @@ def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = Fa
     return add
 
 
-def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--trace --positions`."""
+def trace_options(function: Callable[..., Any], more: str = "") -> Callable[..., Any]:
+    """`--trace --positions`; more: to go on the help of --trace."""
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> Any:
@@ -125,7 +125,7 @@ def trace_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--trace",
         type=click.Path(path_type=Path),
         help="Rows of model_trace, or a publisher's token ids (JSON, JSONL, parquet), in place of text: those of the "
-        "role that is needed, at most -r of them.",
+        f"role that is needed, at most -r of them.{more}",
     )(with_positions)
 
 

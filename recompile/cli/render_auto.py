@@ -8,6 +8,7 @@ from recompile.cli.render_merge import describe_merge
 from recompile.cli.render_optimize import describe_recipe
 from recompile.cli.render_profile import describe_next
 from recompile.cli.render_quantize import describe_variants
+from recompile.cli.render_trace import describe_trace
 from recompile.io.report import format_columns, role_in_words
 from recompile.io.sizes import format_bpw, format_bytes
 
@@ -22,6 +23,8 @@ def describe_stage(stage: StageDone, work: Path) -> str:
     from recompile.merge.run import MergeReport
 
     report: Any = stage.report
+    if stage.name == "trace":
+        return describe_trace(report)
     if stage.name == "profile":
         return describe_next(report, work / "profile.jsonl")
     if stage.name == "recipe":

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import recompile
 from eval.heal import HealChecked, heal_rows
 from eval.profile.exact import Measured
+from eval.trace.prompts import prompts_of_file
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.model_heal import main as model_heal
@@ -254,6 +255,28 @@ def test_one_command_does_all_on_the_trace(folder: Path, tmp_path: Path, heal: b
         recompile.auto(traces.model(), tmp_path / "mix", **{**how, "trace": other_trace(folder, tmp_path)})
     with pytest.raises(OutputError, match=r"begun with other settings \(trace\)"):
         recompile.auto(traces.model(), tmp_path / "mix", **how, positions="all")
+
+
+def test_one_command_traces_by_itself(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of_file(folder / "prompts.jsonl")
+    monkeypatch.setattr("eval.trace.run.bundled_prompts", lambda: prompts)
+    monkeypatch.setattr("recompile.auto.TRACE_TOKENS", 12)
+    how: dict[str, Any] = {"bits": 4.3, "candidates": ["3,4"], "group_size": tiny.GROUP_SIZE, "solver": "exact"}
+    how |= {"rows": 4, "length": LENGTH, "calibration_rows": 8, "samples": 2, "verify": False}
+    with_trace, without = (recompile.auto_plan(traces.model(), tmp_path / "m", **how, **more)
+                           for more in ({"trace": "make"}, {}))  # fmt: skip
+    assert [stage.name for stage in with_trace.stages] == ["trace", *(stage.name for stage in without.stages)]
+    assert "the base answers 34 prompts" in str(with_trace)  # 4 rows are 15 % of 27, and some may be left out
+    assert with_trace.stages[0].seconds > 0
+    assert with_trace.memory_bytes > without.memory_bytes
+    report = recompile.auto(traces.model(), tmp_path / "mix", **how, trace="make")
+    made = tmp_path / "mix.work" / "trace.safetensors"
+    assert len(read_trace(made).ids) == 34
+    assert (report.rows_role, report.positions) == ("report", "response")
+    assert report.rows_source.startswith("trace.safetensors, written by talking at temperature 1")
+    assert next(iter(report.seconds)) == "trace"
+    with pytest.raises(OutputError, match=r"begun with other settings \(trace\)"):
+        recompile.auto(traces.model(), tmp_path / "mix", **how, trace=folder / "trace.safetensors")
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
