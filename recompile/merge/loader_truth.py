@@ -26,7 +26,7 @@ _FLOAT_CODES = frozenset({"F8_E4M3", "F8_E5M2"})
 _CLASSES = {"embedding": ("VocabParallelEmbedding",), "head": ("ParallelLMHead",), "layer": ("LinearBase",)}
 _LINEAR, _EMBEDDING = ("Linear", "Module"), ("Embedding", "Module")  # torch's, which transformers has
 # vLLM's linear classes, of which every name contains "Linear"
-_FUSED_CLASSES = {"qkv_proj": ("QKVParallelLinear",), "gate_up_proj": ("MergedColumnParallelLinear",)}
+_QKV, _MERGED = ("QKVParallelLinear",), ("MergedColumnParallelLinear",)
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,23 @@ def misread(
 ) -> Iterator[tuple[str, str]]:
     """(module, what the loader would make of it) for every module that an engine reads otherwise than it is stored.
 
-    engine: a key of target_rules.ROWS; config: the quantization_config, of compressed-tensors, as no other has rules of
-    this kind; loaded: stored name -> transformers' own, where they differ. Raises FormatError for targets that are no
-    regular expressions.
+    engine: a key of target_rules.ROWS; config: the quantization_config, of compressed-tensors or, for vLLM, GPTQ
+    loaded: stored name -> transformers' own, where they differ
+
+    Raises FormatError for targets that are no regular expressions.
     """
-    if config.get("quant_method") != compressed_tensors.QUANT_METHOD:
-        return
     rules = ROWS[engine]
     names = loaded or {}
     renamed: Callable[[str], str] = _same
-    if rules.renames is not None:
-        is_multimodal = any(name.startswith(("model.language_model.", "language_model.")) for name in modules)
-        renamed = rules.renames if is_multimodal else _same
-        targets = Targets.of(config, renamed)
-    else:
+    if rules.renames is None:
         renamed = lambda name: names.get(name, name)  # noqa: E731
-        targets = Targets.of(config)
+    elif any(name.startswith(("model.language_model.", "language_model.")) for name in modules):
+        renamed = rules.renames
+    if config.get("quant_method") == "gptq" and rules.gptq is not None:
+        yield from _misread_gptq(rules, modules, config, renamed)
+    if config.get("quant_method") != compressed_tensors.QUANT_METHOD:
+        return
+    targets = Targets.of(config, renamed if rules.renames is not None else _same)
     meant = compressed_tensors.Targets(config)
     for place, members in _places(rules, modules, renamed):
         yield from _misread_at(rules, targets, meant, place, members)
@@ -74,6 +75,36 @@ def misread(
 
 def _same(name: str) -> str:
     return name
+
+
+def _misread_gptq(
+    rules: TargetRules,
+    modules: Mapping[str, StoredModule],
+    config: Mapping[str, Any],
+    renamed: Callable[[str], str],
+) -> Iterator[tuple[str, str]]:
+    assert rules.gptq is not None, "asked by the caller"
+    named = config.get("modules_in_block_to_quantize") or []
+    flat = [name for entry in named for name in ([entry] if isinstance(entry, str) else entry)]
+    quantized = [renamed(name) for name in flat or [name for name, stored in modules.items() if stored.is_quantized]]
+    for place, members in _places(rules, modules, renamed):
+        if place.is_experts:  # their loader falls back to others; not compared
+            continue
+        said = "" if not place.shards else f", as a part of {place.name}"
+        try:
+            found = rules.gptq(config, place, quantized)
+        except Stops as error:
+            for module in members:
+                yield module.name, f"stored as {_told(module)}; {rules.version} stops at it{said}: {error}"
+            continue
+        for module in members:
+            stored, applied = _stored(module, None), None
+            if found is not None and module.shape is not None:
+                size = int(found["group_size"] or -1)
+                groups = 1 if size < 0 else -(-module.shape[1] // size)
+                applied = Layout(int(found["bits"] or 4), "int", (module.shape[0], groups))
+            if applied != stored and (stored is not None or place.classes != _CLASSES["head"]):
+                yield module.name, f"stored as {stored or 'dense'}; {rules.version} applies {applied or 'none'}{said}"
 
 
 # ---- the loader's places ---------------------------------------------------------------------------------------------
@@ -118,7 +149,7 @@ def _whole_of(rules: TargetRules, name: str, modules: Mapping[str, Any]) -> tupl
     for fused, projections in rules.fused.items():
         members = [f"{parent}.{projection}" for projection in projections]
         if leaf in projections and all(member in modules for member in members):
-            return Place(f"{parent}.{fused}", _FUSED_CLASSES[fused], tuple(members)), members
+            return Place(f"{parent}.{fused}", _QKV if fused == "qkv_proj" else _MERGED, tuple(members)), members
     return None
 
 
@@ -166,8 +197,11 @@ def _stored(module: StoredModule, group: Mapping[str, Any] | None) -> Layout | N
     """From shapes; group: as the format's own library matches it, for the inputs, of which no shape tells."""
     if not module.is_quantized or module.shape is None:
         return None
-    codes = module.parts.get("weight_packed") or module.parts["weight"]
     out, columns = module.shape
+    if "qweight" in module.parts:
+        groups, bits = module.parts["scales"].shape[0], module.parts["qweight"].shape[0] * 32 // columns
+        return Layout(bits, "int", (out, groups))
+    codes = module.parts.get("weight_packed") or module.parts["weight"]
     bits = codes.size_bytes * 8 // (out * columns)
     is_float = FORMATS[module.format].levels not in (None, "int8") or codes.dtype in _FLOAT_CODES
     scale = module.parts.get("weight_scale")

@@ -1,18 +1,19 @@
-"""How loaders of compressed-tensors checkpoints match targets: one row an engine, with source and version. No torch.
+"""How loaders match what a config says to modules: one row an engine, with source and version. No torch.
 
 A loader asks for one place at a time, by the name and the class of the module in its own model; projections that it
 runs as one matrix (`qkv_proj`) are one place. The rows say how it looks the place up in `ignore` and in the targets of
 `config_groups`. tests/write/test_loader_truth.py runs the libraries' own functions on many configs, and compares.
 
-    vLLM 0.32.0          model_executor/layers/quantization/compressed_tensors/utils.py, compressed_tensors.py
+    vLLM 0.32.0          model_executor/layers/quantization/compressed_tensors/utils.py, compressed_tensors.py; of GPTQ
+                         utils/gptq_utils.py
     SGLang at 06b5b190   python/sglang/srt/layers/quantization/compressed_tensors/utils.py (read, not run)
     compressed-tensors   0.20.1, utils/match.py and quantization/lifecycle/apply.py, which transformers 5.24 calls
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,9 @@ from recompile.io.patterns import Regex, compile_regex
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),  # Qwen3.5
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek
 }
 EXPERT_SHARDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _EXPERTS = "RoutedExperts"  # vLLM's class of all experts of a layer, which targets of Linear take as well
@@ -72,15 +76,20 @@ class Place:
 
 @dataclass(frozen=True)
 class TargetRules:
-    """One loader. find: the target that a place falls in; None: left dense. Raises Stops."""
+    """One loader.
+
+    find:    the target that a place falls in; None: left dense. Raises Stops
+    gptq:    what a GPTQ config says of a place; None where that is not known here. Raises Stops
+    stacks_experts: one scheme for all experts of a layer
+    renames: of multimodal models, stored name -> its own; None: it has transformers' names
+    """
 
     version: str
     find: Callable[[Targets, Place], str | None]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    stacks_experts: bool = False  # one scheme for all experts of a layer
-    renames: Callable[[str], str] | None = (
-        None  # of multimodal models, stored name -> its own; None: transformers' names
-    )
+    stacks_experts: bool = False
+    gptq: Callable[[Mapping[str, Any], Place, Collection[str]], Mapping[str, Any] | None] | None = None
+    renames: Callable[[str], str] | None = None
 
 
 @lru_cache(maxsize=8192)
@@ -149,6 +158,32 @@ def _vllm_experts(targets: Targets, place: Place) -> str | None:
     return found[0]
 
 
+def vllm_gptq(config: Mapping[str, Any], place: Place, quantized: Collection[str]) -> Mapping[str, Any] | None:
+    """What a GPTQ config says of a place: bits and group_size; None: left dense. Raises Stops.
+
+    quantized: what `modules_in_block_to_quantize` names, or the modules that are stored quantized where it is not
+    there. Rules of `dynamic` are asked with the fused name alone: `+:.*up_proj` takes gate_up_proj, `+:.*[.]up_proj`
+    does not.
+    """
+
+    def listed(name: str) -> bool:
+        return any(entry in name for entry in quantized)
+
+    found = [listed(shard) for shard in place.shards or (place.name,)]
+    if any(found) and not all(found):
+        raise Stops(f"some of the projections of {place.name} are quantized, and not all")
+    said = {key: config.get(key) for key in ("bits", "group_size")}
+    for pattern, entry in (config.get("dynamic") or {}).items():
+        is_negative = pattern.startswith("-:")
+        if _pattern(pattern[2:] if is_negative or pattern.startswith("+:") else pattern).match(place.name):
+            if is_negative:
+                return None
+            if isinstance(entry, Mapping):
+                said |= {key: entry[key] for key in said if isinstance(entry.get(key), int)}
+            break
+    return said if all(found) else None
+
+
 # ---- SGLang ----------------------------------------------------------------------------------------------------------
 
 
@@ -198,9 +233,10 @@ def _multimodal(name: str) -> str:
     return name.removeprefix("model.") if name.startswith(("model.visual.", "model.vision_tower.")) else name
 
 
+_VLLM = TargetRules("vLLM 0.32.0", vllm, FUSED, stacks_experts=True, gptq=vllm_gptq, renames=_multimodal)
 ROWS: Mapping[str, TargetRules] = {
-    "vllm": TargetRules("vLLM 0.32.0", vllm, FUSED, stacks_experts=True, renames=_multimodal),
-    "vllm-cpu": TargetRules("vLLM 0.32.0 on a CPU", vllm, FUSED, stacks_experts=True, renames=_multimodal),
+    "vllm": _VLLM,
+    "vllm-cpu": replace(_VLLM, version="vLLM 0.32.0 on a CPU"),
     "sglang": TargetRules("SGLang at 06b5b190", sglang, FUSED, stacks_experts=True, renames=_multimodal),
     "transformers": TargetRules("transformers 5.24 with compressed-tensors 0.20.1", compressed_tensors),
 }

