@@ -98,7 +98,8 @@ class CacheUsed:
     """The quantized cache that a candidate attended through.
 
     layers: that keep keys and values, of all `of_layers`; what others keep (Mamba, linear attention) was left as it is
-    bytes_per_token: of context, over all these layers; of those with a window it grows up to that window only
+    bytes_per_token: of context, over all these layers; windows: the same by the window of the layers that hold it,
+    beyond which it does not grow (none: they look back at everything)
     """
 
     name: str  # as -cq has it
@@ -109,21 +110,26 @@ class CacheUsed:
     layers: int
     of_layers: int
     bytes_per_token: float
+    windows: tuple[tuple[int | None, float], ...] = ()
 
     @staticmethod
     def of(stored_as: CacheFormat, seen: SimulatedCache, of_layers: int) -> CacheUsed:
-        keys, values = seen.values_per_token
-        key_bits, value_bits = stored_as.key_bits, stored_as.value_bits
+        by_window = seen.bytes_per_token()
         return CacheUsed(
             stored_as.name,
             stored_as.engine,
             stored_as.flags,
-            key_bits,
-            value_bits,
+            stored_as.key_bits,
+            stored_as.value_bits,
             seen.layers,
             of_layers,
-            (keys * key_bits + values * value_bits) / 8,
+            sum(by_window.values()),
+            tuple(sorted(by_window.items(), key=lambda entry: entry[0] or 0)),
         )
+
+    def bytes_at(self, context: int) -> int:
+        """What the cache takes once so many tokens are in it."""
+        return math.ceil(sum(size * min(context, window or context) for window, size in self.windows))
 
 
 @dataclass(frozen=True)

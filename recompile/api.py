@@ -358,6 +358,8 @@ def optimize(
     minutes: float | None = None,
     max_memory: int | str | None = None,
     guard: bool = True,
+    context: int | None = None,
+    cache_bits: Sequence[str] = (),
     on_event: OnEvent | None = None,
     **choosing: Any,
 ) -> OptimizeReport:
@@ -371,6 +373,8 @@ def optimize(
     max_kl and max_ppl_increase; without any, the size of `start`.
     solver: a name of recompile.optimize.solvers.SOLVERS; None: refine for at most 10 minutes where the models are still
     there, else exact. steps, minutes: the most that a solver which runs models may take; max_memory: bytes or text
+    context, cache_bits: `size` is of all tensors and of a cache of so many tokens, one of these ("8,6" as exllamav3
+    stores it, "q8_0" as llama.cpp does; f16 where none is given), whose KL is measured on the base
     pin, minimum, maximum, ban: "GLOB=ID" each; tie: globs; max_step: sources between neighbouring layers; engine: only
     what it loads; free_experts: without an engine, experts of a layer may differ, which few engines load
     check: measure the recipe beside uniform, hand-made and greedy mixes on rows that nothing else uses; None: where the
@@ -397,6 +401,8 @@ def optimize(
         minutes=minutes,
         max_memory_bytes=size_bytes(max_memory),
         guard=guard,
+        context=context,
+        cache_bits=tuple(cache_bits),
         **_choosing(**choosing),
     )
     return optimize_recipe(Path(profile), Path(out or "overrides.yaml"), options, on_event or ignore)

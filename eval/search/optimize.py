@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, RecompileError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats import FORMATS, FormatSpec
+from recompile.formats.cache_types import parse_sweep
 from recompile.io.files import write_text
 from recompile.io.sizes import parse_size
 from recompile.merge.overlay import build_overlay
@@ -27,6 +28,7 @@ from recompile.model.rows import RowOptions
 from recompile.model.used_rows import UsedRows, check_apart, recorded_rows
 from recompile.optimize.baselines import make_baselines
 from recompile.optimize.budget import Budget, Pool, active_share, split_pool
+from recompile.optimize.cache_choice import CacheChoice, choose_cache
 from recompile.optimize.choose import (
     Choice,
     Constraint,
@@ -77,6 +79,8 @@ class OptimizeOptions:
     check: bool | None = None
     activations: bool = False
     guard: bool = True
+    context: int | None = None  # tokens, whose cache is in size_bytes as well
+    cache_bits: tuple[str, ...] = ()
     where: RowOptions = field(default_factory=lambda: RowOptions(16, 256))
     device: str = "cpu"
 
@@ -111,6 +115,7 @@ class OptimizeReport:
     verdict: Verdict | None  # None: not measured
     limit: LimitReport | None
     best_is_over: bool = False  # the best mix of the verdict is above the limit on KL
+    cache: CacheChoice | None = None  # where weights and cache share a size
 
     @property
     def measured(self) -> Contender | None:
@@ -141,6 +146,7 @@ class OptimizeReport:
             "predicted_kl_nats": chosen.predicted_kl_nats,
             "predicted_std_error": chosen.predicted_std_error,
             "limit": self.limit,
+            "cache": asdict(self.cache) if self.cache is not None else None,
             "verdict": verified,
             "choice": dict(chosen.solution.choice),
         }
@@ -174,6 +180,9 @@ class _Optimization:
         if options.activations:
             check_activations(options, self.checkpoints)
         start = read_start(options.start, profile, self.checkpoints) if options.start is not None else None
+        cache = self._cache() if options.context is not None or options.cache_bits else None
+        if cache is not None:
+            self.options = options = replace(options, size_bytes=cache.chosen.weights_bytes)
         budget = self._budget(start)
         held = self._hold(budget, self.on_event) if self._measures_limit(budget) else None
         chosen = choose(profile, budget, self.by_costs, self.rules) if held is None else held.choice
@@ -187,9 +196,9 @@ class _Optimization:
         names, made_by = tensor_names(self.checkpoints), f"model_optimize {self.path.name}"
         verdict = self._verdict(chosen, start, held) if options.check is not False else None
         final = chosen if verdict is None or not options.guard else self._guarded(chosen, verdict, held)
-        write_recipe(self.out, final, names, made_by, verdict)  # under its final name only after the check
+        write_recipe(self.out, final, names, made_by, verdict, cache)  # under its final name only after the check
         over = held is not None and verdict is not None and not held.keeps(verdict.best.choice)
-        return OptimizeReport(self.out, chosen, final, verdict, _limit_report(held, final), over)
+        return OptimizeReport(self.out, chosen, final, verdict, _limit_report(held, final), over, cache)
 
     def _solver(self) -> tuple[str, float | None]:
         """The solver, and its time: refine for a while where the models are there, unless something else was asked."""
@@ -216,6 +225,34 @@ class _Optimization:
             options.active_bpw,
             _active_share(self.checkpoints) if options.active_bpw is not None else Fraction(1),
             tuple(_read_pool(text, self.profile, self.checkpoints) for text in options.pools),
+        )
+
+    def _cache(self) -> CacheChoice:
+        """The cache to run with, of those that leave room for a mix."""
+        from eval.search.cache_costs import measure_caches
+        from recompile.model.devices import compute_device
+
+        options = self.options
+        if options.context is None:
+            raise ArgumentError("{cache_bits}: goes with {context}, the tokens that the cache is to hold")
+        if options.size_bytes is None:
+            raise ArgumentError("{context}: goes with {size}, which is then of all tensors and the cache together")
+        caches = parse_sweep(options.cache_bits or ("f16",), "{cache_bits}")
+        reference, checkpoints = open_models(self.profile, self.checkpoints)
+        rows, vocab = self._rows("choose", reference, checkpoints)
+        device = compute_device(options.device)
+        costs = measure_caches(
+            reference, caches, options.context, rows, vocab=vocab, device=device, on_event=self.on_event
+        )
+        return choose_cache(
+            self.profile,
+            options.size_bytes,
+            options.context,
+            costs,
+            self.by_costs,
+            self.rules,
+            rows=len(rows.ids),
+            rows_sha256=rows.sha256,
         )
 
     # ---- a limit on KL -----------------------------------------------------------------------------------------------
@@ -526,9 +563,14 @@ def tensor_names(checkpoints: Mapping[str, Checkpoint] | None) -> list[str] | No
 
 
 def write_recipe(
-    out: Path, chosen: Choice, names: Sequence[str] | None, made_by: str, verdict: Verdict | None = None
+    out: Path,
+    chosen: Choice,
+    names: Sequence[str] | None,
+    made_by: str,
+    verdict: Verdict | None = None,
+    cache: CacheChoice | None = None,
 ) -> None:
-    """Write the override file of a choice. Raises OutputError."""
+    """Write the override file of a choice; cache: that it was chosen with. Raises OutputError."""
     measured: dict[str, Any] = {}
     if verdict is not None:
         found = measured_of(chosen, verdict)
@@ -538,17 +580,33 @@ def write_recipe(
             "measured_on": f"{verdict.rows} rows x {verdict.row_tokens} tokens, sha256 {verdict.rows_sha256}",
             **({"measured_positions": verdict.positions} if verdict.positions != "all" else {}),
         }
-    recipe, comments = make_recipe(chosen, {"made_by": made_by, **measured}, names)
+    recipe, comments = make_recipe(chosen, {"made_by": made_by, **measured, **_cache_lines(cache)}, names)
     base = chosen.profile.header.candidate(chosen.profile.header.base).model_dir
     said = f", measured {measured['measured_kl_nats']:.6f}" if measured else ""
     heading = (
         f"{chosen.bpw:.4f} bits per weight over quantized modules ({chosen.budget.describe()} asked for).\n"
         f"Predicted KL {chosen.predicted_kl_nats:.6f} nats per token{said}.\n"
-        f"Apply to {base}:\n"
+        + (f"Run with {cache.chosen.cost.flags} at {cache.context} tokens.\n" if cache is not None else "")
+        + f"Apply to {base}:\n"
         f"  {next_step(chosen.profile, out)}\n"
         f"After each line: KL and bits against the same modules taken from {base}."
     )
     write_text(out, dump_recipe(recipe, comments, heading))
+
+
+def _cache_lines(cache: CacheChoice | None) -> dict[str, Any]:
+    if cache is None:
+        return {}
+    cost = cache.chosen.cost
+    return {
+        "cache": {
+            "flags": cost.flags,
+            "context": cache.context,
+            "bytes": cost.size_bytes,
+            "kl_nats": round(cost.kl_nats, 6),
+            "with_weights_bytes": cache.size_bytes,
+        }
+    }
 
 
 def next_step(profile: Profile, recipe: Path) -> str:

@@ -14,7 +14,18 @@ from recompile.cli.render_optimize import describe_frontier, describe_recipe
 from recompile.errors import ArgumentError
 from recompile.optimize.solvers import SOLVERS
 
-NOT_OF_A_FRONTIER = ("bits", "size", "total_bpw", "max_kl", "max_ppl_increase", "active_bpw", "pool", "start")
+NOT_OF_A_FRONTIER = (
+    "bits",
+    "size",
+    "total_bpw",
+    "max_kl",
+    "max_ppl_increase",
+    "active_bpw",
+    "pool",
+    "start",
+    "context",
+    "cache_bits",
+)
 SOLVERS_HELP = spell("; ".join(f"{solver.name}: {solver.says}" for solver in SOLVERS.values()), flags_of(None))
 ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
 
@@ -44,6 +55,17 @@ ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
     "--pool",
     multiple=True,
     help='NAME=GLOB,GLOB:SIZE, a budget of its own for some modules: --pool "gpu=*.self_attn.*:3GiB". Any number.',
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="--size is of all tensors and of a cache that holds so many tokens; what it costs is measured on the base.",
+)
+@click.option(
+    "--cache-bits",
+    multiple=True,
+    metavar="BITS[,BITS] ...",
+    help="With --context: caches to choose from, as in model_diff -cq: 8 8,6 4 or q8_0 q8_0,q4_0 q4_0. Default: f16.",
 )
 @click.option(
     "--frontier",
@@ -126,6 +148,7 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     Examples:
       model_optimize profile.jsonl -b 3.5 -o overrides.yaml
       model_optimize profile.jsonl --size 4.2GiB --pin "*.down_proj=6" --check
+      model_optimize profile.jsonl --size 14GiB --context 32768 --cache-bits q8_0 q8_0,q4_0 q4_0
       model_optimize profile.jsonl --frontier 2.5:6:0.25 -o frontier/
     """
     check_json_path(json_path)

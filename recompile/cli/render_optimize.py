@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from eval.search.frontier import FrontierReport, FrontierRow
     from eval.search.optimize import LimitReport, OptimizeReport
     from recompile.costs import Profile
+    from recompile.optimize.cache_choice import CacheChoice
 
 
 def describe_recipe(report: OptimizeReport) -> str:
@@ -46,6 +47,8 @@ def describe_recipe(report: OptimizeReport) -> str:
         f"Predicted KL: {chosen.predicted_kl_nats:.6f}{error} nats per token (swaps added up; "
         f"solver {chosen.solution.solver}{gap})",
     ]
+    if report.cache is not None:
+        lines += ["", _cache(report.cache)]
     if verdict is not None:
         lines += ["", describe_verdict(verdict, chosen.profile)]
         if report.solved is not chosen:
@@ -58,6 +61,29 @@ def describe_recipe(report: OptimizeReport) -> str:
         lines.append("")
     lines += [f"Wrote {report.out}", "", f"Next: {next_step(chosen.profile, report.out)}"]
     return "\n".join(lines)
+
+
+def _cache(found: CacheChoice) -> str:
+    """Every cache with the best mix beside it, and the one to run with."""
+    rows = [
+        (
+            option.cost.name,
+            format_bytes(option.cost.size_bytes),
+            f"{option.cost.kl_nats:.6f}"
+            + (f" ± {option.cost.std_error:.6f}" if option.cost.std_error is not None else ""),
+            format_bytes(option.weights_bytes) if option.weights_bytes > 0 else "nothing",
+            f"{option.weights_kl_nats:.6f}" if option.weights_kl_nats is not None else "does not fit",
+            f"{option.kl_nats:.6f}" if option.kl_nats is not None else "-",
+        )
+        for option in found.options
+        for error in [option.cost.std_error]
+    ]
+    header = ("cache", f"at {found.context} tokens", "its KL", "left for weights", "their KL, predicted", "together")
+    return (
+        f"{format_bytes(found.size_bytes)} for weights and cache (caches measured on {found.rows} rows of the base):\n"
+        f"{format_columns(rows, header, (1, 2, 3, 4, 5))}\n"
+        f"Run with {found.chosen.cost.flags} ({found.chosen.cost.engine})."
+    )
 
 
 def _why_kept(report: OptimizeReport, verdict: Verdict) -> str:

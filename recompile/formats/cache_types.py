@@ -104,9 +104,9 @@ def _check_type(kind: str, text: str, name: str) -> None:
     )
 
 
-def parse_sweep(given: Sequence[str]) -> tuple[CacheFormat, ...]:
+def parse_sweep(given: Sequence[str], name: str = "{cache_sweep}") -> tuple[CacheFormat, ...]:
     """Caches of a sweep, each once, in the order given; "exllamav3" and "llama.cpp" stand for lists of their own.
 
     Raises ArgumentError."""
     texts = [text for item in given for text in SWEEPS.get(item.strip().lower(), (item,))]
-    return tuple(dict.fromkeys(parse_cache(text, "{cache_sweep}") for text in texts))
+    return tuple(dict.fromkeys(parse_cache(text, name) for text in texts))

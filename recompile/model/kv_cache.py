@@ -30,23 +30,46 @@ _ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 Storing: TypeAlias = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What one module stores of a token: values of keys and of values; window: tokens that it looks back at most."""
+
+    keys: int
+    values: int
+    window: int | None
+    is_latent: bool
+
+
 @dataclass
 class SimulatedCache:
     """What a model's caches hold and give back, layer by layer.
 
-    layers: layers that stored something; values_per_token: of keys, of values, over all of these layers
+    stored_as: how an engine stores it; None where `storing` is something else
     """
 
     storing: Storing
-    _sizes: dict[tuple[nn.Module, nn.Module], tuple[int, int]] = field(default_factory=dict)  # by layer and module
+    stored_as: CacheFormat | None = None
+    _held: dict[tuple[nn.Module, nn.Module], _Held] = field(default_factory=dict)  # by layer and module
 
     @property
     def layers(self) -> int:
-        return len({layer for layer, _ in self._sizes})
+        """Layers that stored something."""
+        return len({layer for layer, _ in self._held})
 
     @property
     def values_per_token(self) -> tuple[int, int]:
-        return sum(keys for keys, _ in self._sizes.values()), sum(values for _, values in self._sizes.values())
+        """Of keys, of values, over all layers."""
+        return sum(held.keys for held in self._held.values()), sum(held.values for held in self._held.values())
+
+    def bytes_per_token(self) -> dict[int | None, float]:
+        """Stored bytes a token of context, by the window of the layers that store them; None: layers without one."""
+        assert self.stored_as is not None, "only of an engine's cache"
+        found: dict[int | None, float] = {}
+        for held in self._held.values():
+            value_bits = 16.0 if held.is_latent else self.stored_as.value_bits
+            bits = held.keys * self.stored_as.key_bits + held.values * value_bits
+            found[held.window] = found.get(held.window, 0.0) + bits / 8
+        return found
 
     @classmethod
     def of(cls, stored_as: CacheFormat, model_type: str) -> SimulatedCache:
@@ -66,7 +89,7 @@ class SimulatedCache:
                 )
             return store(keys, values, stored_as, interleaved=interleaved)
 
-        return cls(storing)
+        return cls(storing, stored_as)
 
     @contextmanager
     def of_layer(self, layer: nn.Module) -> Iterator[None]:
@@ -93,13 +116,25 @@ class SimulatedCache:
         return give
 
     def _store(self, layer: nn.Module, module: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self._sizes[layer, module] = _per_token(keys), _per_token(values)
+        self._held[layer, module] = _Held(
+            _per_token(keys), _per_token(values), _window_of(module), hasattr(module, "kv_lora_rank")
+        )
         return self.storing(module, keys, values)
 
 
 def attends(layers: nn.Module) -> bool:
     """Whether any of the layers keeps keys and values for later tokens."""
     return any(_argument_of(type(module).forward) is not None for module in layers.modules())
+
+
+def _window_of(module: nn.Module) -> int | None:
+    """Tokens that a module looks back at most; None for all of them."""
+    if hasattr(module, "sliding_window"):
+        found: Any = module.sliding_window
+    else:  # Mistral's modules ask the configuration, where every layer has the window
+        config = getattr(module, "config", None)
+        found = getattr(config, "sliding_window", None) if not getattr(config, "layer_types", None) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _per_token(stored: Tensor) -> int:
@@ -123,6 +158,16 @@ def _cache_class() -> type[Any]:
 
         def update_indexer(self, keys: Tensor, *_: Any) -> Tensor:
             return keys  # of sparse attention; engines keep them as they are
+
+        # of convolutions inside of attention (Inkling), whose states stay what they are
+        def get_conv_state(self, *_: Any, **__: Any) -> None:
+            return None
+
+        def update_conv_state(self, states: Tensor, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+            return states
+
+        def has_previous_state(self, *_: Any, **__: Any) -> bool:
+            return False
 
     return _PassingCache
 
