@@ -166,9 +166,11 @@ def attribute(
     device: str = "cpu",
     rows_sha256: str = "",
     rows_source: str = "",
+    counted: Tensor | None = None,
     on_event: OnEvent = ignore,
 ) -> Attribution:
-    """Put each group of the candidate by itself into the reference; ids: int64 [rows, tokens].
+    """Put each group of the candidate by itself into the reference; ids: int64 [rows, tokens]; counted: bool, the
+    places whose KL counts, None: all.
 
     journal: where finished swaps are kept, so that another call with the same arguments goes on; None: nowhere
     Raises ArgumentError for a candidate that stores nothing quantized; what `profile_exact` raises.
@@ -181,7 +183,7 @@ def attribute(
         if journal is None:
             journal = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "attribution.jsonl"
         options = ProfileOptions(level=level, head=True, embedding=True, dtype=dtype, device=device)
-        job = ProfileJob(reference, OWN, candidates, ids, journal, options, rows_sha256, rows_source)
+        job = ProfileJob(reference, OWN, candidates, ids, journal, options, rows_sha256, rows_source, counted)
         return _attribution(_measured(job, on_event), noised)
 
 

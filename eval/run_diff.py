@@ -275,7 +275,6 @@ def _check_trace(request: DiffRequest) -> None:
     for given, name in (
         (request.gen_prompt, "{gen_prompt}"),
         (request.divergence is not None, "{divergence}"),
-        (request.attribute is not None, "{attribute}"),
         (request.save_input_ids is not None, "{save_input_ids}"),
         (request.save_logits_a is not None, "{save_logits_a}"),
         (request.save_logits_b is not None, "{save_logits_b}"),
@@ -313,6 +312,7 @@ def _attributed(overlay: Overlay, base: Checkpoint, request: DiffRequest, on_eve
         device=compute_device(request.device),
         rows_sha256=rows.sha256,
         rows_source=rows.source,
+        counted=rows.counted,
         on_event=on_event,
     )
 

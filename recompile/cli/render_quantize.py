@@ -9,6 +9,7 @@ from recompile.io.report import format_columns, role_in_words
 from recompile.io.sizes import format_bpw, format_bytes
 
 if TYPE_CHECKING:
+    from recompile.model.used_rows import UsedRows
     from recompile.quantize.gguf import VariantsReport
     from recompile.quantize.quantize_report import ModuleReport, QuantizeReport
     from recompile.quantize.run import ConvertedVariants
@@ -41,9 +42,7 @@ def _summary(report: QuantizeReport) -> str:
         )
     header = ("variant", "bpw", "head", "size", "modules", "rel. error", "SQNR dB", "output error")
     text = format_columns(rows, header, range(1, 8))
-    if (used := report.rows) is not None:
-        said = role_in_words(used.role, used.positions)
-        text += f"\ncalibrated on {len(used.documents)} rows, {used.source}{said}"
+    text += _calibrated_on(report.rows)
     modules = report.variants[0].modules
     borrowed = sum(module.quantized and module.note.startswith("made with the inputs of") for module in modules)
     blind = sum(module.quantized and module.note.startswith("not calibrated") for module in modules)
@@ -61,6 +60,12 @@ def _summary(report: QuantizeReport) -> str:
     return text
 
 
+def _calibrated_on(used: UsedRows | None) -> str:
+    if used is None:
+        return ""
+    return f"\ncalibrated on {len(used.documents)} rows, {used.source}{role_in_words(used.role, used.positions)}"
+
+
 def _gguf_summary(report: VariantsReport) -> str:
     from recompile.quantize.gguf import counts_of
 
@@ -72,6 +77,7 @@ def _gguf_summary(report: VariantsReport) -> str:
         error = _mean([entry.relative_error for entry in quantized])
         rows.append((file, format_bpw(8 * size / weights), format_bytes(size), f"{error:.4f}", types))
     text = format_columns(rows, ("file", "bpw", "size", "rel. error", "tensors by type"), range(1, 4))
+    text += _calibrated_on(report.rows)
     for preset, made in report.tensors.items():
         rounded = [entry for entry in made if entry.rounding]
         if rounded:

@@ -44,6 +44,7 @@ from recompile.model.decoded import as_dense
 from recompile.model.finite import check_finite
 from recompile.model.roles import roles_of
 from recompile.model.stream import LayeredModel
+from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputCollector, InputPower, run_batches
 from recompile.quantize.gguf_rounding import Feedback
 
@@ -383,6 +384,7 @@ class VariantsReport:
     files: tuple[str, ...]
     tensors: Mapping[str, tuple[Made, ...]]  # by preset
     left_out: tuple[str, ...] = ()  # tensors of the base that are in no file: towers, draft heads
+    rows: UsedRows | None = None  # that it was calibrated on; None: on none here
 
     def noted(self, preset: str) -> list[Made]:
         return [made for made in self.tensors[preset] if made.note]

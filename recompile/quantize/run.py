@@ -262,7 +262,7 @@ def _make_gguf(
     keys_of = open_gguf(options.tokenizer_from) if options.tokenizer_from is not None else None
     # refuses what it must before the long work
     plan = plan_variants(base, folder, names, tokenizer_from=keys_of, provenance=provenance)
-    given = options.imatrix
+    given, used = options.imatrix, None
     if given is not None and given.suffix == ".safetensors":
         plan = replace(plan, importance=Importance(read_importance(given), source=str(given)))
     elif given is not None:
@@ -271,7 +271,7 @@ def _make_gguf(
         rows, vocab = options.where.read([base.path], "calibrate")
         check_vocabulary(base, vocab)
         found = calibrate_importance(base, rows, options.device, options.dtype, on_event)
-        plan = replace(plan, importance=found)
+        plan, used = replace(plan, importance=found), UsedRows.of(rows, "calibrate")
         if options.save_imatrix is not None:
             write_imatrix(options.save_imatrix, imatrix_of(found, plan.tensors, rows.ids.shape[1]))
     outputs: StoredStatistics | None = None
@@ -288,6 +288,7 @@ def _make_gguf(
             dtype=compute_dtype(options.dtype),
             counted=rows.counted,
         )
+        used = UsedRows.of(rows, "calibrate")
         key = f"{rows.sha256} {outputs.fingerprint if outputs is not None else ''}"
         plan = replace(plan, feedback=Feedback(inputs, outputs, key))
     report: VariantsReport | None = None
@@ -300,7 +301,7 @@ def _make_gguf(
     assert report is not None, "build_variants ends with its report"
     if outputs is not None and options.stats is None:
         shutil.rmtree(outputs.path)
-    return report
+    return replace(report, rows=used)
 
 
 def calibrate_importance(

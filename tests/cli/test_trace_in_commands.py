@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import recompile
 from eval.heal import HealChecked, heal_rows
-from eval.profile.exact import Measured
+from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact
 from eval.trace.prompts import prompts_of_file
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
@@ -24,17 +24,19 @@ from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.model_report import main as model_report
-from recompile.costs import load_profile
+from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, MismatchError, OutputError, RecompileError
 from recompile.events import Note
 from recompile.model.rows import RowOptions
 from recompile.model.tokens import ROLE_SHARES, Rows, save_rows
 from recompile.model.trace import METADATA_KEY, read_trace
 from recompile.model.used_rows import UsedRows, check_apart
+from recompile.quantize.gguf import VariantsReport
 from recompile.quantize.quantize_report import LayerDone
 from recompile.recipe.recipe import load_recipe
 from tests import tiny, traces
 from tests.commands import refusal, run
+from tests.quantize.test_gguf_variants import tokenizer_file
 
 LENGTH = 40
 
@@ -147,6 +149,36 @@ def test_two_sided_rounding_takes_them_too(folder: Path, tmp_path: Path) -> None
     counts = {tuple(entry[1:]) for entry in about["modules"].values()}
     apart = int(rows.counted[held_out].sum())
     assert counts == {(2 * (int(rows.counted.sum()) - apart), 2 * apart)}
+
+
+@pytest.mark.parametrize("rounding", [None, "one-sided"])
+def test_gguf_files_are_calibrated_on_them(folder: Path, tmp_path: Path, rounding: str | None) -> None:
+    vocabulary = json.loads((traces.model() / "config.json").read_text())["vocab_size"]
+    how: dict[str, Any] = {"tokenizer_from": tokenizer_file(tmp_path / "tokens.gguf", vocabulary), "rounding": rounding}
+    how |= {"bits": ["Q4_0"], "format": "gguf", "length": LENGTH, "trace": folder / "trace.safetensors"}
+    made = []
+    for positions in ("response", "all"):
+        report = recompile.quantize(traces.model(), tmp_path / positions, **how, positions=positions)
+        assert isinstance(report, VariantsReport)
+        assert report.rows == UsedRows.of(
+            RowOptions(64, LENGTH, trace=how["trace"], positions=positions).read([traces.model()], "calibrate")[0],
+            "calibrate",
+        )
+        made.append(Path(report.files[0]).read_bytes())
+    assert made[0] != made[1]
+
+
+def test_groups_are_attributed_at_the_positions_of_responses(folder: Path, tmp_path: Path) -> None:
+    given = {"trace": folder / "trace.safetensors", "rows": 4}
+    found = recompile.diff(folder / "3bpw", traces.model(), **given, attribute="layer").attribution
+    assert found is not None
+    rows = RowOptions(4, 512, trace=folder / "trace.safetensors").read([traces.model()], "report")[0].by_length()
+    base, build = (open_checkpoint(path) for path in (traces.model(), folder / "3bpw"))
+    job = ProfileJob(base, 3, [(3, build)], rows.ids, tmp_path / "p.jsonl", ProfileOptions(level="layer"))
+    *_, profile = profile_exact(job.over(rows, tmp_path / "p.jsonl"))
+    assert isinstance(profile, Profile)
+    for group in found.groups:
+        assert group.kl_rows == pytest.approx(profile.measurements[group.group, "3"].kl_rows, abs=1e-6)
 
 
 def test_profiles_take_choose_rows(folder: Path, profiled: Path) -> None:
