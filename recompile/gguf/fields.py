@@ -162,6 +162,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "intermediate_size": ("ffn_hidden_size", "n_inner"),
 }
 
+# Types with as many heads of keys as of queries, whatever number of them a config.json carries along.
+UNGROUPED = frozenset({"gpt2", "bloom", "gpt_neox"})
+
 # The norms' epsilon where it is not `rms_norm_eps`.
 EPSILON: dict[str, tuple[str, str]] = {
     "command-r": ("attention.layer_norm_epsilon", "layer_norm_eps"),

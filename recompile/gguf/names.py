@@ -15,7 +15,7 @@ from typing import Any
 
 from recompile.errors import UnsupportedError
 from recompile.gguf.architectures import ARCHITECTURES, Architecture, Fused
-from recompile.gguf.fields import OTHER_NAMES
+from recompile.gguf.fields import OTHER_NAMES, UNGROUPED
 from recompile.gguf.values import Heads, Step, make_step, row_order
 
 __all__ = ["ARCHITECTURES", "Architecture", "Fused", "Heads", "Joined", "Place", "row_order"]
@@ -132,6 +132,8 @@ def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         other = next((other for other in others if found.get(other) is not None), None)
         if found.get(name) is None and other is not None:
             found[name] = found[other]
+    if found.get("model_type") in UNGROUPED:
+        found["num_key_value_heads"] = found.get("num_attention_heads")
     if found.get("model_type") == "falcon" and not found.get("new_decoder_architecture"):
         found["num_key_value_heads"] = 1 if found.get("multi_query", True) else found.get("num_attention_heads")
     return found

@@ -107,15 +107,17 @@ def loader_model(config_text: str) -> Any:
     classes += [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
     problem: Exception | None = None
     for found in classes:
-        if found is None:
-            continue
+        table = getattr(found, "_model_mapping", None)
+        if found is None or (table is not None and type(made) not in table):
+            continue  # whose message would name every class that there is, and import it to that end: ten seconds
         try:
             with torch.device("meta"), torch.no_grad():
                 model = found.from_config(made) if hasattr(found, "from_config") else found._from_config(made)
             return model.eval()
         except Exception as error:  # models raise whatever their constructors meet
             problem = error
-    raise UnsupportedError(f"transformers cannot build the model of config.json: {problem}")
+    why = problem or f"it has no model that makes text for model_type {config.get('model_type')!r}"
+    raise UnsupportedError(f"transformers cannot build the model of config.json: {why}")
 
 
 def _towers(model: Any) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from recompile.checkpoint.checkpoint import StoredModule, TensorInfo
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, read_roles, role_of
-from recompile.errors import CheckpointError
+from recompile.errors import CheckpointError, UnsupportedError
 from recompile.formats.compressed_tensors import Targets, merged_config, named_for_loaders
 from recompile.merge.left_dense import left_dense
-from recompile.model.roles import roles_of
+from recompile.model.roles import loader_model, roles_of
 from recompile.model.skeleton import find_stack
 from tests.conftest import load_script
 
@@ -268,3 +268,9 @@ def test_towers_and_idle_experts_of_the_text_model(model_type: str, module: str,
     role = roles_of(source_of(config.to_dict(), shapes))[module]
     assert (role.part, role.kind) == (part, kind)
     assert find_stack(model)[0] == "model.layers"
+
+
+def test_a_type_without_a_model_that_makes_text_is_told_at_once() -> None:
+    """transformers' own message names every class that there is, and imports them all to that end."""
+    with pytest.raises(UnsupportedError, match="it has no model that makes text for model_type 't5'"):
+        loader_model('{"model_type": "t5"}')

@@ -189,6 +189,15 @@ def test_fewer_tokens_than_rows_are_another_model_elsewhere(tmp_path: Path) -> N
         plan_variants(base, tmp_path, ["F32"], tokenizer_from=open_gguf(tmp_path / "t.gguf"))
 
 
+@pytest.mark.parametrize("name", ["gptneox", "bloom"])
+def test_a_number_of_key_heads_that_a_type_does_not_know_counts_for_nothing(name: str, tmp_path: Path) -> None:
+    entry = json.loads(json.dumps(golden()[name]))
+    entry["config"]["num_key_value_heads"] = 2
+    tensor = "blk.0.attn_qkv.weight"
+    file = ours(tmp_path, entry)
+    assert hashlib.sha256(file.read(file.tensors[tensor])).hexdigest()[:12] == entry["gguf"][tensor][1]
+
+
 def test_towers_and_drafts_are_left_out_and_told(tmp_path: Path) -> None:
     entry = golden()["gemma3 wrapped"]
     base = open_checkpoint(gguf_tiny.write_tiny(tmp_path / "base", entry))
