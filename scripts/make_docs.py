@@ -10,11 +10,13 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import json
 import re
 import sys
 import tokenize
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -74,6 +76,51 @@ def schema_page() -> str:
         lines += ["", f"## {title}", ""]
         lines += _class_lines(module, name, described)
     return "\n".join(lines) + "\n"
+
+
+def pipelines_page() -> str:
+    """Whole pipelines beside each other, from the newest result file."""
+    lines = ["# Whole pipelines at equal file sizes", "", MADE, ""]
+    lines += [
+        "Made by `scripts/bench_pipelines.py` (its head says what every row is; `scripts/bench_results/pipelines.json` has",
+        "commands, versions, dates and machine). KL(base || build) in nats per token on report rows, ± one standard error",
+        "over rows; the ratio and the paired difference [95 %] are to the best peer of the table. \"Other text\" is of a kind",
+        "that nothing calibrated, chose or tuned on.",
+    ]
+    for run in json.loads((ROOT / "scripts" / "bench_results" / "pipelines.json").read_text())["runs"]:
+        lines += _pipeline_lines(run)
+    return "\n".join(lines) + "\n"
+
+
+def _pipeline_lines(run: Mapping[str, Any]) -> list[str]:
+    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in run["settings"].items())
+    lines = ["", f"## {run['family']}, {run['model']}, the size of {run['size']} ({run['date']})", "", f"{settings}.", ""]
+    lines += [
+        "| build | MiB | KL | 99th percentile | same top token | to the best peer | KL, other text | to the best peer |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- |",
+    ]
+    for build in run["builds"]:
+        text, other = build["text"], build["other_text"]
+        cells = [
+            build["build"],
+            f"{build['bytes'] / 2**20:.1f}",
+            f"{text['kl_nats']:.4f} ± {text['std_error']:.4f}",
+            f"{text['p99']:.3f}",
+            f"{100 * text['same_top_token']:.1f} %",
+            _beside(text),
+            f"{other['kl_nats']:.4f} ± {other['std_error']:.4f}",
+            _beside(other),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in run["seconds"].items())
+    return [*lines, "", f"Time: {seconds}, load {run['load_1m']} when it began."]
+
+
+def _beside(found: Mapping[str, Any]) -> str:
+    low, high = found["interval_95"]
+    if low == high == 0:
+        return "the best peer"
+    return f"{found['ratio_to_best_peer']:.2f} x, {found['less_best_peer']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _class_lines(module: str, name: str, described: set[str]) -> list[str]:
