@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,21 @@ class HealStarted:
 
 @dataclass(frozen=True)
 class HealStep:
-    """A step is done. loss: KL on its training rows before it moved anything, nats a token."""
+    """A step is done. loss: KL on its training rows before it moved anything, nats a token; seconds: of all steps."""
 
     step: int
     steps: int
     loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HealJudging:
+    """The rows of so many roles are measured, before and after, for the verdict."""
+
+    done: int
+    total: int
+    role: str  # the next one
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,9 @@ def heal_build(
         if isinstance(event, HealStarted):
             on_event(Progress("healing", event.resumed, event.steps, "steps", f"{event.moving} numbers move"))
         elif isinstance(event, HealStep):
-            on_event(Progress("healing", event.step, event.steps, "steps", f"KL {event.loss:.4f} in training{gain}"))
+            on_event(_progress(event, options.minutes, f"KL {event.loss:.4f} in training{gain}"))
+        elif isinstance(event, HealJudging):
+            on_event(Progress("judging", event.done, event.total, "roles", f"{event.role} rows, before and after"))
         elif isinstance(event, HealChecked):
             pair = event.choosing
             gain = f", {pair.after:.4f} held out ({pair.gain:+.4f} ± {pair.std_error:.4f})"
@@ -253,11 +265,19 @@ def heal_build(
     raise AssertionError("heal ends with its report")
 
 
+def _progress(step: HealStep, minutes: float | None, text: str) -> Progress:
+    """By steps, or by the clock where that may end them."""
+    if minutes is None or step.step >= step.steps:
+        return Progress("healing", step.step, step.steps, "steps", text)
+    limit = math.ceil(60 * minutes)
+    return Progress("healing", min(limit, round(step.seconds)), limit, "seconds", f"step {step.step}, {text}")
+
+
 def heal(
     build: Checkpoint, base: Checkpoint, out: Path, rows: HealRows, options: HealOptions | None = None
-) -> Iterator[HealStarted | HealStep | HealChecked | HealReport]:
-    """Tune what may move in `build` against `base`; yields HealStarted, a HealStep a step, a HealChecked a look, and
-    last the HealReport. Writes `out` only if that is better on the accept rows.
+) -> Iterator[HealStarted | HealStep | HealChecked | HealJudging | HealReport]:
+    """Tune what may move in `build` against `base`; yields HealStarted, a HealStep a step, a HealChecked a look, a
+    HealJudging a role, and last the HealReport. Writes `out` only if that is better on the accept rows.
 
     A run that was killed goes on from its last look when it is started again with the same arguments. Raises
     UnsupportedError for formats that do not heal, OutputError where `out` cannot be written or belongs to another run,
@@ -344,7 +364,7 @@ class _Healing:
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
-    def run(self) -> Iterator[HealStarted | HealStep | HealChecked | HealReport]:
+    def run(self) -> Iterator[HealStarted | HealStep | HealChecked | HealJudging | HealReport]:
         check_name(self.build, self.out)
         with self._journal() as journal:
             self._take_up(journal)
@@ -361,7 +381,7 @@ class _Healing:
                 loss = self._step(ids, wanted, counted)
                 self.done += 1
                 self.spent = earlier + time.monotonic() - began
-                yield HealStep(self.done, self.steps, loss)
+                yield HealStep(self.done, self.steps, loss, self.spent)
                 late = self.options.minutes is not None and self.spent > 60 * self.options.minutes
                 if self.done % self.options.check_every and self.done != self.steps and not late:
                     continue
@@ -380,7 +400,7 @@ class _Healing:
                     break
             for name, movable in self.movables.items():
                 movable.delta = self.best[name]
-            report = self._verdict(before)
+            report = yield from self._verdict(before)
         shutil.rmtree(self.work)
         yield report
 
@@ -439,11 +459,13 @@ class _Healing:
             self.rows.counted.get(name),
         )
 
-    def _verdict(self, before: Mapping[str, list[float]]) -> HealReport:
+    def _verdict(self, before: Mapping[str, list[float]]) -> Generator[HealJudging, None, HealReport]:
         pairs: dict[str, Paired] = {}
         rows: dict[str, tuple[float, ...]] = {}
         untouched = MovedBuild(self.build, {})
-        for name in ("accept", "report", "second"):
+        judges = ("accept", "report", "second")
+        for number, name in enumerate(judges):
+            yield HealJudging(number, len(judges), name)
             teacher = self._teacher_states(getattr(self.rows, name))
             old, new = self._row_kls(name, teacher, untouched), self._row_kls(name, teacher)
             pairs[name] = Paired.of(old, new)

@@ -82,10 +82,10 @@ def pipelines_page() -> str:
     """Whole pipelines beside each other, from the newest result file."""
     lines = ["# Whole pipelines at equal file sizes", "", MADE, ""]
     lines += [
-        "Made by `scripts/bench_pipelines.py` (its head says what every row is; `scripts/bench_results/pipelines.json` has",
-        "commands, versions, dates and machine). KL(base || build) in nats per token on report rows, ± one standard error",
-        "over rows; the ratio and the paired difference [95 %] are to the best peer of the table. \"Other text\" is of a kind",
-        "that nothing calibrated, chose or tuned on.",
+        "Made by `scripts/bench_pipelines.py`: its head says what every row is, and its result file",
+        "(`scripts/bench_results/pipelines.json`) has commands, versions, dates and the machine. KL(base || build) in",
+        "nats per token on report rows, ± one standard error over rows; ratio and paired difference [95 %] are to the",
+        'best peer of the table. "Other text" is of a kind that nothing calibrated, chose or tuned on.',
     ]
     for run in json.loads((ROOT / "scripts" / "bench_results" / "pipelines.json").read_text())["runs"]:
         lines += _pipeline_lines(run)
@@ -94,9 +94,15 @@ def pipelines_page() -> str:
 
 def _pipeline_lines(run: Mapping[str, Any]) -> list[str]:
     settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in run["settings"].items())
-    lines = ["", f"## {run['family']}, {run['model']}, the size of {run['size']} ({run['date']})", "", f"{settings}.", ""]
+    lines = [
+        "",
+        f"## {run['family']}, {run['model']}, the size of {run['size']} ({run['date']})",
+        "",
+        f"{settings}.",
+        "",
+    ]
     lines += [
-        "| build | MiB | KL | 99th percentile | same top token | to the best peer | KL, other text | to the best peer |",
+        "| build | MiB | KL | p99 | same top token | to the best peer | KL, other text | to the best peer |",
         "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- |",
     ]
     for build in run["builds"]:
