@@ -142,7 +142,8 @@ def default_text(multilingual: bool = False) -> TextSource:
     """
     folder = _find_exllamav2_text()
     if folder is None:
-        return _python_topics()
+        found = _python_topics()
+        return replace(found, name=f"{found.name} (no exllamav2 wheel is installed)")
     readers = {
         "wiki": lambda text: [body for body in _doc_records(text) if len(body) >= SHORTEST_ARTICLE_CHARS],
         "c4": lambda text: text.split("\n"),  # one web page a line
@@ -167,7 +168,7 @@ def other_text(source: TextSource) -> TextSource:
     """Text of another kind than `source`, which needs no network: Python's documentation, or, where that is it, the
     source code of its standard library."""
     topics = _python_topics()
-    if topics.name != source.name:
+    if not source.name.startswith(topics.name):
         return topics
     import dataclasses
     import statistics
@@ -278,7 +279,7 @@ def _python_topics() -> TextSource:
     for _, text in sorted(topics.items()):
         documents += cut_stretches(text, "pydoc")  # a quarter of the topics holds most of the text
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return TextSource(f"pydoc_data.topics of Python {version} (no exllamav2 wheel is installed)", tuple(documents))
+    return TextSource(f"pydoc_data.topics of Python {version}", tuple(documents))
 
 
 _DOC = re.compile(r"<doc\b")
