@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.metrics import Mean, mean_over_rows
+from eval.metrics import Mean
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, split_name
 from recompile.costs import Profile
@@ -161,17 +161,17 @@ def attribute(
     *,
     level: str = "fused",
     iso: bool = False,
+    counted: Tensor | None = None,
     journal: Path | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     rows_sha256: str = "",
     rows_source: str = "",
-    counted: Tensor | None = None,
     on_event: OnEvent = ignore,
 ) -> Attribution:
-    """Put each group of the candidate by itself into the reference; ids: int64 [rows, tokens]; counted: bool, the
-    places whose KL counts, None: all.
+    """Put each group of the candidate by itself into the reference; ids: int64 [rows, tokens].
 
+    counted: bool [rows, tokens], the places whose KL counts; None: all
     journal: where finished swaps are kept, so that another call with the same arguments goes on; None: nowhere
     Raises ArgumentError for a candidate that stores nothing quantized; what `profile_exact` raises.
     """
@@ -184,7 +184,8 @@ def attribute(
             journal = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "attribution.jsonl"
         options = ProfileOptions(level=level, head=True, embedding=True, dtype=dtype, device=device)
         job = ProfileJob(reference, OWN, candidates, ids, journal, options, rows_sha256, rows_source, counted)
-        return _attribution(_measured(job, on_event), noised)
+        weights = torch.ones(len(ids)) if counted is None else counted.sum(1)
+        return _attribution(_measured(job, on_event), noised, weights.double())
 
 
 def _measured(job: ProfileJob, on_event: OnEvent) -> Profile:
@@ -203,12 +204,13 @@ def _measured(job: ProfileJob, on_event: OnEvent) -> Profile:
     return found
 
 
-def _attribution(profile: Profile, noised: _Noised) -> Attribution:
+def _attribution(profile: Profile, noised: _Noised, tokens: Tensor) -> Attribution:
+    """tokens: [rows], those that count"""
     rows = {key: found.kl_rows for key, found in profile.measurements.items()}
     groups = []
     for group in profile.header.groups:
         own, noise = rows[group.name, OWN], rows.get((group.name, NOISE), ())
-        kl, as_noise = _mean(own), _mean(noise) if noise else None
+        kl, as_noise = _mean(own, tokens), _mean(noise, tokens) if noise else None
         usable = as_noise is not None and as_noise.mean > 0 and kl.mean > 0
         groups.append(
             GroupAttribution(
@@ -229,17 +231,24 @@ def _attribution(profile: Profile, noised: _Noised) -> Attribution:
     return Attribution(
         level=profile.header.level,
         groups=tuple(groups),
-        total=_sum(each.kl_rows for each in groups),
-        total_noise=_sum(each.noise_rows for each in groups) if with_noise else None,
+        total=_sum((each.kl_rows for each in groups), tokens),
+        total_noise=_sum((each.noise_rows for each in groups), tokens) if with_noise else None,
     )
 
 
-def _mean(rows: Iterable[float]) -> Mean:
-    return mean_over_rows(torch.tensor(list(rows), dtype=torch.float64)[:, None])
+def _mean(rows: Iterable[float], tokens: Tensor) -> Mean:
+    """Over tokens, of row means: as a report's KL is."""
+    values = torch.tensor(list(rows), dtype=torch.float64)
+    mean = float((values * tokens).sum() / tokens.sum())
+    count = len(values)
+    if count < 2:
+        return Mean(mean, None)
+    residual = (values - mean) * tokens
+    return Mean(mean, math.sqrt(float(residual.square().sum()) * count / (count - 1)) / float(tokens.sum()))
 
 
-def _sum(groups: Iterable[tuple[float, ...]]) -> Mean:
-    return _mean(torch.tensor(list(groups), dtype=torch.float64).sum(0).tolist())
+def _sum(groups: Iterable[tuple[float, ...]], tokens: Tensor) -> Mean:
+    return _mean(torch.tensor(list(groups), dtype=torch.float64).sum(0).tolist(), tokens)
 
 
 def _relative_error(modules: Iterable[str], noised: _Noised) -> float:

@@ -205,3 +205,19 @@ def test_another_tokenizer_and_an_empty_role_are_refused(folder: Path, tmp_path:
     save_trace(trace.of_role("calibrate"), tmp_path / "calibrate.safetensors")
     with pytest.raises(RecompileError, match=r'no row has the role "report" \(calibrate: \d+, choose: 0'):
         recompile.diff(folder / "3bpw", traces.model(), trace=tmp_path / "calibrate.safetensors")
+
+
+def test_groups_by_themselves_and_caches_count_responses_alone(folder: Path, tmp_path: Path) -> None:
+    """A group costs what the base with that group alone does, weighed by tokens as a report's KL is."""
+    base, trace = traces.model(), folder / "trace.safetensors"
+    found = recompile.diff(folder / "3bpw", base, trace=trace, rows=4, attribute="layer", cache_quant="f16")
+    assert found.attribution is not None
+    assert found.report.cache is not None
+    each = found.attribution.groups[0]
+    lines = "".join(f"  - {{key: '{module}.*', source: a}}\n" for module in each.modules)
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(f"sources: [{{id: a, model_dir: '{folder / '3bpw'}'}}]\noverrides:\n{lines}")
+    alone = recompile.diff(base, base, recipe=recipe, trace=trace, rows=4).report
+    assert each.kl_rows == pytest.approx(alone.kl_rows, rel=1e-3, abs=1e-7)
+    assert each.kl.mean == pytest.approx(alone.kl.mean, rel=1e-3)
+    assert each.kl.std_error == pytest.approx(alone.kl.std_error, rel=1e-2)
