@@ -8,7 +8,7 @@ shapes and reads codes otherwise: both are told, module by module. Headers only;
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,11 +120,12 @@ def _places(
         if module.shape is not None and len(module.shape) == 2 and (module.is_quantized or is_linear(module))
         if module.is_quantized or name.rpartition(".")[2] not in _ROUTERS
     }
+    stacks = _stacks(modules) if rules.stacks_experts else {}
     done: set[str] = set()
     for name, module in modules.items():
         if name in done:
             continue
-        whole = _whole_of(rules, name, modules)
+        whole = _whole_of(rules, name, modules, stacks)
         place, members = whole if whole is not None else (None, [name])
         done.update(members)
         if place is None:
@@ -133,18 +134,30 @@ def _places(
         yield place, [modules[member] for member in members]
 
 
-def _whole_of(rules: TargetRules, name: str, modules: Mapping[str, Any]) -> tuple[Place, list[str]] | None:
+def _stacks(modules: Iterable[str]) -> dict[str, tuple[Place, list[str]]]:
+    """`...mlp.experts` -> the place of all experts of a layer, and their modules."""
+    members: dict[str, list[str]] = {}
+    for name in modules:
+        expert = _EXPERT.match(name)
+        if expert:
+            members.setdefault(expert[1], []).append(name)
+    found = {}
+    for stack, names in members.items():
+        leaves = {name.rpartition(".")[2] for name in names}
+        shards = next((shards for shards in EXPERT_SHARDS if set(shards) == leaves), None)
+        if shards is not None:
+            first = tuple(f"{stack}.0.{leaf}" for leaf in shards)
+            found[stack] = Place(stack, ("RoutedExperts",), first, is_experts=True), names
+    return found
+
+
+def _whole_of(
+    rules: TargetRules, name: str, modules: Mapping[str, Any], stacks: Mapping[str, tuple[Place, list[str]]]
+) -> tuple[Place, list[str]] | None:
     """What the loader runs a module together with: a fused projection, the experts of a layer."""
     expert = _EXPERT.match(name)
-    if expert and rules.stacks_experts:
-        stack = expert[1]
-        members = [other for other in modules if other.startswith(f"{stack}.") and _EXPERT.match(other)]
-        leaves = {other.rpartition(".")[2] for other in members}
-        shards = next((found for found in EXPERT_SHARDS if set(found) == leaves), None)
-        if shards is None:
-            return None
-        first = tuple(f"{stack}.0.{leaf}" for leaf in shards)
-        return Place(stack, ("RoutedExperts",), first, is_experts=True), members
+    if expert:
+        return stacks.get(expert[1])
     parent, _, leaf = name.rpartition(".")
     for fused, projections in rules.fused.items():
         members = [f"{parent}.{projection}" for projection in projections]

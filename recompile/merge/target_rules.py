@@ -12,9 +12,9 @@ runs as one matrix (`qkv_proj`) are one place. The rows say how it looks the pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from recompile.errors import FormatError
@@ -36,13 +36,50 @@ class Stops(FormatError):
     """The loader ends with an error at this place."""
 
 
+class Entries:
+    """Targets or `ignore` in an order: which is the first that matches a name? Exact names are looked up, since large
+    mixes list tens of thousands of them."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self.entries = tuple(dict.fromkeys(entries))
+        self._exact = {entry: n for n, entry in enumerate(self.entries) if not entry.startswith("re:")}
+        self._patterns = [(n, entry) for n, entry in enumerate(self.entries) if entry.startswith("re:")]
+        self._of_class: dict[str, str | None] = {}
+
+    def first(self, name: str) -> str | None:
+        """The first entry that equals a name, or whose pattern matches it from its start."""
+        exact = self._exact.get(name)
+        for n, entry in self._patterns:
+            if exact is not None and n > exact:
+                break
+            if _pattern(entry[3:]).match(name):
+                return entry
+        return name if exact is not None else None
+
+    def first_within(self, name: str) -> str | None:
+        """As `first`, and an entry that is no pattern may stand anywhere in the name, in any case of letters."""
+        lower = name.lower()
+        found = (
+            entry
+            for entry in self.entries
+            if (_pattern(entry[3:]).match(name) if entry.startswith("re:") else entry.lower() in lower)
+        )
+        return next(found, None)
+
+    def of_class(self, kind: str) -> str | None:
+        """`first_within` of a class's name, of which there are few."""
+        if kind not in self._of_class:
+            self._of_class[kind] = self.first_within(kind)
+        return self._of_class[kind]
+
+
 @dataclass(frozen=True)
 class Targets:
     """`config_groups` and `ignore` as loaders hold them: a target that is written twice keeps its first place and has
     its last group."""
 
     groups: Mapping[str, Mapping[str, Any]]
-    ignore: tuple[str, ...]
+    ignore: Entries
 
     @classmethod
     def of(cls, config: Mapping[str, Any], renamed: Callable[[str], str] = lambda name: name) -> Targets:
@@ -56,7 +93,23 @@ class Targets:
         for group in (config.get("config_groups") or {}).values():
             for target in group.get("targets") or ():
                 groups[entry(target)] = group
-        return cls(groups, tuple(entry(text) for text in config.get("ignore") or ()))
+        return cls(groups, Entries(entry(text) for text in config.get("ignore") or ()))
+
+    @cached_property
+    def listed(self) -> Entries:
+        """Targets in the order of the config."""
+        return Entries(self.groups)
+
+    @cached_property
+    def with_experts(self) -> Entries:
+        """The same with vLLM's class of experts behind them, where Linear is a target."""
+        more = [_EXPERTS] if "Linear" in self.groups else []
+        return Entries([*self.groups, *more])
+
+    @cached_property
+    def sorted(self) -> Entries:
+        """Names in the order of the alphabet, then patterns."""
+        return Entries(sorted(self.groups, key=lambda target: ("re:" in target, target)))
 
 
 @dataclass(frozen=True)
@@ -97,25 +150,14 @@ def _pattern(text: str) -> Regex:
     return compile_regex(text, "quantization_config: target")
 
 
-def _is_match(value: str, target: str, contains: bool = False) -> bool:
-    """A `re:` pattern from the start, else equal; contains: or anywhere in the value, in any case."""
-    if target.startswith("re:"):
-        return _pattern(target[3:]).match(value)
-    return target.lower() in value.lower() if contains else target == value
-
-
-def _first(value: str, targets: Iterable[str], contains: bool = False) -> str | None:
-    return next((target for target in targets if _is_match(value, target, contains)), None)
-
-
-def _of_shards(place: Place, targets: Sequence[str]) -> str | None:
+def _of_shards(place: Place, targets: Entries) -> str | None:
     """The first shard's target, where every shard has one, whether it is the same or not."""
-    found = [_first(shard, targets) for shard in place.shards]
+    found = [targets.first(shard) for shard in place.shards]
     return found[0] if found and all(found) else None
 
 
-def _ignored_shards(place: Place, ignored: Callable[[str], bool]) -> bool:
-    found = [ignored(shard) for shard in place.shards]
+def _ignored_shards(place: Place, ignored: Callable[[str], object]) -> bool:
+    found = [bool(ignored(shard)) for shard in place.shards]
     if any(found) and not all(found):
         left = [shard for shard, is_ignored in zip(place.shards, found, strict=True) if is_ignored]
         raise Stops(f"ignore has {', '.join(left)} and not the other projections of {place.name}")
@@ -128,29 +170,18 @@ def _ignored_shards(place: Place, ignored: Callable[[str], bool]) -> bool:
 def vllm(targets: Targets, place: Place) -> str | None:
     if place.is_experts:
         return _vllm_experts(targets, place)
-    if _vllm_ignores(targets, place):
+    if targets.ignore.first(place.name) or (place.shards and _ignored_shards(place, targets.ignore.first)):
         return None
-    listed = tuple(targets.groups)
-    return _first(place.name, listed) or _of_shards(place, listed) or _first(place.classes[0], listed, contains=True)
-
-
-def _vllm_ignores(targets: Targets, place: Place) -> bool:
-    if _first(place.name, targets.ignore) is not None:
-        return True
-    return bool(place.shards) and _ignored_shards(place, lambda shard: _first(shard, targets.ignore) is not None)
+    listed = targets.listed
+    return listed.first(place.name) or _of_shards(place, listed) or listed.of_class(place.classes[0])
 
 
 def _vllm_experts(targets: Targets, place: Place) -> str | None:
     """Asks for the projections of expert 0, and takes what they have for all."""
-    listed = list(targets.groups)
-    if "Linear" in listed and _EXPERTS not in listed:
-        listed.append(_EXPERTS)
+    listed = targets.with_experts
     found: list[str | None] = []
     for shard in place.shards:
-        if _first(shard, targets.ignore) is not None:
-            found.append(None)
-            continue
-        target = _first(shard, listed) or _first(_EXPERTS, listed, contains=True)
+        target = None if targets.ignore.first(shard) else listed.first(shard) or listed.of_class(_EXPERTS)
         found.append("Linear" if target == _EXPERTS and _EXPERTS not in targets.groups else target)
     schemes = [targets.groups[target] if target is not None else None for target in found]
     if any(scheme != schemes[0] for scheme in schemes):
@@ -191,17 +222,15 @@ def sglang(targets: Targets, place: Place) -> str | None:
     if place.is_experts:  # as vLLM did before 0.19: no other rule is known here
         return _vllm_experts(targets, place)
 
-    def ignored(name: str) -> bool:
-        return _first(name, targets.ignore, contains=True) is not None
-
-    if place.shards and place.name not in targets.ignore:
+    ignored = targets.ignore.first_within
+    if place.shards and place.name not in targets.ignore.entries:
         is_ignored = _ignored_shards(place, ignored)
     else:
-        is_ignored = ignored(place.name)
+        is_ignored = ignored(place.name) is not None
     if is_ignored:
         return None
-    listed = tuple(targets.groups)
-    found = _first(place.name, listed) or _first(place.classes[0], listed, contains=True) or _of_shards(place, listed)
+    listed = targets.listed
+    found = listed.first(place.name) or listed.of_class(place.classes[0]) or _of_shards(place, listed)
     if found is None:
         raise Stops("no target of config_groups matches it, and ignore does not have it")
     return found
@@ -212,14 +241,10 @@ def sglang(targets: Targets, place: Place) -> str | None:
 
 def compressed_tensors(targets: Targets, place: Place) -> str | None:
     """Exact names, then patterns, both in the order of the alphabet, then classes."""
-
-    def named(entry: str) -> bool:
-        return _is_match(place.name, entry) or entry in place.classes
-
-    if any(named(entry) for entry in targets.ignore):
+    if targets.ignore.first(place.name) or any(kind in targets.ignore.entries for kind in place.classes):
         return None
-    ordered = sorted(targets.groups, key=lambda target: ("re:" in target, target))
-    return _first(place.name, ordered) or next((target for target in ordered if target in place.classes), None)
+    named = targets.sorted.first(place.name)
+    return named or next((target for target in targets.sorted.entries if target in place.classes), None)
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
