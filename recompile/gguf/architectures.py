@@ -222,7 +222,12 @@ _GRANITE_FUSED = (
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
     for row in (
-        Architecture("llama", ("llama", "mistral", "mixtral"), _ATTENTION | _PRE_NORM | _MLP | _W123, permuted=True),
+        Architecture(
+            "llama",
+            ("llama", "mistral", "mixtral", "internlm3", "iquestcoder"),
+            _ATTENTION | _PRE_NORM | _MLP | _W123,
+            permuted=True,
+        ),
         Architecture("qwen2", ("qwen2",), _ATTENTION | _PRE_NORM | _MLP),
         Architecture("qwen3", ("qwen3",), _ATTENTION | _QK_NORMS | _PRE_NORM | _MLP),
         Architecture(
