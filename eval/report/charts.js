@@ -190,7 +190,7 @@ const RecompileCharts = (() => {
   }
 
   function layout(colours, xaxis, yaxis, more = {}) {
-    return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 62, r: 12, t: 8, b: 44 },
+    return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 62, r: 12, t: 30, b: 44 }, // the tool bar is above the plot and its legend
       font: { color: colours.ink, family: colours.font, size: 12.5 }, hovermode: "closest",
       hoverlabel: { bgcolor: colours.paper, bordercolor: colours.quiet, font: { color: colours.ink }, align: "left" },
       legend: { x: 1, xanchor: "right", y: 1, bgcolor: "rgba(0,0,0,0)", font: { size: 12 } }, xaxis, yaxis, ...more };

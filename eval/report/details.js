@@ -136,7 +136,7 @@ const RecompileDetails = (() => {
     const traces = found.map(({ one, n }) => ({ name: plain(one.name, 24), mode: "markers", ...style(n, colours), x: names.map((name) => value(one, name)), y: names.map((name) => plain(tools.nickname(name), 26)),
       hoverinfo: "text", hovertext: names.map((name) => `${plain(one.name)}<br>${plain(name, 80)}<br>KL by itself ${klText(value(one, name))}`) }));
     figure("attribution", { ...words, text: `Each group by itself in the reference; the ${names.length} most expensive.`, traces,
-      shape: layout(colours, logAxis(colours, "KL by itself, nats per token"), axis(colours, "", { type: "category", autorange: "reversed", dtick: 1, tickfont: { size: 10.5 } }), { ...LEGEND, margin: { l: 150, r: 12, t: 8, b: 44 } }) });
+      shape: layout(colours, logAxis(colours, "KL by itself, nats per token"), axis(colours, "", { type: "category", autorange: "reversed", dtick: 1, tickfont: { size: 10.5 } }), { ...LEGEND, margin: { l: 150, r: 12, t: 30, b: 44 } }) });
   }
 
   /* measured: of the page's data; tools: what figures are written with. Call again for another theme. */

@@ -219,6 +219,17 @@ def test_light_dark_and_phone_fit(browser: Any, report: tuple[Path, Path]) -> No
         )
 
 
+def test_the_tool_bar_of_a_chart_lies_beside_its_legend(browser: Any, report: tuple[Path, Path]) -> None:
+    with Page(browser, report[1]) as page:
+        for name in ("frontier", "trust", "tokens", "confidence", "drift"):
+            page.locator(f"#{name}").hover()
+            page.wait_for_timeout(100)
+            bar, legend = (page.locator(f"#{name} {part}").first.bounding_box() for part in (".modebar", ".legend"))
+            assert bar["width"] > 50, name
+            apart = bar["y"] + bar["height"] <= legend["y"] or legend["x"] + legend["width"] <= bar["x"]
+            assert apart or legend["y"] + legend["height"] <= bar["y"], name
+
+
 DETAILS = ("origins", "positions", "greedy", "caches", "attribution")
 
 
