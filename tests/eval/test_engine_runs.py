@@ -75,7 +75,8 @@ def test_a_missing_engine_names_the_pip_command(monkeypatch: pytest.MonkeyPatch)
         find_engine("ik_llama.cpp")
 
 
-def test_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RECOMPILE_ENGINES", str(tmp_path))  # none is installed there
     monkeypatch.setattr(builds.metadata, "version", lambda name: "99.0")
     with pytest.raises(EngineError, match=r"found muthuishere-modelnexus 99\.0 \(wanted 0\.2\.1\)"):
         find_engine("llama.cpp")
