@@ -5,12 +5,14 @@
 
 The base answers prompts (model_trace). Candidates are profiled (a sketch) and a recipe is chosen on the choose rows of
 the trace or of the default text; each recipe is built with GPTQ calibrated on the calibrate rows of the same source
-(--crossed: of either). The builds are measured on report rows of the trace, at the positions of responses, and on
-report rows of the text. With --work a run that was stopped goes on. Writes scripts/bench_results/trace.json.
+(--crossed: of either); one more is calibrated on as few tokens of text as the trace has responses, one on the prompts
+of the trace too. The builds are measured on report rows of the trace, at the positions of responses, and on report rows
+of the text. With --work a run that was stopped goes on. Writes scripts/bench_results/trace.json.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -29,9 +31,12 @@ from bench_record import RESULTS, birth_certificate, keep  # noqa: E402
 
 import recompile  # noqa: E402
 from eval.run_diff import ManyDiffs  # noqa: E402
+from recompile.model.rows import RowOptions  # noqa: E402
 
 OUT = RESULTS / "trace.json"
 SOURCES = ("text", "trace")
+EQUAL = "recipe text, calibrated text, as few tokens"
+PROMPTS = "recipe trace, calibrated trace, prompts too"
 
 
 def say(text: str) -> None:
@@ -69,19 +74,63 @@ class Bench:
                         self.base, made, recipe=path, rows=s["calibrate_rows"], **self.rows(calibration)
                     ),
                 )
-        judged = {}
-        for source in SOURCES:
-            say(f"judging on {source}")
-            given = {"trace": self.trace} if source == "trace" else {"length": s["length"]}
-            found = recompile.diff_many(list(builds.values()), self.base, rows=s["report_rows"], **given)
-            judged[source] = table(list(builds), found)
+        judged = {source: self.judged(source, builds) for source in SOURCES}
+        more = {
+            "equal": {EQUAL: self.equal(recipes["text"][0])},
+            "prompts": {PROMPTS: self.prompts(recipes["trace"][0])},
+        }
+        for source, found in judged.items():
+            for name, build in more.items():
+                found["builds"] |= self.judged(source, build, name)["builds"]
         return {
             **s,
             "model": self.base.name,
             "predicted_kl": {source: predicted for source, (_, predicted) in recipes.items()},
             "same_choices": self.same_choices(),
+            "calibrated_tokens": {
+                "text": s["calibrate_rows"] * s["length"],
+                "trace": self.trace_tokens(),
+                EQUAL: self.equal_rows * s["length"],
+                PROMPTS: self.trace_tokens("all"),
+            },
             "judged": judged,
         }
+
+    def judged(self, source: str, builds: dict[str, Path], name: str = "judged") -> dict[str, Any]:
+        """Kept in a file, as the builds are."""
+        kept = self.work / f"{name}-{source}.json"
+        if not kept.exists():
+            say(f"judging on {source}: {', '.join(builds)}")
+            given = {"trace": self.trace} if source == "trace" else {"length": self.settings["length"]}
+            found = recompile.diff_many(list(builds.values()), self.base, rows=self.settings["report_rows"], **given)
+            kept.write_text(json.dumps(table(list(builds), found)))
+        return dict(json.loads(kept.read_text()))
+
+    def trace_tokens(self, positions: str = "response") -> int:
+        """Of the trace, whose inputs count in the Hessians."""
+        where = RowOptions(
+            self.settings["calibrate_rows"], self.settings["length"], trace=self.trace, positions=positions
+        )
+        counted = where.read([self.base], "calibrate")[0].counted
+        assert counted is not None, "of a trace"
+        return int(counted.sum())
+
+    @property
+    def equal_rows(self) -> int:
+        """Of text, with about as many tokens as the calibration on the trace counts."""
+        return round(self.trace_tokens() / self.settings["length"])
+
+    def equal(self, recipe: Path) -> Path:
+        made = self.work / "text-equal"
+        how = {"rows": self.equal_rows, "length": self.settings["length"]}
+        self.timed(f"build: {EQUAL}", made, lambda: recompile.quantize(self.base, made, recipe=recipe, **how))
+        return made
+
+    def prompts(self, recipe: Path) -> Path:
+        made = self.work / "trace-prompts"
+        how = {"rows": self.settings["calibrate_rows"], "positions": "all", **self.rows("trace")}
+        self.timed(f"build: {PROMPTS}", made, lambda: recompile.quantize(self.base, made, recipe=recipe, **how))
+        return made
 
     def recipe(self, source: str) -> tuple[Path, float]:
         s = self.settings
