@@ -83,7 +83,7 @@ def quantize(
     dataset: str | None = None,
     input_ids: PathLike | None = None,
     trace: PathLike | None = None,
-    positions: str = "response",
+    positions: str = "all",
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,

@@ -90,7 +90,7 @@ class AutoOptions:
     text: Path | None
     dataset: str | None
     trace: Path | None
-    positions: str
+    positions: str | None
     max_memory: int | str | None
     verify: bool
     engine: str | None
@@ -168,7 +168,7 @@ def auto(
     text: api.PathLike | None = None,
     dataset: str | None = None,
     trace: api.PathLike | None = None,
-    positions: str = "response",
+    positions: str | None = None,
     max_memory: int | str | None = None,
     verify: bool = True,
     engine: str | None = None,
@@ -257,6 +257,7 @@ class _Auto:
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
         of_rows = ("text", "dataset", "trace", "positions", "device")
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
+        self.texts["positions"] = options.positions or "response"
         self._chosen: dict[str, Any] = {}  # by the minutes in all
         if options.prompts:
             self.texts["trace"] = self.work / "trace.safetensors"
@@ -450,7 +451,8 @@ class _Auto:
             how["rounding"] = options.rounding
         if self.gguf:  # with the importance that the candidates were made with
             how |= {"tokenizer_from": options.tokenizer_from, "imatrix": importance_file(self.profile)}
-        return api.quantize(self.base_dir, out, **what, **how, **shape, **self.texts, on_event=self.on_event)
+        texts = {**self.texts, "positions": options.positions or "all"}
+        return api.quantize(self.base_dir, out, **what, **how, **shape, **texts, on_event=self.on_event)
 
     def _measure(self) -> dict[str, Any]:
         from eval.mixes.builds import compare_builds
@@ -462,7 +464,7 @@ class _Auto:
             baselines = [self._uniform(mix.size_bytes)]
         if self.heals:
             baselines.insert(0, open_checkpoint(self.built))
-        where = (options.text, options.dataset, None, self.texts["trace"], options.positions)
+        where = (options.text, options.dataset, None, self.texts["trace"], self.texts["positions"])
         rows = RowOptions(options.rows, options.length, *where)
         result, measured = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
         recipe = {"recipe_name": mix_name(self.out), "recipe": self.recipe.read_text()}

@@ -80,7 +80,9 @@ from recompile.planning import TARGETS
 @click.option("--calibration-rows", default=64, show_default=True, help="Rows to quantize with.")
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text.")
 @click.option("--dataset", help="A data set of the `datasets` library, e.g. wiki2.")
-@partial(trace_options, more=" make: the base answers prompts first, for as many rows as all stages need.")
+@partial(
+    trace_options, more=" make: the base answers prompts first, for as many rows as all stages need.", default=None
+)
 @max_memory_option("For the profile")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Also make and measure a uniform build.")
 @device_options

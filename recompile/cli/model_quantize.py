@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     help="Matrices that are quantized whatever their role is.",
 )
 @text_options(rows=64, length=512)
-@trace_options
+@partial(trace_options, default="all")
 @device_options
 @output_options
 def main(json_path: Path | None, quiet: bool, **options: Any) -> None:

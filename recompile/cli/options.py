@@ -104,8 +104,8 @@ def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = Fa
     return add
 
 
-def trace_options(function: Callable[..., Any], more: str = "") -> Callable[..., Any]:
-    """`--trace --positions`; more: to go on the help of --trace."""
+def trace_options(function: Callable[..., Any], more: str = "", default: str | None = "response") -> Callable[..., Any]:
+    """`--trace --positions`; more: to go on the help of --trace; default: of --positions, None where stages differ."""
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> Any:
@@ -117,8 +117,8 @@ def trace_options(function: Callable[..., Any], more: str = "") -> Callable[...,
     with_positions = click.option(
         "--positions",
         type=click.Choice(["response", "all"]),
-        default="response",
-        show_default=True,
+        default=default,
+        show_default=default or "all to quantize with, else response",
         help="Of a trace: which predictions count, those of the response's tokens or all.",
     )(checked)
     return click.option(
