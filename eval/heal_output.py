@@ -18,10 +18,10 @@ from recompile.errors import OutputError
 from recompile.gguf.container import SPLIT_KEYS, GgufTensor, NewTensor, encode_key, write_gguf
 from recompile.io.files import OutputDirectory, write_json
 from recompile.merge.write_gguf import PROVENANCE
+from recompile.model.used_rows import HEAL_KEY
 from recompile.quantize.movable import Movable
 
 REPORT = "heal_report.json"
-REPORT_KEY = f"{PROVENANCE}heal"  # of GGUF files
 COPY_BYTES = 1 << 24
 
 
@@ -74,7 +74,7 @@ def _bytes_of(value: Tensor) -> bytes:
 
 def _write_gguf(build: GgufCheckpoint, movables: Mapping[str, Movable], out: Path, report: Mapping[str, Any]) -> None:
     records = [record for key, record in build.file.records(SPLIT_KEYS).items() if not key.startswith(PROVENANCE)]
-    records.append(encode_key(REPORT_KEY, json.dumps(dict(report))))
+    records.append(encode_key(HEAL_KEY, json.dumps(dict(report))))
     moving: dict[str, list[Movable]] = {}
     for movable in movables.values():
         moving.setdefault(movable.tensor, []).append(movable)

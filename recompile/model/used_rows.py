@@ -1,7 +1,8 @@
 """Which rows something was made of: kept in reports and journals, so that no row is used in two roles.
 
-Builds say so in their quantize_report.json and heal_report.json, profiles in their header. Documents are what counts:
-the prompt of a row of a trace, the texts of a row of text, the tokens of a row that came as such.
+Builds say so in their quantize_report.json and heal_report.json (healed GGUF files in a key), profiles in their header.
+Documents are what counts: the prompt of a row of a trace, the texts of a row of text, the tokens of a row that came as
+such.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from recompile.errors import MismatchError
 from recompile.events import Note, OnEvent, ignore
-from recompile.io.files import read_json
+from recompile.gguf.container import is_gguf, open_gguf
+from recompile.io.files import parse_json, read_json
 
 if TYPE_CHECKING:
     from recompile.model.tokens import Rows
 
 REPORTS = ("quantize_report.json", "heal_report.json")
+HEAL_KEY = "recompile.heal"  # of a healed GGUF file: its report
 NAMED = 3  # documents that a message names
 
 
@@ -46,6 +49,11 @@ def recorded_rows(folders: Iterable[Path]) -> list[tuple[str, UsedRows]]:
     """What builds say that they were made of, each with the file that says it. Builds of other tools say nothing."""
     found = []
     for folder in folders:
+        if is_gguf(folder):
+            report = open_gguf(folder).value(HEAL_KEY)
+            if isinstance(report, str):
+                found += [(str(folder), used) for used in _read(parse_json(report, f"{folder}: {HEAL_KEY}"))]
+            continue
         for name in REPORTS:
             path = folder / name
             if path.is_file():

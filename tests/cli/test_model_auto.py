@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 import recompile
-from eval.heal_output import REPORT_KEY
 from recompile import check
 from recompile.auto import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
@@ -19,6 +18,7 @@ from recompile.cli import model_auto
 from recompile.costs import load_profile
 from recompile.errors import NotBetterError
 from recompile.gguf.container import open_gguf
+from recompile.model.used_rows import HEAL_KEY
 from recompile.planning import split_minutes
 from recompile.recipe.recipe import load_recipe
 from tests import tiny
@@ -233,7 +233,7 @@ def test_a_gguf_mix_is_healed_or_stays_as_it_was_built(text: Path, tmp_path: Pat
     mix, built, _ = json.loads((tmp_path / "r.json").read_text())["builds"]
     assert (Path(mix["build"]).name, Path(built["build"]).name) == ("MIX.gguf", "built.gguf")
     assert mix["total_bytes"] == built["total_bytes"] == open_checkpoint(out).size_bytes
-    is_healed = REPORT_KEY in open_gguf(out).keys
+    is_healed = HEAL_KEY in open_gguf(out).keys
     assert is_healed == (mix["kl_nats"] != built["kl_nats"]) == ("stays as it was built" not in said)
     assert not (tmp_path / "MIX.gguf.work" / "built.gguf").exists()
 

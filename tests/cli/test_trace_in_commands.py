@@ -48,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = traces.write_prompts(folder / "prompts.jsonl", copies=3)
     recompile.trace(traces.model(), folder / "trace.safetensors", prompts=prompts, tokens=12)
     options = ("--trace", folder / "trace.safetensors", "-l", LENGTH, "-g", tiny.GROUP_SIZE, "--quiet")
-    run(model_quantize, "-i", traces.model(), "-o", folder, "-b", 3, 4, *options, "--json", folder / "made.json")
+    more = ("--positions", "response", "--json", folder / "made.json")
+    run(model_quantize, "-i", traces.model(), "-o", folder, "-b", 3, 4, *options, *more)
     return folder
 
 
@@ -127,7 +128,8 @@ def test_quantizing_takes_calibrate_rows(folder: Path, tmp_path: Path) -> None:
     assert tokens == {int(rows.counted.sum())}
     assert json.loads((folder / "made.json").read_text())["rows"]["role"] == "calibrate"
     options = ("-i", traces.model(), "-b", 3, "-g", tiny.GROUP_SIZE, "-l", LENGTH, "--quiet")
-    said = run(model_quantize, *options, "-o", tmp_path, "--trace", folder / "trace.safetensors", "--positions", "all")
+    said = run(model_quantize, *options, "-o", tmp_path, "--trace", folder / "trace.safetensors")  # of all positions
+    assert json.loads((tmp_path / "3bpw" / "quantize_report.json").read_text())["rows"]["positions"] == "all"
     assert f"calibrated on {len(rows.ids)} rows, trace.safetensors, written by talking" in said
     assert "role calibrate" in said
     one, other = (load_file(path / "3bpw" / "model.safetensors") for path in (folder, tmp_path))
@@ -140,7 +142,7 @@ def test_two_sided_rounding_takes_them_too(folder: Path, tmp_path: Path) -> None
     options = ("--rounding", "two-sided", "--stats", tmp_path / "stats", "-g", tiny.GROUP_SIZE, "-l", LENGTH, "--quiet")
     run(
         model_quantize, "-i", traces.model(), "-o", tmp_path, "-b", 3, *options,
-        "--trace", folder / "trace.safetensors",
+        "--trace", folder / "trace.safetensors", "--positions", "response",
     )  # fmt: skip
     about = json.loads((tmp_path / "stats" / "statistics.json").read_text())
     assert about["made_of"]["rows"] == rows.sha256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from eval.diff import DiffReport, compare
 from eval.heal import HealOptions, HealReport, heal
-from eval.heal_output import REPORT_KEY, write_healed
+from eval.heal_output import write_healed
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.cli.model_heal import main as model_heal
 from recompile.formats.gguf_types import TYPES, GgufType
 from recompile.gguf.container import NewTensor, encode_key, open_gguf, write_gguf
+from recompile.model.used_rows import HEAL_KEY, UsedRows, recorded_rows
 from recompile.quantize.gguf import plan_variants
 from recompile.quantize.gguf_build import build_variants
 from recompile.quantize.movable import Movable, MovedBuild, find_movables
@@ -148,7 +150,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, architecture: str,
 @pytest.mark.parametrize(("kind", "architecture"), [("Q4_0", "llama"), ("Q4_1", "gemma2"), ("Q4_0", "qwen2-moe")])
 def test_what_is_written_is_what_was_measured(kind: str, architecture: str, tmp_path: Path) -> None:
     build, base = made(tmp_path, kind, architecture, damaged=True), open_checkpoint(tiny.base(architecture))
-    out, rows = tmp_path / "healed.gguf", make_rows()
+    out, rows = tmp_path / "healed.gguf", replace(make_rows(), used=(UsedRows("calibrate", ("a", "b")),))
     *_, report = heal(build, base, out, rows, OPTIONS)
     assert isinstance(report, HealReport)
     assert report.kept
@@ -175,7 +177,8 @@ def test_what_is_written_is_what_was_measured(kind: str, architecture: str, tmp_
     *_, measured = compare(healed, base, rows.report)
     assert isinstance(measured, DiffReport)
     assert measured.kl_rows == pytest.approx(report.kl_rows["report"], rel=1e-4)
-    assert json.loads(healed.file.value(REPORT_KEY))["best_step"] == report.best_step
+    assert json.loads(healed.file.value(HEAL_KEY))["best_step"] == report.best_step
+    assert [(used.role, used.documents) for _, used in recorded_rows([out])] == [("calibrate", ("a", "b"))]
     assert not list(tmp_path.glob("*.healing"))
     assert not list(tmp_path.glob("*.partial"))
 
