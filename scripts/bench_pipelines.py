@@ -44,6 +44,7 @@ from recompile.checkpoint.checkpoint import open_checkpoint  # noqa: E402
 from recompile.model.rows import RowOptions  # noqa: E402
 
 OUT = RESULTS / "pipelines.json"
+OURS = "model_auto"
 
 
 @dataclass(frozen=True)
@@ -99,28 +100,31 @@ def run_one(family: str, model: str, size: str, settings: Mapping[str, Any], wor
     given = dict(kind.ours)
     if family == "gguf":
         given["tokenizer_from"] = make_base.find_gguf()
-    ours: dict[str, tuple[str, float | None]] = {"mix, feedback": ("one-sided", None)}
-    if settings["heal_minutes"] > 0:
-        ours["mix, feedback, healed"] = ("one-sided", settings["heal_minutes"])
-    for name, (rounding, heal) in ours.items():
-        out = work / f"{size}-{'healed' if heal else 'built'}" / kind.file
-        out.parent.mkdir(parents=True, exist_ok=True)
-        report = recompile.auto(
-            base,
-            out,
-            size=largest,
-            rounding=rounding,
-            heal=heal,
-            rows=settings["rows"],
-            length=settings["length"],
-            samples=settings["samples"],
-            calibration_rows=settings["calibrate_rows"],
-            search_minutes=settings["search_minutes"],
-            verify=False,
-            **given,
-        )
-        builds[f"model_auto: {name}"] = out
-        seconds[name] = round(sum(report.seconds.values()), 1)
+    mix = work / f"{size}-mix" / kind.file
+    mix.parent.mkdir(parents=True, exist_ok=True)
+    report = recompile.auto(
+        base,
+        mix,
+        size=largest,
+        rounding="one-sided",
+        rows=settings["rows"],
+        length=settings["length"],
+        samples=settings["samples"],
+        calibration_rows=settings["calibrate_rows"],
+        search_minutes=settings["search_minutes"],
+        verify=False,
+        **given,
+    )
+    builds[f"{OURS}: mix, feedback"] = mix
+    seconds["mix"] = round(sum(report.seconds.values()), 1)
+    if settings["heal_minutes"] > 0:  # what model_auto --heal does last
+        healed = mix.with_name(f"healed-{kind.file}")
+        began = time.monotonic()
+        if not healed.exists():
+            judges = {"rows": settings["rows"], "length": settings["length"]}
+            recompile.heal(mix, base, healed, minutes=settings["heal_minutes"], **judges)
+        builds[f"{OURS}: mix, feedback, healed"] = healed
+        seconds["healing"] = round(time.monotonic() - began, 1)
     return {
         "family": family,
         "model": model,
@@ -141,7 +145,7 @@ def judged(base: Path, builds: Mapping[str, Path], settings: Mapping[str, Any]) 
     found: dict[str, list[DiffReport]] = {}
     for kind, ids in (("text", rows.report), ("other_text", rows.second)):
         found[kind] = measure_many(list(opened.values()), reference, ids, DiffOptions(vocab=vocab))
-    peers = [number for number, name in enumerate(opened) if not name.startswith("model_auto")]
+    peers = [number for number, name in enumerate(opened) if not name.startswith(OURS)]
     best = min(peers, key=lambda number: found["text"][number].kl.mean)
     told = []
     for number, (name, build) in enumerate(opened.items()):
