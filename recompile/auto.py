@@ -186,7 +186,8 @@ def auto(
     bits, total_bpw, size: the one budget, as in `optimize`; candidates: made on the fly, as in `profile`; variants:
     merge these directories instead, the first is the one that recipes start from
     engine: "llama.cpp", "exllamav2", "exllamav3", "mlx", "vllm" or "transformers": format and candidates where they are
-    not given, and rules that the choice keeps; rounding: as in `quantize`; heal: minutes of healing of the finished mix
+    not given, and rules that the choice keeps; rounding: as in `quantize`, GGUF types at least one-sided
+    heal: minutes of healing of the finished mix
     minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave;
     search_minutes: of a solver that measures
     trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
@@ -267,6 +268,11 @@ class _Auto:
             self.rounding = {"group_size": self.group_size, "asym": options.asym}
 
     @property
+    def _rounding(self) -> str | None:
+        """GGUF types are rounded with error feedback here, though not by `quantize`, unless it is said otherwise."""
+        return self.options.rounding or ("one-sided" if self.gguf else None)
+
+    @property
     def heals(self) -> bool:
         return self.options.heal is not None
 
@@ -306,7 +312,7 @@ class _Auto:
             calibration_rows=options.calibration_rows,
             search_minutes=options.search_minutes,
             solver=options.solver,
-            rounding=options.rounding,
+            rounding=self._rounding,
             heal_minutes=options.heal,
             builds=not options.variants,
             verify=options.verify,
@@ -370,7 +376,7 @@ class _Auto:
             "dtype": options.dtype,
             **({} if self.is_plain else {"format": self.format}),
             **({"engine": options.engine} if options.engine else {}),
-            **({"rounding": options.rounding} if options.rounding else {}),
+            **({"rounding": self._rounding} if self._rounding else {}),
             **({"heal": options.heal} if self.heals else {}),
             **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
             **({"trace": [self._identity_of(options.trace), options.positions]} if options.trace else {}),
@@ -447,8 +453,8 @@ class _Auto:
         options = self.options
         shape: dict[str, Any] = {"rows": options.calibration_rows, "length": options.length, "dtype": options.dtype}
         how: dict[str, Any] = dict(self.rounding)
-        if options.rounding is not None:
-            how["rounding"] = options.rounding
+        if self._rounding is not None:
+            how["rounding"] = self._rounding
         if self.gguf:  # with the importance that the candidates were made with
             how |= {"tokenizer_from": options.tokenizer_from, "imatrix": importance_file(self.profile)}
         texts = {**self.texts, "positions": options.positions or "all"}

@@ -60,7 +60,7 @@ from recompile.planning import TARGETS
     type=click.Choice(list(TARGETS)),
     help="The engine that is to load the mix: sets format and candidates, and keeps its rules.",
 )
-@rounding_option("As in model_quantize; two-sided takes longer and loses less.")
+@rounding_option("As in model_quantize; two-sided takes longer and loses less. GGUF types: one-sided if left out.")
 @click.option(
     "--heal", metavar="MINUTES", type=float, help="Tune scales, norms and biases of the finished mix for so long."
 )
