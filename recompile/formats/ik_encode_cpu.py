@@ -27,6 +27,8 @@ import numpy as np
 from numba import get_num_threads, njit
 from numpy.typing import NDArray
 
+from recompile.io.threads import torch_threads_kept
+
 _FASTMATH = {"nnan", "nsz", "contract", "reassoc"}  # no NaN ever enters; sums may be fused and reordered
 _LANES = 16  # lane = 8 * (scale is negative) + 4 * (shift bit) + place among four candidates
 _F16_MAX = 65504.0
@@ -102,7 +104,8 @@ def search(target: Target, weight: NDArray[np.float32], importance: NDArray[np.f
             places, factors, *(array[part] for array in found),
         )  # fmt: skip
 
-    threads = min(get_num_threads(), rows)
+    with torch_threads_kept():
+        threads = min(get_num_threads(), rows)
     chunks = 1 if threads == 1 else min(rows, 4 * threads)  # a few a thread, since the cores may be shared
     parts = [slice(rows * i // chunks, rows * (i + 1) // chunks) for i in range(chunks)]
     if threads == 1:

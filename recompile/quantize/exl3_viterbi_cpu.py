@@ -22,6 +22,8 @@ import numpy as np
 from numba import get_num_threads, njit, prange
 from numpy.typing import NDArray
 
+from recompile.io.threads import torch_threads_kept
+
 _FASTMATH = {"nnan", "nsz", "contract", "reassoc"}  # no NaN ever enters; costs may be fused and reordered
 _UNREACHED = np.float32(1e30)  # finite: fastmath on infinities is undefined
 _CHUNK = {3: 4}  # log2 of leaving nodes that share an entering node -> symbols unrolled; 8 elsewhere
@@ -35,10 +37,11 @@ def viterbi_cpu(targets: NDArray[np.float32], table: NDArray[np.float32], bits: 
     bits:    K = 1..8, or 1.5, 2.5, 3.5
     returns: int32 [tiles, 256], states 0..65535
     """
-    chunks = min(len(targets), 4 * get_num_threads())  # a few a thread, since the cores may be shared
     states = np.empty(targets.shape, np.int32)
-    if chunks:
-        _kernel(bits)(np.ascontiguousarray(targets), table, states, chunks)
+    with torch_threads_kept():
+        chunks = min(len(targets), 4 * get_num_threads())  # a few a thread, since the cores may be shared
+        if chunks:
+            _kernel(bits)(np.ascontiguousarray(targets), table, states, chunks)
     return states
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 
@@ -257,3 +259,28 @@ def test_inputs_that_cannot_be_encoded(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         quantize_exl3(weight, hessian, 4, bias=bias)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "from recompile.quantize.exl3_viterbi_cpu import viterbi_cpu\n"
+        "viterbi_cpu(np.zeros((2, 256), np.float32), np.linspace(-1, 1, 65536, dtype=np.float32), 2)",
+        "from recompile.formats.ik import quantize\nquantize('IQ4_KSS', torch.randn(4, 256))",
+    ],
+    ids=["exl3", "ik"],
+)
+def test_torch_keeps_its_threads(work: str) -> None:
+    """In a process where numba has not started its own yet; it does so once."""
+    pytest.importorskip("numba")
+    code = f"""
+import numpy as np, torch
+torch.set_num_threads(1)
+torch.ones(100, 100) @ torch.ones(100, 100)  # torch starts its threads with its first work
+assert torch.get_num_threads() == 1
+{work}
+print(torch.get_num_threads())
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
