@@ -473,11 +473,11 @@ class _Auto:
         where = (options.text, options.dataset, None, self.texts["trace"], self.texts["positions"])
         rows = RowOptions(options.rows, options.length, *where)
         result, measured = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
-        recipe = {"recipe_name": mix_name(self.out), "recipe": self.recipe.read_text()}
+        header = load_profile(self.profile).header
+        recipe = {"recipe": self.recipe.read_text(), "candidate_dir": header.candidate(header.base).model_dir}
         names = [mix_name(self.out), *([f"{mix_name(self.out)} before healing"] if self.heals else [])]
         for one, name in zip(measured, names, strict=False):
-            base = load_profile(self.profile).header
-            one |= recipe | {"recipe_name": name, "candidate_dir": base.candidate(base.base).model_dir}
+            one |= {**recipe, "recipe_name": name}
         write_json(self.work / MEASURED, {"candidates": measured})
         for made in ("uniform", "built"):
             shutil.rmtree(self.work / made, ignore_errors=True)

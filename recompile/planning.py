@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -157,6 +158,7 @@ class Sizes:
         return Sizes(body, head, hidden, layers, cubes)
 
 
+@functools.cache  # plans of one run are compared with each other
 def flops_per_second(device: str = "cpu") -> float:
     """Multiplications and additions a second of a float32 matrix product here, the best of a few."""
     import torch

@@ -262,22 +262,23 @@ def _make_gguf(
     keys_of = open_gguf(options.tokenizer_from) if options.tokenizer_from is not None else None
     # refuses what it must before the long work
     plan = plan_variants(base, folder, names, tokenizer_from=keys_of, provenance=provenance)
-    given, used = options.imatrix, None
+    given, rows, feeds_back = options.imatrix, None, options.rounding is not None or options.two_sided
+    if feeds_back or (given is None and options.importance):
+        rows, vocab = options.where.read([base.path], "calibrate")
+        check_vocabulary(base, vocab)
     if given is not None and given.suffix == ".safetensors":
         plan = replace(plan, importance=Importance(read_importance(given), source=str(given)))
     elif given is not None:
         plan = replace(plan, importance=importance_from(read_imatrix(given), plan.tensors, str(given)))
     elif options.importance:
-        rows, vocab = options.where.read([base.path], "calibrate")
-        check_vocabulary(base, vocab)
+        assert rows is not None, "read for this"
         found = calibrate_importance(base, rows, options.device, options.dtype, on_event)
-        plan, used = replace(plan, importance=found), UsedRows.of(rows, "calibrate")
+        plan = replace(plan, importance=found)
         if options.save_imatrix is not None:
             write_imatrix(options.save_imatrix, imatrix_of(found, plan.tensors, rows.ids.shape[1]))
     outputs: StoredStatistics | None = None
-    if options.rounding is not None or options.two_sided:
-        rows, vocab = options.where.read([base.path], "calibrate")
-        check_vocabulary(base, vocab)
+    if feeds_back:
+        assert rows is not None, "read for this"
         if options.two_sided:
             assert measure_outputs is not None, "handed in by recompile.api"
             outputs = _output_statistics(base, out, rows, options, measure_outputs, on_event)
@@ -288,7 +289,6 @@ def _make_gguf(
             dtype=compute_dtype(options.dtype),
             counted=rows.counted,
         )
-        used = UsedRows.of(rows, "calibrate")
         key = f"{rows.sha256} {outputs.fingerprint if outputs is not None else ''}"
         plan = replace(plan, feedback=Feedback(inputs, outputs, key))
     report: VariantsReport | None = None
@@ -301,7 +301,7 @@ def _make_gguf(
     assert report is not None, "build_variants ends with its report"
     if outputs is not None and options.stats is None:
         shutil.rmtree(outputs.path)
-    return replace(report, rows=used)
+    return replace(report, rows=None if rows is None else UsedRows.of(rows, "calibrate"))
 
 
 def calibrate_importance(
