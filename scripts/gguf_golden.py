@@ -46,11 +46,16 @@ def vocabulary(self):
     self.gguf_writer.add_token_list(tokens)
     self.gguf_writer.add_token_types([1] * len(tokens))
 SIZE = int(sys.argv[1])
+load_hparams = ModelBase.load_hparams
 for base in map(Path, sys.argv[2:]):
     try:
+        ModelBase.load_hparams = staticmethod(load_hparams)
         settings, stored = ModelBase.load_hparams(base, False), json.loads((base / "config.json").read_text())
         for key, value in stored.items():  # what transformers, which reads it for the converter, drops
             settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+        if "hybrid_override_pattern" in stored:  # of which transformers makes a model with experts, whatever it is
+            settings = stored
+            ModelBase.load_hparams = staticmethod(lambda *_, **__: stored)
         kind = get_model_class(get_model_architecture(settings, ModelType.TEXT), mmproj=False)
         for inner in vars(kind).values():  # some classes only choose another one
             if isinstance(inner, type):
@@ -94,6 +99,8 @@ def make_base(name: str, folder: Path) -> dict[str, Any]:
     config = trimmed(json.loads((folder / "config.json").read_text())) | kept
     for outer, stored in gguf_tiny.STORED.get(name, {}).items():
         config[outer] = config[outer] | stored if isinstance(stored, dict) else stored
+        if stored is None:
+            del config[outer]
     return {"config": config, "hf": shapes}
 
 

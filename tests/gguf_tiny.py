@@ -58,6 +58,16 @@ YARN = {
 }
 TYPED = {**YARN, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "type": "yarn"}
 GRANITE = {"embedding_multiplier": 6.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+STATE = {
+    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_d_conv": 4,
+    "mamba_expand": 2, "shared_intermediate_size": 48, "position_embedding_type": "nope",
+    "layer_types": ["mamba", "attention"],
+}  # fmt: skip
+NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96}
+NEMOTRON_H = {
+    **HEAD, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2, "conv_kernel": 4,
+    "num_hidden_layers": None, "use_mamba_kernels": False,
+}  # fmt: skip
 SHORT_CONV = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "tie_word_embeddings": True}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8}
@@ -172,6 +182,33 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", GRANITE),
     "granitemoe": ("granitemoe", {**GRANITE, **LOCAL_MOE}),
     "granitemoe shared": ("granitemoeshared", {**GRANITE, **LOCAL_MOE, "shared_intermediate_size": 48}),
+    "granitehybrid": ("granitemoehybrid", {**GRANITE, **STATE, **LOCAL_MOE}),
+    "granitehybrid dense": ("granitemoehybrid", {**GRANITE, **STATE, **NO_EXPERTS}),
+    "granite of a hybrid": (
+        "granitemoehybrid",
+        {
+            **GRANITE,
+            **STATE,
+            **NO_EXPERTS,
+            "position_embedding_type": "rope",
+            "layer_types": ["attention"] * 2,
+        },
+    ),
+    "granitemoe of a hybrid": (
+        "granitemoehybrid",
+        {**GRANITE, **STATE, **LOCAL_MOE, "position_embedding_type": "rope", "layer_types": ["attention"] * 2},
+    ),
+    "nemotron_h": ("nemotron_h", {**NEMOTRON_H, "layers_block_type": ["mamba", "attention", "mlp"]}),
+    "nemotron_h_moe": (
+        "nemotron_h",
+        {
+            **NEMOTRON_H,
+            **GROUPED,
+            "n_group": 1,
+            "moe_shared_expert_intermediate_size": 48,
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        },
+    ),
     "command-r": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {**WINDOW, **FOURTH, "tie_word_embeddings": True, "logit_scale": 0.25, "rotary_pct": 1.0}),
     "ernie4_5": ("ernie4_5", HEAD),
@@ -286,7 +323,7 @@ EXTRA = (
     "full_attention_interval",
     "global_head_dim",
 )  # transformers drops them
-STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it, and transformers does not
+STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it (None: does not)
     "bailingmoe2": {  # Sarvam's: of its router's bias the converter takes the mean away, which chooses the same experts
         "architectures": ["BailingMoeV2ForCausalLM"],
         "num_experts": 4,
@@ -298,6 +335,33 @@ STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it, a
     "llama in llava": {"text_config": {"architectures": ["LlamaForCausalLM"]}},
     "llama in smolvlm": {"text_config": {"architectures": ["VLlama3ForCausalLM"]}},
     "lfm2 in lfm2-vl": {"text_config": {"architectures": ["Lfm2ForCausalLM"]}},
+    "granitehybrid": {"layer_types": ["mamba", "attention"], "position_embedding_type": "nope"},
+    "granitehybrid dense": {"layer_types": ["mamba", "attention"], "position_embedding_type": "nope"},
+    "granite of a hybrid": {"layer_types": ["attention"] * 2},
+    "granitemoe of a hybrid": {"layer_types": ["attention"] * 2},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*-",
+        "layers_block_type": None,
+        "num_hidden_layers": 3,
+        "rms_norm_eps": 1e-5,
+    }
+    | dict.fromkeys(
+        (
+            "num_experts_per_tok",
+            "n_routed_experts",
+            "n_shared_experts",
+            "moe_intermediate_size",
+            "n_group",
+            "topk_group",
+        )
+    ),
+    "nemotron_h_moe": {
+        "hybrid_override_pattern": "ME*E",
+        "layers_block_type": None,
+        "num_hidden_layers": 4,
+        "rms_norm_eps": 1e-5,
+        "scoring_func": None,
+    },
     "hunyuan-moe": {"moe_intermediate_size": [32, 32], "num_shared_expert": [1, 1], "moe_topk": [2, 2]},
     "afmoe": {"route_norm": True, "score_func": "sigmoid"},
     "mistral3": {"rope_parameters": TYPED},

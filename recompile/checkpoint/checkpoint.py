@@ -36,10 +36,10 @@ from recompile.gguf.config import config_of
 from recompile.gguf.container import GgufFile, GgufTensor, find_gguf, is_gguf, open_gguf
 from recompile.gguf.keys import heads_in
 from recompile.gguf.names import (
-    ARCHITECTURES,
     Heads,
     Joined,
     Place,
+    architecture_in,
     is_stacked,
     joined_of,
     places_of,
@@ -476,7 +476,7 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
     label = os.fspath(path)
     file = open_gguf(path)
     config, notes = config_of(file)
-    architecture = ARCHITECTURES.get(str(file.value("general.architecture")))
+    architecture = architecture_in(file.value("general.architecture"), file.tensors)
     beside = file.path.parent / "config.json"
     if beside.is_file() and architecture is not None and not architecture.read_as:
         found = read_json(beside)

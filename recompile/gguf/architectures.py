@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -107,6 +108,25 @@ _SHORT_CONV = {
     "ffn_down": "feed_forward.w2",
 }
 _SHORT_CONV_OUTER = {"token_embd": "model.embed_tokens", "token_embd_norm": "model.embedding_norm", "output": "lm_head"}
+_GRANITE_STATE = {  # Mamba 2 beside attention
+    "ssm_in": "mamba.in_proj",
+    "ssm_conv1d": "mamba.conv1d",
+    "ssm_norm": "mamba.norm",
+    "ssm_out": "mamba.out_proj",
+}
+_GRANITE_STATE_TENSORS = {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias"}
+_NEMOTRON_H = {  # every layer is one block, called a mixer whatever it is
+    "attn_norm": "norm",
+    "attn_q": "mixer.q_proj",
+    "attn_k": "mixer.k_proj",
+    "attn_v": "mixer.v_proj",
+    "attn_output": "mixer.o_proj",
+    "ffn_up": "mixer.up_proj",
+    "ffn_down": "mixer.down_proj",
+    **{leaf: there.replace("mamba", "mixer") for leaf, there in _GRANITE_STATE.items()},
+}
+_NEMOTRON_H_TENSORS = {leaf: there.replace("mamba", "mixer") for leaf, there in _GRANITE_STATE_TENSORS.items()}
+_NEMOTRON_H_OUTER = {"token_embd": "backbone.embeddings", "output_norm": "backbone.norm_f", "output": "lm_head"}
 _POST_NORM_LAYER = {leaf: there for leaf, there in _ATTENTION.items() if leaf != "attn_norm"} | _QK_NORMS | _POST_NORMS
 _HUNYUAN_NORMS = {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}
 _FALCON = {"token_embd": "transformer.word_embeddings", "output_norm": "transformer.ln_f", "output": "lm_head"}
@@ -170,6 +190,17 @@ class Architecture:
     runnable: bool = True
     cuts_vocabulary: bool = False
 
+    @cached_property
+    def reverse(self) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, Fused]]:
+        """Hugging Face leaf -> GGUF leaf for modules and tensors of a layer and for modules outside of layers, and what
+        is fused."""
+        return (
+            {there: here for here, there in self.layer.items()},
+            {there: here for here, there in self.tensors.items()},
+            {there: here for here, there in self.outer.items()},
+            {fused.hf: fused for fused in self.fused},
+        )
+
 
 def _kv_b() -> Fused:
     return Fused("self_attn.kv_b_proj.weight", ("attn_k_b.weight", "attn_v_b.weight"), "kv_b")
@@ -183,6 +214,12 @@ def _turned_experts(experts: str, how: str) -> tuple[Fused, ...]:
 
 
 _LINEAR_STEPS = {"ssm_a": ("neg_exp",), "ssm_conv1d.weight": ("conv",), "ffn_gate_inp_shexp.weight": ("column",)}
+_STATE_STEPS = {
+    "ssm_a": ("neg_exp", "upright"),
+    "ssm_d": ("upright",),
+    "ssm_conv1d.weight": ("conv",),
+    "ssm_norm.weight": ("groups",),
+}
 # Qwen3.5 also reorders the heads of values: those of one key head are together in Hugging Face's files
 _VALUE_HEADS = {
     "ssm_a": ("neg_exp", "value_heads"),
@@ -218,6 +255,12 @@ _GRANITE_FUSED = (
     Fused("shared_mlp.input_linear.weight", ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), "rows"),
     Fused("shared_mlp.output_linear.weight", ("ffn_down_shexp.weight",), "rows"),
 )
+_GRANITE_SHARED = {  # the shared expert where there are no others
+    "ffn_gate": "shared_mlp.gate_proj",
+    "ffn_up": "shared_mlp.up_proj",
+    "ffn_down": "shared_mlp.output_linear",
+}
+_GRANITE_SHARED_FUSED = (Fused("shared_mlp.input_linear.weight", ("ffn_gate.weight", "ffn_up.weight"), "rows"),)
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
@@ -418,6 +461,44 @@ ARCHITECTURES: dict[str, Architecture] = {
             permuted=True,
             fused=_GRANITE_FUSED,
         ),
+        Architecture(
+            "granitehybrid",
+            ("granitemoehybrid",),
+            _ATTENTION | _GRANITE_STATE | _PRE_NORM | _GRANITE_MOE,
+            _GRANITE_STATE_TENSORS,
+            permuted=True,
+            steps=_STATE_STEPS,
+            fused=_GRANITE_FUSED,
+        ),
+        Architecture(
+            "nemotron_h",
+            ("nemotron_h",),
+            _NEMOTRON_H,
+            _NEMOTRON_H_TENSORS,
+            outer=_NEMOTRON_H_OUTER,
+            layers="backbone.layers",
+            permuted=True,
+            steps=_STATE_STEPS,
+        ),
+        Architecture(
+            "nemotron_h_moe",
+            ("nemotron_h",),
+            _NEMOTRON_H
+            | {
+                "ffn_gate_inp": "mixer.gate",
+                "ffn_up_exps": "mixer.experts.{}.up_proj",
+                "ffn_down_exps": "mixer.experts.{}.down_proj",
+                "ffn_up_shexp": "mixer.shared_experts.up_proj",
+                "ffn_down_shexp": "mixer.shared_experts.down_proj",
+                "ffn_latent_down": "mixer.fc1_latent_proj",
+                "ffn_latent_up": "mixer.fc2_latent_proj",
+            },
+            _NEMOTRON_H_TENSORS | {"exp_probs_b.bias": "mixer.gate.e_score_correction_bias"},
+            outer=_NEMOTRON_H_OUTER,
+            layers="backbone.layers",
+            permuted=True,
+            steps=_STATE_STEPS,
+        ),
         Architecture("command-r", ("cohere",), _ATTENTION | _QK_NORMS | _MLP),
         Architecture("cohere2", ("cohere2",), _ATTENTION | _MLP),
         Architecture("ernie4_5", ("ernie4_5",), _ATTENTION | _PRE_NORM | _MLP),
@@ -592,6 +673,27 @@ ARCHITECTURES: dict[str, Architecture] = {
             outer=OUTER | {"token_embd": "model.word_embeddings"},
         ),
     )
+}
+
+
+# Rows of the same architectures for models whose layers are named or fused otherwise.
+VARIANTS: dict[str, Architecture] = {
+    "granitehybrid without experts": Architecture(
+        "granitehybrid",
+        ("granitemoehybrid",),
+        _ATTENTION | _GRANITE_STATE | _PRE_NORM | _GRANITE_SHARED,
+        _GRANITE_STATE_TENSORS,
+        permuted=True,
+        steps=_STATE_STEPS,
+        fused=_GRANITE_SHARED_FUSED,
+    ),
+    "granite of a hybrid": Architecture(  # all of its layers attention, none with experts; read as a plain Granite
+        "granite",
+        ("granitemoehybrid",),
+        _ATTENTION | _PRE_NORM | _GRANITE_SHARED,
+        permuted=True,
+        fused=_GRANITE_SHARED_FUSED,
+    ),
 }
 
 

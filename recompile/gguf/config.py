@@ -176,6 +176,28 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["rotary_dim"] = keys.get("rope.dimension_count", config["head_dim"])
     elif arch == "granitemoe" and config.get("shared_intermediate_size"):
         config["model_type"] = "granitemoeshared"
+    elif arch == "granitehybrid":
+        config |= {
+            "mamba_expand": keys.need("ssm.inner_size") // config["hidden_size"],
+            "mamba_d_head": keys.need("ssm.inner_size") // config["mamba_n_heads"],
+            "mamba_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
+            "mamba_proj_bias": keys.in_any_layer("ssm_in.bias", layers),
+            "layer_types": keys.layer_types(layers, "attn_q.weight", "full_attention", "linear_attention"),
+            "position_embedding_type": "rope" if keys.get("rope.scaling.finetuned", False) else None,
+            "shared_intermediate_size": config["shared_intermediate_size"] or config["intermediate_size"],
+        }
+    elif arch in ("nemotron_h", "nemotron_h_moe"):
+        leaves = {"ssm_in.weight": "linear_attention", "attn_q.weight": "full_attention", "ffn_gate_inp.weight": "moe"}
+        config |= {
+            "layers_block_type": [
+                next((kind for leaf, kind in leaves.items() if keys.has(f"blk.{number}.{leaf}")), "mlp")
+                for number in range(layers)
+            ],
+            "mamba_head_dim": keys.need("ssm.inner_size") // config["mamba_num_heads"],
+            "use_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
+            "use_bias": keys.in_any_layer("ssm_in.bias", layers),
+            "mlp_bias": keys.in_any_layer("ffn_down.bias", layers),
+        }
     elif arch == "command-r":
         config["use_qk_norm"] = keys.in_any_layer("attn_q_norm.weight", layers)
     elif arch == "ernie4_5-moe":

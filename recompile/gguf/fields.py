@@ -66,6 +66,18 @@ _GRANITE = (
     Field("residual_scale", "residual_multiplier", "f32", 1.0),
     Field("logit_scale", "logits_scaling", "f32", 1.0),
 )
+_STATE = (
+    Field("ssm.conv_kernel", "mamba_d_conv"),
+    Field("ssm.state_size", "mamba_d_state"),
+    Field("ssm.group_count", "mamba_n_groups"),
+    Field("ssm.time_step_rank", "mamba_n_heads"),
+)
+_NEMOTRON_H = (
+    Field("ssm.conv_kernel", "conv_kernel"),
+    Field("ssm.state_size", "ssm_state_size"),
+    Field("ssm.group_count", "n_groups"),
+    Field("ssm.time_step_rank", "mamba_num_heads"),
+)
 _LOGIT_SCALE = Field("logit_scale", "logit_scale", "f32")
 
 FIELDS: dict[str, tuple[Field, ...]] = {
@@ -111,6 +123,26 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         *_GRANITE,
         *_experts("num_local_experts"),
         Field("expert_shared_feed_forward_length", "shared_intermediate_size", default=None),
+    ),
+    "granitehybrid": (
+        *_GRANITE,
+        *_STATE,
+        Field("expert_count", "num_local_experts", default=0),
+        Field("expert_used_count", "num_experts_per_tok", default=0),
+        Field("expert_shared_feed_forward_length", "shared_intermediate_size", default=None),
+    ),
+    "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": (
+        *_NEMOTRON_H,
+        *_experts("n_routed_experts"),
+        _EXPERT_SIZE,
+        Field("expert_shared_count", "n_shared_experts", default=1),
+        Field("expert_shared_feed_forward_length", "moe_shared_expert_intermediate_size"),
+        Field("expert_weights_norm", "norm_topk_prob", "bool", False),
+        Field("expert_weights_scale", "routed_scaling_factor", "f32", 1.0),
+        Field("expert_group_count", "n_group", default=1),
+        Field("expert_group_used_count", "topk_group", default=1),
+        Field("moe_latent_size", "moe_latent_size", default=None),
     ),
     "command-r": (_LOGIT_SCALE,),
     "cohere2": (_LOGIT_SCALE, _WINDOW),
@@ -178,6 +210,8 @@ EPSILON: dict[str, tuple[str, str]] = {
     "falcon": ("attention.layer_norm_epsilon", "layer_norm_epsilon"),
     "olmo": ("attention.layer_norm_epsilon", ""),
     "nemotron": ("attention.layer_norm_epsilon", "norm_eps"),
+    "nemotron_h": ("attention.layer_norm_rms_epsilon", "layer_norm_epsilon"),
+    "nemotron_h_moe": ("attention.layer_norm_rms_epsilon", "layer_norm_epsilon"),
     "lfm2": ("attention.layer_norm_rms_epsilon", "norm_eps"),
     "lfm2moe": ("attention.layer_norm_rms_epsilon", "norm_eps"),
 }
@@ -221,6 +255,9 @@ FIXED: dict[str, dict[str, Any]] = {
     "bloom": {"apply_residual_connection_post_layernorm": False},
     "gptneox": {"attention_bias": True},
     "falcon": {"parallel_attn": True, "alibi": False, "bias": False},
+    "deepseek2": {"attention_bias": False},
+    "deepseek32": {"attention_bias": False},
+    "glm-dsa": {"attention_bias": False},
 }
 
 
@@ -248,7 +285,8 @@ def constants(arch: str, layers: int) -> Mapping[str, Any]:
     if arch == "gemma2":
         return {"layer_types": every(layers, 2, "full_attention", "sliding_attention")}
     if arch == "gemma3":
-        return {"layer_types": every(layers, 6, "full_attention", "sliding_attention")}
+        types = {"layer_types": every(layers, 6, "full_attention", "sliding_attention")}
+        return types | {"attn_logit_softcapping": None}
     if arch in ("cohere2", "afmoe"):
         types = {"layer_types": every(layers, 4, "full_attention", "sliding_attention")}
         return types | ({"mup_enabled": True} if arch == "afmoe" else {})

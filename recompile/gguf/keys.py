@@ -21,7 +21,7 @@ from recompile.gguf.fields import (
     constants,
     every,
 )
-from recompile.gguf.names import Architecture, Heads
+from recompile.gguf.names import Architecture, Heads, kinds_of_layers
 
 TOKENIZER = "tokenizer."
 
@@ -44,6 +44,7 @@ def heads_in(config: Mapping[str, Any]) -> Heads:
         size("v_head_dim"),
         size("kv_lora_rank"),
         size("hidden_size"),
+        size("mamba_n_groups") or size("n_groups") or 1,
     )
 
 
@@ -153,10 +154,15 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
     types = config.get("layer_types")
     if "nextn_predict_layers" in values:  # draft layers are blocks like others
         values["block_count"] = (layers + values["nextn_predict_layers"][0], "u32")
-    if arch in ("gemma2", "gemma3"):
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if config.get(key):
-                values[key] = (config[key], "f32")
+    if arch == "gemma3" and config.get("final_logit_softcapping"):
+        values["final_logit_softcapping"] = (config["final_logit_softcapping"], "f32")
+    if arch == "gemma2":
+        for key, usual in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+            if config.get(key, usual) is None:
+                raise UnsupportedError(
+                    f"config.json: {key} is None, and llama.cpp computes gemma2 with {usual} where a file has none"
+                )
+            values[key] = (config.get(key, usual), "f32")
     if arch in ("gemma3", "gemma4", "exaone4", "olmo2") and types:
         if arch != "gemma3" and config.get("sliding_window"):
             _check_windows(arch, list(types))
@@ -215,10 +221,49 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["attention.head_count_kv"] = ([keys if kind == "full_attention" else 0 for kind in types], "i32")
     if arch == "lfm2":
         values["feed_forward_length"] = (_lfm2_size(config), "u32")
+    if arch in ("granite", "granitemoe") and config.get("model_type") == "granitemoehybrid":
+        if config.get("position_embedding_type") != "rope":
+            raise UnsupportedError(
+                f"config.json: position_embedding_type is {config.get('position_embedding_type')}, and llama.cpp "
+                f"computes {arch} with rope"
+            )
+        if arch == "granite":
+            values["feed_forward_length"] = (_need(config, "shared_intermediate_size"), "u32")
+        values["rope.scaling.finetuned"] = (True, "bool")
+    if arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe"):
+        _add_state_space(arch, config, values)
     if arch == "phi3":
         values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
     if arch == "dots1":
         values["expert_gating_func"] = (SIGMOID, "u32")
+
+
+def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> None:
+    """Mamba 2 beside attention. The engine tells layers apart by their numbers of key heads and of feed-forward rows."""
+    kinds = kinds_of_layers(config)
+    keys, rows = values["attention.head_count_kv"][0], values["feed_forward_length"][0]
+    values |= {
+        "attention.head_count_kv": ([keys if kind == "full_attention" else 0 for kind in kinds], "i32"),
+        "context_length": (2**20, "u32"),  # states know no positions, and neither does this attention
+        "rope.scaling.finetuned": (False, "bool"),
+    }
+    if arch == "granitehybrid":
+        if not config.get("num_local_experts"):
+            values["feed_forward_length"] = (_need(config, "shared_intermediate_size"), "u32")
+        values["ssm.inner_size"] = (int(_need(config, "mamba_expand")) * int(config["hidden_size"]), "u32")
+        if config.get("position_embedding_type") == "rope":
+            raise UnsupportedError(
+                "config.json: position_embedding_type is rope, and llama.cpp computes granitehybrid without positions"
+            )
+        return
+    values["attention.layer_norm_epsilon"] = values["attention.layer_norm_rms_epsilon"]
+    values["ssm.inner_size"] = (int(config["mamba_num_heads"]) * int(_need(config, "mamba_head_dim")), "u32")
+    fed = "mlp" if arch == "nemotron_h" else "moe"
+    if arch == "nemotron_h_moe":
+        rows = _need(config, "moe_intermediate_size")
+        if "mlp" in kinds:
+            raise UnsupportedError("config.json: has layers of experts and others without; llama.cpp knows one kind")
+    values["feed_forward_length"] = ([rows if kind == fed else 0 for kind in kinds], "i32")
 
 
 def _add_bailing(config: Mapping[str, Any], values: Values) -> None:

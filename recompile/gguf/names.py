@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from recompile.errors import UnsupportedError
-from recompile.gguf.architectures import ARCHITECTURES, Architecture, Fused
+from recompile.gguf.architectures import ARCHITECTURES, VARIANTS, Architecture, Fused
 from recompile.gguf.fields import OTHER_NAMES, UNGROUPED
 from recompile.gguf.values import Heads, Step, make_step, row_order
 
@@ -92,19 +91,6 @@ class Joined:
 # ---- look-ups --------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _reverse(name: str) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, Fused]]:
-    """Of an architecture: Hugging Face leaf -> GGUF leaf for modules and tensors of a layer and for modules outside of
-    layers, and what is fused."""
-    row = ARCHITECTURES[name]
-    return (
-        {there: here for here, there in row.layer.items()},
-        {there: here for here, there in row.tensors.items()},
-        {there: here for here, there in row.outer.items()},
-        {fused.hf: fused for fused in row.fused},
-    )
-
-
 def architecture_of(model_type: Any, text_type: Any = None) -> Architecture:
     """The GGUF architecture of a config.json's `model_type`, or of that of its text model. Raises UnsupportedError for
     any other than those known."""
@@ -132,6 +118,8 @@ def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         other = next((other for other in others if found.get(other) is not None), None)
         if found.get(name) is None and other is not None:
             found[name] = found[other]
+    if found.get("num_hidden_layers") is None and (kinds := kinds_of_layers(found)):
+        found["num_hidden_layers"] = len(kinds)
     if found.get("model_type") in UNGROUPED:
         found["num_key_value_heads"] = found.get("num_attention_heads")
     if found.get("model_type") == "falcon" and not found.get("new_decoder_architecture"):
@@ -189,7 +177,7 @@ def place_of(architecture: Architecture, hf: str, heads: Heads) -> Place | None:
 
 def places_of(architecture: Architecture, hf: str, heads: Heads) -> tuple[Place, ...]:
     """All places of a Hugging Face tensor: one, or those of its parts for one that is fused."""
-    modules, tensors, outer, fused = _reverse(architecture.name)
+    modules, tensors, outer, fused = architecture.reverse
     module, _, part = hf.rpartition(".")
     if module in outer:
         return (_place(architecture, f"{outer[module]}.{part}", outer[module], part, heads),)
@@ -260,12 +248,45 @@ def steps_of(place: Place, heads: Heads, *, quantized: bool = False) -> tuple[St
 def architecture_for(config: Mapping[str, Any]) -> Architecture:
     """Of a whole config.json; raises as `architecture_of` does, and for text that is read in both directions."""
     text = text_config_of(config)
-    found = architecture_of(config.get("model_type"), text.get("model_type"))
+    found = _variant_of(architecture_of(config.get("model_type"), text.get("model_type")), text)
     if text.get("use_bidirectional_attention") is True:
         raise UnsupportedError(
             f"config.json: use_bidirectional_attention is true, and llama.cpp computes {found.name} causally"
         )
     return found
+
+
+def _variant_of(row: Architecture, text: Mapping[str, Any]) -> Architecture:
+    """The row by which a model of this config is written, of several of its type."""
+    if row.name == "nemotron_h":
+        return ARCHITECTURES["nemotron_h_moe"] if "moe" in kinds_of_layers(text) else row
+    if row.name != "granitehybrid":
+        return row
+    experts = bool(text.get("num_local_experts"))
+    if "linear_attention" in kinds_of_layers(text):
+        return row if experts else VARIANTS["granitehybrid without experts"]
+    return ARCHITECTURES["granitemoe"] if experts else VARIANTS["granite of a hybrid"]
+
+
+def architecture_in(name: Any, tensors: Iterable[str]) -> Architecture | None:
+    """The row by which a GGUF file with these tensors is read; None for an architecture without one."""
+    row = ARCHITECTURES.get(str(name))
+    if row is not None and row.name == "granitehybrid" and not any(".ffn_gate_inp." in tensor for tensor in tensors):
+        return VARIANTS["granitehybrid without experts"]
+    return row
+
+
+_KINDS = {"M": "linear_attention", "mamba": "linear_attention", "*": "full_attention", "attention": "full_attention"}
+_KINDS |= {"-": "mlp", "E": "moe"}
+
+
+def kinds_of_layers(text: Mapping[str, Any]) -> list[str]:
+    """What every layer is, in transformers' words: "linear_attention", "full_attention", "mlp", "moe"."""
+    found = next((text[name] for name in _LAYER_KINDS if text.get(name)), ())
+    return [_KINDS.get(kind, kind) for kind in found]
+
+
+_LAYER_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern")  # the last one letter a layer
 
 
 def unnamed(architecture: Architecture, tensors: Iterable[str], heads: Heads) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ definitions in transformers' modeling files and files that llama.cpp's converter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ class Heads:
     linear_key, _value:  heads of linear attention; head_value: rows of one of its value heads; head_key: of a key head
     nope, value, rank:   of multi-head latent attention: rows a head without position, value rows a head, latent width
     hidden:              width of the states between layers
+    groups:              of a state space's norm
     """
 
     query: int
@@ -36,6 +38,7 @@ class Heads:
     value: int = 0
     rank: int = 0
     hidden: int = 0
+    groups: int = 1
 
 
 def row_order(rows: int, heads: int, *, back: bool) -> list[int]:
@@ -118,6 +121,16 @@ def make_step(name: str, heads: Heads) -> Step:
             lambda value: value.reshape(value.shape[0], -1),
             lambda value: value.reshape(value.shape[0], 1, -1),
             lambda shape: (shape[0], 1, shape[-1]),
+        )
+    if name == "upright":  # [heads] -> [heads, 1]
+        return Step(
+            lambda value: value.reshape(-1, 1), lambda value: value.reshape(-1), lambda shape: (math.prod(shape),)
+        )
+    if name == "groups":  # [width] -> [groups, width / groups]
+        return Step(
+            lambda value: value.reshape(heads.groups, -1),
+            lambda value: value.reshape(-1),
+            lambda shape: (math.prod(shape),),
         )
     if name in ("one_row", "column"):  # a vector of its own, which Hugging Face keeps as a matrix of one row
         return Step(

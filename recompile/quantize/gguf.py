@@ -26,11 +26,11 @@ from recompile.gguf.container import SPLIT_KEYS, GgufFile, Layout, NewTensor, en
 from recompile.gguf.imatrix import Imatrix, InputSums
 from recompile.gguf.keys import gemma4_rope_factors, heads_in, llama3_factors, model_records, tokenizer_records
 from recompile.gguf.names import (
-    ARCHITECTURES,
     Architecture,
     Heads,
     Place,
     architecture_for,
+    architecture_in,
     places_of,
     row_order,
     steps_of,
@@ -515,7 +515,7 @@ def gguf_architecture(base: Checkpoint) -> Architecture | None:
 
     Raises UnsupportedError for a Hugging Face model of a type that has no row in the table."""
     if isinstance(base, GgufCheckpoint):
-        return ARCHITECTURES.get(str(base.file.value("general.architecture")))
+        return architecture_in(base.file.value("general.architecture"), base.file.tensors)
     return architecture_for(base.config)
 
 
