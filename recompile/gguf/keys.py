@@ -239,7 +239,7 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
 
 
 def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> None:
-    """Mamba 2 beside attention. The engine tells layers apart by their numbers of key heads and of feed-forward rows."""
+    """Mamba 2 beside attention. The engine tells layers apart by their numbers of key heads and feed-forward rows."""
     kinds = kinds_of_layers(config)
     keys, rows = values["attention.head_count_kv"][0], values["feed_forward_length"][0]
     values |= {
