@@ -35,6 +35,7 @@ API = (
     "optimize",
     "profile",
     "quantize",
+    "report",
     "trace",
 )
 __all__ = [*API, "__version__"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recompile import api
+from recompile.api.shared import PathLike, as_path
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Candidate, Profile, load_profile
@@ -25,7 +26,7 @@ from recompile.errors import ArgumentError, JournalError, NotBetterError, Output
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf
-from recompile.io.files import check_outputs, copy_whole, locked, read_json, write_json, write_text
+from recompile.io.files import check_outputs, copy_whole, locked, read_json, write_json
 from recompile.model.rows import RowOptions
 from recompile.model.tokens import ROLE_SHARES
 from recompile.model.trace import read_trace
@@ -145,16 +146,16 @@ class AutoOptions:
 
 
 def auto(
-    base: api.PathLike,
-    out: api.PathLike,
+    base: PathLike,
+    out: PathLike,
     *,
     bits: float | None = None,
     total_bpw: float | None = None,
     size: int | str | None = None,
     candidates: Sequence[str] = (),
     format: str = "compressed-tensors",
-    tokenizer_from: api.PathLike | None = None,
-    variants: Sequence[api.PathLike] = (),
+    tokenizer_from: PathLike | None = None,
+    variants: Sequence[PathLike] = (),
     group_size: int | str | None = None,
     asym: bool = False,
     level: str = "fused",
@@ -165,9 +166,9 @@ def auto(
     rows: int = 16,
     length: int = 512,
     calibration_rows: int = 64,
-    text: api.PathLike | None = None,
+    text: PathLike | None = None,
     dataset: str | None = None,
-    trace: api.PathLike | None = None,
+    trace: PathLike | None = None,
     positions: str | None = None,
     max_memory: int | str | None = None,
     verify: bool = True,
@@ -198,7 +199,7 @@ def auto(
     return run_auto(Path(base), Path(out), auto_options(**given), on_event or ignore)
 
 
-def auto_plan(base: api.PathLike, out: api.PathLike, **options: Any) -> AutoPlan:
+def auto_plan(base: PathLike, out: PathLike, **options: Any) -> AutoPlan:
     """What `auto` with the same arguments would do, about how long that takes, and what is missing for it.
 
         print(recompile.auto_plan("base", "mix", size="4GiB", engine="vllm"))
@@ -231,7 +232,7 @@ def auto_options(**given: Any) -> AutoOptions:
     values["candidates"] = tuple(str(candidate) for candidate in values["candidates"])
     values["variants"] = tuple(Path(variant) for variant in values["variants"])
     for name in ("tokenizer_from", "text", "trace"):
-        values[name] = api.as_path(values[name])
+        values[name] = as_path(values[name])
     return AutoOptions(**values)
 
 
@@ -494,13 +495,10 @@ class _Auto:
 
     def _report(self) -> dict[str, Any]:
         """A block for a model card and a page, beside the output."""
-        from eval.report.card import card
-        from eval.report.data import gather
-        from eval.report.page import render
+        from eval.report.run import ReportRequest, write_report
 
-        data = gather(self.profile, [self.work / MEASURED], title=mix_name(self.out))
-        write_text(self.card, card(data))
-        write_text(self.page, render(data))
+        title = mix_name(self.out)
+        write_report(self.profile, ReportRequest([self.work / MEASURED], out=self.page, card=self.card, title=title))
         return {"card": str(self.card), "page": str(self.page)}
 
     def _uniform(self, size_bytes: int) -> Checkpoint:

@@ -1,0 +1,39 @@
+"""What the verbs of the Python API share."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, cast
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Verb = TypeVar("Verb", bound=Callable[..., object])
+
+
+def as_path(given: PathLike | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def shares(common: Callable[..., object]) -> Callable[[Verb], Verb]:
+    """For a function whose **keywords are the arguments of `common`: its signature shows them one by one."""
+    shared = inspect.signature(common).parameters
+
+    def decorate(verb: Verb) -> Verb:
+        own = inspect.signature(verb)
+        *named, events, rest = own.parameters.values()
+        assert (events.name, rest.kind) == ("on_event", rest.VAR_KEYWORD), f"{verb.__name__}: on_event, **keywords last"
+        known = {parameter.name for parameter in (*named, events)} | shared.keys()
+
+        @functools.wraps(verb)
+        def checked(*args: Any, **given: Any) -> Any:
+            if unknown := [name for name in given if name not in known]:
+                raise TypeError(f"{verb.__name__}() got an unexpected keyword argument {unknown[0]!r}")
+            return verb(*args, **given)
+
+        checked.__signature__ = own.replace(parameters=[*named, *shared.values(), events])  # type: ignore[attr-defined]
+        return cast("Verb", checked)
+
+    return decorate
