@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recompile.errors import NotFiniteError
+from recompile.io.report import with_error
 from recompile.model.finite import check_finite, is_finite
 
 METRICS_VERSION = 2  # 2: the 99.9 % quantile, delta p, sure flips, slices
@@ -163,8 +164,11 @@ class Mean:
     mean: float
     std_error: float | None
 
+    def __format__(self, spec: str) -> str:
+        return with_error(self.mean, self.std_error, spec or ".6f")
+
     def __str__(self) -> str:
-        return f"{self.mean:.6f}" + (f" ± {self.std_error:.6f}" if self.std_error is not None else "")
+        return f"{self}"
 
 
 def mean_over_rows(values: Tensor, counted: Tensor | None = None) -> Mean:

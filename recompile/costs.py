@@ -245,6 +245,22 @@ class Profile:
             )
         ]
 
+    def as_dict(self) -> dict[str, object]:
+        """Per group and candidate the cost and the bits, as `model_profile --json` has them."""
+        unreached = set(self.unreached())
+        groups = [
+            {
+                "name": group.name,
+                "weights": group.weights,
+                "bits": dict(group.bits),
+                "costs": {source: self.cost(group.name, source) for source in group.bits},
+                "reached": group.name not in unreached,
+            }
+            for group in self.header.groups
+        ]
+        control = self.control.mean if self.control is not None else None
+        return {"header": self.header, "control_kl_nats": control, "groups": groups}
+
     @property
     def is_complete(self) -> bool:
         return not self.missing()

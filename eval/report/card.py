@@ -13,7 +13,7 @@ import recompile
 from eval.report.data import Measured, ReportData
 from eval.report.pictures import shown_choice
 from recompile.io.printable import printable
-from recompile.io.report import role_in_words
+from recompile.io.report import role_in_words, with_error
 from recompile.optimize.budget import Budget
 from recompile.optimize.choose import Choice, make_recipe, predict
 from recompile.optimize.problem import Solution
@@ -27,7 +27,7 @@ def card(data: ReportData) -> str:
     header = data.profile.header
     choice = shown_choice(data)
     bits = data.bits_of(choice)
-    mean, error = predict(data.profile, choice)
+    predicted = with_error(*predict(data.profile, choice), ".4f")
     extra = [name for name, value in EXTRA_COLUMNS.items() if any(value(one) is not None for one in data.measured)]
     rows: list[tuple[str, ...]] = []
     for one in sorted(data.measured, key=lambda one: (one.bpw is None, one.bpw or 0.0)):
@@ -36,7 +36,7 @@ def card(data: ReportData) -> str:
                 one.name,
                 "–" if one.bpw is None else f"{one.bpw:.2f}",
                 "–" if one.total_bytes is None else _size(one.total_bytes),
-                _with_error(one.kl_nats, one.std_error),
+                with_error(one.kl_nats, one.std_error, ".4f"),
                 _number(one.quantiles.get("median")),
                 _number(one.quantiles.get("p99")),
                 "–" if one.perplexity is None else f"{one.perplexity:.3f}",
@@ -47,7 +47,7 @@ def card(data: ReportData) -> str:
     if not any(one.choice == choice for one in data.measured):
         size = (f"{data.bpw(bits):.2f}", _size(data.total_bytes(bits)))
         empty = ["–"] * (4 + len(extra))
-        rows.append(("this recipe (predicted)", *size, _with_error(mean, error), *empty))
+        rows.append(("this recipe (predicted)", *size, predicted, *empty))
     names = ["build", "bits per weight", "size", "KL, nats/token", "median", "99th percentile", "perplexity"]
     names += ["same top token", *extra]
     lines = [f"## {_cell(data.title)}: measured against the unquantized model", ""]
@@ -66,8 +66,8 @@ def card(data: ReportData) -> str:
         "",
         f"The mix was chosen from a KL profile ({_cell(header.method)}, level {_cell(header.level)}, {header.rows} "
         f"rows of {header.row_tokens} tokens, {_cell(header.rows_source, 160)}"
-        f"{role_in_words(header.rows_role, header.positions)}), which predicts {_with_error(mean, error)} nats per "
-        f"token for it.",
+        f"{role_in_words(header.rows_role, header.positions)}), which predicts {predicted} nats per token "
+        f"for it.",
         "",
         "### Recipe",
         "",
@@ -143,10 +143,6 @@ def _cell(text: str, most: int = 80) -> str:
     flat = printable(" ".join(str(text).split()))
     flat = flat if len(flat) <= most else f"{flat[: most - 1]}…"
     return re.sub(r"([\\`*_\[\]<>|~#$])", r"\\\1", flat).replace("&", "&amp;")
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _number(value: float | None) -> str:

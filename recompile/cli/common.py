@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -71,7 +72,8 @@ class Command(click.Command):
         ID=DIR). An output that is an input, or that this tool did not make, is refused before anything starts; with
         outputs the command gets `--force`.
     Options of a plain float are finite numbers above 0; those of a plain int are at least 1, or 0 where that is the
-    default. What is printed has its control characters escaped, whatever file it came from.
+    default. Those with `multiple=True` also take their values after one flag: `-b 2 3 4` is `-b 2 -b 3 -b 4`. Defaults
+    are shown. What is printed has its control characters escaped, whatever file it came from.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class Command(click.Command):
         super().__init__(*args, **options)
         self.outputs, self.inputs = dict(outputs or {}), tuple(inputs)
         for option in self.params:
+            if isinstance(option, click.Option) and option.show_default is None:
+                option.show_default = True
             if option.type is click.FLOAT:
                 option.type = PositiveFloat()
             elif isinstance(option.type, click.FloatRange):
@@ -98,6 +102,29 @@ class Command(click.Command):
                 return super().main(*args, **extra)
             except SystemExit as ended:
                 raise SystemExit(_flush_stdout(ended.code)) from None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options = [option for option in self.params if isinstance(option, click.Option)]
+        many = {flag for option in options if option.multiple and not option.is_flag for flag in option.opts}
+        known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
+        known |= set(ctx.help_option_names)
+        spread: list[str] = []
+        flag: str | None = None
+        fresh = False
+        for arg in args:
+            is_flag = arg.split("=")[0] in known or (arg.startswith("-") and not re.fullmatch(r"-?\d+(\.\d*)?", arg))
+            if is_flag:
+                flag, fresh = (arg, True) if arg in many else (None, False)
+                if flag is None:
+                    spread.append(arg)
+            elif flag is not None:
+                spread += [flag, arg]
+                fresh = False
+            else:
+                spread.append(arg)
+        if flag is not None and fresh:
+            spread.append(flag)  # a flag without a value: let click say so
+        return super().parse_args(ctx, spread)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         try:
@@ -130,7 +157,8 @@ class Command(click.Command):
         given = [value for name in self.inputs for value in _paths(ctx.params.get(name))]
         given += [value.partition("=")[2] for value in given if "=" in value and not os.path.exists(value)]
         named = {flag: ctx.params.get(name) for flag, name in self.outputs.items()}
-        check_outputs(named, given, force=bool(ctx.meta.get(_FORCE)))
+        refuse_outputs(named, given)
+        check_json_path(ctx.params.get("json_path"))
 
 
 # Flags of arguments that a message may name in a command without that option; others are spelled alike.
@@ -152,13 +180,14 @@ def flags_of(command: click.Command | None) -> dict[str, str]:
     flags = dict(_FLAGS_ELSEWHERE)
     for option in command.params if command is not None else ():
         if isinstance(option, click.Option) and option.name:
-            flags[option.name] = _long(option.opts)
+            flags[option.name] = long_flag(option.opts)
             if option.secondary_opts:
-                flags[f"{option.name}=False"] = _long(option.secondary_opts)
+                flags[f"{option.name}=False"] = long_flag(option.secondary_opts)
     return flags
 
 
-def _long(flags: Sequence[str]) -> str:
+def long_flag(flags: Sequence[str]) -> str:
+    """The first that is spelled out, of an option's flags."""
     return next((flag for flag in flags if flag.startswith("--")), flags[0])
 
 
@@ -170,8 +199,13 @@ def current_flags() -> dict[str, str]:
 
 def refuse_outputs(outputs: Mapping[str, Path | str | None], inputs: Iterable[Path | str | None]) -> None:
     """As `check_outputs`, for files that the options do not name; `--force` counts."""
+    check_outputs(outputs, inputs, force=is_forced())
+
+
+def is_forced() -> bool:
+    """Whether the command that runs was given `--force`."""
     context = click.get_current_context(silent=True)
-    check_outputs(outputs, inputs, force=bool(context and context.meta.get(_FORCE)))
+    return bool(context and context.meta.get(_FORCE))
 
 
 _FORCE = "recompile.force"
@@ -247,14 +281,15 @@ class _Notes(logging.Handler):
         click.echo(f"Note: {record.getMessage()}", err=True)
 
 
-def command(name: str, **options: Any) -> Callable[[Callable[..., Any]], Command]:
+def command(name: str, *, cls: type[Command] = Command, **options: Any) -> Callable[[Callable[..., Any]], Command]:
     """Decorator: a function with click options becomes a command of this project.
 
     RecompileError becomes `Error: ...` and exit code 1, any other exception one line and exit code 1, Ctrl-C one
-    line and exit code 130; `-h` works as `--help`. Help texts keep their line breaks after a `\\b` line.
+    line and exit code 130; `-h` works as `--help`; defaults are shown. Help texts keep their line breaks after a `\\b`
+    line.
     """
-    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, **options.pop("context_settings", {})}
-    return click.command(name, cls=Command, context_settings=settings, **options)
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    return click.command(name, cls=cls, context_settings=settings, **options)
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

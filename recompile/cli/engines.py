@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, command, show
-from recompile.cli.options import output_options
+from recompile.cli.common import Screen, command, show
+from recompile.cli.options import output_options, path_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 @command("recompile engines", outputs={"--json": "json_path"})
 @click.argument("action", type=click.Choice(["list", "install"]), default="list")
 @click.argument("names", nargs=-1, metavar="[ENGINE]...")
-@click.option(
+@path_option(
     "--engines-dir",
-    type=click.Path(path_type=Path),
     envvar="RECOMPILE_ENGINES",
     metavar="DIR",
-    help="Where they are; default $RECOMPILE_ENGINES, else recompile/engines in the cache folder.",
+    says="Where they are; default $RECOMPILE_ENGINES, else recompile/engines in the cache folder.",
 )
 @output_options
 def main(action: str, names: tuple[str, ...], engines_dir: Path | None, json_path: Path | None, quiet: bool) -> None:
@@ -38,7 +37,6 @@ def main(action: str, names: tuple[str, ...], engines_dir: Path | None, json_pat
       recompile engines --json -
       model_diff --engine vllm -ma w4a16 -mb base                 # what they are for
     """
-    check_json_path(json_path)
     from recompile import api
 
     if action == "install":

@@ -9,17 +9,18 @@ from typing import Any
 import click
 
 from recompile.arguments import spell
-from recompile.cli.common import Screen, check_json_path, flags_of, show
+from recompile.cli.common import Screen, command, flags_of, show
 from recompile.cli.options import (
     budget_bits_option,
     device_options,
     in_dir_option,
     made_options,
-    many_values_command,
     max_memory_option,
     output_options,
+    path_option,
     rounding_option,
     samples_option,
+    text_file_options,
     tokenizer_from_option,
     trace_options,
 )
@@ -27,16 +28,13 @@ from recompile.cli.render_auto import describe_auto, describe_stage
 from recompile.planning import TARGETS
 
 
-@many_values_command(
-    "model_auto", outputs={"--json": "json_path"}, inputs=("base", "variants", "tokenizer_from", "text", "trace")
-)
+@command("model_auto", outputs={"--json": "json_path"}, inputs=("base", "variants", "tokenizer_from", "text", "trace"))
 @in_dir_option("base", "The dense base model.")
-@click.option(
+@path_option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
     required=True,
-    help="The mix; stages go to OUT.work/, a card and a page beside it (OUT.card.md, OUT.report.html).",
+    says="The mix; stages go to OUT.work/, a card and a page beside it (OUT.card.md, OUT.report.html).",
 )
 @budget_bits_option(says="Budget: bits per weight over quantized modules.")
 @click.option("--total-bpw", type=float, help="Budget: bits per weight over everything.")
@@ -48,11 +46,10 @@ from recompile.planning import TARGETS
     "-o MIX.gguf.",
 )
 @tokenizer_from_option("GGUF: the file whose tokenizer keys the mix gets.")
-@click.option(
+@path_option(
     "--variants",
     multiple=True,
-    type=click.Path(path_type=Path),
-    help="Merge these directories instead (any format): the first is the one that recipes start from.",
+    says="Merge these directories instead (any format): the first is the one that recipes start from.",
 )
 @click.option(
     "--for",
@@ -66,7 +63,7 @@ from recompile.planning import TARGETS
 )
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, how long it may take, and stop.")
 @made_options
-@click.option("--level", default="fused", show_default=True, help="What is chosen together, as in model_profile.")
+@click.option("--level", default="fused", help="What is chosen together, as in model_profile.")
 @samples_option("Random draws per row of the profile.", default=16)
 @click.option("--solver", help="As in model_optimize; its own default if left out.")
 @click.option(
@@ -75,16 +72,15 @@ from recompile.planning import TARGETS
     help="In all, about: rows and draws are at most those asked for; search and healing share what is left.",
 )
 @click.option("--search-minutes", type=float, help="For a solver that measures.")
-@click.option("-r", "--rows", default=16, show_default=True, help="Rows to profile on; as many others verify.")
-@click.option("-l", "--length", default=512, show_default=True, help="Tokens in a row.")
-@click.option("--calibration-rows", default=64, show_default=True, help="Rows to quantize with.")
-@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text file in place of the default text.")
-@click.option("--dataset", help="A data set of the `datasets` library, e.g. wiki2.")
+@click.option("-r", "--rows", default=16, help="Rows to profile on; as many others verify.")
+@click.option("-l", "--length", default=512, help="Tokens in a row.")
+@click.option("--calibration-rows", default=64, help="Rows to quantize with.")
+@text_file_options()
 @partial(
     trace_options, more=" make: the base answers prompts first, for as many rows as all stages need.", default=None
 )
 @max_memory_option("For the profile")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Also make and measure a uniform build.")
+@click.option("--verify/--no-verify", default=True, help="Also make and measure a uniform build.")
 @device_options
 @output_options
 @click.pass_context
@@ -100,7 +96,6 @@ def main(ctx: click.Context, json_path: Path | None, quiet: bool, plan_only: boo
       model_auto -i base -o mix -b 3.5 --format exl2 --candidates 2,2.5,3,4,5,6
       model_auto -i base -o MIX.gguf -b 4.5 --candidates Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K --tokenizer-from X.gguf
     """
-    check_json_path(json_path)
     from recompile.auto import StageDone, auto, auto_plan
 
     if plan_only:

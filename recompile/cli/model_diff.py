@@ -7,13 +7,15 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, show
+from recompile.cli.common import Screen, command, show
 from recompile.cli.options import (
     device_options,
     engine_options,
-    many_values_command,
     model_b_option,
+    options_of,
     output_options,
+    path_option,
+    recipe_option,
     text_options,
     trace_options,
 )
@@ -22,7 +24,7 @@ from recompile.cli.render_engine import describe_engine
 from recompile.costs import LEVELS
 
 
-@many_values_command(
+@command(
     "model_diff",
     outputs={
         "--json": "json_path",
@@ -42,13 +44,10 @@ from recompile.costs import LEVELS
     help="Model A, the candidate (a quantized build); several times for a table of candidates on the same rows.",
 )
 @model_b_option("reference", "Model B, the reference (the unquantized base).", required=False)
-@click.option(
-    "-or",
-    "--override",
+@recipe_option(
     "recipes",
-    type=click.Path(path_type=Path),
     multiple=True,
-    help="Recipe (YAML) to apply to model A in memory; several times to compare recipes on one A, or one for each A.",
+    says="Recipe (YAML) to apply to model A in memory; several times to compare recipes on one A, or one for each A.",
 )
 @text_options(rows=10, length=2048, unset=True)
 @trace_options
@@ -57,10 +56,9 @@ from recompile.costs import LEVELS
     "--keep-b",
     "--keep_b",
     default=0,
-    show_default=True,
     help="Keep B's state after the first N stages (embedding first).",
 )
-@click.option("-tkm", "--topk-max", "--topk_max", default=5, show_default=True, help="Largest K of the top-K figures.")
+@click.option("-tkm", "--topk-max", "--topk_max", default=5, help="Largest K of the top-K figures.")
 @click.option("-bsz", "--batch-size", "--batch_size", type=int, help="Rows a batch; default about 2048 tokens.")
 @click.option(
     "-gp",
@@ -69,22 +67,20 @@ from recompile.costs import LEVELS
     is_flag=True,
     help="Put the chat template's generation prompt before every row.",
 )
-@click.option(
+@path_option(
     "-si",
     "--save-input-ids",
     "--save_input_ids",
-    type=click.Path(path_type=Path),
-    help="Save the token rows (safetensors, input_ids).",
+    says="Save the token rows (safetensors, input_ids).",
 )
-@click.option(
+@path_option(
     "-sla",
     "--save-logits-a",
     "--save_logits_a",
-    type=click.Path(path_type=Path),
-    help="Save A's logits (safetensors, logits, float32 [rows, tokens, vocab]); with --activations those with "
+    says="Save A's logits (safetensors, logits, float32 [rows, tokens, vocab]); with --activations those with "
     "quantized inputs.",
 )
-@click.option("-slb", "--save-logits-b", "--save_logits_b", type=click.Path(path_type=Path), help="Save B's logits.")
+@path_option("-slb", "--save-logits-b", "--save_logits_b", says="Save B's logits.")
 @click.option("--allow-unmatched", is_flag=True, help="Go on where a key of the recipe matches no tensor.")
 @click.option(
     "--activations",
@@ -126,15 +122,7 @@ from recompile.costs import LEVELS
 @device_options
 @output_options
 @click.pass_context
-def main(
-    ctx: click.Context,
-    candidates: tuple[str, ...],
-    recipes: tuple[Path, ...],
-    engine: str | None,
-    json_path: Path | None,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def main(ctx: click.Context, engine: str | None, json_path: Path | None, quiet: bool, **options: Any) -> None:
     """How far model A's predictions are from model B's.
 
     Both are streamed layer by layer, so a model larger than memory can be compared. KL is KL(B || A), in nats a token.
@@ -150,34 +138,34 @@ def main(
       model_diff --engine llama.cpp -ma Q4_K_M.gguf -mb BF16.gguf --llama-chunks 20
       model_diff --engine vllm -ma w4a16 -mb base -r 8              # or transformers, mlx: see recompile engines
     """
-    check_json_path(json_path)
     from recompile import api
 
+    candidates, recipes = options.pop("candidates"), options["recipes"]
     if engine is not None:
-        _check_engine_use(ctx)
+        options, wrong = options_of(api.engine_diff, options, ctx)
+        if wrong:
+            how = "which runs finished builds in rows (-r) or chunks (--llama-chunks)"
+            raise click.UsageError(f"{', '.join(wrong)}: not with --engine, {how}")
         if len(candidates) > 1:
             raise click.UsageError(f"-ma: one candidate with --engine, {len(candidates)} are given")
-        for name in NOT_WITH_ENGINE:
-            options.pop(name, None)
-        if not _given(ctx, "length"):
+        if ctx.get_parameter_source("length") is click.core.ParameterSource.DEFAULT:
             del options["length"]
         with Screen(quiet) as screen:
             run = api.engine_diff(candidates[0], engine=engine, **options, on_event=screen)
         show(run.report.as_dict(), json_path, lambda: describe_engine(run))
         return
-    for name in ENGINE_ONLY:
-        if _given(ctx, name):
-            raise click.UsageError(f"{_flag(ctx, name)} goes with --engine")
-        del options[name]
+    del options["recipes"]
+    options, wrong = options_of(api.diff, options, ctx)
+    if wrong:
+        raise click.UsageError(f"{wrong[0]} goes with --engine")
     if options["reference"] is None:
         raise click.UsageError("-mb is needed: model B, the reference")
     if len(candidates) == 1 and len(recipes) < 2:
         _diff_one(candidates[0], recipes[0] if recipes else None, json_path, quiet, options)
         return
-    for name in ONE_ONLY:
-        if _given(ctx, name):
-            raise click.UsageError(f"{_flag(ctx, name)} goes with one -ma")
-        del options[name]
+    options, wrong = options_of(api.diff_many, options, ctx)
+    if wrong:
+        raise click.UsageError(f"{wrong[0]} goes with one -ma")
     mixes = _candidates_with_recipes(candidates, recipes)
     with Screen(quiet) as screen:
         many = api.diff_many(mixes, **options, on_event=screen)
@@ -211,44 +199,3 @@ def _candidates_with_recipes(candidates: tuple[str, ...], recipes: tuple[Path, .
             f"or none"
         )
     return list(zip(candidates, recipes, strict=True))
-
-
-# What only the real engine takes, and what it cannot take.
-ENGINE_ONLY = ("library", "engine_top_k", "chunks", "base_logits", "save_base_logits", "with_torch", "threads")
-NOT_WITH_ENGINE = (
-    "recipes",
-    "keep_b",
-    "topk_max",
-    "batch_size",
-    "gen_prompt",
-    "save_input_ids",
-    "save_logits_a",
-    "save_logits_b",
-    "allow_unmatched",
-    "activations",
-    "divergence",
-    "trace",
-    "positions",
-    "cache_sweep",
-    "attribute",
-    "iso",
-)
-ONE_ONLY = ("activations", "save_logits_a", "cache_sweep", "attribute", "iso")  # of several candidates none is meant
-
-
-def _given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-
-
-def _flag(ctx: click.Context, name: str) -> str:
-    return next(
-        max([*option.opts, *option.secondary_opts], key=len) for option in ctx.command.params if option.name == name
-    )
-
-
-def _check_engine_use(ctx: click.Context) -> None:
-    wrong = [_flag(ctx, name) for name in NOT_WITH_ENGINE if _given(ctx, name)]
-    if wrong:
-        raise click.UsageError(
-            f"{', '.join(wrong)}: not with --engine, which runs finished builds in rows (-r) or chunks (--llama-chunks)"
-        )

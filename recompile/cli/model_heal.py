@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, command, show
+from recompile.cli.common import Screen, command, show
 from recompile.cli.options import (
     device_options,
     in_dir_option,
@@ -25,16 +25,14 @@ from recompile.cli.render_heal import describe_heal
 @in_dir_option("build", "The finished build: a variant or a mix.")
 @model_b_option("base", "The unquantized base that it was made of.")
 @out_dir_option("Where the healed build goes.")
-@click.option(
-    "--tokens", default=150_000, show_default=True, help="Training tokens, rows used again where text is short."
-)
+@click.option("--tokens", default=150_000, help="Training tokens, rows used again where text is short.")
 @click.option("--minutes", type=float, help="Stop moving numbers after so many minutes.")
 @click.option(
     "--learning-rate",
     type=float,
     help="Of Adam on logarithms of scales; default by the build's bits (0.0005 to 0.004).",
 )
-@click.option("--batch-tokens", default=1024, show_default=True, help="Tokens a step.")
+@click.option("--batch-tokens", default=1024, help="Tokens a step.")
 @max_memory_option()
 @text_options(rows=16, length=512)
 @trace_options
@@ -52,7 +50,6 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
       model_heal -i 3bpw -mb base -o 3bpw-healed
       model_heal -i mix -mb base -o mix-healed --minutes 20 --json healed.json
     """
-    check_json_path(json_path)
     from recompile import api
 
     with Screen(quiet) as screen:

@@ -8,29 +8,23 @@ from typing import Any
 import click
 
 from recompile.arguments import spell
-from recompile.cli.common import Screen, check_json_path, flags_of, refuse_outputs, show
-from recompile.cli.options import budget_bits_option, many_values_command, output_options, trace_options
+from recompile.cli.common import Screen, command, flags_of, refuse_outputs, show
+from recompile.cli.options import (
+    budget_bits_option,
+    options_of,
+    output_options,
+    path_option,
+    text_file_options,
+    trace_options,
+)
 from recompile.cli.render_optimize import describe_frontier, describe_recipe
 from recompile.errors import ArgumentError
 from recompile.optimize.solvers import SOLVERS
 
-NOT_OF_A_FRONTIER = (
-    "bits",
-    "size",
-    "total_bpw",
-    "max_kl",
-    "max_ppl_increase",
-    "active_bpw",
-    "pool",
-    "start",
-    "context",
-    "cache_bits",
-)
 SOLVERS_HELP = spell("; ".join(f"{solver.name}: {solver.says}" for solver in SOLVERS.values()), flags_of(None))
-ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
 
 
-@many_values_command("model_optimize", outputs={"--json": "json_path"}, inputs=("profile", "start", "text", "trace"))
+@command("model_optimize", outputs={"--json": "json_path"}, inputs=("profile", "start", "text", "trace"))
 @click.argument("profile", metavar="PROFILE", type=click.Path(path_type=Path))
 @budget_bits_option(
     "--target-bpw",
@@ -73,11 +67,10 @@ ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
     metavar="LOW:HIGH:STEP",
     help="A recipe for every budget of a grid (bits per weight), with table and plot; -o is then a folder.",
 )
-@click.option(
+@path_option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
-    help="The recipe to write [default: overrides.yaml]; with --frontier a folder [default: frontier].",
+    says="The recipe to write [default: overrides.yaml]; with --frontier a folder [default: frontier].",
 )
 @click.option(
     "--solver",
@@ -85,10 +78,9 @@ ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
     help=f"{SOLVERS_HELP}. Default: refine where the "
     "models are available, for at most 10 minutes; exact without them and with --no-check.",
 )
-@click.option(
+@path_option(
     "--start",
-    type=click.Path(path_type=Path),
-    help="A recipe to start from, by hand or not; without a budget its own size is kept. Never made worse.",
+    says="A recipe to start from, by hand or not; without a budget its own size is kept. Never made worse.",
 )
 @click.option("--steps", type=click.IntRange(min=0), help="At most so many steps of a solver that measures.")
 @click.option("--minutes", type=float, help="At most so much time for a solver that measures.")
@@ -132,16 +124,17 @@ ITS_OWN = "{grid} has its own budgets; leave {bits}, {size} and {start} out"
 @click.option(
     "--guard/--no-guard",
     default=True,
+    show_default=False,
     help="--no-guard: write the solver's recipe even where a simpler mix measures better.",
 )
-@click.option("-r", "--rows", default=16, show_default=True, help="Rows for --check.")
+@click.option("-r", "--rows", default=16, help="Rows for --check.")
 @click.option("-l", "--length", type=int, show_default="256; 512 of a trace", help="Tokens in a row for --check.")
-@click.option("-d", "--device", default="cpu", show_default=True, help="For --check.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text for --check, split as in model_profile.")
-@click.option("--dataset", help="Data set for --check.")
+@click.option("-d", "--device", default="cpu", help="For --check.")
+@text_file_options("Text for --check, split as in model_profile.", "Data set for --check.")
 @trace_options
 @output_options
-def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
+@click.pass_context
+def main(ctx: click.Context, json_path: Path | None, quiet: bool, **options: Any) -> None:
     """Choose a source for every group of a profile so that KL is least within a size.
 
     \b
@@ -151,7 +144,6 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
       model_optimize profile.jsonl --size 14GiB --context 32768 --cache-bits q8_0 q8_0,q4_0 q4_0
       model_optimize profile.jsonl --frontier 2.5:6:0.25 -o frontier/
     """
-    check_json_path(json_path)
     from recompile import api
 
     grid = options.pop("grid")
@@ -163,14 +155,13 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
             found = api.optimize(**options, on_event=screen)
             show(found.as_dict(), json_path, lambda: describe_recipe(found))
             return
-        if any(options.pop(name) not in (None, ()) for name in NOT_OF_A_FRONTIER):
-            raise ArgumentError(ITS_OWN)
-        for name in ("steps", "minutes", "max_memory", "guard"):
-            options.pop(name)
-        solver = options.pop("solver") or "exact"
+        taken, wrong = options_of(api.frontier, options, ctx)
+        if wrong:
+            raise ArgumentError(f"--frontier has its own budgets; leave {', '.join(wrong)} out")
+        solver = taken.pop("solver") or "exact"
         from eval.search.frontier import frontier_files
 
         for path in frontier_files(options["out"] or Path("frontier"), grid):
             refuse_outputs({"-o": path, "--json": json_path}, [options["profile"], options["text"], options["trace"]])
-        table = api.frontier(grid=grid, solver=solver, **options, on_event=screen)
+        table = api.frontier(grid=grid, solver=solver, **taken, on_event=screen)
     show(table.as_dict(), json_path, lambda: describe_frontier(table))

@@ -7,26 +7,26 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import EXIT_INTERRUPTED, Screen, check_json_path, show
+from recompile.cli.common import EXIT_INTERRUPTED, Screen, command, show
 from recompile.cli.options import (
     budget_bits_option,
     device_options,
     imatrix_option,
     in_dir_option,
     made_options,
-    many_values_command,
     max_memory_option,
     model_b_option,
     output_options,
+    path_option,
     samples_option,
     text_options,
     trace_options,
 )
-from recompile.cli.render_profile import describe_next, describe_profile, profile_summary
+from recompile.cli.render_profile import describe_next, describe_profile
 from recompile.costs import LEVELS, load_profile
 
 
-@many_values_command(
+@command(
     "model_profile",
     outputs={"--json": "json_path"},
     inputs=("reference", "base", "sources", "text", "input_ids", "trace", "imatrix", "out"),
@@ -45,23 +45,19 @@ from recompile.costs import LEVELS, load_profile
     "--importance-rows",
     type=click.IntRange(min=0),
     default=16,
-    show_default=True,
     help="--candidates: calibration rows by whose inputs errors are weighed on fitting grids; 0: all alike.",
 )
 @imatrix_option("--candidates of GGUF types: importance from this imatrix file instead.")
-@click.option(
+@path_option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
     default=Path("profile.jsonl"),
-    show_default=True,
-    help="The journal; an unfinished one goes on.",
+    says="The journal; an unfinished one goes on.",
 )
 @click.option(
     "--level",
     type=click.Choice(LEVELS),
     default="fused",
-    show_default=True,
     help="What is swapped together: a layer; attention or MLP (all experts of a layer); q,k,v and gate,up; expert: as "
     "fused, and every matrix of every expert by itself; one tensor.",
 )
@@ -69,21 +65,18 @@ from recompile.costs import LEVELS, load_profile
     "--context",
     type=click.Choice(["clean", "base"]),
     default="clean",
-    show_default=True,
     help="Swap into the reference, or into the -i variant.",
 )
 @click.option(
     "--mode",
     type=click.Choice(["exact", "sketch", "hybrid", "diagonal", "weights"]),
     default="exact",
-    show_default=True,
     help="Run every swap; estimate all of them in a few passes; estimate, then run those that decide at -b; the "
     "plain squared-gradient score; or weights: the error of every matrix alone, weighted by its inputs (no KL).",
 )
 @click.option(
     "--importance/--no-importance",
     default=True,
-    show_default=True,
     help="With --mode weights: weigh errors by the inputs of the text, or all columns alike.",
 )
 @samples_option("Random draws per row of the estimating modes; default 16, or 3 where --minutes are filled with rows.")
@@ -99,14 +92,13 @@ from recompile.costs import LEVELS, load_profile
     help="With -r auto: add rows until the standard error of the total cost, over documents, is below this share of it "
     "for every candidate; default 0.05, or with --minutes what time allows.",
 )
-@click.option("--max-rows", default=256, show_default=True, help="With -r auto: never more rows than this.")
-@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@click.option("--max-rows", default=256, help="With -r auto: never more rows than this.")
+@click.option("--seed", default=0, help="Of the draws.")
 @click.option("--pairs", is_flag=True, help="Keep every draw, from which interactions of pairs can be had.")
 @budget_bits_option(says="With --mode hybrid: the budget whose decisions are checked, in bpw.")
 @click.option(
     "--whole-mixes/--no-whole-mixes",
     default=True,
-    show_default=True,
     help="With --mode sketch of a mixture of experts: measure a few whole mixes and multiply costs by measured / "
     "predicted, since a sketch does not see tokens that go to other experts.",
 )
@@ -142,7 +134,6 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
       model_profile -mb base --candidates 2,3,4,6 -o profile.jsonl        # needs no variants
       model_profile -mb base --candidates Q2_K,IQ3_S,Q4_K,IQ4_KSS,Q6_K --mode sketch -o profile.jsonl
     """
-    check_json_path(json_path)
     from recompile import api
 
     out = options["out"]
@@ -154,4 +145,4 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
             click.echo(describe_profile(load_profile(out)))
         click.echo(f"Interrupted; {out} holds what was measured, the same command goes on.", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
-    show(profile_summary(profile), json_path, lambda: describe_next(profile, out))
+    show(profile.as_dict(), json_path, lambda: describe_next(profile, out))

@@ -8,15 +8,16 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, show
+from recompile.cli.common import Screen, command, show
 from recompile.cli.options import (
     device_options,
     imatrix_option,
     in_dir_option,
-    many_values_command,
     max_memory_option,
     out_dir_option,
     output_options,
+    path_option,
+    recipe_option,
     rounding_option,
     text_options,
     tokenizer_from_option,
@@ -26,7 +27,7 @@ from recompile.cli.render_quantize import describe_variants
 from recompile.formats import COMPRESSED, VARIANT_FORMATS
 
 
-@many_values_command(
+@command(
     "model_quantize",
     outputs={"--json": "json_path", "--save-imatrix": "save_imatrix"},
     inputs=("base", "recipe", "modifiers", "tokenizer_from", "imatrix", "text", "input_ids", "trace"),
@@ -43,10 +44,9 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     help="In place of -b, compressed-tensors schemes: --scheme w4a16-g64 w8a16 fp8-channel nvfp4 mxfp4 ... With "
     "--format mlx its modes mxfp4 mxfp8 nvfp4, also beside -b.",
 )
-@click.option(
+@path_option(
     "--modifiers",
-    type=click.Path(path_type=Path),
-    help="In place of -b, one variant by a recipe of modifiers (YAML), or of llm-compressor.",
+    says="In place of -b, one variant by a recipe of modifiers (YAML), or of llm-compressor.",
 )
 @click.option(
     "--independent",
@@ -54,12 +54,9 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     help="With --modifiers: calibrate every module on the unquantized model, as variants are, in place of what the "
     "quantized layers before it give.",
 )
-@click.option(
-    "-or",
-    "--override",
+@recipe_option(
     "recipe",
-    type=click.Path(path_type=Path),
-    help="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}, for EXL2 and EXL3 with --format or "
+    says="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}, for EXL2 and EXL3 with --format or "
     "{id: 2.5, bits: 2.5, format: exl2}. OUT is then the mix's own directory; "
     "with {id: Q4_K, type: Q4_K}, or llama-quantize's, --custom-q's or thireus's recipes, a GGUF file.",
 )
@@ -68,19 +65,15 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     "format",
     type=click.Choice(VARIANT_FORMATS),
     default=COMPRESSED,
-    show_default=True,
 )
 @click.option(
     "--method",
     default="gptq",
-    show_default=True,
     metavar="rtn|mse|gptq|awq|smoothquant|awq+gptq|...",
     help="Round to nearest; least squares grids; GPTQ on top of those. With --scheme also awq and smoothquant: scales "
     "of the inputs moved into norms and maps before them, then mse or, as awq+gptq, another rounding.",
 )
-@click.option(
-    "-g", "--group-size", default="64", show_default=True, help="32, 64, 128 (MLX too) or channel (compressed-tensors)."
-)
+@click.option("-g", "--group-size", default="64", help="32, 64, 128 (MLX too) or channel (compressed-tensors).")
 @click.option(
     "--asym",
     is_flag=True,
@@ -89,7 +82,6 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
 @click.option(
     "--importance/--no-importance",
     default=True,
-    show_default=True,
     help="Weight errors by the Hessian diagonal when grids are fitted (mse, gptq).",
 )
 @click.option(
@@ -99,9 +91,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     type=int,
     help="Quantize the output head to this; default: dense (EXL2, EXL3: 6; MLX: as everything else).",
 )
-@click.option(
-    "--codebook", type=click.Choice(["3inst", "mcg", "mul1"]), default="mul1", show_default=True, help="EXL3 codebook."
-)
+@click.option("--codebook", type=click.Choice(["3inst", "mcg", "mul1"]), default="mul1", help="EXL3 codebook.")
 @tokenizer_from_option("GGUF: the file whose tokenizer keys the outputs get; needed where the base is no GGUF file.")
 @imatrix_option(
     "GGUF: importance from this imatrix file, or a profile's .importance.safetensors, in place of a calibration pass."
@@ -114,7 +104,6 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     "--engine",
     type=click.Choice(["own", "exllamav2", "exllamav3"]),
     default="own",
-    show_default=True,
     help="Whose encoder makes the tensors; the last two need CUDA.",
 )
 @rounding_option(
@@ -122,25 +111,22 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     "backward pass over the calibration rows. Default: two-sided where --stats is given. GGUF types are rounded to "
     "nearest, as llama-quantize does, unless this is given.",
 )
-@click.option(
+@path_option(
     "--stats",
-    type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Keep the statistics of those gradients here, and use them again when they are there (some MB a layer).",
+    says="Keep the statistics of those gradients here, and use them again when they are there (some MB a layer).",
 )
 @max_memory_option("For that backward pass")
 @click.option(
     "--mtp",
     type=click.Choice(["quantize", "keep"]),
     default="quantize",
-    show_default=True,
     help="MTP layers: like the last layer, with its inputs where these fit; or as they are, byte for byte.",
 )
 @click.option(
     "--tower",
     type=click.Choice(["keep", "quantize"]),
     default="keep",
-    show_default=True,
     help="Vision and audio towers: as they are, byte for byte; or quantized without calibration.",
 )
 @click.option(
@@ -178,7 +164,6 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
       model_quantize -i base -o mix -or overrides.yaml           # straight to the mix, no variants
       model_quantize -i base -o MIX.gguf -or overrides.yaml --tokenizer-from X.gguf
     """
-    check_json_path(json_path)
     from recompile import api
 
     with Screen(quiet) as screen:

@@ -7,32 +7,28 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import FiniteRange, Screen, check_json_path, command, show
-from recompile.cli.options import device_options, output_options
+from recompile.cli.common import FiniteRange, Screen, command, show
+from recompile.cli.options import device_options, output_options, path_option
 from recompile.cli.render_trace import describe_trace
 
 
 @command("model_trace", outputs={"-o": "out", "--json": "json_path"}, inputs=("base", "prompts"))
 @click.option("-m", "--model", "base", required=True, help="The unquantized base, with its tokenizer's chat template.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The file to write, e.g. trace.safetensors."
-)
-@click.option(
+@path_option("-o", "--out", required=True, says="The file to write, e.g. trace.safetensors.")
+@path_option(
     "--prompts",
-    type=click.Path(path_type=Path),
-    help='JSON lines {"kind": ..., "messages": [...], "tools": [...]} in place of the bundled 320 prompts.',
+    says='JSON lines {"kind": ..., "messages": [...], "tools": [...]} in place of the bundled 320 prompts.',
 )
 @click.option("-r", "--rows", type=int, help="Take the first so many prompts, kinds in turn; default all.")
-@click.option("--tokens", default=256, show_default=True, help="At most so many new tokens a response.")
+@click.option("--tokens", default=256, help="At most so many new tokens a response.")
 @click.option(
     "--temperature",
     type=FiniteRange(click.FloatRange(min=0)),
     default=1.0,
-    show_default=True,
     help="Of the softmax that tokens are drawn from: 1 is the model's own distribution, 0 is greedy.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the draws; each prompt has draws of its own.")
-@click.option("-bsz", "--batch-size", "--batch_size", default=8, show_default=True, help="Prompts a batch.")
+@click.option("--seed", default=0, help="Of the draws; each prompt has draws of its own.")
+@click.option("-bsz", "--batch-size", "--batch_size", default=8, help="Prompts a batch.")
 @click.option(
     "--url",
     metavar="URL",
@@ -53,7 +49,6 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
       model_trace -m base -o trace.safetensors --prompts mine.jsonl --tokens 512 --seed 1
       model_trace -m base -o trace.safetensors --url http://localhost:8000/v1 -bsz 32
     """
-    check_json_path(json_path)
     from recompile import api
 
     with Screen(quiet) as screen:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from recompile.cli.common import Screen, check_json_path, refuse_outputs, show
-from recompile.cli.options import ManyValuesCommand, many_values_command, output_options
+from recompile.cli.common import Command, Screen, command, refuse_outputs, show
+from recompile.cli.options import output_options, path_option, recipe_option
 from recompile.cli.render_merge import describe_check, describe_merge, describe_plan
 from recompile.errors import CheckpointError
 from recompile.io.files import write_text
@@ -19,7 +19,7 @@ from recompile.merge.write_plan import DEFAULT_SHARD_MB
 from recompile.recipe.other_tools import SCHEME_DIALECTS
 
 
-class _Recompile(ManyValuesCommand):
+class _Recompile(Command):
     """`recompile engines ...` is another command. Nothing else can be meant: this one takes no word without a flag."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -32,20 +32,15 @@ class _Recompile(ManyValuesCommand):
         return super().main(*args, **extra)
 
 
-@many_values_command(
+@command(
     "recompile", cls=_Recompile, outputs={"--json": "json_path"}, inputs=("base", "recipe", "type_sources", "check")
 )
 @click.option("-i", "--in-dir", "--in_dir", "base", metavar="DIR", help="The variant that is overridden.")
-@click.option(
-    "-o", "--out-dir", "--out_dir", "out", type=click.Path(path_type=Path), metavar="OUT", help="What is written."
-)
-@click.option(
-    "-or",
-    "--override",
+@path_option("-o", "--out-dir", "--out_dir", "out", metavar="OUT", says="What is written.")
+@recipe_option(
     "recipe",
-    type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The override file (YAML); none: a plain copy.",
+    says="The override file (YAML); none: a plain copy.",
 )
 @click.option(
     "-ss",
@@ -74,7 +69,10 @@ class _Recompile(ManyValuesCommand):
 @click.option("--dense", is_flag=True, help="Write decoded weights, for tools that read nothing else.")
 @click.option("--allow-unmatched", is_flag=True, help="Go on where a key matches no tensor.")
 @click.option(
-    "--probe/--no-probe", default=True, help="--no-probe: do not test that the sources were made from the same weights."
+    "--probe/--no-probe",
+    default=True,
+    show_default=False,
+    help="--no-probe: do not test that the sources were made from the same weights.",
 )
 @click.option("--check", metavar="DIR", help="Check a finished checkpoint of any origin; writes nothing.")
 @click.option(
@@ -111,7 +109,6 @@ def main(
       recompile -i Q3_K.gguf -or overrides.yaml --emit llama-quantize      # or -i base, for a mix that is to be made
       recompile -i Q3_K.gguf -o MIX.gguf -or custom-q.txt --type-sources IQ4_XS=IQ4_XS.gguf Q6_K=Q6_K.gguf
     """
-    check_json_path(json_path)
     from recompile import api
 
     with Screen(quiet) as screen:

@@ -9,7 +9,7 @@ from recompile.cli.render_optimize import describe_recipe
 from recompile.cli.render_profile import describe_next
 from recompile.cli.render_quantize import describe_variants
 from recompile.cli.render_trace import describe_trace
-from recompile.io.report import format_columns, role_in_words
+from recompile.io.report import format_columns, role_in_words, with_error
 from recompile.io.sizes import format_bpw, format_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def describe_auto(report: AutoReport) -> str:
     rows, verdicts = [], []
     mix = report.builds[0]
     for entry in report.builds:
-        error = f" ± {entry['kl_std_error']:.4f}" if entry["kl_std_error"] is not None else ""
         versus = ""
         if entry is not mix:
             low, high = entry["interval_95"]
@@ -56,7 +55,7 @@ def describe_auto(report: AutoReport) -> str:
                 entry["build"],
                 format_bpw(entry["bpw"]),
                 format_bytes(entry["total_bytes"]),
-                f"{entry['kl_nats']:.4f}{error}",
+                with_error(entry["kl_nats"], entry["kl_std_error"], ".4f"),
                 f"{entry['perplexity']:.3f}",
                 versus,
             )
@@ -64,7 +63,7 @@ def describe_auto(report: AutoReport) -> str:
     header = ("build", "bpw", "size", "KL(base || build), nats/token", "perplexity", "mix - this [95 %]")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
     lines = [
-        format_columns(rows, header, range(1, 6)),
+        format_columns(rows, header),
         f"on {report.rows} rows x {report.row_tokens} tokens that nothing else used, {report.rows_source}"
         f"{role_in_words(report.rows_role, report.positions)}",
         *verdicts,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns, role_in_words
+from recompile.io.report import format_columns, role_in_words, with_error
 from recompile.io.sizes import format_bpw, format_bytes
 from recompile.merge.left_dense import left_dense
 
 if TYPE_CHECKING:
     from eval.attribution import Attribution
     from eval.diff import CacheUsed, DiffReport
-    from eval.metrics import Slice
+    from eval.metrics import Mean, Slice
     from eval.run_diff import ManyDiffs, ModelDiff
     from recompile.merge.overlay import Overlay
 
@@ -52,8 +52,8 @@ def _sweep(found: ModelDiff) -> str:
             point.cache.name,
             f"{point.bits:.2f}",
             format_bytes(point.cache.bytes_per_token),
-            f"{point.kl.mean:.6f}" + _error(point.kl.std_error, 6),
-            f"{point.difference.mean:+.6f}" + _error(point.difference.std_error, 6),
+            f"{point.kl:.6f}",
+            f"{point.difference:+.6f}",
             f"{point.interval[0]:+.6f} to {point.interval[1]:+.6f}" if point.interval is not None else "-",
             f"{point.kl_quantiles.p99:.4f}",
             f"{100 * point.same_top.mean:.2f} %",
@@ -70,7 +70,7 @@ def _sweep(found: ModelDiff) -> str:
     lines = [
         f"A through quantized caches; {used.layers} of {used.of_layers} layers attend through one"
         + (f", what the other {rest} keep is left as it is" if rest else ""),
-        format_columns(rows, header, tuple(range(1, len(header)))),
+        format_columns(rows, header),
     ]
     return "\n".join(lines)
 
@@ -86,9 +86,9 @@ def _attribution(found: Attribution, report: DiffReport) -> str:
             each.group,
             format_bpw(each.bits_per_weight),
             f"{100 * each.relative_error:.2f} %",
-            f"{each.kl.mean:.6f}" + _error(each.kl.std_error, 6),
+            f"{each.kl:.6f}",
             f"{100 * each.kl.mean / found.total.mean:.1f} %" if found.total.mean > 0 else "-",
-            *([f"{each.noise.mean:.6f}" + _error(each.noise.std_error, 6)] if each.noise is not None else []),
+            *([f"{each.noise:.6f}"] if each.noise is not None else []),
             *([f"{each.against_noise:.2f}" if each.against_noise is not None else "-"] if with_noise else []),
         )
         for each in found.groups[:GROUPS_SHOWN]
@@ -98,7 +98,7 @@ def _attribution(found: Attribution, report: DiffReport) -> str:
     left = len(found.groups) - len(rows)
     lines = [
         f"A's groups ({found.level}), each by itself in B:",
-        format_columns(rows, header, tuple(range(1, len(header)))),
+        format_columns(rows, header),
         *([f"... and {left} more, which --json holds"] if left > 0 else []),
         f"All of them added: {found.total}; together, as above: {report.kl}",
     ]
@@ -123,7 +123,7 @@ def describe_many(found: ManyDiffs) -> str:
                 found.names[n],
                 format_bpw(size.bpw),
                 format_bytes(size.total_bytes),
-                f"{report.kl.mean:.5f}" + _error(report.kl.std_error, 5),
+                f"{report.kl:.5f}",
                 f"{report.kl_quantiles.median:.5f}",
                 f"{report.kl_quantiles.p99:.3f}",
                 f"{report.score_candidate.perplexity:.4f}",
@@ -150,7 +150,7 @@ def describe_many(found: ManyDiffs) -> str:
         f"{first.score_reference.perplexity:.4f}",
         *([f"Their cache:   {_cache(first.cache)}"] if first.cache is not None else []),
         "",
-        format_columns(rows, header, tuple(range(1, len(header)))),
+        format_columns(rows, header),
         "",
         f"KL less that of {found.names[order[0]]}, paired over rows:",
     ]
@@ -161,12 +161,12 @@ def describe_many(found: ManyDiffs) -> str:
         table.append(
             (
                 found.names[n],
-                f"{pair.difference.mean:+.5f}" + _error(pair.difference.std_error, 5),
+                f"{pair.difference:+.5f}",
                 interval,
                 "worse" if pair.is_clear else "not told apart",
             )
         )
-    lines.append(format_columns(table, ("candidate", "difference, nats/token", "95 %", ""), (1, 2)))
+    lines.append(format_columns(table, ("candidate", "difference, nats/token", "95 %", "")))
     return "\n".join(lines)
 
 
@@ -204,7 +204,7 @@ def _layer_table(report: DiffReport) -> str:
         for layer in report.layers
     ]
     header = ("state after", "rel. error", "max diff/norm", "SQNR dB", "cosine error", "same experts")
-    return format_columns(rows, header[: len(rows[0])], tuple(range(1, len(rows[0]))))
+    return format_columns(rows, header[: len(rows[0])])
 
 
 def _routing(report: DiffReport) -> list[str]:
@@ -217,8 +217,7 @@ def _routing(report: DiffReport) -> list[str]:
     fullest = max(max(layer.load) * layer.experts / max(1, sum(layer.load)) for layer in report.routing)
     return [
         f"Routing: {100 * mean:.2f} % of tokens keep all {worst.chosen} of their experts (mean of "
-        f"{len(report.routing)} layers), fewest after {worst.name}: {100 * worst.same_experts.mean:.2f} %"
-        f"{_error(100 * worst.same_experts.std_error if worst.same_experts.std_error is not None else None, 2)}",
+        f"{len(report.routing)} layers), fewest after {worst.name}: {_percent(worst.same_experts)}",
         f"Expert load in B: {unused} of {experts} experts saw no token, the fullest {fullest:.1f} times its share",
     ]
 
@@ -236,23 +235,22 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         *([f"A's cache:     {_cache(report.cache)}"] if report.cache is not None else []),
         f"Measured on:   {_rows_of(report, whole=True)}, {report.dtype} on {report.device}",
         "",
-        f"A perplexity: {a.perplexity:.8f}" + _error(a.perplexity_std_error),
-        f"B perplexity: {b.perplexity:.8f}" + _error(b.perplexity_std_error),
+        f"A perplexity: {with_error(a.perplexity, a.perplexity_std_error, '.8f')}",
+        f"B perplexity: {with_error(b.perplexity, b.perplexity_std_error, '.8f')}",
         "",
     ]
     table = [
-        (f"K = {k}", f"{hit_a:.4f}", f"{hit_b:.4f}", f"{agree.mean:.4f}" + _error(agree.std_error, 4))
+        (f"K = {k}", f"{hit_a:.4f}", f"{hit_b:.4f}", f"{agree:.4f}")
         for k, (hit_a, hit_b, agree) in enumerate(
             zip(a.label_in_top_k, b.label_in_top_k, report.top_k_agreement, strict=True), 1
         )
     ]
     header = ("", "label in A's top K", "label in B's top K", "same top K in A and B")
-    lines += [format_columns(table, header, (1, 2, 3)), ""]
+    lines += [format_columns(table, header), ""]
     q = report.kl_quantiles
     lines += [
-        f"KL(B || A), the candidate measured by the reference: {report.kl.mean:.8f}{_error(report.kl.std_error)} nats",
-        f"KL(A || B), the other way round:                     {report.kl_reverse.mean:.8f}"
-        f"{_error(report.kl_reverse.std_error)} nats",
+        f"KL(B || A), the candidate measured by the reference: {report.kl:.8f} nats",
+        f"KL(A || B), the other way round:                     {report.kl_reverse:.8f} nats",
         f"KL(B || A) per token: median {q.median:.6f}, p90 {q.p90:.6f}, p99 {q.p99:.6f}, p99.9 {q.p999:.6f}, "
         f"max {q.max:.6f}",
         *_text_tokens(report),
@@ -270,7 +268,7 @@ def _summary(report: DiffReport, overlay: Overlay) -> str:
         )
         for bin in report.kl_by_confidence
     ]
-    lines += ["", format_columns(bins, ("B's top probability", "of tokens", "mean KL", "median KL"), (1, 2, 3))]
+    lines += ["", format_columns(bins, ("B's top probability", "of tokens", "mean KL", "median KL"))]
     for title, slices in (("rows from", report.by_origin), ("tokens of context", report.by_position)):
         if slices:
             lines += ["", _slices(title, slices)]
@@ -282,21 +280,21 @@ def _text_tokens(report: DiffReport) -> list[str]:
     change, flips = report.delta_p, report.sure_flips
     if change is None or flips is None:
         return []
-    mean, rms = change.mean, change.rms
     lines = [
-        f"Delta p of the text's tokens, A - B: mean {100 * mean.mean:+.3f} %{_percent(mean.std_error)}, "
-        f"RMS {100 * rms.mean:.3f} %{_percent(rms.std_error)}"
+        f"Delta p of the text's tokens, A - B: mean {_percent(change.mean, '+.3f')}, RMS {_percent(change.rms, '.3f')}"
     ]
     if flips.share is not None:
         lines.append(
-            f"Another top token where B gave its own more than {flips.above:g}: {100 * flips.share.mean:.2f} %"
-            f"{_percent(flips.share.std_error, 2)} of these {flips.tokens} tokens"
+            f"Another top token where B gave its own more than {flips.above:g}: {_percent(flips.share)} of "
+            f"these {flips.tokens} tokens"
         )
     return lines
 
 
-def _percent(std_error: float | None, digits: int = 3) -> str:
-    return _error(100 * std_error, digits) if std_error is not None else ""
+def _percent(share: Mean, spec: str = ".2f") -> str:
+    """ "12.30 % ± 0.45"."""
+    error = "" if share.std_error is None else f" ± {format(100 * share.std_error, spec.lstrip('+'))}"
+    return f"{format(100 * share.mean, spec)} %{error}"
 
 
 def _slices(title: str, slices: Sequence[Slice]) -> str:
@@ -305,19 +303,19 @@ def _slices(title: str, slices: Sequence[Slice]) -> str:
             part.name,
             str(part.rows),
             str(part.tokens),
-            f"{part.kl.mean:.6f}" + _error(part.kl.std_error, 6),
-            f"{100 * part.same_top.mean:.2f} %" + _percent(part.same_top.std_error, 2),
+            f"{part.kl:.6f}",
+            _percent(part.same_top),
         )
         for part in slices
     ]
-    return format_columns(rows, (title, "rows", "tokens", "mean KL", "same top token"), (1, 2, 3, 4))
+    return format_columns(rows, (title, "rows", "tokens", "mean KL", "same top token"))
 
 
 def _with_inputs(report: DiffReport, with_inputs: DiffReport) -> str:
     lines = [
         "",
-        f"Weights alone:             KL(B || A) {report.kl.mean:.8f}{_error(report.kl.std_error)} nats (as above)",
-        f"Inputs quantized as well:  KL(B || A) {with_inputs.kl.mean:.8f}{_error(with_inputs.kl.std_error)} nats, "
+        f"Weights alone:             KL(B || A) {report.kl:.8f} nats (as above)",
+        f"Inputs quantized as well:  KL(B || A) {with_inputs.kl:.8f} nats, "
         f"perplexity {with_inputs.score_candidate.perplexity:.6f}, "
         f"same top token {100 * with_inputs.top_k_agreement[0].mean:.1f} %",
     ]
@@ -325,7 +323,3 @@ def _with_inputs(report: DiffReport, with_inputs: DiffReport) -> str:
         more = f" and {len(unseen.modules) - 1} more" if len(unseen.modules) > 1 else ""
         lines.append(f"Not quantized: inputs of {unseen.modules[0]}{more}, which {unseen.why}")
     return "\n".join(lines)
-
-
-def _error(std_error: float | None, digits: int = 8) -> str:
-    return f" ± {std_error:.{digits}f}" if std_error is not None else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns, role_in_words
+from recompile.io.report import format_columns, role_in_words, with_error
 from recompile.io.sizes import format_seconds
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def describe_heal(report: HealReport) -> str:
     def line(name: str, pair: Paired) -> tuple[str, str, str, str, str]:
-        change = f"{pair.gain:+.6f} ± {pair.std_error:.6f}"
+        change = with_error(pair.gain, pair.std_error, "+.6f")
         return (name, f"{pair.before:.6f}", f"{pair.after:.6f}", f"{pair.ratio:.3f}", change)
 
     rows = [
@@ -22,7 +22,7 @@ def describe_heal(report: HealReport) -> str:
         line(f"another kind of text: {report.second_source}", report.second),
     ]
     header = ("KL(base || build), nats a token", "before", "healed", "ratio", "paired difference")
-    text = format_columns(rows, header, range(1, 5))
+    text = format_columns(rows, header)
     text += (
         f"\n{report.steps} steps ({report.tokens} tokens, {format_seconds(report.seconds)}), the best after "
         f"{report.best_step}; {report.moved_tensors} tensors moved, learning rate {report.learning_rate:g}"

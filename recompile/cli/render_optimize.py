@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns, role_in_words
+from recompile.io.report import format_columns, role_in_words, with_error
 from recompile.io.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -38,14 +38,13 @@ def describe_recipe(report: OptimizeReport) -> str:
     ]
     spare = chosen.solution.budget_bits - chosen.solution.bits
     gap = f", gap to the proven bound {chosen.solution.gap:.2g}" if math.isfinite(chosen.solution.gap) else ""
-    error = f" ± {chosen.predicted_std_error:.6f}" if chosen.predicted_std_error is not None else ""
     lines = [
         format_columns(rows, ("source", "directory", "modules", "of the weights"), (2, 3)),
         "",
         f"Size:         {chosen.bpw:.4f} bpw over quantized modules, {format_bytes(chosen.total_bytes)} in all; "
         f"{format_bytes(spare / 8)} of the budget left",
-        f"Predicted KL: {chosen.predicted_kl_nats:.6f}{error} nats per token (swaps added up; "
-        f"solver {chosen.solution.solver}{gap})",
+        f"Predicted KL: {with_error(chosen.predicted_kl_nats, chosen.predicted_std_error)} nats per token "
+        f"(swaps added up; solver {chosen.solution.solver}{gap})",
     ]
     if report.cache is not None:
         lines += ["", _cache(report.cache)]
@@ -69,19 +68,17 @@ def _cache(found: CacheChoice) -> str:
         (
             option.cost.name,
             format_bytes(option.cost.size_bytes),
-            f"{option.cost.kl_nats:.6f}"
-            + (f" ± {option.cost.std_error:.6f}" if option.cost.std_error is not None else ""),
+            with_error(option.cost.kl_nats, option.cost.std_error),
             format_bytes(option.weights_bytes) if option.weights_bytes > 0 else "nothing",
             f"{option.weights_kl_nats:.6f}" if option.weights_kl_nats is not None else "does not fit",
             f"{option.kl_nats:.6f}" if option.kl_nats is not None else "-",
         )
         for option in found.options
-        for error in [option.cost.std_error]
     ]
     header = ("cache", f"at {found.context} tokens", "its KL", "left for weights", "their KL, predicted", "together")
     return (
         f"{format_bytes(found.size_bytes)} for weights and cache (caches measured on {found.rows} rows of the base):\n"
-        f"{format_columns(rows, header, (1, 2, 3, 4, 5))}\n"
+        f"{format_columns(rows, header)}\n"
         f"Run with {found.chosen.cost.flags} ({found.chosen.cost.engine})."
     )
 
@@ -128,7 +125,7 @@ def describe_verdict(verdict: Verdict, profile: Profile) -> str:
         f"Measured on {verdict.rows} rows x {verdict.row_tokens} tokens that nothing else uses, {verdict.rows_source}"
         f"{role_in_words(verdict.rows_role, verdict.positions)} (KL in nats per token, paired by row{inputs}):"
     )
-    return f"{on}\n{format_columns(rows, header, (1, 2, 3))}\n{verdict_line(verdict)}"
+    return f"{on}\n{format_columns(rows, header)}\n{verdict_line(verdict)}"
 
 
 def _mark(contender: Contender) -> str:
@@ -173,16 +170,10 @@ def _frontier_table(table: Sequence[FrontierRow]) -> str:
             row.name,
             f"{row.bpw:.4f}",
             f"{row.gib:.4f}",
-            _with_error(row.predicted_kl_nats, row.predicted_std_error),
+            with_error(row.predicted_kl_nats, row.predicted_std_error),
         ]
         if is_measured:
-            line.append(_with_error(row.measured_kl_nats, row.measured_std_error))
+            line.append(with_error(row.measured_kl_nats, row.measured_std_error))
         lines.append((*line, ", ".join(notes)))
     header = ("recipe", "bpw", "GiB", "predicted KL", *(["measured KL"] if is_measured else []), "")
-    return format_columns(lines, header, range(1, len(header) - 1))
-
-
-def _with_error(kl: float | None, error: float | None) -> str:
-    if kl is None:
-        return "-"
-    return f"{kl:.6f}" + (f" ± {error:.6f}" if error is not None else "")
+    return format_columns(lines, header)

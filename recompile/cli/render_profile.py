@@ -5,31 +5,12 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from recompile.io.report import format_columns, role_in_words
+from recompile.io.report import format_columns, role_in_words, with_error
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from recompile.costs import Profile
-
-
-def profile_summary(profile: Profile) -> dict[str, object]:
-    """Per group and source the cost and the bits, for --json."""
-    groups = []
-    unreached = set(profile.unreached())
-    for group in profile.header.groups:
-        costs = {source: profile.cost(group.name, source) for source in group.bits}
-        groups.append(
-            {
-                "name": group.name,
-                "weights": group.weights,
-                "bits": dict(group.bits),
-                "costs": costs,
-                "reached": group.name not in unreached,
-            }
-        )
-    control = profile.control.mean if profile.control is not None else None
-    return {"header": profile.header, "control_kl_nats": control, "groups": groups}
 
 
 def describe_next(profile: Profile, out: Path) -> str:
@@ -55,7 +36,7 @@ def describe_profile(profile: Profile, most: int = 20) -> str:
         for label in labels:
             cost = profile.cost(group.name, label)
             mark = " prior" if cost is not None and cost.is_prior else ""
-            cells.append("-" if cost is None else f"{cost.kl_nats:.5f} ± {cost.std_error:.5f}{mark}")
+            cells.append("-" if cost is None else f"{with_error(cost.kl_nats, cost.std_error, '.5f')}{mark}")
         rows.append((group.name, *cells))
     where = "the reference" if header.context == "clean" else f"the {header.base} variant"
     title = f"KL in nats per token of taking a group from each source, swapped into {where}"
@@ -63,7 +44,7 @@ def describe_profile(profile: Profile, most: int = 20) -> str:
         title = "Weighted relative error of the weights, times rows, of taking a group from each source (no nats)"
     if len(order) > most:
         title += f" (the {most} most expensive of {len(order)} groups)"
-    text = f"{title}\n" + format_columns(rows, ("group", *labels), range(1, len(labels) + 1))
+    text = f"{title}\n" + format_columns(rows, ("group", *labels))
     said = role_in_words(header.rows_role, header.positions)
     text += f"\nMeasured on {header.rows} rows x {header.row_tokens} tokens, {header.rows_source}{said}"
     unreached = profile.unreached()

@@ -41,7 +41,7 @@ def _summary(report: QuantizeReport) -> str:
             )
         )
     header = ("variant", "bpw", "head", "size", "modules", "rel. error", "SQNR dB", "output error")
-    text = format_columns(rows, header, range(1, 8))
+    text = format_columns(rows, header)
     text += _calibrated_on(report.rows)
     modules = report.variants[0].modules
     borrowed = sum(module.quantized and module.note.startswith("made with the inputs of") for module in modules)

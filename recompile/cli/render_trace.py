@@ -28,7 +28,7 @@ def describe_trace(report: TraceReport) -> str:
     rows.append(("all", *totals, ended, *(str(report.roles[role]) for role in roles)))
     header = ("kind", "rows", "prompt tokens", "response tokens", "ended by itself", *roles)
     about = report.about
-    lines = [format_columns(rows, header, tuple(range(1, len(header)))), ""]
+    lines = [format_columns(rows, header), ""]
     drawn = "greedy" if about.temperature == 0 else f"temperature {about.temperature:g}, seed {about.seed}"
     lines.append(f"{report.out}: written by {report.base} ({drawn}, at most {about.max_new_tokens} tokens a response)")
     if report.left_out:

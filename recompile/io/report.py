@@ -70,13 +70,22 @@ def role_in_words(role: str, positions: str = "all") -> str:
     return f"{said}, response tokens only" if positions == "response" else said
 
 
+def with_error(value: float | None, std_error: float | None, spec: str = ".6f") -> str:
+    """A figure and its standard error, where there is one: "0.250000 ± 0.010000"; "-" where there is no figure."""
+    if value is None:
+        return "-"
+    return format(value, spec) + (f" ± {format(std_error, spec.lstrip('+'))}" if std_error is not None else "")
+
+
 def format_columns(
-    rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Iterable[int] = ()
+    rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Iterable[int] | None = None
 ) -> str:
     """Rows of text in aligned columns, never cut or wrapped, so that names can be searched and copied.
 
-    right: numbers of the columns that are aligned to the right.
+    right: numbers of the columns that are aligned to the right; None: of those that have a title all but the first
     """
+    if right is None:
+        right = [column for column, title in enumerate(header or ()) if column and title]
     every = [[printable(cell) for cell in row] for row in ([header, *rows] if header else rows)]
     if not every:
         return ""
