@@ -36,18 +36,19 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from eval.passes.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
 from eval.passes.fisher import DRAWS, FisherCotangents
 from eval.profile.exact import ProfileJob
+from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.costs import Measurement, Profile, ProfileHeader, is_expert, kind_of, open_journal
 from recompile.errors import ArgumentError, JournalError
 from recompile.io.tensors import save_tensors
@@ -469,11 +470,8 @@ class SweepStore:
         with self._open(number) as file:
             return int((file.metadata() or {}).get("samples", 0))
 
-    def _open(self, number: int) -> safe_open:
-        try:
-            return safe_open(self._file(number), framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise JournalError(f"{self._file(number)}: cannot be read: {error}; remove it to sample again") from error
+    def _open(self, number: int) -> AbstractContextManager[safe_open]:
+        return open_tensors(self._file(number), error=JournalError, way_out="; remove it to sample again")
 
     def one(self, number: int) -> Sketch:
         """A sweep."""
@@ -483,8 +481,11 @@ class SweepStore:
             for name, value in tensors.items():
                 check_finite(value, f"{self._file(number)}: {name}", "remove it to sample again, with a wider {dtype}")
             values = {name: value.numpy() for name, value in tensors.items()}
-            swaps = tuple((group, source) for group, source in json.loads(about["swaps"]))
-            return Sketch(swaps, samples=int(about["samples"]), **values)
+            try:
+                swaps = tuple((group, source) for group, source in json.loads(about["swaps"]))
+                return Sketch(swaps, samples=int(about["samples"]), **values)
+            except (KeyError, ValueError, TypeError) as error:
+                raise JournalError(f"{self._file(number)}: is no sweep ({error}); remove it to sample again") from error
 
     def load(self, count: int) -> Sketch:
         """The sum of the first `count` sweeps."""

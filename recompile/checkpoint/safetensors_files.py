@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from sys import intern
@@ -13,16 +15,42 @@ from recompile.errors import CheckpointError
 from recompile.formats import DTYPE_BYTES
 from recompile.formats.gguf_types import QUANTIZED_TYPES
 from recompile.formats.stored import TensorInfo
-from recompile.io.files import open_regular, parse_json
+from recompile.io.files import Failure, open_regular, parse_json
 from recompile.io.printable import printable
 from recompile.io.schema import describe
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
     from torch import Tensor
 
 MOST_TENSORS, MOST_AXES = 500_000, 16  # DeepSeek-V3 has 135,459 of at most 3
 MAX_HEADER_BYTES = 100 * 1000 * 1000  # the limit of the safetensors format itself
+
+
+@contextmanager
+def open_tensors(path: Path, *, error: Failure = CheckpointError, way_out: str = "") -> Iterator[safe_open]:
+    """A safetensors file that is no checkpoint, to read: rows, traces, statistics, the state of a run.
+
+    Its header is checked first. Raises `error` for what is no such file, with `way_out` at the end, also where a tensor
+    that is asked for in the block is not there or cannot be read.
+    """
+    import safetensors
+
+    try:
+        read_safetensors_header(path)
+        with safetensors.safe_open(path, framework="pt") as stored:
+            yield stored
+    except CheckpointError as failed:
+        raise error(f"{failed}{way_out}") from failed
+    except (OSError, safetensors.SafetensorError) as failed:
+        raise error(f"{path}: not a readable safetensors file: {failed}{way_out}") from failed
+
+
+def read_tensors(path: Path, *, error: Failure = CheckpointError, way_out: str = "") -> dict[str, Tensor]:
+    """All tensors of such a file. Raises `error` as `open_tensors` does."""
+    with open_tensors(path, error=error, way_out=way_out) as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -26,10 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recompile.errors import RecompileError
-from recompile.io.files import parse_json, read_bytes, read_json
+from recompile.io.files import open_regular, parse_json, read_bytes, read_json
+from recompile.io.schema import describe
 from recompile.model.tokens import ROLE_SHARES
 from recompile.model.trace import Trace, TraceAbout, make_trace, role_of_prompt
 
+MOST_TOKENS = 2**25  # of a parquet file, a few kB of which can stand for any number
 SUFFIXES = (".json", ".jsonl", ".parquet")
 MASKS = ("response", "response_mask", "loss_mask")
 
@@ -101,7 +103,7 @@ def _stored(path: Path) -> tuple[Mapping[str, Any], Sequence[Any]]:
     if path.suffix == ".parquet":
         return {}, _parquet_rows(path)
     if path.suffix == ".jsonl":
-        lines = read_bytes(path, kind="journal", error=RecompileError).split(b"\n")
+        lines = read_bytes(path, kind="json", error=RecompileError).split(b"\n")
         numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         return {}, [parse_json(line, str(path), error=RecompileError, line=number) for number, line in numbered]
     found = read_json(path, error=RecompileError)
@@ -115,14 +117,21 @@ def _stored(path: Path) -> tuple[Mapping[str, Any], Sequence[Any]]:
 def _parquet_rows(path: Path) -> list[Any]:
     try:
         from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
+        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise RecompileError(
             f"{path}: pyarrow, which reads parquet, is not installed; pip install 'recompile[parquet]', or give "
             f"JSON lines"
         ) from error
     try:
-        return list(read_table(path).to_pylist())
+        with open_regular(path, error=RecompileError) as raw, ParquetFile(raw) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            counts = [group.column(column).num_values for group in groups for column in range(group.num_columns)]
+            if sum(counts) > MOST_TOKENS:
+                raise RecompileError(
+                    f"{path}: holds {sum(counts)} values, at most {MOST_TOKENS} are read; take fewer of its rows"
+                )
+            return list(file.read().to_pylist())
     except (OSError, ArrowException) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise RecompileError(f"{path}: not a readable parquet file: {reason}") from error
@@ -141,7 +150,8 @@ def _row(row: Any, place: str) -> _Row:
     else:
         marks = [0, *[1] * (len(tokens) - 1)]
         if masks:
-            marks = _integers([int(mark) if isinstance(mark, bool) else mark for mark in row[masks[0]]], place)
+            given = row[masks[0]] if isinstance(row[masks[0]], list) else []
+            marks = _integers([int(mark) if isinstance(mark, bool) else mark for mark in given], f"{place}: {masks[0]}")
             if len(marks) != len(tokens) or not set(marks) <= {0, 1}:
                 raise RecompileError(f"{place}: {masks[0]} is no list of {len(tokens)} of 0 and 1, one a token")
         first = marks.index(1) if 1 in marks else 0
@@ -149,8 +159,8 @@ def _row(row: Any, place: str) -> _Row:
     if not prompt or not rest or not any(written):
         raise RecompileError(f"{place}: wanted a token before the response, and one of the response at least")
     role = row.get("role")
-    if role is not None and role not in ROLE_SHARES:
-        raise RecompileError(f'{place}: role "{role}": wanted one of {", ".join(ROLE_SHARES)}')
+    if role is not None and (not isinstance(role, str) or role not in ROLE_SHARES):
+        raise RecompileError(f"{place}: role is {describe(role)}, wanted one of {', '.join(ROLE_SHARES)}")
     conversation = row.get("conversation")
     kind = row.get("kind")
     return _Row(

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import CheckpointError, MismatchError, RecompileError
 from recompile.gguf.container import is_gguf, open_gguf
 from recompile.io.files import open_regular, read_text
@@ -600,16 +601,12 @@ def rows_from_file(path: Path | str) -> Rows:
     A file that `save_rows` wrote comes back as it was; of any other, each row is a document, and the role is "all".
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as stored:
-            keys = sorted(stored.keys())
-            ids = stored.get_tensor("input_ids") if "input_ids" in keys else None
-            metadata = stored.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise RecompileError(f"{path}: not a readable safetensors file: {error}") from error
+    with open_tensors(path, error=RecompileError) as stored:
+        keys = sorted(stored.keys())
+        ids = stored.get_tensor("input_ids") if "input_ids" in keys else None
+        metadata = stored.metadata() or {}
     if "recompile_trace" in metadata:
         raise RecompileError(f"{path}: is a trace, whose rows are padded and have roles; give it with {{trace}}")
     if ids is None:

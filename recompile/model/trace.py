@@ -21,6 +21,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import RecompileError
 from recompile.io.tensors import save_tensors
 from recompile.model.tokens import ROLE_SHARES, role_of_key
@@ -181,7 +182,6 @@ def read_trace(path: Path | str) -> Trace:
     """Read and check what `save_trace` wrote, or a publisher's JSON, JSON lines or parquet
     (recompile.model.published_trace). Raises RecompileError for anything else, or for a prompt in two roles."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
     from recompile.model.published_trace import SUFFIXES, read_published
 
@@ -191,17 +191,12 @@ def read_trace(path: Path | str) -> Trace:
         if found_trace.about.vocab:
             check_trace_vocabulary(path, found_trace.ids, found_trace.about.vocab)
         return found_trace
-    try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            if METADATA_KEY not in metadata:
-                raise RecompileError(
-                    f"{path}: is no trace: its metadata has no {METADATA_KEY}; make one with model_trace"
-                )
-            names = sorted(stored.keys())
-            found = {name: stored.get_tensor(name) for name in ("input_ids", "response", "lengths") if name in names}
-    except (OSError, SafetensorError) as error:
-        raise RecompileError(f"{path}: not a readable safetensors file: {error}") from error
+    with open_tensors(path, error=RecompileError) as stored:
+        metadata = stored.metadata() or {}
+        if METADATA_KEY not in metadata:
+            raise RecompileError(f"{path}: is no trace: its metadata has no {METADATA_KEY}; make one with model_trace")
+        names = sorted(stored.keys())
+        found = {name: stored.get_tensor(name) for name in ("input_ids", "response", "lengths") if name in names}
     wanted = {"input_ids": (torch.int64, 2), "response": (torch.uint8, 2), "lengths": (torch.int64, 1)}
     for name, (dtype, axes) in wanted.items():
         tensor = found.get(name)

@@ -29,8 +29,9 @@ from recompile.checkpoint.checkpoint import (
     split_name,
 )
 from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.safetensors_files import read_tensors
 from recompile.costs import Profile, ProfileGroup, candidate_label
-from recompile.errors import CheckpointError, FormatError, UnsupportedError
+from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.names import Heads, Joined
 from recompile.io.tensors import save_tensors
@@ -355,13 +356,7 @@ def load_importance(profile: Path) -> dict[str, Tensor] | None:
 
 def read_importance(path: Path) -> dict[str, Tensor]:
     """Module -> [in] float32, as a profile left it. Raises CheckpointError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; remove it and profile again") from error
+    return read_tensors(path, way_out="; remove it and profile again")
 
 
 def open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import CheckpointError, MismatchError
 from recompile.io.files import PARTIAL_SUFFIX, read_json, write_json
 from recompile.io.tensors import save_tensors
@@ -58,11 +58,11 @@ class StoredStatistics:
         file, tokens, held_out_tokens = self.modules[module]
         found = []
         try:
-            with safe_open(self.path / file, framework="pt") as stored:
+            with open_tensors(self.path / file, way_out=f"; remove {self.path} and measure anew") as stored:
                 for share in SHARES:
                     parts = (stored.get_tensor(f"{module}.{share}.{part}") for part in ("diagonal", "correlations"))
                     found.append(_unpack(*(part.to(device) for part in parts)))
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.path / file}: {module}: cannot be read: {error}; remove {self.path} and measure anew"
             ) from error

@@ -95,7 +95,10 @@ BAD = [
     ([{"input_ids": [1, 2, 3], "response": [0, 1]}], "row 0: response is no list of 3 of 0 and 1"),
     ([{"input_ids": [1, 2, 3], "response": [0, 0, 0]}], "row 0: wanted a token before the response"),
     ([{"input_ids": [1, 2, 3], "response": [1, 0, 0]}], "row 0: wanted a token before the response"),
-    ([row(0, role="train")], 'row 0: role "train": wanted one of calibrate, choose, accept, report'),
+    ([{"input_ids": [1, 2, 3], "loss_mask": 1}], "row 0: loss_mask: wanted a list of whole numbers"),
+    ([row(0, role="train")], 'row 0: role is the text "train", wanted one of calibrate, choose, accept, report'),
+    ([row(0, role=["report"])], "row 0: role is a list, wanted one of calibrate"),
+    ([row(0, role={"a": 1})], "row 0: role is an object, wanted one of calibrate"),
     ([row(0, role="report"), row(1)], "row 1 has no role, and others have one"),
     ([row(0, role="report"), row(1, role="choose"), row(0, role="accept")], "rows 0 and 2 answer the same prompt"),
     ([row(0, role="report", conversation=3), row(1, role="choose", conversation=3)], "rows 0 and 1 answer the same"),
@@ -121,6 +124,17 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         read_trace(tmp_path / "t.parquet")
     with pytest.raises(RecompileError, match="cannot be read"):
         read_trace(tmp_path / "none.json")
+
+
+def test_a_small_file_that_stands_for_many_values_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "t.parquet", [{"input_ids": [7] * 3000} for _ in range(4)])
+    assert path.stat().st_size < 4000
+    assert len(read_trace(path).ids) == 4
+    monkeypatch.setattr("recompile.model.published_trace.MOST_TOKENS", 11_999)
+    with pytest.raises(RecompileError, match=r"t\.parquet: holds 12000 values, at most 11999 are read"):
+        read_trace(path)
 
 
 def test_commands_take_them_and_refuse_tokens_of_another_vocabulary(tmp_path: Path) -> None:
