@@ -389,8 +389,8 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *failed: Any) -> None:
+        self._lines.__exit__(*failed)
 
 
 def _as_line(found: Measurement) -> dict[str, Any]:

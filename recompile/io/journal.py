@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from recompile.errors import JournalError
-from recompile.io.files import LARGEST, Failure, lock, parse_json, sync_directory
+from recompile.io.files import LARGEST, Failure, is_still, lock, parse_json, sync_directory
 
 log = logging.getLogger("recompile")
 
@@ -28,8 +28,9 @@ class LineJournal:
             if not journal.lines: journal.begin({"kind": ...})
             journal.append({"done": 1})
 
-    A second process (or object) on the same path is refused and told who holds it. Raises `error` where the file cannot
-    be read, written or held.
+    A second process (or object) on the same path is refused and told who holds it. Where the block fails and nothing
+    was added to a header that was begun in it, the file is removed: nothing was done. Raises `error` where the file
+    cannot be read, written or held.
     """
 
     def __init__(self, path: Path | str, *, error: Failure = JournalError) -> None:
@@ -40,8 +41,12 @@ class LineJournal:
             existed = self.path.exists()
             if existed and not self.path.is_file():
                 raise error(f"{path}: is not a regular file; choose another")
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
-            lock(file.fileno(), path, error=error)
+            while True:
+                file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
+                lock(file.fileno(), path, error=error)
+                if is_still(self.path, file.fileno()):  # and was not removed by its owner between the two calls
+                    break
+                file.close()
             if os.fstat(file.fileno()).st_size > LARGEST["journal"]:
                 raise error(f"{path}: has more than {LARGEST['journal']} bytes; is it the right file?")
             raw = file.readall()
@@ -51,7 +56,7 @@ class LineJournal:
         except BaseException:
             _close(file)
             raise
-        self._file = file
+        self._file, self._is_just_begun = file, False
         self._lines = raw.split(b"\n")
         self.torn_bytes = len(self._lines.pop())
         self._whole = len(raw) - self.torn_bytes
@@ -74,6 +79,7 @@ class LineJournal:
         """Start anew: the header is the only line."""
         self._whole, self._lines, self.torn_bytes = 0, [], 0
         self.append(header)
+        self._is_just_begun = True
         with suppress(OSError):  # a file system that cannot
             sync_directory(self.path.parent)
 
@@ -106,6 +112,7 @@ class LineJournal:
                 f"and run the same command to go on"
             ) from failed
         self._whole += len(data)
+        self._is_just_begun = False
 
     def close(self) -> None:
         self._file.close()
@@ -116,6 +123,9 @@ class LineJournal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._is_just_begun:
+            with suppress(OSError):
+                self.path.unlink()
         self.close()
 
 

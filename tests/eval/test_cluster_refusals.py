@@ -43,6 +43,22 @@ def test_nothing_is_left_of_a_cluster_that_cannot_be(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("mode", ["exact", "sketch"])
+def test_a_cluster_that_is_not_reached_leaves_no_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("nobody at 127.0.0.1:6379")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=unreachable))
+    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayError=RuntimeError))
+    variants, out = tiny.variants("llama-2", (3, 4)), tmp_path / "p.jsonl"
+    words = ["-mb", tiny.base("llama-2"), "-i", variants[4], "-s", variants[3], "-o", out, "--mode", mode]
+    said = refusal(model_profile, *words, "--input-ids", ids(tmp_path / "in"), "-r", 2, "--ray", "127.0.0.1:6379")
+    assert "--ray: ConnectionError: nobody at 127.0.0.1:6379" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def ids(folder: Path) -> Path:
     from recompile.io.tensors import save_tensors
 

@@ -75,3 +75,40 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), tmp_path / "a\0b"):
         with pytest.raises(JournalError):
             LineJournal(path)
+
+
+def test_a_run_that_failed_before_it_did_anything_leaves_no_journal(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+
+    def run(*lines: dict[str, object]) -> None:
+        with LineJournal(path) as journal:
+            if not journal.lines:
+                journal.begin({"kind": "test"})
+            journal.append(*lines) if lines else None
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run()
+    assert not path.exists()
+    with pytest.raises(KeyError):
+        run({"a": 1})
+    with pytest.raises(KeyError):
+        run()  # it was there before
+    assert path.read_text() == '{"kind": "test"}\n{"a": 1}\n'
+
+
+def test_a_journal_that_its_owner_removes_meanwhile_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"kind": "test"}\n')
+
+    def lock(descriptor: int, what: Path, **_: object) -> None:
+        if os.fstat(descriptor).st_size:
+            path.unlink()  # as its owner did after this one had opened it
+
+    monkeypatch.setattr("recompile.io.journal.lock", lock)
+    with LineJournal(path) as journal:
+        assert journal.lines == []
+        journal.begin({"kind": "new"})
+    assert path.read_text() == '{"kind": "new"}\n'
