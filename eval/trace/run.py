@@ -20,6 +20,7 @@ from recompile.errors import ArgumentError, CheckpointError, JournalError, Recom
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.files import read_json
 from recompile.io.journal import LineJournal
+from recompile.io.schema import read_as
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import check_vocabulary
 from recompile.model.stream import LayeredModel
@@ -270,6 +271,16 @@ class _Job:
         return make_trace(self.encoded.ids, responses, replace(self.about, ended=ended))
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A line of a server's journal."""
+
+    prompt: int
+    text: str
+    tokens: tuple[int, ...] | None
+    ended: bool
+
+
 class ServerJob(_Job):
     """The same by a server; a journal line holds tokens, or text where the server gives no tokens."""
 
@@ -292,6 +303,7 @@ class ServerJob(_Job):
         self.on_event(Progress(WRITING, total - len(missing), total, unit="prompts"))
         hashes = [prompt.sha256 for prompt in self.prompts]
         for number, found in self.server.answers(missing, hashes, self.request.sampling, self.request.batch_size):
+            self._check(number, found)
             journal.append({"prompt": number, **asdict(found)})
             answers[number] = found
             self.on_event(Progress(WRITING, len(answers), total, unit="prompts"))
@@ -311,18 +323,23 @@ class ServerJob(_Job):
             tokens = found[number]
             if answers[number].ended and not (tokens and tokens[-1] in self.ends) and self.encoded.end is not None:
                 tokens = [*tokens, self.encoded.end]
-            self._check(number, tokens)
             responses.append(tokens)
         return responses
 
-    def _check(self, number: int, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise RecompileError(f"{self.request.url}: prompt {number + 1} has an empty response; leave it out")
-        if max(tokens) >= self.vocab:
+    def _check(self, number: int, found: Answer) -> None:
+        """Raises RecompileError for what no journal is to hold."""
+        place = f"{self.request.url}: the response to prompt {number + 1}"
+        ends = found.ended and self.encoded.end is not None
+        if not (found.text if found.tokens is None else found.tokens) and not ends:
+            raise RecompileError(f"{place} is empty; leave this prompt out")
+        largest, most = max(found.tokens or (0,)), self.request.sampling.max_new_tokens
+        if largest >= self.vocab:
             raise RecompileError(
-                f"{self.request.url}: token {max(tokens)} in the response to prompt {number + 1} is beyond the "
-                f"vocabulary of {self.vocab}; it serves another model than {self.base.label}"
+                f"{place} has token {largest}, beyond the vocabulary of {self.vocab}; the server has another model "
+                f"than {self.base.label}"
             )
+        if len(found.tokens or ()) > most + 1:  # the end of the turn may stand beside them
+            raise RecompileError(f"{place} has {len(found.tokens or ())} tokens, asked for were at most {most}")
 
     def _answers_of(self, journal: LineJournal) -> dict[int, Answer]:
         """Those of a journal; a new one is begun."""
@@ -330,11 +347,12 @@ class ServerJob(_Job):
             return {}
         found = {}
         for number, line in enumerate(journal.values()[1:], start=2):
-            try:
-                tokens = None if line["tokens"] is None else tuple(int(token) for token in line["tokens"])
-                found[range(len(self.prompts))[line["prompt"]]] = Answer(str(line["text"]), tokens, bool(line["ended"]))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise JournalError(f"{journal.path}:{number}: is no response of this trace; remove the file") from error
+            place = f"{journal.path}:{number}"
+            stored = read_as(_Stored, line, place, error=JournalError)
+            if stored.prompt >= len(self.prompts):
+                raise JournalError(f"{place}: is no response of this trace; remove the file")
+            found[stored.prompt] = Answer(stored.text, stored.tokens, stored.ended)
+            self._check(stored.prompt, found[stored.prompt])
         return found
 
 

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
 from eval.trace.generate import Sampling
 from recompile.errors import ArgumentError, RecompileError
+from recompile.io.files import parse_json
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry of a request
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others later
-TIMEOUT = 900.0  # seconds without a byte: a long response comes as a whole
+LISTING_SECONDS = 20.0  # in which a server that is up says what it serves
+ANSWER_SECONDS = 900.0  # for a whole response, which comes at its end
 LARGEST_ANSWER = 64 * 2**20
 EVERYTHING = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
 WITH_TOKENS = {"return_token_ids": True, "return_tokens": True}  # of vLLM, of llama.cpp; others pass over them
@@ -44,25 +50,26 @@ class Server:
     url: str
     model: str
     wait: Callable[[float], None] = time.sleep
+    calls: _Calls = field(default_factory=lambda: _Calls(), compare=False)
 
     @staticmethod
     def at(url: str, wait: Callable[[float], None] = time.sleep) -> Server:
         """With the first model that it serves. Raises ArgumentError for what is no address, RecompileError for a server
         that is not reached or serves none."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        if not _is_address(url):
             raise ArgumentError(f"{{url}} {url}: no address of a server; wanted http://HOST:PORT/v1")
         found = Server(url.rstrip("/"), "", wait)
-        listed = found._asked("GET", "/models")
-        models = listed.get("data")
-        if not isinstance(models, list) or not models or not isinstance(models[0], dict) or "id" not in models[0]:
+        models = found._asked("GET", "/models").get("data")
+        first = models[0] if isinstance(models, list) and models else None
+        if not isinstance(first, dict) or not isinstance(first.get("id"), str):
             raise RecompileError(f"{{url}} {url}/models names no model; is it an OpenAI-compatible server?")
-        return Server(found.url, str(models[0]["id"]), wait)
+        return Server(found.url, first["id"], wait)
 
     def answers(
         self, prompts: Mapping[int, Sequence[int]], hashes: Sequence[str], sampling: Sampling, together: int
     ) -> Iterator[tuple[int, Answer]]:
-        """(number, answer) of every prompt as they come, so many requests at a time."""
+        """(number, answer) of every prompt as they come, so many requests at a time. Where one fails, or the caller
+        stops, those that are under way are broken off."""
         with ThreadPoolExecutor(together) as pool:
             waiting = {
                 pool.submit(self.complete, ids, hashes[number], sampling): number for number, ids in prompts.items()
@@ -70,9 +77,11 @@ class Server:
             try:
                 for ready in as_completed(waiting):
                     yield waiting[ready], ready.result()
-            finally:
+            except BaseException:
                 for left in waiting:
                     left.cancel()
+                self.calls.break_off()
+                raise
 
     def complete(self, prompt: Sequence[int], prompt_sha256: str, sampling: Sampling) -> Answer:
         """Raises RecompileError for a server that fails again and again, or answers in another form."""
@@ -90,7 +99,8 @@ class Server:
                 **WITH_TOKENS,
             },
         )
-        choice = (found.get("choices") or [None])[0]
+        choices = found.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
         if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
             raise RecompileError(f"{self.url}/completions: its answer has no choices[0].text")
         usage = found.get("usage")
@@ -109,6 +119,11 @@ class Server:
                 self.wait(wait)
             try:
                 status, body = self._sent(method, path, content)
+            except TimeoutError as error:
+                raise RecompileError(
+                    f"{self.url}{path}: no whole answer in {self._seconds(path):g} seconds; the same command goes on "
+                    f"when the server is there again"
+                ) from error
             except (OSError, http.client.HTTPException) as error:
                 said = f"{type(error).__name__}: {error}"
                 continue
@@ -117,10 +132,7 @@ class Server:
                 continue
             if status != 200:
                 raise RecompileError(f"{self.url}{path}: the server answers {status}: {_reason(body)}")
-            try:
-                found = json.loads(body)
-            except (ValueError, RecursionError) as error:
-                raise RecompileError(f"{self.url}{path}: its answer is not JSON: {error}") from error
+            found = parse_json(body, f"{self.url}{path}: its answer", error=RecompileError)
             if not isinstance(found, dict):
                 raise RecompileError(f"{self.url}{path}: its answer is {type(found).__name__}, wanted an object")
             return found
@@ -129,21 +141,94 @@ class Server:
             f"when the server is there again"
         )
 
+    def _seconds(self, path: str) -> float:
+        return LISTING_SECONDS if path == "/models" else ANSWER_SECONDS
+
     def _sent(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
+        """Status and body. Raises TimeoutError where they are not there in time, however slowly bytes come."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT)
-        try:
+        seconds = self._seconds(path)
+        call = _Call(kind(parts.hostname or "", parts.port, timeout=seconds))
+        with self.calls.under_way(call, seconds):
             body = None if content is None else json.dumps(content).encode()
             headers = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {})}
-            connection.request(method, f"{parts.path}{path}", body, headers)
-            answer = connection.getresponse()
+            call.connect()
+            call.connection.request(method, f"{parts.path}{path}", body, headers)
+            answer = call.connection.getresponse()
             read = answer.read(LARGEST_ANSWER + 1)
-            if len(read) > LARGEST_ANSWER:
-                raise RecompileError(f"{self.url}{path}: answers more than {LARGEST_ANSWER} bytes")
-            return answer.status, read
+        if len(read) > LARGEST_ANSWER:
+            raise RecompileError(f"{self.url}{path}: answers more than {LARGEST_ANSWER} bytes")
+        return answer.status, read
+
+
+class _Call:
+    """A request that is under way; hanging up ends whatever waits for it."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self.connection = connection
+        self.is_late = self._is_over = False
+        self._line: socket.socket | None = None
+
+    def connect(self) -> None:
+        self.connection.connect()
+        self._line = self.connection.sock  # which the connection gives away with an answer that has no length
+        if self._is_over:
+            self.hang_up(self.is_late)
+
+    def hang_up(self, is_late: bool = False) -> None:
+        self.is_late, self._is_over = is_late, True
+        if self._line is not None:
+            with suppress(OSError):  # closed already
+                self._line.shutdown(socket.SHUT_RDWR)
+
+
+class _Calls:
+    """The requests that are under way."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._broken_off = threading.Lock(), set[_Call](), False
+
+    @contextmanager
+    def under_way(self, call: _Call, seconds: float) -> Iterator[None]:
+        """Raises TimeoutError where the block takes longer, RecompileError once all were broken off."""
+        with self._lock:
+            if self._broken_off:
+                raise RecompileError("broken off")
+            self._open.add(call)
+        clock = threading.Timer(seconds, call.hang_up, (True,))
+        clock.daemon = True
+        clock.start()
+        try:
+            yield
+            if call.is_late:  # what came is the beginning of an answer without a length
+                raise TimeoutError
+        except (OSError, http.client.HTTPException) as error:
+            if call.is_late:
+                raise TimeoutError from error
+            raise
         finally:
-            connection.close()
+            clock.cancel()
+            with self._lock:
+                self._open.discard(call)
+            call.connection.close()
+
+    def break_off(self) -> None:
+        with self._lock:
+            self._broken_off, calls = True, list(self._open)
+        for call in calls:
+            call.hang_up()
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        there = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        url.encode("ascii")
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port beyond 65535, half an IPv6 address, letters of no address, two dots in a row
+        return False
+    return there and not (parts.query or parts.fragment or re.search(r"[\x00-\x20\x7f]", url))
 
 
 def _tokens(choice: Mapping[str, Any], url: str) -> tuple[int, ...] | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -196,12 +199,21 @@ BAD = [
     ((404, b"<html>nothing</html>"), "the server answers 404: <html>nothing</html>"),
     ((301, b""), "the server answers 301: nothing"),
     ((200, b"[1]"), "its answer is list, wanted an object"),
-    ((200, b"{"), "its answer is not JSON"),
+    ((200, b"{"), "its answer:1:2: not JSON"),
     ((200, b'{"choices": []}'), r"has no choices\[0\].text"),
     ((200, b'{"choices": [{"text": "x", "token_ids": ["a"]}]}'), "token_ids of its answer is no list of tokens"),
     ((200, b'{"choices": [{"text": "x"}], "usage": {"prompt_tokens": 1}}'), "counts 1 tokens in a prompt of"),
     ((200, b'{"choices": [{"text": "x", "token_ids": [99999]}]}'), "beyond the vocabulary of .* another model"),
-    ((200, b'{"choices": [{"text": "", "token_ids": []}]}'), "prompt 1 has an empty response"),
+    ((200, b"\xff"), "its answer: not UTF-8 text"),
+    ((200, b"[" * 100_000), "its answer: not readable JSON: lists or objects nested too deeply"),
+    ((200, b'{"choices": {"a": 1}}'), r"has no choices\[0\].text"),
+    ((200, b'{"choices": "abc"}'), r"has no choices\[0\].text"),
+    ((200, b'{"choices": [{"text": "\\ud800"}]}'), "half a surrogate pair"),
+    (
+        (200, b'{"choices": [{"text": "x", "token_ids": [%s]}]}' % b",".join([b"70"] * 20)),
+        "20 tokens, asked for were at",
+    ),
+    ((200, b'{"choices": [{"text": "", "token_ids": []}]}'), "the response to prompt 1 is empty"),
 ]
 
 
@@ -219,7 +231,8 @@ def test_other_answers_are_refused_at_once(
 
 def test_no_server_is_refused_in_words(greedy: Path, served: tuple[Served, str], tmp_path: Path) -> None:
     behind, url = served
-    for bad in ("localhost:8000", "ftp://x/v1", "http://", "http://x/v1?a=b"):
+    odd = ("http://a..b/v1", "http://x:99999/v1", "http://x:abc/v1", "http://[::1/v1", "http://a b/v1", "http://x/\x1b")
+    for bad in ("localhost:8000", "ftp://x/v1", "http://", "http://x/v1?a=b", *odd):
         with pytest.raises(ArgumentError, match="no address of a server"):
             traced(greedy, tmp_path / "t.safetensors", bad)
     behind.before = lambda number: (200, b'{"data": []}')
@@ -227,3 +240,81 @@ def test_no_server_is_refused_in_words(greedy: Path, served: tuple[Served, str],
         traced(greedy, tmp_path / "t.safetensors", url)
     with pytest.raises(RecompileError, match="no answer in 5 attempts"):
         traced(greedy, tmp_path / "t.safetensors", "http://127.0.0.1:9/v1")
+
+
+# What a server does with the connection, piece by piece; slow ones go on for much longer than a test.
+SLOW = {
+    "says nothing": [],
+    "headers without an end": [b"HTTP/1.1 200 OK\r\n", *(b"X-%d: y\r\n" % n for n in range(600))],
+    "a body byte by byte": [b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n", *[b" "] * 600],
+    "a body without a length": [b"HTTP/1.1 200 OK\r\n\r\n{", *[b" "] * 600],
+}
+
+
+@pytest.mark.parametrize("slow", SLOW)
+@pytest.mark.parametrize("path", ["/models", "/completions"])
+def test_a_server_that_never_ends_is_left_in_time(
+    greedy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str, path: str
+) -> None:
+    monkeypatch.setattr("eval.trace.server.LISTING_SECONDS", 0.5)
+    monkeypatch.setattr("eval.trace.server.ANSWER_SECONDS", 0.5)
+    listing = [b'HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{"data": [{"id": "m"}]}']
+    with talking(lambda asked: SLOW[slow] if path in asked else listing) as url:
+        began = time.monotonic()
+        with pytest.raises(RecompileError, match=f"{path}: no whole answer in 0.5 seconds"):
+            traced(greedy, tmp_path / "t.safetensors", url)
+        assert time.monotonic() - began < 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_refusal_breaks_off_the_requests_beside_it(greedy: Path, tmp_path: Path) -> None:
+    listing = [b'HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{"data": [{"id": "m"}]}']
+    seen: list[str] = []
+
+    def pieces(asked: str) -> list[bytes]:
+        if "/models" in asked:
+            return listing
+        seen.append(asked)
+        return [b"HTTP/1.1 400 no\r\nContent-Length: 2\r\n\r\nno"] if len(seen) == 3 else []
+
+    with talking(pieces) as url:
+        began = time.monotonic()
+        with pytest.raises(RecompileError, match="the server answers 400: no"):
+            traced(greedy, tmp_path / "t.safetensors", url)
+        assert time.monotonic() - began < 20
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def talking(pieces: Callable[[str], list[bytes]]) -> Iterator[str]:
+    """A server that answers a request (its first line) by pieces, one in 50 ms, and then leaves the line open."""
+    ended = threading.Event()
+    lines: list[socket.socket] = []
+
+    def one(line: socket.socket) -> None:
+        try:
+            for piece in pieces(line.recv(1 << 16).split(b"\r\n")[0].decode()):
+                line.sendall(piece)
+                if ended.wait(0.05):
+                    return
+            ended.wait()
+        except OSError:
+            pass  # hung up
+
+    def accept() -> None:
+        while not ended.is_set():
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                return
+            lines.append(line)
+            threading.Thread(target=one, args=(line,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            ended.set()
+            for line in lines:
+                line.close()
