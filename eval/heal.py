@@ -16,27 +16,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from eval.heal_output import check_name, write_healed
+from eval.heal_output import check_name, read_healed, write_healed
 from eval.heal_places import Place, whole_of
 from eval.metrics import kl_divergence
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
-from recompile.errors import ArgumentError, NotBetterError, OutputError, RecompileError
-from recompile.events import OnEvent, Progress, ignore
-from recompile.io.files import read_json, write_json
+from recompile.checkpoint.safetensors_files import open_tensors
+from recompile.errors import ArgumentError, CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
+from recompile.events import Note, OnEvent, Progress, ignore
+from recompile.io.files import beside, parse_json, settle
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
+from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
 from recompile.model.counted import pick, places_of, spread
 from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer, rows_of_text
@@ -44,8 +46,8 @@ from recompile.model.stream import LayeredModel, LinearWeights, check_same_skele
 from recompile.model.used_rows import UsedRows, check_apart, recorded_rows
 from recompile.quantize.movable import Movable, MovedBuild, find_movables
 
-REPORT = "heal_report.json"
 WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its last state
+STATE_KEY = "recompile_heal"  # of the state's metadata
 LOGIT_CHUNK_TOKENS = 256
 LEAST_TRAIN_ROWS = 4
 ROLES = {"train": "calibrate", "choose": "choose", "accept": "accept", "report": "report"}  # of a text or trace
@@ -202,6 +204,17 @@ class HealReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Done:
+    """How far a run had come when its state was written; seconds: of all steps."""
+
+    step: int
+    best_step: int
+    best_kl: float
+    looks_since: int
+    seconds: float
+
+
 def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: int) -> tuple[HealRows, int | None]:
     """Rows of every role, where.rows of each that judges and at most `tokens` tokens to train, and the true vocabulary.
 
@@ -255,9 +268,9 @@ def heal_build(
         elif isinstance(event, HealChecked):
             pair = event.choosing
             gain = f", {pair.after:.4f} held out ({pair.gain:+.4f} ± {pair.std_error:.4f})"
-        elif event.kept:
-            return event
-        else:
+        elif isinstance(event, HealReport):
+            if event.kept:
+                return event
             raise NotBetterError(
                 f"{build}: healing did not lower the KL of the accept rows with confidence "
                 f"({event.accept.gain:+.5f} ± {event.accept.std_error:.5f} nats); nothing was written"
@@ -275,11 +288,12 @@ def _progress(step: HealStep, minutes: float | None, text: str) -> Progress:
 
 def heal(
     build: Checkpoint, base: Checkpoint, out: Path, rows: HealRows, options: HealOptions | None = None
-) -> Iterator[HealStarted | HealStep | HealChecked | HealJudging | HealReport]:
+) -> Iterator[HealStarted | HealStep | HealChecked | HealJudging | Note | HealReport]:
     """Tune what may move in `build` against `base`; yields HealStarted, a HealStep a step, a HealChecked a look, a
     HealJudging a role, and last the HealReport. Writes `out` only if that is better on the accept rows.
 
-    A run that was killed goes on from its last look when it is started again with the same arguments. Raises
+    A run that was killed goes on from its last look when it is started again with the same arguments; one that was
+    killed after its output was whole is at its end, and a Note says so. Raises
     UnsupportedError for formats that do not heal, OutputError where `out` cannot be written or belongs to another run,
     RecompileError for rows or a memory cap that are too small.
     """
@@ -326,11 +340,11 @@ class _Healing:
             model.model.set_experts_implementation("eager")  # as LinearWeights tells experts apart
         self.movables = find_movables(build, self.model.device)
         self.source = MovedBuild(build, self.movables)
-        self.batch_rows = max(1, options.batch_tokens // rows.train.shape[1])
+        self.batch_rows = max(1, min(len(rows.train), options.batch_tokens // rows.train.shape[1]))
         self.steps = max(1, math.ceil(options.tokens / (self.batch_rows * rows.train.shape[1])))
         self.rate = options.learning_rate or default_rate(build)
         self.adam = _Adam.of(self.movables)
-        self.work = out.with_name(out.name + WORK_SUFFIX)
+        self.work = beside(out, WORK_SUFFIX)
         self.best: dict[str, Tensor] = {name: m.delta.clone() for name, m in self.movables.items()}
         self.best_step, self.best_kl, self.looks_since, self.done = 0, math.inf, 0, 0
         self.spent = 0.0  # seconds of steps, earlier runs included
@@ -364,7 +378,12 @@ class _Healing:
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
-    def run(self) -> Iterator[HealStarted | HealStep | HealChecked | HealJudging | HealReport]:
+    def run(self) -> Iterator[HealStarted | HealStep | HealChecked | HealJudging | Note | HealReport]:
+        whole = self._whole_already()
+        if whole is not None:
+            yield Note(f"{self.out}: the run before this had written it when it was stopped; {self.work} is removed")
+            yield whole
+            return
         check_name(self.build, self.out)
         with self._journal() as journal:
             self._take_up(journal)
@@ -401,8 +420,30 @@ class _Healing:
             for name, movable in self.movables.items():
                 movable.delta = self.best[name]
             report = yield from self._verdict(before)
-        shutil.rmtree(self.work)
+            self._remove_work(journal)
         yield report
+
+    def _whole_already(self) -> HealReport | None:
+        """The report of a run with the same arguments that was killed between giving its output its name and removing
+        its work folder, which is removed; None where there was no such run."""
+        if not self.out.exists() or not (self.work / "journal.jsonl").is_file():
+            return None
+        with self._journal() as journal:
+            about = read_healed(self.out)
+            if about is None or journal.values()[:1] != [self._settings()]:
+                return None
+            about.pop("rows", None)
+            if self.out.is_dir():
+                settle(self.out)
+            report = read_as(HealReport, {**about, "seconds": 0.0}, f"{self.out}: its report", error=CheckpointError)
+            self._remove_work(journal)
+        return report
+
+    def _remove_work(self, journal: LineJournal) -> None:
+        """The journal, by which it is held, goes last."""
+        for path in self.work.glob("state*"):
+            path.unlink()
+        journal.path.unlink()
 
     def _rate_now(self) -> float:
         """Up to the full rate, then down a cosine; by the clock where that ends first."""
@@ -416,13 +457,17 @@ class _Healing:
         """Training rows of the steps still to do, the base's last hidden states of them, and what counts of them. Rows
         come in an order of their own in every round through them."""
         count, counted = len(self.rows.train), self.rows.counted.get("train")
-        order: list[int] = []
-        while len(order) < self.steps * self.batch_rows:
-            generator = torch.Generator().manual_seed(self.options.seed + len(order))
-            order += torch.randperm(count, generator=generator).tolist()
+
+        @lru_cache(maxsize=2)
+        def order(round_: int) -> list[int]:
+            generator = torch.Generator().manual_seed(self.options.seed + round_ * count)
+            found: list[int] = torch.randperm(count, generator=generator).tolist()
+            return found
+
         for first in range(self.done, self.steps, BLOCK_STEPS):
             last = min(self.steps, first + BLOCK_STEPS)
-            numbers = order[first * self.batch_rows : last * self.batch_rows]
+            places = range(first * self.batch_rows, last * self.batch_rows)
+            numbers = [order(place // count)[place % count] for place in places]
             chosen = self.rows.train[numbers]
             states = self._teacher_states(chosen).split(self.batch_rows)
             marks = [None] * len(states) if counted is None else counted[numbers].split(self.batch_rows)
@@ -671,34 +716,50 @@ class _Healing:
             "dtype": str(self.model.dtype),
         }
 
-    def _journal(self) -> LineJournal:
-        return LineJournal(self.work / "journal.jsonl")
+    @contextmanager
+    def _journal(self) -> Iterator[LineJournal]:
+        try:
+            with LineJournal(self.work / "journal.jsonl") as journal:
+                yield journal
+        finally:
+            with suppress(OSError):  # unless something is in it
+                self.work.rmdir()
 
     def _take_up(self, journal: LineJournal) -> None:
         """Go on from the last look of an earlier run with the same settings."""
         if not journal.lines:
             journal.begin(self._settings())
             return
-        header = json.loads(journal.lines[0])
-        if header != self._settings():
-            changed = [key for key, value in self._settings().items() if header.get(key) != value]
+        settings = self._settings()
+        header, *_ = journal.values()
+        if header != settings:
+            changed = [key for key in settings if not isinstance(header, dict) or header.get(key) != settings[key]]
             raise OutputError(
                 f"{self.work}: was begun with other settings ({', '.join(changed)}); remove it, or go on with those"
             )
+        journal.drop_torn()
         state = self.work / "state.safetensors"
         if len(journal.lines) < 2 or not state.exists():
             return
-        about = read_json(self.work / "state.json")
-        tensors = load_file(state, device=str(self.model.device))
-        for name, movable in self.movables.items():
-            movable.delta = tensors[f"delta.{name}"]
-            self.adam.first[name], self.adam.second[name] = tensors[f"first.{name}"], tensors[f"second.{name}"]
-            self.best[name] = tensors[f"best.{name}"]
-        self.done = self.adam.count = int(about["step"])
-        self.best_step, self.best_kl = int(about["best_step"]), float(about["best_kl"])
-        self.looks_since, self.spent = int(about["looks_since"]), float(about["seconds"])
+        way_out = f"; remove {self.work} to start again"
+        with open_tensors(state, error=JournalError, way_out=way_out) as stored:
+            text = (stored.metadata() or {}).get(STATE_KEY, "null")
+            about = parse_json(text, f"{state}: {STATE_KEY}", error=JournalError)
+            done = read_as(_Done, about, f"{state}: {STATE_KEY}", error=JournalError)
+            for name, movable in self.movables.items():
+                parts = (stored.get_tensor(f"{kind}.{name}") for kind in ("delta", "first", "second", "best"))
+                found = [part.to(self.model.device) for part in parts]
+                if any(part.shape != movable.start.shape or part.dtype != movable.delta.dtype for part in found):
+                    raise JournalError(f"{state}: {name} has another shape or dtype than what moves{way_out}")
+                if not all(bool(part.isfinite().all()) for part in found):
+                    raise JournalError(f"{state}: {name} holds numbers that are not finite{way_out}")
+                movable.delta, self.adam.first[name], self.adam.second[name], self.best[name] = found
+        self.done = self.adam.count = done.step
+        self.best_step, self.best_kl = done.best_step, done.best_kl
+        self.looks_since, self.spent = done.looks_since, done.seconds
 
     def _save(self) -> None:
+        """One file, so that its tensors and its numbers are of one moment."""
         tensors: dict[str, Tensor] = {}
         for name, movable in self.movables.items():
             tensors |= {
@@ -708,15 +769,8 @@ class _Healing:
                 f"best.{name}": self.best[name],
             }
         whole = {name: value.contiguous().cpu().clone() for name, value in tensors.items()}
-        save_tensors(self.work / "state.safetensors", whole)
-        about = {
-            "step": self.done,
-            "best_step": self.best_step,
-            "best_kl": self.best_kl,
-            "looks_since": self.looks_since,
-            "seconds": self.spent,
-        }
-        write_json(self.work / "state.json", about)
+        done = _Done(self.done, self.best_step, self.best_kl, self.looks_since, self.spent)
+        save_tensors(self.work / "state.safetensors", whole, {STATE_KEY: json.dumps(asdict(done))})
 
 
 class _OtherHead:

@@ -15,8 +15,8 @@ from torch import Tensor
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
 from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.errors import OutputError
-from recompile.gguf.container import SPLIT_KEYS, GgufTensor, NewTensor, encode_key, write_gguf
-from recompile.io.files import OutputDirectory, write_json
+from recompile.gguf.container import SPLIT_KEYS, GgufTensor, NewTensor, encode_key, is_gguf, open_gguf, write_gguf
+from recompile.io.files import OutputDirectory, parse_json, read_json, write_json
 from recompile.merge.write_gguf import PROVENANCE
 from recompile.model.used_rows import HEAL_KEY
 from recompile.quantize.movable import Movable
@@ -31,6 +31,16 @@ def check_name(build: Checkpoint, out: Path) -> None:
         raise OutputError(f"{out}: exists already; remove it, or choose another output")
     if isinstance(build, GgufCheckpoint) and out.suffix != ".gguf":
         raise OutputError(f"{out}: a GGUF build is healed into a GGUF file; name it {out.name}.gguf")
+
+
+def read_healed(build: Path) -> dict[str, Any] | None:
+    """The report in a healed build; None for one that was not healed here."""
+    if is_gguf(build):
+        text = open_gguf(build).value(HEAL_KEY)
+        found = parse_json(text, f"{build}: {HEAL_KEY}") if isinstance(text, str) else None
+    else:
+        found = read_json(build / REPORT) if (build / REPORT).is_file() else None
+    return found if isinstance(found, dict) else None
 
 
 def write_healed(build: Checkpoint, movables: Mapping[str, Movable], out: Path, report: Mapping[str, Any]) -> None:

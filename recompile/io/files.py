@@ -401,8 +401,7 @@ class OutputDirectory:
         sync_directory(self.path)
         os.rename(self.path, self.out)
         sync_directory(self.out.parent)
-        (self.out / MARKER_NAME).unlink()
-        sync_directory(self.out)
+        settle(self.out)
         self._close()
 
     def discard(self) -> None:
@@ -434,14 +433,25 @@ class OutputDirectory:
         self.discard()
 
 
+def settle(out: Path) -> None:
+    """Take the marker out of a finished output: the last step, also where a run was killed before it."""
+    (out / MARKER_NAME).unlink(missing_ok=True)
+    sync_directory(out)
+
+
 _TRIES = 1000
 
 
 def partial_path(out: Path) -> Path:
     """Where an output grows. Raises OutputError for the root of a file system, which has no name."""
+    return beside(out, PARTIAL_SUFFIX)
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """The path of an output with a suffix. Raises OutputError for "/", "." and "", which have no name."""
     if not out.name:
-        raise OutputError(f"{out}: cannot be written: it is the root of a file system; choose another output")
-    return out.with_name(out.name + PARTIAL_SUFFIX)
+        raise OutputError(f"{out}: cannot be written: this is no name of an output; choose another")
+    return out.with_name(out.name + suffix)
 
 
 def check_partial(partial: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recompile.errors import RecompileError
-from recompile.io.files import open_regular, read_json
+from recompile.io.files import MARKER_NAME, open_regular, read_json
 from recompile.merge.configs import dump_json
 from recompile.merge.manifest import make_manifest
 from recompile.merge.write_gguf import HEX, GgufPlan
@@ -36,7 +36,7 @@ def _directory(plan: WritePlan) -> bool:
     texts = {**plan.texts, MANIFEST_NAME: dump_json(make_manifest(plan, hashes))}
     names = {*texts, *(source.name for source in plan.copies), *(shard.file for shard in plan.shards)}
     return (
-        {path.name for path in plan.out.iterdir()} == names
+        {path.name for path in plan.out.iterdir()} - {MARKER_NAME} == names
         and all(_content(plan.out / name) == text.encode() for name, text in texts.items())
         and all((plan.out / shard.file).stat().st_size == shard.size_bytes for shard in plan.shards)
         and all(filecmp.cmp(source, plan.out / source.name, shallow=False) for source in plan.copies)

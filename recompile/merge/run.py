@@ -14,6 +14,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_che
 from recompile.errors import ArgumentError, CheckpointError, RecipeError, UnsupportedError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.formats import FORMATS
+from recompile.io.files import settle
 from recompile.merge.explain import reached_aside
 from recompile.merge.finished import is_finished
 from recompile.merge.overlay import Accounting, Overlay, account, build_overlay, quantizable
@@ -129,6 +130,8 @@ def run_merge(base_dir: str, out: Path | None, options: MergeOptions, on_event: 
     assert out is not None, "asked for above"
     lowest = _probe(overlay) if options.probe else None
     if finished:
+        if out.is_dir():
+            settle(out)
         on_event(Note(f"{out}: was written by an earlier run of this merge; verifying it"))
     seconds = None if finished else _write(plan, options.dense, on_event)
     verified = _verified(plan, out, on_event) if options.verify else None

@@ -48,6 +48,7 @@ from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputCollector, InputPower, run_batches
 from recompile.quantize.gguf_rounding import Feedback
 
+BUILDING_SUFFIX = ".building"
 BATCH_TOKENS = 2048
 # Never quantized; GGUF keeps them as float32, whatever the architecture (llama.cpp's quantizer passes over the same).
 F32_LEAVES = (
@@ -334,6 +335,11 @@ class Variant:
     layout: Layout = field(repr=False)
 
 
+def journal_path(variants: Sequence[Variant]) -> Path:
+    """Where a build that is under way says what it has made."""
+    return variants[0].path.with_name(f"{variants[0].path.stem}{BUILDING_SUFFIX}.jsonl")
+
+
 @dataclass(frozen=True)
 class VariantPlan:
     """Everything that `build_variants` will do."""
@@ -461,9 +467,9 @@ def plan_variants(
         else:
             path = out_dir / f"{stem or base.path.resolve().name.removesuffix('.gguf')}-{preset.name}.gguf"
         variants.append(Variant(preset, path, kinds, lay_out(head.values(), new)))
-    for variant in variants:
-        if variant.path.exists():
-            raise OutputError(f"{variant.path}: exists; remove it or choose another {{out}}")
+    made = next((variant.path for variant in variants if variant.path.exists()), None)
+    if made is not None and not journal_path(variants).exists():  # else a run that was killed at its end goes on
+        raise OutputError(f"{made}: exists; remove it or choose another {{out}}")
     left = tuple(left_out(base))
     return VariantPlan(base.whole, tuple(tensors), tuple(variants), importance, extra, layers, left)
 

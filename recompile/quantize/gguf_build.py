@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,20 @@ from recompile.gguf.keys import heads_in
 from recompile.gguf.names import text_config_of
 from recompile.io.files import finished_meanwhile, sync_directory
 from recompile.io.journal import LineJournal
-from recompile.quantize.gguf import VOCABULARY, BaseTensor, Made, TensorDone, VariantPlan, VariantsReport, place_pieces
+from recompile.io.schema import read_as
+from recompile.quantize.gguf import (
+    BUILDING_SUFFIX,
+    VOCABULARY,
+    BaseTensor,
+    Made,
+    TensorDone,
+    VariantPlan,
+    VariantsReport,
+    journal_path,
+    place_pieces,
+)
 from recompile.quantize.gguf_rounding import Order, layer_of, summary_of
 
-BUILDING_SUFFIX = ".building"
 CHUNK_ROWS_BYTES = 1 << 28  # float32 bytes encoded at a time
 
 
@@ -182,7 +193,7 @@ class _Journal:
 
     def __init__(self, plan: VariantPlan) -> None:
         self.plan = plan
-        self.path = plan.variants[0].path.with_name(f"{plan.variants[0].path.stem}{BUILDING_SUFFIX}.jsonl")
+        self.path = journal_path(plan.variants)
         self.partials = [variant.path.with_name(variant.path.name + BUILDING_SUFFIX) for variant in plan.variants]
         self.files: list[int] = []
         self.made: list[list[Made]] = []
@@ -206,16 +217,30 @@ class _Journal:
             same = isinstance(lines[0], dict) and lines[0].get("base") == settings["base"]
             why = "with other settings" if same else "of another base (or its config or tensors were changed since)"
             raise OutputError(f"{self.path}: an unfinished run {why}; remove it and its *.building files")
-        if all(partial.exists() for partial in self.partials):
-            self.made = [[Made(**entry) for entry in line] for line in lines[1:]]
+        is_whole = len(lines) - 1 == len(self.plan.tensors)  # and some of the files may have their names
+        places = [
+            variant.path if is_whole and not partial.exists() else partial
+            for partial, variant in zip(self.partials, self.plan.variants, strict=True)
+        ]
+        if made is not None and not (is_whole and all(place.exists() for place in places)):
+            raise OutputError(f"{made}: exists, beside {self.path}; remove both, or choose another {{out}}")
+        if all(place.exists() for place in places):
+            self.made = [self._entries(number, line) for number, line in enumerate(lines[1:], start=2)]
         fresh = not self.made
-        for partial, variant in zip(self.partials, self.plan.variants, strict=True):
+        for place, variant in zip(places, self.plan.variants, strict=True):
             flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0)
-            self.files.append(os.open(partial, flags, 0o666))
+            self.files.append(os.open(place, flags, 0o666))
             os.ftruncate(self.files[-1], variant.layout.size_bytes)
             _write_at(self.files[-1], variant.layout.header, 0)
         if fresh:
             self._journal.begin(settings)
+
+    def _entries(self, number: int, line: Any) -> list[Made]:
+        """A line: what was made of one tensor for every variant."""
+        place = f"{self.path}:{number}"
+        if not isinstance(line, list) or len(line) != len(self.plan.variants):
+            raise OutputError(f"{place}: is no line of this build; remove the file and its *.building files")
+        return [read_as(Made, entry, place, error=OutputError) for entry in line]
 
     def add(self, entries: list[Made]) -> None:
         """A tensor counts as made once its bytes and its line are on disk."""
@@ -229,7 +254,8 @@ class _Journal:
         for file in self.files:
             os.fsync(file)
         for partial, variant in zip(self.partials, self.plan.variants, strict=True):
-            os.replace(partial, variant.path)
+            if partial.exists():  # else it has its name from a run that was killed here
+                os.replace(partial, variant.path)
         sync_directory(self.path.parent)
         self.path.unlink()
 

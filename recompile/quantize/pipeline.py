@@ -32,7 +32,7 @@ from recompile.checkpoint.safetensors_files import read_safetensors_header, read
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders
-from recompile.io.files import PARTIAL_SUFFIX, finished_meanwhile, locked, write_json, write_text
+from recompile.io.files import PARTIAL_SUFFIX, finished_meanwhile, locked, settle, write_json, write_text
 from recompile.io.tensors import save_tensors
 from recompile.merge.configs import is_linear
 from recompile.merge.left_dense import left_dense
@@ -295,6 +295,7 @@ class _Build:
                 if made_by != self.journal:
                     why = f" with other settings ({_difference(made_by, self.journal)})" if made_by else ""
                     raise OutputError(f"{final}: exists already{why}; remove it, or choose another {{out}}")
+                settle(final)
         try:
             done = [len(self.stages)]
             for final, partial in zip(self.finals, self.partials, strict=True):

@@ -19,6 +19,7 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import common
 from recompile.cli.recompile import main
 from recompile.errors import RecompileError
+from recompile.io.files import MARKER_NAME
 from recompile.io.report import format_columns, to_plain
 from recompile.io.sizes import format_bpw, format_bytes, format_seconds
 from recompile.merge.explain import fold_modules, resolved_table
@@ -72,8 +73,10 @@ def test_a_merge_that_was_killed_while_verifying_goes_on_with_that(models: Path)
     assert run(*words).exit_code == 0
     made = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
     assert "exists and is not empty" in run(*words).output  # without --verify there is nothing to go on with
+    Path("out", MARKER_NAME).touch()  # killed before its last step
     result = run(*words, "--verify")
     assert result.exit_code == 0, result.output
+    assert not Path("out", MARKER_NAME).exists()
     assert "out: was written by an earlier run of this merge; verifying it" in result.output
     assert "Verified 30 modules against the manifest, 30 of them against their sources: all equal" in result.output
     assert {path: path.stat().st_mtime_ns for path in Path("out").iterdir()} == made

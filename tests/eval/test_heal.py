@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eval.diff import DiffReport, compare
@@ -22,8 +27,10 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_heal import main as model_heal
 from recompile.cli.recompile import main as recompile_command
 from recompile.errors import OutputError, RecompileError, UnsupportedError
+from recompile.events import Note
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.mlx_config import MlxScheme
+from recompile.io.files import MARKER_NAME
 from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
@@ -287,6 +294,112 @@ def test_every_run_ends_with_the_same_files_and_no_others(tmp_path: Path, monkey
             break
     assert {path.partition("/")[0] for path in files_of(tmp_path / "killed")} == {"H.healing"}
     assert finished("killed") == whole
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
+    """A build, and the work folder of a run on it that was stopped after its second look."""
+    folder = tmp_path_factory.mktemp("stopped")
+    build = make_build("int2", folder / "v")
+    looks = 0
+    for event in heal(build, open_checkpoint(tiny.base("llama")), folder / "H", make_rows(), OPTIONS):
+        looks += isinstance(event, HealChecked)
+        if looks == 2:
+            break
+    return build, folder / "H.healing"
+
+
+def test_killed_between_the_name_of_the_output_and_the_end_of_its_work(
+    stopped: tuple[Checkpoint, Path], tmp_path: Path
+) -> None:
+    build, work = stopped
+    again = partial(heal, build, open_checkpoint(tiny.base("llama")), tmp_path / "H", make_rows())
+    *_, report = again(OPTIONS)
+    whole = files_of(tmp_path)
+    shutil.copytree(work, tmp_path / "H.healing")
+    (tmp_path / "H" / MARKER_NAME).touch()
+    note, found = again(OPTIONS)
+    assert isinstance(note, Note)
+    assert "H: the run before this had written it when it was stopped" in note.text
+    assert isinstance(report, HealReport)
+    assert found == replace(report, seconds=0.0)
+    assert files_of(tmp_path) == whole
+    assert not (tmp_path / "H.healing").exists()
+    shutil.copytree(work, tmp_path / "H.healing")
+    with pytest.raises(OutputError, match="H: exists already"):  # a run with other arguments is another one
+        next(again(replace(OPTIONS, learning_rate=0.5)))
+    assert (tmp_path / "H.healing").exists()
+
+
+def damaged(**changed: object) -> Callable[[Path], None]:
+    def write(work: Path) -> None:
+        state = work / "state.safetensors"
+        with safe_open(state, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            about = json.loads(stored.metadata()["recompile_heal"])
+        name = min(tensors)
+        for key, value in changed.items():
+            if key == "tensor" and value is None:
+                del tensors[name]
+            elif key == "tensor":
+                tensors[name] = value(tensors[name])  # type: ignore[operator]
+            elif value is None:
+                del about[key]
+            else:
+                about[key] = value
+        save_file(tensors, state, {"recompile_heal": json.dumps(about)})
+
+    return write
+
+
+def rewritten(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda work: (work / name).write_bytes(content)
+
+
+def a_pipe(work: Path) -> None:
+    (work / "state.safetensors").unlink()
+    os.mkfifo(work / "state.safetensors")
+
+
+DAMAGED: list[tuple[Callable[[Path], object], str]] = [
+    (rewritten("journal.jsonl", b"[1]\n{}\n"), "H.healing: was begun with other settings"),
+    (rewritten("journal.jsonl", b'{"kind"\n{}\n'), r"journal.jsonl:1:8: not JSON"),
+    (rewritten("journal.jsonl", b"\0\xff\n"), r"journal.jsonl:1: not UTF-8 text"),
+    (
+        rewritten("state.safetensors", b""),
+        "state.safetensors: not a whole safetensors file.*; remove",
+    ),
+    (a_pipe, "state.safetensors: cannot be read: it is a named pipe"),
+    (damaged(tensor=None), "state.safetensors: .*; remove .*H.healing to start again"),
+    (damaged(tensor=lambda t: t[..., :1].contiguous()), "state.safetensors: .* has another shape or dtype"),
+    (damaged(tensor=lambda t: t.double()), "state.safetensors: .* has another shape or dtype"),
+    (damaged(tensor=lambda t: t * math.nan), "state.safetensors: .* numbers that are not finite"),
+    (damaged(step=None), "state.safetensors: recompile_heal: the field step is missing"),
+    (damaged(step=-1), "state.safetensors: recompile_heal: step: -1, wanted a count"),
+    (damaged(best_kl=math.nan), "state.safetensors: recompile_heal: best_kl: nan, wanted a finite number"),
+    (damaged(seconds="x"), 'state.safetensors: recompile_heal: seconds: the text "x", wanted a number'),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGED)
+def test_a_damaged_state_is_refused_by_name(
+    stopped: tuple[Checkpoint, Path], tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    build, work = stopped
+    shutil.copytree(work, tmp_path / "H.healing")
+    damage(tmp_path / "H.healing")
+    with pytest.raises(RecompileError, match=said):
+        next(heal(build, open_checkpoint(tiny.base("llama")), tmp_path / "H", make_rows(), OPTIONS))
+    assert not (tmp_path / "H").exists()
+
+
+def test_any_number_of_tokens_takes_no_memory_for_those_to_come(tmp_path: Path) -> None:
+    """2^40 tokens would be 2^30 row numbers; batches of as many tokens are all rows there are."""
+    build = make_build("int2", tmp_path / "v")
+    many = replace(OPTIONS, tokens=2**40, batch_tokens=2**40)
+    events = heal(build, open_checkpoint(tiny.base("llama")), tmp_path / "H", make_rows(), many)
+    first = next(event for event in events if isinstance(event, HealStep))
+    assert first.steps == -(-(2**40) // make_rows().train.numel())
 
 
 @pytest.mark.parametrize("what", ["base", "build"])

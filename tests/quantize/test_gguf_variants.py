@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,46 @@ def test_an_interrupted_build_goes_on(tmp_path: Path) -> None:
     assert isinstance(have, VariantsReport)
     assert want.tensors == have.tensors
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["hf-Q4_0.gguf", "hf-Q8_0.gguf"]
+
+
+@pytest.mark.parametrize("named", [0, 1, 2])
+def test_killed_while_its_files_get_their_names_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: int
+) -> None:
+    base = write_hf(tmp_path / "hf", "llama")
+    keys = open_gguf(tokenizer_file(tmp_path / "tokens.gguf"))
+
+    def built(folder: str) -> list[object]:
+        plan = plan_variants(open_checkpoint(base), tmp_path / folder, ["Q4_0", "Q8_0"], tokenizer_from=keys)
+        return list(build_variants(plan))
+
+    *_, want = built("a")
+    real, count = os.replace, 0
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal count
+        if count == named:
+            raise KeyboardInterrupt
+        count += 1
+        real(source, target)
+
+    def unlink(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        patched.setattr(Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            built("b")
+    *_, have = built("b")
+    assert isinstance(want, VariantsReport)
+    assert isinstance(have, VariantsReport)
+    assert want.tensors == have.tensors
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["hf-Q4_0.gguf", "hf-Q8_0.gguf"]
+    for name in ("hf-Q4_0.gguf", "hf-Q8_0.gguf"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(OutputError, match="exists; remove it or choose another"):
+        built("b")
 
 
 def test_a_gguf_base_keeps_its_keys(tmp_path: Path) -> None:
