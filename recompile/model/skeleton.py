@@ -292,12 +292,19 @@ def check_nothing_left(
             continue
         unread.append(tensor)
     if unread:
-        label = getattr(source, "label", "the checkpoint")
         raise MissingWeight(
-            f"{label}: {type(model).__name__} reads {unread[0]} nowhere"
+            f"{_file_of(source, unread[0])}: {type(model).__name__} reads {unread[0]} nowhere"
             + (f", nor {len(unread) - 1} other tensors" if len(unread) > 1 else "")
             + "; it does not belong to the model of config.json, or this transformers does not know it"
         )
+
+
+def _file_of(source: WeightSource, tensor: str) -> str:
+    """The file that a dense value is read from, the first of several; the source where that is not known."""
+    stored = getattr(source, "tensors", {})
+    module = module_of(source, tensor)
+    found = stored.get(tensor) or next((info for name, info in stored.items() if split_name(name)[0] == module), None)
+    return str(getattr(found, "path", None) or getattr(source, "label", "the checkpoint"))
 
 
 def _joined(source: WeightSource) -> Mapping[str, Joined]:

@@ -161,7 +161,8 @@ def test_a_buffer_that_nothing_fills_is_named(tmp_path: Path) -> None:
 
 def test_a_tensor_that_nothing_reads_is_named(tmp_path: Path) -> None:
     directory = tiny.copy_of(architectures.checkpoint("llama"), tmp_path / "more")
-    with pytest.raises(MissingWeight, match=r"more: LlamaForCausalLM reads model\.layers\.1\.mlp\.extra nowhere"):
+    said = r"more/model\.safetensors: LlamaForCausalLM reads model\.layers\.1\.mlp\.extra nowhere"
+    with pytest.raises(MissingWeight, match=said):
         LayeredModel.of(edit(directory, add={"model.layers.1.mlp.extra": torch.zeros(3)}))
 
 
