@@ -21,15 +21,16 @@ from recompile import api
 from recompile.api.shared import PathLike, as_path
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.costs import Candidate, Profile, load_profile
+from recompile.costs import LEVELS, Candidate, Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, NotBetterError, OutputError
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
-from recompile.gguf.container import is_gguf
-from recompile.io.files import check_outputs, copy_whole, locked, read_json, write_json
+from recompile.gguf.container import is_gguf, open_gguf
+from recompile.io.files import beside, check_outputs, copy_whole, locked, read_json, write_json
 from recompile.model.rows import RowOptions
-from recompile.model.tokens import ROLE_SHARES
+from recompile.model.tokens import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
+from recompile.optimize.solvers import solver_named
 from recompile.planning import TRACE_TOKENS, AutoPlan, Target, make_plan, split_minutes, target_of
 
 make_callable(__name__)
@@ -127,6 +128,17 @@ class AutoOptions:
         from recompile.quantize.candidates import check_rounding
 
         assert self.budget, "raises where there is none"
+        if self.level not in LEVELS:
+            raise ArgumentError(f'{{level}} "{self.level}": wanted one of {", ".join(LEVELS)}')
+        if self.solver is not None:
+            solver_named(self.solver)
+        RowOptions(self.rows, self.length, self.text, self.dataset, None, self.trace, self.positions or "all").check()
+        if self.tokenizer_from is not None:
+            open_gguf(self.tokenizer_from)
+        if self.text is not None:
+            text_from_file(self.text)
+        if self.trace is not None and not self.prompts:
+            read_trace(self.trace)
         if self.variants and self.candidates:
             raise ArgumentError(
                 "{variants} and {candidates} exclude each other: variants are there, candidates are made"
@@ -255,7 +267,7 @@ class _Auto:
         self.is_plain = self.format == "compressed-tensors"
         self.mlx = self.format == MLX
         self.gguf = not options.variants and self.is_plain and are_gguf_types(self.offered, out)
-        self.work = out.with_name(f"{out.name}.work")
+        self.work = beside(out, ".work")
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
         of_rows = ("text", "dataset", "trace", "positions", "device")
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
@@ -428,9 +440,13 @@ class _Auto:
         return self._quantize(self.built, recipe=self.recipe)
 
     def _heal(self) -> object:
+        from eval.heal import WORK_SUFFIX
+        from eval.heal_output import read_healed
+
         options = self.options
-        if self.out.exists():  # it appears whole, so a run that was killed after that has healed
-            return {"kept": True}
+        work = beside(self.out, WORK_SUFFIX)
+        if self.out.exists() and not work.exists():  # it appears whole, so a run was killed after that
+            return {"kept": read_healed(self.out) is not None}
         shape: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
         try:
             return api.heal(

@@ -35,8 +35,11 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
+LARGEST = 1e9  # of what any option counts, in minutes, bits or nats; what is larger overflows somewhere
+
+
 class PositiveFloat(click.ParamType):
-    """A finite number above 0: "nan", "inf", 0 and -3 are refused."""
+    """A number above 0 and at most LARGEST: "nan", "inf", 0 and -3 are refused."""
 
     name = "number"
 
@@ -45,8 +48,9 @@ class PositiveFloat(click.ParamType):
             number = float(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or number <= 0:
-            self.fail(f"{value!r} is not a number above 0.", param, ctx)
+        if not 0 < number <= LARGEST:
+            said = f" and at most {LARGEST:g}" if number > LARGEST else ""
+            self.fail(f"{value!r} is not a number above 0{said}.", param, ctx)
         return number
 
 
@@ -60,8 +64,8 @@ class FiniteRange(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(self.inner.convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        if not abs(number) <= LARGEST:
+            self.fail(f"{value!r} is not a number of at most {LARGEST:g}.", param, ctx)
         return number
 
 
@@ -129,7 +133,10 @@ class Command(click.Command):
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         try:
             return super().make_context(*args, **extra)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, EOFError, OSError):
+        except click.ClickException as error:
+            error.message = shortened(error.message)  # type: ignore[misc]  # final by its type alone
+            raise
+        except (click.exceptions.Exit, click.Abort, EOFError, OSError):
             raise
         except Exception as error:
             raise click.ClickException(unforeseen(error)) from error
@@ -139,7 +146,7 @@ class Command(click.Command):
             self._check_files(ctx)
             return super().invoke(ctx)
         except RecompileError as error:
-            raise click.ClickException(error.spelled(flags_of(self))) from error
+            raise click.ClickException(shortened(error.spelled(flags_of(self)))) from error
         except KeyboardInterrupt:
             click.echo(f"\n{ctx.info_name}: interrupted; nothing half-written was left under a final name", err=True)
             ctx.exit(EXIT_INTERRUPTED)
@@ -219,6 +226,11 @@ def _paths(value: Any) -> list[str]:
     if value is None:
         return []
     return [os.fspath(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def shortened(message: str) -> str:
+    """Without the middle of words that nobody reads: an argument of 5,000 characters that a message repeats."""
+    return re.sub(r"\S{600,}", lambda found: f"{found[0][:300]}[...]{found[0][-100:]}", message)
 
 
 def unforeseen(error: Exception) -> str:

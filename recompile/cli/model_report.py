@@ -40,6 +40,8 @@ def main(card: Path | None, quiet: bool, **options: Any) -> None:
     """
     from recompile import api
 
+    if options["title"] is not None:
+        options["title"] = options["title"].encode("utf-8", "backslashreplace").decode()  # bytes that are no UTF-8
     with Screen(quiet) as screen:
         text = api.report(**options, card=card, force=is_forced(), on_event=screen)
     if str(card) == "-":

@@ -44,6 +44,7 @@ def fail(error: BaseException) -> Callable[..., None]:
     [
         (RecompileError("x.yaml:3: wrong"), 1, r"^Error: x.yaml:3: wrong\n$"),
         (RecompileError("a\x1b]0;b\x07\u202e"), 1, r"^Error: a\\u001b\]0;b\\u0007\\u202e\n$"),
+        (RecompileError("no " + "x" * 5000 + " here"), 1, r"^Error: no x{300}\[\.\.\.\]x{100} here\n$"),
         (KeyError("hidden_size"), 1, r"unforeseen: KeyError: 'hidden_size'; the details were written to (\S+)\n$"),
         (RecursionError("deep"), 1, r"unforeseen: RecursionError"),
         (MemoryError(), 1, r"there is not enough memory"),
@@ -81,8 +82,10 @@ def test_what_was_read_last_is_named(tmp_path: Path) -> None:
         ["--minutes", "-3"],
         ["--minutes", "0"],
         ["--minutes", "inf"],
+        ["--minutes", "1e308"],
         ["--rtol", "nan"],
         ["--rtol", "inf"],
+        ["--rtol", "1e308"],
         ["--rtol", "0"],
         ["--rows", "-5"],
         ["--rows", "0"],

@@ -177,10 +177,17 @@ def test_it_refuses_a_directory_that_it_did_not_make(text: Path, tmp_path: Path)
         (("-b", 4, "--variants", "x"), "--variants: one variant leaves nothing to choose; give two or more"),
         (("-b", 4, "--variants", "x", "y", "--candidates", "3,4"), "--variants and --candidates exclude each other"),
         (("-b", 4, "--format", "exl2", "-g", 32), "--group-size: of integers; --format exl2 has groups of its own"),
+        (("-b", 4, "--level", "row"), '--level "row": wanted one of layer, block, fused, expert, tensor'),
+        (("-b", 4, "--solver", "best"), '--solver "best": wanted one of greedy, exact'),
+        (("-b", 4, "--trace", "none.json"), "--trace takes the place of --text, --dataset and --input-ids"),
+        (("-b", 4, "--tokenizer-from", "none.gguf"), "none.gguf: cannot be read: No such file or directory"),
     ],
 )
-def test_what_is_missing_is_said_first(more: tuple[object, ...], says: str, text: Path, tmp_path: Path) -> None:
-    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, *more)
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+def test_what_is_missing_is_said_first(
+    more: tuple[object, ...], says: str, plan: tuple[str, ...], text: Path, tmp_path: Path
+) -> None:
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, *more, *plan)
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
     assert not (tmp_path / "mix.work").exists()
