@@ -266,9 +266,14 @@ def find_origins(model: Any, source: WeightSource) -> tuple[dict[str, Origin], l
 
 
 def check_nothing_left(
-    model: Any, stack_name: str, depth: int, source: WeightSource, left: list[tuple[str, str]]
+    model: Any,
+    stack_name: str,
+    depth: int,
+    source: WeightSource,
+    left: list[tuple[str, str]],
+    origins: Mapping[str, Origin],
 ) -> None:
-    """Raise MissingWeight for a tensor of the text model that no part of it reads.
+    """Raise MissingWeight for a tensor of the text model that no part of it reads, with the weight that it may be.
 
     Not meant: layers of multi-token prediction, which lie beyond the last one; buffers that are computed; what
     transformers itself says that it leaves out; parts of a multimodal model that the class does not have."""
@@ -292,19 +297,25 @@ def check_nothing_left(
             continue
         unread.append(tensor)
     if unread:
+        found = (name for name, _ in model.named_parameters() if name.startswith(f"{stack_name}."))
+        missing = next((name for name in found if name not in origins), None)
         raise MissingWeight(
             f"{_file_of(source, unread[0])}: {type(model).__name__} reads {unread[0]} nowhere"
             + (f", nor {len(unread) - 1} other tensors" if len(unread) > 1 else "")
+            + (f", and finds no {missing}" if missing is not None else "")
             + "; it does not belong to the model of config.json, or this transformers does not know it"
         )
 
 
 def _file_of(source: WeightSource, tensor: str) -> str:
     """The file that a dense value is read from, the first of several; the source where that is not known."""
-    stored = getattr(source, "tensors", {})
     module = module_of(source, tensor)
-    found = stored.get(tensor) or next((info for name, info in stored.items() if split_name(name)[0] == module), None)
-    return str(getattr(found, "path", None) or getattr(source, "label", "the checkpoint"))
+    for holder in (source, getattr(source, "base", None)):  # an overlay has its files in its parts
+        stored = getattr(holder, "tensors", {})
+        info = stored.get(tensor) or next((it for name, it in stored.items() if split_name(name)[0] == module), None)
+        if info is not None and getattr(info, "path", None) is not None:
+            return str(info.path)
+    return str(getattr(source, "label", "the checkpoint"))
 
 
 def _joined(source: WeightSource) -> Mapping[str, Joined]:

@@ -146,7 +146,7 @@ class LayeredModel:
         layers_name, layers = find_stack(model)
         made = cls(source, dtype, device, model, find_runner(model, layers_name), layers, layers_name)
         made.origins, left = find_origins(model, source)
-        check_nothing_left(model, layers_name, len(layers), source, left)
+        check_nothing_left(model, layers_name, len(layers), source, left, made.origins)
         if isinstance(made.structure, Block):
             made.layers, made.layers_name = nn.ModuleList([made.structure.part_of(model)]), made.structure.base
         made._check_complete()

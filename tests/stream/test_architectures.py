@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from eval.profile.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, WeightSource, open_checkpoint
 from recompile.costs import Profile
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
+from recompile.merge.overlay import build_overlay
 from recompile.model.stream import LayeredModel
 from recompile.quantize.lazy_variant import make_variants, spec_of
 from tests import tiny
@@ -164,6 +166,17 @@ def test_a_tensor_that_nothing_reads_is_named(tmp_path: Path) -> None:
     said = r"more/model\.safetensors: LlamaForCausalLM reads model\.layers\.1\.mlp\.extra nowhere"
     with pytest.raises(MissingWeight, match=said):
         LayeredModel.of(edit(directory, add={"model.layers.1.mlp.extra": torch.zeros(3)}))
+
+
+def test_a_tensor_under_a_wrong_name_is_told_with_what_is_missing(tmp_path: Path) -> None:
+    directory = tiny.copy_of(architectures.checkpoint("llama"), tmp_path / "named")
+    name = "model.layers.1.mlp.up_proj.weight"
+    value = load_file(directory / "model.safetensors")[name]
+    said = r"named/model\.safetensors: LlamaForCausalLM reads other\.weight nowhere, and finds no " + re.escape(name)
+    checkpoint = edit(directory, drop=name, add={"other.weight": value})
+    for source in (checkpoint, build_overlay(checkpoint, None)):
+        with pytest.raises(MissingWeight, match=said):
+            LayeredModel.of(source)
 
 
 def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
