@@ -426,7 +426,11 @@ class _Healing:
     def _whole_already(self) -> HealReport | None:
         """The report of a run with the same arguments that was killed between giving its output its name and removing
         its work folder, which is removed; None where there was no such run."""
-        if not self.out.exists() or not (self.work / "journal.jsonl").is_file():
+        if not self.out.exists():
+            return None
+        if not (self.work / "journal.jsonl").is_file():
+            with suppress(OSError):  # empty: killed at the very end
+                self.work.rmdir()
             return None
         with self._journal() as journal:
             about = read_healed(self.out)

@@ -325,6 +325,10 @@ def test_killed_between_the_name_of_the_output_and_the_end_of_its_work(
     assert found == replace(report, seconds=0.0)
     assert files_of(tmp_path) == whole
     assert not (tmp_path / "H.healing").exists()
+    (tmp_path / "H.healing").mkdir()
+    with pytest.raises(OutputError, match="H: exists already"):  # not even its journal is left
+        next(again(OPTIONS))
+    assert not (tmp_path / "H.healing").exists()
     shutil.copytree(work, tmp_path / "H.healing")
     with pytest.raises(OutputError, match="H: exists already"):  # a run with other arguments is another one
         next(again(replace(OPTIONS, learning_rate=0.5)))
