@@ -40,6 +40,16 @@ TITLES = {
     "loads": "loads in transformers",
     "gguf": "GGUF names",
 }
+NOT_RUN = """
+- Encoder-decoders (T5, BART as a whole, ...): more than one stack of layers. Their causal halves that transformers
+  lists (BartForCausalLM, ...) work.
+- diffusion_gemma, an encoder and a decoder: denoises a canvas of 256 tokens that it draws at random and predicts no
+  next token, so that there is no KL a token.
+- prophetnet, the decoder of an encoder-decoder: beside the tokens its layers carry streams that predict several
+  tokens ahead, and its head reads those alone.
+- reformer whose config.json sets no `hash_seed`: it hashes with other random numbers in every run, so that no two runs
+  agree. With a seed it works; it has gradients in training only, so that `--mode sketch` refers to `--mode exact`.
+"""
 TOLERANCE = 1e-4  # of the range of the logits, in float32: sums of recurrences differ by their order
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -341,6 +351,7 @@ def page(results: Mapping[str, Any]) -> str:
                 said = f"no ({notes.index(said) + 1})"
             cells.append(said)
         lines.append(f"| {name} | {row['class']} | " + " | ".join(cells) + " |")
+    lines += ["", "## What is not run, and why", *NOT_RUN.rstrip().split("\n")]
     lines += ["", "## What the refusals say", ""]
     lines += [f"{number}. {_escaped(note)}" for number, note in enumerate(notes, 1)]
     if waiting:

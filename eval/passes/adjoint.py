@@ -34,6 +34,7 @@ from recompile.errors import NotFiniteError, OutputError, RecompileError, Unsupp
 from recompile.io.memory import FREE_BYTES_KEPT, format_mib, process_bytes
 from recompile.model.finite import WIDER, is_finite, name_of
 from recompile.model.linear_calls import LinearMode
+from recompile.model.skeleton import one_line
 from recompile.model.stream import LayeredModel, LinearWeight, LinearWeights, release_free_memory
 
 PASS_TOKENS = 512  # rows of a batch hold about this many tokens
@@ -521,9 +522,15 @@ def _plus(swap: SwapProducts, other: SwapProducts | None) -> SwapProducts:
 
 def _vjp(output: Tensor, inputs: list[Tensor], cotangent: Tensor) -> list[Tensor]:
     """Cotangents of the inputs; zero for those that the output does not depend on differentiably, as what only chooses
-    (an indexer, a router's order)."""
+    (an indexer, a router's order). Raises UnsupportedError for a model that has no gradients."""
     able = [x for x in inputs if x.requires_grad] if output.requires_grad else []
-    found = iter(torch.autograd.grad(output, able, cotangent, retain_graph=True, allow_unused=True) if able else ())
+    try:
+        made = torch.autograd.grad(output, able, cotangent, retain_graph=True, allow_unused=True) if able else ()
+    except AssertionError as error:  # of a model's own backward, as Reformer's
+        raise UnsupportedError(
+            f"the model has no gradients where it does not train ({one_line(error)}); measure swaps with {{mode}} exact"
+        ) from error
+    found = iter(made)
     given = [next(found) if able and x.requires_grad else None for x in inputs]
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, given, strict=True)]
 

@@ -255,6 +255,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "bloom": {"apply_residual_connection_post_layernorm": False},
     "gptneox": {"attention_bias": True},
     "falcon": {"parallel_attn": True, "alibi": False, "bias": False},
+    "ernie4_5-moe": {"use_bias": False},
     "deepseek2": {"attention_bias": False},
     "deepseek32": {"attention_bias": False},
     "glm-dsa": {"attention_bias": False},

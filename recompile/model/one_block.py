@@ -166,6 +166,7 @@ class BlockLayout:
     dtype: torch.dtype
     tokens: int
     entering: tuple[int, ...]
+    seeded: bool | None = None  # whether it draws the same random numbers in every run; None: it has drawn none so far
     is_plain = False
 
     @property
@@ -197,25 +198,45 @@ class BlockLayout:
         ids = join_values(columns.transpose(1, 2), torch.int64, self.dtype)
         flat = state[..., : self.hidden_width].flatten(1)[:, : math.prod(self.entering)]
         entering = flat.unflatten(1, self.entering)
+        before = torch.get_rng_state()
+        out = self._result(entering, ids)
+        after = torch.get_rng_state()
+        if not torch.equal(before, after):
+            self._check_seeded(entering, ids, after)
+            torch.set_rng_state(before)
+        padded = nn.functional.pad(out, (0, self.hidden_width - self.block.leaving))
+        return torch.cat((padded.to(self.dtype), columns), -1)
+
+    def _result(self, entering: Tensor, ids: Tensor) -> Tensor:
+        """What the loaded block gives the head."""
         embedding, base = (self.model.get_submodule(name) for name in (self.block.embedding, self.block.base))
         found: list[Tensor] = []
-        drawn = torch.get_rng_state()
 
         def run_base(*args: Any, **kwargs: Any) -> Any:
             found.append(result_of(type(base).forward(base, *args, **kwargs)))
             raise Reached
 
         with (
-            zeros_outside(self.model, NOTHING, state.device),
+            zeros_outside(self.model, NOTHING, ids.device),
             gradients_of_all_runs(),
             patched([embedding, base], [lambda *args, **kwargs: entering, run_base]),
             contextlib.suppress(Reached),
         ):
             run_own(self.runner, ids)
-        if not torch.equal(drawn, torch.get_rng_state()):
-            raise UnsupportedError(f"{type(self.model).__name__} draws random numbers while it runs; not supported")
-        padded = nn.functional.pad(found[0], (0, self.hidden_width - self.block.leaving))
-        return torch.cat((padded.to(self.dtype), columns), -1)
+        return found[0]
+
+    @torch.no_grad()
+    def _check_seeded(self, entering: Tensor, ids: Tensor, after: Tensor) -> None:
+        """Raise UnsupportedError for a model whose numbers are others in every run: one that sets a seed of its own
+        leaves torch's generator in the same state wherever it was."""
+        if self.seeded is None:
+            self._result(entering, ids)
+            self.seeded = torch.equal(after, torch.get_rng_state())
+        if not self.seeded:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} draws other random numbers in every run (a Reformer does not where its "
+                f"config.json sets hash_seed); not supported"
+            )
 
 
 @contextmanager

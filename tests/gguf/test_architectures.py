@@ -156,6 +156,7 @@ def test_names_are_those_of_the_gguf_package() -> None:
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping is None, and llama.cpp computes gemma2"),
         ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0, and llama.cpp computes gemma3"),
         ("deepseek2", {"attention_bias": True}, "attention_bias is True, and llama.cpp computes deepseek2"),
+        ("ernie4_5-moe", {"use_bias": True}, "use_bias is True, and llama.cpp computes ernie4_5-moe with False"),
         ("granitehybrid", {"position_embedding_type": "rope"}, "is rope, and llama.cpp computes granitehybrid"),
         ("nemotron_h_moe", {"hybrid_override_pattern": "ME*-"}, "llama.cpp knows one kind"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type 'dynamic' has no"),

@@ -201,13 +201,39 @@ def test_types_that_cannot_be_run_are_refused_in_a_sentence(
     assert len(str(caught.value)) < 300
 
 
-def test_models_that_draw_numbers_are_refused(tmp_path: Path) -> None:
-    """Reformer hashes with random rotations: no two runs of it agree."""
+@pytest.fixture(scope="module")
+def reformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.conftest import load_script
 
-    load_script("tiny_configs").write("reformer", tmp_path / "reformer")
-    with pytest.raises(UnsupportedError, match="ReformerModelWithLMHead draws random numbers while it runs"):
-        logits_of(open_checkpoint(tmp_path / "reformer"), architectures.rows(1, 24))
+    directory = tmp_path_factory.mktemp("made") / "reformer"
+    load_script("tiny_configs").write("reformer", directory)
+    return directory
+
+
+def test_random_numbers_of_a_seed_in_the_config_are_those_of_transformers(reformer: Path) -> None:
+    """Reformer hashes with random rotations. torch's generator is left where it was."""
+    ids, before = architectures.rows(2, 24), torch.get_rng_state()
+    found = logits_of(open_checkpoint(reformer), ids)
+    assert torch.equal(torch.get_rng_state(), before)
+    wanted = tiny.plain_logits(architectures.plain_model(reformer), ids)
+    assert float((found - wanted).abs().max()) <= CLOSE * float(wanted.max() - wanted.min())
+
+
+def test_models_that_are_others_in_every_run_are_refused(reformer: Path, tmp_path: Path) -> None:
+    directory = tiny.copy_of(reformer, tmp_path / "unseeded")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"hash_seed": None}))
+    with pytest.raises(UnsupportedError, match="ReformerModelWithLMHead draws other random numbers in every run"):
+        logits_of(open_checkpoint(directory), architectures.rows(1, 24))
+
+
+def test_a_model_without_gradients_is_referred_to_exact_swaps(reformer: Path, tmp_path: Path) -> None:
+    base = open_checkpoint(reformer)
+    candidates = make_variants(base, [spec_of("4", group_size=8, symmetric=False)])
+    options = ProfileOptions(dtype=torch.float32)
+    job = ProfileJob(base, candidates[0][0], candidates, architectures.rows(2, 24), tmp_path / "p", options)
+    with pytest.raises(UnsupportedError, match=r"no gradients where it does not train .* mode exact"):
+        list(profile_sketch(job, SketchOptions(4)))
 
 
 def test_infinities_as_transformers_writes_them_are_read(tmp_path: Path) -> None:
