@@ -83,6 +83,19 @@ QWEN_IMAGES = {
     "vision_end_token_id": 43,
     "tie_word_embeddings": False,
 }
+GLM_SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5,
+    },
+}  # fmt: skip
+GLM_VISION = {
+    "depth": 1, "hidden_size": 32, "num_heads": 2, "image_size": 32, "patch_size": 8, "out_hidden_size": 64,
+    "intermediate_size": 64,
+}  # fmt: skip
+GLM_IMAGES = {
+    "image_token_id": 40, "video_token_id": 41, "image_start_token_id": 42, "image_end_token_id": 43,
+    "video_start_token_id": 44, "video_end_token_id": 45, "tie_word_embeddings": False,
+}  # fmt: skip
 QWEN2_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
 QWEN3_VISION = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 64,
@@ -131,6 +144,18 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4": ("glm4", HEAD),
+    "glm4 in glm4v": (
+        "glm4v",
+        {"text_config": {**COMMON, **GLM_SECTIONS}, "vision_config": GLM_VISION, **GLM_IMAGES},
+    ),
+    "glm4 in glm-ocr": (
+        "glm_ocr",
+        {"text_config": {**COMMON, **HEAD, **GLM_SECTIONS}, "vision_config": GLM_VISION, **GLM_IMAGES},
+    ),
+    "glm4moe of solar": (
+        "solar_open",
+        {**HEAD, **GROUPED, "first_k_dense_replace": 0, "rope_parameters": {**QUARTER, "partial_rotary_factor": 1.0}},
+    ),
     "glm4moe": ("glm4_moe", {**HEAD, **GROUPED, "use_qk_norm": True, "attention_bias": True}),
     "gpt-oss": (
         "gpt_oss",

@@ -365,8 +365,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(
             "glm4",
-            ("glm4",),
+            ("glm4", "glm4v", "glm4v_text", "glm_ocr", "glm_ocr_text"),
             _ATTENTION
+            | _NEXTN
             | {
                 "ffn_norm": "post_attention_layernorm",
                 "post_attention_norm": "post_self_attn_layernorm",
@@ -374,10 +375,11 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "ffn_up": "mlp.gate_up_proj",
                 "ffn_down": "mlp.down_proj",
             },
+            steps={f"{leaf}.{part}": ("halves",) for leaf in ("attn_q", "attn_k") for part in ("weight", "bias")},
         ),
         Architecture(
             "glm4moe",
-            ("glm4_moe", "glm4v_moe_text", "glm4v_moe"),
+            ("glm4_moe", "glm4v_moe_text", "glm4v_moe", "solar_open"),
             _ATTENTION | _QK_NORMS | _POST_ATTENTION_NORM | _MLP | _EXPERTS | _SHARED_EXPERTS | _ROUTER | _NEXTN,
             _BIAS_OF_ROUTER,
         ),

@@ -156,6 +156,10 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
     elif arch in ("qwen3next", "qwen35", "qwen35moe"):
         config["linear_value_head_dim"] = keys.need("ssm.inner_size") // config["linear_num_value_heads"]
         config["layer_types"] = keys.layer_types(layers, "attn_q.weight", "full_attention", "linear_attention")
+    elif arch == "glm4" and keys.get("rope.dimension_sections"):  # of images; they tell the order of rows
+        rope = {"rope_type": "default", "mrope_section": keys.get("rope.dimension_sections")[:3]}
+        rope |= {"rope_theta": config["rope_theta"], "partial_rotary_factor": config["partial_rotary_factor"]}
+        config["rope_parameters"] = rope
     elif arch == "glm4moe":
         config["use_qk_norm"] = keys.in_any_layer("attn_q_norm.weight", layers)
     elif arch in ("deepseek2", "deepseek32", "glm-dsa"):

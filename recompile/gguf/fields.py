@@ -97,6 +97,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("expert_used_count", "top_k_experts", default=None),
         Field("expert_feed_forward_length", "moe_intermediate_size", default=None),
     ),
+    "glm4": (_NEXTN,),
     "glm4moe": (*_GROUPED, _NEXTN),
     "gpt-oss": (
         *_experts("num_local_experts"),

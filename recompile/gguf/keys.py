@@ -30,6 +30,8 @@ def heads_in(config: Mapping[str, Any]) -> Heads:
     """The sizes in a config.json that the order of rows depends on; those that a model does not have are 0."""
     query = int(_need(config, "num_attention_heads"))
 
+    rope = _rope(config)
+
     def size(name: str) -> int:
         return int(config.get(name) or 0)
 
@@ -45,6 +47,8 @@ def heads_in(config: Mapping[str, Any]) -> Heads:
         size("kv_lora_rank"),
         size("hidden_size"),
         size("mamba_n_groups") or size("n_groups") or 1,
+        head := size("head_dim") or size("hidden_size") // query,
+        int(head * rope.get("partial_rotary_factor", 1.0)) if rope.get("mrope_section") else 0,
     )
 
 
@@ -180,6 +184,8 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["full_attention_interval"] = (_interval(config, layers), "u32")
         if arch != "qwen3next":
             _add_sections(config, values, [11, 11, 10])
+    if arch == "glm4" and _rope(config).get("mrope_section"):
+        _add_sections(config, values)
     if arch in ("qwen2vl", "qwen3vl", "qwen3vlmoe"):
         _add_sections(config, values)
         if arch != "qwen2vl":

@@ -26,6 +26,7 @@ class Heads:
     nope, value, rank:   of multi-head latent attention: rows a head without position, value rows a head, latent width
     hidden:              width of the states between layers
     groups:              of a state space's norm
+    size, turned:        rows of a head, and how many of them turn in pairs that lie side by side and apart in GGUF
     """
 
     query: int
@@ -39,6 +40,8 @@ class Heads:
     rank: int = 0
     hidden: int = 0
     groups: int = 1
+    size: int = 0
+    turned: int = 0
 
 
 def row_order(rows: int, heads: int, *, back: bool) -> list[int]:
@@ -112,6 +115,16 @@ def _reorder_values(heads: Heads, size: int, axis: int = 0) -> Step:
     return Step(lambda value: change(value, False), lambda value: change(value, True))
 
 
+def _halves(value: Tensor, heads: Heads, *, back: bool) -> Tensor:
+    """The rows of a head that turn are pairs side by side in Hugging Face; GGUF has all first rows, then all second."""
+    if not heads.turned:
+        return value
+    order = [*range(0, heads.turned, 2), *range(1, heads.turned, 2), *range(heads.turned, heads.size)]
+    if back:
+        order = sorted(range(heads.size), key=order.__getitem__)
+    return value[[start + row for start in range(0, value.shape[0], heads.size) for row in order]]
+
+
 def make_step(name: str, heads: Heads) -> Step:
     """A step by its name in the table of architectures."""
     if name == "neg_exp":  # A_log -> A
@@ -122,6 +135,8 @@ def make_step(name: str, heads: Heads) -> Step:
             lambda value: value.reshape(value.shape[0], 1, -1),
             lambda shape: (shape[0], 1, shape[-1]),
         )
+    if name == "halves":
+        return Step(lambda value: _halves(value, heads, back=False), lambda value: _halves(value, heads, back=True))
     if name == "upright":  # [heads] -> [heads, 1]
         return Step(
             lambda value: value.reshape(-1, 1), lambda value: value.reshape(-1), lambda shape: (math.prod(shape),)
