@@ -33,6 +33,7 @@ from recompile.merge.write_plan import (
     natural_key,
     wanted_tensor,
 )
+from recompile.model.tokens import tokenizer_texts
 
 # Weights of other kinds, which would be stale beside ours, and the records of the tools of this project.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot")
@@ -122,6 +123,9 @@ def plan_write(
     shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, rules, conversions, places)
     if with_index and len(shards) > 1:
         texts[INDEX_NAME] = dump_json(_index(modules, shards, places))
+    tokenizer, problem = tokenizer_texts(overlay.base.path)
+    texts |= tokenizer
+    warnings += [problem] if problem else []
     if overlay.scaled_sets:
         texts[SCALING_NAME] = dump_scaled_sets(overlay.scaled_sets)
     if is_verbatim(overlay) and not dense:

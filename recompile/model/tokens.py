@@ -20,6 +20,7 @@ import os
 import re
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -649,7 +650,7 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     folder = Path(model_dir)
     gguf: dict[str, str] = {}
     if is_gguf(folder):  # a tokenizer beside it is the original's; else transformers makes one from the file's keys
-        gguf, folder = ({} if _has_tokenizer(folder.parent) else {"gguf_file": folder.name}), folder.parent
+        gguf, folder = ({} if _has_tokenizer(folder.parent) else _gguf_arguments(folder)), folder.parent
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory, so no tokenizer")
     if not gguf and not _has_tokenizer(folder):
@@ -670,6 +671,38 @@ def load_tokenizer(model_dir: Path | str) -> Any:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _gguf_arguments(path: Path) -> dict[str, str]:
+    """What AutoTokenizer is told of a GGUF file. With the model's type it need not find out for itself, for which it
+    takes the file's whole vocabulary apart, token by token: ten times as long where there are 262,144."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    from recompile.gguf.config import config_of
+
+    model_type = config_of(open_gguf(path))[0].get("model_type")
+    known = TOKENIZER_MAPPING_NAMES.get(model_type)
+    by_type = {"tokenizer_type": model_type} if known not in (None, "MistralCommonBackend") else {}
+    return {"gguf_file": path.name, **by_type}
+
+
+def tokenizer_texts(model: Path) -> tuple[dict[str, str], str]:
+    """The tokenizer in a GGUF file's keys as the files that a directory holds, by name; none where the model is a
+    directory or has such files beside it. Second: why a file's keys give none, else empty."""
+    if not is_gguf(model) or _has_tokenizer(model.parent):
+        return {}, ""
+
+    def work(tokenizer: Any) -> dict[str, str]:
+        for name in ("gguf_file", "tokenizer_type", "local_files_only", "is_local"):  # how it was loaded here
+            tokenizer.init_kwargs.pop(name, None)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+    try:
+        return with_tokenizer(model, work), ""
+    except CheckpointError as error:
+        return {}, f"{error}; what is written has no tokenizer"
 
 
 def with_tokenizer(model_dir: Path | str, work: Callable[[Any], T], *, text_bytes: int = 0) -> T:

@@ -43,6 +43,7 @@ from recompile.model.decoded import NOWHERE, as_dense
 from recompile.model.roles import roles_of
 from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel
+from recompile.model.tokens import tokenizer_texts
 from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
 from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder
@@ -668,6 +669,8 @@ class _Build:
             write_text(partial / SCALING_NAME, dump_scaled_sets(sets))
         for path in other_files(self.base.path):
             shutil.copyfile(path, partial / path.name)
+        for name, text in tokenizer_texts(self.base.path)[0].items():  # a file's that gives none, `run` tells
+            write_text(partial / name, text)
         built = replace(open_checkpoint(partial), label=str(final))
         for _ in execute(plan_write(build_overlay(built, None), final, self.shard_mb)):
             pass

@@ -21,7 +21,7 @@ from recompile.io.report import role_in_words
 from recompile.model.decoded import as_dense, base_note
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary
-from recompile.model.tokens import Rows
+from recompile.model.tokens import Rows, tokenizer_texts
 from recompile.model.used_rows import UsedRows
 from recompile.quantize.encoder_choice import EncoderChoice, parse_rates
 from recompile.quantize.external_converters import check_engine, plan_engine, run_engine
@@ -170,6 +170,8 @@ def _make_safetensors(
     if base.is_quantized:
         on_event(Note(base_note(base), "Warning"))
     base = as_dense(base)
+    if problem := tokenizer_texts(base.path)[1]:
+        on_event(Note(problem, "Warning"))
     rows, vocab = options.where.read([base.path], "calibrate")
     check_vocabulary(base, vocab)
     outputs = None

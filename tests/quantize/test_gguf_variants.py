@@ -33,14 +33,21 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe",
 
 
 def write_hf(
-    folder: Path, model_type: str, *, hidden: int = 64, inner: int = 96, layers: int = 2, tied: bool | None = None
+    folder: Path,
+    model_type: str,
+    *,
+    hidden: int = 64,
+    inner: int = 96,
+    layers: int = 2,
+    tied: bool | None = None,
+    vocab: int = VOCAB,
 ) -> Path:
     """A random model of transformers' own making, with every feature of its architecture."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     fields: dict[str, object] = {
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": hidden // 4, "vocab_size": VOCAB, "max_position_embeddings": 128,
+        "num_key_value_heads": 2, "head_dim": hidden // 4, "vocab_size": vocab, "max_position_embeddings": 128,
         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
         "sliding_window": 16, "query_pre_attn_scalar": hidden // 4, "rope_theta": 50000.0, "norm_topk_prob": True,
         "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
