@@ -17,6 +17,7 @@ from eval.mixes.measured import ROUGH_ABOVE_NATS, MeasuredMixes, digest
 from eval.search.job import Search
 from recompile.errors import FitError
 from recompile.events import Note, Said
+from recompile.optimize.baselines import make_baselines
 from recompile.optimize.cross_entropy import CostFactors, search_factors
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.greedy import solve_greedy
@@ -44,15 +45,18 @@ def search_tilted(search: Search) -> Mix:
 
 
 def better_start(search: Search) -> Search:
-    """The search from what measures best on the same rows: its start (the exact choice), the greedy choice, or the one
-    by tilted costs (recompile.optimize.cross_entropy); with the time that is left."""
+    """The search from what measures best on the same rows: its start (the exact choice), the greedy choice, the one by
+    tilted costs (recompile.optimize.cross_entropy), or a mix that people make without a profile; with the time that is
+    left. Those mixes are what the recipe is verified against, and a short profile may be no better than they are."""
     began = time.monotonic()
     kls = _kls(search, ROUGH_TO_COMPARE_NATS)
-    starts = {
+    starts: dict[str, Mix] = {
         "exact": search.start,
         "greedy": solve_rows(search.problem, search.limits, solve_greedy).choice,
         "tilted costs": _tilted(search, kls, TILT_SHARE),
     }
+    by_hand = make_baselines(search.profile, search.problem, search.start, search.limits)
+    starts |= {baseline.name: baseline.within for baseline in by_hand if baseline.within is not None}
     found = dict(zip(starts, kls.measure(list(starts.values())), strict=True))
     best = min(found, key=found.__getitem__)
     measured = ", ".join(f"{name} {kl:.6f}" for name, kl in found.items())

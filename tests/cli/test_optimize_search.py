@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import RecompileError
 from recompile.model.rows import RowOptions
+from recompile.optimize.baselines import Baseline, make_baselines
 from recompile.optimize.cross_entropy import POPULATION, ROUNDS
 from recompile.optimize.exact import solve_exact
 from tests import tiny
@@ -236,6 +238,31 @@ def test_refine_starts_from_the_greedy_choice_where_that_measures_best(
     assert result.exit_code == 0, result.output
     assert "the search starts from greedy\n" in result.stderr
     assert json.loads(result.stdout)["choice"] == lower["choice"]
+
+
+def test_refine_starts_from_a_hand_made_mix_where_that_measures_best(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a recipe is verified against is a start as well: a poor profile ends no worse than rules of thumb."""
+    by_rule: list[Mapping[str, str]] = []
+
+    def kept(*given: Any) -> list[Baseline]:
+        found = make_baselines(*given)
+        by_rule[:] = [b.within for b in found if b.within is not None and b.name.endswith("attention +1")]
+        return found
+
+    monkeypatch.setattr("eval.search.initial_recipes.make_baselines", kept)
+    monkeypatch.setattr(
+        "eval.mixes.measured.MeasuredMixes.measure",
+        lambda self, mixes: [0.1 if dict(mix) in map(dict, by_rule) else 1.0 for mix in mixes],
+    )
+    words = ("-b", "3.3", "-r", "4", "-l", "16", "--no-check", "-o", str(profile.with_name("mix.yaml")))
+    result = run(profile, "--solver", "refine", "--steps", "0", "--json", "-", *words)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"the search starts from uniform \d, attention \+1\n", result.stderr)
+    found = json.loads(result.stdout)
+    assert found["choice"] == by_rule[0]
+    assert found["bits"] <= found["budget_bits"], "the rung that would make it as large as the recipe is left out"
 
 
 def test_the_tilted_choice_is_better_where_kinds_of_modules_err_together(
