@@ -17,7 +17,7 @@ from recompile.formats.compressed_tensors import merged_config
 from recompile.formats.packed_int import IntScheme
 from recompile.quantize.encoder import Encoded
 from recompile.quantize.gptq import ActOrder, QuantizedWeight, quantize_gptq
-from recompile.quantize.int_grids import fit_grid, quantize_to_grid
+from recompile.quantize.int_grids import GridMethod, fit_grid, quantize_to_grid
 from recompile.quantize.quantize_report import VariantReport
 from recompile.quantize.two_sided import OutputSource, improve_integers
 
@@ -66,6 +66,11 @@ class IntEncoder:
     @property
     def names(self) -> list[str]:
         return [variant_name(bits) for bits in self.bits]
+
+    @property
+    def grid_method(self) -> GridMethod:
+        """How grids are fitted where GPTQ does not run."""
+        return "rtn" if self.method == "rtn" else "mse"
 
     def schemes(self, role: str) -> list[IntScheme]:
         """The scheme of each variant for modules of a role ("layer", "head")."""
@@ -136,7 +141,7 @@ class IntEncoder:
     def _round(self, stacked: Tensor, diagonal: Tensor | None, schemes: Sequence[IntScheme]) -> list[QuantizedWeight]:
         quantized = []
         for scheme in schemes:
-            grid = fit_grid(stacked, scheme, "rtn" if self.method == "rtn" else "mse", diagonal, self.scale_dtype)
+            grid = fit_grid(stacked, scheme, self.grid_method, diagonal, self.scale_dtype)
             quantized.append(QuantizedWeight(quantize_to_grid(stacked, grid, scheme), grid, scheme))
         return quantized
 

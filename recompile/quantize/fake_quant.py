@@ -30,7 +30,7 @@ from recompile.model.roles import roles_of, turned_modules
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.float_grids import fit_levels, global_scale
 from recompile.quantize.gguf import VOCABULARY, BaseTensor, Preset, base_tensors, find_preset, layers_of, rows_in_file
-from recompile.quantize.int_grids import fit_grid, normalise_importance, quantize_to_grid
+from recompile.quantize.int_grids import normalise_importance, round_to_grid
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 
 NOWHERE = Path("(made on the fly)")
@@ -103,8 +103,9 @@ class IntMaker:
         return encoded.parts
 
     def round(self, base: Checkpoint, module: str, weight: Tensor, importance: Importances | None) -> Tensor:
-        (encoded,) = self.encoder.round(module, weight.float(), _of(module, importance, weight))
-        return encoded.dense
+        (scheme,) = self.encoder.schemes(role_of(module))
+        how = self.encoder.grid_method, _of(module, importance, weight), self.encoder.scale_dtype
+        return round_to_grid(weight.float(), scheme, *how)
 
     def description(self) -> Mapping[str, Any]:
         return self.encoder.description()
@@ -139,10 +140,7 @@ class SchemeMaker:
         weight, diagonal = weight.float(), _of(module, importance, weight)
         if self.scheme.is_packed_integer:
             scheme = IntScheme.from_config(self.scheme.weights)
-            grid = fit_grid(weight, scheme, "mse", diagonal, SCALE_DTYPE)
-            codes = quantize_to_grid(weight, grid, scheme)
-            parts = packed_int.pack(codes, grid.scale, grid.zero_point, scheme, SCALE_DTYPE)
-            return packed_int.dequantize(parts, scheme, module=module)
+            return round_to_grid(weight, scheme, "mse", diagonal, SCALE_DTYPE)
         whole = self._global_scale(base, module, weight) if self.scheme.has_global_scale else None
         columns = normalise_importance(diagonal, weight.shape[1], weight.device)
         levels = fit_levels(weight, self.scheme, "mse", columns, SCALE_DTYPE, whole)
