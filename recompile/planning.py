@@ -175,8 +175,23 @@ def flops_per_second(device: str = "cpu") -> float:
 
 # Seconds of encoders that are no matrix products, a million weights on one core (scripts/bench_exl.py, bench_gguf.py).
 ENCODER_SECONDS = {"exllamav3": 20.0, "exllamav2": 0.4, "llama.cpp": 0.5}
+# The same of a candidate that is made on the fly: a grid fitted, or a GGUF type in the mean of those for llama.cpp
+# (0.01 for Q8_0, 0.36 for IQ4_XS; Gemma 3 270M).
+MAKING_SECONDS = {"exllamav2": 0.4, "llama.cpp": 0.16}
+FITTING_SECONDS = 0.11
 SLOWER_THAN_A_PRODUCT = 1.5  # what attention, norms, reading and small shapes cost on top (SmolLM2, 2 cores)
+SKETCH_SLOWER = 1.2  # the same of a sketch, whose products are larger
 FEEDBACK_SLOWER = 6.0  # column by column
+SWEEP_SAMPLES = 8  # as eval.profile.sketch has them, which no plan loads
+LOGIT_CHUNK_TOKENS, LOGITS_HELD = 256, 5  # of a pass: tokens whose logits are there at once, and how often
+IMPORTANCE_ROWS, IMPORTANCE_LENGTH = 16, 512  # that inputs are weighed on for candidates but those of GGUF
+PASSES_OF_A_BUILD = 5  # of the layers over the calibration rows: inputs, Hessians, and again once they are rounded
+
+
+def making_seconds(sizes: Sizes, form: str) -> float:
+    """Making every module's weight of one candidate on the fly, once."""
+    engine = "llama.cpp" if form == "gguf" else FORMATS[form].engine if form in FORMATS else None
+    return MAKING_SECONDS.get(engine or "", FITTING_SECONDS) * sizes.body / 1e6 / (os.cpu_count() or 1)
 
 
 def encoder_seconds(sizes: Sizes, form: str, rate: float, rounding: str | None) -> float:
@@ -187,14 +202,31 @@ def encoder_seconds(sizes: Sizes, form: str, rate: float, rounding: str | None) 
     return (0.0 if form == "gguf" and rounding is None else feedback) + each
 
 
-def forward_seconds(sizes: Sizes, tokens: int, rate: float) -> float:
-    return SLOWER_THAN_A_PRODUCT * 2 * (sizes.body + sizes.head) * tokens / rate
+def forward_seconds(sizes: Sizes, tokens: int, rate: float, head: bool = True) -> float:
+    return SLOWER_THAN_A_PRODUCT * 2 * (sizes.body + (sizes.head if head else 0)) * tokens / rate
+
+
+def sketch_seconds(
+    sizes: Sizes, tokens: int, samples: int, candidates: int, making: float, heads: int, rate: float
+) -> float:
+    """The sweeps of a sketch. Each runs the layers forward twice, multiplies inputs with the change of every candidate,
+    which it makes for that, and pulls its samples back; its head costs two products whatever the samples, and three for
+    each candidate of the head.
+
+    making: seconds for one candidate; heads: candidates of the head
+    """
+    sweeps = -(-samples // SWEEP_SAMPLES)
+    products = sweeps * (2 + candidates) + samples
+    body = SKETCH_SLOWER * 2 * sizes.body * tokens / rate
+    head = SLOWER_THAN_A_PRODUCT * 2 * sizes.head * tokens / rate
+    return products * body + sweeps * (candidates * making + (2 + 3 * heads) * head)
 
 
 def memory_bytes(sizes: Sizes, tokens: int) -> int:
-    """States of the rows twice, two layers and the head in float32."""
+    """States of the rows twice, two layers, the head and the logits of a chunk in float32."""
     layer = sizes.body // max(1, sizes.layers)
-    return 4 * (2 * tokens * sizes.hidden + 3 * layer + 2 * sizes.head)
+    logits = LOGITS_HELD * min(tokens, LOGIT_CHUNK_TOKENS) * (sizes.head // max(1, sizes.hidden))
+    return 4 * (2 * tokens * sizes.hidden + 3 * layer + 2 * sizes.head + logits)
 
 
 @dataclass(frozen=True)
@@ -242,7 +274,6 @@ def split_minutes(
 
 
 DEFAULT_SEARCH_MINUTES = 10.0  # of refine, where nothing is said
-SKETCH_SHARE = 0.55  # of as many plain forward and backward passes (scripts/bench_profile.py)
 PROMPT_TOKENS = 220  # of a bundled prompt in the mean, its template included
 TRACE_TOKENS = 256  # of a response at most
 ONE_BY_ONE = 3.0  # what tokens that are written one after another take, of a pass over as many
@@ -288,9 +319,13 @@ def make_plan(
     asked = DEFAULT_SEARCH_MINUTES if search_minutes is None else search_minutes
     search = 60 * asked if measures else 0.0
     two_sided = rounding == "two-sided"
-    build = encoder_seconds(sizes, form, rate, rounding) + 4 * forward(calibration)
+    build = encoder_seconds(sizes, form, rate, rounding)
+    build += PASSES_OF_A_BUILD * forward_seconds(sizes, calibration, rate, head=False)
     build += 3 * forward(calibration) if two_sided else 0.0
     build = build if builds else 0.0
+    weighing = calibration if form == "gguf" else IMPORTANCE_ROWS * IMPORTANCE_LENGTH
+    making, heads = making_seconds(sizes, form) if builds else 0.0, len(candidates) if form == MLX else 0
+    sketch = sketch_seconds(sizes, tokens, samples, len(candidates), making, heads, rate)
     read, written = prompts * PROMPT_TOKENS, prompts * TRACE_TOKENS
     tracing = PlannedStage(
         "trace",
@@ -302,12 +337,12 @@ def make_plan(
         PlannedStage(
             "profile",
             f"a sketch, {rows} rows x {length} tokens, {samples} draws each",
-            forward(tokens) * (1 + SKETCH_SHARE * 3 * samples),
+            sketch + (forward_seconds(sizes, weighing, rate, head=False) if builds else 0.0),
         ),
         PlannedStage(
             "recipe",
             f"{solver or 'refine'}, and {VERIFIED_MIXES} mixes measured on rows of their own",
-            search + VERIFIED_MIXES * forward(tokens),
+            search + VERIFIED_MIXES * (forward(tokens) + making),
         ),
         PlannedStage(
             "build",

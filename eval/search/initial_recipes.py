@@ -17,8 +17,9 @@ from eval.mixes.measured import ROUGH_ABOVE_NATS, MeasuredMixes, digest
 from eval.search.job import Search
 from recompile.errors import FitError
 from recompile.events import Note, Said
+from recompile.io.sizes import format_seconds
 from recompile.optimize.baselines import make_baselines
-from recompile.optimize.cross_entropy import CostFactors, search_factors
+from recompile.optimize.cross_entropy import POPULATION, CostFactors, search_factors
 from recompile.optimize.exact import solve_exact
 from recompile.optimize.greedy import solve_greedy
 from recompile.optimize.limits import solve_rows
@@ -50,14 +51,16 @@ def better_start(search: Search) -> Search:
     left. Those mixes are what the recipe is verified against, and a short profile may be no better than they are."""
     began = time.monotonic()
     kls = _kls(search, ROUGH_TO_COMPARE_NATS)
+    by_hand = make_baselines(search.profile, search.problem, search.start, search.limits)
     starts: dict[str, Mix] = {
         "exact": search.start,
         "greedy": solve_rows(search.problem, search.limits, solve_greedy).choice,
-        "tilted costs": _tilted(search, kls, TILT_SHARE),
+        **{baseline.name: baseline.within for baseline in by_hand if baseline.within is not None},
     }
-    by_hand = make_baselines(search.profile, search.problem, search.start, search.limits)
-    starts |= {baseline.name: baseline.within for baseline in by_hand if baseline.within is not None}
-    found = dict(zip(starts, kls.measure(list(starts.values())), strict=True))
+    measured_kls = kls.measure(list(starts.values()))
+    each = (time.monotonic() - began) / len(starts)
+    starts["tilted costs"] = _tilted(search, kls, TILT_SHARE, each)
+    found = dict(zip(starts, [*measured_kls, *kls.measure([starts["tilted costs"]])], strict=True))
     best = min(found, key=found.__getitem__)
     measured = ", ".join(f"{name} {kl:.6f}" for name, kl in found.items())
     search.on_event(Note(f"On {len(kls.rows.ids)} choosing rows: KL {measured}; the search starts from {best}", ""))
@@ -65,9 +68,9 @@ def better_start(search: Search) -> Search:
     return replace(search, start=starts[best], minutes=left)
 
 
-def _tilted(search: Search, kls: MeasuredMixes, share: float) -> Mix:
-    """The best mix that tilted costs choose, in so large a share of the time. What was found is kept, for how far the
-    search comes depends on the time."""
+def _tilted(search: Search, kls: MeasuredMixes, share: float, mix_seconds: float = 0.0) -> Mix:
+    """The best mix that tilted costs choose, in so large a share of the time; the start where a mix takes so long that
+    not one round fits. What was found is kept, for how far the search comes depends on the time."""
     began = time.monotonic()
     most = math.inf if search.minutes is None else share * 60 * search.minutes
     limits = [(row.name, row.limit, row.fixed) for row in search.limits]
@@ -75,6 +78,11 @@ def _tilted(search: Search, kls: MeasuredMixes, share: float) -> Mix:
     if (kept := kls.kept(name)) is not None:
         return kept
     choice: Mix = search.start
+    if POPULATION * mix_seconds > most:
+        kls.keep(name, choice)
+        took = f"measuring a mix takes {format_seconds(mix_seconds)}, so that {POPULATION} do not fit in {share:.0%} of"
+        search.on_event(Said(f"tilted costs: left out, {took} {search.minutes:g} minutes"))
+        return choice
     for found in search_factors(
         CostFactors.of(search.problem, search.scores),
         lambda problem: solve_rows(problem, search.limits, solve_exact),

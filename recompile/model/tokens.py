@@ -680,7 +680,7 @@ def _gguf_arguments(path: Path) -> dict[str, str]:
 
     from recompile.gguf.config import config_of
 
-    model_type = config_of(open_gguf(path))[0].get("model_type")
+    model_type = str(config_of(open_gguf(path))[0].get("model_type", ""))
     known = TOKENIZER_MAPPING_NAMES.get(model_type)
     by_type = {"tokenizer_type": model_type} if known not in (None, "MistralCommonBackend") else {}
     return {"gguf_file": path.name, **by_type}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.events import OnEvent, Progress, ignore
 from recompile.model.finite import check_finite
 from recompile.model.linear_calls import LinearMode
 from recompile.model.stream import LayeredModel, LinearWeights
@@ -161,6 +162,7 @@ def input_power(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     counted: Tensor | None = None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Tensor]:
     """Module -> [in] float32, the mean square of every input over calibration rows ids, int64 [rows, tokens], at the
     places that count (bool [rows, tokens]; None: all).
@@ -182,6 +184,7 @@ def input_power(
         for group in collector.groups:
             if group.hessian is not None:
                 found |= dict.fromkeys(group.modules, group.hessian / group.tokens)
+        on_event(Progress("calibrating", index + 1, model.depth, "layers"))
     return found
 
 

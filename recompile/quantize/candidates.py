@@ -96,7 +96,8 @@ def make_candidates(
         importance = _gguf_importance(as_dense(reference, to_gguf=True), options, on_event)
     elif options.importance_rows and options.lazily != "noise":  # which has no use for it
         rows = _calibration_rows(reference, options)
-        importance = input_power(reference, rows.ids, device=compute_device(options.device), counted=rows.counted)
+        device = compute_device(options.device)
+        importance = input_power(reference, rows.ids, device=device, counted=rows.counted, on_event=on_event)
     keep = KEEP_BYTES if options.cap_bytes is None else 0
     offered = make_variants(reference, specs, importance, options.roles, keep)
     if importance is not None:

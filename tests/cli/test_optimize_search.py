@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,29 @@ def test_refine_starts_from_a_hand_made_mix_where_that_measures_best(
     found = json.loads(result.stdout)
     assert found["choice"] == by_rule[0]
     assert found["bits"] <= found["budget_bits"], "the rung that would make it as large as the recipe is left out"
+
+
+def test_tilted_costs_are_left_out_where_a_round_takes_longer_than_their_share(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def measure(self: MixMeter, choice: Mapping[str, str]) -> list[float]:
+        measured.append(0.0)
+        time.sleep(0.05)
+        return [1.0] * len(self.accept)
+
+    monkeypatch.setattr(MixMeter, "measure", measure)
+    words = ("-b", "3.3", "-r", "4", "-l", "16", "--steps", "0", "--no-check", "-o", profile.with_name("mix.yaml"))
+    result = run(profile, "--solver", "refine", "--minutes", "0.01", *words)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert "tilted costs: left out, measuring a mix takes " in said
+    assert "so that 10 do not fit in 20% of 0.01 minutes" in said
+    count = len(measured)
+    assert count < 10
+    run(profile, "--solver", "refine", "--minutes", "0.01", *words)
+    assert len(measured) <= count + 1, "gone on with, mixes measured before take no time, and it stays left out"
 
 
 def test_the_tilted_choice_is_better_where_kinds_of_modules_err_together(

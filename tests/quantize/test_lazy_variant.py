@@ -18,6 +18,7 @@ from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.costs import Profile, load_profile
 from recompile.errors import FormatError, RecipeError, UnsupportedError
+from recompile.events import Progress
 from recompile.formats.schemes import parse_scheme
 from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import plan_write
@@ -77,7 +78,10 @@ def test_importance_is_that_of_the_calibration_rows(tmp_path: Path) -> None:
     for _ in quantize_model(base, tmp_path, encoder, ids):
         pass
     written = open_checkpoint(tmp_path / "3bpw")
-    power = input_power(base, ids)
+    told: list[object] = []
+    power = input_power(base, ids, on_event=told.append)
+    depth = base.config["num_hidden_layers"]
+    assert told == [Progress("calibrating", n + 1, depth, "layers") for n in range(depth)], "it may take half a minute"
     made, plain = make_variant(base, spec(3), power), make_variant(base, spec(3))
     assert made.fingerprint != plain.fingerprint
     differs = 0
