@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -299,6 +300,9 @@ def _code_notes(base: Checkpoint, skipped: frozenset[str]) -> tuple[str, ...]:
     return tuple(notes)
 
 
+UNFINISHED = re.compile(r"\.(partial|building|journal)\b")  # of a run that writes into the base's directory
+
+
 def other_files(directory: Path, skipped: frozenset[str] = REWRITTEN_FILES) -> tuple[Path, ...]:
     """Files that a new checkpoint takes over from the base as they are: tokenizer, generation config, licence, code."""
     beside = directory.is_file()  # a GGUF file: only what is surely the model's own
@@ -310,5 +314,6 @@ def other_files(directory: Path, skipped: frozenset[str] = REWRITTEN_FILES) -> t
         and not path.name.startswith(".")
         and path.suffix.lower() not in WEIGHT_SUFFIXES
         and not path.name.endswith(".index.json")
+        and not UNFINISHED.search(path.name)
         and path.name not in skipped
     )
