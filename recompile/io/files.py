@@ -179,9 +179,8 @@ def write_atomically(path: Path | str, *, error: Failure = OutputError) -> Itera
 def write_with(path: Path | str, write: Callable[[Path], object], *, error: Failure = OutputError) -> None:
     """As `write_atomically`, for a library that wants a name to write to (safetensors, matplotlib)."""
     final, descriptor = _begin(path, error)
-    if descriptor < 0:
-        write(final)
-        return
+    if descriptor < 0:  # safetensors would put a file in the place of /dev/null
+        raise error(f"{path}: cannot be written: it is no regular file, and this needs one; choose another")
     partial = partial_path(final)
     scratch = final.with_name(f"{final.stem}{PARTIAL_SUFFIX}{final.suffix}")  # one that a killed run left is replaced
     try:

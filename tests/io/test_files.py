@@ -342,3 +342,12 @@ def test_what_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     check_outputs({"-o": "by-hand.yaml"}, ["profile.jsonl", "m"], force=True)
     with pytest.raises(OutputError, match="writes as well"):
         check_outputs({"-o": "a.json", "--json": "./a.json"}, [])
+
+
+def test_a_device_is_never_replaced_by_what_a_library_writes(tmp_path: Path) -> None:
+    """safetensors puts a file of its own under the name that it is given, /dev/null too where the user may."""
+    pipe = tmp_path / "x.safetensors"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match=r"x\.safetensors: cannot be written: it is no regular file"):
+        write_with(pipe, lambda path: path.write_bytes(b"never"))
+    assert pipe.is_fifo()
