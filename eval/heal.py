@@ -480,7 +480,7 @@ class _Healing:
     @torch.no_grad()
     def _teacher_states(self, ids: Tensor) -> Tensor:
         """The base's post-norm states, [rows, tokens, hidden]."""
-        return _normed(self.teacher, self.base, ids, self.batch_rows)
+        return self.teacher.normed(ids, self.batch_rows, self.base)
 
     def _before(self) -> dict[str, list[float]]:
         """KL of the build as it is, on all rows that judge; the base's states of the choosing rows are kept."""
@@ -802,15 +802,6 @@ def default_rate(build: Checkpoint) -> float:
     return next(rate for limit, rate in LEARNING_RATES if bits < limit or limit == LEARNING_RATES[-1][0])
 
 
-def _normed(model: LayeredModel, source: WeightSource, ids: Tensor, batch: int) -> Tensor:
-    states = list(model.embed(ids, batch, source))
-    for index in range(model.depth):
-        with model.layer(index, source):
-            states = [model.run_layer(index, state) for state in states]
-    with model.norm_loaded(source) as norm:
-        return torch.cat([norm(state) for state in states])
-
-
 @torch.no_grad()
 def row_kls(
     model: LayeredModel,
@@ -827,7 +818,7 @@ def row_kls(
 
     counted: bool [rows, tokens], the places that are meant; None: all
     """
-    normed = _normed(model, source, ids, batch)
+    normed = model.normed(ids, batch, source)
     found = []
     with model.head_loaded(source), _OtherHead(teacher, base) as reference:
         for row, both in enumerate(zip(normed, teacher_states, strict=True)):

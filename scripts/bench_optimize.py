@@ -156,7 +156,7 @@ class Bench:
     @cached_property
     def mixes(self) -> MixEvaluator:
         options = DiffOptions(device=self.settings.device)
-        return MixEvaluator(self.main.header, self.checkpoints, self.reference, options, holds=True)
+        return MixEvaluator(self.main.header, self.checkpoints, self.reference, options=options, holds=True)
 
     def with_costs(self, costs: Mapping[tuple[str, str], float]) -> Problem:
         """The judge's sizes with costs of another origin."""
@@ -164,9 +164,8 @@ class Bench:
 
     def oracle(self, ids: torch.Tensor) -> MixOracle:
         if self._oracle is None:
-            self._oracle = MixOracle(
-                self.main.header, self.checkpoints, self.reference, ids, pool=ids, device=self.settings.device
-            )
+            models = self.main.header, self.checkpoints, self.reference
+            self._oracle = MixOracle(*models, ids, pool=ids, options=DiffOptions(device=self.settings.device))
         return self._oracle
 
     def limits(self, bits: int) -> list[Row]:

@@ -1,13 +1,13 @@
 """Whole mixes run against the reference: the one place where a choice of the optimizer becomes figures of a model.
 
-A MixEvaluator's `reports` give all that `model_diff` says of a mix, its `kl_rows` and `meter` only the KL. Searches
-that measure many mixes on the same few rows take a MixMeter (`eval.mixes.meter`), which keeps what the reference makes
-of those rows; a MixOracle (`eval.mixes.oracle`) is one that linearises, too.
+A MixEvaluator's `reports` give all that `model_diff` says of a mix, its `kl_rows` and `meter` only the KL. One that
+measures many mixes on the same few rows is a MixMeter (`eval.mixes.meter`), which keeps what the reference makes of
+those rows; one that linearises, too, is a MixOracle (`eval.mixes.oracle`). MeasuredMixes (`eval.mixes.measured`) keeps
+the KLs of one in a file.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,20 +28,22 @@ TOGETHER = 8  # mixes whose hidden states are held at the same time
 
 
 @dataclass
-class Mixes(ABC):
-    """Choices (group -> candidate label) of a profile as models; whoever measures them builds on it.
+class MixEvaluator:
+    """Choices (group -> candidate label) of a profile, run as models.
 
-    Decoded weights are held between calls, as far as there is room, where `holds`.
+    options: dtype, device, vocabulary, and which places of given rows count
+    holds: whether decoded weights are held between calls, as far as there is room
     """
 
     header: ProfileHeader
     checkpoints: Mapping[str, Checkpoint]  # by candidate label
     reference: WeightSource
+    options: DiffOptions = field(default_factory=DiffOptions, kw_only=True)
     holds: bool = field(default=False, kw_only=True)
 
-    @abstractmethod
     def _room(self) -> int:
         """Bytes that held weights may take."""
+        return room_for_weights(self.options.device)
 
     @cached_property
     def _store(self) -> WeightStore:
@@ -53,16 +55,6 @@ class Mixes(ABC):
     def source(self, choice: Mapping[str, str]) -> WeightSource:
         """The mix of a choice. Raises MissingWeight for a module that its source lacks."""
         return self._held(Overlay.of_choice(self.header, self.checkpoints, choice))
-
-
-@dataclass
-class MixEvaluator(Mixes):
-    """Mixes with all that `model_diff` says of them, several in one pass."""
-
-    options: DiffOptions = field(default_factory=DiffOptions)
-
-    def _room(self) -> int:
-        return room_for_weights(self.options.device)
 
     def reports(
         self,

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.diff import DiffOptions
 from eval.mixes.meter import MixMeter
 from eval.mixes.mixes_file import KIND, MixesFile
 from recompile.checkpoint.checkpoint import Checkpoint
@@ -73,8 +74,8 @@ class MeasuredMixes:
         """The models, once one has to be measured; the reference runs once."""
         if self._meter is None:
             models = self._header, self._checkpoints, self._reference
-            how: dict[str, Any] = {"device": self._device, "holds": self._holds, "rough": self._rough}
-            self._meter = MixMeter(*models, self.rows.ids, counted=self.rows.counted, **how)
+            options = DiffOptions(device=self._device, counted=self.rows.counted)
+            self._meter = MixMeter(*models, self.rows.ids, rough=self._rough, options=options, holds=self._holds)
         return self._meter
 
     def _load(self) -> None:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from eval.diff import BATCH_TOKENS
 from eval.metrics import kl_divergence
-from eval.mixes.evaluator import Mixes
+from eval.mixes.evaluator import MixEvaluator
 from eval.passes.fisher import HeadOutput, chunks_of
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import NotFiniteError
-from recompile.merge.weight_cache import room_for_weights
 from recompile.model.counted import pick, places_of
 from recompile.model.finite import WIDER, is_finite, name_of
 from recompile.model.stream import LayeredModel, default_dtype, sketch_dtype
@@ -88,25 +87,19 @@ def same_head(reference: LayeredModel, model: LayeredModel) -> bool:
 
 
 @dataclass
-class MixMeter(Mixes):
+class MixMeter(MixEvaluator):
     """KL(reference || mix) on rows that are always the same; the reference runs once.
 
-    accept: int64 [rows, tokens]; counted: bool, the places of them that count, None: all
+    accept: int64 [rows, tokens], of which the places count that the options say; holds: True unless told otherwise
     """
 
     accept: Tensor
     rough_above_nats: float = math.inf  # where the first mix has more KL, all are measured in the quickest type too
-    dtype: torch.dtype | None = None  # None: the device's default
-    device: str = "cpu"
-    holds: bool = field(default=True, kw_only=True)  # whether decoded weights may be held where there is room
     rough: bool | None = None  # whether mixes are measured in the quickest type; None: the first one will say
-    counted: Tensor | None = field(default=None, kw_only=True)
+    holds: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         self._accepting: tuple[LayeredModel, LayeredModel, list[Goal]] | None = None
-
-    def _room(self) -> int:
-        return room_for_weights(self.device)
 
     @cached_property
     def _held_reference(self) -> WeightSource:
@@ -115,30 +108,22 @@ class MixMeter(Mixes):
     @cached_property
     def _sharp(self) -> tuple[LayeredModel, LayeredModel]:
         """The models, of the reference and of mixes, to measure with."""
-        return self._models(self.dtype or default_dtype(self.device))
+        return self._models(self.options.dtype or default_dtype(self.options.device))
 
     @cached_property
     def _quick(self) -> tuple[LayeredModel, LayeredModel]:
         """Those to linearise with."""
-        dtype = sketch_dtype(self.device)
-        return self._sharp if self.dtype or dtype == default_dtype(self.device) else self._models(dtype)
+        device, dtype = self.options.device, sketch_dtype(self.options.device)
+        return self._sharp if self.options.dtype or dtype == default_dtype(device) else self._models(dtype)
 
     def _models(self, dtype: torch.dtype) -> tuple[LayeredModel, LayeredModel]:
         sources = (self.reference, self.checkpoints[self.header.base])
-        reference, model = (LayeredModel.of(source, dtype=dtype, device=self.device) for source in sources)
+        reference, model = (LayeredModel.of(source, dtype=dtype, device=self.options.device) for source in sources)
         return reference, model
 
-    @torch.no_grad()
     def normed(self, model: LayeredModel, source: WeightSource, ids: Tensor) -> Tensor:
         """Post-norm states [rows, tokens, hidden] of a model with the weights of `source`."""
-        batch = max(1, BATCH_TOKENS // ids.shape[1])
-        states = list(model.embed(ids, batch, source))
-        for index in range(model.depth):
-            with model.layer(index, source):
-                for number, state in enumerate(states):
-                    states[number] = model.run_layer(index, state, number * batch)
-        with model.norm_loaded(source) as norm:
-            return torch.cat([norm(state) for state in states])
+        return model.normed(ids, max(1, BATCH_TOKENS // ids.shape[1]), source)
 
     @torch.no_grad()
     def goals(self, model: LayeredModel, ids: Tensor, counted: Tensor | None = None) -> list[Goal]:
@@ -153,21 +138,21 @@ class MixMeter(Mixes):
         the KL of the first one decides."""
         mix = self.source(choice)
         if self.rough is None and self.rough_above_nats < math.inf:
-            found = self.kl_rows(mix, *self._measured_in(self._quick))
+            found = self.kl_of(mix, *self._measured_in(self._quick))
             self.rough = math.fsum(found) > self.rough_above_nats * len(found)
             if self.rough or self._quick is self._sharp:
                 return found
             self._accepting = None
-        return self.kl_rows(mix, *self._measured_in(self._quick if self.rough else self._sharp))
+        return self.kl_of(mix, *self._measured_in(self._quick if self.rough else self._sharp))
 
     def _measured_in(self, models: tuple[LayeredModel, LayeredModel]) -> tuple[LayeredModel, LayeredModel, list[Goal]]:
         """The models, with what the reference of this type makes of the accepting rows."""
         if self._accepting is None:
-            self._accepting = (*models, self.goals(models[0], self.accept, self.counted))
+            self._accepting = (*models, self.goals(models[0], self.accept, self.options.counted))
         return self._accepting
 
     @torch.no_grad()
-    def kl_rows(
+    def kl_of(
         self, source: WeightSource, reference: LayeredModel, model: LayeredModel, goals: Sequence[Goal]
     ) -> list[float]:
         """KL to the model with the weights of `source` on the accepting rows."""

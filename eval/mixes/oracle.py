@@ -1,8 +1,9 @@
 """What `recompile.optimize.refine` asks of real models: swap costs at a mix, and the KL of a mix, both streamed.
 
 At a mix with logits z_q and distribution q, against the reference's p, the gradient of KL(p || q) with respect to z_q
-is q - p, and its second derivative is F_q = diag(q) - q q'. So one streamed backward pass (`eval.adjoint`) with the
-cotangent q - p and some Fisher samples of q gives the first- and second-order term of every candidate's error at once.
+is q - p, and its second derivative is F_q = diag(q) - q q'. So one streamed backward pass (`eval.passes.adjoint`) with
+the cotangent q - p and some Fisher samples of q gives the first- and second-order term of every candidate's error at
+once.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ class MixOracle(MixMeter):
     """`recompile.optimize.refine.Oracle` over real models: measures as a MixMeter, and linearises.
 
     pool: int64 [rows, tokens] for linearising, taken in turns of `rows_per_step`, in the quickest type that serves
-    where `dtype` is None; pool_counted: bool, the places of them that count, None: all; progress: called after every
-    layer of a linearisation
+    where the options name none; pool_counted: bool, the places of them that count, None: all; progress: called after
+    every layer of a linearisation
     """
 
     pool: Tensor = field(kw_only=True)

@@ -99,7 +99,7 @@ def measure_factors(
             mixes[part, label] = {**mixes["all", largest], **dict.fromkeys(names, label)}
     if options.counted is not None:
         options = replace(options, counted=options.counted[:rows])
-    evaluator = MixEvaluator(header, checkpoints, reference, options)
+    evaluator = MixEvaluator(header, checkpoints, reference, options=options)
     measured: dict[tuple[str, str], float] = {}
     wanted = list(mixes)
     for start in range(0, len(wanted), together):

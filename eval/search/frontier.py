@@ -167,9 +167,8 @@ def measure_frontier(
     rows, vocab = options.where.read([reference.path, *(c.path for c in checkpoints.values())], "accept")
     check_apart(rows, "accept", used_before(path, profile, checkpoints), on_event)
     rows = rows.by_length()
-    evaluator = MixEvaluator(
-        profile.header, checkpoints, reference, DiffOptions(device=compute_device(options.device), vocab=vocab)
-    )
+    how = DiffOptions(device=compute_device(options.device), vocab=vocab)
+    evaluator = MixEvaluator(profile.header, checkpoints, reference, options=how)
     mixes = [(f"{p.choice.budget.bpw:g}bpw", p.choice.solution.choice) for p in frontier.points]
     mixes += [(f"uniform {variant.label}", variant.choice) for variant in frontier.uniform]
     measured: dict[str, tuple[float, float | None]] = {}

@@ -20,7 +20,7 @@ def search_local(search: Search) -> Mapping[str, str]:
         search.profile.header,
         search.checkpoints,
         search.reference,
-        DiffOptions(device=search.device, vocab=vocab),
+        options=DiffOptions(device=search.device, vocab=vocab),
         holds=search.max_memory_bytes is None,
     )
     defaults = LocalOptions()

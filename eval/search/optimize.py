@@ -401,7 +401,7 @@ class _Optimization:
         rows, vocab = self._rows(role, reference, checkpoints)
         diff = DiffOptions(device=compute_device(options.device), vocab=vocab)
         return verify(
-            MixEvaluator(profile.header, checkpoints, reference, diff),
+            MixEvaluator(profile.header, checkpoints, reference, options=diff),
             chosen.solution.choice,
             chosen.bits,
             chosen.predicted_kl_nats,
@@ -524,6 +524,7 @@ def say_of_experts(rules: Rules, profile: Profile, on_event: OnEvent) -> None:
 
 
 def check_activations(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | None) -> None:
+    """Raises ArgumentError where no source says how inputs are quantized, or nothing is measured."""
     from recompile.model.activations import quantizes_inputs
 
     if options.check is False or checkpoints is None:

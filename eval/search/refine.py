@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from eval.diff import DiffOptions
 from eval.mixes.measured import ROUGH_ABOVE_NATS
 from eval.mixes.oracle import MixOracle, OracleProgress
 from eval.search.initial_recipes import FIT_ROWS
@@ -65,10 +66,9 @@ def search_refine(search: Search) -> Mapping[str, str]:
         pool=pool.ids,
         pool_counted=pool.counted,
         accept=judging.ids,
-        counted=judging.counted,
         rows_per_step=of_step,
         rough_above_nats=ROUGH_ABOVE_NATS,
-        device=search.device,
+        options=DiffOptions(device=search.device, counted=judging.counted),
         max_memory_bytes=search.max_memory_bytes,
         progress=follow,
     )

@@ -584,6 +584,18 @@ class LayeredModel:
         with self._loaded(self.structure.after, source):
             yield self.norm
 
+    @torch.no_grad()
+    def normed(self, ids: Tensor, batch: int, source: WeightSource | None = None) -> Tensor:
+        """What the head takes [rows, tokens, hidden], of token rows [rows, tokens] that run through the whole model
+        `batch` at a time. Raises NotFiniteError."""
+        states = list(self.embed(ids, batch, source))
+        for index in range(self.depth):
+            with self.layer(index, source):
+                for number, state in enumerate(states):
+                    states[number] = self.run_layer(index, state, number * batch)
+        with self.norm_loaded(source) as norm:
+            return torch.cat([norm(state) for state in states])
+
     def load_norm(self) -> None:
         """Until it is unloaded by hand."""
         self.load_named(self.structure.after)

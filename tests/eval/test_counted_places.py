@@ -223,8 +223,8 @@ def test_gradients_at_outputs_are_of_the_places(tmp_path: Path) -> None:
 def oracle(architecture: str, ids: Tensor, meant: Tensor) -> MixOracle:
     base, candidates = checkpoints(architecture)
     header = job(architecture, Path("p"), ids).header(torch.float32)
-    how = {"rows_per_step": 4, "dtype": torch.float32}
-    return MixOracle(header, candidates, base, ids, counted=meant, pool=ids, pool_counted=meant, **how)
+    how = DiffOptions(dtype=torch.float32, counted=meant)
+    return MixOracle(header, candidates, base, ids, options=how, pool=ids, pool_counted=meant, rows_per_step=4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -233,7 +233,7 @@ def test_slopes_at_a_mix_are_of_the_places(architecture: str) -> None:
     choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.header.groups)}
     model = made.linearise(choice, 0)
     base, candidates = checkpoints(architecture)
-    evaluator = MixEvaluator(made.header, candidates, base, DiffOptions(lengths=LENGTHS, counted=counted()))
+    evaluator = MixEvaluator(made.header, candidates, base, options=DiffOptions(lengths=LENGTHS, counted=counted()))
     (rows,) = evaluator.kl_rows([choice], padded(0))
     assert made.measure(choice) == pytest.approx(rows, abs=2e-6)
     assert model.kl_nats == pytest.approx(math.fsum(rows) / len(rows), abs=2e-6)

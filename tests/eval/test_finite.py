@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eval.diff import DiffOptions
 from eval.mixes.oracle import MixOracle
 from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
 from eval.profile.sketch import SketchOptions, SweepStore, profile_sketch
@@ -64,7 +65,14 @@ def oracle(base: Path, step: str) -> None:
     candidates = variants(base)
     header = job_of(base, candidates, Path(), HALF).header(HALF)
     rows = tiny.rows(3, 8)
-    made = MixOracle(header, dict(zip(("2", "3"), candidates, strict=True)), reference, rows, pool=rows, dtype=HALF)
+    made = MixOracle(
+        header,
+        dict(zip(("2", "3"), candidates, strict=True)),
+        reference,
+        rows,
+        pool=rows,
+        options=DiffOptions(dtype=HALF),
+    )
     choice = {group.name: "3" for group in header.groups}
     if step == "linearise":
         made.linearise(choice, 0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval.diff import DiffReport, compare
+from eval.diff import DiffOptions, DiffReport, compare
 from eval.mixes.oracle import CURVES_KEPT, SAMPLED_EVERY, SAMPLED_FIRST, Curves, MixOracle
 from eval.profile.exact import ProfileJob, ProfileOptions
 from eval.profile.sketch import estimate
@@ -37,6 +37,9 @@ def with_another_head(variant: Path) -> Path:
     return copy
 
 
+FLOAT32 = DiffOptions(dtype=torch.float32)
+
+
 def oracle(architecture: str, level: str = "tensor") -> MixOracle:
     architecture, _, head = architecture.partition("+")
     made = {b: with_another_head(d) if head else d for b, d in tiny.variants(architecture, BITS).items()}
@@ -45,7 +48,7 @@ def oracle(architecture: str, level: str = "tensor") -> MixOracle:
     rows = tiny.rows(12, 16)
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     header = ProfileJob(base, 4, given, rows, Path(), ProfileOptions(level=level)).header(torch.float32)
-    return MixOracle(header, candidates, base, rows[8:], pool=rows[:8], rows_per_step=4, dtype=torch.float32)
+    return MixOracle(header, candidates, base, rows[8:], pool=rows[:8], rows_per_step=4, options=FLOAT32)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama+head", "qwen3-moe", "gemma2"])
@@ -112,7 +115,7 @@ def test_a_swapped_head_is_run_with_that_head() -> None:
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     options = ProfileOptions(level="tensor", head=True)
     header = ProfileJob(base, 4, given, rows, Path(), options).header(torch.float32)
-    made = MixOracle(header, candidates, base, rows[:4], pool=rows[:8], rows_per_step=4, dtype=torch.float32)
+    made = MixOracle(header, candidates, base, rows[:4], pool=rows[:8], rows_per_step=4, options=FLOAT32)
     (head,) = (group.name for group in header.groups if group.layer is None)
     choice = {group.name: "4" for group in header.groups}
     changes, _ = made.changes(choice, [{head: "2"}, {header.groups[0].name: "2"}], 0)
@@ -196,13 +199,13 @@ def test_large_kls_may_be_measured_in_the_quickest_type(monkeypatch: pytest.Monk
     limit = float(np.mean(exact.measure(bad))) / 2
     assert limit > np.mean(exact.measure(good))
     for first, rough in ((bad, True), (good, False)):
-        made = replace(oracle("llama"), dtype=None, rough_above_nats=limit)
+        made = replace(oracle("llama"), options=DiffOptions(), rough_above_nats=limit)
         found = [made.measure(first), made.measure(bad)]
         assert (found[1] != exact.measure(bad)) == rough
         assert found[1] == pytest.approx(exact.measure(bad), rel=0.05)
         assert made.measure(first) == found[0]
         other = good if first is bad else bad  # by itself it would be measured in the other type
-        again = replace(oracle("llama"), dtype=None, rough_above_nats=limit, rough=made.rough)
+        again = replace(oracle("llama"), options=DiffOptions(), rough_above_nats=limit, rough=made.rough)
         assert again.measure(other) == made.measure(other)
 
 
