@@ -170,12 +170,9 @@ def _logits_as_loaded(directory: Path, ids: Path) -> Any:
     rows = load_file(ids)["input_ids"]
     model = LayeredModel.of(_AsTransformersLoads(directory), dtype=torch.float32)
     with torch.inference_mode():
-        (state,) = model.embed(rows, len(rows))
-        for index in range(model.depth):
-            with model.layer(index):
-                state = model.run_layer(index, state)
-        with model.norm_loaded() as norm, model.head_loaded():
-            return model.logits(norm(state))
+        normed = model.normed(rows, len(rows))
+        with model.head_loaded():
+            return model.logits(normed)
 
 
 def _compare(ours: Any, theirs: Any) -> float:

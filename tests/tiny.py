@@ -367,6 +367,17 @@ def plain_logits(model: Any, ids: Tensor, batch: int | None = None) -> Tensor:
     return torch.cat([model(input_ids=piece, use_cache=False).logits for piece in ids.split(batch or len(ids))])
 
 
+def streamed_logits(source: Any, ids: Tensor, batch: int = 2, model: Any = None) -> Tensor:
+    """Logits [rows, tokens, vocab] of a source in float32, layer by layer; model: a LayeredModel of it."""
+    from recompile.model.stream import LayeredModel
+
+    model = model or LayeredModel.of(source, dtype=torch.float32)
+    with torch.inference_mode():
+        normed = model.normed(ids, batch, source)
+        with model.head_loaded(source):
+            return torch.cat([model.logits(states) for states in normed.split(batch)])
+
+
 def plain_kl(reference: Tensor, candidate: Tensor) -> Tensor:
     """KL(reference || candidate) per token in float64, [...]."""
     log_p, log_q = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)

@@ -113,6 +113,19 @@ def bytes_of(checkpoint: Checkpoint, tensor: str) -> Tensor:
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
+
+def slope_along(direction: dict[str, Tensor], work: _Healing, ids: Tensor, wanted: Tensor, step: float) -> float:
+    """Of the loss on rows `ids`, by two steps of every movable's delta along `direction`."""
+    losses = []
+    for size in (step, -step):
+        for name, towards in direction.items():
+            work.movables[name].delta = size * towards
+        losses.append(work._step(ids, wanted))
+    for name, towards in direction.items():
+        work.movables[name].delta = torch.zeros_like(towards)
+    return (losses[0] - losses[1]) / (2 * step)
+
+
 # Every kind of format whose scales move.
 KINDS = [
     "int3",
@@ -197,18 +210,10 @@ def test_gradients_are_those_of_finite_differences(
         )
         kinds.setdefault(f"{place} {name.rpartition('.')[2]}", set()).add(name)
 
-    def loss_along(names: set[str], size: float) -> float:
-        for name in names:
-            work.movables[name].delta = size * direction[name]
-        loss = work._step(ids, wanted)
-        for name in names:
-            work.movables[name].delta = torch.zeros_like(direction[name])
-        return loss
-
     is_routed = "moe" in architecture  # a step that sends a token to another expert makes the loss jump
     step = 1e-4 if is_routed else 2e-3
     for label, names in kinds.items():
-        slope = (loss_along(names, step) - loss_along(names, -step)) / (2 * step)
+        slope = slope_along({name: direction[name] for name in names}, work, ids, wanted, step)
         predicted = sum(float((gradients[name] * direction[name]).sum()) for name in names)
         size = sum(float(gradients[name].square().sum()) for name in names) ** 0.5
         assert slope == pytest.approx(predicted, abs=0.02 * size + (1e-2 if is_routed else 1e-4)), label

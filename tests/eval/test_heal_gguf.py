@@ -26,7 +26,7 @@ from recompile.quantize.movable import Movable, MovedBuild, find_movables
 from recompile.quantize.movable_gguf import FIELDS, FieldMovable
 from tests import tiny
 from tests.commands import refusal
-from tests.eval.test_heal import TOKENS, healing, make_rows
+from tests.eval.test_heal import TOKENS, healing, make_rows, slope_along
 from tests.quantize.test_gguf_variants import tokenizer_file
 
 WIDTH = 256
@@ -131,17 +131,9 @@ def test_gradients_are_those_of_finite_differences(kind: str, architecture: str,
         kinds.setdefault("vector" if work.movables[name].is_vector else name.partition(":")[2], set()).add(name)
     assert len(kinds) >= (2 if kind == "Q4_0" else 3)
 
-    def loss_along(names: set[str], size: float) -> float:
-        for name in names:
-            work.movables[name].delta = size * direction[name]
-        loss = work._step(ids, wanted)
-        for name in names:
-            work.movables[name].delta = torch.zeros_like(direction[name])
-        return loss
-
     for label, names in kinds.items():
         step = 0.05 if label == "m" else 4e-3  # float16 fields round at 5e-4 of their size, and minima are large
-        slope = (loss_along(names, step) - loss_along(names, -step)) / (2 * step)
+        slope = slope_along({name: direction[name] for name in names}, work, ids, wanted, step)
         predicted = sum(float((gradients[name] * direction[name]).sum()) for name in names)
         size = sum(float(gradients[name].square().sum()) for name in names) ** 0.5
         assert slope == pytest.approx(predicted, abs=0.1 * size + 1e-3), label

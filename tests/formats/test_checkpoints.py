@@ -20,7 +20,6 @@ from torch import Tensor
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.packed_int import IntScheme, pack
-from recompile.model.stream import LayeredModel
 from tests import tiny
 from tests.formats.packers import pack_awq, pack_gptq
 
@@ -225,17 +224,8 @@ CASES: dict[str, tuple[Packer, dict[str, Any]]] = {
 }
 
 
-@torch.inference_mode()
 def streamed_logits(directory: Path, ids: Tensor) -> Tensor:
-    model = LayeredModel.of(open_checkpoint(directory))
-    (state,) = model.embed(ids, len(ids))
-    for index in range(model.depth):
-        with model.layer(index):
-            state = model.run_layer(index, state)
-    with model.norm_loaded() as norm:
-        state = norm(state)
-    with model.head_loaded():
-        return model.logits(state)
+    return tiny.streamed_logits(open_checkpoint(directory), ids, len(ids))
 
 
 def write_pair(

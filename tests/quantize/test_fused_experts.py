@@ -17,7 +17,6 @@ from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.verify import verify
 from recompile.merge.write_safetensors import execute
-from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.pipeline import quantize_model
 from tests import tiny
@@ -58,16 +57,7 @@ def make(model_type: str, out: Path) -> Any:
 
 
 def logits_of(checkpoint: Checkpoint) -> Tensor:
-    model = LayeredModel.of(checkpoint, dtype=torch.float32)
-    with torch.inference_mode():
-        (state,) = model.embed(IDS, len(IDS))
-        for index in range(model.depth):
-            with model.layer(index):
-                state = model.run_layer(index, state)
-        with model.norm_loaded() as norm:
-            normed = norm(state)
-        with model.head_loaded():
-            return model.logits(normed)
+    return tiny.streamed_logits(checkpoint, IDS, len(IDS))
 
 
 def experts_of(model: Any, layer: int) -> Any:

@@ -15,7 +15,6 @@ from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_che
 from recompile.cli.model_quantize import main
 from recompile.errors import CheckpointError, FormatError, MismatchError, OutputError, UnsupportedError
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
-from recompile.model.stream import LayeredModel
 from recompile.quantize.gguf import (
     Calibrated,
     Importance,
@@ -26,6 +25,7 @@ from recompile.quantize.gguf import (
     plan_variants,
 )
 from recompile.quantize.gguf_build import build_variants
+from tests import tiny
 from tests.gguf_models import VOCAB, write_model
 
 pytest.importorskip("libgguf")
@@ -86,17 +86,7 @@ def build(base: Path, out: Path, names: list[str], importance: Importance | None
 
 
 def logits(checkpoint: Checkpoint) -> torch.Tensor:
-    model = LayeredModel.of(checkpoint, dtype=torch.float32)
-    ids = torch.arange(24).reshape(1, 24) % VOCAB
-    with torch.inference_mode():
-        (state,) = list(model.embed(ids, 1))
-        for number in range(model.depth):
-            with model.layer(number):
-                state = model.run_layer(number, state)
-        with model.norm_loaded() as norm:
-            state = norm(state)
-        with model.head_loaded():
-            return model.logits(state)
+    return tiny.streamed_logits(checkpoint, torch.arange(24).reshape(1, 24) % VOCAB)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from eval.metrics import kl_divergence
 from eval.profile.exact import ProfileJob, ProfileOptions, SwappedSource, profile_exact
 from eval.profile.sketch import SketchOptions, profile_sketch
-from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
 from recompile.cli.model_quantize import main as model_quantize
@@ -25,7 +25,6 @@ from recompile.gguf.container import open_gguf
 from recompile.merge.overlay import build_overlay
 from recompile.merge.type_recipes import parse_type_recipe
 from recompile.merge.write_gguf import execute_gguf, plan_gguf
-from recompile.model.stream import LayeredModel
 from recompile.quantize import fake_quant
 from recompile.quantize.gguf import Importance, base_tensors, collect_importance, plan_variants
 from recompile.quantize.gguf_build import build_variants
@@ -40,6 +39,7 @@ from recompile.quantize.lazy_variant import (
     spec_of,
 )
 from recompile.recipe.recipe import load_recipe, parse_recipe
+from tests import tiny
 from tests.commands import refusal, run
 from tests.gguf_models import VOCAB
 from tests.quantize.test_gguf_variants import tokenizer_file, write_hf
@@ -360,26 +360,13 @@ def test_a_tied_embedding_is_swapped_at_both_ends(model_type: str, tmp_path: Pat
     assert isinstance(exact, Profile)
     *_, sketch = profile_sketch(ProfileJob(base, "Q4_0", candidates, ids, tmp_path / "s", options), SketchOptions(256))
     assert isinstance(sketch, Profile)
-    reference = logits_of(base, ids)
+    reference = tiny.streamed_logits(base, ids)
     for name, variant in candidates:
         swapped = SwappedSource(base, ["model.embed_tokens"], variant)
-        wanted = kl_divergence(reference, logits_of(swapped, ids)).mean().item()
+        wanted = kl_divergence(reference, tiny.streamed_logits(swapped, ids)).mean().item()
         cost, estimate = (found.cost("model.embed_tokens", str(name)) for found in (exact, sketch))
         assert cost is not None
         assert estimate is not None
         assert cost.kl_nats == pytest.approx(wanted, rel=1e-4)
         if model_type == "llama":  # the input's share alone would be 0.6 of it; gemma's draws scatter more than that
             assert estimate.kl_nats == pytest.approx(wanted, rel=0.15)
-
-
-def logits_of(source: WeightSource, ids: torch.Tensor) -> torch.Tensor:
-    model = LayeredModel.of(source, dtype=torch.float32)
-    with torch.inference_mode():
-        (state,) = list(model.embed(ids, len(ids)))
-        for number in range(model.depth):
-            with model.layer(number):
-                state = model.run_layer(number, state)
-        with model.norm_loaded() as norm:
-            state = norm(state)
-        with model.head_loaded():
-            return model.logits(state)

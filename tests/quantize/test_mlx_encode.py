@@ -279,13 +279,7 @@ def test_a_tied_embedding_is_rounded_for_the_head_that_it_is_as_well(made: Path,
 
 def hidden(base: Path, ids: Tensor) -> Tensor:
     """What the head reads, [tokens, hidden]."""
-    model = LayeredModel.of(open_checkpoint(base))
-    (state,) = model.embed(ids, len(ids))
-    for index in range(model.depth):
-        with model.layer(index):
-            state = model.run_layer(index, state)
-    with model.norm_loaded() as norm, torch.inference_mode():
-        return norm(state).float().flatten(0, 1)
+    return LayeredModel.of(open_checkpoint(base)).normed(ids, len(ids)).float().flatten(0, 1)
 
 
 def test_rounding_is_two_sided_on_request(made: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from eval.diff import DiffOptions, DiffReport, compare
 from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
 from eval.profile.sketch import SketchOptions, profile_sketch
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, WeightSource, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, open_checkpoint
 from recompile.costs import Profile
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.merge.overlay import build_overlay
@@ -29,25 +29,11 @@ from tests.stream import architectures
 CLOSE = 1e-5  # of the range of the logits; most are equal to the last bit
 
 
-@torch.inference_mode()
-def logits_of(source: WeightSource, ids: Tensor, batch: int = 2, model: LayeredModel | None = None) -> Tensor:
-    """[rows, tokens, vocab], layer by layer."""
-    model = model or LayeredModel.of(source, dtype=torch.float32)
-    states = list(model.embed(ids, batch, source))
-    for index in range(model.depth):
-        with model.layer(index, source):
-            states = [model.run_layer(index, state) for state in states]
-    with model.norm_loaded(source) as norm:
-        states = [norm(state) for state in states]
-    with model.head_loaded(source):
-        return torch.cat([model.logits(state) for state in states])
-
-
 @pytest.mark.parametrize("name", architectures.TYPES)
 def test_logits_are_those_of_transformers(name: str) -> None:
     directory, ids = architectures.checkpoint(name), architectures.rows(3, 13)
     wanted = tiny.plain_logits(architectures.plain_model(directory), ids, 2)
-    found = logits_of(open_checkpoint(directory), ids)
+    found = tiny.streamed_logits(open_checkpoint(directory), ids)
     assert wanted.std() > 0.05, "a model that predicts nothing would pass anything"
     assert float((found - wanted).abs().max()) <= CLOSE * float(wanted.max() - wanted.min())
 
@@ -89,7 +75,7 @@ def test_a_changed_tensor_changes_the_logits_where_it_changes_those_of_transform
     directory, ids = architectures.checkpoint(name), architectures.rows(1, 9)
     base = open_checkpoint(directory).whole  # experts as they are stored
     model = LayeredModel.of(base, dtype=torch.float32)
-    before = logits_of(base, ids, model=model)
+    before = tiny.streamed_logits(base, ids, model=model)
     stored = load_file(directory / "model.safetensors")
     plain = architectures.plain_model(directory)
     kind_of_model, config = type(plain), plain.config
@@ -101,7 +87,7 @@ def test_a_changed_tensor_changes_the_logits_where_it_changes_those_of_transform
         seen.add(kind)
         theirs = kind_of_model.from_pretrained(None, config=config, state_dict={**stored, tensor: changed(value)})
         wanted = tiny.plain_logits(theirs.float().eval(), ids)
-        found = logits_of(Changed(base, tensor), ids, model=model)
+        found = tiny.streamed_logits(Changed(base, tensor), ids, model=model)
         scale = CLOSE * float(wanted.max() - wanted.min())
         assert float((found - wanted).abs().max()) <= scale, tensor
         assert torch.equal(found, before) == (float((wanted - before).abs().max()) == 0), tensor
@@ -138,10 +124,10 @@ def test_swaps_of_few_bits_are_seen_by_both_profiles(name: str, tmp_path: Path) 
 def test_text_runs_without_the_weights_of_a_tower(tmp_path: Path) -> None:
     directory = tiny.copy_of(architectures.checkpoint("gemma3-vision"), tmp_path / "text")
     ids = architectures.rows(2, 7)
-    whole = logits_of(open_checkpoint(directory), ids)
+    whole = tiny.streamed_logits(open_checkpoint(directory), ids)
     stored = load_file(directory / "model.safetensors")
     save_file({n: v for n, v in stored.items() if "vision" not in n}, directory / "model.safetensors")
-    assert torch.equal(logits_of(open_checkpoint(directory), ids), whole)
+    assert torch.equal(tiny.streamed_logits(open_checkpoint(directory), ids), whole)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -182,9 +168,9 @@ def test_a_tensor_under_a_wrong_name_is_told_with_what_is_missing(tmp_path: Path
 def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     directory = tiny.copy_of(architectures.checkpoint("glm4-moe"), tmp_path / "mtp")
     ids = architectures.rows(1, 5)
-    before = logits_of(open_checkpoint(directory), ids)
+    before = tiny.streamed_logits(open_checkpoint(directory), ids)
     more = {"model.layers.2.eh_proj.weight": torch.zeros(32, 64), "model.layers.2.enorm.weight": torch.zeros(32)}
-    assert torch.equal(logits_of(edit(directory, add=more), ids), before)
+    assert torch.equal(tiny.streamed_logits(edit(directory, add=more), ids), before)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +199,7 @@ def reformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_random_numbers_of_a_seed_in_the_config_are_those_of_transformers(reformer: Path) -> None:
     """Reformer hashes with random rotations. torch's generator is left where it was."""
     ids, before = architectures.rows(2, 24), torch.get_rng_state()
-    found = logits_of(open_checkpoint(reformer), ids)
+    found = tiny.streamed_logits(open_checkpoint(reformer), ids)
     assert torch.equal(torch.get_rng_state(), before)
     wanted = tiny.plain_logits(architectures.plain_model(reformer), ids)
     assert float((found - wanted).abs().max()) <= CLOSE * float(wanted.max() - wanted.min())
@@ -224,7 +210,7 @@ def test_models_that_are_others_in_every_run_are_refused(reformer: Path, tmp_pat
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"hash_seed": None}))
     with pytest.raises(UnsupportedError, match="ReformerModelWithLMHead draws other random numbers in every run"):
-        logits_of(open_checkpoint(directory), architectures.rows(1, 24))
+        tiny.streamed_logits(open_checkpoint(directory), architectures.rows(1, 24))
 
 
 def test_a_model_without_gradients_is_referred_to_exact_swaps(reformer: Path, tmp_path: Path) -> None:
@@ -243,7 +229,7 @@ def test_infinities_as_transformers_writes_them_are_read(tmp_path: Path) -> None
     path.write_text(json.dumps({**config, "time_step_limit": [0.0, {"__float__": "Infinity"}]}))
     ids = architectures.rows(1, 5)
     wanted = tiny.plain_logits(architectures.plain_model(directory), ids)
-    assert torch.allclose(logits_of(open_checkpoint(directory), ids), wanted, atol=1e-5)
+    assert torch.allclose(tiny.streamed_logits(open_checkpoint(directory), ids), wanted, atol=1e-5)
     path.write_text(json.dumps({**config, "hidden_size": {"__float__": "none"}}))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         LayeredModel.of(open_checkpoint(directory))

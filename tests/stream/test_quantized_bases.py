@@ -26,7 +26,6 @@ from recompile.quantize.lazy_variant import make_variants, spec_of
 from recompile.quantize.pipeline import quantize_model
 from tests import tiny
 from tests.stream import architectures
-from tests.stream.test_architectures import logits_of
 
 BLOCK = 16
 _kept: list[Any] = []
@@ -110,7 +109,7 @@ def test_a_published_model_runs_as_what_it_decodes_to(kind: str) -> None:
     base = open_checkpoint(quantized)
     assert base.is_quantized
     wanted = tiny.plain_logits(architectures.plain_model(dense), ids, 2)
-    assert torch.equal(logits_of(base, ids), wanted)
+    assert torch.equal(tiny.streamed_logits(base, ids), wanted)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8-scale", "mxfp4"])
@@ -137,7 +136,7 @@ def test_a_published_model_is_profiled_and_quantized(kind: str, tmp_path: Path) 
     assert packed
     assert all(torch.equal(made.read(name), wanted.read(name)) for name in packed)
     assert "quantization_config" in made.config
-    assert torch.isfinite(logits_of(made, ids)).all()
+    assert torch.isfinite(tiny.streamed_logits(made, ids)).all()
 
 
 def _job(job: ProfileJob) -> tuple[Any, ...]:
@@ -162,7 +161,7 @@ def test_a_build_of_compressed_tensors_is_a_base_too() -> None:
     assert not dense.is_quantized
     assert dense.tensors[name].shape == base.load(name).shape
     ids = tiny.rows(1, 6)
-    assert torch.equal(logits_of(dense, ids), logits_of(base, ids))
+    assert torch.equal(tiny.streamed_logits(dense, ids), tiny.streamed_logits(base, ids))
 
 
 def test_a_scale_that_means_nan_is_named(tmp_path: Path) -> None:

@@ -13,27 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
 from recompile.merge.overlay import build_overlay
 from recompile.model.stream import LayeredModel, check_same_skeleton, dense_names, release_free_memory
 from tests import tiny
 
 ARCHITECTURES = ("llama", "llama-tied", "llama-bias", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3")
-
-
-@torch.inference_mode()
-def streamed_logits(source: WeightSource, ids: Tensor, batch: int) -> Tensor:
-    """Logits [rows, tokens, vocab] of a source, layer by layer."""
-    model = LayeredModel.of(source)
-    states = list(model.embed(ids, batch))
-    for index in range(model.depth):
-        with model.layer(index):
-            states = [model.run_layer(index, state) for state in states]
-    with model.norm_loaded() as norm:
-        states = [norm(state) for state in states]
-    with model.head_loaded():
-        return torch.cat([model.logits(state) for state in states])
 
 
 def meta_parameters(model: LayeredModel) -> set[str]:
@@ -45,7 +31,7 @@ def meta_parameters(model: LayeredModel) -> set[str]:
 def test_streamed_logits_are_those_of_transformers(architecture: str, rows: int, tokens: int, batch: int) -> None:
     directory, ids = tiny.base(architecture), tiny.rows(rows, tokens)
     wanted = tiny.plain_logits(tiny.plain_model(directory), ids, batch)
-    found = streamed_logits(open_checkpoint(directory), ids, batch)
+    found = tiny.streamed_logits(open_checkpoint(directory), ids, batch)
     assert torch.equal(found, wanted)
     assert wanted.std() > 1, "a model that predicts nothing would pass anything"
 
@@ -56,7 +42,7 @@ def test_a_quantized_source_runs_as_its_decoded_copy_does(architecture: str, tmp
     checkpoint = open_checkpoint(directory)
     copy = tiny.dense_copy(checkpoint, tmp_path / "dense", directory)
     wanted = tiny.plain_logits(tiny.plain_model(copy), ids, 3)
-    assert torch.equal(streamed_logits(checkpoint, ids, 3), wanted)
+    assert torch.equal(tiny.streamed_logits(checkpoint, ids, 3), wanted)
     assert not torch.equal(wanted, tiny.plain_logits(tiny.plain_model(tiny.base(architecture)), ids, 3))
 
 
@@ -69,17 +55,17 @@ def test_an_overlay_runs_as_its_decoded_copy_does(tmp_path: Path) -> None:
     )
     overlay, ids = build_overlay(open_checkpoint(found[3]), recipe), tiny.rows(2, 16)
     copy = tiny.dense_copy(overlay, tmp_path / "dense", found[3])
-    logits = streamed_logits(overlay, ids, 2)
+    logits = tiny.streamed_logits(overlay, ids, 2)
     assert torch.equal(logits, tiny.plain_logits(tiny.plain_model(copy), ids, 2))
-    assert not torch.equal(logits, streamed_logits(open_checkpoint(found[3]), ids, 2))
+    assert not torch.equal(logits, tiny.streamed_logits(open_checkpoint(found[3]), ids, 2))
 
 
 def test_shards_and_dtypes_make_no_difference_to_what_is_loaded() -> None:
     ids = tiny.rows(2, 12)
-    whole = streamed_logits(open_checkpoint(tiny.base("llama")), ids, 2)
-    torn = streamed_logits(open_checkpoint(tiny.base("llama", shards=3)), ids, 2)
+    whole = tiny.streamed_logits(open_checkpoint(tiny.base("llama")), ids, 2)
+    torn = tiny.streamed_logits(open_checkpoint(tiny.base("llama", shards=3)), ids, 2)
     assert torch.equal(whole, torn)
-    wide = streamed_logits(open_checkpoint(tiny.base("llama", torch.float32)), ids, 2)
+    wide = tiny.streamed_logits(open_checkpoint(tiny.base("llama", torch.float32)), ids, 2)
     plain = tiny.plain_logits(tiny.plain_model(tiny.base("llama", torch.float32)), ids, 2)
     assert torch.equal(wide, plain)
     assert not torch.equal(wide, whole), "float32 weights are not bfloat16 ones"
@@ -92,8 +78,8 @@ def test_a_head_of_its_own_beside_a_tied_embedding_is_used(tmp_path: Path) -> No
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0)  # token t's logit stands at t + 1
     save_file(tensors, directory / "model.safetensors")
     ids = tiny.rows(2, 8)
-    tied = streamed_logits(open_checkpoint(tiny.base("llama-tied")), ids, 2)
-    headed = streamed_logits(build_overlay(open_checkpoint(directory), None), ids, 2)
+    tied = tiny.streamed_logits(open_checkpoint(tiny.base("llama-tied")), ids, 2)
+    headed = tiny.streamed_logits(build_overlay(open_checkpoint(directory), None), ids, 2)
     assert torch.equal(headed, tied.roll(1, -1))
 
 
@@ -243,7 +229,7 @@ def test_a_model_without_a_stack_of_layers_is_refused(damaged: Path) -> None:
 def test_nan_weights_are_named(damaged: Path) -> None:
     edit_tensors(damaged, "model.layers.0.mlp.up_proj.weight", torch.full((128, 64), float("nan")))
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds 8192 NaN"):
-        streamed_logits(open_checkpoint(damaged), tiny.rows(1, 4), 1)
+        tiny.streamed_logits(open_checkpoint(damaged), tiny.rows(1, 4), 1)
 
 
 def test_models_of_other_sizes_are_told_apart() -> None:

@@ -22,7 +22,6 @@ from recompile.model.decoded import as_dense
 from tests import tiny
 from tests.commands import refusal, run
 from tests.stream import architectures
-from tests.stream.test_architectures import logits_of
 
 MODULE = "model.layers.1.mlp.up_proj"
 Config = dict[str, Any]
@@ -149,10 +148,10 @@ def test_a_decoded_copy_of_a_conv1d_is_in_times_out_again(tmp_path: Path) -> Non
     made, base = open_checkpoint(tmp_path / "8bpw"), open_checkpoint(architectures.checkpoint("gpt2"))
     copy = open_checkpoint(tmp_path / "dense")
     assert {name: info.shape for name, info in copy.tensors.items()} == {n: t.shape for n, t in base.tensors.items()}
-    wanted = logits_of(made, ids)
+    wanted = tiny.streamed_logits(made, ids)
     plain = tiny.plain_logits(architectures.plain_model(tmp_path / "dense"), ids, 2)
     assert float((plain - wanted).abs().max()) < 0.02 * float(wanted.std())  # bfloat16
-    assert torch.allclose(logits_of(as_dense(made), ids), wanted, atol=1e-5)
+    assert torch.allclose(tiny.streamed_logits(as_dense(made), ids), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["no scale", "no codes", "no shape"])
