@@ -24,6 +24,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import LEVELS, Candidate, Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, NotBetterError, OutputError
 from recompile.events import Note, OnEvent, Said, ignore
+from recompile.formats import COMPRESSED
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf, open_gguf
 from recompile.io.files import beside, check_outputs, copy_whole, locked, read_json, write_json
@@ -145,13 +146,13 @@ class AutoOptions:
             )
         if len(self.variants) == 1:
             raise ArgumentError("{variants}: one variant leaves nothing to choose; give two or more")
-        if self.format != "compressed-tensors" and self.variants:
+        if self.format != COMPRESSED and self.variants:
             raise ArgumentError("{variants} are in a format of their own; leave {format} out")
         target = self.target
         check_rounding(target.format if target is not None else self.format, self.group_size, self.asym)
         if target is not None and self.variants:
             raise ArgumentError("{engine} says what candidates are made; with {variants} their format decides")
-        if target is not None and self.format not in ("compressed-tensors", target.format):
+        if target is not None and self.format not in (COMPRESSED, target.format):
             raise ArgumentError(f"{{engine}} {self.engine} reads {target.format}, not {{format}} {self.format}")
         if self.rounding is not None and self.variants:
             raise ArgumentError("{rounding}: variants are rounded already; leave it out, or give {candidates}")
@@ -165,7 +166,7 @@ def auto(
     total_bpw: float | None = None,
     size: int | str | None = None,
     candidates: Sequence[str] = (),
-    format: str = "compressed-tensors",
+    format: str = COMPRESSED,
     tokenizer_from: PathLike | None = None,
     variants: Sequence[PathLike] = (),
     group_size: int | str | None = None,
@@ -264,7 +265,7 @@ class _Auto:
         self.format = options.format
         if self.target is not None and self.target.format != "gguf":
             self.format = self.target.format
-        self.is_plain = self.format == "compressed-tensors"
+        self.is_plain = self.format == COMPRESSED
         self.mlx = self.format == MLX
         self.gguf = not options.variants and self.is_plain and are_gguf_types(self.offered, out)
         self.work = beside(out, ".work")

@@ -12,19 +12,18 @@ from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.checkpoint.module_names import HEAD_NAMES
 from recompile.errors import ArgumentError, FormatError, RecipeError
 from recompile.events import Note, OnEvent, ignore
+from recompile.formats import COMPRESSED, exl2, exl3
+from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.formats.schemes import parse_scheme
 from recompile.model.tokens import Rows
 from recompile.quantize import mlx_encoder
 from recompile.quantize.encoder import Encoder
-from recompile.quantize.encoders import EXL_HEAD_BITS, Exl2Encoder, Exl3Encoder, IntEncoder
+from recompile.quantize.encoders import EXL_FORMATS, EXL_HEAD_BITS, Exl2Encoder, Exl3Encoder, IntEncoder
 from recompile.quantize.mix import MixEncoder, assign
 from recompile.quantize.modifiers import load_modifiers
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.quantize.two_sided import OutputSource
 from recompile.recipe.recipe import DENSE, describe_spec, load_recipe
-
-EXL_FORMATS = ("exl2", "exl3")
-MLX = "mlx"
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,9 @@ class EncoderChoice:
         bits, shape = self.bits, (len(rows.ids), rows.ids.shape[1])
         if len(set(bits)) != len(bits):
             raise ArgumentError("{bits}: a bitrate is given twice")
-        if self.format == "exl2":
+        if self.format == exl2.FORMAT:
             return Exl2Encoder(bits, self.head_bits, *shape, self.method), True
-        if self.format == "exl3":
+        if self.format == exl3.FORMAT:
             return Exl3Encoder(bits, self.head_bits, self.codebook, *shape, self.method), True
         size = (
             None
@@ -156,7 +155,7 @@ class EncoderChoice:
 
     def _of_source(self, name: str, format_name: str) -> Encoder:
         """Of a source that is a scheme; for the head as well, where a line names it."""
-        if format_name != "compressed-tensors":
+        if format_name != COMPRESSED:
             raise ArgumentError(f"scheme {name}: is stored as compressed-tensors; leave out {{format}} {format_name}")
         scheme = parse_scheme(name)
         return SchemeEncoder((uniform(scheme, self.method),), self.importance, head_scheme=scheme)
@@ -185,7 +184,7 @@ def format_of_mix(path: Path, asked: str) -> str:
     if len(said) > 1:
         raise RecipeError(f"{recipe.name}: sources of several formats, {', '.join(sorted(said))}; a mix has one")
     found = said.pop() if said else asked
-    if found not in ("compressed-tensors", *EXL_FORMATS, MLX) or asked not in ("compressed-tensors", found):
+    if found not in (COMPRESSED, *EXL_FORMATS, MLX) or asked not in (COMPRESSED, found):
         raise RecipeError(
             f"{recipe.name}: sources of format {found}, and {{format}} {asked}; "
             f"wanted exl2, exl3 or mlx, or {{format}} alone"

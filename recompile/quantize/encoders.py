@@ -22,6 +22,7 @@ from recompile.quantize.quantize_report import VariantReport
 from recompile.quantize.two_sided import OutputSource, improve_integers
 
 METHODS = ("rtn", "mse", "gptq")
+EXL_FORMATS = (exl2.FORMAT, exl3.FORMAT)
 EXL_HEAD_BITS = 6  # of the output head in EXL2 and EXL3, as their own converters have it
 
 

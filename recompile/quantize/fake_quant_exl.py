@@ -27,14 +27,13 @@ from recompile.checkpoint.checkpoint import Checkpoint, TensorInfo, split_name
 from recompile.checkpoint.module_names import HEAD_NAMES, role_of
 from recompile.checkpoint.tied_head import stored_head
 from recompile.errors import FormatError
-from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, exl2
+from recompile.formats import DTYPE_BYTES, FLOAT_DTYPES, exl2, exl3
 from recompile.formats.exl2 import OUT_MULTIPLE
 from recompile.formats.exl3 import BLOCK, TILE
-from recompile.quantize.encoders import EXL_HEAD_BITS, Exl2Encoder, Exl3Encoder
+from recompile.quantize.encoders import EXL_FORMATS, EXL_HEAD_BITS, Exl2Encoder, Exl3Encoder
 from recompile.quantize.exl2 import layout_for_bits, plan_groups, quantize_exl2
 from recompile.quantize.fake_quant import NOWHERE, Importances, SharedEncodings, Stored, linear_modules
 
-EXL_FORMATS = ("exl2", "exl3")
 # Mean squared error of quantize_exl3 (mul1) over the mean square: 256 x 384 Gaussian weights, uneven rows and columns.
 _DISTORTION: Mapping[float, float] = {
     1: 0.269, 1.5: 0.137, 2: 0.0679, 2.5: 0.0341, 3: 0.0173, 3.5: 0.00878, 4: 0.00443, 5: 0.00113, 6: 0.000295,
@@ -56,7 +55,7 @@ class Exl2Maker:
             raise FormatError(f"bits: found {self.bits:g}; EXL2 has 2 to 8 bits, fractions too")
 
     def store(self, base: Checkpoint) -> Stored:
-        stored = _store(base, Exl2Encoder([self.bits]), "exl2", self.bits)
+        stored = _store(base, Exl2Encoder([self.bits]), exl2.FORMAT, self.bits)
         sizes: dict[str, int] = {}
         for tensor, info in stored.tensors.items():
             module = split_name(tensor)[0]
@@ -83,7 +82,7 @@ class Exl2Maker:
         return self.shared.most_bytes
 
     def description(self) -> Mapping[str, Any]:
-        return {"format": "exl2", "bits": self.bits, "method": "rtn, rows by importance"}
+        return {"format": exl2.FORMAT, "bits": self.bits, "method": "rtn, rows by importance"}
 
     @property
     def group(self) -> None:
@@ -102,7 +101,7 @@ class Exl3StandIn:
         Exl3Encoder([self.bits])  # raises FormatError for bits that EXL3 does not have
 
     def store(self, base: Checkpoint) -> Stored:
-        return _store(base, Exl3Encoder([self.bits]), "exl3", self.bits)
+        return _store(base, Exl3Encoder([self.bits]), exl3.FORMAT, self.bits)
 
     def round(self, base: Checkpoint, module: str, weight: Tensor, importance: Importances | None) -> Tensor:
         weight = weight.float()
@@ -118,7 +117,7 @@ class Exl3StandIn:
         return noise.add_(weight, alpha=1 - left)
 
     def description(self) -> Mapping[str, Any]:
-        return {"format": "exl3", "bits": self.bits, "stand-in": _DISTORTION[self.bits]}
+        return {"format": exl3.FORMAT, "bits": self.bits, "stand-in": _DISTORTION[self.bits]}
 
     @property
     def group(self) -> None:
@@ -129,7 +128,7 @@ def maker_for(format_name: str, bits: float, shared: SharedEncodings) -> Exl2Mak
     """Raises FormatError for a format or a bitrate that there is not."""
     if format_name not in EXL_FORMATS:
         raise FormatError(f"format {format_name}: wanted {' or '.join(EXL_FORMATS)}; integers say none")
-    return Exl2Maker(bits, shared) if format_name == "exl2" else Exl3StandIn(bits)
+    return Exl2Maker(bits, shared) if format_name == exl2.FORMAT else Exl3StandIn(bits)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def _store(base: Checkpoint, encoder: Exl2Encoder | Exl3Encoder, format_name: st
     """All linear maps of the layers at `bits`, the head at EXL_HEAD_BITS; what stays dense as the encoder keeps it."""
     from safetensors.torch import _TYPES as TORCH_DTYPES  # the library's own table of dtype spellings
 
-    headers, pads_to = (_exl2_headers, OUT_MULTIPLE) if format_name == "exl2" else (_exl3_headers, BLOCK)
+    headers, pads_to = (_exl2_headers, OUT_MULTIPLE) if format_name == exl2.FORMAT else (_exl3_headers, BLOCK)
     widths = dict.fromkeys(linear_modules(base), bits)
     head, weight_of_head = _head_of(base)
     if head is not None:
