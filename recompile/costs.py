@@ -92,7 +92,7 @@ def id_of_directory(model_dir: str) -> SourceId:
 class ProfileHeader:
     """What was measured, with what; a journal is only continued by a run with an equal header."""
 
-    method: str  # "exact": swaps run one by one; "sketch", "diagonal", "hybrid": estimated by eval.sketch
+    method: str  # "exact": swaps run one by one; "sketch", "diagonal", "hybrid": estimated by eval.profile.sketch
     context: str  # "clean": swapped into the reference; "base": into the base variant
     level: str
     reference: str  # model directory

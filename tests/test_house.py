@@ -289,11 +289,12 @@ def test_light_rooms_import_no_torch() -> None:
 
 
 # Where formats may be called by name. A merge's config and files, padding, shards, runs and plans ask the row instead.
-# The list may only get shorter: conversions, engine rules and checks are to become methods of the rows as well.
+# The list may only get shorter.
 CALLED_BY_NAME = {
-    *("recompile/merge/check_formats.py", "recompile/merge/convert.py", "recompile/merge/engine_rules.py"),
-    *(f"recompile/quantize/{name}.py" for name in ("encoder_choice", "fake_quant_exl", "movable")),
-    "recompile/auto.py",
+    "recompile/merge/check_formats.py",  # reads tensors and indexes, which the room of the rows lies below
+    "recompile/merge/convert.py",  # from one format to another: of neither row alone
+    "recompile/merge/engine_rules.py",  # what engines run, engine by engine, with the place in their source beside it
+    "recompile/quantize/movable.py",  # which parts of a module healing moves, by the modules that do arithmetic on them
 }
 
 
@@ -350,3 +351,26 @@ def test_what_the_guide_to_the_code_names_is_there() -> None:
             assert re.search(rf"^(?:def |class )?{name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{path}: {name}"
     for target in re.findall(r"\]\((\w[\w-]*\.md)\)", text):
         assert (ROOT / "docs" / target).exists(), target
+
+
+def test_modules_that_texts_name_are_there() -> None:
+    """In docstrings and comments, which no import checks."""
+    import recompile
+
+    modules = {name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in LIBRARY}
+    files = {path.name for path in EVERYTHING}
+    for path in LIBRARY:
+        text = path.read_text(encoding="utf-8")
+        named = set(re.findall(r"`((?:recompile|eval)\.[a-z_]+)[.`]", text))
+        assert named <= modules | {f"recompile.{verb}" for verb in recompile.API}, name_of(path)
+        assert set(re.findall(r"\(?see (\w+\.py)", text)) <= files, name_of(path)
+
+
+def test_no_file_of_the_library_is_long() -> None:
+    for path in LIBRARY:
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 820, f"{name_of(path)}: split it by what it does"
+
+
+def test_commands_are_thin() -> None:
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in LIBRARY if path.parent.name == "cli")
+    assert lines < 3000, "what computes belongs in the library"

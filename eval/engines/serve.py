@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 
 def serve(engine: Mapping[str, Any], requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer requests, a line of JSON each, until there are no more; runs in the engine's own environment."""
     model: Any = None
 
     def answer(head: Mapping[str, Any], data: bytes = b"") -> None:

@@ -289,6 +289,7 @@ def quantize(library: Library, request: Mapping[str, Any]) -> None:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer requests, a line of JSON each, until there are no more; runs in a process of its own."""
     library: Library | None = None
     model: Model | None = None
 

@@ -11,8 +11,8 @@ samples is asked for sums over rows only: there G is formed, a layer's at a time
 Either way a pass reads the model's weights twice and each candidate's once, whatever the number of groups and rows, and
 holds one layer, its candidates and the states.
 
-What the samples mean is the caller's: `eval.sketch` draws labels (a Fisher sketch of the KL), `eval.refine` adds the
-gradient of the KL itself.
+What the samples mean is the caller's: `eval.profile.sketch` draws labels (a Fisher sketch of the KL),
+`eval.mixes.oracle` adds the gradient of the KL itself.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ def profile_hybrid(
     """As `profile_sketch`, then exact swaps; yields Measured and HybridRound events too, and last the Profile.
 
     sketching: the events of another sketch into the same journal, of method "hybrid" and over the first of the rows,
-    in place of `profile_sketch` over all of them (`eval.more_rows`). Exact swaps are journaled in `<path>.exact.jsonl`
-    and are not run again; where time does not end it, a run that was killed ends with the bytes of one that was not.
+    in place of `profile_sketch` over all of them (`eval.profile.adaptive_rows`). Exact swaps are journaled in
+    `<path>.exact.jsonl` and are not run again; where time does not end it, a run that was killed ends with the bytes
+    of one that was not.
     Raises as both profilers do, and BudgetError for a budget outside the reachable range.
     """
     sketched: Profile | None = None

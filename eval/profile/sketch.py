@@ -2,13 +2,13 @@
 
 To second order the KL that a change of weights costs at token t is 1/2 dz' F_t dz, with dz the change of the logits and
 F_t = diag(p_t) - p_t p_t' the Fisher matrix of the reference's next-token distribution. With random g_t of mean 0 and
-covariance F_t (`eval.fisher`), for a row of T tokens,
+covariance F_t (`eval.passes.fisher`), for a row of T tokens,
 
     E[(sum over t of g_t . dz_t)^2] = sum over t of dz_t' F_t dz_t = 2 T (mean KL of the row),
 
 and sum over t of g_t . dz_t = <G, dW> for ONE backward pass that starts from the g_t, whatever dW is: one sample serves
-every group and every candidate (`eval.adjoint` gets <G, dW> without forming G), and the product of two such numbers
-estimates how two swaps interact:
+every group and every candidate (`eval.passes.adjoint` gets <G, dW> without forming G), and the product of two such
+numbers estimates how two swaps interact:
 
     KL(both) - KL(one) - KL(other) = E[<G, dW_1> <G, dW_2>] / T.
 
@@ -386,6 +386,7 @@ def run_sweeps(
 
 
 def collect(found: Sequence[SwapProducts], samples: int, keep_pairs: bool) -> Sketch:
+    """The products of all swaps as one Sketch: [swaps, rows, samples], of which pairs keep every draw."""
     products = torch.stack([swap.products for swap in found]).double()  # [swaps, rows, samples]
     squares = torch.stack(
         [

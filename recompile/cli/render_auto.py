@@ -38,6 +38,7 @@ def describe_stage(stage: StageDone, work: Path) -> str:
 
 
 def describe_auto(report: AutoReport) -> str:
+    """The mix beside other builds, and what that says."""
     rows, verdicts = [], []
     mix = report.builds[0]
     for entry in report.builds:

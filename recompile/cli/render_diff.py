@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def describe_diff(found: ModelDiff) -> str:
+    """Everything of one candidate."""
     parts = [_layer_table(found.report), _summary(found.report, found.overlay)]
     if found.with_activations is not None:
         parts.append(_with_inputs(found.report, found.with_activations))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe_engine(found: EngineDiff) -> str:
+    """The engine's figures, and ours beside them."""
     from eval.engines.judged_diff import JudgedReport
     from eval.engines.llama_kl import CHUNK_HEADER, chunk_line
 

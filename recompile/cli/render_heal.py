@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 def describe_heal(report: HealReport) -> str:
+    """KL before and after, and what moved."""
+
     def line(name: str, pair: Paired) -> tuple[str, str, str, str, str]:
         change = with_error(pair.gain, pair.std_error, "+.6f")
         return (name, f"{pair.before:.6f}", f"{pair.after:.6f}", f"{pair.ratio:.3f}", change)

@@ -74,6 +74,7 @@ def _written(report: MergeReport) -> str:
 
 
 def describe_verified(report: VerifyReport) -> str:
+    """What `--verify` found."""
     text = (
         f"Verified {report.modules} modules against the manifest, {report.compared_with_sources} of them against their "
         f"sources: {'all equal' if report.ok else 'NOT equal'}"

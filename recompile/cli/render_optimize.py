@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def describe_recipe(report: OptimizeReport) -> str:
+    """The recipe and what was measured of it."""
     from eval.search.optimize import next_step
 
     chosen, verdict = report.written, report.verdict
@@ -137,6 +138,7 @@ def _mark(contender: Contender) -> str:
 
 
 def verdict_line(verdict: Verdict) -> str:
+    """What the measured mixes say of the recipe, in words."""
     ratio = f"{verdict.ratio:.2f}" if math.isfinite(verdict.ratio) else "not a number"
     said = f"Measured / predicted KL: {ratio}; perplexity {100 * verdict.ppl_increase:+.2f} % against the reference."
     baselines = [contender for contender in verdict.contenders[1:] if contender.competes]
@@ -151,6 +153,7 @@ def verdict_line(verdict: Verdict) -> str:
 
 
 def describe_frontier(report: FrontierReport) -> str:
+    """The table of all budgets."""
     lines = [_frontier_table(report.rows)]
     if report.left_out_bpw:
         low, high = report.reachable_bpw

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe_variants(report: QuantizeReport | VariantsReport | ConvertedVariants) -> str:
+    """A row a variant, and what calibration saw."""
     from recompile.quantize.gguf import VariantsReport
     from recompile.quantize.run import ConvertedVariants
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def describe_trace(report: TraceReport) -> str:
+    """A row a kind of prompt."""
     roles = list(report.roles)
     rows = [
         (

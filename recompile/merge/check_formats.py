@@ -46,6 +46,7 @@ def readers_of(checkpoint: Checkpoint, formats: Collection[str]) -> list[Callabl
 
 
 def compressed_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """What is wrong with a compressed-tensors config, set against the modules that are stored."""
     config = checkpoint.quantization_config
     where = "config.json: quantization_config"
     if config.get("quantization_status") != "compressed":
@@ -210,6 +211,7 @@ def _small_parts(module: StoredModule, large: Sequence[str]) -> dict[str, Tensor
 
 
 def exl2_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """What is wrong with an EXL2 directory: its parts, dense modules and index."""
     from recompile.formats import exl2
 
     for module in checkpoint.modules.values():
@@ -237,6 +239,7 @@ def exl2_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def exl3_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """What is wrong with an EXL3 directory: its parts, fused modules and quantization_config.json."""
     from recompile.formats import exl3
 
     for module in checkpoint.modules.values():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def dense_config(overlay: Overlay) -> dict[str, Any]:
+    """config.json of a decoded copy: without quantization, with the dtype that it is written in."""
     config = without_quantization(overlay.config)
     name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(dense_dtype(overlay.base.modules.values()))
     if name is not None:

@@ -168,6 +168,7 @@ def _ignored_shards(place: Place, ignored: Callable[[str], object]) -> bool:
 
 
 def vllm(targets: Targets, place: Place) -> str | None:
+    """The target that vLLM matches to a place; None: it loads the place unquantized."""
     if place.is_experts:
         return _vllm_experts(targets, place)
     if targets.ignore.first(place.name) or (place.shards and _ignored_shards(place, targets.ignore.first)):
@@ -219,6 +220,7 @@ def vllm_gptq(config: Mapping[str, Any], place: Place, quantized: Collection[str
 
 
 def sglang(targets: Targets, place: Place) -> str | None:
+    """As `vllm`, for SGLang."""
     if place.is_experts:  # as vLLM did before 0.19: no other rule is known here
         return _vllm_experts(targets, place)
 

@@ -1,6 +1,6 @@
 """Overlay of GGUF files -> one GGUF file, or splits: tensors byte for byte from their sources, keys from the base.
 
-As `recompile.write`: `plan_gguf` decides everything and reads no tensor, `execute_gguf` carries it out. The key section
+As for directories: `plan_gguf` decides everything and reads no tensor, `execute_gguf` carries it out. The key section
 is the base's, byte for byte, but for `general.file_type`, `general.quantization_version`, the keys that place splits
 and the provenance keys of this project (`recompile.*`).
 """

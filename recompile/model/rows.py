@@ -181,6 +181,7 @@ def rows_of_text(source: TextSource, model_dir: Path, rows: int | None, length: 
 
 
 def first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:
+    """The first directory or GGUF file that has a tokenizer; the first of all where none has."""
     for directory in model_dirs:
         if directory.suffix == ".gguf":
             return directory

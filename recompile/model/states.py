@@ -262,6 +262,7 @@ def stand_ins(
 def run_until_reached(
     runner: Any, layers: Sequence[nn.Module], forwards: list[Callable[..., Any]], ids: Tensor
 ) -> None:
+    """Run a model on ids [rows, tokens] with its layers' forwards replaced, until one of these raises Reached."""
     with patched(layers, forwards):
         try:
             run_own(runner, ids)

@@ -303,6 +303,7 @@ def factor_hessian(hessian: Tensor, order: Tensor | None, damping: float) -> Ten
 
 
 def check_inputs(weight: Tensor, hessian: Tensor, schemes: Sequence[IntScheme]) -> None:
+    """weight: [out, in]; hessian: [in, in]. Raises FormatError for other shapes, sizes and values."""
     if weight.ndim != 2 or 0 in weight.shape:
         raise FormatError(f"weight: found shape {list(weight.shape)}, wanted [out, in]")
     in_features = weight.shape[1]

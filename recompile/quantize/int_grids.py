@@ -286,6 +286,7 @@ def rows_per_chunk(in_features: int, device: torch.device) -> int:
 
 
 def check_weight(weight: Tensor, scheme: IntScheme) -> None:
+    """weight: [out, in]. Raises FormatError for another shape, a group size that does not divide, NaN or infinity."""
     if weight.ndim != 2 or 0 in weight.shape:
         raise FormatError(f"weight: found shape {list(weight.shape)}, wanted [out, in]")
     if scheme.group_size is not None and weight.shape[1] % scheme.group_size:

@@ -4,9 +4,9 @@ A layer is loaded once; running the calibration rows through it collects the Hes
 quantized to all bitrates from them and written out, and the rows go on through the unquantized layer. Memory is bounded
 by one layer, its Hessians and the rows' hidden states.
 
-An encoder may also ask for scales that move from a map's inputs into what makes them (AWQ, SmoothQuant; folds.py). They
-are folded exactly: a norm is stored rounded, and what its consumers are multiplied by is taken from the rounded value;
-where a tensor that stays unquantized changes, scales are powers of two.
+An encoder may also ask for scales that move from a map's inputs into what makes them (AWQ, SmoothQuant;
+smoothing_mappings.py). They are folded exactly: a norm is stored rounded, and what its consumers are multiplied by is
+taken from the rounded value; where a tensor that stays unquantized changes, scales are powers of two.
 
 Every variant grows in `<name>.building`, a file a layer, and gets its name when whole. A run that was killed goes on
 after the last layer that all variants hold.

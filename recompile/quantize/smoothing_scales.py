@@ -2,7 +2,7 @@
 
 Written from J. Lin et al., "AWQ: Activation-aware Weight Quantization" (2023), and G. Xiao et al., "SmoothQuant"
 (2022). With W' = W diag(s) and x' = x / s the map is the same and rounds differently. A scale has one value a channel
-of the producer (see folds.py); columns of the consumers that read one channel share its value.
+of the producer (see smoothing_mappings.py); columns of the consumers that read one channel share its value.
 """
 
 from __future__ import annotations
