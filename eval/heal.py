@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.heal_kl import LOGIT_CHUNK_TOKENS, OtherHead, row_kls
 from eval.heal_output import check_name, read_healed, write_healed
 from eval.heal_places import Place, whole_of
-from eval.metrics import kl_divergence
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import open_tensors
@@ -40,7 +40,7 @@ from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
 from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
-from recompile.model.counted import pick, places_of, spread
+from recompile.model.counted import pick, spread
 from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer, rows_of_text
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
 from recompile.model.used_rows import UsedRows, check_apart, recorded_rows
@@ -48,7 +48,6 @@ from recompile.quantize.movable import Movable, MovedBuild, find_movables
 
 WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its last state
 STATE_KEY = "recompile_heal"  # of the state's metadata
-LOGIT_CHUNK_TOKENS = 256
 LEAST_TRAIN_ROWS = 4
 ROLES = {"train": "calibrate", "choose": "choose", "accept": "accept", "report": "report"}  # of a text or trace
 BLOCK_STEPS = 16  # steps whose rows the base runs over at a time
@@ -678,7 +677,7 @@ class _Healing:
             places = None if counted is None else counted.flatten().nonzero().flatten()
             flat, wanted = (pick(states.flatten(0, 1), places) for states in (normed.detach(), teacher))
             total, pieces = 0.0, []
-            with _OtherHead(self.teacher, self.base) as reference:
+            with OtherHead(self.teacher, self.base) as reference:
                 for start in range(0, len(flat), LOGIT_CHUNK_TOKENS):
                     part = slice(start, start + LOGIT_CHUNK_TOKENS)
                     log_p = self._cut(reference(wanted[part])).float().log_softmax(-1)
@@ -777,56 +776,8 @@ class _Healing:
         save_tensors(self.work / "state.safetensors", whole, {STATE_KEY: json.dumps(asdict(done))})
 
 
-class _OtherHead:
-    """The base's head, loaded beside the build's: post-norm states [tokens, hidden] -> logits [tokens, vocab]."""
-
-    def __init__(self, model: LayeredModel, source: WeightSource) -> None:
-        self._model, self._loaded = model, model.head_loaded(source)
-
-    def __enter__(self) -> _OtherHead:
-        self._loaded.__enter__()
-        return self
-
-    def __exit__(self, *what: Any) -> None:
-        self._loaded.__exit__(*what)
-
-    @torch.no_grad()
-    def __call__(self, normed: Tensor) -> Tensor:
-        return self._model.logits(normed[None])[0]
-
-
 def default_rate(build: Checkpoint) -> float:
     """Of the build's mean stored bits a quantized weight."""
     quantized = [m for m in build.modules.values() if m.is_quantized and role_of(m.name) == "layer"]
     bits = 8 * sum(m.size_bytes for m in quantized) / max(1, sum(m.numel for m in quantized))
     return next(rate for limit, rate in LEARNING_RATES if bits < limit or limit == LEARNING_RATES[-1][0])
-
-
-@torch.no_grad()
-def row_kls(
-    model: LayeredModel,
-    source: WeightSource,
-    teacher: LayeredModel,
-    base: WeightSource,
-    ids: Tensor,
-    teacher_states: Tensor,
-    vocab: int | None,
-    batch: int,
-    counted: Tensor | None = None,
-) -> list[float]:
-    """Mean KL(base || source) of every row, nats a token; teacher_states: the base's post-norm states of `ids`.
-
-    counted: bool [rows, tokens], the places that are meant; None: all
-    """
-    normed = model.normed(ids, batch, source)
-    found = []
-    with model.head_loaded(source), _OtherHead(teacher, base) as reference:
-        for row, both in enumerate(zip(normed, teacher_states, strict=True)):
-            mine, wanted = (pick(states, places_of(counted, row)) for states in both)
-            pieces = []
-            for start in range(0, len(mine), LOGIT_CHUNK_TOKENS):
-                part = slice(start, start + LOGIT_CHUNK_TOKENS)
-                p, q = reference(wanted[part]), model.logits(mine[None, part])[0]
-                pieces.append(kl_divergence(p[..., :vocab], q[..., :vocab]))
-            found.append(float(torch.cat(pieces).double().mean()))
-    return found
