@@ -19,10 +19,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import RecompileError
+from recompile.io.files import parse_json
+from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
 from recompile.model.tokens import ROLE_SHARES, role_of_key
 
@@ -211,10 +213,7 @@ def read_trace(path: Path | str) -> Trace:
 
 
 def _about(path: Path, text: str, rows: int) -> TraceAbout:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecompileError(f"{path}: {METADATA_KEY} is not JSON: {error}") from error
+    value = parse_json(text, f"{path}: {METADATA_KEY}", error=RecompileError)
     if not isinstance(value, dict) or value.get("version") != VERSION:
         version = value.get("version") if isinstance(value, dict) else None
         raise RecompileError(f"{path}: a trace of version {version!r}; this version reads {VERSION}; make it again")
@@ -235,11 +234,8 @@ def _about(path: Path, text: str, rows: int) -> TraceAbout:
             )
     if len(set(value["prompts"])) < rows:
         raise RecompileError(f"{path}: two rows answer the same prompt; make the trace again")
-    return TraceAbout(**{name: _tuple(value[name]) for name in names})
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    known = {name: value[name] for name in names}
+    return read_as(TraceAbout, known, f"{path}: {METADATA_KEY}", error=RecompileError, unbounded=frozenset({"seed"}))
 
 
 def _check_rows(path: Path, ids: Tensor, response: Tensor, lengths: Tensor) -> None:

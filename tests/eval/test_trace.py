@@ -286,6 +286,12 @@ def test_a_damaged_trace_is_refused(folder: Path, tmp_path: Path) -> None:
     refused("two rows answer the same prompt", {n: [about[n][1], *about[n][1:]] for n in ("prompts", "roles")})
     refused("a trace of version 2", {"version": 2})
     refused("kinds is no list", {"kinds": about["kinds"][1:]})
+    for name, value in about.items():  # and every other field of another type
+        if name not in ("version", "kinds", "roles", "prompts", "ended"):
+            refused(f"bad.safetensors: {METADATA_KEY}: {name}: a list, wanted", {name: [{}]})
+            other = 3 if isinstance(value, str) else "3"
+            refused(f"bad.safetensors: {METADATA_KEY}: {name}: ", {name: other})
+    refused("temperature: nan, wanted a finite number", {"temperature": float("nan")})
     refused("lengths is int32", lengths=tensors["lengths"].to(torch.int32))
     refused("do not fit together", lengths=tensors["lengths"][1:].clone())
     refused("out of range", lengths=tensors["lengths"] + 1000)
