@@ -8,6 +8,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import recompile
 from eval.report.data import Measured, ReportData
@@ -19,6 +20,7 @@ from recompile.optimize.choose import Choice, make_recipe, predict
 from recompile.optimize.problem import Solution
 from recompile.recipe.recipe import dump_recipe
 
+GROUPS_IN_CARD = 8  # of an attribution, the most expensive ones
 RECIPE_LINES = 60  # a page is read, not run: a longer recipe belongs in a file
 
 
@@ -60,8 +62,11 @@ def card(data: ReportData) -> str:
             "",
             f"KL(reference \\|\\| build), mean ± one standard error over {measured.rows} rows of {measured.row_tokens} "
             f"tokens ({_cell(measured.rows_source, 160)}). Bits per weight are over quantized modules, scales "
-            f"included; the size is that of all tensors.",
+            f"included; the size is that of all tensors."
+            + ("" if measured.noise_floor is None else f" Noise floor {measured.noise_floor:.1e} nats."),
         ]
+    for one in data.measured:
+        lines += [line for table in DETAILS for line in table(one)]
     lines += [
         "",
         f"The mix was chosen from a KL profile ({_cell(header.method)}, level {_cell(header.level)}, {header.rows} "
@@ -91,12 +96,78 @@ def card(data: ReportData) -> str:
 
 # Columns that only some reports have, each with what stands in it.
 EXTRA_COLUMNS: Mapping[str, Callable[[Measured], str | None]] = {
+    "head, bits": lambda one: None if one.head_bpw is None else f"{one.head_bpw:.2f}",
+    "embedding, bits": lambda one: None if one.embedding_bpw is None else f"{one.embedding_bpw:.2f}",
     "RMS Δp": lambda one: None if one.delta_p_rms is None else f"{100 * one.delta_p_rms:.2f} %",
     "flips where sure": lambda one: None if one.sure_flips is None else f"{100 * one.sure_flips:.2f} %",
     "greedy runs part": lambda one: (
         None if one.divergence_median is None else f"after {one.divergence_median:g} tokens"
     ),
 }
+
+
+def _table(title: str, one: Measured, names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Nothing where there are no rows."""
+    if not rows:
+        return []
+    head = [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
+    body = [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
+    return ["", f"{_cell(one.name)}, {title}:", "", *head, *body]
+
+
+def _slices(title: str, first: str, one: Measured, slices: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        (
+            str(part["name"]),
+            str(part["tokens"]),
+            with_error(part["kl"]["mean"], part["kl"]["std_error"], ".4f"),
+            f"{100 * part['same_top']['mean']:.1f} %",
+        )
+        for part in slices
+    ]
+    return _table(title, one, (first, "tokens", "KL, nats/token", "same top token"), rows)
+
+
+def _by_origin(one: Measured) -> list[str]:
+    return _slices("by kind of text", "rows from", one, one.by_origin)
+
+
+def _by_position(one: Measured) -> list[str]:
+    return _slices("by length of context", "position", one, one.by_position)
+
+
+def _caches(one: Measured) -> list[str]:
+    rows = [
+        (
+            f"{cache.name} ({cache.engine})",
+            f"{cache.bits:.2f}",
+            f"{cache.bytes_per_token:.0f}",
+            with_error(cache.kl, cache.std_error, ".4f"),
+            with_error(cache.difference, cache.difference_error, "+.4f"),
+        )
+        for cache in one.cache_sweep
+    ]
+    names = ("keys, values", "bits a value", "bytes a token", "KL, nats/token", "more than without")
+    return _table("with a quantized KV cache", one, names, rows)
+
+
+def _attributed(one: Measured) -> list[str]:
+    found = one.attribution or {"groups": []}
+    rows = [
+        (
+            group["group"],
+            f"{group['bits_per_weight']:.2f}",
+            f"{group['kl']:.5f}",
+            "–" if group["noise"] is None else f"{group['noise']:.5f}",
+        )
+        for group in found["groups"][:GROUPS_IN_CARD]
+    ]
+    names = ("its own error alone", "bits per weight", "KL, nats/token", "KL of noise of that size")
+    return _table("where the error comes from", one, names, rows)
+
+
+# What follows the table of builds, of every build whose report has it.
+DETAILS: tuple[Callable[[Measured], list[str]], ...] = (_by_origin, _by_position, _caches, _attributed)
 
 
 def _paired_lines(data: ReportData) -> list[str]:

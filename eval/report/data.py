@@ -62,6 +62,9 @@ class Measured:
     std_error: float | None
     bpw: float | None  # over quantized modules; None where the report does not say
     total_bytes: int | None
+    head_bpw: float | None  # None: tied to the embedding, or the report does not say
+    embedding_bpw: float | None
+    noise_floor: float | None  # KL of the reference against itself, run in another shape
     rows: int
     row_tokens: int
     rows_source: str  # and the role
@@ -316,6 +319,9 @@ def _measured(
         std_error=report["kl"]["std_error"],
         bpw=size["bpw"] if size else None,
         total_bytes=int(size["total_bytes"]) if size else None,
+        head_bpw=_inner(size, "head_bpw") if size else None,
+        embedding_bpw=_inner(size, "embedding_bpw") if size else None,
+        noise_floor=_inner(report, "noise_floor"),
         rows=int(report["rows"]),
         row_tokens=int(report["row_tokens"]),
         rows_source=str(report["rows_source"])

@@ -54,6 +54,13 @@ def pictures(data: ReportData) -> list[Picture]:
     if data.measured:
         found.append(Picture("confidence", (6.4, 4.0), draw_confidence))
         found.append(Picture("drift", (9.6, 3.8), draw_drift))
+    for name, slices in (("by-kind", "by_origin"), ("by-position", "by_position")):
+        if any(getattr(one, slices) for one in data.measured):
+            found.append(Picture(name, (6.4, 4.0), partial(draw_slices, slices=slices)))
+    if any(one.cache_sweep for one in data.measured):
+        found.append(Picture("kv-cache", (6.4, 4.0), draw_caches))
+    if any(one.attribution for one in data.measured):
+        found.append(Picture("attribution", (6.4, 4.0), draw_attribution))
     return found
 
 
@@ -287,6 +294,65 @@ def draw_drift(figure: Any, data: ReportData) -> None:
         axes.set_xlabel("stage: embedding, layers, norm")
         _calm(axes)
     left.legend(frameon=False)
+
+
+def draw_slices(figure: Any, data: ReportData, slices: str) -> None:
+    """KL by kind of text or length of context: `slices` names the field of Measured."""
+    axes = figure.subplots()
+    names = list(dict.fromkeys(str(part["name"]) for one in data.measured for part in getattr(one, slices)))
+    for number, one in enumerate(one for one in data.measured if getattr(one, slices)):
+        parts = {str(part["name"]): part["kl"] for part in getattr(one, slices)}
+        places = [place for place, name in enumerate(names) if name in parts]
+        axes.errorbar(
+            places,
+            [parts[names[place]]["mean"] for place in places],
+            yerr=[_bar(parts[names[place]]["std_error"], parts[names[place]]["mean"]) for place in places],
+            marker="o",
+            capsize=3,
+            label=short(one.name),
+            **_series(number),
+        )
+    axes.set_xticks(range(len(names)), [short(name, 16) for name in names])
+    axes.set_ylabel("mean KL, nats per token")
+    _calm(axes)
+    axes.legend(frameon=False)
+
+
+def draw_caches(figure: Any, data: ReportData) -> None:
+    """KL with quantized keys and values by what a token of them takes."""
+    axes = figure.subplots()
+    for number, one in enumerate(one for one in data.measured if one.cache_sweep):
+        points = sorted(one.cache_sweep, key=lambda point: point.bytes_per_token)
+        places = [point.bytes_per_token for point in points]
+        bars = [_bar(point.std_error, point.kl) for point in points]
+        values = [point.kl for point in points]
+        axes.errorbar(places, values, yerr=bars, marker="o", capsize=3, label=short(one.name), **_series(number))
+        for point in points:
+            axes.annotate(short(point.name, 16), (point.bytes_per_token, point.kl), fontsize=8, color=GREY)
+    axes.set_xlabel("KV cache, bytes per token of context")
+    axes.set_ylabel("mean KL, nats per token")
+    _calm(axes)
+    axes.legend(frameon=False)
+
+
+def draw_attribution(figure: Any, data: ReportData) -> None:
+    """KL of every group's own error beside noise of the same size: what lies above the diagonal is worse than noise."""
+    axes = figure.subplots()
+    drawn = [one for one in data.measured if one.attribution]
+    for number, one in enumerate(drawn):
+        groups = [group for group in (one.attribution or {})["groups"] if group["kl"] > 0 and group["noise"]]
+        across = [group["noise"] for group in groups]
+        axes.scatter(across, [group["kl"] for group in groups], s=14, color=LINES[number % len(LINES)], alpha=0.7)
+        axes.scatter([], [], color=LINES[number % len(LINES)], label=short(one.name))
+        if across:
+            ends = (min(across), max(across))
+            axes.plot(ends, ends, color=GREY, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("KL of noise as large as the group's error, nats per token")
+    axes.set_ylabel("KL of its own error")
+    _calm(axes)
+    axes.legend(frameon=False)
 
 
 def _stages(axes: Any, one: Measured, number: int, values: list[float | None]) -> None:

@@ -23,6 +23,7 @@ from eval.metrics import kl_histogram, paired_difference
 from eval.report.card import card, paired_interval
 from eval.report.data import choice_of, gather
 from eval.report.page import page_data, render
+from eval.report.pictures import pictures, write_pictures
 from recompile.cli.model_report import main
 from recompile.costs import load_profile
 from recompile.errors import NotFiniteError, RecompileError
@@ -343,6 +344,25 @@ def test_the_card_pairs_builds_and_shows_what_reports_have(profile: Path, tmp_pa
     assert (mean, low, high) == pytest.approx((wanted.mean, low_wanted, high_wanted), abs=1e-6)
     assert f"mix less uniform 3: {mean:+.4f} nats per token" in found
     assert re.search(r"Recipe sha256: `[0-9a-f]{64}`", found)
+
+
+def test_card_and_pictures_show_slices_caches_and_attribution(profile: Path, tmp_path: Path) -> None:
+    size = {"bpw": 3.25, "total_bytes": 9_000_000, "head_bpw": 6.5, "embedding_bpw": 16.0}
+    plain = write_diff(tmp_path / "p.json", "4bpw", 0.2)
+    full = write_diff(tmp_path / "f.json", "3bpw", 0.3, noise_floor=2.5e-7, **details(0.3) | {"size": size})
+    data = gather(profile, [full, plain], start_bpw=3.5)
+    text = card(data)
+    assert "| same top token | head, bits | embedding, bits |" in text
+    assert "| 80.0 % | 6.50 | 16.00 |" in text
+    assert "Noise floor 2.5e-07 nats." in text
+    for title in ("by kind of text", "by length of context", "with a quantized KV cache", "where the error comes from"):
+        assert text.count(f", {title}:") == 1, "the plain report has none of these"
+    cache = next(line for line in text.splitlines() if line.startswith("| q4\\_0"))
+    assert f"| 4.50 | {data.measured[0].cache_sweep[1].bytes_per_token:.0f} |" in cache
+    drawn = {path.stem for path in write_pictures(data, tmp_path / "svg", "svg")}
+    assert drawn >= {"by-kind", "by-position", "kv-cache", "attribution"}
+    without = {picture.name for picture in pictures(gather(profile, [plain]))}
+    assert not without & {"by-kind", "by-position", "kv-cache", "attribution"}
 
 
 def test_one_file_of_several_candidates(profile: Path, tmp_path: Path) -> None:
