@@ -33,6 +33,7 @@ from recompile.model.tokens import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
 from recompile.optimize.solvers import solver_named
 from recompile.planning import TRACE_TOKENS, AutoPlan, Target, make_plan, split_minutes, target_of
+from recompile.quantize.gguf_convert import tokenizer_file
 
 make_callable(__name__)
 STATE = "auto.json"
@@ -311,15 +312,11 @@ class _Auto:
         return asdict(split_minutes(options.minutes, asked, passes, True if options.heal is None else options.heal))
 
     def _plan(self, options: AutoOptions) -> AutoPlan:
-        missing = []
-        if self.gguf and options.tokenizer_from is None and not options.variants and not is_gguf(self.base.path):
-            missing.append("the tokenizer keys of a GGUF file of this model: {tokenizer_from} X.gguf")
         return make_plan(
             self.base,
             options.engine,
             "gguf" if self.gguf else self.format,
             tuple(path.name for path in options.variants) or tuple(",".join(self.offered).split(",")),
-            missing,
             rows=options.rows,
             length=options.length,
             samples=options.samples,
@@ -336,6 +333,11 @@ class _Auto:
         )
 
     @property
+    def _wants_tokenizer(self) -> bool:
+        given = self.options.tokenizer_from or self.options.variants
+        return self.gguf and not given and not is_gguf(self.base.path)
+
+    @property
     def group_size(self) -> int | str:
         return 64 if self.options.group_size is None else self.options.group_size
 
@@ -346,6 +348,9 @@ class _Auto:
             raise ArgumentError("; ".join(plan.missing))
         if not self.work.exists():
             check_outputs({"the card": self.card, "the page": self.page}, [])
+        if self._wants_tokenizer:  # before anything is made: where it cannot be had, the user gives a file
+            path = tokenizer_file(self.base.path, lambda step, what: self.on_event(Said(f"tokenizer: {what}")))
+            self.options = asked = replace(asked, tokenizer_from=path)
         stages = Stages(self.work, settings, self.out, self.on_event)
         if not stages.seconds:
             self.on_event(Said(str(plan)))

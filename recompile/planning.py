@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,6 @@ class Target:
     candidates: tuple[str, ...]
     rules: str | None = None
     packages: tuple[tuple[str, str], ...] = ()
-    wants: str = ""  # what else the user has to give
     note: str = ""
 
 
@@ -50,7 +49,6 @@ TARGETS: Mapping[str, Target] = {
         ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
         "llama.cpp",
         (("gguf", "gguf"), ("libgguf", "gguf")),
-        wants="tokenizer_from",
     ),
     "exllamav2": Target(_format_of("exllamav2"), ("2", "2.5", "3", "3.5", "4", "5", "6"), note="loads with CUDA"),
     "exllamav3": Target(
@@ -286,7 +284,6 @@ def make_plan(
     engine: str | None,
     form: str,
     candidates: tuple[str, ...],
-    missing: Sequence[str],
     *,
     rows: int,
     length: int,
@@ -365,7 +362,7 @@ def make_plan(
         notes.append(
             f"{minutes:g} minutes in all were asked for" + ("; the least that can be done takes longer" if over else "")
         )
-    found = [*missing, *(missing_packages(target) if target is not None else [])]
+    found = missing_packages(target) if target is not None else []
     return AutoPlan(
         engine,
         form,

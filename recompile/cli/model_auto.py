@@ -45,7 +45,7 @@ from recompile.planning import TARGETS
     help="Bits and schemes on offer, made on the fly [default: 2,3,4,5,6,8]; or GGUF types: Q3_K,IQ4_XS,Q6_K, with "
     "-o MIX.gguf.",
 )
-@tokenizer_from_option("GGUF: the file whose tokenizer keys the mix gets.")
+@tokenizer_from_option("GGUF: the file whose tokenizer keys the mix gets; default: made by llama.cpp's converter.")
 @path_option(
     "--variants",
     multiple=True,

@@ -92,7 +92,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     help="Quantize the output head to this; default: dense (EXL2, EXL3: 6; MLX: as everything else).",
 )
 @click.option("--codebook", type=click.Choice(["3inst", "mcg", "mul1"]), default="mul1", help="EXL3 codebook.")
-@tokenizer_from_option("GGUF: the file whose tokenizer keys the outputs get; needed where the base is no GGUF file.")
+@tokenizer_from_option("GGUF: the file whose tokenizer keys the outputs get; default: made by llama.cpp's converter.")
 @imatrix_option(
     "GGUF: importance from this imatrix file, or a profile's .importance.safetensors, in place of a calibration pass."
 )

@@ -429,8 +429,8 @@ def plan_variants(
         assert architecture is not None, "only of a GGUF file may it be unknown"
         if tokenizer_from is None:
             raise CheckpointError(
-                f"{base.label}: a GGUF file holds its tokenizer, which cannot be made from tokenizer.json here: give a "
-                f"GGUF file of the same model with {{tokenizer_from}}, or convert with {{converter}}"
+                f"{base.label}: a GGUF file holds its tokenizer; give a GGUF file of the same model with "
+                "{tokenizer_from}"
             )
         rows = _rows_of_vocabulary(architecture, base, tokenizer_from)
         config = {**_stored_config(base), "vocab_size": rows}

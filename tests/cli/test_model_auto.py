@@ -325,16 +325,11 @@ def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [text]
     file = tmp_path / "mix.gguf"
     result = made(base, file, text, "-b", 4, "--for", "llama.cpp", "--plan", "--json", tmp_path / "plan.json")
-    assert "missing: the tokenizer keys of a GGUF file of this model: --tokenizer-from X.gguf" in result.output
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["missing"] == ["the tokenizer keys of a GGUF file of this model: tokenizer_from X.gguf"]
+    assert plan["missing"] == []
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
     searched = recompile.auto_plan(base, out, bits=4, solver="superadditive", search_minutes=3)
     assert searched.stages[1].seconds > 180  # it measures whole mixes, as the table of solvers says
-    result = auto(base, file, text, "-b", 4, "--for", "llama.cpp")
-    assert result.exit_code == 1
-    assert "--tokenizer-from X.gguf" in result.output
-    assert not (tmp_path / "mix.gguf.work").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import recompile
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_quantize import main
 from recompile.errors import OutputError, UnsupportedError
+from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.quantize import gguf_convert
+from tests import tiny
 from tests.gguf_models import write_model
 
 GOOD = "import shutil; shutil.copy({model!r}, sys.argv[sys.argv.index('--outfile') + 1])"
@@ -67,6 +70,40 @@ def test_the_command_goes_on_from_it(base: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     made = open_checkpoint(tmp_path / "out" / "model-BASE-Q8_0.gguf")
     assert {module.format for name, module in made.modules.items() if name.endswith("_proj")} == {"gguf"}
+
+
+def test_a_file_gets_its_tokenizer_from_the_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither a GGUF file is given nor is the base one; the keys are kept for the next build."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = tiny.copy_of(tiny.base("llama-2"), tmp_path / "base")
+    keys = tmp_path / "keys.gguf"
+    write_gguf(keys, [encode_key("tokenizer.ggml.tokens", [f"t{n}" for n in range(256)])], [])
+    command = stand_in(GOOD.format(model=str(keys)))
+    arguments = ["-i", str(base), "--format", "gguf", "-b", "Q8_0", "--no-importance", "--quiet"]
+    for out in ("first", "second"):
+        result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / out)])
+        assert result.exit_code == 0, result.output
+        made = open_gguf(tmp_path / out / "base-Q8_0.gguf")
+        assert made.value("tokenizer.ggml.tokens") == open_gguf(keys).value("tokenizer.ggml.tokens")
+    (call,) = (command.parent / "calls").read_text().splitlines()
+    assert "--vocab-only" in call
+    (base / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')  # another tokenizer: other keys
+    stand_in("sys.exit('BPE pre-tokenizer was not recognized')")
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "third")])
+    assert result.exit_code == 1
+    assert "not recognized" in result.output
+    assert "give a GGUF file of the same model with --tokenizer-from" in " ".join(result.output.split())
+    assert not (tmp_path / "third").exists()
+    (kept,) = (tmp_path / "cache" / "recompile" / "tokenizers").iterdir()
+    assert kept.suffix == ".gguf"
+
+
+def test_the_whole_way_asks_for_the_tokenizer_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stand_in("sys.exit('BPE pre-tokenizer was not recognized')")
+    with pytest.raises(UnsupportedError, match="not recognized"):
+        recompile.auto(tiny.base("llama-2"), tmp_path / "mix.gguf", engine="llama.cpp", bits=4)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
 @pytest.mark.parametrize(
