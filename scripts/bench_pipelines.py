@@ -2,17 +2,21 @@
 """Whole pipelines at equal file sizes, judged on the same rows: what people publish today beside `model_auto`.
 
     .venv/bin/python scripts/bench_pipelines.py gguf --size-of Q3_K_M --work DIR
-    .venv/bin/python scripts/bench_pipelines.py compressed-tensors --size-of 4 --work DIR
+    .venv/bin/python scripts/bench_pipelines.py compressed-tensors --size-of 3 --work DIR
+    .venv/bin/python scripts/bench_pipelines.py mlx --size-of 3.5 --work DIR
 
 gguf: llama-quantize's presets with an imatrix (made here by ggml's own encoders: scripts/bench_gguf.py holds the bytes
 equal), and `model_auto --for llama.cpp` at the size of the named one, as built and healed. SmolLM2's base comes from a
 Q4_1 file here, so blocks of 32 with a minimum (Q4_1, Q4_K) find its own grid again, in presets and mixes alike: they
 look better than on a model that was never quantized.
-compressed-tensors: uniform GPTQ in groups of 64, and `model_auto --for transformers` at its size.
+compressed-tensors: llm-compressor's GPTQ and AWQ and AutoRound, symmetric groups of 64, and `model_auto --for
+transformers` at the size of the first; "3.5" is a hand-made mix of 3 and 4 bits, and AutoRound's own choice.
+mlx: mlx-lm's quantization, plain and tuned by DWQ; "3.5" is its dynamic quantization; and `model_auto --for mlx`.
 
-All builds are measured on report rows that nothing else used and on text of another kind, paired over rows. A run that
-was stopped goes on with the same --work. Rewrites the entries of its family, model and size in
-scripts/bench_results/pipelines.json; docs/pipelines.md shows them (scripts/make_docs.py).
+Peers run in pinned environments of their own (scripts/peers.py) on the same calibration rows. All builds are measured
+on report rows that nothing else used and on text of another kind, paired over rows. A run that was stopped goes on with
+the same --work. Rewrites the entries of its family, model and size in scripts/bench_results/pipelines.json;
+docs/pipelines.md shows them (scripts/make_docs.py).
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,6 +42,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import make_base  # noqa: E402
 import make_tiny_models  # noqa: E402
 from bench_record import RESULTS, birth_certificate, keep  # noqa: E402
+from peers import PEERS, Built, build, timed  # noqa: E402
 
 import recompile  # noqa: E402
 from eval.diff import DiffOptions, DiffReport, measure_many  # noqa: E402
@@ -50,54 +56,100 @@ OURS = "model_auto"
 
 
 @dataclass(frozen=True)
+class Base:
+    """What a peer starts from: the model, our calibration rows as token ids [rows, length], the bench's settings."""
+
+    path: Path
+    ids: Tensor
+    settings: Mapping[str, Any]
+
+    def build(self, peer: str, work: Path, name: str, **settings: Any) -> Built:
+        return build(peer, self.path, self.ids, work / "peers" / name, **settings)
+
+    def bits_of(self, build: Path) -> float:
+        """Stored bits a weight, scales included, of the modules that a build has quantized."""
+        modules = [module for module in open_checkpoint(build).modules.values() if module.is_quantized]
+        return 8 * sum(module.size_bytes for module in modules) / sum(module.numel for module in modules)
+
+
+@dataclass(frozen=True)
 class Family:
-    """peers: name -> build, the one whose size ours may have first; ours: arguments of `recompile.auto`."""
+    """peers: (base, folder, size) -> builds, the one whose size ours may have first; ours: arguments of
+    `recompile.auto`; file: the name of our output."""
 
-    peers: Callable[[Path, Path, str, Mapping[str, Any]], dict[str, Path]]
+    peers: Callable[[Base, Path, str], dict[str, Built]]
     ours: Mapping[str, Any]
-    file: str  # the name of our output
+    file: str
+    environments: tuple[str, ...] = ()  # of the peers that are installed
 
 
-LADDER = (
-    "Q2_K",
-    "Q3_K_S",
-    "IQ4_XS",
-    "Q3_K_M",
-    "IQ4_NL",
-    "Q3_K_L",
-    "Q4_K_S",
-    "Q4_K_M",
-    "Q5_K_M",
-    "Q6_K",
-)  # by size, about
+# llama-quantize's presets by size, about
+LADDER = ("Q2_K", "Q3_K_S", "IQ4_XS", "Q3_K_M", "IQ4_NL", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+GROUP = 64
+AUTO_ROUND: Mapping[str, Mapping[str, Any]] = {"SignRound": {}, "SignRoundV2": {"enable_alg_ext": True}}
 SLACK = 1.002  # a peer may be so much larger than the size that ours keeps
 
 
-def presets(base: Path, work: Path, size: str, rows: Mapping[str, Any]) -> dict[str, Path]:
+def presets(base: Base, work: Path, size: str) -> dict[str, Built]:
     """llama-quantize's preset of that name first, then those around it that are no larger."""
     at = LADDER.index(size)
     made = {}
     for name in (size, *LADDER[max(0, at - 2) : at], *LADDER[at + 1 : at + 2]):
-        path = work / "presets" / f"{base.name}-{name}.gguf"
-        if not path.exists():
-            recompile.quantize(
-                base, work / "presets", bits=(name,), format="gguf", tokenizer_from=make_base.find_gguf(), **rows
-            )
-        made[f"{name}, imatrix (llama-quantize)"] = path
-    limit = SLACK * next(iter(made.values())).stat().st_size
-    return {name: path for name, path in made.items() if path.stat().st_size <= limit}
+        path = work / "presets" / f"{base.path.name}-{name}.gguf"
+        rows, length = base.ids.shape
+        given = {"format": "gguf", "tokenizer_from": make_base.find_gguf(), "rows": rows, "length": length}
+        make = partial(recompile.quantize, base.path, path.parent, bits=(name,), **given)
+        made[f"{name}, imatrix (llama-quantize)"] = timed(path, make)
+    limit = SLACK * next(iter(made.values())).path.stat().st_size
+    return {name: built for name, built in made.items() if built.path.stat().st_size <= limit}
 
 
-def uniform(base: Path, work: Path, size: str, rows: Mapping[str, Any]) -> dict[str, Path]:
-    out = work / "uniform"
-    if not (out / f"{size}bpw").exists():
-        recompile.quantize(base, out, bits=(size,), **rows)
-    return {f"GPTQ, {size} bits everywhere": out / f"{size}bpw"}
+def integers(base: Base, work: Path, size: str) -> dict[str, Built]:
+    """Symmetric groups of 64: one bitrate everywhere, or, of a half ("3.5"), the mix of most recipes made by hand
+    (value, output and down projections one bit more) and AutoScheme's choice of as many bits."""
+    low, half = int(float(size)), float(size) % 1 > 0
+    groups = [{"targets": ["Linear"], "bits": low}]
+    if half:
+        groups = [{"targets": [r"re:.*\.(v_proj|o_proj|down_proj)$"], "bits": low + 1}, *groups]
+    made = {}
+    for method in ("gptq", "awq"):
+        name = f"llm-compressor, {method.upper()}" + (", hand mix" if half else "")
+        given = {"method": method, "group_size": GROUP, "symmetric": True, "groups": groups}
+        made[name] = base.build("llm-compressor", work, f"llm-compressor-{method}-{size}", **given)
+    for name, options in AUTO_ROUND.items():
+        scheme: dict[str, Any] = {
+            "scheme": {"bits": low, "group_size": GROUP, "sym": True, "data_type": "int", "act_bits": 16}
+        }
+        if half:
+            bits = base.bits_of(made["llm-compressor, GPTQ, hand mix"].path)  # the size of the hand mix
+            scheme = {"schemes": [f"W{width}A16G{GROUP}" for width in (low, low + 1)], "bits": bits}
+        given = {"format": "auto_round", "batch_size": 8, "options": {"iters": base.settings["iters"], **options}}
+        folder = f"auto-round-{name}-{base.settings['iters']}-{size}"
+        made[f"AutoRound, {name}" + (", AutoScheme" if half else "")] = base.build(
+            "auto-round", work, folder, **given, **scheme
+        )
+    return made
+
+
+def mlx(base: Base, work: Path, size: str) -> dict[str, Built]:
+    """mlx-lm's own: one bitrate everywhere, plain and tuned by DWQ, or, of a half ("3.5"), its dynamic quantization."""
+    low, half = int(float(size)), float(size) % 1 > 0
+    given = {"bits": low, "group_size": GROUP, "batch_size": 4}
+    if half:  # groups of 64 store half a bit of scales and biases a weight
+        given |= {"high_bits": low + 1, "target_bpw": float(size) + 0.5}
+    plain, tuned = ("dynamic", "dynamic-dwq") if half else ("uniform", "dwq")
+    made = {f"mlx-lm, {plain}": base.build("mlx-lm", work, f"{plain}-{size}", method=plain, **given)}
+    for rate in base.settings["dwq_rates"]:
+        tuning = {"method": tuned, "learning_rate": rate, "passes": base.settings["dwq_passes"]}
+        built = base.build("mlx-lm", work, f"{tuned}-{rate:g}-{size}", **given, **tuning)
+        made[f"mlx-lm, {plain}, DWQ at {rate:g}"] = built
+    return made
 
 
 FAMILIES = {
     "gguf": Family(presets, {"engine": "llama.cpp"}, "MIX.gguf"),
-    "compressed-tensors": Family(uniform, {"engine": "transformers"}, "mix"),
+    "compressed-tensors": Family(integers, {"engine": "transformers"}, "mix", ("llm-compressor", "auto-round")),
+    "mlx": Family(mlx, {"engine": "mlx"}, "mix", ("mlx-lm",)),
 }
 
 
@@ -108,55 +160,39 @@ def base_of(model: str) -> Path:
 def run_one(family: str, model: str, size: str, settings: Mapping[str, Any], work: Path) -> dict[str, Any]:
     base, kind = base_of(model), FAMILIES[family]
     work = work / family / model
-    calibration = {"rows": settings["calibrate_rows"], "length": settings["length"]}
-    seconds: dict[str, float] = {}
-    began = time.monotonic()
-    builds = kind.peers(base, work, size, calibration)
-    seconds["peers"] = round(time.monotonic() - began, 1)
-    largest = open_checkpoint(next(iter(builds.values()))).size_bytes
+    calibration, _ = RowOptions(settings["calibrate_rows"], settings["length"]).read([base], "calibrate")
+    peers = kind.peers(Base(base, calibration.ids, settings), work, size)
+    largest = open_checkpoint(next(iter(peers.values())).path).size_bytes
     given = dict(kind.ours)
     if family == "gguf":
         given["tokenizer_from"] = make_base.find_gguf()
     mix = work / f"{size}-mix" / kind.file
     mix.parent.mkdir(parents=True, exist_ok=True)
-    report = recompile.auto(
-        base,
-        mix,
-        size=largest,
-        rounding="one-sided",
-        rows=settings["rows"],
-        length=settings["length"],
-        samples=settings["samples"],
-        calibration_rows=settings["calibrate_rows"],
-        search_minutes=settings["search_minutes"],
-        verify=False,
-        **given,
-    )
-    builds[f"{OURS}: mix, feedback"] = mix
-    seconds["mix"] = round(sum(report.seconds.values()), 1)
+    judges = {"rows": settings["rows"], "length": settings["length"]}
+    searched = {name: settings[name] for name in ("samples", "search_minutes")}
+    calibrated = {"calibration_rows": settings["calibrate_rows"], "rounding": settings["rounding"]}
+    whole = partial(recompile.auto, base, mix, size=largest, verify=False, **judges, **searched, **calibrated, **given)
+    ours = {f"{OURS}: mix, {settings['rounding']}": timed(mix, whole)}
     if settings["heal_minutes"] > 0:  # what model_auto --heal does last
         healed = mix.with_name(f"healed-{kind.file}")
-        began = time.monotonic()
-        if not healed.exists():
-            judges = {"rows": settings["rows"], "length": settings["length"]}
-            recompile.heal(mix, base, healed, minutes=settings["heal_minutes"], **judges)
-        builds[f"{OURS}: mix, feedback, healed"] = healed
-        seconds["healing"] = round(time.monotonic() - began, 1)
+        tuned = partial(recompile.heal, mix, base, healed, minutes=settings["heal_minutes"], **judges)
+        ours[f"{next(iter(ours))}, healed"] = timed(healed, tuned)
+    made = {**peers, **ours}
     return {
         "family": family,
         "model": model,
         "size": size,
         "settings": dict(settings),
-        "seconds": seconds,
+        "peers": [PEERS[name].version for name in kind.environments],
         "largest_bytes": largest,
-        "builds": judged(base, builds, settings),
+        "builds": judged(base, made, settings),
     }
 
 
-def judged(base: Path, builds: Mapping[str, Path], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def judged(base: Path, builds: Mapping[str, Built], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """KL of every build on report rows and on text of another kind, and paired with the best peer."""
     reference = open_checkpoint(base)
-    opened = {name: open_checkpoint(path) for name, path in builds.items()}
+    opened = {name: open_checkpoint(built.path) for name, built in builds.items()}
     where = RowOptions(settings["rows"], settings["length"])
     rows, vocab = heal_rows(reference, next(iter(opened.values())), where, settings["length"])
     found: dict[str, list[DiffReport]] = {}
@@ -165,8 +201,8 @@ def judged(base: Path, builds: Mapping[str, Path], settings: Mapping[str, Any]) 
     peers = [number for number, name in enumerate(opened) if not name.startswith(OURS)]
     best = min(peers, key=lambda number: found["text"][number].kl.mean)
     told = []
-    for number, (name, build) in enumerate(opened.items()):
-        entry: dict[str, Any] = {"build": name, "bytes": build.size_bytes}
+    for number, (name, checkpoint) in enumerate(opened.items()):
+        entry: dict[str, Any] = {"build": name, "bytes": checkpoint.size_bytes, "cpu_seconds": builds[name].cpu_seconds}
         for kind, reports in found.items():
             report, rival = reports[number], reports[best]
             mean, interval = paired_difference(torch.tensor(report.kl_rows), torch.tensor(rival.kl_rows))
@@ -191,6 +227,10 @@ def judged(base: Path, builds: Mapping[str, Path], settings: Mapping[str, Any]) 
 @click.option("--length", default=256)
 @click.option("--samples", default=8)
 @click.option("--calibrate-rows", default=48)
+@click.option("--rounding", type=click.Choice(["one-sided", "two-sided"]), default="one-sided", help="Of ours.")
+@click.option("--auto-round-iters", "iters", default=200, help="Of every block.")
+@click.option("--dwq-passes", default=1, help="Over the calibration rows.")
+@click.option("--dwq-rates", multiple=True, type=float, default=(1e-6, 1e-5), help="Learning rates, a build each.")
 @click.option("--search-minutes", default=5.0)
 @click.option("--heal-minutes", default=10.0, help="0: no healing.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for builds; kept.")
@@ -204,10 +244,10 @@ def main(family: str, model: str, size: str, work: Path | None, **settings: Any)
     key = ("family", "model", "size")
     others = [run for run in kept if [run[name] for name in key] != [entry[name] for name in key]]
     keep(OUT, {"runs": [*others, entry]})
-    for build in entry["builds"]:
-        text, other = build["text"], build["other_text"]
+    for told in entry["builds"]:
+        text, other = told["text"], told["other_text"]
         print(
-            f"{build['build']:36} {build['bytes'] / 2**20:8.1f} MiB  {text['kl_nats']:.4f} +- {text['std_error']:.4f} "
+            f"{told['build']:36} {told['bytes'] / 2**20:8.1f} MiB  {text['kl_nats']:.4f} +- {text['std_error']:.4f} "
             f"({text['ratio_to_best_peer']:.2f} x)  {other['kl_nats']:.4f} ({other['ratio_to_best_peer']:.2f} x)"
         )
 

@@ -95,8 +95,14 @@ def pipelines_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _told(value: Any) -> str:
+    return (
+        " and ".join(map(_told, value)) if isinstance(value, list) else f"{value:g}" if value != str(value) else value
+    )
+
+
 def _pipeline_lines(run: Mapping[str, Any]) -> list[str]:
-    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in run["settings"].items())
+    settings = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in run["settings"].items())
     lines = [
         "",
         f"## {run['family']}, {run['model']}, the size of {run['size']} ({run['date']})",
@@ -105,8 +111,8 @@ def _pipeline_lines(run: Mapping[str, Any]) -> list[str]:
         "",
     ]
     lines += [
-        "| build | MiB | KL | p99 | same top token | to the best peer | KL, other text | to the best peer |",
-        "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- |",
+        "| build | MiB | KL | p99 | same top token | to the best peer | KL, other text | to the best peer | CPU s |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- | ---: |",
     ]
     for build in run["builds"]:
         text, other = build["text"], build["other_text"]
@@ -119,10 +125,11 @@ def _pipeline_lines(run: Mapping[str, Any]) -> list[str]:
             _beside(text),
             f"{other['kl_nats']:.4f} ± {other['std_error']:.4f}",
             _beside(other),
+            "" if build["cpu_seconds"] is None else f"{build['cpu_seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in run["seconds"].items())
-    return [*lines, "", f"Time: {seconds} (0 s: found from an earlier run); load {run['load_1m']} when it began."]
+    peers = f"Peers: {', '.join(run['peers'])}. " if run["peers"] else ""
+    return [*lines, "", f"{peers}Load {run['load_1m']} when it began; times of a processor, of one core."]
 
 
 def _beside(found: Mapping[str, Any]) -> str:

@@ -125,17 +125,19 @@ def engines_dir(given: Path | str | None = None) -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "recompile" / "engines"
 
 
-def environment(name: str) -> Environment:
-    """Raises EngineError for a name that the table has not."""
+def environment(name: str | Environment) -> Environment:
+    """A row of the table by its name; a row that is given is itself. Raises EngineError for an unknown name."""
+    if isinstance(name, Environment):
+        return name
     if name not in ENVIRONMENTS:
         raise EngineError(f'"{name}": there is no environment of this name; known: {", ".join(ENVIRONMENTS)}')
     return ENVIRONMENTS[name]
 
 
-def status(name: str, folder: Path | str | None = None) -> EngineStatus:
+def status(name: str | Environment, folder: Path | str | None = None) -> EngineStatus:
     """Whether an environment is there, whole and of the versions that the table has."""
     row = environment(name)
-    path = engines_dir(folder) / name
+    path = engines_dir(folder) / row.name
     record = _record(path)
     if not path.exists():
         state = "not installed"
@@ -143,7 +145,7 @@ def status(name: str, folder: Path | str | None = None) -> EngineStatus:
         state = "half-made"
     else:
         state = "installed" if record.get("packages") == _asked(row) else "other versions"
-    return EngineStatus(name, row.package, row.version, state, str(path))
+    return EngineStatus(row.name, row.package, row.version, state, str(path))
 
 
 def statuses(folder: Path | str | None = None) -> tuple[EngineStatus, ...]:
@@ -151,13 +153,13 @@ def statuses(folder: Path | str | None = None) -> tuple[EngineStatus, ...]:
     return tuple(status(name, folder) for name in ENVIRONMENTS)
 
 
-def python_of(name: str, folder: Path | str | None = None) -> Path:
+def python_of(name: str | Environment, folder: Path | str | None = None) -> Path:
     """The Python of an installed environment. Raises EngineError that names the command where it is not whole."""
     found = status(name, folder)
     if found.state != "installed":
         raise EngineError(
-            f"{found.path}: {name} is {_told(found.state)}; run recompile engines install {name}, or name a Python "
-            f"that has it with {{library}}"
+            f"{found.path}: {found.name} is {_told(found.state)}; run recompile engines install {found.name}, or name "
+            f"a Python that has it with {{library}}"
         )
     return _python(Path(found.path))
 
@@ -193,7 +195,7 @@ def _record(path: Path) -> dict[str, Any] | None:
 # ---- making one ------------------------------------------------------------------------------------------------------
 
 
-def install(name: str, folder: Path | str | None = None, on_event: OnEvent = ignore) -> EngineStatus:
+def install(name: str | Environment, folder: Path | str | None = None, on_event: OnEvent = ignore) -> EngineStatus:
     """Make an environment, unless it is there; on_event: a Progress a package, and what pip says.
 
     Raises EngineError where the packages cannot be had, OutputError where the disk does not take them or another
@@ -204,7 +206,7 @@ def install(name: str, folder: Path | str | None = None, on_event: OnEvent = ign
     if found.state == "installed":
         return found
     path = Path(found.path)
-    lock = path.with_name(f".{name}.lock")
+    lock = path.with_name(f".{row.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
