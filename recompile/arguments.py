@@ -11,7 +11,7 @@ from collections.abc import Mapping
 # Every argument that a message may name: parameters of recompile.api and recompile.auto. Any other {word} is text.
 _ARGUMENTS = """
     activations active_bpw allow_unmatched asym attribute ban base base_logits batch_tokens bits cache_bits
-    cache_quant cache_sweep candidates card check chunks context converter dataset dense device divergence dry_run
+    cache_quant cache_sweep candidates card check chunks context dataset dense device divergence dry_run
     dtype embedding engine engine_top_k engines_dir force format free_experts gen_prompt grid group_size head
     head_bits imatrix importance independent input_ids iso keep learning_rate length level library match max_kl
     max_memory max_ppl_increase max_step maximum method minimum mode modifiers mtp out pairs pin png pool positions
