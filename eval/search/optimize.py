@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, RecompileError
-from recompile.events import Note, OnEvent, ignore
+from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import FORMATS, FormatSpec
 from recompile.formats.cache_types import parse_sweep
 from recompile.io.files import write_text
@@ -38,10 +39,11 @@ from recompile.optimize.choose import (
     limits_of,
     make_recipe,
     prepare_problem,
+    solve,
     tied_experts,
 )
 from recompile.optimize.engine_constraints import refusals
-from recompile.optimize.problem import prepare
+from recompile.optimize.problem import prepare, with_costs
 from recompile.optimize.solvers import SOLVERS, solver_named
 from recompile.optimize.start import read_start
 from recompile.recipe.recipe import dump_recipe
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from eval.search.kl_limit import MeasuredLimit
     from recompile.model.tokens import Rows
 
+WORTH_SAYING = 0.01  # of the KL, that twice as many rows would save
 REFINE_MINUTES = 10.0  # at most, where nobody asked for a solver
 
 
@@ -186,6 +189,7 @@ class _Optimization:
         budget = self._budget(start)
         held = self._hold(budget, self.on_event) if self._measures_limit(budget) else None
         chosen = choose(profile, budget, self.by_costs, self.rules) if held is None else held.choice
+        self._say_of_rows(budget)
         if SOLVERS[self.solver].runs_models:
             chosen = self._searched(chosen, start, held)
         if self.checkpoints is not None and not options.constraints and _is_made(profile):
@@ -351,6 +355,29 @@ class _Optimization:
         if chooses_start:
             search = better_start(search)
         return choice_of(profile, problem, SOLVERS[solver].load()(search), budget, solver)
+
+    def _say_of_rows(self, budget: Budget) -> None:
+        """Whether a profile of more rows would choose better, as far as the draws beside a sketched one tell."""
+        sketch = self._samples() if budget.has_primary and self.profile.header.method == "sketch" else None
+        if sketch is None:
+            return
+        from eval.profile.row_gain import gain_of_more_rows
+
+        profile, rules = self.profile, self.rules
+        problem = prepare(prepare_problem(profile, rules))
+
+        def choose_by(costs: Mapping[tuple[str, str], float]) -> Mapping[str, str]:
+            other = with_costs(problem, lambda group, option: fsum(costs[m, option.source] for m in group.members))
+            return solve(profile, other, budget, self.by_costs, rules).choice
+
+        gain = gain_of_more_rows(sketch, profile.header.row_tokens, choose_by)
+        if gain is None:
+            return
+        said = f"A profile of {2 * gain.rows} rows in place of {gain.rows} would choose a mix with about"
+        if gain.of_twice >= WORTH_SAYING:
+            self.on_event(Note(f"{said} {gain.of_twice:.1%} less KL.", ""))
+        else:
+            self.on_event(Said(f"{said} {WORTH_SAYING:.0%} less KL at most."))
 
     def _samples(self) -> Sketch | None:
         """Those beside a sketched profile, where there are any."""
