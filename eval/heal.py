@@ -35,7 +35,7 @@ from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import ArgumentError, CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
-from recompile.io.files import beside, parse_json, settle
+from recompile.io.files import beside, check_partial, parse_json, settle
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
 from recompile.io.schema import read_as
@@ -47,6 +47,7 @@ from recompile.model.used_rows import UsedRows, check_apart, recorded_rows
 from recompile.quantize.movable import Movable, MovedBuild, find_movables
 
 WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its last state
+JOURNAL = "journal.jsonl"
 STATE_KEY = "recompile_heal"  # of the state's metadata
 LEAST_TRAIN_ROWS = 4
 ROLES = {"train": "calibrate", "choose": "choose", "accept": "accept", "report": "report"}  # of a text or trace
@@ -427,7 +428,7 @@ class _Healing:
         its work folder, which is removed; None where there was no such run."""
         if not self.out.exists():
             return None
-        if not (self.work / "journal.jsonl").is_file():
+        if not (self.work / JOURNAL).is_file():
             with suppress(OSError):  # empty: killed at the very end
                 self.work.rmdir()
             return None
@@ -721,8 +722,9 @@ class _Healing:
 
     @contextmanager
     def _journal(self) -> Iterator[LineJournal]:
+        check_partial(self.work, JOURNAL)
         try:
-            with LineJournal(self.work / "journal.jsonl") as journal:
+            with LineJournal(self.work / JOURNAL) as journal:
                 yield journal
         finally:
             with suppress(OSError):  # unless something is in it

@@ -27,7 +27,7 @@ from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf, open_gguf
-from recompile.io.files import beside, check_outputs, copy_whole, locked, read_json, write_json
+from recompile.io.files import beside, check_outputs, check_partial, copy_whole, locked, read_json, write_json
 from recompile.model.rows import RowOptions
 from recompile.model.tokens import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
@@ -346,7 +346,7 @@ class _Auto:
         plan = self.plan()
         if plan.missing:
             raise ArgumentError("; ".join(plan.missing))
-        if not self.work.exists():
+        if not (self.work / STATE).exists():
             check_outputs({"the card": self.card, "the page": self.page}, [])
         if self._wants_tokenizer:  # before anything is made: where it cannot be had, the user gives a file
             path = tokenizer_file(self.base.path, lambda step, what: self.on_event(Said(f"tokenizer: {what}")))
@@ -562,6 +562,7 @@ class Stages:
         elif out.exists():
             raise OutputError(f"{out}: exists and was not made by model_auto; remove it, or choose another {{out}}")
         else:
+            check_partial(work, STATE)
             try:
                 work.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from recompile.costs import (
     open_journal,
 )
 from recompile.errors import JournalError, OutputError
-from recompile.io.files import sync_directory
+from recompile.io.files import partial_path, sync_directory
 from recompile.model.tokens import Rows
 
 FIRST_ROWS = 8
@@ -211,7 +210,7 @@ def publish(path: Path, folder: Path, rows: Rows, parts: Sequence[Profile], sket
         stores = [SweepStore(_path_of(folder, part), part.header) for part in parts]
         sweeps = min(store.count() for store in stores)
         profile = _publish_sweeps(path, header, stores, sweeps, sketch)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_path(path)
     try:
         partial.unlink(missing_ok=True)
         with open_journal(partial, header) as journal:
@@ -262,7 +261,8 @@ def _publish_sweeps(
     path: Path, header: ProfileHeader, stores: Sequence[SweepStore], sweeps: int, wanted: SketchOptions
 ) -> Profile:
     target = SweepStore(path, header)
-    shutil.rmtree(target.folder, ignore_errors=True)  # of fewer rows; all of it is in the blocks
+    for old in target.folder.glob("sweep-*.safetensors"):  # of fewer rows; all of it is in the blocks
+        old.unlink()
     for sweep in range(sweeps):
         target.save(sweep, join_rows([store.one(sweep) for store in stores]))
     return as_profile(header, target.load(sweeps), wanted)

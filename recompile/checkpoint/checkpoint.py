@@ -49,6 +49,7 @@ from recompile.gguf.names import (
     to_hf,
 )
 from recompile.gguf.values import join_one
+from recompile.io.files import PARTIAL_SUFFIX
 from recompile.io.files import read_json as read_json
 from recompile.io.printable import printable
 
@@ -545,7 +546,9 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         return open_gguf_checkpoint(inside)
     config_path = path / "config.json"
     if not config_path.exists():
-        what = "a directory half written by an earlier run" if label.endswith(".partial") else "not a model directory"
+        what = (
+            "a directory half written by an earlier run" if label.endswith(PARTIAL_SUFFIX) else "not a model directory"
+        )
         raise CheckpointError(f"{label}: {what}: it has no config.json")
     config = read_json(config_path)
     if not isinstance(config, dict):

@@ -2,7 +2,7 @@
 not at all, by one process at a time, and never in place of something of the user's.
 
     with write_atomically(path) as file: file.write(...)      one file
-    with OutputDirectory(path) as folder: ...; folder.finish()   a directory that grows in PATH.partial
+    with OutputDirectory(path) as folder: ...; folder.finish()   a directory that grows beside PATH
     with locked(path): ...                                    one process at a time; a second is told who is there
     check_outputs({"--json": json_path}, inputs=[model_dir])  before long work
     read_json(path), read_text(path), open_regular(path)      everything that is read
@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from recompile.errors import CheckpointError, OutputError, RecompileError
 
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".recompile-partial"  # of what is written and not whole yet: a name that nobody else has
 MARKER_NAME = ".recompile-partial"  # says that a directory is ours to delete
 MIB = 2**20
 # The largest file of a kind that is read whole. Honest ones are far below: the index of 135,459 tensors has 15 MB, a
@@ -200,7 +200,7 @@ def write_with(path: Path | str, write: Callable[[Path], object], *, error: Fail
 
 
 def _begin(path: Path | str, error: Failure) -> tuple[Path, int]:
-    """The file that `path` stands for, and the open `.partial` beside it, held alone; -1 where it is a device."""
+    """The file that `path` stands for, and the open unfinished one beside it, held alone; -1 where it is a device."""
     try:
         final = Path(os.path.realpath(path))
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -338,7 +338,7 @@ def _process(pid: int) -> str:
 
 
 class OutputDirectory:
-    """A directory that grows in OUT.partial, which holds a marker file of ours, and is renamed to OUT when whole.
+    """A directory that grows in `partial_path(OUT)`, with a marker file of ours, and is renamed to OUT when whole.
 
     As a `with` block: where it is left without `finish()`, nothing of it stays. Ours alone meanwhile (a lock on the
     marker); one that a killed run left is replaced.
@@ -369,7 +369,7 @@ class OutputDirectory:
         if self.out.is_dir() and any(self.out.iterdir()):
             self.discard()
             raise OutputError(finished_meanwhile(self.out))
-        self._empty()
+        empty(self.path, MARKER_NAME)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, b"An unfinished output of recompile. The next run with this output replaces it.\n")
 
@@ -385,15 +385,6 @@ class OutputDirectory:
                 if not left:
                     raise
         raise AssertionError("the last try returns or raises")
-
-    def _empty(self) -> None:
-        for path in self.path.iterdir():
-            if path.name == MARKER_NAME:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
     def finish(self) -> None:
         """Rename it to the output. The marker goes last: a directory without it is never taken for ours to delete."""
@@ -413,9 +404,7 @@ class OutputDirectory:
         """The marker, by which it is held, goes last: what another run then puts there is not ours to remove."""
         with suppress(OSError):
             if is_still(self.path / MARKER_NAME, self._marker):
-                self._empty()
-                (self.path / MARKER_NAME).unlink()
-                self.path.rmdir()
+                remove_partial(self.path, MARKER_NAME)
 
     def _close(self) -> None:
         if self._marker >= 0:
@@ -453,8 +442,9 @@ def beside(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)
 
 
-def check_partial(partial: Path) -> int:
-    """Bytes in an unfinished output of ours, which will be replaced. Raises OutputError if it is not ours."""
+def check_partial(partial: Path, mark: str = MARKER_NAME) -> int:
+    """Bytes in an unfinished directory of ours, which is replaced or taken up. mark: the file of ours in it, which is
+    made first and removed last. Raises OutputError where there is something, and not that file: it is another's."""
     try:
         names = None if partial.is_symlink() else os.listdir(partial)
     except FileNotFoundError:
@@ -463,12 +453,30 @@ def check_partial(partial: Path) -> int:
         if not os.path.lexists(partial):  # something above it is a file, which the caller says
             return 0
         names = None
-    if names is None or (names and MARKER_NAME not in names):
+    if names is None or (mark not in names and any(PARTIAL_SUFFIX not in name for name in names)):
         raise OutputError(
-            f"{partial}: exists and is not an unfinished output of recompile (no {MARKER_NAME} in it); "
+            f"{partial}: exists and is not an unfinished output of recompile (no {mark} in it); "
             f"move it away or choose another output"
         )
     return sum(_size_of(partial / name) for name in names)
+
+
+def empty(folder: Path, mark: str) -> None:
+    """Remove all that is in a directory of ours but its mark."""
+    for path in folder.iterdir():
+        if path.name == mark:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def remove_partial(folder: Path, mark: str) -> None:
+    """Remove an unfinished directory, its mark last: killed meanwhile, it is still known for ours."""
+    empty(folder, mark)
+    (folder / mark).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _size_of(path: Path) -> int:

@@ -59,6 +59,9 @@ class LineJournal:
         self._file, self._is_just_begun = file, False
         self._lines = raw.split(b"\n")
         self.torn_bytes = len(self._lines.pop())
+        if self.torn_bytes and not self._lines and not _is_torn_header(raw):
+            _close(file)
+            raise error(f"{path}: exists and is no journal of this tool; move it away, or choose another output")
         self._whole = len(raw) - self.torn_bytes
         if self.torn_bytes:
             kept = f"its {len(self._lines)} whole lines" if self._lines else "nothing"
@@ -127,6 +130,14 @@ class LineJournal:
             with suppress(OSError):
                 self.path.unlink()
         self.close()
+
+
+def _is_torn_header(raw: bytes) -> bool:
+    """Whether it can be the start of a header that a crash cut off, and nothing whole of another's."""
+    with suppress(ValueError):
+        json.loads(raw)
+        return False
+    return raw.startswith(b"{")
 
 
 def _close(file: IO[bytes] | None) -> None:

@@ -300,7 +300,7 @@ def _code_notes(base: Checkpoint, skipped: frozenset[str]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-UNFINISHED = re.compile(r"\.(partial|building|journal)\b")  # of a run that writes into the base's directory
+UNFINISHED = re.compile(r"\.((recompile-)?partial|building|journal)\b")  # of a run that writes into the base
 
 
 def other_files(directory: Path, skipped: frozenset[str] = REWRITTEN_FILES) -> tuple[Path, ...]:

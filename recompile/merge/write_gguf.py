@@ -31,7 +31,7 @@ from recompile.gguf.container import (
     lay_out,
     open_gguf,
 )
-from recompile.io.files import PARTIAL_SUFFIX, finished_meanwhile, is_still, open_locked, sync_directory
+from recompile.io.files import finished_meanwhile, is_still, open_locked, partial_path, sync_directory
 from recompile.merge.manifest import recipe_text
 from recompile.merge.overlay import Accounting, Overlay, Placement, account, quantizable
 from recompile.merge.write_plan import MB, Step
@@ -313,7 +313,7 @@ def execute_gguf(plan: GgufPlan, *, workers: int | None = None) -> Generator[Ste
     permission, the output exists by now) and CheckpointError (a source that ends early or changes meanwhile).
     """
     check_gguf_output(plan)
-    partials = [shard.path.with_name(shard.path.name + PARTIAL_SUFFIX) for shard in plan.shards]
+    partials = [partial_path(shard.path) for shard in plan.shards]
     try:
         with _Files(plan, partials) as files:  # holds the partials until they have their names
             hashes: dict[int, str] = {}

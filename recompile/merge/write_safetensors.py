@@ -3,7 +3,8 @@
 `plan_write` (plan_safetensors.py) decides everything and reads no tensor; `execute` carries the plan out and decides
 nothing. Tensors are copied byte for byte and hashed on the way; torch is imported only to decode.
 
-The output grows in `OUT.partial`, which holds a marker file of ours, is flushed to disk, and is then renamed to OUT.
+The output grows in a directory beside it, which holds a marker file of ours, is flushed to disk, and then gets
+its name.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ MAX_WORKERS = 4
 
 def check_output(overlay: Overlay, out: str | os.PathLike[str], needed_bytes: int = 0) -> None:
     """Raise OutputError if `out` cannot become the output: it is, holds or lies in an input (symbolic links followed),
-    it exists and is not empty, `out`.partial is another's, its place cannot be written to or has too little room."""
+    it exists and is not empty, the directory in which it grows is another's, its place cannot be written to or has too
+    little room."""
     label = os.fspath(out)
     real = Path(os.path.realpath(Path(out).expanduser()))
     if real.name.endswith(PARTIAL_SUFFIX):
@@ -88,7 +90,7 @@ def execute(plan: WritePlan, *, workers: int | None = None) -> Generator[Step, N
 
     workers: threads that copy and hash; default by the number of cores. Decoding runs in one.
 
-    If it fails, is interrupted or is abandoned, neither OUT nor OUT.partial is left. Raises OutputError (no room, no
+    If it fails, is interrupted or is abandoned, nothing of it is left. Raises OutputError (no room, no
     permission, the output exists by now) and CheckpointError (a source that ends early or changes meanwhile).
     """
     check_output(plan.overlay, plan.out, plan.needed_bytes)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recompile.errors import OutputError, RecompileError, UnsupportedError
+from recompile.io.files import partial_path
 
 ENGINES = ("exllamav2", "exllamav3")
 # exllamav3 keeps its converter in a module without a command line of its own.
@@ -91,14 +92,14 @@ def plan_engine(
         )
         for rate in bits:
             target = out_dir / f"{rate:g}bpw"
-            building = target.with_name(f"{target.name}.building")
+            building = partial_path(target)
             command = (*converter, "-o", str(work / f"{rate:g}"), "-m", str(measurement), "-b", f"{rate:g}")
             command += ("-hb", str(head_bits), *size, "-cf", str(building), "-nr")
             steps.append(EngineStep(f"{rate:g} bpw", command, target))
         return steps
     for rate in bits:
         target = out_dir / f"{rate:g}bpw"
-        building = target.with_name(f"{target.name}.building")
+        building = partial_path(target)
         command = (sys.executable, "-c", _EXL3_MAIN, "-i", str(base), "-w", str(work / f"{rate:g}"))
         command += ("-o", str(building), "-b", f"{rate:g}", "-hb", str(head_bits), "-cr", str(rows))
         command += ("-cc", str(length), "-d", device, "-cb", codebook)
@@ -115,7 +116,7 @@ def run_engine(steps: Sequence[EngineStep]) -> Iterator[EngineOutput]:
     for number, step in enumerate(steps):
         if step.made.exists():
             continue
-        building = step.made.with_name(f"{step.made.name}.building")
+        building = partial_path(step.made)
         try:
             step.made.parent.mkdir(parents=True, exist_ok=True)
             for flag in ("-o", "-w"):

@@ -213,6 +213,10 @@ class _Journal:
         if made is not None and not lines:  # another run renamed it since it was looked for
             self.path.unlink(missing_ok=True)
             raise OutputError(finished_meanwhile(made))
+        taken = next((path for path in self.partials if os.path.lexists(path)), None)
+        if taken is not None and not lines:  # ours are made after the header
+            self.path.unlink(missing_ok=True)
+            raise OutputError(f"{taken}: exists and is no unfinished file of this tool; move it away")
         if lines and lines[0] != settings:
             same = isinstance(lines[0], dict) and lines[0].get("base") == settings["base"]
             why = "with other settings" if same else "of another base (or its config or tensors were changed since)"
@@ -227,13 +231,13 @@ class _Journal:
         if all(place.exists() for place in places):
             self.made = [self._entries(number, line) for number, line in enumerate(lines[1:], start=2)]
         fresh = not self.made
+        if fresh:
+            self._journal.begin(settings)
         for place, variant in zip(places, self.plan.variants, strict=True):
             flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0)
             self.files.append(os.open(place, flags, 0o666))
             os.ftruncate(self.files[-1], variant.layout.size_bytes)
             _write_at(self.files[-1], variant.layout.header, 0)
-        if fresh:
-            self._journal.begin(settings)
 
     def _entries(self, number: int, line: Any) -> list[Made]:
         """A line: what was made of one tensor for every variant."""

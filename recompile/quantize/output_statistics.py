@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from recompile.quantize.two_sided import OutputStatistics
 ABOUT = "statistics.json"
 VERSION = 1
 SHARES = ("fit", "held_out")
+_LAYER_FILE = re.compile(r"layer-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def open_statistics(path: Path) -> StoredStatistics | None:
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file; statistics are kept in a directory of their own")
     if not about.exists():
-        if any(child.suffix not in (".safetensors", PARTIAL_SUFFIX) for child in path.iterdir()):
+        if not all(_LAYER_FILE.fullmatch(child.name) or PARTIAL_SUFFIX in child.name for child in path.iterdir()):
             raise CheckpointError(
                 f"{path}: holds no {ABOUT}, and other files; statistics need a directory of their own"
             )

@@ -32,7 +32,7 @@ from recompile.checkpoint.safetensors_files import read_safetensors_header, read
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders
-from recompile.io.files import PARTIAL_SUFFIX, finished_meanwhile, locked, settle, write_json, write_text
+from recompile.io.files import check_partial, finished_meanwhile, locked, remove_partial, settle, write_json, write_text
 from recompile.io.tensors import save_tensors
 from recompile.merge.configs import is_linear
 from recompile.merge.left_dense import left_dense
@@ -53,7 +53,7 @@ from recompile.quantize.smoothing_scales import powers_of_two, scaled_statistics
 
 JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant is made whole
 REPORT = "quantize_report.json"
-BUILDING_SUFFIX = ".building"  # not write.py's ".partial", which the last step uses
+BUILDING_SUFFIX = ".building"
 BATCH_TOKENS = 2048
 DEFAULT_DENSE = Dense()
 
@@ -300,12 +300,11 @@ class _Build:
         try:
             done = [len(self.stages)]
             for final, partial in zip(self.finals, self.partials, strict=True):
+                check_partial(partial, JOURNAL)
                 if final.exists():
                     continue
                 journal = partial / JOURNAL
                 if not journal.exists():
-                    if partial.exists() and any(PARTIAL_SUFFIX not in path.name for path in partial.iterdir()):
-                        raise OutputError(f"{partial}: is not an unfinished build of this tool; remove it")
                     partial.mkdir(parents=True, exist_ok=True)
                     self._held.enter_context(locked(partial, final))
                     if final.exists():  # another run renamed it since it was looked for
@@ -637,7 +636,7 @@ class _Build:
         partial, final = self.partials[variant], self.finals[variant]
         if final.exists():
             if partial.exists():  # killed while it was being removed
-                shutil.rmtree(partial)
+                remove_partial(partial, JOURNAL)
             return _read_report(final / REPORT)
         in_layers = {*self.in_layers, *self.outside}
         reports = self.reports[variant]
@@ -674,7 +673,7 @@ class _Build:
         built = replace(open_checkpoint(partial), label=str(final))
         for _ in execute(plan_write(build_overlay(built, None), final, self.shard_mb)):
             pass
-        shutil.rmtree(partial)
+        remove_partial(partial, JOURNAL)
         return report
 
 

@@ -205,9 +205,9 @@ def test_what_is_no_model_directory(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty: not a model directory: it has no config\.json"):
         open_checkpoint(tmp_path / "empty")
-    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.recompile-partial").mkdir()
     with pytest.raises(CheckpointError, match="half written by an earlier run"):
-        open_checkpoint(tmp_path / "out.partial")
+        open_checkpoint(tmp_path / "out.recompile-partial")
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,16 @@ def test_what_is_missing_is_said_first(
     assert not (tmp_path / "mix.work").exists()
 
 
+def test_a_work_folder_of_the_user_is_left_alone(text: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mix.work" / "profile.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4.3, "--candidates", "3,4", "-g", GROUP)
+    assert result.exit_code == 1
+    assert "mix.work: exists and is not an unfinished output" in " ".join(result.output.split())
+    assert [path.read_text() for path in mine.parent.iterdir()] == ["mine"]
+
+
 def test_variants_are_merged(text: Path, tmp_path: Path) -> None:
     found, out = tiny.variants("llama-2", (3, 4, 6)), tmp_path / "mix"
     made(

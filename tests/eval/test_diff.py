@@ -257,7 +257,7 @@ def test_logits_are_saved(tmp_path: Path) -> None:
     wanted = tiny.plain_logits(tiny.plain_model(base.path), ids, 2)
     torch.testing.assert_close(saved["b"], wanted, rtol=1e-5, atol=1e-5)  # the head ran on chunks of 256 tokens
     assert float(tiny.plain_kl(saved["b"], saved["a"]).mean()) == pytest.approx(report.kl.mean, abs=1e-6)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.recompile-partial"))
 
 
 def test_logits_that_cannot_be_saved_are_one_error(tmp_path: Path) -> None:

@@ -340,6 +340,15 @@ def test_killed_between_the_name_of_the_output_and_the_end_of_its_work(
     assert (tmp_path / "H.healing").exists()
 
 
+def test_a_work_folder_of_the_user_is_left_alone(stopped: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    mine = tmp_path / "H.healing" / "state.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(OutputError, match=r"H\.healing: exists and is not an unfinished output"):
+        list(heal(stopped[0], open_checkpoint(tiny.base("llama")), tmp_path / "H", make_rows(), OPTIONS))
+    assert os.listdir(mine.parent) == ["state.txt"]
+
+
 def damaged(**changed: object) -> Callable[[Path], None]:
     def write(work: Path) -> None:
         state = work / "state.safetensors"

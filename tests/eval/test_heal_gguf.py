@@ -172,7 +172,7 @@ def test_what_is_written_is_what_was_measured(kind: str, architecture: str, tmp_
     assert json.loads(healed.file.value(HEAL_KEY))["best_step"] == report.best_step
     assert [(used.role, used.documents) for _, used in recorded_rows([out])] == [("calibrate", ("a", "b"))]
     assert not list(tmp_path.glob("*.healing"))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.recompile-partial"))
 
 
 def test_the_name_of_the_output_is_that_of_a_gguf_file(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(name: str, inputs: Pat
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert found[key] == value, key
-    left = [path.name for path in folder.iterdir() if path.name.endswith((".partial", ".building"))]
+    left = [path.name for path in folder.iterdir() if path.name.endswith((".recompile-partial", ".building"))]
     assert left == []
 
 

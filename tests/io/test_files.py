@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_library_that_wants_a_name(tmp_path: Path) -> None:
-    (tmp_path / "a.partial.svg").write_text("left by a run that was killed")
+    (tmp_path / "a.recompile-partial.svg").write_text("left by a run that was killed")
     write_with(tmp_path / "a.svg", lambda name: name.write_text("drawn"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
     assert (tmp_path / "a.svg").read_text() == "drawn"
@@ -183,7 +183,7 @@ def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
     with OutputDirectory(tmp_path / "other") as folder:
         (folder / "file").write_text("x")
     assert not (tmp_path / "other").exists()
-    assert not (tmp_path / "other.partial").exists()
+    assert not (tmp_path / "other.recompile-partial").exists()
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -22,7 +22,7 @@ def test_exllamav2_measures_once_and_reuses_it(tmp_path: Path) -> None:
         assert command[command.index("-m", 4) + 1] == measurement
         assert command[command.index("-b") + 1] == bits
         assert command[command.index("-hb") + 1] == "6"
-        assert command[command.index("-cf") + 1].endswith(f"{bits}bpw.building")
+        assert command[command.index("-cf") + 1].endswith(f"{bits}bpw.recompile-partial")
 
 
 def test_exllamav3_gets_its_own_flags(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_exllamav3_gets_its_own_flags(tmp_path: Path) -> None:
     assert flags["-b"] == "3"
     assert flags["-d"] == "1"
     assert flags["-cb"] == "mcg"
-    assert flags["-o"].endswith("3bpw.building")
+    assert flags["-o"].endswith("3bpw.recompile-partial")
 
 
 def test_without_cuda_the_flag_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def _step(made: Path, code: str) -> EngineStep:
 
 def test_a_variant_gets_its_name_when_the_converter_ended_well(tmp_path: Path) -> None:
     made = tmp_path / "4bpw"
-    code = f"import os; os.makedirs({str(made) + '.building'!r}); print('half way')"
+    code = f"import os; os.makedirs({str(made) + '.recompile-partial'!r}); print('half way')"
     lines = [output.line for output in run_engine([_step(made, code)])]
     assert lines == ["half way"]
     assert made.is_dir()
@@ -56,7 +56,7 @@ def test_a_variant_gets_its_name_when_the_converter_ended_well(tmp_path: Path) -
 
 def test_a_converter_that_fails_leaves_no_variant(tmp_path: Path) -> None:
     made = tmp_path / "4bpw"
-    code = f"import os; os.makedirs({str(made) + '.building'!r}); print('out of memory'); raise SystemExit(3)"
+    code = f"import os; os.makedirs({str(made) + '.recompile-partial'!r}); print('out of memory'); raise SystemExit(3)"
     with pytest.raises(RecompileError, match="status 3") as caught:
         list(run_engine([_step(made, code)]))
     assert "out of memory" in str(caught.value)

@@ -56,7 +56,7 @@ def test_the_base_file_is_made_once(base: Path, tmp_path: Path, monkeypatch: pyt
     assert made.read_bytes() == model.read_bytes()
     assert said == ["installing the converter", "running it", "model-BASE.gguf"]
     calls = (command.parent / "calls").read_text()
-    assert f"['{base}', '--outfile', '{made}.partial', '--outtype', 'auto']" in calls
+    assert f"['{base}', '--outfile', '{made}.recompile-partial', '--outtype', 'auto']" in calls
     assert "/of/this/process" not in calls, "another PYTHONPATH would hide the converter's own gguf package"
     assert gguf_convert.convert(base, tmp_path / "out") == made
     assert (command.parent / "calls").read_text() == calls

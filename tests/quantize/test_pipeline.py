@@ -450,12 +450,12 @@ def test_killed_while_variants_are_put_together_it_goes_on(
 
 
 def test_killed_while_the_stages_are_removed_it_goes_on(whole: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(path: Path) -> None:
+    def stop(path: Path, mark: str) -> None:
         next(path.glob("*.safetensors")).unlink()
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.shutil, "rmtree", stop)
+        patch.setattr(pipeline, "remove_partial", stop)
         with pytest.raises(Killed):
             build()
     build()
@@ -498,7 +498,7 @@ def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
         run(tiny.base("llama-2"), tmp_path, IntEncoder((3,), 32))
     (tmp_path / "4bpw.building").mkdir()
     (tmp_path / "4bpw.building" / "precious").write_text("mine")
-    with pytest.raises(OutputError, match="not an unfinished build"):
+    with pytest.raises(OutputError, match="not an unfinished output"):
         run(tiny.base("llama-2"), tmp_path, IntEncoder((4,), 32))
     assert (tmp_path / "3bpw" / "precious").read_text() == (tmp_path / "4bpw.building" / "precious").read_text()
 

@@ -77,7 +77,7 @@ def test_other_files_come_from_the_base(tmp_path: Path) -> None:
     kept = ["tokenizer.json", "LICENSE", "modeling_x.py", "chat_template.jinja", "vocab.txt"]
     dropped = ["pytorch_model.bin", "a.gguf", "b.pth", "c.pt", "quantize_config.json", ".hidden", MANIFEST_NAME]
     dropped += ["model.safetensors.index.json.bak.gguf", "pytorch_model.bin.index.json", "quantization_config.json"]
-    dropped += ["a-Q4_0.gguf.building", "a-Q4_0.building.jsonl", "b.gguf.partial", "t.safetensors.journal"]
+    dropped += ["a-Q4_0.gguf.building", "a-Q4_0.building.jsonl", "b.gguf.recompile-partial", "t.safetensors.journal"]
     for name in kept + dropped:
         (base / name).write_text(f"this is {name}" if name != "tokenizer.json" else '{"model": {"vocab": {"a": 0}}}')
     (base / "subdir").mkdir()

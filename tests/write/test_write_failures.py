@@ -39,7 +39,7 @@ def test_outputs_that_touch_an_input_are_refused(mix: tuple[Path, Path], tmp_pat
         (tmp_path / "3bpw" / "mix", "lies inside the input directory"),
         (tmp_path / "link" / "deeper" / "mix", "lies inside the input directory"),
         (tmp_path, "holds the input directory"),
-        (tmp_path / "mix.partial", "names ending in .partial"),
+        (tmp_path / "mix.recompile-partial", "names ending in .recompile-partial"),
         (mix[1], "is a file"),
         (mix[1] / "mix", "is a file"),
     ):
@@ -50,8 +50,8 @@ def test_outputs_that_touch_an_input_are_refused(mix: tuple[Path, Path], tmp_pat
 
 
 def test_an_input_may_not_lie_in_the_partial_directory(tmp_path: Path) -> None:
-    base = mixes.dense(tmp_path / "out.partial")
-    with pytest.raises(OutputError, match=r"out\.partial: is the input directory"):
+    base = mixes.dense(tmp_path / "out.recompile-partial")
+    with pytest.raises(OutputError, match=r"out\.recompile-partial: is the input directory"):
         check_output(overlay_of(base), tmp_path / "out")
 
 
@@ -87,10 +87,10 @@ def test_a_place_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_partial_directory_of_another_is_left_alone(tmp_path: Path) -> None:
     overlay = overlay_of(mixes.dense(tmp_path / "base"))
-    partial = tmp_path / "out.partial"
+    partial = tmp_path / "out.recompile-partial"
     partial.mkdir()
     (partial / "precious").write_text("mine")
-    with pytest.raises(OutputError, match=r"out\.partial: exists and is not an unfinished output"):
+    with pytest.raises(OutputError, match=r"out\.recompile-partial: exists and is not an unfinished output"):
         list(execute(plan_write(overlay, tmp_path / "out")))
     assert (partial / "precious").read_text() == "mine"
     assert not (tmp_path / "out").exists()
@@ -98,7 +98,7 @@ def test_a_partial_directory_of_another_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_partial_directory_of_ours_is_replaced(tmp_path: Path) -> None:
     overlay = overlay_of(mixes.dense(tmp_path / "base"))
-    partial = tmp_path / "out.partial"
+    partial = tmp_path / "out.recompile-partial"
     partial.mkdir()
     (partial / MARKER_NAME).write_text("")
     (partial / "model-00001-of-00009.safetensors").write_text("half")
@@ -133,7 +133,7 @@ def test_abandoned_runs_leave_nothing(tmp_path: Path) -> None:
     overlay = overlay_of(mixes.dense(tmp_path / "base"))
     steps = execute(plan_write(overlay, tmp_path / "out"))
     next(steps)
-    assert (tmp_path / "out.partial" / MARKER_NAME).exists()
+    assert (tmp_path / "out.recompile-partial" / MARKER_NAME).exists()
     steps.close()
     nothing_left(tmp_path, "base")
 
@@ -264,7 +264,7 @@ def test_values_beyond_the_dense_dtype(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"up_proj\.weight has values beyond the range of F16"):
         list(execute(plan_write(overlay, tmp_path / "out", dense=True)))
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.recompile-partial").exists()
 
 
 KILLED = """
@@ -284,8 +284,8 @@ def test_killed_runs_are_cleaned_up_by_the_next(tmp_path: Path) -> None:
     base, out = mixes.dense(tmp_path / "base"), tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, base, out], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    nothing_left(tmp_path, "base", "out.partial")
+    nothing_left(tmp_path, "base", "out.recompile-partial")
     with pytest.raises(CheckpointError, match="half written by an earlier run"):
-        open_checkpoint(tmp_path / "out.partial")
+        open_checkpoint(tmp_path / "out.recompile-partial")
     assert bytes_of(written(overlay_of(base), out).path) == bytes_of(base)
     nothing_left(tmp_path, "base", "out")

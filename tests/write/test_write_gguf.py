@@ -48,7 +48,7 @@ def test_tensors_and_keys_are_byte_for_byte(tmp_path: Path) -> None:
     assert "blk.0.*" in out.value("recompile.recipe")
     assert set(check_hashes(tmp_path / "mix.gguf").values()) == {True}  # type: ignore[union-attr]
     assert verify_gguf(plan).ok
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.recompile-partial"))
 
 
 def test_a_mix_is_what_its_overlay_says(tmp_path: Path) -> None:
