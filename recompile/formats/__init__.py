@@ -90,6 +90,7 @@ class FormatSpec:
     engine:   the one engine that loads it; None: general ones, by the rules of merge/engine_rules.py
     names_method: config.json's quant_method is the format's own name
     config_is_read: whether its engine reads quantization_config at all
+    scales:   part -> dtypes that it may have, of the parts that codes are multiplied by
     levels:   the numbers that its codes stand for, of quantize/float_grids.py; None: integers of any width, or its own
     is_made:  `quantize` makes variants of it by its name
     lazily:   how candidates of it are made in memory: by its "encoder", or as "noise" of the encoder's size; None: not
@@ -116,6 +117,7 @@ class FormatSpec:
     merge: str | None = None
     names_method: bool = False
     config_is_read: bool = True
+    scales: Mapping[str, frozenset[str]] = field(default_factory=dict)
     levels: str | None = None
     is_made: bool = False
     lazily: str | None = None
@@ -197,6 +199,8 @@ _INT32 = frozenset({"I32"})
 _UINT8 = frozenset({"U8"})
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _EXPONENTS = frozenset({"U8", "F8_E8M0"})  # MX scales: powers of two
+_FLOATS = FLOAT_DTYPES - {"F64"}  # what readers and engines take as factors
+_E4M3 = frozenset({"F8_E4M3"})
 COMPRESSED = "compressed-tensors"  # a family of formats: what `quantize` makes where no other is asked for
 _COMPRESSED_TENSORS = {COMPRESSED: "compressed_tensors"}
 _FP8_READERS = {"fp8": "fp8", "modelopt": "fp8", "fbgemm_fp8": "fp8"}
@@ -244,6 +248,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight_packed", _INT32),
             "packed_int",
             lambda parts: None,  # in_features stands in the tensor weight_shape
+            scales={"weight_scale": _FLOATS},
             readers=_COMPRESSED_TENSORS,
         ),
         FormatSpec(
@@ -252,6 +257,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight_packed", _UINT8),
             "fp4",
             _nvfp4_shape,
+            scales={"weight_scale": _E4M3, "weight_global_scale": _FLOATS},
             readers=_COMPRESSED_TENSORS,
             levels="e2m1",
         ),
@@ -261,6 +267,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight", _UINT8),
             "fp4",
             _modelopt_nvfp4_shape,
+            scales={"weight_scale": _E4M3, "weight_scale_2": _FLOATS},
             readers={"modelopt": "fp4"},
         ),
         FormatSpec(
@@ -269,6 +276,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight_packed", _UINT8),
             "mx",
             _mxfp6_shape,
+            scales={"weight_scale": _EXPONENTS},
             when=lambda parts: _bytes_per_scale(parts) == 24,  # 32 codes of 6 bits; mxfp4 has 16 bytes
             readers=_COMPRESSED_TENSORS,
             levels="e2m3",
@@ -279,6 +287,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight_packed", _UINT8),
             "mx",
             _nvfp4_shape,
+            scales={"weight_scale": _EXPONENTS},
             readers=_COMPRESSED_TENSORS | {"mxfp4": "mx"},
             levels="e2m1",
         ),
@@ -298,6 +307,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight", _FP8),
             "fp8",
             _weight_shape,
+            scales={"weight_scale_inv": _FLOATS | {"F8_E8M0"}},
             readers=_FP8_READERS,
         ),
         FormatSpec(
@@ -306,6 +316,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight", _FP8),
             "fp8",
             _weight_shape,
+            scales={"weight_scale": _FLOATS},
             readers=_COMPRESSED_TENSORS | _FP8_READERS,
             levels="e4m3",
         ),
@@ -315,6 +326,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("weight", frozenset({"I8"})),
             "int_plain",
             _weight_shape,
+            scales={"weight_scale": _FLOATS},
             readers=_COMPRESSED_TENSORS,
             levels="int8",
         ),
@@ -324,6 +336,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("qweight", _INT32),
             "gptq",
             _gptq_shape,
+            scales={"scales": _FLOATS},
             when=lambda parts: parts["qweight"].shape[-1:] == parts["scales"].shape[-1:],  # AWQ packs these columns
             readers={"gptq": "gptq", "auto-round": "auto_round", "intel/auto-round": "auto_round", "awq": "awq"},
         ),
@@ -333,6 +346,7 @@ FORMATS: dict[str, FormatSpec] = {
             ("qweight", frozenset({"I32", "I16"})),  # int16: a layout that is refused by name
             "awq",
             _awq_shape,
+            scales={"scales": _FLOATS},
             readers={"awq": "awq", "auto-round": "auto_round", "intel/auto-round": "auto_round", "gptq": "gptq"},
         ),
         FormatSpec(

@@ -81,6 +81,12 @@ def _general_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
         yield Problem("config.json", f"quant_method is {method!r}, and {families[family]} is stored as {family}")
     elif not families and method is not None:
         yield Problem("config.json", f"has a quantization_config ({method}), and no module is stored quantized")
+    for module in checkpoint.modules.values():
+        for part, dtypes in FORMATS[module.format].scales.items():
+            info = module.parts.get(part)
+            if info is not None and info.dtype not in dtypes:
+                wanted = " or ".join(sorted(dtypes))
+                yield Problem(info.name, f"is {info.dtype}, wanted {wanted}, as {module.format} has it")
     yield from _head_problems(checkpoint)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.packed_int import IntScheme, pack
+from recompile.merge.check import check_checkpoint
 from tests import tiny
 from tests.formats.packers import pack_awq, pack_gptq
 
@@ -292,6 +293,23 @@ def test_planned_shapes_are_those_of_the_weights(tmp_path: Path) -> None:
             assert module.shape == wanted[name].shape
             stored = sum(info.size_bytes for info in module.parts.values())
             assert module.bits_per_weight == 8 * stored / math.prod(wanted[name].shape or (module.numel,))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scales_of_another_dtype_are_found_by_check(name: str, tmp_path: Path) -> None:
+    packer, quantization = CASES[name]
+    one = "model.layers.0.mlp.up_proj"
+    packed, _ = write_pair(
+        tiny.base("llama-2"), tmp_path, lambda module: packer if module == one else None, quantization
+    )
+    assert not [found for found in check_checkpoint(packed) if ", wanted " in str(found)]
+    whole = load_file(packed / "model.safetensors")
+    scales = [tensor for tensor in whole if tensor.startswith(f"{one}.") and "scale" in tensor.rpartition(".")[2]]
+    assert scales
+    for tensor in scales:
+        save_file({**whole, tensor: torch.ones(whole[tensor].shape, dtype=torch.int32)}, packed / "model.safetensors")
+        said = [str(found) for found in check_checkpoint(packed) if found.severity == "error"]
+        assert any(line.startswith(f"{tensor}: is I32, wanted ") for line in said), said
 
 
 def test_several_schemes_in_one_checkpoint(tmp_path: Path) -> None:
