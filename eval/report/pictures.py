@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +65,23 @@ def pictures(data: ReportData) -> list[Picture]:
     return found
 
 
+def check_drawing() -> None:
+    """Raises RecompileError without matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise RecompileError("matplotlib, which draws the pictures, is missing: pip install 'recompile[report]'")
+
+
 def write_pictures(data: ReportData, directory: Path, kind: str) -> list[Path]:
     """Draw every picture into a directory, made if need be; kind: "png" or "svg". Returns the files.
 
     Raises RecompileError without matplotlib, OutputError where a file cannot be written.
     """
     assert kind in KINDS
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RecompileError(
-            "matplotlib, which draws the pictures, is missing: pip install 'recompile[report]'"
-        ) from error
+    check_drawing()
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     written = []
     # text stays text, and the same data gives the same bytes; "$" in a name is no formula
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "recompile", "text.parse_math": False, "font.size": 10}

@@ -25,25 +25,35 @@ class ReportRequest:
     card: Path | None = None  # Markdown; "-": only returned
     title: str | None = None
     bits: float | None = None  # bits per weight that the page opens with
-    force: bool = False  # replace pictures that this tool did not make
+    force: bool = False  # replace files that this tool did not make
 
 
 def write_report(profile: Path, request: ReportRequest, on_event: OnEvent = ignore) -> str | None:
-    """Write the files that are asked for; returns the text of the card, where one is. Nothing is written where an
-    output is an input. Raises JournalError, OutputError, RecompileError."""
+    """Write the files that are asked for; returns the text of the card, where one is. Nothing is written where
+    one of them may or can not be. Raises JournalError, OutputError, RecompileError."""
     pictured = {kind: folder for kind, folder in (("png", request.png), ("svg", request.svg)) if folder is not None}
     if request.out is None and request.card is None and not pictured:
         raise ArgumentError("nothing to write: give {out} report.html, {png} DIR, {svg} DIR or {card} FILE")
     data = gather(profile, request.reports, request.variants, request.recipes, request.title, request.bits)
     for note in data.notes:
         on_event(Note(note, "Warning"))
+    outputs: list[dict[str, Path | None]] = [{"{out}": request.out, "{card}": request.card}]
     if pictured:
-        from eval.report.pictures import pictures, write_pictures
+        from eval.report.pictures import check_drawing, pictures, write_pictures
 
-        inputs = [profile, *request.reports, *request.variants, *request.recipes]
-        for picture in pictures(data):
-            files = {f"{{{kind}}}": folder / f"{picture.name}.{kind}" for kind, folder in pictured.items()}
-            check_outputs(files, inputs, force=request.force)
+        check_drawing()
+        outputs = [
+            outputs[0] | {f"{{{kind}}}": folder / f"{picture.name}.{kind}" for kind, folder in pictured.items()}
+            for picture in pictures(data)
+        ]
+    inputs = [profile, *request.reports, *request.variants, *request.recipes]
+    for files in outputs:
+        check_outputs(files, inputs, force=request.force)
+    text = None
+    if request.card is not None:
+        from eval.report.card import card
+
+        text = card(data)
     if request.out is not None:
         from eval.report.page import render
 
@@ -52,12 +62,7 @@ def write_report(profile: Path, request: ReportRequest, on_event: OnEvent = igno
     for kind, folder in pictured.items():
         for path in write_pictures(data, folder, kind):
             on_event(Said(f"Wrote {path}"))
-    if request.card is None:
-        return None
-    from eval.report.card import card
-
-    text = card(data)
-    if str(request.card) != "-":
+    if text is not None and request.card is not None and str(request.card) != "-":
         write_text(request.card, text)
         on_event(Said(f"Wrote {request.card}"))
     return text

@@ -238,7 +238,7 @@ def report(
 
     reports: JSON files of `diff` and `optimize`, as the commands write them; variants: builds to list with their sizes;
     recipes: override files to show; out: the page; png, svg: directories of pictures; card: Markdown, "-" only
-    returns it; title: of the page; bits: that it opens with, bits per weight; force: replace pictures that this tool
+    returns it; title: of the page; bits: that it opens with, bits per weight; force: replace files that this tool
     did not make
 
     Returns the text of the card, where one is asked for. Raises JournalError for an unfinished profile, OutputError.

@@ -544,6 +544,13 @@ def check_outputs(
             raise OutputError(
                 f"{argument} {path}: is an input ({read[found]}), which is never written over; choose another"
             )
+        _check_place(f"{argument} {path}", Path(real))
+        inside = next((other for other in taken if real.startswith(other + "/") or other.startswith(real + "/")), None)
+        if inside is not None:
+            raise OutputError(
+                f"{argument} {path}: one of it and {inside}, which {taken[inside]} writes, would be a file and a "
+                f"directory at once; choose another file"
+            )
         folder = next((name for name in read if os.path.isdir(name) and real.startswith(name.rstrip("/") + "/")), None)
         if not os.path.isfile(real):
             continue
@@ -556,6 +563,21 @@ def check_outputs(
                 f"{argument} {path}: exists, and this tool did not make it; choose another file, or give {{force}} to "
                 f"replace it"
             )
+
+
+def _check_place(said: str, real: Path) -> None:
+    """Raise OutputError where no file can be made or replaced at `real`. A device is written to as it is."""
+    if real.exists() and not real.is_file():
+        return
+    try:
+        os.lstat(partial_path(real))
+    except FileNotFoundError:
+        pass
+    except OSError as failed:  # a file where a directory is wanted, a name too long, no permission to look
+        raise OutputError(f"{said}: cannot be written: {failed.strerror}; choose another file") from failed
+    folder = next(parent for parent in real.parents if parent.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{said}: cannot be written: no permission to write in {folder}; choose another file")
 
 
 def _is_same(one: str, other: str) -> bool:

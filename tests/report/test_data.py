@@ -6,6 +6,7 @@ import base64
 import gzip
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -322,6 +323,36 @@ def test_pictures_and_card(profile: Path, tmp_path: Path) -> None:
     data = gather(profile, [diff], start_bpw=3.5)
     choice = choice_of(recipe, data.profile, "3")
     assert data.bpw(data.bits_of(choice)) <= 3.5
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--card", "mine/card.md"), "--card mine/card.md: cannot be written: Not a directory"),
+        (("--card", "."), "--card .: cannot be written: is a directory"),
+        (("--card", "c" * 250), "cannot be written: File name too long"),
+        (("--png", "mine"), "--png mine/frontier.png: cannot be written: Not a directory"),
+        (("--svg", "mine/deep"), "--svg mine/deep/frontier.svg: cannot be written: Not a directory"),
+        (("--svg", "page.html"), "would be a file and a directory at once"),
+        (("--card", "locked/card.md"), "no permission to write in .*locked"),
+        (("--png", "locked/png"), "no permission to write in .*locked"),
+    ],
+)
+def test_all_outputs_are_looked_at_before_any_is_written(
+    more: tuple[str, ...], says: str, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the pictures need matplotlib (extra: report)")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "locked").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and allowed(path, mode))
+    found = CliRunner().invoke(main, [str(profile), "-o", "page.html", *more])
+    assert found.exit_code == 1
+    assert re.search(says, " ".join(found.output.split())), found.output
+    assert sorted(os.listdir()) == ["locked", "mine"]
+    assert os.listdir("locked") == []
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_the_card_pairs_builds_and_shows_what_reports_have(profile: Path, tmp_path: Path) -> None:
