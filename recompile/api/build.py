@@ -148,7 +148,6 @@ def heal(
     length: int = 512,
     text: PathLike | None = None,
     dataset: str | None = None,
-    input_ids: PathLike | None = None,
     trace: PathLike | None = None,
     positions: str = "response",
     device: str = "cpu",
@@ -179,7 +178,7 @@ def heal(
         dtype=compute_dtype(dtype),
         max_memory_bytes=size_bytes(max_memory),
     )
-    where = RowOptions(rows, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions)
+    where = RowOptions(rows, length, as_path(text), dataset, None, as_path(trace), positions)
     return heal_build(Path(build), Path(base), Path(out), where, options, on_event or ignore)
 
 

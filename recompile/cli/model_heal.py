@@ -21,7 +21,7 @@ from recompile.cli.options import (
 from recompile.cli.render_heal import describe_heal
 
 
-@command("model_heal", outputs={"--json": "json_path"}, inputs=("build", "base", "text", "input_ids", "trace"))
+@command("model_heal", outputs={"--json": "json_path"}, inputs=("build", "base", "text", "trace"))
 @in_dir_option("build", "The finished build: a variant or a mix.")
 @model_b_option("base", "The unquantized base that it was made of.")
 @out_dir_option("Where the healed build goes.")
@@ -34,7 +34,7 @@ from recompile.cli.render_heal import describe_heal
 )
 @click.option("--batch-tokens", default=1024, help="Tokens a step.")
 @max_memory_option()
-@text_options(rows=16, length=512)
+@text_options(rows=16, length=512, ids=False)
 @trace_options
 @device_options
 @output_options

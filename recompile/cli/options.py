@@ -68,9 +68,9 @@ def text_file_options(says: str = "A UTF-8 text file in place of the default tex
     )
 
 
-def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = False) -> Option:
+def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = False, ids: bool = True) -> Option:
     """`-r -l --text --dataset --input-ids`: where token rows come from; `auto`: -r auto is a choice, and nothing given
-    is None; `unset`: nothing given is None."""
+    is None; `unset`: nothing given is None; `ids`: whether --input-ids is one."""
     row_type: Any = RowCount() if auto else int
     row_help = "Rows of tokens; auto: as many as --rtol asks for." if auto else "Rows of tokens."
     default = None if auto or unset else rows
@@ -79,7 +79,7 @@ def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = Fa
         click.option("-r", "--rows", type=row_type, default=default, show_default=str(rows), help=row_help),
         click.option("-l", "--length", default=length, help="Tokens in a row."),
         text_file_options(),
-        path_option("--input-ids", says=token_rows),
+        *([path_option("--input-ids", says=token_rows)] if ids else []),
     )
 
 

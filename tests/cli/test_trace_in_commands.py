@@ -3,7 +3,9 @@ is refused: another trace on resuming, and a row in two roles."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -463,6 +465,13 @@ def test_a_trace_stands_alone(folder: Path, tmp_path: Path) -> None:
         recompile.quantize(traces.model(), tmp_path, bits=[3], trace=folder / "trace.safetensors", text=text)
     with pytest.raises(ArgumentError, match='positions "some": wanted response or all'):
         recompile.profile(traces.model(), candidates=["3"], trace=folder / "trace.safetensors", positions="some")
+
+
+def test_healing_offers_no_token_ids(tmp_path: Path) -> None:
+    """Rows of several roles cannot be cut from them."""
+    given = ("-i", "build", "-mb", "base", "-o", tmp_path / "out", "--input-ids", tmp_path / "rows.safetensors")
+    assert re.search("No such option:? '?--input-ids", refusal(model_heal, *given))
+    assert "input_ids" not in inspect.signature(recompile.heal).parameters
 
 
 def test_tokens_beyond_the_vocabulary_are_named(folder: Path, tmp_path: Path) -> None:
