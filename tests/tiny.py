@@ -163,7 +163,7 @@ def _gemma2(layers: int) -> tuple[dict[str, Any], Shapes]:
         tie_word_embeddings=True,
         sliding_window=8,
         final_logit_softcapping=6.0,
-        attn_logit_softcapping=None,
+        attn_logit_softcapping=50.0,
         query_pre_attn_scalar=HEAD_DIM,
         hidden_activation="gelu_pytorch_tanh",
     )
