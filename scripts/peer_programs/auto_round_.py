@@ -26,9 +26,12 @@ made = AutoRound(
     **given.get("options", {}),
 )
 made.quantize_and_save(given["out"], format=given["format"])
-found = sorted(Path(given["out"]).rglob("*.gguf"))
-if found:  # one GGUF file in a folder of its own: the build is the file
-    kept = Path(given["out"] + ".file")
-    shutil.move(found[0], kept)
+# It makes a folder of its own name inside: the build is that folder, or the GGUF file in it.
+inner = next(
+    iter([*Path(given["out"]).rglob("*.gguf"), *(found.parent for found in Path(given["out"]).rglob("config.json"))])
+)
+if inner != Path(given["out"]):
+    kept = Path(given["out"] + ".inner")
+    inner.rename(kept)
     shutil.rmtree(given["out"])
     kept.rename(given["out"])
