@@ -383,6 +383,10 @@ class Journal:
         lines = set(self._lines.lines)
         return all(json.dumps(_as_line(found)).encode() in lines for found in measurements)
 
+    def keep(self) -> None:
+        """See LineJournal.keep."""
+        self._lines.keep()
+
     def close(self) -> None:
         self._lines.close()
 

@@ -291,6 +291,8 @@ def profile_sketch(
     store = SweepStore(job.path, header)
     with open_journal(job.path, header) as journal:
         done = store.count(sketch.samples)
+        if done:
+            journal.keep()
         yield SketchStarted(plan, sketch.sweeps, min(done, sketch.sweeps))
         total = store.load(done) if done else None
         started = began = time.monotonic()
@@ -301,6 +303,7 @@ def profile_sketch(
                     yield event
                     continue
                 store.save(done, event)
+                journal.keep()
                 total = event if total is None else total + event
                 done += 1
                 now = time.monotonic()

@@ -117,6 +117,10 @@ class LineJournal:
         self._whole += len(data)
         self._is_just_begun = False
 
+    def keep(self) -> None:
+        """What was done lies in other files, to which the header belongs: a run that fails leaves it."""
+        self._is_just_begun = False
+
     def close(self) -> None:
         self._file.close()
 
