@@ -35,7 +35,7 @@ from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import ArgumentError, CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
-from recompile.io.files import beside, check_partial, parse_json, settle
+from recompile.io.files import beside, check_partial, parse_json, remove_empty, settle, unmarked
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
 from recompile.io.schema import read_as
@@ -429,8 +429,7 @@ class _Healing:
         if not self.out.exists():
             return None
         if not (self.work / JOURNAL).is_file():
-            with suppress(OSError):  # empty: killed at the very end
-                self.work.rmdir()
+            remove_empty(self.work)  # killed at the very end
             return None
         with self._journal() as journal:
             about = read_healed(self.out)
@@ -447,7 +446,9 @@ class _Healing:
         """The journal, by which it is held, goes last."""
         for path in self.work.glob("state*"):
             path.unlink()
-        journal.path.unlink()
+        with unmarked(self.work):
+            journal.path.unlink()
+            self.work.rmdir()
 
     def _rate_now(self) -> float:
         """Up to the full rate, then down a cosine; by the clock where that ends first."""
@@ -723,8 +724,10 @@ class _Healing:
     @contextmanager
     def _journal(self) -> Iterator[LineJournal]:
         check_partial(self.work, JOURNAL)
+        with unmarked(self.work):
+            journal = LineJournal(self.work / JOURNAL)
         try:
-            with LineJournal(self.work / JOURNAL) as journal:
+            with journal:
                 yield journal
         finally:
             with suppress(OSError):  # unless something is in it

@@ -27,7 +27,7 @@ from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf, open_gguf
-from recompile.io.files import beside, check_outputs, check_partial, copy_whole, locked, read_json, write_json
+from recompile.io.files import beside, check_outputs, check_partial, copy_whole, locked, read_json, unmarked, write_json
 from recompile.model.rows import RowOptions
 from recompile.model.tokens import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
@@ -564,10 +564,11 @@ class Stages:
         else:
             check_partial(work, STATE)
             try:
-                work.mkdir(parents=True, exist_ok=True)
+                with unmarked(work):
+                    work.mkdir(exist_ok=True)
+                    self._save()
             except OSError as error:
                 raise OutputError(f"{work}: cannot be made: {error.strerror or error}") from error
-            self._save()
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ from recompile.model.rows import RowOptions, check_vocabulary
 from recompile.model.used_rows import check_apart, recorded_rows
 from recompile.optimize.budget import Budget
 from recompile.quantize.candidates import CandidateOptions, candidate_named, make_candidates
-from recompile.quantize.lazy_variant import MadeVariant
+from recompile.quantize.lazy_variant import MadeVariant, keep_importance
 from recompile.recipe.recipe import SourceId
 
 DEFAULT_ROWS = 16
@@ -141,7 +141,9 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
         wanted = HybridOptions(Budget(bpw=request.bpw), HYBRID_MINUTES if minutes is None else minutes)
         events = profile_hybrid(job, sketch, wanted, sketching=events)
     profile: Profile | None = None
-    for event in events:
+    for number, event in enumerate(events):
+        if not number:  # its journal is held
+            keep_importance(out, offered)
         if isinstance(event, Profile):
             profile = event
             continue

@@ -29,7 +29,10 @@ WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry of a request
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others later
 LISTING_SECONDS = 20.0  # in which a server that is up says what it serves
 ANSWER_SECONDS = 900.0  # for a whole response, which comes at its end
-LARGEST_ANSWER = 64 * 2**20
+LARGEST_LISTING = 16 * 2**20  # bytes
+# Bytes of an answer: beside what is asked for, for each token of it (long ones, spelled as \\u0020, and its id), and
+# for each of a prompt that comes back as ids and text.
+ANSWER_BYTES, TOKEN_BYTES, PROMPT_TOKEN_BYTES = 256 * 2**10, 512, 256
 EVERYTHING = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
 WITH_TOKENS = {"return_token_ids": True, "return_tokens": True}  # of vLLM, of llama.cpp; others pass over them
 
@@ -59,7 +62,7 @@ class Server:
         if not _is_address(url):
             raise ArgumentError(f"{{url}} {url}: no address of a server; wanted http://HOST:PORT/v1")
         found = Server(url.rstrip("/"), "", wait)
-        models = found._asked("GET", "/models").get("data")
+        models = found._asked("GET", "/models", LARGEST_LISTING).get("data")
         first = models[0] if isinstance(models, list) and models else None
         if not isinstance(first, dict) or not isinstance(first.get("id"), str):
             raise RecompileError(f"{{url}} {url}/models names no model; is it an OpenAI-compatible server?")
@@ -89,6 +92,7 @@ class Server:
         found = self._asked(
             "POST",
             "/completions",
+            ANSWER_BYTES + TOKEN_BYTES * sampling.max_new_tokens + PROMPT_TOKEN_BYTES * len(prompt),
             {
                 "model": self.model,
                 "prompt": list(prompt),
@@ -112,13 +116,15 @@ class Server:
             )
         return Answer(choice["text"], _tokens(choice, self.url), choice.get("finish_reason") == "stop")
 
-    def _asked(self, method: str, path: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _asked(
+        self, method: str, path: str, most_bytes: int, content: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         said = ""
         for wait in (0.0, *WAITS):
             if wait:
                 self.wait(wait)
             try:
-                status, body = self._sent(method, path, content)
+                status, body = self._sent(method, path, most_bytes, content)
             except TimeoutError as error:
                 raise RecompileError(
                     f"{self.url}{path}: no whole answer in {self._seconds(path):g} seconds; the same command goes on "
@@ -144,8 +150,9 @@ class Server:
     def _seconds(self, path: str) -> float:
         return LISTING_SECONDS if path == "/models" else ANSWER_SECONDS
 
-    def _sent(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
-        """Status and body. Raises TimeoutError where they are not there in time, however slowly bytes come."""
+    def _sent(self, method: str, path: str, most_bytes: int, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
+        """Status and body. Raises TimeoutError where they are not there in time, however slowly bytes come, and
+        RecompileError for a body that is larger than any honest one, of which no more is read."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         seconds = self._seconds(path)
@@ -156,9 +163,12 @@ class Server:
             call.connect()
             call.connection.request(method, f"{parts.path}{path}", body, headers)
             answer = call.connection.getresponse()
-            read = answer.read(LARGEST_ANSWER + 1)
-        if len(read) > LARGEST_ANSWER:
-            raise RecompileError(f"{self.url}{path}: answers more than {LARGEST_ANSWER} bytes")
+            read = answer.read(most_bytes + 1)
+        if len(read) > most_bytes:
+            raise RecompileError(
+                f"{self.url}{path}: its answer has more than {most_bytes} bytes, which no answer to what was asked "
+                f"has; is it an OpenAI-compatible server?"
+            )
         return answer.status, read
 
 

@@ -444,7 +444,9 @@ def beside(out: Path, suffix: str) -> Path:
 
 def check_partial(partial: Path, mark: str = MARKER_NAME) -> int:
     """Bytes in an unfinished directory of ours, which is replaced or taken up. mark: the file of ours in it, which is
-    made first and removed last. Raises OutputError where there is something, and not that file: it is another's."""
+    made first and removed last. Raises OutputError where there is something, and not that file: it is another's. So is
+    an empty one, unless its name says that it is ours, or the note of `unmarked`."""
+    is_noted = _is_noted(partial)
     try:
         names = None if partial.is_symlink() else os.listdir(partial)
     except FileNotFoundError:
@@ -453,12 +455,52 @@ def check_partial(partial: Path, mark: str = MARKER_NAME) -> int:
         if not os.path.lexists(partial):  # something above it is a file, which the caller says
             return 0
         names = None
-    if names is None or (mark not in names and any(PARTIAL_SUFFIX not in name for name in names)):
+    is_ours = names is not None and (mark in names or all(PARTIAL_SUFFIX in name for name in names))
+    if not is_ours or not (names or is_noted or _is_noted(partial)):
         raise OutputError(
             f"{partial}: exists and is not an unfinished output of recompile (no {mark} in it); "
             f"move it away or choose another output"
         )
-    return sum(_size_of(partial / name) for name in names)
+    return sum(_size_of(partial / name) for name in names or ())
+
+
+@contextmanager
+def unmarked(folder: Path) -> Iterator[None]:
+    """For the block in which a folder of ours has no mark, since it is made or removed: a note beside it says whose it
+    is, so that an empty one is known for ours where the block is killed, and for the user's otherwise. Where the block
+    fails, an empty folder is removed. Raises OutputError where nothing can be made there."""
+    if folder.name.endswith(PARTIAL_SUFFIX):  # the name says it
+        yield
+        return
+    note, is_mine = partial_path(folder), True
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except FileExistsError:  # of another run, killed or under way
+        is_mine = False
+    except OSError as failed:
+        raise _cannot_write(folder, failed, OutputError) from failed
+    try:
+        yield
+    except BaseException:
+        if is_mine:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+            note.unlink(missing_ok=True)
+        raise
+    note.unlink(missing_ok=True)
+
+
+def _is_noted(folder: Path) -> bool:
+    return folder.name.endswith(PARTIAL_SUFFIX) or partial_path(folder).is_file()
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove an empty folder of ours that a run left which was killed while it removed it; one of the user's stays."""
+    if not folder.name.endswith(PARTIAL_SUFFIX) and _is_noted(folder):
+        with suppress(OSError):  # something is in it, or it is gone
+            folder.rmdir()
+        partial_path(folder).unlink(missing_ok=True)
 
 
 def empty(folder: Path, mark: str) -> None:
@@ -475,8 +517,9 @@ def empty(folder: Path, mark: str) -> None:
 def remove_partial(folder: Path, mark: str) -> None:
     """Remove an unfinished directory, its mark last: killed meanwhile, it is still known for ours."""
     empty(folder, mark)
-    (folder / mark).unlink(missing_ok=True)
-    folder.rmdir()
+    with unmarked(folder):
+        (folder / mark).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _size_of(path: Path) -> int:

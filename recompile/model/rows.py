@@ -48,8 +48,9 @@ class RowOptions:
         """Raise ArgumentError for arguments that exclude each other."""
         if self.positions not in ("response", "all"):
             raise ArgumentError(f'{{positions}} "{self.positions}": wanted response or all')
-        if self.trace is not None and any(given is not None for given in (self.text, self.dataset, self.input_ids)):
-            raise ArgumentError("{trace} takes the place of {text}, {dataset} and {input_ids}; give one of them")
+        given = _named(text=self.text, dataset=self.dataset, input_ids=self.input_ids)
+        if self.trace is not None and given:
+            raise ArgumentError(f"{{trace}} takes the place of {' and '.join(given)}; give one of them")
 
     def read_up_to(self, directories: Sequence[Path], role: str, most: int, least: int) -> Rows:
         """`most` rows, or as many as the text has. Raises RecompileError for fewer than `least`."""
@@ -87,8 +88,8 @@ def read_rows(
     """
     from recompile.model import tokens
 
-    if sum(given is not None for given in (text, dataset, input_ids)) > 1:
-        raise ArgumentError("{text}, {dataset} and {input_ids} exclude each other; give one of them")
+    if len(given := _named(text=text, dataset=dataset, input_ids=input_ids)) > 1:
+        raise ArgumentError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; give one of them")
     if input_ids is not None:
         found = tokens.rows_from_file(input_ids)
         if found.role not in ("all", role):
@@ -106,6 +107,11 @@ def read_rows(
     own = text is not None or dataset is not None
     taken = "all" if own and not split_own_text else role
     return rows_of_text(source, first_with_tokenizer(model_dirs), rows, length, taken)
+
+
+def _named(**arguments: object) -> list[str]:
+    """The arguments that are given, as messages name them."""
+    return [f"{{{name}}}" for name, value in arguments.items() if value is not None]
 
 
 def trace_rows(

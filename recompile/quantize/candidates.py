@@ -24,12 +24,12 @@ from recompile.quantize.calibrate import input_power
 from recompile.quantize.fake_quant import KEEP_BYTES
 from recompile.quantize.gguf import base_tensors, importance_from
 from recompile.quantize.lazy_variant import (
+    check_importance_file,
     exl_spec_of,
     fallbacks_of,
     make_variants,
     mlx_spec_of,
     parse_candidates,
-    save_importance,
     spec_of,
 )
 from recompile.quantize.run import calibrate_importance
@@ -79,7 +79,8 @@ def make_candidates(
 ) -> list[tuple[SourceId, Checkpoint]]:
     """The candidates that `names` name ("2,3,4", "nvfp4", "Q4_K"), made from the reference when they are read.
 
-    Raises ArgumentError for what does not go together.
+    Raises ArgumentError for what does not go together, OutputError where the importance has no place (`keep_importance`
+    puts it there).
     """
     check_rounding(options.format, options.group_size, options.asym)
     specs = _specs(names, options, on_event)
@@ -91,6 +92,8 @@ def make_candidates(
             on_event(Note(said))
     elif options.imatrix is not None:
         raise ArgumentError("{imatrix}: goes with {candidates} of GGUF types")
+    if options.imatrix is not None or (options.importance_rows and (types or options.lazily != "noise")):
+        check_importance_file(options.out)
     importance: Mapping[str, Tensor] | None = None
     if types and (options.imatrix is not None or options.importance_rows):
         importance = _gguf_importance(as_dense(reference, to_gguf=True), options, on_event)
@@ -100,8 +103,6 @@ def make_candidates(
         importance = input_power(reference, rows.ids, device=device, counted=rows.counted, on_event=on_event)
     keep = KEEP_BYTES if options.cap_bytes is None else 0
     offered = make_variants(reference, specs, importance, options.roles, keep)
-    if importance is not None:
-        save_importance(importance, options.out)
     for line in fallbacks_of(offered):
         on_event(Note(line, ""))
     return list(offered)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,10 +31,11 @@ from recompile.checkpoint.checkpoint import (
 )
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import read_tensors
-from recompile.costs import Profile, ProfileGroup, candidate_label
-from recompile.errors import FormatError, UnsupportedError
+from recompile.costs import Profile, ProfileGroup, candidate_label, load_profile
+from recompile.errors import FormatError, OutputError, UnsupportedError
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.names import Heads, Joined
+from recompile.io.files import was_made_here
 from recompile.io.tensors import save_tensors
 from recompile.model.decoded import as_dense
 from recompile.recipe.recipe import SourceId
@@ -342,10 +344,35 @@ def importance_file(profile: Path) -> Path:
     return profile.with_name(f"{profile.name}.importance.safetensors")
 
 
+def check_importance_file(profile: Path) -> None:
+    """Raise OutputError where something stands in its place that this tool did not make."""
+    path = importance_file(profile)
+    if os.path.lexists(path) and not (path.is_file() and was_made_here(path)):
+        raise OutputError(
+            f"{path}: exists, and this tool did not make it; the importance of the candidates is kept under this name: "
+            f"move it away, or choose another {{out}}"
+        )
+
+
 def save_importance(importance: Mapping[str, Tensor], profile: Path) -> None:
-    """Raises OutputError where it cannot be written."""
+    """Raises OutputError where it cannot be written, or is a file that this tool did not make."""
+    check_importance_file(profile)
     tensors = {name: value.cpu().contiguous().clone() for name, value in importance.items()}
-    save_tensors(importance_file(profile), tensors)
+    save_tensors(importance_file(profile), tensors, {"made_by": "recompile"})
+
+
+def keep_importance(profile: Path, offered: Iterable[tuple[SourceId, Checkpoint]]) -> None:
+    """Save what candidates were made with beside their profile, whose journal is begun; nothing where they were made
+    without, or where the profile is one of other candidates. Raises OutputError, JournalError."""
+    made = [found for _, found in offered if isinstance(found, MadeVariant)]
+    importance = next((found.importance for found in made if found.importance is not None), None)
+    if importance is None:
+        return
+    if profile.exists():
+        there = [candidate.fingerprint for candidate in load_profile(profile).header.candidates]
+        if there != [found.identity for found in made]:
+            return
+    save_importance(importance, profile)
 
 
 def load_importance(profile: Path) -> dict[str, Tensor] | None:

@@ -32,7 +32,17 @@ from recompile.checkpoint.safetensors_files import read_safetensors_header, read
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders
-from recompile.io.files import check_partial, finished_meanwhile, locked, remove_partial, settle, write_json, write_text
+from recompile.io.files import (
+    check_partial,
+    finished_meanwhile,
+    locked,
+    remove_empty,
+    remove_partial,
+    settle,
+    unmarked,
+    write_json,
+    write_text,
+)
 from recompile.io.tensors import save_tensors
 from recompile.merge.configs import is_linear
 from recompile.merge.left_dense import left_dense
@@ -297,6 +307,7 @@ class _Build:
                     why = f" with other settings ({_difference(made_by, self.journal)})" if made_by else ""
                     raise OutputError(f"{final}: exists already{why}; remove it, or choose another {{out}}")
                 settle(final)
+                remove_empty(final.with_name(final.name + BUILDING_SUFFIX))
         try:
             done = [len(self.stages)]
             for final, partial in zip(self.finals, self.partials, strict=True):
@@ -305,12 +316,12 @@ class _Build:
                     continue
                 journal = partial / JOURNAL
                 if not journal.exists():
-                    partial.mkdir(parents=True, exist_ok=True)
-                    self._held.enter_context(locked(partial, final))
-                    if final.exists():  # another run renamed it since it was looked for
-                        partial.rmdir()
-                        raise OutputError(finished_meanwhile(final))
-                    write_json(journal, self.journal)
+                    with unmarked(partial):
+                        partial.mkdir(exist_ok=True)
+                        self._held.enter_context(locked(partial, final))
+                        if final.exists():  # another run renamed it since it was looked for
+                            raise OutputError(finished_meanwhile(final))
+                        write_json(journal, self.journal)
                 elif read_json(journal) != self.journal:
                     raise OutputError(
                         f"{partial}: was begun with other settings ({_difference(read_json(journal), self.journal)}); "

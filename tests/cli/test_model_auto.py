@@ -179,7 +179,7 @@ def test_it_refuses_a_directory_that_it_did_not_make(text: Path, tmp_path: Path)
         (("-b", 4, "--format", "exl2", "-g", 32), "--group-size: of integers; --format exl2 has groups of its own"),
         (("-b", 4, "--level", "row"), '--level "row": wanted one of layer, block, fused, expert, tensor'),
         (("-b", 4, "--solver", "best"), '--solver "best": wanted one of greedy, exact'),
-        (("-b", 4, "--trace", "none.json"), "--trace takes the place of --text, --dataset and --input-ids"),
+        (("-b", 4, "--trace", "none.json"), "--trace takes the place of --text; give one of them"),
         (("-b", 4, "--tokenizer-from", "none.gguf"), "none.gguf: cannot be read: No such file or directory"),
     ],
 )
@@ -201,6 +201,11 @@ def test_a_work_folder_of_the_user_is_left_alone(text: Path, tmp_path: Path) -> 
     assert result.exit_code == 1
     assert "mix.work: exists and is not an unfinished output" in " ".join(result.output.split())
     assert [path.read_text() for path in mine.parent.iterdir()] == ["mine"]
+    mine.unlink()  # an empty one is no more ours
+    result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4.3, "--candidates", "3,4", "-g", GROUP)
+    assert result.exit_code == 1
+    assert "mix.work: exists and is not an unfinished output" in " ".join(result.output.split())
+    assert list(tmp_path.glob("mix*")) == [mine.parent]
 
 
 def test_variants_are_merged(text: Path, tmp_path: Path) -> None:

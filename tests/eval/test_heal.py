@@ -30,7 +30,7 @@ from recompile.errors import OutputError, RecompileError, UnsupportedError
 from recompile.events import Note
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.mlx_config import MlxScheme
-from recompile.io.files import MARKER_NAME
+from recompile.io.files import MARKER_NAME, partial_path, unmarked
 from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
@@ -330,10 +330,17 @@ def test_killed_between_the_name_of_the_output_and_the_end_of_its_work(
     assert found == replace(report, seconds=0.0)
     assert files_of(tmp_path) == whole
     assert not (tmp_path / "H.healing").exists()
+    with unmarked(tmp_path / "H.healing"):  # a kill there leaves both
+        note = partial_path(tmp_path / "H.healing").read_bytes()
     (tmp_path / "H.healing").mkdir()
+    partial_path(tmp_path / "H.healing").write_bytes(note)
     with pytest.raises(OutputError, match="H: exists already"):  # not even its journal is left
         next(again(OPTIONS))
-    assert not (tmp_path / "H.healing").exists()
+    assert not list(tmp_path.glob("H.healing*"))
+    (tmp_path / "H.healing").mkdir()
+    with pytest.raises(OutputError, match="H: exists already"):  # the user's
+        next(again(OPTIONS))
+    (tmp_path / "H.healing").rmdir()
     shutil.copytree(work, tmp_path / "H.healing")
     with pytest.raises(OutputError, match="H: exists already"):  # a run with other arguments is another one
         next(again(replace(OPTIONS, learning_rate=0.5)))
@@ -347,6 +354,10 @@ def test_a_work_folder_of_the_user_is_left_alone(stopped: tuple[Checkpoint, Path
     with pytest.raises(OutputError, match=r"H\.healing: exists and is not an unfinished output"):
         list(heal(stopped[0], open_checkpoint(tiny.base("llama")), tmp_path / "H", make_rows(), OPTIONS))
     assert os.listdir(mine.parent) == ["state.txt"]
+    mine.unlink()  # an empty one is no more ours
+    with pytest.raises(OutputError, match=r"H\.healing: exists and is not an unfinished output"):
+        list(heal(stopped[0], open_checkpoint(tiny.base("llama")), tmp_path / "H", make_rows(), OPTIONS))
+    assert list(tmp_path.iterdir()) == [mine.parent]
 
 
 def damaged(**changed: object) -> Callable[[Path], None]:

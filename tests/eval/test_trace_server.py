@@ -229,6 +229,19 @@ def test_other_answers_are_refused_at_once(
     assert not (tmp_path / "t.safetensors").exists()
 
 
+@pytest.mark.parametrize(("path", "size"), [("/models", 17 << 20), ("/completions", 3 << 20)])
+def test_an_answer_that_is_too_large_is_not_read_to_its_end(greedy: Path, tmp_path: Path, path: str, size: int) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+    listing = [head % 23 + b'{"data": [{"id": "m"}]}']
+    large = [head % size, b'{"choices": [{"text": "' + b"word " * (size // 5 - 99)]  # whose end never comes
+    with talking(lambda asked: large if path in asked else listing) as url:
+        began = time.monotonic()
+        with pytest.raises(RecompileError, match=rf"{path}: its answer has more than \d+ bytes, which no answer to"):
+            traced(greedy, tmp_path / "t.safetensors", url)
+        assert time.monotonic() - began < 20
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_server_is_refused_in_words(greedy: Path, served: tuple[Served, str], tmp_path: Path) -> None:
     behind, url = served
     odd = ("http://a..b/v1", "http://x:99999/v1", "http://x:abc/v1", "http://[::1/v1", "http://a b/v1", "http://x/\x1b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,9 +15,17 @@ from click.testing import CliRunner
 from recompile.auto import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import recompile
-from recompile.errors import RecompileError
+from recompile.errors import OutputError, RecompileError
 from recompile.gguf.container import open_gguf
-from recompile.io.files import OutputDirectory, check_partial, remove_partial, write_text, write_with
+from recompile.io.files import (
+    OutputDirectory,
+    check_partial,
+    remove_empty,
+    remove_partial,
+    unmarked,
+    write_text,
+    write_with,
+)
 from recompile.io.journal import LineJournal
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.external_converters import EngineStep, run_engine
@@ -131,6 +140,47 @@ def test_a_removal_that_was_killed_is_taken_up(tmp_path: Path, monkeypatch: pyte
     check_partial(folder, "mark")
     remove_partial(folder, "mark")
     assert not folder.exists()
+
+
+def test_an_empty_folder_is_ours_only_where_a_run_was_killed_that_made_it(tmp_path: Path) -> None:
+    folder = tmp_path / "out.work"
+
+    def killed() -> None:
+        """In a process of its own, between making the folder and its mark."""
+        if child := os.fork():
+            os.waitpid(child, 0)
+            return
+        try:
+            with unmarked(folder):
+                folder.mkdir()
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+
+    folder.mkdir()
+    with pytest.raises(OutputError, match=r"out\.work: exists and is not an unfinished output"):
+        check_partial(folder, "mark")
+    folder.rmdir()
+    killed()
+    assert not os.listdir(folder)
+    assert check_partial(folder, "mark") == 0
+    with unmarked(folder):
+        (folder / "mark").touch()
+    assert os.listdir(tmp_path) == ["out.work"]
+    (folder / "mark").unlink()
+    with pytest.raises(OutputError):
+        check_partial(folder, "mark")
+    folder.rmdir()
+    with suppress(KeyError), unmarked(folder):  # a run that fails leaves neither
+        folder.mkdir()
+        raise KeyError
+    assert not os.listdir(tmp_path)
+    killed()
+    remove_empty(folder)
+    assert not os.listdir(tmp_path)
+    folder.mkdir()
+    remove_empty(folder)
+    assert folder.is_dir(), "the user's"
 
 
 def test_a_torn_header_is_begun_anew(tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.write_safetensors import execute
 from recompile.quantize.calibrate import input_power
 from recompile.quantize.encoders import IntEncoder
-from recompile.quantize.lazy_variant import make_variant, parse_candidates, spec_of
+from recompile.quantize.lazy_variant import make_variant, parse_candidates, read_importance, spec_of
 from recompile.quantize.pipeline import quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from tests import tiny
-from tests.commands import run
+from tests.commands import refusal, run
 
 GROUP = tiny.GROUP_SIZE
 
@@ -242,6 +242,31 @@ def test_profile_optimize_quantize_without_any_variant(tiny_models: Mapping[str,
     assert report["variant"]["bpw"] == pytest.approx(promised["bpw"], abs=1e-4)
     assert 2.9 < promised["bpw"] <= 3
     assert open_checkpoint(tmp_path / "out").size_bytes == pytest.approx(promised["total_bytes"], rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [("-r", 2), ("-r", "auto", "--max-rows", 2)])
+def test_the_importance_beside_a_profile_is_that_of_its_candidates(
+    tiny_models: Mapping[str, Path], rows: tuple[object, ...], tmp_path: Path
+) -> None:
+    """A file of the user's under its name stays, and so does that of a profile of other candidates."""
+    profile, kept = tmp_path / "p.jsonl", tmp_path / "p.jsonl.importance.safetensors"
+    words = (
+        "-mb", tiny_models["tiny-dense"], "--candidates", "2,3", "--mode", "sketch", "--samples", 2, "-o", profile,
+        *rows, "-l", 64, "--quiet", "--importance-rows",
+    )  # fmt: skip
+    kept.write_bytes(b"mine")
+    said = refusal(model_profile, *words, 2)
+    assert "p.jsonl.importance.safetensors: exists, and this tool did not make it" in said
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+    kept.unlink()
+    run(model_profile, *words, 2)
+    made, whole = read_importance(kept), kept.read_bytes()
+    assert made
+    kept.unlink()
+    run(model_profile, *words, 2)  # a finished one
+    assert kept.read_bytes() == whole
+    assert "p.jsonl" in refusal(model_profile, *words, 3)
+    assert kept.read_bytes() == whole
 
 
 # ---- schemes ---------------------------------------------------------------------------------------------------------

@@ -501,6 +501,10 @@ def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not an unfinished output"):
         run(tiny.base("llama-2"), tmp_path, IntEncoder((4,), 32))
     assert (tmp_path / "3bpw" / "precious").read_text() == (tmp_path / "4bpw.building" / "precious").read_text()
+    (tmp_path / "5bpw.building").mkdir()  # empty
+    with pytest.raises(OutputError, match="not an unfinished output"):
+        run(tiny.base("llama-2"), tmp_path, IntEncoder((5,), 32))
+    assert not list((tmp_path / "5bpw.building").iterdir())
 
 
 def test_a_quantized_base_is_decoded_and_quantized_anew(tmp_path: Path) -> None:
