@@ -4,6 +4,7 @@
 [intermediate, hidden], `mlp.experts.7.up_proj.weight` and so on, under the names that engines give to experts of
 their own. Which tensor is what, and which axis is the output, follows from the shapes: what enters down_proj is half as
 wide as what leaves gate_up_proj. Only whether gate and up alternate does not show; in gpt-oss they do.
+DBRX keeps the rows of all experts one below another, `experts.mlp.w1` [experts x intermediate, hidden]: a stack as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ ALTERNATING_LEAF = "w13_weight"  # of Inkling, which stores them in turn as well
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 OLD_LEAVES = ("w1", "w3", "w2")  # the same three where the block is called block_sparse_moe, as in Mixtral
 ROLES = ("gate", "up", "down")
+FLAT_LEAVES = ("w1", "v1", "w2")  # the same three of DBRX, [experts x intermediate, hidden] each
+FLAT_PARENT = ".experts.mlp"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,22 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
     """Numbers of experts that a config may mean."""
     text = text_config(config)
-    return frozenset(v for k, v in text.items() if "expert" in k and type(v) is int and v > 1)
+    inner = text.get("ffn_config")  # of DBRX
+    fields = [*text.items(), *(inner.items() if isinstance(inner, Mapping) else ())]
+    return frozenset(v for k, v in fields if "expert" in k and type(v) is int and v > 1)
+
+
+def _as_stack(info: TensorInfo, config: Mapping[str, Any], counts: frozenset[int]) -> TensorInfo:
+    """The tensor as [experts, ...] where it holds the experts' rows one below another, else as it is."""
+    parent, _, leaf = info.name.rpartition(".")
+    inner = text_config(config).get("ffn_config")
+    width = inner.get("ffn_hidden_size") if isinstance(inner, Mapping) else None
+    if not parent.endswith(FLAT_PARENT) or leaf not in FLAT_LEAVES or len(info.shape) != 2 or type(width) is not int:
+        return info
+    experts = info.shape[0] // width if width > 0 else 0
+    if experts not in counts or experts * width != info.shape[0]:
+        return info
+    return replace(info, shape=(experts, width, info.shape[1]))
 
 
 def split_experts(
@@ -57,7 +75,8 @@ def split_experts(
     counts = expert_counts(config)
     switched = _split_switched(tensors, config, counts)
     stacks: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
+    for name, stored in tensors.items():
+        info = _as_stack(stored, config, counts)
         if (
             name not in switched
             and len(info.shape) == 3
@@ -69,7 +88,8 @@ def split_experts(
             stacks.setdefault(parent, {})[leaf] = info
     found: dict[str, dict[str, TensorInfo]] = {}  # stored name -> its parts
     for parent, members in stacks.items():
-        container = parent if parent.rpartition(".")[2] == "experts" else f"{parent}.experts"
+        whole = parent.removesuffix(".mlp") if parent.endswith(FLAT_PARENT) else parent
+        container = whole if whole.rpartition(".")[2] == "experts" else f"{whole}.experts"
         leaves = dict(zip(ROLES, OLD_LEAVES if "block_sparse_moe" in parent else LEAVES, strict=True))
         for leaf, stack in _stacks(members, config).items():
             found[stack.info.name] = dict(_parts(stack, container, leaves, "weight"))
@@ -151,8 +171,11 @@ def _stacks(members: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
                     first: _Stack(members[first], ("gate", "up"), not plain, alternating or first == ALTERNATING_LEAF),
                     second: _Stack(members[second], ("down",), not plain, False),
                 }
-    hidden = text_config(config).get("hidden_size")
-    roles = {leaf: role for role, leaf in [*zip(ROLES, LEAVES, strict=True), *zip(ROLES, OLD_LEAVES, strict=True)]}
+    text = text_config(config)
+    hidden = text.get("hidden_size", text.get("d_model"))
+    roles = {
+        leaf: role for leaves in (LEAVES, OLD_LEAVES, FLAT_LEAVES) for role, leaf in zip(ROLES, leaves, strict=True)
+    }
     if not all(leaf in roles for leaf in members):
         return {}
     found = {}

@@ -72,7 +72,7 @@ def fused_experts(overlay: Overlay) -> tuple[list[FusedExperts], list[str]]:
         return [], []
     import torch
 
-    from recompile.model.fused_experts import ExpertStack
+    from recompile.model.fused_experts import ExpertStack, is_flat
     from recompile.model.skeleton import build_skeleton, find_origins
 
     try:
@@ -95,6 +95,8 @@ def fused_experts(overlay: Overlay) -> tuple[list[FusedExperts], list[str]]:
                 f"{' and '.join(origin.converter.roles)}, it holds {held}; download or make the variant again"
             )
         name, turned = names.of(parameter, origin.tensors[0])
+        if is_flat(parameter):
+            turned = _rows_below
         shape = shapes[parameter]
         if turned is not None:
             shape = tuple(turned(torch.empty(shape, device="meta")).shape)
@@ -104,6 +106,11 @@ def fused_experts(overlay: Overlay) -> tuple[list[FusedExperts], list[str]]:
     notes = [f"{len(beyond)} tensors of experts outside of the model's layers (first: {beyond[0]}) are written one by "
              f"one"] if beyond else []  # fmt: skip
     return found, notes
+
+
+def _rows_below(stack: Tensor) -> Tensor:
+    """[experts, rows, columns] -> [experts x rows, columns]."""
+    return stack.flatten(0, 1)
 
 
 class _StoredNames:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recompile.checkpoint.fused_experts import LEAVES, OLD_LEAVES, ROLES
+from recompile.checkpoint.fused_experts import FLAT_LEAVES, FLAT_PARENT, LEAVES, OLD_LEAVES, ROLES
 
 _EXPERT = re.compile(r"(.+)\.(\d+)\.([a-z]\w*)\.(weight|bias)")
 _ROLE = {leaf: role for leaves in (LEAVES, OLD_LEAVES) for leaf, role in zip(leaves, ROLES, strict=True)}
@@ -70,13 +70,16 @@ class ExpertStacks:
             return self._place_in_pair(name, role) if found[4] == "weight" else None
         block = self._blocks[name]
         leaf = "gate_up_proj" if role != "down" and hasattr(block, "gate_up_proj") else f"{role}_proj"
+        if name.endswith(FLAT_PARENT):
+            leaf = FLAT_LEAVES[ROLES.index(role)]
         parameter = f"{name}.{leaf}" + ("_bias" if found[4] == "bias" else "")
         if parameter.removeprefix(f"{name}.") not in block._parameters:
             return None
         if parameter not in self._made:
             roles = ("gate", "up") if leaf == "gate_up_proj" else (role,)
             alternating = getattr(block, "is_concatenated", True) is False and len(roles) > 1
-            self._made[parameter] = ExpertStack(parameter, roles, is_transposed(block), alternating)
+            transposed = role == "down" if leaf in FLAT_LEAVES else is_transposed(block)
+            self._made[parameter] = ExpertStack(parameter, roles, transposed, alternating)
         return parameter, role
 
     def _place_in_pair(self, name: str, role: str) -> tuple[str, str]:
@@ -92,7 +95,28 @@ class ExpertStacks:
 
 def _is_block(module: nn.Module) -> bool:
     stacks = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    return len(stacks) > 1 and len({len(p) for p in stacks}) == 1 and hasattr(module, "down_proj")
+    named = hasattr(module, "down_proj") or all(leaf in module._parameters for leaf in FLAT_LEAVES)
+    return len(stacks) > 1 and len({len(p) for p in stacks}) == 1 and named
+
+
+def stack_flat_experts(model: nn.Module) -> None:
+    """Give experts whose rows lie one below another (DBRX) an axis of their own, in place: [experts x intermediate,
+    hidden] becomes [experts, intermediate, hidden], which such a model's forward takes as well."""
+    for name, module in model.named_modules():
+        count = getattr(module, "moe_num_experts", None)
+        if not name.endswith(FLAT_PARENT) or type(count) is not int:
+            continue
+        for leaf in FLAT_LEAVES:
+            flat = module._parameters.get(leaf)
+            if flat is not None and flat.dim() == 2 and len(flat) % count == 0:
+                made = flat.detach().view(count, -1, flat.shape[1])
+                module._parameters[leaf] = nn.Parameter(made, requires_grad=flat.requires_grad)
+
+
+def is_flat(parameter: str) -> bool:
+    """Whether checkpoints store that parameter with the experts' rows one below another."""
+    parent, _, leaf = parameter.rpartition(".")
+    return parent.endswith(FLAT_PARENT) and leaf in FLAT_LEAVES
 
 
 def _pair_of_stacks(module: nn.Module) -> tuple[str, str, bool] | None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from recompile.checkpoint.checkpoint import WeightSource
+from recompile.checkpoint.fused_experts import FLAT_PARENT, expert_counts
 from recompile.checkpoint.module_names import NUMBERS, Role, by_name, template_of
 from recompile.errors import CheckpointError, UnsupportedError
 
@@ -99,6 +100,7 @@ def loader_model(config_text: str) -> Any:
     """
     import transformers
 
+    from recompile.model.fused_experts import stack_flat_experts
     from recompile.model.skeleton import transformers_config
 
     config = json.loads(config_text)
@@ -113,6 +115,7 @@ def loader_model(config_text: str) -> Any:
         try:
             with torch.device("meta"), torch.no_grad():
                 model = found.from_config(made) if hasattr(found, "from_config") else found._from_config(made)
+            stack_flat_experts(model)
             return model.eval()
         except Exception as error:  # models raise whatever their constructors meet
             problem = error
@@ -154,20 +157,20 @@ class _Reader:
         head = model.get_output_embeddings()
         self.head = names.get(id(head)) if head is not None else None
         self.embedding = self.state.get(f"{names.get(id(model.get_input_embeddings()))}.weight")
-        expert_counts = {
-            int(value) for key, value in text.to_dict().items() if "expert" in key and type(value) is int and value > 1
-        }
+        counts = expert_counts(text.to_dict())
         extra = getattr(text, "zero_expert_num", None)  # LongCat's router also scores experts that compute nothing
         self.idle_experts = extra if type(extra) is int else 0
         self._kinds: dict[tuple[str, type, tuple[int, ...]], str] = {}
         self.experts: dict[str, int] = {}  # module that holds experts -> how many
+        self.holders: dict[str, str] = {}  # and the module within it whose parameters they are: itself, but for DBRX
         for name, module in self.owners.items():
             stacked = {p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3}
             stacked -= {count + self.idle_experts for count in stacked} if self.idle_experts else set()
-            if len(stacked) == 1 and stacked & expert_counts:
-                self.experts[name] = stacked.pop()
-            elif isinstance(module, nn.ModuleList) and len(module) in expert_counts and name.endswith("experts"):
-                self.experts[name] = len(module)
+            if len(stacked) == 1 and stacked & counts:
+                container = name.removesuffix(".mlp") if name.endswith(FLAT_PARENT) else name
+                self.experts[container], self.holders[container] = stacked.pop(), name
+            elif isinstance(module, nn.ModuleList) and len(module) in counts and name.endswith("experts"):
+                self.experts[name], self.holders[name] = len(module), name
 
     def read(self, entries: Iterable[tuple[str, tuple[int, ...] | None, bool]]) -> dict[str, Role]:
         entries = list(entries)
@@ -228,9 +231,8 @@ class _Reader:
         expert = re.fullmatch(r"(.+)\.\d+\.\w+\.weight", target)
         container = expert[1] if expert else ""
         if container in self.experts:
-            return next(
-                f"{container}.{leaf}" for leaf, p in self.owners[container]._parameters.items() if p is not None
-            )
+            holder = self.holders[container]
+            return next(f"{holder}.{leaf}" for leaf, p in self.owners[holder]._parameters.items() if p is not None)
         outer = container.removesuffix(".experts")  # JetMoE: gate and up, and down, in modules of their own
         beside = [name for name in self.experts if outer != container and name.rpartition(".")[0] == outer]
         return f"{beside[0]}.weight" if len(beside) == 2 else target
@@ -258,7 +260,7 @@ class _Reader:
             return "convolution"
         if value.dim() < 2 or not value.is_floating_point():
             return "vector"
-        if name in self.experts:
+        if name in self.experts or name in self.holders.values():
             return "linear" if value.dim() == 3 else "vector"  # a bias for every expert
         if value.dim() == 2 and self._is_router(name, value):
             return "router"

@@ -17,7 +17,7 @@ from recompile.checkpoint.checkpoint import WeightSource, join_parts, no_table_o
 from recompile.checkpoint.config_fields import check_config
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.gguf.names import Joined
-from recompile.model.fused_experts import ExpertStacks
+from recompile.model.fused_experts import ExpertStacks, stack_flat_experts
 from recompile.model.joined import JoinConverter, patterned
 from recompile.model.known_fields import taken
 from recompile.model.own_forward import name_of
@@ -71,6 +71,7 @@ def build_skeleton(
         ) from error
     finally:
         logger.setLevel(level)
+    stack_flat_experts(model)
     stored = set(model.state_dict())
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():

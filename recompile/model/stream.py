@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from recompile.errors import MismatchError, MissingWeight, UnsupportedError
 from recompile.formats import FORMATS
 from recompile.io.memory import release_freed
 from recompile.model.finite import FiniteWatch
-from recompile.model.fused_experts import is_transposed
+from recompile.model.fused_experts import is_flat, is_transposed
 from recompile.model.one_block import Block, BlockLayout, find_block, record_block
 from recompile.model.own_forward import (
     PROBE_TOKENS,
@@ -354,6 +355,8 @@ class LayeredModel:
         return self._value(name).is_meta
 
     def _fit(self, source: WeightSource, name: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor:
+        if is_flat(name) and value.dim() == 2 and value.numel() == math.prod(wanted):
+            return value.view(wanted)
         if tuple(value.shape) != wanted:
             stored = source.modules.get(split_name(name)[0])
             padded = stored is not None and FORMATS[stored.format].pads_to is not None

@@ -34,11 +34,18 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 16,
     },
     "granitemoe": {},  # [experts, out, in] in modules of their own names
+    "dbrx": {  # [experts x inner, hidden], the rows of all experts one below another
+        "d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 100.0},
+        "ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": EXPERTS, "moe_top_k": 2,
+                       "ffn_act_fn": {"name": "silu"}},
+    },
 }  # fmt: skip
 NAMES = {
     "gpt_oss": "model.layers.0.mlp.experts.{}.gate_proj",
     "llama4_text": "model.layers.0.feed_forward.experts.{}.gate_proj",
     "granitemoe": "model.layers.0.block_sparse_moe.experts.{}.w1",
+    "dbrx": "transformer.blocks.0.ffn.experts.{}.gate_proj",
 }
 IDS = tiny.rows(2, 12)
 
@@ -61,13 +68,22 @@ def logits_of(checkpoint: Checkpoint) -> Tensor:
 
 
 def experts_of(model: Any, layer: int) -> Any:
-    return next(module for name, module in model.named_modules() if name.startswith(f"model.layers.{layer}.") and
-                name.endswith("experts"))  # fmt: skip
+    return next(
+        module
+        for name, module in model.named_modules()
+        if f".{layer}." in name
+        and name.endswith(("experts", "experts.mlp"))
+        and len(list(module.parameters(False))) > 1
+    )
 
 
 def put_expert(block: Any, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
     """Write an expert's matrices, [out, in], into transformers' module, by what its forward does with them."""
     kind = type(block).__name__
+    if kind == "DbrxExpertGLU":
+        for parameter, matrix in ((block.w1, gate), (block.v1, up), (block.w2, down.T)):
+            parameter.data.unflatten(0, (EXPERTS, -1))[expert] = matrix
+        return
     if kind == "GptOssExperts":
         block.gate_up_proj.data[expert, :, 0::2], block.gate_up_proj.data[expert, :, 1::2] = gate.T, up.T
         block.down_proj.data[expert] = down.T
@@ -113,7 +129,7 @@ def test_every_slice_is_quantized_and_decodes_to_what_it_stood_for(made: tuple[s
     with torch.no_grad():
         for layer in range(2):
             for expert in range(EXPERTS):
-                where = NAMES[name].replace("layers.0", f"layers.{layer}").format(expert).rpartition(".")[0]
+                where = NAMES[name].replace("s.0", f"s.{layer}").format(expert).rpartition(".")[0]
                 parts = [variant.load(f"{where}.{leaf}.weight") for leaf in leaves]
                 put_expert(experts_of(theirs, layer), expert, *parts)
         for module in variant.modules.values():
@@ -172,7 +188,7 @@ def test_calibration_counts_what_every_expert_saw(made: tuple[str, Any, Path]) -
     report = json.loads((work / "4bpw" / "quantize_report.json").read_text())["variant"]["modules"]
     seen = {entry["module"]: entry["tokens"] for entry in report if ".experts." in entry["module"]}
     assert sum(seen.values()) > 0
-    per_layer = sum(tokens for module, tokens in seen.items() if module.startswith("model.layers.0."))
+    per_layer = sum(tokens for module, tokens in seen.items() if ".0." in module.partition(".experts.")[0])
     per_token = 3 * (EXPERTS if name == "llama4_text" else 2)  # projections x experts that a token reaches
     assert per_layer == IDS.numel() * per_token
 

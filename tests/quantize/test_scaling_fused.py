@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ from tests import tiny
 from tests.quantize.test_fused_experts import CASES, EXPERTS, IDS, logits_of, make
 from tests.quantize.test_scaling import Unrounded
 
-NORM = {"gpt2": "ln_2", "llama4_text": None}  # what the MLP reads; Llama 4 weighs the inputs of its experts before
-UP = {"llama4_text": "up_proj", "granitemoe": "w3", "gpt_oss": None, "gpt2": None}  # gpt-oss's is clamped after
+NORM = {
+    "gpt2": "ln_2",
+    "llama4_text": None,
+    "dbrx": "norm_2",
+}  # what the MLP reads; Llama 4 weighs the inputs of its experts before
+UP = {
+    "llama4_text": "up_proj",
+    "dbrx": "up_proj",
+    "granitemoe": "w3",
+    "gpt_oss": None,
+    "gpt2": None,
+}  # gpt-oss's is clamped after
 
 
 def base_of(name: str, folder: Path) -> Checkpoint:
@@ -52,7 +63,7 @@ def test_random_scales_leave_the_logits_alone(name: str, tmp_path: Path) -> None
         turned = {f"{module.module}.weight" for module in report.variants[0].modules if module.quantized}
         stored = {n: value.T.contiguous() if n in turned else value for n, value in load_file(path).items()}
         save_file(stored, path, {"format": "pt"})
-    asked = [producer for producer in encoder.asked if ".layers.1." in producer or ".h.1." in producer]
+    asked = [producer for producer in encoder.asked if re.search(r"\.(layers|h|blocks)\.1\.", producer)]
     norm = NORM.get(name, "post_attention_layernorm")
     assert any(producer.endswith(f".{norm}") for producer in asked) == (norm is not None)
     assert sum(producer.endswith(f".{UP[name]}") and ".experts." in producer for producer in asked) == (
@@ -77,6 +88,7 @@ LEFT: dict[str, tuple[str, ...]] = {
     ),
     "granitemoe": ("no module",),
     "gpt2": ("c_proj",),
+    "dbrx": ("out_proj",),  # values lie in one map with queries and keys
 }
 
 

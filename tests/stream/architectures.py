@@ -72,6 +72,11 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "qwen3-next": ("qwen3_next", {**COMMON, **MOE, **LINEAR, "shared_expert_intermediate_size": 16}),
     "granitemoe": ("granitemoe", {**NO_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "dbrx": ("dbrx", {
+        "vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+    }),
     "jetmoe": ("jetmoe", {
         **{key: NO_HEAD_DIM[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                              "max_position_embeddings", "tie_word_embeddings", "pad_token_id",
