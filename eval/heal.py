@@ -35,6 +35,7 @@ from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import ArgumentError, CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
+from recompile.io.checksums import run_of
 from recompile.io.files import beside, check_partial, parse_json, remove_empty, settle, unmarked
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
@@ -750,7 +751,7 @@ class _Healing:
         if len(journal.lines) < 2 or not state.exists():
             return
         way_out = f"; remove {self.work} to start again"
-        with open_tensors(state, error=JournalError, way_out=way_out) as stored:
+        with open_tensors(state, error=JournalError, way_out=way_out, checks=True, run=run_of(settings)) as stored:
             text = (stored.metadata() or {}).get(STATE_KEY, "null")
             about = parse_json(text, f"{state}: {STATE_KEY}", error=JournalError)
             done = read_as(_Done, about, f"{state}: {STATE_KEY}", error=JournalError)
@@ -778,7 +779,8 @@ class _Healing:
             }
         whole = {name: value.contiguous().cpu().clone() for name, value in tensors.items()}
         done = _Done(self.done, self.best_step, self.best_kl, self.looks_since, self.spent)
-        save_tensors(self.work / "state.safetensors", whole, {STATE_KEY: json.dumps(asdict(done))})
+        about = {STATE_KEY: json.dumps(asdict(done))}
+        save_tensors(self.work / "state.safetensors", whole, about, checked=True, run=run_of(self._settings()))
 
 
 def default_rate(build: Checkpoint) -> float:

@@ -7,6 +7,7 @@ holds what each stage left.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -27,7 +28,18 @@ from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf, open_gguf
-from recompile.io.files import beside, check_outputs, check_partial, copy_whole, locked, read_json, unmarked, write_json
+from recompile.io.checksums import read_checked_json, write_checked_json
+from recompile.io.files import (
+    beside,
+    check_outputs,
+    check_partial,
+    copy_whole,
+    is_marked,
+    locked,
+    open_regular,
+    unmarked,
+    write_json,
+)
 from recompile.model.rows import RowOptions
 from recompile.model.tokens import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
@@ -358,9 +370,9 @@ class _Auto:
             if asked.minutes is not None:  # as the first run found, whose machine may have been busy or idle
                 self.options = replace(asked, **stages.run("split", lambda: self._chosen))
             if self.options.prompts:
-                stages.run("trace", self._trace)
-            stages.run("profile", self._profile)
-            stages.run("recipe", self._recipe)
+                stages.run("trace", self._trace, self.texts["trace"])
+            stages.run("profile", self._profile, self.profile)
+            stages.run("recipe", self._recipe, self.recipe)
             stages.run("build", self._build)
             if self.heals:
                 stages.run("heal", self._heal)
@@ -546,11 +558,11 @@ class Stages:
     """What is done already, in `work/auto.json`. Raises OutputError where it was done with other settings."""
 
     def __init__(self, work: Path, settings: Mapping[str, Any], out: Path, on_event: OnEvent = ignore) -> None:
-        self._path, self._on_event = work / STATE, on_event
+        self._path, self._out, self._on_event = work / STATE, out, on_event
         self._settings = json.loads(json.dumps(settings))
         self._done: dict[str, dict[str, Any]] = {}
-        if self._path.exists():
-            state = read_json(self._path, error=JournalError)
+        if is_marked(work, STATE):
+            state = read_checked_json(self._path, error=JournalError, way_out=f"remove {work} and {out} to start again")
             check_state(self._path, state)
             changed = [key for key, value in self._settings.items() if state["settings"].get(key) != value]
             if changed:
@@ -574,9 +586,13 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         return {name: stage["seconds"] for name, stage in self._done.items()}
 
-    def run(self, name: str, stage: Callable[[], Any]) -> dict[str, Any]:
-        """Run a stage unless it is done; returns its result, then or now, where that is a dict, else nothing."""
+    def run(self, name: str, stage: Callable[[], Any], leaves: Path | None = None) -> dict[str, Any]:
+        """Run a stage unless it is done; returns its result, then or now, where that is a dict, else nothing.
+
+        leaves: the file that later stages go on with. Raises JournalError where it was changed since."""
         if name in self._done:
+            if leaves is not None:
+                self._check_left(name, leaves)
             self._on_event(Note(f"{name}: done before", ""))
             return dict(self._done[name]["result"])
         self._on_event(Note(f"{name} ...", ""))
@@ -585,12 +601,32 @@ class Stages:
         seconds = round(time.monotonic() - started, 1)
         kept = json.loads(json.dumps(result)) if isinstance(result, dict) else {}
         self._done[name] = {"seconds": seconds, "result": kept}
+        if leaves is not None:
+            self._done[name]["left"] = file_sha256(leaves)
         self._save()
         self._on_event(StageDone(name, result))
         return dict(kept)
 
+    def _check_left(self, name: str, leaves: Path) -> None:
+        way_out = f"remove {self._path.parent} and {self._out} to start again, or put a copy of it back"
+        try:
+            found = file_sha256(leaves)
+        except JournalError as error:
+            raise JournalError(f"{error}; {way_out}") from error
+        if self._done[name].get("left", found) != found:
+            raise JournalError(f"{leaves}: is not what the stage {name} left; {way_out}")
+
     def _save(self) -> None:
-        write_json(self._path, {"settings": self._settings, "done": self._done})
+        write_checked_json(self._path, {"settings": self._settings, "done": self._done})
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes. Raises JournalError where it cannot be read."""
+    digest = hashlib.sha256()
+    with open_regular(path, error=JournalError) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_state(path: Path, state: Any) -> None:
@@ -600,6 +636,7 @@ def check_state(path: Path, state: Any) -> None:
         isinstance(stage, dict)
         and isinstance(stage.get("seconds"), (int, float))
         and isinstance(stage.get("result"), dict)
+        and isinstance(stage.get("left", ""), str)
         for stage in state["done"].values()
     ):
         raise JournalError(f"{path}: not the state of a model_auto run; remove its folder to start again")

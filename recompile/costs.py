@@ -21,7 +21,8 @@ from typing import Any
 
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import JournalError, NotFiniteError, RecompileError
-from recompile.io.files import parse_json, read_bytes
+from recompile.io.checksums import without_checksums
+from recompile.io.files import open_regular, parse_json, read_bytes
 from recompile.io.journal import LineJournal
 from recompile.io.printable import printable
 from recompile.io.schema import describe, read_as
@@ -439,7 +440,16 @@ def load_profile(path: Path) -> Profile:
             f"{path}:{len(lines) + 1}: the last line was cut off; run the same model_profile command, it goes on from "
             f"the line before"
         )
-    return _parse(path, lines)
+    return _parse(path, without_checksums(path, lines, JournalError)[0])
+
+
+def load_header(path: Path) -> ProfileHeader | None:
+    """The header of a profile alone, whatever comes after it; None where a crash cut it off. Raises JournalError."""
+    with open_regular(path, kind="journal", error=JournalError) as file:
+        line = file.readline()
+    if not line.endswith(b"\n"):
+        return None
+    return _parse_header(path, without_checksums(path, [line[:-1]], JournalError)[0][0])
 
 
 def _header_as_dict(header: ProfileHeader) -> dict[str, Any]:
@@ -475,9 +485,16 @@ class _Line:
     reached: bool = True
 
 
+def _parse_json(path: Path, line: bytes, number: int) -> Any:
+    try:
+        return parse_json(line, str(path), error=JournalError, line=number)
+    except JournalError as error:
+        raise JournalError(f"{error}; is it a profile? A damaged one is removed and made again") from error
+
+
 def _parse_header(path: Path, line: bytes) -> ProfileHeader:
     place = f"{path}:1"
-    content = parse_json(line, str(path), error=JournalError, line=1)
+    content = _parse_json(path, line, 1)
     if not isinstance(content, dict) or content.pop("kind", None) != "recompile-profile":
         raise JournalError(f"{place}: not a profile made by model_profile")
     if content.get("version") != JOURNAL_VERSION:
@@ -513,7 +530,7 @@ def _parse_header(path: Path, line: bytes) -> ProfileHeader:
 
 def _parse_line(path: Path, number: int, line: bytes, header: ProfileHeader) -> Measurement:
     place = f"{path}:{number}"
-    found = read_as(_Line, parse_json(line, str(path), error=JournalError, line=number), place, error=JournalError)
+    found = read_as(_Line, _parse_json(path, line, number), place, error=JournalError)
     try:
         measurement = Measurement(found.group, found.source, found.kl_rows, found.reached)
         measurement.check_sign(header.dtype)

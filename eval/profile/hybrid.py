@@ -27,7 +27,7 @@ from scipy.special import ndtr
 from eval.diff import DiffOptions, DiffReport, compare
 from eval.profile.exact import ExactProfiler, ProfileJob
 from eval.profile.sketch import SketchOptions, profile_sketch
-from recompile.costs import Measurement, Profile, ProfileGroup, is_expert, layer_index, load_profile, open_journal
+from recompile.costs import Measurement, Profile, ProfileGroup, is_expert, layer_index, load_header, open_journal
 from recompile.optimize.choose import Budget, make_problem
 from recompile.optimize.frontier import lagrangian_path
 
@@ -101,8 +101,9 @@ def profile_hybrid(
     header = replace(sketched.header, method="exact", settings=padded)
     began = time.monotonic()
     exact_path = job.path.with_name(f"{job.path.name}.exact.jsonl")
-    if exact_path.exists() and (before := load_profile(exact_path).header.rows) != header.rows:
-        exact_path.rename(job.path.with_name(f"{job.path.name}.exact-{before}-rows.jsonl"))  # swaps of fewer rows
+    before = load_header(exact_path) if exact_path.exists() else None
+    if before is not None and before.rows != header.rows:
+        exact_path.rename(job.path.with_name(f"{job.path.name}.exact-{before.rows}-rows.jsonl"))  # swaps of fewer rows
     with (
         open_journal(exact_path, header) as exact,
         open_journal(job.path, sketched.header) as journal,

@@ -474,12 +474,14 @@ class SweepStore:
         with self._open(number) as file:
             return int((file.metadata() or {}).get("samples", 0))
 
-    def _open(self, number: int) -> AbstractContextManager[safe_open]:
-        return open_tensors(self._file(number), error=JournalError, way_out="; remove it to sample again")
+    def _open(self, number: int, *, checks: bool = False) -> AbstractContextManager[safe_open]:
+        return open_tensors(
+            self._file(number), error=JournalError, way_out="; remove it to sample again", checks=checks
+        )
 
     def one(self, number: int) -> Sketch:
         """A sweep."""
-        with self._open(number) as file:
+        with self._open(number, checks=True) as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             for name, value in tensors.items():
@@ -510,7 +512,7 @@ class SweepStore:
         for name, value in tensors.items():
             check_finite(value, f"{target}: {name}")
         about = {"key": self._key, "samples": str(sketch.samples), "swaps": json.dumps(sketch.swaps)}
-        save_tensors(target, tensors, about)
+        save_tensors(target, tensors, about, checked=True)
 
 
 def samples_beside(path: Path, header: ProfileHeader) -> Sketch | None:

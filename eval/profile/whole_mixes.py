@@ -28,7 +28,8 @@ from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.costs import Profile, open_journal
 from recompile.errors import JournalError
 from recompile.events import OnEvent, Progress, ignore
-from recompile.io.files import read_json, write_json
+from recompile.io.checksums import read_checked_json, write_checked_json
+from recompile.io.schema import read_as
 
 MOST_ROWS = 16
 RANGE = (0.2, 5.0)
@@ -121,7 +122,7 @@ def measure_factors(
             left = best.factor * predicted(rest, largest)
             factors.append(_factor(part, label, predicted(parts[part], label), kl - left))
     found = tuple(factors)
-    write_json(path, {"kind": KIND, "made_by": "recompile", "key": key, "factors": [asdict(f) for f in found]})
+    write_checked_json(path, {"kind": KIND, "made_by": "recompile", "key": key, "factors": [asdict(f) for f in found]})
     return found
 
 
@@ -170,12 +171,18 @@ def _key(profile: Profile, rows: int) -> str:
 def _kept(path: Path, key: str) -> tuple[PartFactor, ...] | None:
     if not path.exists():
         return None
-    found: Any = read_json(path, error=JournalError)
+    way_out = "remove it, the mixes are measured again"
+    found: Any = read_checked_json(path, error=JournalError, way_out=way_out)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise JournalError(f"{path}: is not a file of measured whole mixes; move it away, its name is needed")
     if found.get("key") != key:
         return None
     try:
-        return tuple(PartFactor(**factor) for factor in found["factors"])
-    except (KeyError, TypeError) as error:
-        raise JournalError(f"{path}: damaged ({error}); delete it, the mixes are measured again") from error
+        return read_as(_Factors, {"factors": found.get("factors")}, str(path), error=JournalError).factors
+    except JournalError as error:
+        raise JournalError(f"{error}; {way_out}") from error
+
+
+@dataclass(frozen=True)
+class _Factors:
+    factors: tuple[PartFactor, ...]

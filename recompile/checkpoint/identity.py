@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from recompile.errors import CheckpointError, RecompileError
-from recompile.io.files import open_regular, read_json, write_json
+from recompile.io.checksums import read_checked_json, write_checked_json
+from recompile.io.files import open_regular
 
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint, TensorInfo
@@ -68,7 +69,7 @@ def _digest_of_tensors(checkpoint: Checkpoint) -> str:
     if stored is not None:
         with suppress(RecompileError, OSError):  # without a cache it is hashed again the next time
             stored.parent.mkdir(parents=True, exist_ok=True)
-            write_json(stored, {**key, "digest": made, "directory": str(checkpoint.path.resolve())})
+            write_checked_json(stored, {**key, "digest": made, "directory": str(checkpoint.path.resolve())})
     return made
 
 
@@ -98,7 +99,7 @@ def _cache_file(path: Path) -> Path:
 
 def _cached(stored: Path, key: Mapping[str, Any]) -> str | None:
     with suppress(RecompileError):
-        found = read_json(stored)
+        found = read_checked_json(stored, way_out="it is made again")
         if isinstance(found, dict) and {name: found.get(name) for name in key} == key:
             return str(found["digest"]) if isinstance(found.get("digest"), str) else None
     return None

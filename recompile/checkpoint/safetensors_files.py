@@ -29,17 +29,27 @@ MAX_HEADER_BYTES = 100 * 1000 * 1000  # the limit of the safetensors format itse
 
 
 @contextmanager
-def open_tensors(path: Path, *, error: Failure = CheckpointError, way_out: str = "") -> Iterator[safe_open]:
+def open_tensors(
+    path: Path, *, error: Failure = CheckpointError, way_out: str = "", checks: bool = False, run: str | None = None
+) -> Iterator[safe_open]:
     """A safetensors file that is no checkpoint, to read: rows, traces, statistics, the state of a run.
 
     Its header is checked first. Raises `error` for what is no such file, with `way_out` at the end, also where a tensor
-    that is asked for in the block is not there or cannot be read.
+    that is asked for in the block is not there or cannot be read. checks: reads all of it first, and raises where its
+    checksum does not fit; one without is taken as it is. run: raises for a part of another run.
     """
     import safetensors
+
+    from recompile.io.checksums import KEY, RUN, checksum_of_tensors
 
     try:
         read_safetensors_header(path)
         with safetensors.safe_open(path, framework="pt") as stored:
+            about = stored.metadata() or {}
+            if checks and KEY in about and checksum_of_tensors(stored.keys(), stored.get_tensor, about) != about[KEY]:
+                raise CheckpointError(f"{path}: was changed after it was written (its checksum does not fit)")
+            if run is not None and about.get(RUN) != run:
+                raise CheckpointError(f"{path}: is of another run, with other settings")
             yield stored
     except CheckpointError as failed:
         raise error(f"{failed}{way_out}") from failed

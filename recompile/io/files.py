@@ -491,8 +491,25 @@ def unmarked(folder: Path) -> Iterator[None]:
     note.unlink(missing_ok=True)
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a folder without a mark is ours: empty, but for what a killed write left, and noted by `unmarked`."""
+    try:
+        names = None if folder.is_symlink() else os.listdir(folder)
+    except OSError:
+        return False
+    return names is not None and all(PARTIAL_SUFFIX in name for name in names) and bool(names or _is_noted(folder))
+
+
 def _is_noted(folder: Path) -> bool:
     return folder.name.endswith(PARTIAL_SUFFIX) or partial_path(folder).is_file()
+
+
+def is_marked(folder: Path, mark: str) -> bool:
+    """Whether a folder has its mark; a note that a run left which was killed between the two is removed."""
+    found = (folder / mark).exists()
+    if found and not folder.name.endswith(PARTIAL_SUFFIX) and _is_noted(folder):
+        partial_path(folder).unlink(missing_ok=True)
+    return found
 
 
 def remove_empty(folder: Path) -> None:

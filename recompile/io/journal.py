@@ -1,7 +1,8 @@
 """A journal: JSON lines behind a header line, each on disk before its work counts as done, held by one process.
 
 What follows the last newline was cut off by a crash: it is dropped, and the log says so (`recompile` logger, which the
-commands show). A disk that fills while a line is written leaves the lines before it whole.
+commands show). A disk that fills while a line is written leaves the lines before it whole. Every line ends with a
+checksum of it and of those before it (`recompile.io.checksums`), which is not seen here.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from types import TracebackType
 from typing import IO, Any
 
 from recompile.errors import JournalError
+from recompile.io.checksums import is_whole, with_checksum, without_checksums
 from recompile.io.files import LARGEST, Failure, is_still, lock, parse_json, sync_directory
 
 log = logging.getLogger("recompile")
 
 
 class LineJournal:
-    """An open journal. `lines` is what it held when it was opened, the header first: whole lines, without newlines.
+    """An open journal. `lines` is what it held when it was opened, the header first: whole lines, without newlines and
+    checksums.
 
         with LineJournal(path) as journal:
             if not journal.lines: journal.begin({"kind": ...})
@@ -30,7 +33,7 @@ class LineJournal:
 
     A second process (or object) on the same path is refused and told who holds it. Where the block fails and nothing
     was added to a header that was begun in it, the file is removed: nothing was done. Raises `error` where the file
-    cannot be read, written or held.
+    cannot be read, written or held, and where a whole line of it was changed.
     """
 
     def __init__(self, path: Path | str, *, error: Failure = JournalError) -> None:
@@ -63,6 +66,11 @@ class LineJournal:
             _close(file)
             raise error(f"{path}: exists and is no journal of this tool; move it away, or choose another output")
         self._whole = len(raw) - self.torn_bytes
+        try:
+            self._lines, self._checksum = without_checksums(path, self._lines, error)
+        except BaseException:
+            _close(file)
+            raise
         if self.torn_bytes:
             kept = f"its {len(self._lines)} whole lines" if self._lines else "nothing"
             log.warning("%s: the last line was cut off by a crash and is dropped; %s stay", path, kept)
@@ -73,14 +81,17 @@ class LineJournal:
 
     def values(self) -> list[Any]:
         """The lines as JSON values. Raises `error` for a damaged one, with its number."""
-        return [
-            parse_json(line, str(self.path), error=self._error, line=number)
-            for number, line in enumerate(self._lines, start=1)
-        ]
+        try:
+            return [
+                parse_json(line, str(self.path), error=self._error, line=number)
+                for number, line in enumerate(self._lines, start=1)
+            ]
+        except self._error as failed:
+            raise self._error(f"{failed}; remove the file to start again") from failed
 
     def begin(self, header: Any) -> None:
         """Start anew: the header is the only line."""
-        self._whole, self._lines, self.torn_bytes = 0, [], 0
+        self._whole, self._lines, self.torn_bytes, self._checksum = 0, [], 0, 0
         self.append(header)
         self._is_just_begun = True
         with suppress(OSError):  # a file system that cannot
@@ -97,8 +108,13 @@ class LineJournal:
         self.append_lines(json.dumps(value).encode() for value in values)
 
     def append_lines(self, lines: Iterable[bytes]) -> None:
-        """As `append`, for lines that are JSON already."""
-        data = b"".join(line + b"\n" for line in lines)
+        """As `append`, for lines that are JSON already, of objects."""
+        parts, checksum = list[bytes](), self._checksum
+        for line in lines:
+            if checksum is not None:
+                line, checksum = with_checksum(line, checksum)
+            parts.append(line + b"\n")
+        data = b"".join(parts)
         descriptor = self._file.fileno()
         try:
             os.ftruncate(descriptor, self._whole)
@@ -114,7 +130,7 @@ class LineJournal:
                 f"{self.path}: cannot be written: {failed.strerror or failed}; what is in it stays valid, make room "
                 f"and run the same command to go on"
             ) from failed
-        self._whole += len(data)
+        self._whole, self._checksum = self._whole + len(data), checksum
         self._is_just_begun = False
 
     def keep(self) -> None:
@@ -140,7 +156,7 @@ def _is_torn_header(raw: bytes) -> bool:
     """Whether it can be the start of a header that a crash cut off, and nothing whole of another's."""
     with suppress(ValueError):
         json.loads(raw)
-        return False
+        return is_whole(raw)
     return raw.startswith(b"{")
 
 

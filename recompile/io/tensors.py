@@ -8,19 +8,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recompile.io.checksums import KEY, RUN, checksum_of_tensors
 from recompile.io.files import write_with
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path | str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    checked: bool = False,
+    run: str | None = None,
+) -> None:
     """Write contiguous tensors of any shape and dtype, by name. Raises OutputError where it cannot be written.
 
+    checked: with a checksum, which `open_tensors` looks at; tensors are on the CPU
+    run: of which run the file is a part, told to `open_tensors` again
     The library sorts tensors by dtype and name, but has the metadata in another order in every process; here it is
     sorted by key.
     """
     from safetensors.torch import save_file
+
+    if run is not None:
+        metadata = {**(metadata or {}), RUN: run}
+    if checked:
+        metadata = {**(metadata or {}), KEY: checksum_of_tensors(tensors, tensors.__getitem__, metadata or {})}
 
     def write(scratch: Path) -> None:
         save_file(dict(tensors), scratch, dict(metadata) if metadata is not None else None)

@@ -177,7 +177,7 @@ def save_trace(trace: Trace, path: Path | str) -> None:
 
     tensors = {"input_ids": trace.ids, "response": trace.response.to(torch.uint8), "lengths": trace.lengths}
     metadata = {"made_by": "recompile", METADATA_KEY: json.dumps(asdict(trace.about))}
-    save_tensors(path, tensors, metadata)
+    save_tensors(path, tensors, metadata, checked=True)
 
 
 def read_trace(path: Path | str) -> Trace:
@@ -193,7 +193,7 @@ def read_trace(path: Path | str) -> Trace:
         if found_trace.about.vocab:
             check_trace_vocabulary(path, found_trace.ids, found_trace.about.vocab)
         return found_trace
-    with open_tensors(path, error=RecompileError) as stored:
+    with open_tensors(path, error=RecompileError, way_out="; make the trace again", checks=True) as stored:
         metadata = stored.metadata() or {}
         if METADATA_KEY not in metadata:
             raise RecompileError(f"{path}: is no trace: its metadata has no {METADATA_KEY}; make one with model_trace")

@@ -6,8 +6,10 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from recompile.formats.gguf_encode import NEEDS_IMPORTANCE, quantize_rows
 from recompile.formats.gguf_types import QUANTIZED_TYPES, TYPES, GgufType, find_type
 from recompile.gguf.keys import heads_in
 from recompile.gguf.names import text_config_of
-from recompile.io.files import finished_meanwhile, sync_directory
+from recompile.io.files import finished_meanwhile, open_regular, sync_directory
 from recompile.io.journal import LineJournal
 from recompile.io.schema import read_as
 from recompile.quantize.gguf import (
@@ -38,6 +40,7 @@ from recompile.quantize.gguf import (
 from recompile.quantize.gguf_rounding import Order, layer_of, summary_of
 
 CHUNK_ROWS_BYTES = 1 << 28  # float32 bytes encoded at a time
+CHECKED_BYTES = 1 << 24  # read at a time where a run goes on
 
 
 def build_variants(plan: VariantPlan) -> Iterator[TensorDone | VariantsReport]:
@@ -76,9 +79,10 @@ def build_variants(plan: VariantPlan) -> Iterator[TensorDone | VariantsReport]:
     )
 
 
-def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Made]:
+def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[_Written]:
     """Encode one tensor for every variant and write it; equal types are encoded once."""
     tensor = plan.tensors[number]
+    checksums = [0] * len(plan.variants)
     sizes, unseen = [0] * len(plan.variants), False
     noise, signal = [0.0] * len(plan.variants), 0.0
     offsets = [variant.layout.offsets[number] for variant in plan.variants]
@@ -104,6 +108,7 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
                 notes[n] += [note] if note else []
                 _write_at(journal.files[n], raw, offsets[n] + sizes[n])
                 sizes[n] += len(raw)
+                checksums[n] = zlib.crc32(raw, checksums[n])
                 noise[n] += error
     made = []
     tied = not any(other.name == "output.weight" for other in plan.tensors)
@@ -114,10 +119,22 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[Mad
         if unseen and kind.is_quantized:
             note += ("; " if note else "") + "no calibration token reached it: made without importance"
         error = math.sqrt(noise[n] / signal) if signal else 0.0
-        made.append(
-            Made(tensor.name, asked, kind.name, math.prod(tensor.ne), sizes[n], error, note, summary_of(notes[n]))
-        )
+        its = Made(tensor.name, asked, kind.name, math.prod(tensor.ne), sizes[n], error, note, summary_of(notes[n]))
+        made.append(_Written(its, checksums[n]))
     return made
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A tensor of one variant, as a line of the journal holds it. crc32: of its bytes in the file."""
+
+    made: Made
+    crc32: int
+
+
+@dataclass(frozen=True)
+class _Line:
+    variants: tuple[_Written, ...]
 
 
 Improve = Callable[[GgufType, Tensor, Tensor], tuple[Tensor, str]]
@@ -229,7 +246,9 @@ class _Journal:
         if made is not None and not (is_whole and all(place.exists() for place in places)):
             raise OutputError(f"{made}: exists, beside {self.path}; remove both, or choose another {{out}}")
         if all(place.exists() for place in places):
-            self.made = [self._entries(number, line) for number, line in enumerate(lines[1:], start=2)]
+            written = [self._entries(number, line) for number, line in enumerate(lines[1:], start=2)]
+            self._check_bytes(places, written)
+            self.made = [[one.made for one in entries] for entries in written]
         fresh = not self.made
         if fresh:
             self._journal.begin(settings)
@@ -239,20 +258,39 @@ class _Journal:
             os.ftruncate(self.files[-1], variant.layout.size_bytes)
             _write_at(self.files[-1], variant.layout.header, 0)
 
-    def _entries(self, number: int, line: Any) -> list[Made]:
+    def _entries(self, number: int, line: Any) -> tuple[_Written, ...]:
         """A line: what was made of one tensor for every variant."""
         place = f"{self.path}:{number}"
-        if not isinstance(line, list) or len(line) != len(self.plan.variants):
+        try:
+            found = read_as(_Line, line, place, error=OutputError).variants
+        except OutputError as error:
+            raise OutputError(f"{error}; remove the file and its *.building files") from error
+        if len(found) != len(self.plan.variants) or number - 2 >= len(self.plan.order):
             raise OutputError(f"{place}: is no line of this build; remove the file and its *.building files")
-        return [read_as(Made, entry, place, error=OutputError) for entry in line]
+        return found
 
-    def add(self, entries: list[Made]) -> None:
+    def _check_bytes(self, places: Sequence[Path], written: Sequence[Sequence[_Written]]) -> None:
+        """Raise OutputError where what was made is not what stands in the files."""
+        for n, (place, variant) in enumerate(zip(places, self.plan.variants, strict=True)):
+            with open_regular(place, error=OutputError) as file:
+                for number, entries in zip(self.plan.order, written, strict=False):
+                    file.seek(variant.layout.offsets[number])
+                    left, found = entries[n].made.size_bytes, 0
+                    while left and (part := file.read(min(left, CHECKED_BYTES))):
+                        left, found = left - len(part), zlib.crc32(part, found)
+                    if left or found != entries[n].crc32 or entries[n].made.tensor != self.plan.tensors[number].name:
+                        raise OutputError(
+                            f"{place}: {self.plan.tensors[number].name} was changed after it was written (its checksum "
+                            f"does not fit); remove it and {self.path} to start again"
+                        )
+
+    def add(self, entries: Sequence[_Written]) -> None:
         """A tensor counts as made once its bytes and its line are on disk."""
         assert self._journal is not None
         for file in self.files:
             os.fdatasync(file)
-        self.made.append(entries)
-        self._journal.append([asdict(entry) for entry in entries])
+        self.made.append([entry.made for entry in entries])
+        self._journal.append({"variants": [asdict(entry) for entry in entries]})
 
     def finish(self) -> None:
         for file in self.files:

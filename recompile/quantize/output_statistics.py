@@ -21,7 +21,8 @@ from torch import Tensor
 
 from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import CheckpointError, MismatchError
-from recompile.io.files import PARTIAL_SUFFIX, read_json, write_json
+from recompile.io.checksums import read_checked_json, write_checked_json
+from recompile.io.files import PARTIAL_SUFFIX
 from recompile.io.tensors import save_tensors
 from recompile.quantize.two_sided import OutputStatistics
 
@@ -48,6 +49,7 @@ class StoredStatistics:
     path: Path
     about: Mapping[str, Any]
     modules: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)  # file, tokens, tokens held out
+    _checked: set[str] = field(default_factory=set)  # files, which are read whole once
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +62,9 @@ class StoredStatistics:
         file, tokens, held_out_tokens = self.modules[module]
         found = []
         try:
-            with open_tensors(self.path / file, way_out=f"; remove {self.path} and measure anew") as stored:
+            way_out, checks = f"; remove {self.path} and measure anew", file not in self._checked
+            with open_tensors(self.path / file, way_out=way_out, checks=checks, run=self.fingerprint) as stored:
+                self._checked.add(file)
                 for share in SHARES:
                     parts = (stored.get_tensor(f"{module}.{share}.{part}") for part in ("diagonal", "correlations"))
                     found.append(_unpack(*(part.to(device) for part in parts)))
@@ -98,8 +102,8 @@ def open_statistics(path: Path) -> StoredStatistics | None:
                 f"{path}: holds no {ABOUT}, and other files; statistics need a directory of their own"
             )
         return None
+    found = read_checked_json(about, way_out=f"remove {path}, measure anew")
     try:
-        found = read_json(about)
         if found["version"] != VERSION:
             raise CheckpointError(f"{about}: version {found['version']}, wanted {VERSION}; remove {path}, measure anew")
         modules = {name: (str(f), int(n), int(held)) for name, (f, n, held) in found["modules"].items()}
@@ -140,18 +144,21 @@ class StatisticsWriter:
             self.modules[module] = (file, *counts)
         if not tensors:
             return
-        save_tensors(self.path / file, tensors)
+        save_tensors(self.path / file, tensors, checked=True, run=self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps([VERSION, self.made_of], sort_keys=True).encode()).hexdigest()[:16]
 
     def finish(self) -> StoredStatistics:
         """Say that all layers are there."""
-        digest = hashlib.sha256(json.dumps([VERSION, self.made_of], sort_keys=True).encode()).hexdigest()[:16]
         about = {
             "version": VERSION,
-            "fingerprint": digest,
+            "fingerprint": self.fingerprint,
             "made_of": dict(self.made_of),
             "modules": {name: list(found) for name, found in self.modules.items()},
         }
-        write_json(self.path / ABOUT, about, indent=1)
+        write_checked_json(self.path / ABOUT, about, indent=1)
         return StoredStatistics(self.path, about, dict(self.modules))
 
 

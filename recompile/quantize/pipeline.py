@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,13 +28,15 @@ from torch import Tensor
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
-from recompile.checkpoint.safetensors_files import read_safetensors_header, read_tensor
+from recompile.checkpoint.safetensors_files import open_tensors, read_safetensors_header, read_tensor
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders
+from recompile.io.checksums import read_checked_json, run_of, write_checked_json
 from recompile.io.files import (
     check_partial,
     finished_meanwhile,
+    is_marked,
     locked,
     remove_empty,
     remove_partial,
@@ -43,6 +45,7 @@ from recompile.io.files import (
     write_json,
     write_text,
 )
+from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
 from recompile.merge.configs import is_linear
 from recompile.merge.left_dense import left_dense
@@ -61,6 +64,7 @@ from recompile.quantize.quantize_report import LayerDone, ModuleReport, Quantize
 from recompile.quantize.smoothing_mappings import Fold, find_folds
 from recompile.quantize.smoothing_scales import powers_of_two, scaled_statistics
 
+T = TypeVar("T")
 JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant is made whole
 REPORT = "quantize_report.json"
 BUILDING_SUFFIX = ".building"
@@ -315,17 +319,17 @@ class _Build:
                 if final.exists():
                     continue
                 journal = partial / JOURNAL
-                if not journal.exists():
+                if not is_marked(partial, JOURNAL):
                     with unmarked(partial):
                         partial.mkdir(exist_ok=True)
                         self._held.enter_context(locked(partial, final))
                         if final.exists():  # another run renamed it since it was looked for
                             raise OutputError(finished_meanwhile(final))
                         write_json(journal, self.journal)
-                elif read_json(journal) != self.journal:
+                elif (begun := self._read_journal(journal)) != self.journal:
                     raise OutputError(
-                        f"{partial}: was begun with other settings ({_difference(read_json(journal), self.journal)}); "
-                        f"remove it, or run with those settings to go on"
+                        f"{partial}: was begun with other settings ({_difference(begun, self.journal)}); remove it, or "
+                        f"run with those settings to go on"
                     )
                 else:
                     self._held.enter_context(locked(partial, final))
@@ -336,16 +340,37 @@ class _Build:
         if self.sequential and first < len(self.stages):
             first = 0  # what the layers before it gave is not kept
         for report, final, partial in zip(self.reports, self.finals, self.partials, strict=True):
+            again = f"remove {partial} to start again"
             for number in range(0 if final.exists() else first):
-                for entry in read_json(partial / _stage_report(number)):
-                    report[entry["module"]] = ModuleReport(**entry)
+                shard, run = partial / _stage_shard(number), run_of(self.journal)
+                with open_tensors(shard, error=OutputError, way_out=f"; {again}", checks=True, run=run):
+                    pass  # it is whole, and as it was written
+                self._read_list(partial, _stage_sets(number), "sets", ScaledSet)
+                for entry in self._read_list(partial, _stage_report(number), "modules", ModuleReport):
+                    report[entry.module] = entry
         return first
+
+    @staticmethod
+    def _read_journal(path: Path) -> Any:
+        return read_checked_json(path, error=OutputError, way_out=f"remove {path.parent} to start again")
 
     def _stages_done(self, partial: Path) -> int:
         number = 0
         while number < len(self.stages) and (partial / _stage_report(number)).exists():
             number += 1
         return number
+
+    def _read_list(self, partial: Path, file: str, key: str, kind: type[T]) -> list[T]:
+        """What a stage left. Raises OutputError where it was damaged since, or is of another run."""
+        place, way_out = partial / file, f"remove {partial} to start again"
+        found = read_checked_json(place, error=OutputError, way_out=way_out)
+        listed = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(listed, list) or found.get("run") != run_of(self.journal):
+            raise OutputError(f"{place}: is not what this run left there, or another run's; {way_out}")
+        try:
+            return [read_as(kind, one, f"{place}: {key}[{n}]", error=OutputError) for n, one in enumerate(listed)]
+        except OutputError as error:
+            raise OutputError(f"{error}; {way_out}") from error
 
     def _resumed(self, number: int) -> LayerDone:
         return LayerDone(number, len(self.stages), self.stages[number], True, {})
@@ -363,9 +388,10 @@ class _Build:
         partial = self.partials[variant]
         shard = partial / _stage_shard(number)
         try:
-            save_tensors(shard, tensors, {"format": "pt"})
-            write_json(partial / _stage_sets(number), [asdict(found) for found in sets])
-            write_json(partial / _stage_report(number), [asdict(report) for report in reports])
+            run = run_of(self.journal)
+            save_tensors(shard, tensors, {"format": "pt"}, checked=True, run=run)
+            for file, key, parts in ((_stage_sets, "sets", sets), (_stage_report, "modules", reports)):
+                write_checked_json(partial / file(number), {"run": run, key: [asdict(part) for part in parts]})
         except (OSError, OutputError) as error:
             needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             free = shutil.disk_usage(partial).free
@@ -674,7 +700,7 @@ class _Build:
         write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal, **used})
         sets = [*read_scaled_sets(self.base.path)]
         for number in range(self.model.depth):
-            sets += [ScaledSet(e["producer"], tuple(e["consumers"])) for e in read_json(partial / _stage_sets(number))]
+            sets += self._read_list(partial, _stage_sets(number), "sets", ScaledSet)
         if sets:
             write_text(partial / SCALING_NAME, dump_scaled_sets(sets))
         for path in other_files(self.base.path):

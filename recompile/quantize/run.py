@@ -12,7 +12,7 @@ import torch
 
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from recompile.checkpoint.module_names import Dense
-from recompile.errors import ArgumentError, FormatError
+from recompile.errors import ArgumentError, FormatError, OutputError
 from recompile.events import Note, OnEvent, Progress, follow, ignore
 from recompile.formats import COMPRESSED, FORMATS
 from recompile.gguf.container import open_gguf
@@ -226,6 +226,11 @@ def _output_statistics(
     """Gradients at the outputs of all maps: those kept in `stats`, or measured on the calibration rows."""
     # without stats they are kept until the variants are whole
     path = options.stats if options.stats is not None else out.with_name(out.name + ".stats")
+    if options.stats is None and path.is_dir() and not any(path.iterdir()):
+        raise OutputError(
+            f"{path}: exists, and is empty; statistics are kept under this name and go when the variants are whole: "
+            f"remove it, or choose another {{out}}"
+        )
     kept = open_statistics(path)
     if kept is not None:
         kept.check_base(base.identity, base.label)

@@ -132,14 +132,14 @@ def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, mo
     whole = Stages.run
     for number, stopped in enumerate(("profile", "recipe", "build", "verify")):
 
-        def run(self: Any, name: str, stage: Any, stopped: str = stopped) -> Any:
+        def run(self: Any, name: str, stage: Any, leaves: Path | None = None, *, stopped: str = stopped) -> Any:
             def counted() -> Any:
                 ran.append(name)
                 if name == stopped:
                     raise KeyboardInterrupt
                 return stage()
 
-            return whole(self, name, counted)
+            return whole(self, name, counted, leaves)
 
         monkeypatch.setattr(Stages, "run", run)
         assert auto(*options).exit_code == 130

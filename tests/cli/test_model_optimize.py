@@ -17,6 +17,7 @@ from recompile.errors import RecompileError
 from recompile.merge.overlay import build_overlay
 from recompile.optimize.choose import Choice
 from recompile.recipe.recipe import load_recipe
+from tests.journals import unsealed
 from tests.optimize_runs import FEW, by_hand, optimize, overlay_of, run, sources_of, write_profile
 
 
@@ -48,7 +49,7 @@ def test_the_recipe_has_globs_and_resolves_to_the_choice(tmp_path: Path) -> None
 def test_sources_that_are_gone_give_a_plain_recipe_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = tmp_path / "profile.jsonl"
     header = write_profile(profile)
-    text = profile.read_text()
+    text = unsealed(profile).read_text()
     for candidate in header.candidates:
         text = text.replace(json.dumps(candidate.model_dir), json.dumps(f"gone/{candidate.id}bpw"))
     profile.write_text(text)
@@ -174,7 +175,7 @@ def test_a_limit_out_of_reach_names_what_is_measured(profile: Path) -> None:
 
 def test_a_limit_without_models_is_said_to_be_predicted(profile: Path) -> None:
     header = load_profile(profile).header
-    profile.write_text(profile.read_text().replace(header.candidates[0].fingerprint, "0" * 16))
+    profile.write_text(unsealed(profile).read_text().replace(header.candidates[0].fingerprint, "0" * 16))
     result = run(profile, "--max-kl", "0.2", "-o", profile.with_name("mix.yaml"), "-r", "4", "-l", "16")
     assert result.exit_code == 0, result.output
     assert "Note: the models are not available: the limit on KL is kept by what the profile predicts" in result.output
@@ -390,7 +391,7 @@ def test_a_recipe_worse_than_the_simple_mix_is_not_written(tmp_path: Path) -> No
 
 def test_models_that_changed_since_they_were_profiled_are_not_trusted(profile: Path, tmp_path: Path) -> None:
     header = load_profile(profile).header
-    text = profile.read_text().replace(header.candidates[0].fingerprint, "0" * 16)
+    text = unsealed(profile).read_text().replace(header.candidates[0].fingerprint, "0" * 16)
     profile.write_text(text)
     result = run(profile, "-b", "3.7", "-o", tmp_path / "mix.yaml", *FEW)
     assert result.exit_code == 1

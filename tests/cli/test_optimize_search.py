@@ -25,6 +25,7 @@ from recompile.optimize.baselines import Baseline, make_baselines
 from recompile.optimize.cross_entropy import POPULATION, ROUNDS
 from recompile.optimize.exact import solve_exact
 from tests import tiny
+from tests.journals import unsealed
 from tests.optimize_runs import FEW, by_hand, optimize, overlay_of, run, write_profile
 
 
@@ -71,7 +72,7 @@ def test_refine_reads_the_draws_that_pairs_keeps(tmp_path: Path, monkeypatch: py
             profile, "-b", "3.9", "--no-check", "--solver", "refine", "--steps", "1", "-r", "4", "-l", "24", "-o", out
         )
         assert result.exit_code == 0, result.output
-        lines = out.with_name(f"{name}.refine.jsonl").read_text().splitlines()
+        lines = unsealed(out.with_name(f"{name}.refine.jsonl")).read_text().splitlines()
         return [json.loads(line) for line in lines], " ".join(result.output.split())
 
     monkeypatch.setattr("recompile.optimize.interactions.common_share", lambda *_: 0.5)  # a model that learnt nothing
@@ -102,7 +103,7 @@ def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, mon
         again = optimize(profile, *words)
         assert again["choice"] == whole["choice"]
         assert path.read_text().splitlines(keepends=True) == lines, f"{kept} lines were kept"
-    head, first, *rest = lines
+    head, first, *rest = unsealed(path).read_text().splitlines(keepends=True)
     path.write_text(head + first.replace('"of": "', '"of": "other') + "".join(rest))
     refused = run(profile, *words, "-o", tmp_path / "mix.yaml")
     assert refused.exit_code == 1
@@ -368,7 +369,7 @@ def test_a_start_by_hand_is_not_replaced(profile: Path, monkeypatch: pytest.Monk
 def test_differences_from_the_base_have_no_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = tmp_path / "profile.jsonl"
     write_profile(profile)
-    profile.write_text(profile.read_text().replace('"context": "clean"', '"context": "base"'))
+    profile.write_text(unsealed(profile).read_text().replace('"context": "clean"', '"context": "base"'))
     words = ("-b", "3.3", "-r", "2", "-l", "16", "--no-check", "-o", tmp_path / "mix.yaml")
     refused = run(profile, "--solver", "superadditive", *words)
     assert refused.exit_code == 1

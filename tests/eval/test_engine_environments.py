@@ -80,7 +80,7 @@ def test_an_environment_is_made_once_and_anew_where_it_is_not_whole(
     assert install("toy").state == "installed"
     assert (Path(made.path) / RECORD).stat().st_mtime_ns == stamp, "nothing is done where it is there"
 
-    (Path(made.path) / RECORD).unlink()  # as a killed run leaves it
+    (Path(made.path) / RECORD).write_text('{"packages": null, "made_by": "recompile"}')  # as a killed run leaves it
     (Path(made.path) / "stray").touch()
     assert status("toy").state == "half-made"
     with pytest.raises(EngineError, match="toy is only half installed"):
@@ -96,6 +96,23 @@ def test_an_environment_is_made_once_and_anew_where_it_is_not_whole(
     with pytest.raises(EngineError, match=r"toy is installed and does not start: .*No module named 'helper'"):
         install("toy")
     assert status("toy").state == "half-made", "what does not start never counts as there"
+
+
+@pytest.mark.parametrize("content", ["README.md", "src/main.c", ""])
+def test_a_folder_of_the_user_under_the_name_of_an_engine_stays(index: Path, tmp_path: Path, content: str) -> None:
+    """A clone of the engine's sources, say."""
+    mine = tmp_path / "engines" / "toy" / content
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine") if content else mine.mkdir(exist_ok=True)
+    assert status("toy").state == "taken"
+    with pytest.raises(OutputError, match=r"toy: exists, and recompile engines did not make it .*; move it away"):
+        install("toy")
+    with pytest.raises(EngineError, match="its place is taken"):
+        python_of("toy")
+    assert [path.name for path in (tmp_path / "engines" / "toy").rglob("*") if path.is_file()] == (
+        [mine.name] if content else []
+    )
+    assert mine.exists()
 
 
 def test_what_cannot_be_installed_is_said(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

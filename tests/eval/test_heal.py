@@ -365,7 +365,8 @@ def damaged(**changed: object) -> Callable[[Path], None]:
         state = work / "state.safetensors"
         with safe_open(state, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            about = json.loads(stored.metadata()["recompile_heal"])
+            kept = {key: value for key, value in stored.metadata().items() if key != "crc32"}
+            about = json.loads(kept["recompile_heal"])
         name = min(tensors)
         for key, value in changed.items():
             if key == "tensor" and value is None:
@@ -376,7 +377,7 @@ def damaged(**changed: object) -> Callable[[Path], None]:
                 del about[key]
             else:
                 about[key] = value
-        save_file(tensors, state, {"recompile_heal": json.dumps(about)})
+        save_file(tensors, state, {**kept, "recompile_heal": json.dumps(about)})
 
     return write
 

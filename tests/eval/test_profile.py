@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import LEVELS, Cost, Profile, group_name, load_profile
 from recompile.errors import JournalError, MismatchError, MissingWeight, RecompileError
 from tests import tiny
+from tests.journals import unsealed
 
 BITS = (2, 3, 4)
 BASE = 3
@@ -473,8 +475,13 @@ def test_a_directory_spelled_another_way_is_the_same(
     ],
 )
 def test_a_damaged_line_in_the_middle_is_refused(finished: Path, tmp_path: Path, damage: Any, says: str) -> None:
-    lines = finished.read_bytes().splitlines(keepends=True)
     path = tmp_path / "p.jsonl"
+    shutil.copyfile(finished, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], damage(lines[2]), *lines[3:]]))
+    with pytest.raises(JournalError, match=r":3: .*its checksum does not fit"):
+        resume(path)
+    lines = unsealed(shutil.copy(finished, path)).read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], damage(lines[2]), *lines[3:]]))
     with pytest.raises(JournalError, match=says):
         resume(path)

@@ -271,7 +271,7 @@ def test_a_damaged_trace_is_refused(folder: Path, tmp_path: Path) -> None:
     good = folder / "drawn.safetensors"
     tensors = load_file(good)
     with safe_open(good, framework="pt") as stored:
-        metadata = stored.metadata()
+        metadata = {key: value for key, value in stored.metadata().items() if key != "crc32"}
     about = json.loads(metadata[METADATA_KEY])
     bad = tmp_path / "bad.safetensors"
 

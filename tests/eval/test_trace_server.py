@@ -23,6 +23,7 @@ from recompile.events import Note
 from recompile.model.trace import read_trace
 from tests import traces
 from tests.commands import run
+from tests.journals import unsealed
 
 TOKENS = 10
 
@@ -189,6 +190,8 @@ def test_what_came_is_kept_and_not_asked_again(greedy: Path, served: tuple[Serve
     traced(greedy, out, url)  # more requests at a time change nothing
     assert len(behind.asked) == len(traces.PROMPTS) - 9
     assert torch.equal(read_trace(out).ids, read_trace(greedy).ids)
+    journal.write_text("\n".join(kept) + "\n")
+    kept = unsealed(journal).read_text().splitlines()
     journal.write_text("\n".join([*kept, '{"prompt": 99, "text": "", "tokens": [], "ended": true}']) + "\n")
     with pytest.raises(JournalError, match="journal:11: is no response of this trace"):
         traced(greedy, out, url)

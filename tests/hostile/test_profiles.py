@@ -18,6 +18,7 @@ from recompile.costs import Candidate, Measurement, ProfileGroup, ProfileHeader,
 from recompile.errors import JournalError
 from recompile.io.schema import read_as
 from tests.hostile.refusals import refuses, run_on
+from tests.journals import unsealed
 
 GROUPS = tuple(
     ProfileGroup(f"model.layers.{n}", (f"model.layers.{n}.q_proj",), 100, {"2": 200, "4": 400}, n) for n in range(3)
@@ -38,7 +39,7 @@ def write(path: Path) -> None:
 @pytest.fixture
 def lines(tmp_path: Path) -> list[Any]:
     write(tmp_path / "p.jsonl")
-    return [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in unsealed(tmp_path / "p.jsonl").read_text().splitlines()]
 
 
 def set_in(*path: Any, to: Any) -> Callable[[list[Any]], None]:

@@ -20,6 +20,8 @@ from recompile.gguf.container import open_gguf
 from recompile.io.files import (
     OutputDirectory,
     check_partial,
+    is_marked,
+    partial_path,
     remove_empty,
     remove_partial,
     unmarked,
@@ -167,6 +169,10 @@ def test_an_empty_folder_is_ours_only_where_a_run_was_killed_that_made_it(tmp_pa
     with unmarked(folder):
         (folder / "mark").touch()
     assert os.listdir(tmp_path) == ["out.work"]
+    assert is_marked(folder, "mark")
+    partial_path(folder).touch()  # killed after the mark
+    assert is_marked(folder, "mark")
+    assert os.listdir(tmp_path) == ["out.work"]
     (folder / "mark").unlink()
     with pytest.raises(OutputError):
         check_partial(folder, "mark")
@@ -187,4 +193,5 @@ def test_a_torn_header_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "j").write_text('{"kind": "te')
     with LineJournal(tmp_path / "j") as journal:
         journal.begin({"kind": "test"})
-    assert (tmp_path / "j").read_text() == '{"kind": "test"}\n'
+    with LineJournal(tmp_path / "j") as journal:
+        assert journal.values() == [{"kind": "test"}]
