@@ -4,7 +4,7 @@
 [intermediate, hidden], `mlp.experts.7.up_proj.weight` and so on, under the names that engines give to experts of
 their own. Which tensor is what, and which axis is the output, follows from the shapes: what enters down_proj is half as
 wide as what leaves gate_up_proj. Only whether gate and up alternate does not show; in gpt-oss they do.
-DBRX keeps the rows of all experts one below another, `experts.mlp.w1` [experts x intermediate, hidden]: a stack as well.
+DBRX keeps the rows of all experts one below another, `experts.mlp.w1` [experts x intermediate, hidden], a stack too.
 """
 
 from __future__ import annotations

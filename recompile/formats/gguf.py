@@ -1,7 +1,7 @@
 """The tensor types of GGUF files as one format of this project: decoding on any device, for every type with a layout.
 
 The types themselves are rows in `gguf_types`; the arithmetic is in `gguf_decode`, `gguf_decode_iq` and, for
-ik_llama.cpp's, `ik`.
+ik_llama.cpp's, `ik` and `ik_codebooks`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recompile.errors import FormatError, UnsupportedError
-from recompile.formats import gguf_decode, gguf_decode_iq, ik
+from recompile.formats import gguf_decode, gguf_decode_iq, ik, ik_codebooks
 from recompile.formats.gguf_types import GgufType, find_type
 from recompile.formats.stored import Described, StoredModule
 
@@ -21,7 +21,7 @@ CHUNK_WEIGHTS_CPU = 1 << 17
 CHUNK_WEIGHTS_OTHER = 1 << 26
 
 DECODERS = gguf_decode.DECODERS | gguf_decode_iq.DECODERS
-DECODABLE = frozenset(DECODERS) | frozenset(ik.TYPES) | {"F32", "F16", "BF16"}
+DECODABLE = frozenset(DECODERS) | frozenset(ik.TYPES) | frozenset(ik_codebooks.TYPES) | {"F32", "F16", "BF16"}
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -44,6 +44,8 @@ def dequantize_rows(kind: str | GgufType, data: Tensor, columns: int) -> Tensor:
     rows = data.numel() // row_bytes
     if row.name in ik.TYPES:
         return ik.dequantize(row.name, data, (rows, columns))
+    if row.name in ik_codebooks.TYPES:
+        return ik_codebooks.dequantize(row.name, data, (rows, columns))
     if row.name in _FLOATS:
         return data.reshape(rows, row_bytes).contiguous().view(_FLOATS[row.name]).float()
     decode = DECODERS.get(row.name)

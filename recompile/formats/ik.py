@@ -1,4 +1,5 @@
 """The IQ*_K types of the ik_llama.cpp fork, as stored in its GGUF files: decoding on any device, encoding on the CPU.
+Its types whose codes stand for several weights are in `ik_codebooks`.
 
 Written from the ik quants format spec. A row of weights is a row head (0, 2 or 4 bytes) and blocks of 256 weights; a
 block has scale blocks of 16 or 32 weights, and each scale block has a level (a small integer) and a shift bit:
@@ -17,6 +18,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,6 +36,12 @@ _G4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _G5 = (
     -126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6,
     -1, 5, 11, 17, 23, 29, 36, 43, 51, 59, 68, 77, 87, 97, 109, 121,
+)
+_G6 = (  # what the fork's kernels multiply with; its reference decoder has the cubic that these are rounded from
+    -127, -121, -115, -109, -104, -98, -93, -88, -84, -79, -74, -70, -66, -62, -58, -54,
+    -51, -47, -44, -40, -37, -34, -31, -28, -25, -22, -19, -16, -13, -11, -8, -5,
+    -2, 0, 3, 6, 9, 12, 14, 17, 20, 23, 27, 30, 33, 36, 40, 44,
+    47, 51, 55, 59, 63, 68, 72, 77, 82, 87, 92, 98, 103, 109, 115, 121,
 )
 # fmt: on
 
@@ -85,11 +93,12 @@ TYPES: dict[str, IkType] = {
         IkType("IQ4_K", 139, 0, 144, 16, _G4, 4, (-32, 31, 1)),
         IkType("IQ5_KS", 152, 4, 168, 32, _G5, 2, (-127, 127, 2)),
         IkType("IQ5_K", 140, 0, 176, 16, _G5, 2, (-32, 31, 1)),
+        IkType("IQ6_K", 141, 0, 212, 16, _G6, 1, (-127, 127, 1)),
     )
 }
 
-# Types of the fork that a GGUF may hold and that are passed through: the spec gives their sizes, not their bits.
-OPAQUE = ("IQ6_K", "IQ2_KL", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT", "Q8_KV", "IQ1_BN", "IQ2_BN")
+# Types of the fork that a GGUF may hold and that this module passes through.
+OPAQUE = ("IQ2_KL", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT", "Q8_KV", "IQ1_BN", "IQ2_BN")
 
 # Weights decoded at a time. CPU: about 2 MiB of temporaries, which stay in the second-level cache. Elsewhere: enough to
 # fill a GPU, with temporaries of 14 bytes per weight below 1 GiB.
@@ -112,7 +121,7 @@ class Fields:
 def find_type(name: str) -> IkType:
     """The row of `TYPES` of this name, in any case.
 
-    raises: UnsupportedError for a type of the fork whose layout is not known here, FormatError (with the nearest name)
+    raises: UnsupportedError for a type of the fork without an encoder here, FormatError (with the nearest name)
             for any other
     """
     found = TYPES.get(name.upper()) if isinstance(name, str) else None
@@ -120,8 +129,8 @@ def find_type(name: str) -> IkType:
         return found
     if isinstance(name, str) and name.upper() in OPAQUE:
         raise UnsupportedError(
-            f"type {name.upper()}: found a type that can only be copied; wanted one of {', '.join(TYPES)} to decode or "
-            f"encode. Copy its tensors unchanged, or requantize them with ik_llama.cpp"
+            f"type {name.upper()}: found a type that this module does not encode; wanted one of {', '.join(TYPES)}. "
+            f"Copy its tensors unchanged, or requantize them with ik_llama.cpp"
         )
     nearest = difflib.get_close_matches(str(name).upper(), TYPES, 1, 0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -144,8 +153,8 @@ def dequantize(type: str, data: Tensor | bytes | NDArray[np.uint8], shape: tuple
     if len(shape) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
         raise FormatError(f"{spec.name}: found shape {tuple(shape)}; wanted (rows, columns), two integers from 0 up")
     rows, columns = shape
-    _check_columns(spec, columns)
-    packed = _as_rows(spec, data, rows, columns)
+    check_columns(spec, columns)
+    packed = as_rows(spec, data, rows, columns)
     device = packed.device if isinstance(packed, Tensor) else torch.device("cpu")
     values = torch.tensor(spec.grid, dtype=torch.float32, device=device)
     values = torch.cat((values, values + spec.shift))  # [2 * len(grid)]: a shift bit is one more bit of the code
@@ -211,7 +220,20 @@ def quantize(type: str, weight: Tensor, importance: Tensor | None = None) -> Ten
     return _pack(spec, torch.from_numpy(d), fields).to(weight.device)
 
 
-def _check_columns(spec: IkType, columns: int) -> None:
+class RowLayout(Protocol):
+    """What the size of a row follows from: name, bytes of its head, bytes of 256 weights."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def head_bytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def row_bytes(self, columns: int) -> int: ...
+
+
+def check_columns(spec: RowLayout, columns: int) -> None:
+    """Raise FormatError where blocks of 256 do not divide the columns."""
     if columns % BLOCK:
         raise FormatError(
             f"{spec.name}: found {columns} columns; wanted a multiple of {BLOCK}. Take a type with blocks of 32 "
@@ -219,8 +241,8 @@ def _check_columns(spec: IkType, columns: int) -> None:
         )
 
 
-def _as_rows(
-    spec: IkType, data: Tensor | bytes | NDArray[np.uint8], rows: int, columns: int
+def as_rows(
+    spec: RowLayout, data: Tensor | bytes | NDArray[np.uint8], rows: int, columns: int
 ) -> Tensor | NDArray[np.uint8]:
     """data as [rows, row bytes], uint8; nothing is copied."""
     packed = np.frombuffer(data, np.uint8) if isinstance(data, bytes | bytearray | memoryview) else data
@@ -243,7 +265,7 @@ def _check_weight(spec: IkType, weight: Tensor) -> NDArray[np.float32]:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         found = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else str(weight.__class__)
         raise FormatError(f"{spec.name}: found weight {found}; wanted a float tensor [rows, columns]")
-    _check_columns(spec, weight.shape[1])
+    check_columns(spec, weight.shape[1])
     dense = weight.detach().to("cpu", torch.float32).contiguous()
     finite = torch.isfinite(dense)
     if not finite.all():
@@ -486,6 +508,19 @@ def _pack_iq5_k(fields: Fields) -> Tensor:
     return torch.cat((_join_bits(fields.shifts), _join_six_bit_levels(fields.levels), q, h), -1)
 
 
+def _unpack_iq6_k(body: Tensor) -> Fields:
+    extra, levels, q, h = body.split((2, 16, 128, 64), -1)
+    return Fields(
+        levels.contiguous().view(torch.int8).short(), _bits(extra), _planes(q, 4, 4) | (_planes(h, 2, 2) << 4)
+    )
+
+
+def _pack_iq6_k(fields: Fields) -> Tensor:
+    levels = fields.levels.to(torch.int8).view(torch.uint8)
+    q, h = _join_planes(fields.codes & 15, 4, 4), _join_planes(fields.codes >> 4, 2, 2)
+    return torch.cat((_join_bits(fields.shifts), levels, q, h), -1)
+
+
 _LAYOUTS: dict[str, tuple[_Unpack, _Pack]] = {
     "IQ2_K": (_unpack_iq2_k, _pack_iq2_k),
     "IQ2_KS": (_unpack_iq2_ks, _pack_iq2_ks),
@@ -496,4 +531,5 @@ _LAYOUTS: dict[str, tuple[_Unpack, _Pack]] = {
     "IQ4_K": (_unpack_iq4_k, _pack_iq4_k),
     "IQ5_KS": (_unpack_iq5_ks, _pack_iq5_ks),
     "IQ5_K": (_unpack_iq5_k, _pack_iq5_k),
+    "IQ6_K": (_unpack_iq6_k, _pack_iq6_k),
 }

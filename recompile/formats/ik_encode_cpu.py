@@ -38,7 +38,7 @@ _NOTHING = np.float32(1e-20)  # part of a span's largest weight below which a sc
 # Trial scales put the largest weight of a scale block at a geometric row of places, from `first` times the nearer end
 # of the grid to `last` times the farther one. grid values -> (first, last, trials). More trials gained under 0.1 % of
 # error with 8 and more values, 0.5 % with four.
-_TRIALS = {4: (0.6, 1.4, 16), 8: (0.75, 1.3, 8), 16: (0.85, 1.2, 8), 32: (0.9, 1.15, 8)}
+_TRIALS = {4: (0.6, 1.4, 16), 8: (0.75, 1.3, 8), 16: (0.85, 1.2, 8), 32: (0.9, 1.15, 8), 64: (0.95, 1.1, 8)}
 # Factors on the d that lets the largest scale have the largest level. With 7 bits of level others gained nothing, with
 # fewer 0.5 to 1 % of error.
 _FACTORS_FINE = (1.0,)

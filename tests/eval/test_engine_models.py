@@ -27,7 +27,7 @@ K_AND_IQ = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
 )  # fmt: skip
 OTHERS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
-FORKS_OWN = tuple(name for name in ik.TYPES if name not in ("IQ6_K",))
+FORKS_OWN = tuple(ik.TYPES)
 KINDS = {"llama.cpp": K_AND_IQ + OTHERS, "ik_llama.cpp": (*K_AND_IQ, *FORKS_OWN, "Q6_0")}
 RELATIVE, ABSOLUTE = 1e-2, 3e-3  # engines round activations to 8 bits
 

@@ -1,0 +1,180 @@
+"""The types of the ik_llama.cpp fork whose codes stand for two, four or eight weights: decoding on any device.
+
+IQ2_KL has a table of pairs. In the trellis types (IQ1_KT to IQ4_KT) a code is the start of a sequence x_k =
+0xCBAC1FED * x_(k-1) modulo 2^32, and each weight is the sum of the four bytes of x_k & 0x3f3f3f3f, less 126. A scale
+block of 32 weights has a level:
+
+    weight = (d * level) * value        both products rounded to float32, in this order
+
+Layouts and constants are facts of the fork's sources (ggml-common.h, iqk_quantize.cpp). Encoding needs a search over
+sequences, which is not built here.
+
+Axes: R rows, C columns (weights of a row), B = C / 256 blocks of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recompile.errors import FormatError
+from recompile.formats.ik import BLOCK, as_rows, check_columns
+
+_SCALE_BLOCK = 32
+_MULTIPLIER, _MASK, _MEAN = 0xCBAC1FED, 0x3F, 126
+_START = 4096  # the sequence of code c begins at c + 4096; IQ4_KT has a bit that adds 32768
+# fmt: off
+_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ1_KT and IQ2_KT
+_PAIRS = (  # of IQ2_KL
+    (-63, -23), (-63, 13), (-40, -63), (-40, -10), (-40, 13), (-40, 47), (-23, -40), (-23, -23),
+    (-23, 1), (-23, 13), (-23, 28), (-10, -63), (-10, 1), (-10, 13), (-10, 47), (1, -23),
+    (1, -10), (1, 1), (1, 13), (1, 28), (13, -40), (13, -23), (13, -10), (13, 1),
+    (13, 13), (28, -63), (28, -23), (28, 1), (28, 28), (28, 47), (47, -23), (47, 13),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class CodebookType:
+    """One tensor type.
+
+    head_bytes:  bytes before the blocks of each row that hold d: 2 (float16) or 4 (float32)
+    block_bytes: bytes of 256 weights
+    weights:     that a code stands for
+    unpack:      uint8 [R, B, block bytes] -> levels int16 [R, B, 8], and the values of all weights, whole numbers
+                 [R, B, 256]
+    """
+
+    name: str
+    head_bytes: int
+    block_bytes: int
+    weights: int
+    unpack: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def row_bytes(self, columns: int) -> int:
+        """Stored bytes of a row of this many weights, a multiple of 256."""
+        return self.head_bytes + columns // BLOCK * self.block_bytes
+
+
+@cache
+def _sequences(count: int, weights: int, start: int, device: torch.device) -> Tensor:
+    """What the codes 0 to count - 1 stand for: int16 [count, weights]."""
+    x = torch.arange(count, dtype=torch.int64) + start
+    values = []
+    for _ in range(weights):
+        x = x * _MULTIPLIER & 0xFFFFFFFF
+        values.append(torch.stack([x >> shift & _MASK for shift in (0, 8, 16, 24)]).sum(0) - _MEAN)
+    return torch.stack(values, 1).to(device, torch.int16)
+
+
+@cache
+def _table(values: tuple[tuple[int, ...], ...] | tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int16, device=device)
+
+
+def _chosen(table: Tensor, codes: Tensor) -> Tensor:
+    """Rows of a table [n, k] by codes [R, B, m]: [R, B, m * k]."""
+    return table.index_select(0, codes.reshape(-1)).view(*codes.shape[:-1], -1)
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Little-endian 16-bit words: uint8 [..., 2n] -> int32 [..., n]."""
+    return packed[..., 0::2].int() | packed[..., 1::2].int() << 8
+
+
+def _nibbles_apart(packed: Tensor) -> Tensor:
+    """All low nibbles, then all high ones: [..., n] -> int32 [..., 2n]."""
+    return torch.cat((packed & 15, packed >> 4), -1).int()
+
+
+def _unpack_iq2_kl(block: Tensor) -> tuple[Tensor, Tensor]:
+    high, low, q, h = block.split((2, 4, 64, 16), -1)
+    twos = torch.stack([_words(high)[..., 0] >> 2 * n & 3 for n in range(8)], -1)
+    levels = (_nibbles_apart(low) | twos << 4) - 32
+    fours = q.unflatten(-1, (4, 1, 16)) >> torch.tensor([[0], [4]], dtype=torch.uint8, device=q.device) & 15
+    fifths = torch.stack([h >> n & 1 for n in range(8)], -2).unflatten(-2, (4, 2))  # [R, B, 4, 2, 16]
+    codes = (fours | fifths << 4).int().flatten(2)
+    return levels.short(), _chosen(_table(_PAIRS, q.device), codes)
+
+
+def _unpack_iq1_kt(block: Tensor) -> tuple[Tensor, Tensor]:
+    s, low, high = block.split((8, 32, 16), -1)
+    thirteenth = torch.stack([s.int() >> 4 + n & 1 for n in range(4)], -1).flatten(-2)  # [R, B, 32]
+    codes = low.int() | _nibbles_apart(high) << 8 | thirteenth << 12
+    levels = _chosen(_table(_LEVELS, s.device)[:, None], (s & 15).int())
+    return levels, _chosen(_sequences(1 << 13, 8, _START, s.device), codes)
+
+
+def _unpack_iq2_kt(block: Tensor) -> tuple[Tensor, Tensor]:
+    s, q = block.split((4, 64), -1)
+    levels = _chosen(_table(_LEVELS, s.device)[:, None], _nibbles_apart(s))
+    return levels, _chosen(_sequences(1 << 16, 8, _START, s.device), _words(q))
+
+
+def _unpack_iq3_kt(block: Tensor) -> tuple[Tensor, Tensor]:
+    s, q, signs = block.split((4, 64, 32), -1)
+    values = _chosen(_sequences(1 << 16, 8, _START, s.device), _words(q)).abs()
+    negative = torch.stack([signs >> n & 1 for n in range(8)], -2).flatten(-2)  # [R, B, 256]
+    signed = values.float() * (1 - 2 * negative.float())  # a zero may be negative
+    return _nibbles_apart(s).short(), signed
+
+
+def _unpack_iq4_kt(block: Tensor) -> tuple[Tensor, Tensor]:
+    s, low, high = block.split((32, 64, 32), -1)
+    first, second, third, fourth = (s[..., n::4].int() for n in range(4))  # of the eight 32-bit words
+    upper = second | third << 8 | fourth << 16
+    threes = torch.stack([upper >> 3 * n & 7 for n in range(8)], -1).flatten(-2)  # [R, B, 64]
+    codes = low.int() | _nibbles_apart(high) << 8 | threes << 12 | (first & 1).repeat_interleave(8, -1) << 15
+    table = torch.cat([_sequences(1 << 15, 4, _START + offset, s.device) for offset in (0, 1 << 15)])
+    return ((first >> 1) - 64).short(), _chosen(table, codes)
+
+
+TYPES: dict[str, CodebookType] = {
+    row.name: row
+    for row in (
+        CodebookType("IQ2_KL", 2, 86, 2, _unpack_iq2_kl),
+        CodebookType("IQ1_KT", 4, 56, 8, _unpack_iq1_kt),
+        CodebookType("IQ2_KT", 4, 68, 8, _unpack_iq2_kt),
+        CodebookType("IQ3_KT", 4, 100, 8, _unpack_iq3_kt),
+        CodebookType("IQ4_KT", 4, 128, 4, _unpack_iq4_kt),
+    )
+}
+_CHUNK_WEIGHTS_CPU = 1 << 17
+_CHUNK_WEIGHTS_OTHER = 1 << 24
+
+
+@torch.no_grad()
+def dequantize(name: str, data: Tensor | bytes | NDArray[np.uint8], shape: tuple[int, int]) -> Tensor:
+    """Decode rows of one of `TYPES`, bit for bit as the fork's reference decoder does.
+
+    name:    a key of `TYPES`
+    data:    uint8 bytes of the rows one after another: a tensor or array of any shape, or bytes
+    shape:   (rows, columns) in weights, columns a multiple of 256
+    returns: float32 [rows, columns] on the device of `data`. Bytes of any value decode, to NaN and infinity too where d
+             is one
+    raises:  FormatError if the type is unknown, columns are not a multiple of 256 or the size of data does not fit
+    """
+    spec = TYPES.get(name)
+    if spec is None:
+        raise FormatError(f"type: found {name!r}; wanted one of {', '.join(TYPES)}")
+    rows, columns = shape
+    check_columns(spec, columns)
+    found = as_rows(spec, data, rows, columns)
+    packed = found if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    dense = torch.empty((rows, columns), dtype=torch.float32, device=packed.device)
+    budget = _CHUNK_WEIGHTS_CPU if packed.device.type == "cpu" else _CHUNK_WEIGHTS_OTHER
+    step = max(1, budget // max(columns, 1))
+    for first in range(0, rows if columns else 0, step):
+        part = packed[first : first + step]
+        head = part[:, : spec.head_bytes].contiguous()
+        d = head.view(torch.float16 if spec.head_bytes == 2 else torch.float32).float()  # [r, 1]
+        levels, values = spec.unpack(part[:, spec.head_bytes :].reshape(len(part), -1, spec.block_bytes))
+        scales = d[:, None] * levels  # [r, B, 8]
+        dense[first : first + step] = (values.unflatten(-1, (-1, _SCALE_BLOCK)) * scales[..., None]).flatten(1)
+    return dense
