@@ -154,37 +154,44 @@ def _seed_of(tensor: str) -> int:
     return int.from_bytes(hashlib.sha256(tensor.encode()).digest()[:SEED_BYTES], "little")
 
 
+@dataclass(frozen=True)
+class AttributionOptions:
+    """How a KL is attributed; rows_sha256 and rows_source: of the rows, for the journal.
+
+    level:   what a group is, one of recompile.costs.LEVELS; iso: also with isotropic noise
+    counted: bool [rows, tokens], the places whose KL counts; None: all
+    journal: where finished swaps are kept, so that another call with the same arguments goes on; None: nowhere
+    """
+
+    level: str = "fused"
+    iso: bool = False
+    counted: Tensor | None = field(default=None, compare=False)
+    journal: Path | None = None
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    rows_sha256: str = ""
+    rows_source: str = ""
+
+
 def attribute(
-    overlay: Overlay,
-    reference: Checkpoint,
-    ids: Tensor,
-    *,
-    level: str = "fused",
-    iso: bool = False,
-    counted: Tensor | None = None,
-    journal: Path | None = None,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    rows_sha256: str = "",
-    rows_source: str = "",
-    on_event: OnEvent = ignore,
+    overlay: Overlay, reference: Checkpoint, ids: Tensor, asked: AttributionOptions, on_event: OnEvent = ignore
 ) -> Attribution:
     """Put each group of the candidate by itself into the reference; ids: int64 [rows, tokens].
 
-    counted: bool [rows, tokens], the places whose KL counts; None: all
-    journal: where finished swaps are kept, so that another call with the same arguments goes on; None: nowhere
     Raises ArgumentError for a candidate that stores nothing quantized; what `profile_exact` raises.
     """
     if not any(module.is_quantized for module in overlay.modules.values()):
         raise ArgumentError(f"{{attribute}}: {overlay.label} stores no module quantized; there is nothing to attribute")
     noised = _Noised.like(overlay, reference)
-    candidates: list[tuple[str, Checkpoint]] = [(OWN, _Stands.of(overlay)), *([(NOISE, noised)] if iso else [])]
+    candidates: list[tuple[str, Checkpoint]] = [(OWN, _Stands.of(overlay)), *([(NOISE, noised)] if asked.iso else [])]
     with ExitStack() as stack:
+        journal = asked.journal
         if journal is None:
             journal = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "attribution.jsonl"
-        options = ProfileOptions(level=level, head=True, embedding=True, dtype=dtype, device=device)
-        job = ProfileJob(reference, OWN, candidates, ids, journal, options, rows_sha256, rows_source, counted)
-        weights = torch.ones(len(ids)) if counted is None else counted.sum(1)
+        options = ProfileOptions(level=asked.level, head=True, embedding=True, dtype=asked.dtype, device=asked.device)
+        rows = (asked.rows_sha256, asked.rows_source, asked.counted)
+        job = ProfileJob(reference, OWN, candidates, ids, journal, options, *rows)
+        weights = torch.ones(len(ids)) if asked.counted is None else asked.counted.sum(1)
         return _attribution(_measured(job, on_event), noised, weights.double())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.attribution import Attribution, attribute
+from eval.attribution import Attribution, AttributionOptions, attribute
 from eval.cache_sweep import CachePoint, sweep_of
 from eval.diff import DiffOptions, DiffReport, measure_many
 from eval.divergence import Divergence, divergence, greedy_runs, parse_divergence
@@ -301,10 +301,7 @@ def _rows_of(
 
 def _attributed(overlay: Overlay, base: Checkpoint, request: DiffRequest, on_event: OnEvent) -> Attribution:
     ids, rows, _ = _rows_of([overlay], base, request)
-    return attribute(
-        overlay,
-        base,
-        ids,
+    options = AttributionOptions(
         level=request.attribute or "",
         iso=request.iso,
         journal=request.attribute_journal,
@@ -313,8 +310,8 @@ def _attributed(overlay: Overlay, base: Checkpoint, request: DiffRequest, on_eve
         rows_sha256=rows.sha256,
         rows_source=rows.source,
         counted=rows.counted,
-        on_event=on_event,
     )
+    return attribute(overlay, base, ids, options, on_event)
 
 
 def _check_attribute(request: DiffRequest) -> None:

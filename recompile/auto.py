@@ -44,7 +44,7 @@ from recompile.model.rows import RowOptions
 from recompile.model.tokens import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
 from recompile.optimize.solvers import solver_named
-from recompile.planning import TRACE_TOKENS, AutoPlan, Target, make_plan, split_minutes, target_of
+from recompile.planning import TRACE_TOKENS, AutoPlan, PlanOptions, Target, make_plan, split_minutes, target_of
 from recompile.quantize.gguf_convert import tokenizer_file
 
 make_callable(__name__)
@@ -329,19 +329,21 @@ class _Auto:
             options.engine,
             "gguf" if self.gguf else self.format,
             tuple(path.name for path in options.variants) or tuple(",".join(self.offered).split(",")),
-            rows=options.rows,
-            length=options.length,
-            samples=options.samples,
-            calibration_rows=options.calibration_rows,
-            search_minutes=options.search_minutes,
-            solver=options.solver,
-            rounding=self._rounding,
-            heal_minutes=options.heal,
-            builds=not options.variants,
-            verify=options.verify,
-            prompts=options.prompts,
-            device=options.device,
-            minutes=options.minutes,
+            PlanOptions(
+                rows=options.rows,
+                length=options.length,
+                samples=options.samples,
+                calibration_rows=options.calibration_rows,
+                search_minutes=options.search_minutes,
+                solver=options.solver,
+                rounding=self._rounding,
+                heal_minutes=options.heal,
+                builds=not options.variants,
+                verify=options.verify,
+                prompts=options.prompts,
+                device=options.device,
+                minutes=options.minutes,
+            ),
         )
 
     @property

@@ -279,96 +279,137 @@ VERIFIED_MIXES = 6  # the recipe, uniform and hand-made ones
 JUDGED_BY_HEAL = 12  # forward passes over rows of four roles, before and after
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a run is asked for, as far as its times follow from it.
+
+    search_minutes: None: as long as the solver takes by itself; heal_minutes: None: nothing is healed
+    builds: whether variants are made, or are there already; prompts: that the base answers first, for a trace, 0: none
+    minutes: in all, where so many were asked for
+    """
+
+    rows: int
+    length: int
+    samples: int
+    calibration_rows: int
+    search_minutes: float | None
+    solver: str | None
+    rounding: str | None
+    heal_minutes: float | None
+    builds: bool
+    verify: bool
+    prompts: int = 0
+    device: str = "cpu"
+    minutes: float | None = None
+
+
 def make_plan(
-    base: Checkpoint,
-    engine: str | None,
-    form: str,
-    candidates: tuple[str, ...],
-    *,
-    rows: int,
-    length: int,
-    samples: int,
-    calibration_rows: int,
-    search_minutes: float | None,
-    solver: str | None,
-    rounding: str | None,
-    heal_minutes: float | None,
-    builds: bool,
-    verify: bool,
-    prompts: int = 0,
-    device: str = "cpu",
-    minutes: float | None = None,
+    base: Checkpoint, engine: str | None, form: str, candidates: tuple[str, ...], asked: PlanOptions
 ) -> AutoPlan:
-    """prompts: that the base answers first, for a trace, 0: none; minutes: in all, where so many were asked for; a plan
-    that takes longer says so.
+    """Every stage with its time; a plan that takes longer than the minutes asked for says so.
+
+    form: "gguf" or a format; candidates: what is chosen from, by name
 
     Times are those of the arithmetic at the rate of one matrix product, times what the passes measured beside it."""
     from recompile.model.devices import compute_device
-    from recompile.optimize.solvers import SOLVERS
 
-    sizes, rate = Sizes.of(base), flops_per_second(compute_device(device))
-
-    def forward(tokens: int) -> float:
-        return forward_seconds(sizes, tokens, rate)
-
-    tokens, calibration = rows * length, calibration_rows * length
-    measures = solver is None or solver not in SOLVERS or SOLVERS[solver].runs_models
-    asked = DEFAULT_SEARCH_MINUTES if search_minutes is None else search_minutes
-    search = 60 * asked if measures else 0.0
-    two_sided = rounding == "two-sided"
-    build = encoder_seconds(sizes, form, rate, rounding)
-    build += PASSES_OF_A_BUILD * forward_seconds(sizes, calibration, rate, head=False)
-    build += 3 * forward(calibration) if two_sided else 0.0
-    build = build if builds else 0.0
-    weighing = calibration if form == "gguf" else IMPORTANCE_ROWS * IMPORTANCE_LENGTH
-    making, heads = making_seconds(sizes, form) if builds else 0.0, len(candidates) if form == MLX else 0
-    sketch = sketch_seconds(sizes, tokens, samples, len(candidates), making, heads, rate)
-    read, written = prompts * PROMPT_TOKENS, prompts * TRACE_TOKENS
-    tracing = PlannedStage(
-        "trace",
-        f"the base answers {prompts} prompts, at most {TRACE_TOKENS} tokens each; all its weights in memory",
-        forward(read) + ONE_BY_ONE * forward(written),
-    )
-    stages = [
-        *([tracing] if prompts else []),
-        PlannedStage(
-            "profile",
-            f"a sketch, {rows} rows x {length} tokens, {samples} draws each",
-            sketch + (forward_seconds(sizes, weighing, rate, head=False) if builds else 0.0),
-        ),
-        PlannedStage(
-            "recipe",
-            f"{solver or 'refine'}, and {VERIFIED_MIXES} mixes measured on rows of their own",
-            search + VERIFIED_MIXES * (forward(tokens) + making),
-        ),
-        PlannedStage(
-            "build",
-            f"one pass over {calibration_rows} rows{', two-sided' if two_sided else ''}" if builds else "a merge",
-            build,
-        ),
-    ]
-    if heal_minutes is not None:
-        healing = 60 * heal_minutes + JUDGED_BY_HEAL * forward(tokens)
-        stages.append(PlannedStage("heal", "scales, norms and biases against the base", healing))
-    uniform = build if verify and builds else 0.0
-    what = "a uniform build, and both" if uniform else "the mix"
-    stages.append(
-        PlannedStage("verify", f"{what} against the base on rows of their own", uniform + 3 * forward(tokens))
-    )
+    sizes, rate = Sizes.of(base), flops_per_second(compute_device(asked.device))
+    stages = _Stages(sizes, rate, form, candidates, asked).all()
     target = target_of(engine) if engine is not None else None
     notes = [target.note] if target is not None and target.note else []
-    if minutes is not None:
-        over = sum(stage.seconds for stage in stages) > 1.2 * 60 * minutes
-        notes.append(
-            f"{minutes:g} minutes in all were asked for" + ("; the least that can be done takes longer" if over else "")
-        )
+    if asked.minutes is not None:
+        over = sum(stage.seconds for stage in stages) > 1.2 * 60 * asked.minutes
+        longer = "; the least that can be done takes longer" if over else ""
+        notes.append(f"{asked.minutes:g} minutes in all were asked for{longer}")
     found = missing_packages(target) if target is not None else []
+    tokens = asked.length * max(asked.rows, asked.calibration_rows)
     return AutoPlan(
         engine,
         form,
         candidates,
         tuple(stages),
-        memory_bytes(sizes, max(tokens, calibration)) + (4 * (sizes.body + sizes.head) if prompts else 0),
+        memory_bytes(sizes, tokens) + (4 * (sizes.body + sizes.head) if asked.prompts else 0),
         tuple(found),
         "; ".join(notes),
     )
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of a run. rate: multiplications and additions a second."""
+
+    sizes: Sizes
+    rate: float
+    form: str
+    candidates: tuple[str, ...]
+    asked: PlanOptions
+
+    def all(self) -> list[PlannedStage]:
+        build = self._build()
+        return [
+            *([self._trace()] if self.asked.prompts else []),
+            self._profile(),
+            self._recipe(),
+            build,
+            *([self._heal(self.asked.heal_minutes)] if self.asked.heal_minutes is not None else []),
+            self._verify(build.seconds),
+        ]
+
+    def _forward(self, tokens: int, head: bool = True) -> float:
+        return forward_seconds(self.sizes, tokens, self.rate, head)
+
+    @property
+    def _tokens(self) -> int:
+        return self.asked.rows * self.asked.length
+
+    @property
+    def _calibration(self) -> int:
+        return self.asked.calibration_rows * self.asked.length
+
+    @property
+    def _making(self) -> float:
+        return making_seconds(self.sizes, self.form) if self.asked.builds else 0.0
+
+    def _trace(self) -> PlannedStage:
+        prompts = self.asked.prompts
+        what = f"the base answers {prompts} prompts, at most {TRACE_TOKENS} tokens each; all its weights in memory"
+        written = ONE_BY_ONE * self._forward(prompts * TRACE_TOKENS)
+        return PlannedStage("trace", what, self._forward(prompts * PROMPT_TOKENS) + written)
+
+    def _profile(self) -> PlannedStage:
+        asked, count = self.asked, len(self.candidates)
+        heads = count if self.form == MLX else 0
+        seconds = sketch_seconds(self.sizes, self._tokens, asked.samples, count, self._making, heads, self.rate)
+        weighing = self._calibration if self.form == "gguf" else IMPORTANCE_ROWS * IMPORTANCE_LENGTH
+        seconds += self._forward(weighing, head=False) if asked.builds else 0.0
+        what = f"a sketch, {asked.rows} rows x {asked.length} tokens, {asked.samples} draws each"
+        return PlannedStage("profile", what, seconds)
+
+    def _recipe(self) -> PlannedStage:
+        from recompile.optimize.solvers import SOLVERS
+
+        solver, minutes = self.asked.solver, self.asked.search_minutes
+        measures = solver is None or solver not in SOLVERS or SOLVERS[solver].runs_models
+        search = 60 * (DEFAULT_SEARCH_MINUTES if minutes is None else minutes) if measures else 0.0
+        what = f"{solver or 'refine'}, and {VERIFIED_MIXES} mixes measured on rows of their own"
+        return PlannedStage("recipe", what, search + VERIFIED_MIXES * (self._forward(self._tokens) + self._making))
+
+    def _build(self) -> PlannedStage:
+        if not self.asked.builds:
+            return PlannedStage("build", "a merge", 0.0)
+        two_sided = self.asked.rounding == "two-sided"
+        seconds = encoder_seconds(self.sizes, self.form, self.rate, self.asked.rounding)
+        seconds += PASSES_OF_A_BUILD * self._forward(self._calibration, head=False)
+        seconds += 3 * self._forward(self._calibration) if two_sided else 0.0
+        what = f"one pass over {self.asked.calibration_rows} rows{', two-sided' if two_sided else ''}"
+        return PlannedStage("build", what, seconds)
+
+    def _heal(self, minutes: float) -> PlannedStage:
+        seconds = 60 * minutes + JUDGED_BY_HEAL * self._forward(self._tokens)
+        return PlannedStage("heal", "scales, norms and biases against the base", seconds)
+
+    def _verify(self, build_seconds: float) -> PlannedStage:
+        uniform = build_seconds if self.asked.verify else 0.0
+        what = "a uniform build, and both" if uniform else "the mix"
+        seconds = uniform + 3 * self._forward(self._tokens)
+        return PlannedStage("verify", f"{what} against the base on rows of their own", seconds)

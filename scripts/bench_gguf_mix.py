@@ -65,7 +65,13 @@ def measure(work: Path, reference: Path, files: dict[str, Path], chunks: int) ->
     import json
 
     from eval.engines.builds import find_engine
-    from eval.engines.engine_diff import EngineReport, compare_with_engine, report_text, tokenize_with_engine
+    from eval.engines.engine_diff import (
+        EngineOptions,
+        EngineReport,
+        compare_with_engine,
+        report_text,
+        tokenize_with_engine,
+    )
     from recompile.model import tokens
 
     installed = find_engine("llama.cpp")
@@ -75,7 +81,9 @@ def measure(work: Path, reference: Path, files: dict[str, Path], chunks: int) ->
     for name, path in files.items():
         kept = work / f"engine-{name}-{chunks}.json"
         if not kept.exists():
-            *_, report = compare_with_engine(installed, path, reference, cut, text=source.name, threads=1)
+            *_, report = compare_with_engine(
+                installed, path, reference, cut, EngineOptions(text=source.name, threads=1)
+            )
             assert isinstance(report, EngineReport)
             kept.write_text(
                 json.dumps(

@@ -42,7 +42,7 @@ from recompile.model.rows import RowOptions  # noqa: E402
 from recompile.quantize.encoder import Encoded  # noqa: E402
 from recompile.quantize.encoders import IntEncoder  # noqa: E402
 from recompile.quantize.output_statistics import StoredStatistics, open_statistics  # noqa: E402
-from recompile.quantize.pipeline import quantize_model  # noqa: E402
+from recompile.quantize.pipeline import BuildOptions, quantize_model  # noqa: E402
 
 OUT = RESULTS / "quality.json"
 METHODS = ("rtn", "gptq", "two-sided")
@@ -130,7 +130,7 @@ def run_one(model: str, bits: int, settings: Mapping[str, Any], work: Path) -> d
     encoder = Methods(encoders, {})
     folder = directory / f"{bits}bit"
     if not all((folder / name).exists() for name in METHODS):
-        for _ in quantize_model(base, folder, encoder, calibrate.ids, rows_sha256=calibrate.sha256):
+        for _ in quantize_model(base, folder, encoder, calibrate.ids, BuildOptions(rows_sha256=calibrate.sha256)):
             pass
     notes = [
         module["rounding"]

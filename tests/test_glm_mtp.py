@@ -20,7 +20,7 @@ from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.write_safetensors import execute
 from recompile.quantize.encoders import Exl3Encoder
-from recompile.quantize.pipeline import Encoded, quantize_model
+from recompile.quantize.pipeline import BuildOptions, Encoded, quantize_model
 from tests import commands, tiny
 
 LAYERS, EXPERTS, HIDDEN = 6, 4, 64
@@ -161,7 +161,9 @@ class QuickExl3(Exl3Encoder):
 
 def test_the_same_recipe_in_exl3(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for _ in quantize_model(open_checkpoint(base), Path(), QuickExl3([3, 4, 5]), tiny.rows(2, 16), head=True):
+    for _ in quantize_model(
+        open_checkpoint(base), Path(), QuickExl3([3, 4, 5]), tiny.rows(2, 16), BuildOptions(head=True)
+    ):
         pass
     Path("mix.yaml").write_text(RECIPE)
     for _ in execute(plan_write(build_overlay(open_checkpoint("3bpw"), "mix.yaml"), "mix")):

@@ -273,6 +273,21 @@ def test_import_eval_is_never_written() -> None:
                 assert "eval" not in names, f"{name_of(path)}:{node.lineno}: write from eval.metrics import ..."
 
 
+MOST_PARAMETERS = 9
+
+
+def test_functions_take_options_not_long_lists() -> None:
+    """Many settings are one frozen dataclass. The verbs of the Python API alone take them one by one."""
+    for path in LIBRARY:
+        for node in ast.walk(tree_of(path)):
+            is_verb = name_of(path).startswith("recompile/api/") or getattr(node, "name", "") == "auto"
+            if isinstance(node, ast.FunctionDef) and not is_verb:
+                taken = node.args
+                named = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs]
+                count = sum(one.arg not in ("self", "cls") for one in named)
+                assert count <= MOST_PARAMETERS, f"{name_of(path)}:{node.lineno}: {node.name} takes {count}"
+
+
 def test_no_error_is_caught_without_a_name() -> None:
     for path in EVERYTHING:
         for node in ast.walk(tree_of(path)):

@@ -332,10 +332,11 @@ def quantize(
 ) -> dict[int, Path]:
     """compressed-tensors variants of a base, each in `out_dir`/Nbpw. "rtn" needs no Hessian and is quickest."""
     from recompile.quantize.encoders import IntEncoder, variant_name
-    from recompile.quantize.pipeline import quantize_model
+    from recompile.quantize.pipeline import BuildOptions, quantize_model
 
     encoder = IntEncoder(bits, group_size, symmetric, method, head_bits=head_bits)
-    for _ in quantize_model(open_checkpoint(base_dir), out_dir, encoder, rows(2, 16), head=head_bits is not None):
+    options = BuildOptions(head=head_bits is not None)
+    for _ in quantize_model(open_checkpoint(base_dir), out_dir, encoder, rows(2, 16), options):
         pass
     return {rate: out_dir / variant_name(rate) for rate in bits}
 

@@ -122,110 +122,157 @@ def tokenize_with_engine(
     return cut_chunks(found, n_ctx, chunks)
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How two files are compared in an engine.
+
+    base:      an opened base-logits file, in place of the reference
+    save_base: where to write the base's logits for llama-perplexity or for another run
+    sources:   candidate and reference opened as checkpoints, to run both in torch beside the engine
+    text:      where the tokens are from, for the report
+    cache:     what the candidate keeps its keys and values in, in the engine and in torch; the reference keeps f16
+    """
+
+    base: BaseLogits | None = None
+    save_base: Path | str | None = None
+    sources: tuple[WeightSource, WeightSource] | None = None
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    text: str = ""
+    threads: int | None = None
+    cache: CacheFormat | None = None
+
+
 def compare_with_engine(
     installed: Installed,
     candidate: Path | str,
     reference: Path | str | None,
     tokens: NDArray[np.int32],
-    *,
-    base: BaseLogits | None = None,
-    save_base: Path | str | None = None,
-    sources: tuple[WeightSource, WeightSource] | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    text: str = "",
-    threads: int | None = None,
-    cache: CacheFormat | None = None,
+    asked: EngineOptions | None = None,
 ) -> Iterator[EngineEvent]:
     """Run two GGUF files over chunks of tokens, int32 [chunks, n_ctx]; yields a ChunkDone a chunk, last the report.
 
-    reference: the base's file; None where `base`, an opened base-logits file, takes its place
-    save_base: where to write the base's logits for llama-perplexity or for another run
-    sources:   candidate and reference opened as checkpoints, to run both in torch beside the engine
-    cache:     what the candidate keeps its keys and values in, in the engine and in torch; the reference keeps f16
+    reference: the base's file; None where `asked.base` takes its place
     Raises EngineError (missing, refused), MismatchError for files of different vocabularies.
     """
+    asked = asked or EngineOptions()
     chunks, n_ctx = tokens.shape
     if n_ctx < 4:
         raise RecompileError(f"chunks of {n_ctx} tokens leave nothing to count; wanted 4 or more")
-    if (reference is None) == (base is None):
+    if (reference is None) == (asked.base is None):
         raise RecompileError("one reference is needed: the base's GGUF file, or a file of its logits")
-    first, last = counted(n_ctx)
-    clip = CLIP_NATS[installed.engine]
-    tally = Tally()
-    collected = Collected(f"{candidate} against {reference or (base and base.path)}: KL")
     with ExitStack() as stack:
-        engine_a = stack.enter_context(Engine(installed, threads=threads))
-        model_a = engine_a.load(candidate, n_ctx, cache)
-        engine_b = None
+        comparison = _Comparison(stack, installed, candidate, reference, tokens, asked)
+        for number in range(chunks):
+            comparison.add_chunk(number)
+            yield ChunkDone(number + 1, chunks, comparison.tally.statistics())
+    yield comparison.report()
+
+
+class _Comparison:
+    """Two files in the engine, and in torch where that was asked for; open until the stack is closed."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        installed: Installed,
+        candidate: Path | str,
+        reference: Path | str | None,
+        tokens: NDArray[np.int32],
+        asked: EngineOptions,
+    ) -> None:
+        self.installed, self.candidate, self.tokens, self.asked = installed, candidate, tokens, asked
+        self.chunks, self.n_ctx = tokens.shape
+        self.first, self.last = counted(self.n_ctx)
+        self.tally = Tally()
+        threads, base = asked.threads, asked.base
+        self.engine_a = stack.enter_context(Engine(installed, threads=threads))
+        self.model_a = self.engine_a.load(candidate, self.n_ctx, asked.cache)
+        self.engine_b: Engine | None = None
         if reference is not None:
-            engine_b = stack.enter_context(Engine(installed, threads=threads))
-            model_b = engine_b.load(reference, n_ctx)
-            _check_vocabulary(model_a.n_vocab, model_b.n_vocab, candidate, reference)
+            self.engine_b = stack.enter_context(Engine(installed, threads=threads))
+            n_vocab, self.label_b = self.engine_b.load(reference, self.n_ctx).n_vocab, str(reference)
         else:
-            assert base is not None
-            _check_vocabulary(model_a.n_vocab, base.n_vocab, candidate, base.path)
-        _check_tokens(tokens, model_a.n_vocab, candidate)
-        writer = None
-        if save_base is not None:
-            writer = stack.enter_context(BaseLogitsWriter(save_base, tokens, model_a.n_vocab))
-        side = None
-        if sources is not None:
-            ids = torch.tensor([with_bos(chunk, model_a) for chunk in tokens])
-            runs = [OwnRun(sources[0], dtype, cache=cache), OwnRun(sources[1], dtype)]
-            side = stack.enter_context(OwnRuns(runs, ids, first, last, device))
-        for number, chunk in enumerate(tokens):
-            run, labels = with_bos(chunk, model_a), chunk[first + 1 : last + 1]
-            blocks_b = (
-                engine_b.logits(run, first, last)
-                if engine_b is not None
-                else _records_in_blocks(base, number, model_a.batch_tokens)
-            )
-            place = 0
-            for block_a, block_b in _same_positions(engine_a.logits(run, first, last), blocks_b, last - first):
-                if block_b.dtype == np.uint16:
-                    records, logits_b = block_b, decode(block_b, model_a.n_vocab)
-                else:
-                    records, logits_b = encode(block_b, clip), block_b
-                if writer is not None:
-                    writer.append(records)
-                tally.add(block_a, records, labels[place : place + len(block_a)])
-                found = {"engine": kl_divergence(_tensor(logits_b), _tensor(block_a))}
-                if side is not None:
-                    torch_a, torch_b = (side.logits(run, number, place, place + len(block_a)) for run in (0, 1))
-                    found["torch"] = kl_divergence(torch_b, torch_a)
-                    found["engine a"] = kl_divergence(torch_a, _tensor(block_a))
-                    found["engine b"] = kl_divergence(torch_b, _tensor(logits_b))
-                for what, values in found.items():
-                    collected.add(what, values)
-                place += len(block_a)
-            collected.end_row(number)
-            yield ChunkDone(number + 1, chunks, tally.statistics())
-    label_b = str(reference if reference is not None else base.path if base else "")
-    yield EngineReport(
-        engine=installed.label,
-        candidate=str(candidate),
-        reference=label_b,
-        chunks=chunks,
-        n_ctx=n_ctx,
-        tokens=tally.tokens,
-        bos=model_a.bos if model_a.add_bos else None,
-        text=text,
-        tokens_sha256=hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest(),
-        tool=tally.statistics(),
-        tool_complete=tally.tokens >= FEWEST_TOKENS,
-        kl=collected.kl("engine"),
-        torch=None
-        if side is None
-        else TorchFigures(
-            kl=collected.kl("torch"),
-            engine_candidate=collected.kl("engine a"),
-            engine_reference=collected.kl("engine b") if reference is not None else None,
-            dtype=str(side.models[0].dtype).removeprefix("torch."),
-        ),
-        versions=versions(),
-        cache=cache.name if cache is not None else "",
-    )
+            assert base is not None, "one of the two is there"
+            n_vocab, self.label_b = base.n_vocab, str(base.path)
+        _check_vocabulary(self.model_a.n_vocab, n_vocab, candidate, self.label_b)
+        _check_tokens(tokens, self.model_a.n_vocab, candidate)
+        self.collected = Collected(f"{candidate} against {self.label_b}: KL")
+        self.writer: BaseLogitsWriter | None = None
+        if asked.save_base is not None:
+            self.writer = stack.enter_context(BaseLogitsWriter(asked.save_base, tokens, self.model_a.n_vocab))
+        self.side: OwnRuns | None = None
+        if asked.sources is not None:
+            ids = torch.tensor([with_bos(chunk, self.model_a) for chunk in tokens])
+            runs = [OwnRun(asked.sources[0], asked.dtype, cache=asked.cache), OwnRun(asked.sources[1], asked.dtype)]
+            self.side = stack.enter_context(OwnRuns(runs, ids, self.first, self.last, asked.device))
+
+    def add_chunk(self, number: int) -> None:
+        """Run both over one chunk, and count what they say."""
+        chunk = self.tokens[number]
+        labels, place = chunk[self.first + 1 : self.last + 1], 0
+        logits_a = self.engine_a.logits(with_bos(chunk, self.model_a), self.first, self.last)
+        for block_a, block_b in _same_positions(logits_a, self._blocks_b(number), self.last - self.first):
+            self._add_block(number, place, block_a, block_b, labels)
+            place += len(block_a)
+        self.collected.end_row(number)
+
+    def _blocks_b(self, number: int) -> Iterator[NDArray[Any]]:
+        """The reference's logits, float32 [positions, vocab] a block, or a base file's records, uint16."""
+        if self.engine_b is not None:
+            return self.engine_b.logits(with_bos(self.tokens[number], self.model_a), self.first, self.last)
+        assert self.asked.base is not None, "one of the two is there"
+        return _records_in_blocks(self.asked.base, number, self.model_a.batch_tokens)
+
+    def _add_block(
+        self, number: int, place: int, block_a: NDArray[Any], block_b: NDArray[Any], labels: NDArray[np.int32]
+    ) -> None:
+        """One block of positions of a chunk; place: of its first one; labels: of the whole chunk."""
+        if block_b.dtype == np.uint16:
+            records, logits_b = block_b, decode(block_b, self.model_a.n_vocab)
+        else:
+            records, logits_b = encode(block_b, CLIP_NATS[self.installed.engine]), block_b
+        if self.writer is not None:
+            self.writer.append(records)
+        stop = place + len(block_a)
+        self.tally.add(block_a, records, labels[place:stop])
+        found = {"engine": kl_divergence(_tensor(logits_b), _tensor(block_a))}
+        if self.side is not None:
+            torch_a, torch_b = (self.side.logits(run, number, place, stop) for run in (0, 1))
+            found["torch"] = kl_divergence(torch_b, torch_a)
+            found["engine a"] = kl_divergence(torch_a, _tensor(block_a))
+            found["engine b"] = kl_divergence(torch_b, _tensor(logits_b))
+        for what, values in found.items():
+            self.collected.add(what, values)
+
+    def report(self) -> EngineReport:
+        return EngineReport(
+            engine=self.installed.label,
+            candidate=str(self.candidate),
+            reference=self.label_b,
+            chunks=self.chunks,
+            n_ctx=self.n_ctx,
+            tokens=self.tally.tokens,
+            bos=self.model_a.bos if self.model_a.add_bos else None,
+            text=self.asked.text,
+            tokens_sha256=hashlib.sha256(np.ascontiguousarray(self.tokens, "<i4").tobytes()).hexdigest(),
+            tool=self.tally.statistics(),
+            tool_complete=self.tally.tokens >= FEWEST_TOKENS,
+            kl=self.collected.kl("engine"),
+            torch=self._torch_figures(),
+            versions=versions(),
+            cache=self.asked.cache.name if self.asked.cache is not None else "",
+        )
+
+    def _torch_figures(self) -> TorchFigures | None:
+        if self.side is None:
+            return None
+        return TorchFigures(
+            kl=self.collected.kl("torch"),
+            engine_candidate=self.collected.kl("engine a"),
+            engine_reference=self.collected.kl("engine b") if self.engine_b is not None else None,
+            dtype=str(self.side.models[0].dtype).removeprefix("torch."),
+        )
 
 
 def with_bos(chunk: NDArray[np.int32], model: EngineModel) -> list[int]:
@@ -240,8 +287,7 @@ def _tensor(values: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-def _records_in_blocks(base: BaseLogits | None, chunk: int, rows: int) -> Iterator[NDArray[np.uint16]]:
-    assert base is not None
+def _records_in_blocks(base: BaseLogits, chunk: int, rows: int) -> Iterator[NDArray[np.uint16]]:
     records = base.records(chunk)
     for start in range(0, len(records), rows):
         yield records[start : start + rows]

@@ -95,29 +95,36 @@ class RowJudged:
 JudgedEvent: TypeAlias = "RowJudged | JudgedReport"
 
 
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How two directories are compared in an engine.
+
+    top_k: of engines that list tokens, 0: all; dtype: of the engine, None: its own default; python: that has the
+    engine, in place of its environment's; with_torch: by our own pass as well, on `device`; vocab: the true one where
+    the model pads it; text: where the rows are from, for the report
+    """
+
+    top_k: int
+    dtype: str | None = None
+    python: Path | None = None
+    threads: int | None = None
+    with_torch: bool = True
+    device: str = "cpu"
+    vocab: int | None = None
+    text: str = ""
+
+
 def compare_in_engine(
-    judge: Judge,
-    candidate: Overlay,
-    reference: Overlay,
-    ids: Tensor,
-    *,
-    python: Path | None = None,
-    top_k: int,
-    dtype: str | None = None,
-    with_torch: bool = True,
-    device: str = "cpu",
-    vocab: int | None = None,
-    text: str = "",
-    threads: int | None = None,
+    judge: Judge, candidate: Overlay, reference: Overlay, ids: Tensor, asked: JudgeOptions
 ) -> Iterator[JudgedEvent]:
     """Run two directories over token rows, int64 [rows, tokens]; yields a RowJudged a row, last the report.
 
-    dtype: of the engine; top_k: of engines that list tokens, 0: all; vocab: the true one where the model pads it
     Raises EngineError (missing, refused), MismatchError for models of different vocabularies.
     """
-    dtype = dtype or judge.dtype
-    how: dict[str, Any] = {"dtype": dtype, "tokens": ids.shape[1], "top_k": top_k, "python": python, "threads": threads}
-    ways = _ways(candidate, getattr(torch, dtype)) if with_torch else []
+    dtype, vocab = asked.dtype or judge.dtype, asked.vocab
+    how: dict[str, Any] = {"dtype": dtype, "tokens": ids.shape[1], "top_k": asked.top_k}
+    how |= {"python": asked.python, "threads": asked.threads}
+    ways = _ways(candidate, getattr(torch, dtype)) if asked.with_torch else []
     collected = Collected(f"{candidate.label} against {reference.label}")
     with ExitStack() as stack:
         a = stack.enter_context(JudgedModel(judge, candidate.base.path, **how))
@@ -128,7 +135,7 @@ def compare_in_engine(
         own = None
         if ways:
             runs = [OwnRun(*_of_side(side, way)) for way in ways for side in (candidate, reference)]
-            own = stack.enter_context(OwnRuns(runs, ids, 0, ids.shape[1] - 1, device))
+            own = stack.enter_context(OwnRuns(runs, ids, 0, ids.shape[1] - 1, asked.device))
         for row, tokens in enumerate(ids):
             place = 0
             for block_a, block_b in zip(a.score(tokens, vocab), b.score(tokens, vocab), strict=True):
@@ -147,7 +154,7 @@ def compare_in_engine(
         rows=len(ids),
         row_tokens=ids.shape[1],
         tokens=len(ids) * (ids.shape[1] - 1),
-        text=text,
+        text=asked.text,
         tokens_sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
         vocab=vocab,
         listed=a.top_k if judge.lists else vocab,

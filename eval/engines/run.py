@@ -12,10 +12,17 @@ from numpy.typing import NDArray
 from eval.engines.base_logits import BaseLogits, open_base_logits
 from eval.engines.builds import ENGINES as GGUF_ENGINES
 from eval.engines.builds import Installed, find_engine
-from eval.engines.engine_diff import ChunkDone, EngineReport, compare_with_engine, report_text, tokenize_with_engine
+from eval.engines.engine_diff import (
+    ChunkDone,
+    EngineOptions,
+    EngineReport,
+    compare_with_engine,
+    report_text,
+    tokenize_with_engine,
+)
 from eval.engines.environments import python_of
 from eval.engines.judge import JUDGES, Judge
-from eval.engines.judged_diff import JudgedReport, compare_in_engine
+from eval.engines.judged_diff import JudgedReport, JudgeOptions, compare_in_engine
 from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, no_table_of_names, open_checkpoint
 from recompile.errors import ArgumentError, MismatchError, RecompileError
@@ -100,14 +107,16 @@ def run_engine_diff(run: EngineRun, on_event: OnEvent = ignore) -> EngineDiff:
         run.candidate,
         run.reference if base is None else None,
         chunks,
-        base=base,
-        save_base=run.save_base_logits,
-        sources=sources,
-        device=compute_device(run.device),
-        dtype=compute_dtype(run.dtype),
-        text=text,
-        threads=run.threads,
-        cache=cache,
+        EngineOptions(
+            base=base,
+            save_base=run.save_base_logits,
+            sources=sources,
+            device=compute_device(run.device),
+            dtype=compute_dtype(run.dtype),
+            text=text,
+            threads=run.threads,
+            cache=cache,
+        ),
     ):
         if isinstance(event, EngineReport):
             report = event
@@ -159,14 +168,16 @@ def _run_judge(judge: Judge, run: EngineRun, on_event: OnEvent) -> EngineDiff:
         candidate,
         reference,
         rows.ids,
-        python=python,
-        top_k=DEFAULT_TOP_K if run.engine_top_k is None else run.engine_top_k,
-        dtype=run.dtype,
-        with_torch=run.with_torch,
-        device=compute_device(run.device),
-        vocab=check_vocabulary(reference.base, vocab),
-        text=rows.source,
-        threads=run.threads,
+        JudgeOptions(
+            python=python,
+            top_k=DEFAULT_TOP_K if run.engine_top_k is None else run.engine_top_k,
+            dtype=run.dtype,
+            with_torch=run.with_torch,
+            device=compute_device(run.device),
+            vocab=check_vocabulary(reference.base, vocab),
+            text=rows.source,
+            threads=run.threads,
+        ),
     ):
         if isinstance(event, JudgedReport):
             return EngineDiff(event)

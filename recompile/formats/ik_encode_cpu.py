@@ -73,6 +73,10 @@ class Found(NamedTuple):
     shifts: NDArray[np.uint8]
     codes: NDArray[np.uint8]
 
+    def of_rows(self, rows: slice) -> Found:
+        """Views."""
+        return Found(self.d[rows], self.levels[rows], self.shifts[rows], self.codes[rows])
+
 
 def search(target: Target, weight: NDArray[np.float32], importance: NDArray[np.float32]) -> Found:
     """Best d, levels, shift bits and codes of each row, on `numba.get_num_threads()` threads.
@@ -97,12 +101,11 @@ def search(target: Target, weight: NDArray[np.float32], importance: NDArray[np.f
     low, high, step = target.levels
     factors = np.array(_FACTORS_FINE if (high - low) // step + 1 >= _FINE_LEVELS else _FACTORS_COARSE)
     kernel = _kernel(target.grid, target.even_parity)
+    order = _order(target.scale_block, target.even_parity)
+    layout = _Layout(target.scale_block, span, order, np.float32(target.shift), low, high, step, target.half)
 
     def run(part: slice) -> None:
-        kernel(
-            weight[part], importance, target.scale_block, span, np.float32(target.shift), low, high, step, target.half,
-            places, factors, *(array[part] for array in found),
-        )  # fmt: skip
+        kernel(weight[part], importance, layout, places, factors, found.of_rows(part))
 
     with torch_threads_kept():
         threads = min(get_num_threads(), rows)
@@ -116,6 +119,76 @@ def search(target: Target, weight: NDArray[np.float32], importance: NDArray[np.f
     return found
 
 
+class _Layout(NamedTuple):
+    """What a kernel has to know of a type, and of its spans.
+
+    size: weights of a scale block; order: int64 [size], stored weight -> place in its block; shift: float32, what a
+    shift bit adds; low, high, step: the levels; half: as in `Target`
+    """
+
+    size: int
+    span: int
+    order: Any
+    shift: Any
+    low: int
+    high: int
+    step: int
+    half: bool
+
+
+class _Block(NamedTuple):
+    """One scale block: the weights begin to end of a span. x: in units of its largest weight, w: their importance."""
+
+    x: Any
+    w: Any
+    begin: int
+    end: int
+
+
+class _Grid(NamedTuple):
+    """The values of a type's codes, as the prices need them: (q - g)^2 = q^2 + squares + twice * q.
+
+    grid_codes: uint8, the codes of even parity before those of odd parity; even_* and odd_*: the values of either
+    """
+
+    values: Any
+    grid_codes: Any
+    squares: Any
+    twice: Any
+    even_squares: Any
+    even_twice: Any
+    odd_squares: Any
+    odd_twice: Any
+
+
+class _Lanes(NamedTuple):
+    """Room for what is priced at once, float32 [_LANES] each. shift: what a lane's shift bit adds to the grid; price:
+    error in units of scale^2; least: the least error of the trials so far."""
+
+    shift: Any
+    scale: Any
+    inverse: Any
+    level: Any
+    price: Any
+    least: Any
+
+
+def _order(size: int, even_parity: bool) -> NDArray[np.int64]:
+    """Stored weight -> place in its scale block: the four of an IQ4_KSS word lie together."""
+    order = np.arange(size)
+    return 2 * (order >> 2) + 16 * (order & 1) + ((order >> 1) & 1) if even_parity else order
+
+
+def _grid_of(grid_values: tuple[int, ...]) -> _Grid:
+    values = np.array(grid_values, np.float32)
+    odd = np.array([bin(code).count("1") & 1 for code in range(len(values))])
+    squares, twice = values * values, -2 * values
+    grid_codes = np.argsort(odd, kind="stable").astype(np.uint8)  # even parity first
+    return _Grid(
+        values, grid_codes, squares, twice, squares[odd == 0], twice[odd == 0], squares[odd == 1], twice[odd == 1]
+    )
+
+
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
 def _least(squares: Any, twice: Any, q: Any) -> Any:
     """min over the grid of (q - g)^2, less q^2. Rounding: about 1e-3 of a grid unit squared, far below a step."""
@@ -126,13 +199,13 @@ def _least(squares: Any, twice: Any, q: Any) -> Any:
 
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
-def _price_plain(
-    squares: Any, twice: Any, x: Any, w: Any, begin: int, end: int, inverse: Any, shift: Any, price: Any
-) -> None:
+def _price_plain(grid: Any, block: Any, lanes: Any) -> None:
     """price[lane] = sum of w * (x * inverse - nearest value)^2: the error in units of the lane's scale squared."""
+    squares, twice, x, w = grid.squares, grid.twice, block.x, block.w
+    inverse, shift, price = lanes.inverse, lanes.shift, lanes.price
     for lane in range(_LANES):
         price[lane] = np.float32(0)
-    for i in range(begin, end):
+    for i in range(block.begin, block.end):
         x_i, w_i = x[i], w[i]
         for lane in range(_LANES):
             q = x_i * inverse[lane] - shift[lane]
@@ -147,14 +220,13 @@ def _price_both(even_squares: Any, even_twice: Any, odd_squares: Any, odd_twice:
 
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
-def _price_parity(
-    e_sq: Any, e_tw: Any, o_sq: Any, o_tw: Any,
-    x: Any, w: Any, begin: int, end: int, inverse: Any, shift: Any, price: Any,
-) -> None:  # fmt: skip
+def _price_parity(grid: Any, block: Any, lanes: Any) -> None:
     """As `_price_plain`, where each four weights must take codes whose parities sum to an even number."""
+    e_sq, e_tw, o_sq, o_tw = grid.even_squares, grid.even_twice, grid.odd_squares, grid.odd_twice
+    x, w, inverse, shift, price = block.x, block.w, lanes.inverse, lanes.shift, lanes.price
     for lane in range(_LANES):
         price[lane] = np.float32(0)
-    for i in range(begin, end, 4):
+    for i in range(block.begin, block.end, 4):
         x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
         w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
         for lane in range(_LANES):
@@ -217,65 +289,23 @@ def _stored_d(d: float, half: bool, unit: float) -> Any:
     return (size if d > 0 else -size) / unit
 
 
-class _Grid(NamedTuple):
-    """The values of a type's codes, as the prices need them: (q - g)^2 = q^2 + squares + twice * q.
-
-    grid_codes: uint8, the codes of even parity before those of odd parity; even_* and odd_*: the values of either
-    """
-
-    values: Any
-    grid_codes: Any
-    squares: Any
-    twice: Any
-    even_squares: Any
-    even_twice: Any
-    odd_squares: Any
-    odd_twice: Any
-
-
-class _Lanes(NamedTuple):
-    """Room for what is priced at once, float32 [_LANES] each. shift: what a lane's shift bit adds to the grid; price:
-    error in units of scale^2; least: the least error of the trials so far."""
-
-    shift: Any
-    scale: Any
-    inverse: Any
-    level: Any
-    price: Any
-    least: Any
-
-
-def _grid_of(grid_values: tuple[int, ...]) -> _Grid:
-    values = np.array(grid_values, np.float32)
-    odd = np.array([bin(code).count("1") & 1 for code in range(len(values))])
-    squares, twice = values * values, -2 * values
-    grid_codes = np.argsort(odd, kind="stable").astype(np.uint8)  # even parity first
-    return _Grid(
-        values, grid_codes, squares, twice, squares[odd == 0], twice[odd == 0], squares[odd == 1], twice[odd == 1]
-    )
-
-
 # The parts of the search. All are inlined as source, so that the grid stays a constant in them. `parity`: the codes
 # are those of IQ4_KSS, constant, too.
 
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
-def _price(grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int, lanes: Any) -> None:
-    """lanes.price at lanes.inverse, of the weights begin to end."""
+def _price(grid: Any, parity: bool, block: Any, lanes: Any) -> None:
+    """lanes.price at lanes.inverse, of the weights of a scale block."""
     if parity:
-        _price_parity(
-            grid.even_squares, grid.even_twice, grid.odd_squares, grid.odd_twice,
-            x, w, begin, end, lanes.inverse, lanes.shift, lanes.price,
-        )  # fmt: skip
+        _price_parity(grid, block, lanes)
     else:
-        _price_plain(grid.squares, grid.twice, x, w, begin, end, lanes.inverse, lanes.shift, lanes.price)
+        _price_plain(grid, block, lanes)
 
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
-def _choose(
-    grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int, d: Any, level: Any, moved: Any, codes: Any
-) -> None:
-    """The best codes of the weights begin to end, at the scale d * level and the shift `moved`."""
+def _choose(grid: Any, parity: bool, block: Any, d: Any, level: Any, moved: Any, codes: Any) -> None:
+    """The best codes of a scale block's weights, at the scale d * level and the shift `moved`."""
+    x, w, begin, end = block.x, block.w, block.begin, block.end
     inverse = np.float32(1 / (d * level)) if level != 0 else np.float32(0)
     if parity:
         _choose_parity(grid.values, grid.grid_codes, x, w, begin, end, inverse, moved, codes)
@@ -284,18 +314,17 @@ def _choose(
 
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
-def _try_scales(
-    grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int, places: Any, lanes: Any, best_scales: Any
-) -> Any:
+def _try_scales(grid: Any, parity: bool, block: Any, places: Any, lanes: Any, best_scales: Any) -> Any:
     """1. The best trial scale of one scale block for every sign and shift bit, into best_scales [_LANES], where each
     stands four times: in the four lanes that will try the levels next to it.
 
     A trial scale puts the block's largest weight at one of `places` on the grid; four are priced at a time.
     Returns the energy (error of decoding to zeros) and the best of the four scales, signed.
     """
+    x, w = block.x, block.w
     largest: Any = np.float32(0)
     energy: Any = np.float32(0)
-    for i in range(begin, end):
+    for i in range(block.begin, block.end):
         largest = max(largest, abs(x[i]))
         energy += w[i] * x[i] * x[i]
     found: Any = np.float32(0)
@@ -309,7 +338,7 @@ def _try_scales(
             for lane in range(_LANES):
                 place = places[t + (lane & 3)] / largest
                 lanes.inverse[lane] = place if lane < 8 else -place
-            _price(grid, parity, x, w, begin, end, lanes)
+            _price(grid, parity, block, lanes)
             for lane in range(_LANES):
                 trial = np.float32(1) / lanes.inverse[lane]
                 error = lanes.price[lane] * trial * trial
@@ -331,12 +360,12 @@ def _try_scales(
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
 def _price_levels(
-    grid: Any, parity: bool, x: Any, w: Any, begin: int, end: int,
-    d: Any, low: int, high: int, step: int, best_scales: Any, energy: Any, lanes: Any,
-) -> Any:  # fmt: skip
+    grid: Any, parity: bool, block: Any, layout: Any, d: Any, best_scales: Any, energy: Any, lanes: Any
+) -> Any:
     """2. The best level and shift bit of one scale block at one d: of each of its four scales the four nearest levels
     are priced. Level 0 decodes to zeros, and costs the energy. Returns the error and the lane; lanes.level has levels.
     """
+    low, high, step = layout.low, layout.high, layout.step
     per_level, d_f = np.float32(1 / (d * step)), np.float32(d)
     first_index, last_index = np.float32(-low / step - 1), np.float32((high - low) // step)
     for lane in range(_LANES):
@@ -345,7 +374,7 @@ def _price_levels(
         lanes.level[lane] = np.float32(low) + np.float32(step) * index
         lanes.scale[lane] = d_f * lanes.level[lane]
         lanes.inverse[lane] = np.float32(1) / lanes.scale[lane] if lanes.level[lane] != 0 else np.float32(0)
-    _price(grid, parity, x, w, begin, end, lanes)
+    _price(grid, parity, block, lanes)
     least: Any = _HUGE
     for lane in range(_LANES):
         error = lanes.price[lane] * lanes.scale[lane] * lanes.scale[lane] if lanes.level[lane] != 0 else energy
@@ -359,16 +388,14 @@ def _price_levels(
 
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
-def _refit(
-    grid: Any, parity: bool, x: Any, w: Any, size: int, d: Any, levels: Any, shifts: Any, shift: Any, codes: Any
-) -> Any:
+def _refit(grid: Any, parity: bool, x: Any, w: Any, layout: Any, d: Any, levels: Any, shifts: Any, codes: Any) -> Any:
     """3. The two sums whose ratio is the d of least squares, with the levels and shift bits found and the codes that
     are best at them and d."""
     above, below = 0.0, 0.0
     for b in range(levels.shape[0]):
-        begin, end = b * size, (b + 1) * size
-        moved = shift * np.float32(shifts[b])
-        _choose(grid, parity, x, w, begin, end, d, levels[b], moved, codes)
+        begin, end = b * layout.size, (b + 1) * layout.size
+        moved = layout.shift * np.float32(shifts[b])
+        _choose(grid, parity, _Block(x, w, begin, end), d, levels[b], moved, codes)
         part_above: Any = np.float32(0)
         part_below: Any = np.float32(0)
         for i in range(begin, end):
@@ -381,9 +408,10 @@ def _refit(
 
 
 @njit(fastmath=_FASTMATH, error_model="numpy", inline="always")
-def _load(weight: Any, importance: Any, row: int, start: int, size: int, order: Any, x: Any, w: Any) -> Any:
-    """One span into x, in units of its largest weight, which is returned, and w; within scale blocks in `order`.
+def _load(weight: Any, importance: Any, row: int, start: int, layout: Any, x: Any, w: Any) -> Any:
+    """One span into x, in units of its largest weight, which is returned, and w; within scale blocks in order.
     A span of zeros is not loaded."""
+    size, order = layout.size, layout.order
     unit = 0.0
     for i in range(x.shape[0]):
         unit = max(unit, abs(float(weight[row, start + i])))
@@ -401,10 +429,8 @@ def _kernel(grid_values: tuple[int, ...], even_parity: bool) -> Callable[..., No
     grid = _grid_of(grid_values)
 
     @njit(fastmath=_FASTMATH, error_model="numpy", nogil=True, cache=True)
-    def encode(
-        weight: Any, importance: Any, size: int, span: int, shift: Any, low: int, high: int, step: int, half: bool,
-        places: Any, factors: Any, out_d: Any, out_levels: Any, out_shifts: Any, out_codes: Any,
-    ) -> None:  # fmt: skip
+    def encode(weight: Any, importance: Any, layout: Any, places: Any, factors: Any, out: Any) -> None:
+        size, span, shift = layout.size, layout.span, layout.shift
         count = span // size
         x, w = np.empty(span, np.float32), np.empty(span, np.float32)
         scales = np.empty((count, _LANES), np.float32)  # best trial scales, as _try_scales leaves them
@@ -416,25 +442,21 @@ def _kernel(grid_values: tuple[int, ...], even_parity: bool) -> Callable[..., No
         lanes = _Lanes(room[0], room[1], room[2], room[3], room[4], room[5])
         for lane in range(_LANES):
             lanes.shift[lane] = shift * np.float32((lane >> 2) & 1)
-        order = np.arange(size)  # stored weight -> place in the span: the four of an IQ4_KSS word lie together
-        if even_parity:
-            for i in range(size):
-                order[i] = 2 * (i >> 2) + 16 * (i & 1) + ((i >> 1) & 1)
-        extreme = low if -low > high else high
+        extreme = layout.low if -layout.low > layout.high else layout.high
 
         for row in range(weight.shape[0]):
             for s in range(weight.shape[1] // span):
                 start, first_block = s * span, s * count
                 for b in range(count):
-                    out_levels[row, first_block + b] = extreme  # any legal level, where d stays zero
-                unit = _load(weight, importance, row, start, size, order, x, w)
+                    out.levels[row, first_block + b] = extreme  # any legal level, where d stays zero
+                unit = _load(weight, importance, row, start, layout, x, w)
                 if unit == 0.0:
                     continue
                 top = 0.0  # signed scale of the largest magnitude
                 total_energy = 0.0
                 for b in range(count):
-                    begin, end = b * size, (b + 1) * size
-                    zeros, scale = _try_scales(grid, even_parity, x, w, begin, end, places, lanes, scales[b])
+                    block = _Block(x, w, b * size, (b + 1) * size)
+                    zeros, scale = _try_scales(grid, even_parity, block, places, lanes, scales[b])
                     energy[b] = zeros
                     total_energy += zeros
                     if abs(scale) > abs(top):
@@ -444,18 +466,18 @@ def _kernel(grid_values: tuple[int, ...], even_parity: bool) -> Callable[..., No
                 best, d = np.inf, 0.0
                 for turn in range(factors.shape[0] + _REFITS):
                     if turn < factors.shape[0]:
-                        trial_d = _stored_d(top / extreme * factors[turn], half, unit)
+                        trial_d = _stored_d(top / extreme * factors[turn], layout.half, unit)
                     else:
-                        above, below = _refit(grid, even_parity, x, w, size, d, best_levels, best_shifts, shift, codes)
-                        trial_d = _stored_d(above / below, half, unit) if below > 0.0 else 0.0
+                        above, below = _refit(grid, even_parity, x, w, layout, d, best_levels, best_shifts, codes)
+                        trial_d = _stored_d(above / below, layout.half, unit) if below > 0.0 else 0.0
                     if trial_d == 0.0 or trial_d == d:
                         continue
                     total_error = 0.0
                     for b in range(count):
+                        block = _Block(x, w, b * size, (b + 1) * size)
                         error, winner = _price_levels(
-                            grid, even_parity, x, w, b * size, (b + 1) * size,
-                            trial_d, low, high, step, scales[b], energy[b], lanes,
-                        )  # fmt: skip
+                            grid, even_parity, block, layout, trial_d, scales[b], energy[b], lanes
+                        )
                         levels[b] = np.int16(lanes.level[winner])
                         shifts[b] = np.uint8((winner >> 2) & 1)
                         total_error += error
@@ -466,14 +488,14 @@ def _kernel(grid_values: tuple[int, ...], even_parity: bool) -> Callable[..., No
 
                 if best >= total_energy:  # nothing near the weights can be stored (a float16 d is too coarse): zeros
                     continue
-                out_d[row, s] = np.float32(d * unit)
+                out.d[row, s] = np.float32(d * unit)
                 for b in range(count):
-                    begin, end = b * size, (b + 1) * size
-                    out_levels[row, first_block + b] = best_levels[b]
-                    out_shifts[row, first_block + b] = best_shifts[b]
+                    begin = b * size
+                    out.levels[row, first_block + b] = best_levels[b]
+                    out.shifts[row, first_block + b] = best_shifts[b]
                     moved = shift * np.float32(best_shifts[b])
-                    _choose(grid, even_parity, x, w, begin, end, d, best_levels[b], moved, codes)
+                    _choose(grid, even_parity, _Block(x, w, begin, begin + size), d, best_levels[b], moved, codes)
                     for i in range(size):
-                        out_codes[row, start + b * size + order[i]] = codes[begin + i]
+                        out.codes[row, start + begin + layout.order[i]] = codes[begin + i]
 
     return encode

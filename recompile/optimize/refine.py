@@ -183,6 +183,7 @@ def refine(
     after `steps`, after PATIENCE of the last kind of steps without a better recipe, or out of time; the result is the
     best recipe measured.
     """
+    search = _Search(problem, budget_bits, oracle, solve, out_of_time)
     best = current = dict(start)
     best_rows = rows = list(oracle.measure(best))
     tried = {choice_key(best)}
@@ -196,18 +197,15 @@ def refine(
         if idle == STALLED and not over:
             if len(problem.groups) > MOST_SWAPPED_GROUPS:
                 return
-            left = range(step, steps)
-            yield from _swaps(problem, budget_bits, best, best_rows, oracle, left, tried, factor, solve, out_of_time)
+            yield from _swaps(search, best, best_rows, range(step, steps), tried, factor)
             return
         idle += 1
         costs.add(oracle.linearise(current, step), shift)
         held_to = len(problem.groups) if over else most
         move = partial(propose, budget_bits=budget_bits, current=current, most=held_to, solve=solve)
-        fitted = used = factor.value
-        proposal = _solve_together(problem, costs, used, current, move, interactions)
-        while (proposal == current or choice_key(proposal) in tried) and used > LEAST_DAMPING:
-            used = max(LEAST_DAMPING, used / BOLDER)
-            proposal = _solve_together(problem, costs, used, current, move, interactions)
+        find = partial(_solve_together, problem, costs, current=current, move=move, interactions=interactions)
+        fitted = factor.value
+        proposal, used = _untried(find, fitted, current, tried)
         moved = len(moved_groups(problem, current, proposal)) if choice_key(proposal) not in tried else 0
         mean, error, predicted, accepted, shift = 0.0, 0.0, 0.0, False, 0.0
         if moved:
@@ -239,24 +237,46 @@ def most_moved(problem: Problem) -> int:
     return max(LEAST_MOVED, len(problem.groups) // MOVED_SHARE)
 
 
+@dataclass(frozen=True)
+class _Search:
+    """What a search is of, and with what."""
+
+    problem: Problem
+    budget_bits: int
+    oracle: Oracle
+    solve: Solve
+    out_of_time: Callable[[], bool]
+
+
+def _untried(
+    find: Callable[[float], dict[str, str]],
+    damping: float,
+    current: Mapping[str, str],
+    tried: set[tuple[tuple[str, str], ...]],
+) -> tuple[dict[str, str], float]:
+    """What `find` proposes by a damping, which is lowered until that is a move that was not tried; and the damping."""
+    proposal = find(damping)
+    while (proposal == current or choice_key(proposal) in tried) and damping > LEAST_DAMPING:
+        damping = max(LEAST_DAMPING, damping / BOLDER)
+        proposal = find(damping)
+    return proposal, damping
+
+
 def _swaps(
-    problem: Problem,
-    budget_bits: int,
+    search: _Search,
     best: Mapping[str, str],
     best_rows: Sequence[float],
-    oracle: Oracle,
     left: Iterable[int],
     tried: set[tuple[tuple[str, str], ...]],
     factor: Damping,
-    solve: Solve,
-    out_of_time: Callable[[], bool],
 ) -> Iterator[RefineStep]:
     """The steps that are left, by swaps measured at the best recipe: each measures many on a few fresh rows and fewer
     on more, then the moves that are believed to be best; the best of those is taken if it is better."""
+    problem, budget_bits, oracle, solve = search.problem, search.budget_bits, search.oracle, search.solve
     posterior, rng, most = Posterior(problem, best, _mean(best_rows)), np.random.default_rng(0), most_moved(problem)
     idle = 0
     for step in left:
-        if out_of_time() or idle == PATIENCE:
+        if search.out_of_time() or idle == PATIENCE:
             return
         idle += 1
         measured = set()

@@ -55,7 +55,6 @@ def quantize_exl3(
     codebook: str = "mcg",
     seed: int = 0,
     bias: Tensor | None = None,
-    device: torch.device | str | None = None,
     refit: bool = True,
     outputs: OutputStatistics | None = None,
     notes: list[str] | None = None,
@@ -68,7 +67,6 @@ def quantize_exl3(
     codebook: "3inst", "mcg" or "mul1"
     seed:     of the random signs and of the tiles sampled for the gain search
     bias:     [out] or None; stored as float16
-    device:   where to compute (default: that of `weight`, which is also where the parts are returned)
     refit:    fit suh and svh to the weight by least squares once the trellis is fixed
     outputs:  of gradients at the layer's outputs; with a Hessian the trellis is then searched once more with errors fed
               back on both sides, and kept where that is better on held-out rows
@@ -80,20 +78,10 @@ def quantize_exl3(
     """
     bits = _checked_bits(bits, codebook)
     _check_inputs(weight, hessian, bias)
-    home = weight.device
-    device = home if device is None else torch.device(device)
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same signs on every device
-    target = _padded(weight.to(device, torch.float32).t())  # [in', out']
+    device = weight.device
+    target = _padded(weight.float().t())  # [in', out']
     rows, columns = target.shape
-    signs = (torch.randint(0, 2, (rows + columns,), generator=generator) * 2 - 1).to(device, torch.float32)
-
-    su, sv = _initial_scales(target, signs[:rows], signs[rows:], TARGET_STD[codebook][bits])
-    rotated = _rotate(target, su, sv)
-    _check_finite_scales(su, sv)
-    gain = _search_gain(rotated, codebook, bits, generator)
-    su, sv = _balance(su / gain, sv)
-    su, sv = su.half().float(), sv.half().float()
-    _check_finite_scales(su, sv)
+    su, sv = _searched_scales(target, codebook, bits, seed)
     rotated = _rotate(target, su, sv)
 
     metric = None if hessian is None else _damped(hessian.to(device), rows)
@@ -118,7 +106,23 @@ def quantize_exl3(
         parts[codebook] = torch.tensor(value - (1 << 32), dtype=torch.int32)
     if bias is not None:
         parts["bias"] = pad(bias.half(), (0, columns - bias.shape[0]))
-    return {name: part.to(home) for name, part in parts.items()}
+    return {name: part.to(device) for name, part in parts.items()}
+
+
+def _searched_scales(target: Tensor, codebook: str, bits: int | float, seed: int) -> tuple[Tensor, Tensor]:
+    """su [in'] and sv [out'] that make a weight [in', out'] Gaussian, as large as the codebook likes it; exact in
+    float16."""
+    rows, columns = target.shape
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same signs on every device
+    signs = (torch.randint(0, 2, (rows + columns,), generator=generator) * 2 - 1).to(target.device, torch.float32)
+    su, sv = _initial_scales(target, signs[:rows], signs[rows:], TARGET_STD[codebook][bits])
+    rotated = _rotate(target, su, sv)
+    _check_finite_scales(su, sv)
+    gain = _search_gain(rotated, codebook, bits, generator)
+    su, sv = _balance(su / gain, sv)
+    su, sv = su.half().float(), sv.half().float()
+    _check_finite_scales(su, sv)
+    return su, sv
 
 
 # ---------------------------------------------------------------------------------------------------------------------

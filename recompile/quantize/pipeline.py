@@ -69,7 +69,31 @@ JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant 
 REPORT = "quantize_report.json"
 BUILDING_SUFFIX = ".building"
 BATCH_TOKENS = 2048
-DEFAULT_DENSE = Dense()
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How variants are made; encoder and rows are arguments of their own.
+
+    head:        also quantize the output head
+    rows_sha256: of the rows, for the journal; used: which rows they are, for the report
+    counted:     bool [rows, tokens], the places of the rows whose inputs count; None: all
+    sequential:  calibrate every layer on what the quantized layers before it give, in place of the base's activations;
+                 for one variant. A run that was killed starts anew, and the modules fit that variant better than a
+                 merge
+    dense:       what stays dense beside what its role keeps so (routers, gates, norms, convolutions, embeddings,
+                 towers)
+    """
+
+    head: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    rows_sha256: str = ""
+    shard_mb: int = 8192
+    sequential: bool = False
+    dense: Dense = field(default_factory=Dense)
+    counted: Tensor | None = field(default=None, compare=False)
+    used: UsedRows | None = None
 
 
 @dataclass
@@ -98,41 +122,28 @@ def quantize_model(
     out_dir: Path,
     encoder: Encoder,
     ids: Tensor,
-    *,
-    head: bool = False,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    rows_sha256: str = "",
-    shard_mb: int = 8192,
-    sequential: bool = False,
-    dense: Dense = DEFAULT_DENSE,
-    counted: Tensor | None = None,
-    used: UsedRows | None = None,
+    options: BuildOptions | None = None,
 ) -> Iterator[LayerDone | QuantizeReport]:
     """Quantize `base` to every variant of `encoder`; yields a LayerDone per layer and last the QuantizeReport.
 
-    ids: int64 [rows, tokens] calibration rows; counted: bool, the places of them whose inputs count, None: all; used:
-    which rows they are, for the report. `head` also quantizes the output head.
-    sequential: calibrate every layer on what the quantized layers before it give, in place of the base's activations;
-    for one variant. A run that was killed starts anew, and the modules fit that variant better than a merge.
-    dense: what stays dense beside what its role keeps so (routers, gates, norms, convolutions, embeddings, towers). MTP
-    layers are quantized with the inputs of the last layer's modules of the same kind, or without where none fit.
+    ids: int64 [rows, tokens] calibration rows
+
+    MTP layers are quantized with the inputs of the last layer's modules of the same kind, or without where none fit.
     Variants that the same run finished before are kept. Raises OutputError if a directory belongs to another run.
     """
-    if sequential and len(encoder.names) != 1:
+    options = options or BuildOptions()
+    if options.sequential and len(encoder.names) != 1:
         raise FormatError(f"{len(encoder.names)} variants: one at a time can be calibrated on its own activations")
     base = as_dense(base)
     roles = roles_of(base)
-    linear = [m for m in base.modules.values() if dense.why_dense(m.name, roles[m.name], m.shape) is None]
+    linear = [m for m in base.modules.values() if options.dense.why_dense(m.name, roles[m.name], m.shape) is None]
     reasons = {
         m.name: encoder.why_not(m.name, (m.shape[0], m.shape[1])) for m in linear if m.shape and len(m.shape) == 2
     }
     if reasons and all(reasons.values()):
         name = next(iter(reasons))
         raise FormatError(f"{base.label}: nothing would be quantized; {name}: {reasons[name]}")
-    build = _Build(base, out_dir, encoder, ids, head, device, dtype, rows_sha256, shard_mb, sequential, dense)
-    build.counted, build.used = counted, used
-    yield from build.run()
+    yield from _Build(base, out_dir, encoder, ids, options).run()
 
 
 class _QuantizedLayer:
@@ -151,38 +162,27 @@ class _QuantizedLayer:
 
 
 class _Build:
-    def __init__(
-        self,
-        base: Checkpoint,
-        out_dir: Path,
-        encoder: Encoder,
-        ids: Tensor,
-        head: bool,
-        device: str,
-        dtype: torch.dtype | None,
-        rows_sha256: str,
-        shard_mb: int,
-        sequential: bool,
-        dense: Dense,
-    ) -> None:
-        self.sequential, self.dense, self.roles = sequential, dense, roles_of(base)
-        self.counted: Tensor | None = None
-        self.used: UsedRows | None = None
+    def __init__(self, base: Checkpoint, out_dir: Path, encoder: Encoder, ids: Tensor, options: BuildOptions) -> None:
+        self.options, self.roles = options, roles_of(base)
         self.decoded: dict[str, Tensor] = {}  # of the layer just quantized, where later ones are calibrated on it
-        self.base, self.encoder, self.ids, self.head, self.shard_mb = base, encoder, ids, head, shard_mb
-        self.model = LayeredModel.of(base, dtype=dtype, device=device)
+        self.base, self.encoder, self.ids = base, encoder, ids
+        self.model = LayeredModel.of(base, dtype=options.dtype, device=options.device)
         self.model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
         self.finals = [out_dir / name for name in encoder.names]
         self.partials = [final.with_name(final.name + BUILDING_SUFFIX) for final in self.finals]
         self.journal = {
             "base": base.identity,
-            "rows": rows_sha256,
+            "rows": options.rows_sha256,
             "row_shape": list(ids.shape),
-            "head": head,
+            "head": options.head,
             "dtype": str(self.model.dtype),
             "encoder": encoder.description(),
-            **({"sequential": True} if sequential else {}),
-            "dense": {**asdict(dense), "keep": list(dense.keep), "quantize": list(dense.quantize)},
+            **({"sequential": True} if options.sequential else {}),
+            "dense": {
+                **asdict(options.dense),
+                "keep": list(options.dense.keep),
+                "quantize": list(options.dense.quantize),
+            },
         }
         self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
         self._held = ExitStack()  # locks on the partials, while `run` runs
@@ -207,7 +207,7 @@ class _Build:
         self.stages = [
             *map(self.model.prefix_of_layer, range(self.model.depth)),
             *(["outside the layers"] if self.outside else []),
-            *(["head"] if head else []),
+            *(["head"] if options.head else []),
         ]
 
     def run(self) -> Iterator[LayerDone | QuantizeReport]:
@@ -231,13 +231,13 @@ class _Build:
                     continue
                 row = states[0][:1].clone()
                 with InputCollector(self.model, number) as collector:
-                    self._collect(number, list(states) if self.sequential else states, collector)
+                    self._collect(number, list(states) if self.options.sequential else states, collector)
                 names = [name for name in self.model.modules_of_layer(number) if self.first_layer[name] == number]
                 folds = self._folds(number, row) if self._scales_inputs else []
                 self._keep(number, collector.groups)
                 groups = [self._of_layer(number, group) for group in collector.groups]
                 done = self._quantize(number, names, groups, folds)
-            if self.sequential:
+            if self.options.sequential:
                 with self.model.layer(number, _QuantizedLayer(self.base, self.decoded)):
                     self._advance(number, states)
                 self.decoded = {k: v for k, v in self.decoded.items() if k.rpartition(".")[0] in self.shared}
@@ -246,7 +246,7 @@ class _Build:
             at = self.model.depth
             yield self._resumed(at) if at < first else self._quantize(at, self.outside, self._borrowed(states))
             self.kept = {}
-        if self.head:
+        if self.options.head:
             yield self._quantize_head(states)
         yield self._finish()
 
@@ -291,10 +291,10 @@ class _Build:
         """Whether a module is quantized though no layer of the pass holds it: an MTP layer's, one between layers."""
         if role_of(name) == "head" or name == self._head_module() or not self._is_linear(name):
             return False
-        return self.dense.why_dense(name, self.roles[name], self.base.modules[name].shape) is None
+        return self.options.dense.why_dense(name, self.roles[name], self.base.modules[name].shape) is None
 
     def _collect(self, index: int, states: list[Tensor], collector: InputCollector) -> None:
-        run_batches(self.model, index, states, len(states[0]), collector, self.counted)
+        run_batches(self.model, index, states, len(states[0]), collector, self.options.counted)
 
     def _advance(self, index: int, states: list[Tensor]) -> None:
         for n, state in enumerate(states):
@@ -337,7 +337,7 @@ class _Build:
         except OSError as error:
             raise OutputError(f"{error.filename}: cannot be written: {error.strerror or error}") from error
         first = min(done)
-        if self.sequential and first < len(self.stages):
+        if self.options.sequential and first < len(self.stages):
             first = 0  # what the layers before it gave is not kept
         for report, final, partial in zip(self.reports, self.finals, self.partials, strict=True):
             again = f"remove {partial} to start again"
@@ -448,7 +448,7 @@ class _Build:
                         reports[variant].append(self._dense_report(name, self._why_not_in(variant, name), group.tokens))
                         continue
                     made = encoded[name]
-                    if self.sequential:
+                    if self.options.sequential:
                         self.decoded[f"{name}.weight"] = made.dense
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
@@ -459,7 +459,7 @@ class _Build:
         untaken = [name for name in names if name not in taken]
         for variant in range(variants):
             tensors[variant].update(self._all_dense(untaken, scales[variant]))
-        if self.sequential:
+        if self.options.sequential:
             self.decoded = tensors[0] | self.decoded
         for variant in range(variants):
             self._write_stage(number, variant, tensors[variant], reports[variant], scales[variant].sets)
@@ -587,8 +587,8 @@ class _Build:
         with self.model.norm_loaded() as norm:
             for n, state in enumerate(states):
                 normed, first = norm(state), n * len(states[0])
-                if self.counted is not None:
-                    normed = normed[self.counted[first : first + len(state)].to(normed.device)]
+                if self.options.counted is not None:
+                    normed = normed[self.options.counted[first : first + len(state)].to(normed.device)]
                 statistics.add(normed)
         return statistics
 
@@ -608,7 +608,7 @@ class _Build:
         shape = self._shape(name)
         role = self.roles.get(name, Role("text", "head", name))  # a tied head is stored nowhere
         if role.kind != "head":  # asked for as a whole
-            why = self.dense.why_dense(name, role, shape)
+            why = self.options.dense.why_dense(name, role, shape)
             if why is not None:
                 return f"{why}, kept dense"
         return self.encoder.why_not(name, (shape[0], shape[1]))
@@ -644,7 +644,8 @@ class _Build:
     ) -> dict[str, Tensor]:
         tensors = {}
         role = role or self.roles[module.name]
-        carried = role.part in ("tower", "unused") or (role.part == "mtp" and self.dense.mtp == "keep")  # byte for byte
+        mtp_kept = self.options.dense.mtp == "keep"
+        carried = role.part in ("tower", "unused") or (role.part == "mtp" and mtp_kept)  # byte for byte
         for part, info in module.parts.items():
             value = self.base.read(info.name) if info.offset == NOWHERE else read_tensor(info)
             if value.is_floating_point() and not carried:
@@ -696,7 +697,7 @@ class _Build:
         write_json(partial / "config.json", config)
         write_text(partial / ROLES_NAME, dump_roles(self.roles))
         report = replace(report, left_dense=str(left_dense(open_checkpoint(partial))))
-        used = {"rows": asdict(self.used)} if self.used is not None else {}
+        used = {"rows": asdict(self.options.used)} if self.options.used is not None else {}
         write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal, **used})
         sets = [*read_scaled_sets(self.base.path)]
         for number in range(self.model.depth):
@@ -708,7 +709,7 @@ class _Build:
         for name, text in tokenizer_texts(self.base.path)[0].items():  # a file's that gives none, `run` tells
             write_text(partial / name, text)
         built = replace(open_checkpoint(partial), label=str(final))
-        for _ in execute(plan_write(build_overlay(built, None), final, self.shard_mb)):
+        for _ in execute(plan_write(build_overlay(built, None), final, self.options.shard_mb)):
             pass
         remove_partial(partial, JOURNAL)
         return report

@@ -43,7 +43,7 @@ from recompile.quantize.lazy_variant import read_importance
 from recompile.quantize.mix import MixEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
 from recompile.quantize.output_statistics import StoredStatistics, open_statistics
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from recompile.quantize.quantize_report import LayerDone, QuantizeReport
 
 ROUNDING_METHODS = ("rtn", "mse", "gptq")
@@ -190,14 +190,16 @@ def _make_safetensors(
         out if options.recipe is None else out.parent,
         encoder,
         rows.ids,
-        head=head,
-        device=compute_device(options.device),
-        dtype=compute_dtype(options.dtype),
-        rows_sha256=rows.sha256,
-        sequential=options.modifiers is not None and not options.independent,
-        dense=dense,
-        counted=rows.counted,
-        used=UsedRows.of(rows, "calibrate"),
+        BuildOptions(
+            head=head,
+            device=compute_device(options.device),
+            dtype=compute_dtype(options.dtype),
+            rows_sha256=rows.sha256,
+            sequential=options.modifiers is not None and not options.independent,
+            dense=dense,
+            counted=rows.counted,
+            used=UsedRows.of(rows, "calibrate"),
+        ),
     ):
         on_event(event)
         if isinstance(event, LayerDone):

@@ -34,7 +34,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -338,11 +338,17 @@ def _round_grid(
             tile = slice(top, min(top + tile_rows, out_features))
             above = carried[:, :top] @ upper_out[:top, tile]  # [run, tile]: S of the rows before
             made = round_tile(
-                *(t.contiguous() for t in (original[run, tile], before[:, tile], above)),
-                run_in,
-                upper_out[tile, tile].contiguous(),
-                *(t[:, tile].contiguous() for t in (scales, lows, highs)),
-                table,
+                Tile(
+                    original[run, tile].contiguous(),
+                    before[:, tile].contiguous(),
+                    above.contiguous(),
+                    run_in,
+                    upper_out[tile, tile].contiguous(),
+                    scales[:, tile].contiguous(),
+                    lows[:, tile].contiguous(),
+                    highs[:, tile].contiguous(),
+                    table,
+                )
             )
             levels[run, tile], error[run, tile], carried[:, tile] = made
     back = torch.empty_like(levels.t())
@@ -350,7 +356,25 @@ def _round_grid(
     return back
 
 
-TileRounder = Callable[..., "tuple[Tensor, Tensor, Tensor]"]
+class Tile(NamedTuple):
+    """What rounding one tile takes: K columns x R rows, every tensor float32 [K, R] but for upper_in [K, K], upper_out
+    [R, R] and table [n], or empty where levels are whole numbers from low to high.
+
+    before: A of columns of earlier runs;  above: S of rows of earlier tiles
+    """
+
+    original: Tensor
+    before: Tensor
+    above: Tensor
+    upper_in: Tensor
+    upper_out: Tensor
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    table: Tensor
+
+
+TileRounder = Callable[[Tile], "tuple[Tensor, Tensor, Tensor]"]
 
 
 def _tile_rounder(device: torch.device) -> TileRounder:
@@ -368,32 +392,20 @@ def _compiled() -> TileRounder | None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None
 
-    def rounder(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        made = tuple(torch.empty_like(given[0]) for _ in range(3))
-        two_sided_cpu.round_tile(*(t.numpy() for t in (*given, *made)))
+    def rounder(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        made = tuple(torch.empty_like(tile.original) for _ in range(3))
+        two_sided_cpu.round_tile(tuple(t.numpy() for t in tile), tuple(t.numpy() for t in made))
         return made[0], made[1], made[2]
 
     return rounder
 
 
-def round_tile_torch(
-    original: Tensor,
-    before: Tensor,
-    above: Tensor,
-    upper_in: Tensor,
-    upper_out: Tensor,
-    scale: Tensor,
-    low: Tensor,
-    high: Tensor,
-    table: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Round one tile: K columns x R rows, every tensor [K, R] but for upper_in [K, K], upper_out [R, R], table [n].
-
-    before: A of columns of earlier runs;  above: S of rows of earlier tiles
-    returns: levels, errors E and carried (E U), [K, R] each
+def round_tile_torch(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """Round one tile; returns levels, errors E and carried (E U), float32 [K, R] each.
 
     Entries with column + row alike need nothing of each other, so a tile takes K + R - 1 steps.
     """
+    original, before, above, upper_in, upper_out, scale, low, high, table = tile
     columns, rows = original.shape
     levels, error, carried = (torch.zeros_like(original) for _ in range(3))
     strict_in = upper_in.triu(1)

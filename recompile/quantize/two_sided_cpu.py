@@ -11,21 +11,13 @@ _FASTMATH = {"contract", "reassoc"}
 
 
 @njit(fastmath=_FASTMATH, cache=True)
-def round_tile(
-    original: Any,
-    before: Any,
-    above: Any,
-    upper_in: Any,
-    upper_out: Any,
-    scale: Any,
-    low: Any,
-    high: Any,
-    table: Any,
-    levels: Any,
-    error: Any,
-    carried: Any,
-) -> None:
-    """As `two_sided.round_tile_torch`; all [columns, rows] float32, C order; table [n] or empty."""
+def round_tile(tile: Any, made: Any) -> None:
+    """As `two_sided.round_tile_torch`; all [columns, rows] float32, C order; table [n] or empty.
+
+    tile: a `two_sided.Tile` of arrays; made: levels, error and carried, which are written
+    """
+    original, before, above, upper_in, upper_out, scale, low, high, table = tile
+    levels, error, carried = made
     columns, rows = original.shape
     uniform = len(table) == 0
     pull = np.empty(rows, np.float32)

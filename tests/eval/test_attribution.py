@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import recompile
-from eval.attribution import Attribution, _Noised, attribute
+from eval.attribution import Attribution, AttributionOptions, _Noised, attribute
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main
 from recompile.errors import ArgumentError, JournalError
+from recompile.events import OnEvent, ignore
 from recompile.merge.overlay import build_overlay
 from recompile.model.stream import LayeredModel
 from tests import tiny
@@ -23,9 +24,10 @@ from tests.stream import architectures
 KINDS = ("llama-tied", "qwen2-moe")
 
 
-def attributed(kind: str, bits: int = 3, **more: object) -> Attribution:
+def attributed(kind: str, bits: int = 3, on_event: OnEvent = ignore, **more: object) -> Attribution:
     base, variant = open_checkpoint(tiny.base(kind)), open_checkpoint(tiny.variants(kind, (bits,))[bits])
-    return attribute(build_overlay(variant, None), base, tiny.rows(3, 16), **more)  # type: ignore[arg-type]
+    options = AttributionOptions(**more)  # type: ignore[arg-type]
+    return attribute(build_overlay(variant, None), base, tiny.rows(3, 16), options, on_event)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,9 +94,8 @@ def test_weights_that_lie_the_other_way_round(tmp_path: Path) -> None:
     ids = tmp_path / "ids.safetensors"
     recompile.quantize(base, tmp_path / "gpt2", bits=[4], method="rtn", group_size=32, input_ids=ids)
     made = open_checkpoint(tmp_path / "gpt2" / "4bpw")
-    found = attribute(
-        build_overlay(made, None), open_checkpoint(base), architectures.rows(2, 9), level="tensor", iso=True
-    )
+    options = AttributionOptions(level="tensor", iso=True)
+    found = attribute(build_overlay(made, None), open_checkpoint(base), architectures.rows(2, 9), options)
     assert all(0 < each.relative_error < 0.3 for each in found.groups)
     assert all(each.kl.mean > 0 for each in found.groups)
     assert found.total_noise is not None

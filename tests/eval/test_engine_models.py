@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from eval.engines import builds
 from eval.engines.base_logits import open_base_logits
-from eval.engines.engine_diff import EngineReport, compare_with_engine, report_text, tokenize_with_engine
+from eval.engines.engine_diff import EngineOptions, EngineReport, compare_with_engine, report_text, tokenize_with_engine
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.formats import ik
@@ -50,7 +50,8 @@ def test_every_type_in_one_file_has_our_kl_in_the_engine(engine: str, files: Map
     assert (engine == "llama.cpp") != ("IQ4_KSS" in types)
     cut = tokenize_with_engine(found, files["reference"], report_text(default_text()), 256, 3, threads=1)
     sources = open_checkpoint(files[engine]), open_checkpoint(files["reference"])
-    *_, report = compare_with_engine(found, files[engine], files["reference"], cut, sources=sources, threads=1)
+    options = EngineOptions(sources=sources, threads=1)
+    *_, report = compare_with_engine(found, files[engine], files["reference"], cut, options)
     assert isinstance(report, EngineReport)
     assert report.torch is not None
     ours, theirs = report.torch.kl.kl.mean, report.kl.kl.mean

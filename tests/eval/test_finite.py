@@ -30,7 +30,7 @@ from recompile.quantize.calibrate import input_power
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.gguf import collect_importance
 from recompile.quantize.lazy_variant import make_variants, spec_of
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from tests import tiny
 from tests.journals import unsealed
 
@@ -100,7 +100,13 @@ WAYS: dict[str, Callable[[Path, Path], object]] = {
     ),
     "importance": lambda base, out: run(collect_importance(open_checkpoint(base), tiny.rows(3, 8), dtype=HALF)),
     "gptq": lambda base, out: run(
-        quantize_model(open_checkpoint(base), out, IntEncoder((4,), 32, True, "gptq"), tiny.rows(3, 8), dtype=HALF)
+        quantize_model(
+            open_checkpoint(base),
+            out,
+            IntEncoder((4,), 32, True, "gptq"),
+            tiny.rows(3, 8),
+            BuildOptions(dtype=HALF),
+        )
     ),
 }
 

@@ -35,7 +35,7 @@ from recompile.model.stream import LayeredModel
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder
 from recompile.quantize.mlx_encoder import MlxEncoder
 from recompile.quantize.movable import SCALES, Movable, as_floats, find_movables
-from recompile.quantize.pipeline import Encoder, quantize_model
+from recompile.quantize.pipeline import BuildOptions, Encoder, quantize_model
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import mixes, tiny
 from tests.commands import refusal, run
@@ -62,7 +62,7 @@ def encoder_of(kind: str) -> Encoder:
 def make_build(kind: str, folder: Path, architecture: str = "llama") -> Checkpoint:
     base, encoder = open_checkpoint(tiny.base(architecture)), encoder_of(kind)
     has_head = kind.startswith("exl") or "head" in kind
-    for _ in quantize_model(base, folder, encoder, tiny.rows(2, 16), head=has_head):
+    for _ in quantize_model(base, folder, encoder, tiny.rows(2, 16), BuildOptions(head=has_head)):
         pass
     return open_checkpoint(folder / encoder.names[0])
 

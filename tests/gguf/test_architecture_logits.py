@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from eval.engines.builds import Installed
-from eval.engines.engine_diff import EngineReport, compare_with_engine
+from eval.engines.engine_diff import EngineOptions, EngineReport, compare_with_engine
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
 from recompile.model.decoded import as_dense
@@ -124,7 +124,7 @@ def judge(found: Installed, files: tuple[Any, ...], allowed: float = 0) -> None:
     _, reference, mixed = files
     cut = np.random.default_rng(0).integers(3, gguf_tiny.VOCAB, (2, 64)).astype(np.int32)
     sources = open_checkpoint(mixed), open_checkpoint(reference)
-    *_, report = compare_with_engine(found, mixed, reference, cut, sources=sources, threads=1)
+    *_, report = compare_with_engine(found, mixed, reference, cut, EngineOptions(sources=sources, threads=1))
     assert isinstance(report, EngineReport)
     assert report.torch is not None
     assert report.torch.engine_reference is not None

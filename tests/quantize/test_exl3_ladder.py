@@ -12,7 +12,7 @@ from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.write_safetensors import execute
 from recompile.quantize.encoders import Exl3Encoder
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from tests import tiny
 
 
@@ -24,7 +24,7 @@ def kl(candidate: WeightSource, reference: WeightSource) -> float:
 
 def test_a_mix_of_two_bitrates_lies_between_them(tmp_path: Path) -> None:
     base = open_checkpoint(tiny.base("llama"))
-    for _ in quantize_model(base, tmp_path, Exl3Encoder([3, 4]), tiny.rows(8, 24, seed=2), head=True):
+    for _ in quantize_model(base, tmp_path, Exl3Encoder([3, 4]), tiny.rows(8, 24, seed=2), BuildOptions(head=True)):
         pass
     low, high = (open_checkpoint(tmp_path / name) for name in ("3bpw", "4bpw"))
     assert low.formats == ("exl3",)

@@ -18,7 +18,7 @@ from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.verify import verify
 from recompile.merge.write_safetensors import execute
 from recompile.quantize.encoders import IntEncoder
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from tests import tiny
 
 EXPERTS, HIDDEN, INNER = 4, 64, 32
@@ -157,7 +157,9 @@ def test_experts_that_stay_dense_stay_in_one_tensor(made: tuple[str, Any, Path],
     """So that loaders which know no experts of their own still load the model."""
     _, _, work = made
     base = open_checkpoint(work / "base")
-    for _ in quantize_model(base, tmp_path, IntEncoder((4,), 32), IDS, dense=Dense(keep=("*.experts.*",))):
+    for _ in quantize_model(
+        base, tmp_path, IntEncoder((4,), 32), IDS, BuildOptions(dense=Dense(keep=("*.experts.*",)))
+    ):
         pass
     kept = load_file(tmp_path / "4bpw" / "model.safetensors")
     for name, value in load_file(work / "base" / "model.safetensors").items():

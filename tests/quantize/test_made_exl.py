@@ -26,7 +26,7 @@ from recompile.quantize.encoders import Encoded, Exl2Encoder, Exl3Encoder
 from recompile.quantize.exl3 import quantize_exl3
 from recompile.quantize.fake_quant_exl import Exl3StandIn
 from recompile.quantize.lazy_variant import exl_spec_of, make_variant, maker_of
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from recompile.recipe.recipe import Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from tests import tiny
 from tests.commands import refusal, run
@@ -52,7 +52,7 @@ def check_sizes(made: Checkpoint, written: Checkpoint) -> None:
 @pytest.mark.parametrize("architecture", ["llama-bias", "llama-tied", "qwen2-moe", "llama-ragged"])
 def test_a_made_exl2_candidate_is_the_variant_on_disk(architecture: str, tmp_path: Path) -> None:
     base = open_checkpoint(tiny.base(architecture))
-    for _ in quantize_model(base, tmp_path, Exl2Encoder([2.5], method="rtn"), tiny.rows(1, 4), head=True):
+    for _ in quantize_model(base, tmp_path, Exl2Encoder([2.5], method="rtn"), tiny.rows(1, 4), BuildOptions(head=True)):
         pass
     written = open_checkpoint(tmp_path / "2.5bpw")
     made = make_variant(base, exl_spec_of("2.5", "exl2")[1])
@@ -75,7 +75,7 @@ def test_an_exl3_stand_in_has_the_size_of_the_file(bits: str, dtype: torch.dtype
     base = open_checkpoint(tiny.base("llama-bias", dtype=dtype))
     # what the encoder would write, with values that are quick to make
     made = make_variant(base, exl_spec_of(bits, "exl3")[1])
-    for _ in quantize_model(base, tmp_path, QuickExl3([int(bits)]), tiny.rows(1, 4), head=True):
+    for _ in quantize_model(base, tmp_path, QuickExl3([int(bits)]), tiny.rows(1, 4), BuildOptions(head=True)):
         pass
     check_sizes(made, open_checkpoint(tmp_path / f"{bits}bpw"))
 

@@ -23,7 +23,7 @@ from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector
 from recompile.quantize.modifiers import load_modifiers
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from recompile.quantize.quantize_report import LayerDone
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import mixes, tiny
@@ -165,7 +165,7 @@ def test_what_layers_are_calibrated_on(sequential: bool, method: str, tmp_path: 
     base, ids = tiny.base("llama-2"), tiny.rows(4, 16)
     encoder = Recording((replace(uniform(parse_scheme("w3a16-g32"), method), name="mix"),))
     SEEN.clear()
-    for _ in quantize_model(open_checkpoint(base), tmp_path, encoder, ids, sequential=sequential):
+    for _ in quantize_model(open_checkpoint(base), tmp_path, encoder, ids, BuildOptions(sequential=sequential)):
         pass
     name = "model.layers.1.self_attn.q_proj"
     of_base, of_mix = hessians_of(base, ids)[name], hessians_of(tmp_path / "mix", ids)[name]
@@ -184,7 +184,7 @@ def test_a_sequential_run_that_was_killed_starts_anew(tmp_path: Path) -> None:
     encoder = SchemeEncoder((replace(uniform(parse_scheme("w3a16-g32")), name="mix"),))
 
     def run(out: Path) -> Iterator[object]:
-        return quantize_model(open_checkpoint(base), out, encoder, ids, sequential=True)
+        return quantize_model(open_checkpoint(base), out, encoder, ids, BuildOptions(sequential=True))
 
     list(run(tmp_path / "whole"))
     killed = run(tmp_path / "killed")
@@ -195,7 +195,7 @@ def test_a_sequential_run_that_was_killed_starts_anew(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
     two_variants = SchemeEncoder((uniform(parse_scheme("w3a16-g32")), uniform(parse_scheme("w8a16"))))
     with pytest.raises(FormatError, match="one at a time"):
-        list(quantize_model(open_checkpoint(base), tmp_path / "two", two_variants, ids, sequential=True))
+        list(quantize_model(open_checkpoint(base), tmp_path / "two", two_variants, ids, BuildOptions(sequential=True)))
 
 
 def test_independent_modifiers_make_the_merge_of_their_variants(tmp_path: Path) -> None:

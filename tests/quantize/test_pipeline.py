@@ -26,7 +26,7 @@ from recompile.model.stream import LayeredModel
 from recompile.quantize import pipeline
 from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
 from recompile.quantize.encoders import Exl2Encoder, IntEncoder, variant_name
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from recompile.quantize.quantize_report import LayerDone, QuantizeReport
 from tests import tiny
 
@@ -34,7 +34,7 @@ IDS = tiny.rows(6, 32, seed=5)
 
 
 def run(base: Path, out: Path, encoder: Any, ids: Tensor = IDS, **options: Any) -> QuantizeReport:
-    *layers, report = quantize_model(open_checkpoint(base), out, encoder, ids, **options)
+    *layers, report = quantize_model(open_checkpoint(base), out, encoder, ids, BuildOptions(**options))
     assert all(isinstance(layer, LayerDone) for layer in layers)
     assert isinstance(report, QuantizeReport)
     return report
@@ -386,7 +386,7 @@ def build(**options: Any) -> QuantizeReport:
 def start() -> Iterator[LayerDone | QuantizeReport]:
     encoder = IntEncoder((2, 4), 32, True, "gptq", head_bits=4)
     base = open_checkpoint(tiny.base("qwen2-moe"))
-    return quantize_model(base, Path("out"), encoder, IDS, head=True, rows_sha256="r0w5")
+    return quantize_model(base, Path("out"), encoder, IDS, BuildOptions(head=True, rows_sha256="r0w5"))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -472,7 +472,7 @@ def test_a_finished_run_is_not_done_again(whole: dict[str, str], monkeypatch: py
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     base = open_checkpoint(tiny.base("llama-2"))
-    events = quantize_model(base, tmp_path, IntEncoder((3,), 32), IDS, rows_sha256="one")
+    events = quantize_model(base, tmp_path, IntEncoder((3,), 32), IDS, BuildOptions(rows_sha256="one"))
     next(events)
     events.close()
     before = hashes(tmp_path)
@@ -482,7 +482,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         (IntEncoder((3,), 32), "two", "rows was 'one', is 'two'"),
     ):
         with pytest.raises(OutputError, match=says):
-            list(quantize_model(base, tmp_path, encoder, IDS, rows_sha256=rows_sha256))
+            list(quantize_model(base, tmp_path, encoder, IDS, BuildOptions(rows_sha256=rows_sha256)))
     with pytest.raises(OutputError, match="the base model is another one"):
         run(tiny.base("llama-2", torch.float32), tmp_path, IntEncoder((3,), 32), rows_sha256="one")
     assert hashes(tmp_path) == before

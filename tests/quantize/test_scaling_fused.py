@@ -16,7 +16,7 @@ from recompile.formats.schemes import parse_scheme
 from recompile.merge.overlay import build_overlay
 from recompile.model.activations import QuantizedInputs
 from recompile.model.stream import LayeredModel
-from recompile.quantize.pipeline import quantize_model
+from recompile.quantize.pipeline import BuildOptions, quantize_model
 from recompile.quantize.quantize_report import QuantizeReport
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from tests import tiny
@@ -94,7 +94,7 @@ LEFT: dict[str, tuple[str, ...]] = {
 
 def test_experts_that_stay_in_one_dense_tensor_are_not_scaled(tmp_path: Path) -> None:
     base, encoder = base_of("gpt_oss", tmp_path / "base"), Unrounded()
-    for _ in quantize_model(base, tmp_path, encoder, IDS, dense=Dense(keep=("*.experts.*",))):
+    for _ in quantize_model(base, tmp_path, encoder, IDS, BuildOptions(dense=Dense(keep=("*.experts.*",)))):
         pass
     assert not any("post_attention_layernorm" in producer for producer in encoder.asked)
     assert any("input_layernorm" in producer for producer in encoder.asked)
