@@ -288,6 +288,18 @@ def test_functions_take_options_not_long_lists() -> None:
                 assert count <= MOST_PARAMETERS, f"{name_of(path)}:{node.lineno}: {node.name} takes {count}"
 
 
+MOST_LINES = 75
+
+
+def test_functions_fit_on_a_screen() -> None:
+    """Docstring included. The verbs of the Python API, most of which is their arguments, may be longer."""
+    for path in LIBRARY:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef) and not name_of(path).startswith("recompile/api/"):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= MOST_LINES, f"{name_of(path)}:{node.lineno}: {node.name} has {lines} lines"
+
+
 def test_no_error_is_caught_without_a_name() -> None:
     for path in EVERYTHING:
         for node in ast.walk(tree_of(path)):

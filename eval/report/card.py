@@ -26,10 +26,18 @@ RECIPE_LINES = 60  # a page is read, not run: a longer recipe belongs in a file
 
 def card(data: ReportData) -> str:
     """A table of the measured builds and of the recipe that the explorer opens with, and the recipe itself."""
-    header = data.profile.header
     choice = shown_choice(data)
-    bits = data.bits_of(choice)
     predicted = with_error(*predict(data.profile, choice), ".4f")
+    lines = [f"## {_cell(data.title)}: measured against the unquantized model", ""]
+    lines += [*_builds_table(data, choice, predicted), *_paired_lines(data), *_measured_lines(data)]
+    for one in data.measured:
+        lines += [line for table in DETAILS for line in table(one)]
+    lines += [*_chosen_lines(data, predicted), *_recipe_lines(data, choice)]
+    lines += ["", f"Recipe sha256: `{recipe_sha256(data, choice)}`. recompile {recompile.__version__}."]
+    return "\n".join([*lines, "", f"<!-- made_by: model_report {_cell(data.profile_name)} -->"]) + "\n"
+
+
+def _builds_table(data: ReportData, choice: dict[str, str], predicted: str) -> list[str]:
     extra = [name for name, value in EXTRA_COLUMNS.items() if any(value(one) is not None for one in data.measured)]
     rows: list[tuple[str, ...]] = []
     for one in sorted(data.measured, key=lambda one: (one.bpw is None, one.bpw or 0.0)):
@@ -47,36 +55,44 @@ def card(data: ReportData) -> str:
             )
         )
     if not any(one.choice == choice for one in data.measured):
+        bits = data.bits_of(choice)
         size = (f"{data.bpw(bits):.2f}", _size(data.total_bytes(bits)))
-        empty = ["–"] * (4 + len(extra))
-        rows.append(("this recipe (predicted)", *size, predicted, *empty))
+        rows.append(("this recipe (predicted)", *size, predicted, *["–"] * (4 + len(extra))))
     names = ["build", "bits per weight", "size", "KL, nats/token", "median", "99th percentile", "perplexity"]
     names += ["same top token", *extra]
-    lines = [f"## {_cell(data.title)}: measured against the unquantized model", ""]
-    lines += [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
-    lines += [f"| {' | '.join(_cell(text) for text in row)} |" for row in rows]
-    measured = data.measured[0] if data.measured else None
-    lines += _paired_lines(data)
-    if measured is not None:
-        lines += [
-            "",
-            f"KL(reference \\|\\| build), mean ± one standard error over {measured.rows} rows of {measured.row_tokens} "
-            f"tokens ({_cell(measured.rows_source, 160)}). Bits per weight are over quantized modules, scales "
-            f"included; the size is that of all tensors."
-            + ("" if measured.noise_floor is None else f" Noise floor {measured.noise_floor:.1e} nats."),
-        ]
-    for one in data.measured:
-        lines += [line for table in DETAILS for line in table(one)]
-    lines += [
+    head = [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
+    return head + [f"| {' | '.join(_cell(text) for text in row)} |" for row in rows]
+
+
+def _measured_lines(data: ReportData) -> list[str]:
+    """What the table's numbers are."""
+    if not data.measured:
+        return []
+    measured = data.measured[0]
+    return [
+        "",
+        f"KL(reference \\|\\| build), mean ± one standard error over {measured.rows} rows of {measured.row_tokens} "
+        f"tokens ({_cell(measured.rows_source, 160)}). Bits per weight are over quantized modules, scales "
+        f"included; the size is that of all tensors."
+        + ("" if measured.noise_floor is None else f" Noise floor {measured.noise_floor:.1e} nats."),
+    ]
+
+
+def _chosen_lines(data: ReportData, predicted: str) -> list[str]:
+    """How the mix was chosen."""
+    header = data.profile.header
+    return [
         "",
         f"The mix was chosen from a KL profile ({_cell(header.method)}, level {_cell(header.level)}, {header.rows} "
         f"rows of {header.row_tokens} tokens, {_cell(header.rows_source, 160)}"
         f"{role_in_words(header.rows_role, header.positions)}), which predicts {predicted} nats per token "
         f"for it.",
-        "",
-        "### Recipe",
-        "",
     ]
+
+
+def _recipe_lines(data: ReportData, choice: dict[str, str]) -> list[str]:
+    """The override file, and the command that makes the mix."""
+    header = data.profile.header
     text = recipe_text(data, choice).splitlines()
     fence = "`" * (max((len(run) for line in text for run in re.findall(r"`+", line)), default=2) + 1)
     fence = max(fence, "```", key=len)
@@ -89,9 +105,7 @@ def card(data: ReportData) -> str:
     else:
         source = shlex.quote(printable(header.reference))
         command = f"model_quantize -i {source} -o OUT -or overrides.yaml"
-    lines += [f"{fence}yaml", *shown, fence, "", f"{fence}", command, fence]
-    lines += ["", f"Recipe sha256: `{recipe_sha256(data, choice)}`. recompile {recompile.__version__}."]
-    return "\n".join([*lines, "", f"<!-- made_by: model_report {_cell(data.profile_name)} -->"]) + "\n"
+    return ["", "### Recipe", "", f"{fence}yaml", *shown, fence, "", f"{fence}", command, fence]
 
 
 # Columns that only some reports have, each with what stands in it.

@@ -20,7 +20,7 @@ import numpy as np
 
 import recompile
 from eval.report.data import ReportData
-from recompile.costs import Candidate
+from recompile.costs import Candidate, Profile
 from recompile.errors import RecompileError
 from recompile.io.report import role_in_words
 from recompile.recipe.recipe import Source, dump_recipe
@@ -46,67 +46,22 @@ def render(data: ReportData) -> str:
 
 def page_data(data: ReportData) -> dict[str, Any]:
     """What the scripts read. Arrays over options are in the order of the groups and of each group's `bits`."""
-    profile, header = data.profile, data.profile.header
+    header = data.profile.header
     labels = [candidate.label for candidate in header.candidates]
-    control = profile.control.kl_rows if profile.control is not None else (0.0,) * header.rows
-    first, source, bits, cost, error = [0], [], [], [], []
-    rows: list[float] | None = (
-        [] if sum(len(g.bits) for g in header.groups) * header.rows <= ROWS_EMBEDDED_UP_TO else None
-    )
-    for group in header.groups:
-        for label, stored in group.bits.items():
-            found = profile.cost(group.name, label)
-            source.append(labels.index(label))
-            bits.append(stored)
-            cost.append(found.kl_nats if found is not None else math.nan)
-            error.append(found.std_error if found is not None else math.nan)
-            if rows is not None:
-                measured = profile.measurements.get((group.name, label))
-                values = measured.kl_rows if measured is not None else control
-                rows += [value - zero for value, zero in zip(values, control, strict=True)]
-        first.append(len(source))
     names = {group.name: number for number, group in enumerate(header.groups)}
-    keep = ("method", "context", "level", "reference", "base", "rows", "row_tokens", "rows_sha256")
     return {
         "version": recompile.__version__,
         "title": data.title,
         "profile_name": data.profile_name,
-        "header": {
-            **{key: getattr(header, key) for key in keep},
-            "rows_source": header.rows_source + role_in_words(header.rows_role, header.positions),
-            "dtype": header.dtype,
-            "device": header.device,
-            "versions": dict(header.versions),
-            "fixed_bits": header.fixed_bits,
-            "other_bits": header.other_bits,
-            "counted_weights": profile.counted_weights,
-            "other_weights": header.other_weights,
-        },
-        "candidates": [
-            {
-                "label": candidate.label,
-                "dir": candidate.model_dir,
-                "made": candidate.spec is not None,
-                "source_line": _source_line(_source_of(candidate)),
-                "id_yaml": _id_yaml(_source_of(candidate)),
-                "base_lines": _base_lines(candidate),
-                "fingerprint": candidate.fingerprint,
-            }
-            for candidate in header.candidates
-        ],
+        "header": _header(data.profile),
+        "candidates": [_candidate(candidate) for candidate in header.candidates],
         "groups": {
             "name": [group.name for group in header.groups],
             "modules": [None if group.modules == (group.name,) else group.modules for group in header.groups],
             "weights": [group.weights for group in header.groups],
             "layer": [group.layer for group in header.groups],
         },
-        "first": _array(first, "<i4"),
-        "source": _array(source, "<i4"),
-        "bits": _array(bits, "<f8"),  # whole numbers below 2^53
-        "cost": _array(cost, "<f8"),
-        "std_error": _array(error, "<f4"),
-        "rows": _array(rows, "<f8") if rows is not None else None,
-        "control_rows": list(control),
+        **_options(data.profile, labels),
         "measured": [
             {
                 **_finite({key: value for key, value in asdict(one).items() if key != "choice"}),
@@ -126,6 +81,64 @@ def page_data(data: ReportData) -> dict[str, Any]:
         "builds": [asdict(build) for build in data.builds],
         "start_bits": data.start_bits,
         "notes": list(data.notes),
+    }
+
+
+def _header(profile: Profile) -> dict[str, Any]:
+    header = profile.header
+    keep = ("method", "context", "level", "reference", "base", "rows", "row_tokens", "rows_sha256")
+    return {
+        **{key: getattr(header, key) for key in keep},
+        "rows_source": header.rows_source + role_in_words(header.rows_role, header.positions),
+        "dtype": header.dtype,
+        "device": header.device,
+        "versions": dict(header.versions),
+        "fixed_bits": header.fixed_bits,
+        "other_bits": header.other_bits,
+        "counted_weights": profile.counted_weights,
+        "other_weights": header.other_weights,
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "label": candidate.label,
+        "dir": candidate.model_dir,
+        "made": candidate.spec is not None,
+        "source_line": _source_line(_source_of(candidate)),
+        "id_yaml": _id_yaml(_source_of(candidate)),
+        "base_lines": _base_lines(candidate),
+        "fingerprint": candidate.fingerprint,
+    }
+
+
+def _options(profile: Profile, labels: list[str]) -> dict[str, Any]:
+    """What every candidate of every group costs. first: of each group, the place of its first option in the others."""
+    header = profile.header
+    control = profile.control.kl_rows if profile.control is not None else (0.0,) * header.rows
+    first, source, bits, cost, error = [0], [], [], [], []
+    few = sum(len(group.bits) for group in header.groups) * header.rows <= ROWS_EMBEDDED_UP_TO
+    rows: list[float] | None = [] if few else None
+    for group in header.groups:
+        for label, stored in group.bits.items():
+            found = profile.cost(group.name, label)
+            source.append(labels.index(label))
+            bits.append(stored)
+            cost.append(found.kl_nats if found is not None else math.nan)
+            error.append(found.std_error if found is not None else math.nan)
+            if rows is not None:
+                measured = profile.measurements.get((group.name, label))
+                values = measured.kl_rows if measured is not None else control
+                rows += [value - zero for value, zero in zip(values, control, strict=True)]
+        first.append(len(source))
+    return {
+        "first": _array(first, "<i4"),
+        "source": _array(source, "<i4"),
+        "bits": _array(bits, "<f8"),  # whole numbers below 2^53
+        "cost": _array(cost, "<f8"),
+        "std_error": _array(error, "<f4"),
+        "rows": _array(rows, "<f8") if rows is not None else None,
+        "control_rows": list(control),
     }
 
 

@@ -180,37 +180,14 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["rotary_dim"] = keys.get("rope.dimension_count", config["head_dim"])
     elif arch == "granitemoe" and config.get("shared_intermediate_size"):
         config["model_type"] = "granitemoeshared"
-    elif arch == "granitehybrid":
-        config |= {
-            "mamba_expand": keys.need("ssm.inner_size") // config["hidden_size"],
-            "mamba_d_head": keys.need("ssm.inner_size") // config["mamba_n_heads"],
-            "mamba_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
-            "mamba_proj_bias": keys.in_any_layer("ssm_in.bias", layers),
-            "layer_types": keys.layer_types(layers, "attn_q.weight", "full_attention", "linear_attention"),
-            "position_embedding_type": "rope" if keys.get("rope.scaling.finetuned", False) else None,
-            "shared_intermediate_size": config["shared_intermediate_size"] or config["intermediate_size"],
-        }
-    elif arch in ("nemotron_h", "nemotron_h_moe"):
-        leaves = {"ssm_in.weight": "linear_attention", "attn_q.weight": "full_attention", "ffn_gate_inp.weight": "moe"}
-        config |= {
-            "layers_block_type": [
-                next((kind for leaf, kind in leaves.items() if keys.has(f"blk.{number}.{leaf}")), "mlp")
-                for number in range(layers)
-            ],
-            "mamba_head_dim": keys.need("ssm.inner_size") // config["mamba_num_heads"],
-            "use_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
-            "use_bias": keys.in_any_layer("ssm_in.bias", layers),
-            "mlp_bias": keys.in_any_layer("ffn_down.bias", layers),
-        }
+    elif arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe"):
+        _add_state_space(keys, config, layers)
     elif arch == "command-r":
         config["use_qk_norm"] = keys.in_any_layer("attn_q_norm.weight", layers)
     elif arch == "ernie4_5-moe":
         config["moe_layer_end_index"] = layers - 1
     elif arch == "olmo2" and config.get("sliding_window"):
-        config |= {"model_type": "olmo3", "layer_types": _pattern(keys, layers, 4)}
-        local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", config["rope_theta"])}
-        whole = {"rope_type": "default", **config.pop("rope_scaling", {}), "rope_theta": config.pop("rope_theta")}
-        config["rope_parameters"] = {"full_attention": whole, "sliding_attention": local}
+        _add_olmo3(keys, config, layers)
     elif arch == "exaone4":
         windowed = config.get("sliding_window") is not None
         config["layer_types"] = _pattern(keys, layers, 4) if windowed else ["full_attention"] * layers
@@ -243,6 +220,40 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["original_max_position_embeddings"] = (
             config["original_max_position_embeddings"] or config["max_position_embeddings"]
         )
+
+
+def _add_olmo3(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    """What a file of OLMo 2 with windows holds."""
+    config |= {"model_type": "olmo3", "layer_types": _pattern(keys, layers, 4)}
+    local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", config["rope_theta"])}
+    whole = {"rope_type": "default", **config.pop("rope_scaling", {}), "rope_theta": config.pop("rope_theta")}
+    config["rope_parameters"] = {"full_attention": whole, "sliding_attention": local}
+
+
+def _add_state_space(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    """Mamba 2 beside attention."""
+    if keys.arch == "granitehybrid":
+        config |= {
+            "mamba_expand": keys.need("ssm.inner_size") // config["hidden_size"],
+            "mamba_d_head": keys.need("ssm.inner_size") // config["mamba_n_heads"],
+            "mamba_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
+            "mamba_proj_bias": keys.in_any_layer("ssm_in.bias", layers),
+            "layer_types": keys.layer_types(layers, "attn_q.weight", "full_attention", "linear_attention"),
+            "position_embedding_type": "rope" if keys.get("rope.scaling.finetuned", False) else None,
+            "shared_intermediate_size": config["shared_intermediate_size"] or config["intermediate_size"],
+        }
+        return
+    leaves = {"ssm_in.weight": "linear_attention", "attn_q.weight": "full_attention", "ffn_gate_inp.weight": "moe"}
+    config |= {
+        "layers_block_type": [
+            next((kind for leaf, kind in leaves.items() if keys.has(f"blk.{number}.{leaf}")), "mlp")
+            for number in range(layers)
+        ],
+        "mamba_head_dim": keys.need("ssm.inner_size") // config["mamba_num_heads"],
+        "use_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
+        "use_bias": keys.in_any_layer("ssm_in.bias", layers),
+        "mlp_bias": keys.in_any_layer("ffn_down.bias", layers),
+    }
 
 
 def _add_latent(keys: _Keys, config: dict[str, Any], layers: int) -> None:

@@ -161,20 +161,9 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
     if arch == "gemma3" and config.get("final_logit_softcapping"):
         values["final_logit_softcapping"] = (config["final_logit_softcapping"], "f32")
     if arch == "gemma2":
-        for key, usual in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
-            if config.get(key, usual) is None:
-                raise UnsupportedError(
-                    f"config.json: {key} is None, and llama.cpp computes gemma2 with {usual} where a file has none"
-                )
-            values[key] = (config.get(key, usual), "f32")
+        _add_gemma2(config, values)
     if arch in ("gemma3", "gemma4", "exaone4", "olmo2") and types:
-        if arch != "gemma3" and config.get("sliding_window"):
-            _check_windows(arch, list(types))
-            values["attention.sliding_window_pattern"] = ([kind == "sliding_attention" for kind in types], "bool")
-        local = dict(config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
-        local = local or config.get("rope_local_base_freq")
-        if local:
-            values["rope.freq_base_swa"] = (local, "f32")
+        _add_windows(arch, config, values, list(types))
     if arch == "llama" and config.get("num_local_experts"):
         values["expert_count"] = (config["num_local_experts"], "u32")
         values["expert_used_count"] = (_need(config, "num_experts_per_tok"), "u32")
@@ -228,20 +217,45 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
     if arch == "lfm2":
         values["feed_forward_length"] = (_lfm2_size(config), "u32")
     if arch in ("granite", "granitemoe") and config.get("model_type") == "granitemoehybrid":
-        if config.get("position_embedding_type") != "rope":
-            raise UnsupportedError(
-                f"config.json: position_embedding_type is {config.get('position_embedding_type')}, and llama.cpp "
-                f"computes {arch} with rope"
-            )
-        if arch == "granite":
-            values["feed_forward_length"] = (_need(config, "shared_intermediate_size"), "u32")
-        values["rope.scaling.finetuned"] = (True, "bool")
+        _add_granite(arch, config, values)
     if arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe"):
         _add_state_space(arch, config, values)
     if arch == "phi3":
         values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
     if arch == "dots1":
         values["expert_gating_func"] = (SIGMOID, "u32")
+
+
+def _add_windows(arch: str, config: Mapping[str, Any], values: Values, types: list[str]) -> None:
+    """Layers that see a window; types: of every layer."""
+    if arch != "gemma3" and config.get("sliding_window"):
+        _check_windows(arch, types)
+        values["attention.sliding_window_pattern"] = ([kind == "sliding_attention" for kind in types], "bool")
+    local = dict(config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
+    local = local or config.get("rope_local_base_freq")
+    if local:
+        values["rope.freq_base_swa"] = (local, "f32")
+
+
+def _add_gemma2(config: Mapping[str, Any], values: Values) -> None:
+    for key, usual in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+        if config.get(key, usual) is None:
+            raise UnsupportedError(
+                f"config.json: {key} is None, and llama.cpp computes gemma2 with {usual} where a file has none"
+            )
+        values[key] = (config.get(key, usual), "f32")
+
+
+def _add_granite(arch: str, config: Mapping[str, Any], values: Values) -> None:
+    """Of the class that may be hybrid, one that is not."""
+    if config.get("position_embedding_type") != "rope":
+        raise UnsupportedError(
+            f"config.json: position_embedding_type is {config.get('position_embedding_type')}, and llama.cpp "
+            f"computes {arch} with rope"
+        )
+    if arch == "granite":
+        values["feed_forward_length"] = (_need(config, "shared_intermediate_size"), "u32")
+    values["rope.scaling.finetuned"] = (True, "bool")
 
 
 def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> None:

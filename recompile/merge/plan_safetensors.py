@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,38 +95,14 @@ def plan_write(
     out = Path(out)
     stack = _stack_rule(overlay) if not dense else None
     overlay = with_whole_experts(overlay) if stack is None else overlay
-    warnings: list[str] = []
-    conversions: dict[str, Conversion] = {}
-    ordered = [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
-    fused: dict[str, FusedExperts] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    turned: frozenset[str] = frozenset()
-    if dense:
-        from recompile.model.roles import turned_modules
-
-        check_decodable(overlay, ordered)
-        turned = turned_modules(overlay)
-        shapes = true_shapes(overlay)
-        wholes, warnings = fused_experts(overlay)
-        fused = {whole.name: whole for whole in wholes}
-        ordered = sorted(with_fused(ordered, wholes, overlay.placements), key=lambda p: natural_key(p.module))
-        wanted = dense_tensors(overlay, ordered, shapes, wholes, turned)
-        texts = {"config.json": dump_json(dense_config(overlay))}
-        rules, with_index = ShardRules(), True
-    else:
-        if is_expressible([p.stored.format for p in ordered]):
-            conversions = plan_conversions(overlay, reencode=reencode)
-        wanted = [copied_tensors(p) if p.module not in conversions else _converted(p, conversions) for p in ordered]
-        texts, warnings = merged_texts(overlay, conversions)
-        rules = next((FORMATS[name].shards for name in overlay.formats), ShardRules())
-        with_index = rules.index_counts
-    places = plan_stacks((tensor for tensors in wanted for tensor in tensors), stack) if stack is not None else {}
-    shards, modules = _lay_out(out, ordered, wanted, shard_mb * MB, rules, conversions, places)
-    if with_index and len(shards) > 1:
+    holds = _decoded(overlay) if dense else _copied(overlay, reencode)
+    places = plan_stacks((t for tensors in holds.tensors for t in tensors), stack) if stack is not None else {}
+    shards, modules = _lay_out(out, holds, shard_mb * MB, places)
+    texts = dict(holds.texts)
+    if (dense or holds.rules.index_counts) and len(shards) > 1:
         texts[INDEX_NAME] = dump_json(_index(modules, shards, places))
     tokenizer, problem = tokenizer_texts(overlay.base.path)
     texts |= tokenizer
-    warnings += [problem] if problem else []
     if overlay.scaled_sets:
         texts[SCALING_NAME] = dump_scaled_sets(overlay.scaled_sets)
     if is_verbatim(overlay) and not dense:
@@ -144,11 +120,63 @@ def plan_write(
         other_files(overlay.base.path, skipped),
         recipe_text(overlay),
         accounting,
-        (*warnings, *_code_notes(overlay.base, skipped)),
-        fused,
-        shapes,
-        turned,
+        (*holds.warnings, *([problem] if problem else ()), *_code_notes(overlay.base, skipped)),
+        holds.fused,
+        holds.true_shapes,
+        holds.turned,
     )
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What an output holds, before it is cut into shards; fused, true_shapes, turned: as in `WritePlan`."""
+
+    placements: Sequence[Placement]
+    tensors: Sequence[Sequence[WantedTensor]]  # of each of them
+    texts: Mapping[str, str]
+    warnings: Sequence[str]
+    rules: ShardRules
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
+    fused: Mapping[str, FusedExperts] = field(default_factory=dict)
+    true_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    turned: frozenset[str] = frozenset()
+
+
+def _in_natural_order(overlay: Overlay) -> list[Placement]:
+    return [overlay.placements[name] for name in sorted(overlay.placements, key=natural_key)]
+
+
+def _decoded(overlay: Overlay) -> _Contents:
+    """Every quantized module decoded, and the rest copied."""
+    from recompile.model.roles import turned_modules
+
+    ordered = _in_natural_order(overlay)
+    check_decodable(overlay, ordered)
+    turned, shapes = turned_modules(overlay), true_shapes(overlay)
+    wholes, warnings = fused_experts(overlay)
+    ordered = sorted(with_fused(ordered, wholes, overlay.placements), key=lambda p: natural_key(p.module))
+    return _Contents(
+        ordered,
+        dense_tensors(overlay, ordered, shapes, wholes, turned),
+        {"config.json": dump_json(dense_config(overlay))},
+        warnings,
+        ShardRules(),
+        fused={whole.name: whole for whole in wholes},
+        true_shapes=shapes,
+        turned=turned,
+    )
+
+
+def _copied(overlay: Overlay, reencode: bool) -> _Contents:
+    """The bytes of the sources, but for modules that are stored in another way in this mix."""
+    ordered = _in_natural_order(overlay)
+    conversions: dict[str, Conversion] = {}
+    if is_expressible([p.stored.format for p in ordered]):
+        conversions = plan_conversions(overlay, reencode=reencode)
+    wanted = [copied_tensors(p) if p.module not in conversions else _converted(p, conversions) for p in ordered]
+    texts, warnings = merged_texts(overlay, conversions)
+    rules = next((FORMATS[name].shards for name in overlay.formats), ShardRules())
+    return _Contents(ordered, wanted, texts, warnings, rules, conversions)
 
 
 def _stack_rule(overlay: Overlay) -> Callable[[str], tuple[str, int] | None] | None:
@@ -166,16 +194,11 @@ def _converted(placement: Placement, conversions: Mapping[str, Conversion]) -> l
 
 
 def _lay_out(
-    out: Path,
-    ordered: Sequence[Placement],
-    wanted: Sequence[Sequence[WantedTensor]],
-    shard_bytes: int,
-    rules: ShardRules,
-    conversions: Mapping[str, Conversion],
-    places: Mapping[str, StackPlace],
+    out: Path, holds: _Contents, shard_bytes: int, places: Mapping[str, StackPlace]
 ) -> tuple[tuple[PlannedShard, ...], tuple[PlannedModule, ...]]:
     """Fill shards in the order of the modules; a module's tensors stay together, one larger than a shard alone, and so
     do modules whose tensors are stacked."""
+    wanted, rules = holds.tensors, holds.rules
     members: list[list[int]] = []
     filled = 0
     for unit in _units(wanted, places):
@@ -200,7 +223,7 @@ def _lay_out(
         path = out / file
         shards.append(PlannedShard(file, header, len(header) + end))
         for number in numbers:
-            placement = ordered[number]
+            placement = holds.placements[number]
             planned = tuple(
                 PlannedTensor(
                     TensorInfo(t.name, t.dtype, t.shape, path, len(header) + starts[t.name], t.size_bytes),
@@ -208,7 +231,7 @@ def _lay_out(
                 )
                 for t in wanted[number]
             )
-            conversion = conversions.get(placement.module)
+            conversion = holds.conversions.get(placement.module)
             stored = _stored(placement, planned, conversion)
             modules.append(PlannedModule(placement.module, placement, stored, planned, shard, conversion))
     return tuple(shards), tuple(modules)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -229,6 +229,23 @@ def run_own(runner: Any, ids: Tensor) -> Any:
 
 
 @dataclass
+class _Calls:
+    """How the layers were called, in the order in which they ran.
+
+    results: (result, args, kwargs) after a call; inputs: the tree of its (args, kwargs), every leaf None
+    entered: the leaves of (args, kwargs) before it; left: those of `results`; mappings are filled by later calls
+    ran: numbers of the layers; before: weights read up to the last of them
+    """
+
+    results: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    entered: list[list[tuple[Path, Any]]] = field(default_factory=list)
+    left: list[list[tuple[Path, Any]]] = field(default_factory=list)
+    ran: list[int] = field(default_factory=list)
+    before: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Probe:
     """Runs a model's own forward on weights of zero. The model's weights must all be on the meta device."""
 
@@ -246,73 +263,69 @@ class Probe:
             return self._run(weights)
 
     def _run(self, weights: Mapping[int, str]) -> Structure:
-        follow = Follow(weights)
-        calls: list[tuple[Any, Any, Any]] = []  # (result, args, kwargs), after the call
-        entered: list[list[tuple[Path, Any]]] = []  # the leaves of (args, kwargs) before it
-        inputs: list[Any] = []
-        left: list[list[tuple[Path, Any]]] = []  # the leaves of a call after it; mappings are filled by later ones
-        ran: list[int] = []
-        before: set[str] = set()  # weights read up to the last layer
-        phases: list[set[str]] = []  # and up to every end of a base
-
-        def forward_of(index: int, layer: nn.Module) -> Callable[..., Any]:
-            original = type(layer).forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if ran and index <= ran[-1]:
-                    raise UnsupportedError(f"{self.what} does not run its layers once each in order; not supported")
-                ran.append(index)
-                before.update(follow.take())
-                entered.append(list(walk((args, kwargs))))
-                inputs.append(rebuild((args, kwargs), lambda path, leaf: None))
-                follow.paused = True
-                with zero_weights(layer, self.device):
-                    out = original(layer, *args, **kwargs)
-                follow.paused = False
-                calls.append((out, args, kwargs))
-                left.append(list(walk(calls[-1])))
-                for path, leaf in reversed(list(walk(out, (0,)))):
-                    if isinstance(leaf, Tensor):
-                        follow.leaves_layer(leaf, len(calls) - 1, path)
-                for _, leaf in left[-1]:
-                    if isinstance(leaf, Tensor) and not any(leaf is old for _, old in entered[-1]):
-                        follow.mark(leaf, "layer")
-                return out
-
-            return forward
-
+        follow, calls = Follow(weights), _Calls()
+        phases: list[set[str]] = []  # weights read up to every end of a base
         ids = torch.arange(PROBE_ROWS * PROBE_TOKENS, device=self.device).reshape(PROBE_ROWS, PROBE_TOKENS)
         follow.mark(ids, "ids")
         follow.mark(ids, Came(-1, ()))
         events: list[tuple[str, Tensor, Any]] = []  # module, first argument, result
         bases: list[tuple[str, Any]] = []
         with ExitStack() as stack:
-            stack.enter_context(patched(self.layers, [forward_of(n, layer) for n, layer in enumerate(self.layers)]))
+            forwards = [self._forward_of(n, layer, calls, follow) for n, layer in enumerate(self.layers)]
+            stack.enter_context(patched(self.layers, forwards))
             self._watch(stack, events, bases, phases, follow)
             with follow:
                 run_own(self.runner, ids)
-        if not ran:
+        if not calls.ran:
             raise UnsupportedError(f"{self.what} runs none of the layers of {self.stack_name}; not supported")
         if not bases:
             raise UnsupportedError(f"{self.what} has no base model under its head; not supported")
-        ports, extras, hidden = self._ports(calls, inputs, entered, left, follow)
+        found = _Ports(self.what, calls, follow)
+        ports = found.of_all()
         base, result = bases[-1]  # the outermost one ends last
         sources = {label for label in follow.of(result_of(result)) if isinstance(label, Came)}
-        if sources - {Came(len(calls) - 1, ports[-1].out)}:
+        if sources - {Came(len(calls.ran) - 1, ports[-1].out)}:
             raise UnsupportedError(
                 f"{self.what}: what its head takes follows from more than what leaves the last layer; not supported"
             )
         return Structure(
-            before=tuple(sorted(before)),
+            before=tuple(sorted(calls.before)),
             after=tuple(sorted(set().union(*phases))),
             head=tuple(sorted(follow.take())),
             base=base,
-            norm=_norm_of(events, at(calls[-1], ports[-1].out), result),
-            ran=tuple(ran),
+            norm=_norm_of(events, at(calls.results[-1], ports[-1].out), result),
+            ran=tuple(calls.ran),
             ports=tuple(ports),
-            hidden_shape=tuple(hidden.shape),
-            extras=extras,
+            hidden_shape=tuple(found.hidden.shape),
+            extras=found.extras,
         )
+
+    def _forward_of(self, index: int, layer: nn.Module, calls: _Calls, follow: Follow) -> Callable[..., Any]:
+        """A layer's own forward on weights of zero, noting how it was called."""
+        original = type(layer).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if calls.ran and index <= calls.ran[-1]:
+                raise UnsupportedError(f"{self.what} does not run its layers once each in order; not supported")
+            calls.ran.append(index)
+            calls.before.update(follow.take())
+            calls.entered.append(list(walk((args, kwargs))))
+            calls.inputs.append(rebuild((args, kwargs), lambda path, leaf: None))
+            follow.paused = True
+            with zero_weights(layer, self.device):
+                out = original(layer, *args, **kwargs)
+            follow.paused = False
+            calls.results.append((out, args, kwargs))
+            calls.left.append(list(walk(calls.results[-1])))
+            for path, leaf in reversed(list(walk(out, (0,)))):
+                if isinstance(leaf, Tensor):
+                    follow.leaves_layer(leaf, len(calls.results) - 1, path)
+            for _, leaf in calls.left[-1]:
+                if isinstance(leaf, Tensor) and not any(leaf is old for _, old in calls.entered[-1]):
+                    follow.mark(leaf, "layer")
+            return out
+
+        return forward
 
     def _watch(
         self,
@@ -346,93 +359,99 @@ class Probe:
 
                 stack.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
 
-    def _ports(
-        self,
-        calls: Sequence[tuple[Any, Any, Any]],
-        inputs: Sequence[Any],
-        entered: Sequence[list[tuple[Path, Any]]],
-        left: Sequence[list[tuple[Path, Any]]],
-        follow: Follow,
-    ) -> tuple[list[LayerPort], int, Tensor]:
-        first = next(
-            (
-                leaf
-                for _, leaf in entered[0]
-                if isinstance(leaf, Tensor) and leaf.is_floating_point() and "ids" in follow.of(leaf)
-            ),
-            None,
-        )
+
+class _Ports:
+    """How the state enters and leaves every layer, found from the first to the last by which tensors are the same.
+
+    hidden: what enters the first one; extras: how many tensors beside it layers hand to later ones
+    """
+
+    def __init__(self, what: str, calls: _Calls, follow: Follow) -> None:
+        entering = (leaf for _, leaf in calls.entered[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        first = next((leaf for leaf in entering if "ids" in follow.of(leaf)), None)
         if first is None:
-            raise UnsupportedError(f"{self.what}: its first layer takes nothing that follows from the token ids")
-        hidden = first
-        made: dict[tuple[Any, ...], tuple[int, Path]] = {}  # a tensor -> the layer that gave it, and where
-        extra_of: dict[tuple[Any, ...], int] = {}
-        gives: list[dict[int, Path]] = [{} for _ in calls]
-        outs: list[Path] = []
-        reads: list[dict[Path, int]] = []
-        ins: list[Path] = []
-        chain: tuple[Any, ...] = identity(hidden)
-        for index in range(len(calls)):
-            mine: dict[Path, int] = {}
-            where: Path | None = None
-            given = [(path, leaf) for path, leaf in entered[index] if isinstance(leaf, Tensor)]
+            raise UnsupportedError(f"{what}: its first layer takes nothing that follows from the token ids")
+        self.hidden: Tensor = first
+        self._what, self._calls, self._follow = what, calls, follow
+        self._chain = identity(first)  # of the hidden state, where it is now
+        self._made: dict[tuple[Any, ...], tuple[int, Path]] = {}  # a tensor -> the layer that gave it, and where
+        self._extra_of: dict[tuple[Any, ...], int] = {}
+        self._gives: list[dict[int, Path]] = [{} for _ in calls.results]
+
+    @property
+    def extras(self) -> int:
+        return len(self._extra_of)
+
+    def of_all(self) -> list[LayerPort]:
+        """Raises UnsupportedError where not one hidden state goes from layer to layer."""
+        calls, outs, entries = self._calls, [], []
+        for index in range(len(calls.results)):
             if index:
-                here = {identity(leaf) for _, leaf in given}
-                candidates = [
-                    (path, leaf)
-                    for path, leaf in left[index - 1]
-                    if isinstance(leaf, Tensor) and leaf.shape == hidden.shape and identity(leaf) in here
-                ]
-                fresh = [entry for entry in candidates if made.get(identity(entry[1]), (None,))[0] == index - 1]
-                fresh = fresh or [entry for entry in candidates if identity(entry[1]) == chain]  # changed in place
-                if not fresh:
-                    raise UnsupportedError(
-                        f"{self.what}: what enters layer {index} is not what leaves layer {index - 1}; not supported"
-                    )
-                outs.append(fresh[0][0])
-                chain = identity(fresh[0][1])
-            for path, leaf in given:
-                key = identity(leaf)
-                if key == chain and where is None:
-                    where = path
-                elif key in made:
-                    maker, place = made[key]
-                    number = extra_of.setdefault(key, len(extra_of))
-                    gives[maker][number] = place
-                    mine[path] = number
-                elif "layer" in follow.of(leaf):
-                    raise UnsupportedError(
-                        f"{self.what}: computes {'.'.join(map(str, path))} of layer {index} between its layers; "
-                        f"not supported"
-                    )
-            assert where is not None, "checked above"
-            ins.append(where)
-            reads.append(mine)
-            old = {id(leaf) for _, leaf in entered[index]}
-            for path, leaf in left[index]:
+                outs.append(self._leaves(index - 1))
+            entries.append(self._enters(index))
+            old = {id(leaf) for _, leaf in calls.entered[index]}
+            for path, leaf in calls.left[index]:
                 if isinstance(leaf, Tensor) and id(leaf) not in old:
-                    made.setdefault(identity(leaf), (index, path))
-        end = len(calls) - 1
-        last = next(
-            (
-                path
-                for path, leaf in left[end]
-                if isinstance(leaf, Tensor)
-                and leaf.shape == hidden.shape
-                and made.get(identity(leaf), (None,))[0] == end
-            ),
-            None,
-        )
-        if last is None:
-            raise UnsupportedError(f"{self.what}: its last layer returns nothing of the hidden state's shape")
-        outs.append(last)
+                    self._made.setdefault(identity(leaf), (index, path))
+        outs.append(self._leaves_last())
         ports = []
-        for index, (result, _, _) in enumerate(calls):
+        for index, (result, _, _) in enumerate(calls.results):
             if outs[index][0] != 0:
-                raise UnsupportedError(f"{self.what}: layer {index} returns no hidden state; not supported")
+                raise UnsupportedError(f"{self._what}: layer {index} returns no hidden state; not supported")
             shapes = rebuild(result, lambda path, leaf: Was.of(leaf) if isinstance(leaf, Tensor) else leaf)
-            ports.append(LayerPort(inputs[index], ins[index], reads[index], shapes, outs[index], gives[index]))
-        return ports, len(extra_of), hidden
+            where, reads = entries[index]
+            ports.append(LayerPort(calls.inputs[index], where, reads, shapes, outs[index], self._gives[index]))
+        return ports
+
+    def _enters(self, index: int) -> tuple[Path, dict[Path, int]]:
+        """Where a layer is given the hidden state, and where extras."""
+        where: Path | None = None
+        reads: dict[Path, int] = {}
+        for path, leaf in self._calls.entered[index]:
+            if not isinstance(leaf, Tensor):
+                continue
+            key = identity(leaf)
+            if key == self._chain and where is None:
+                where = path
+            elif key in self._made:
+                maker, place = self._made[key]
+                number = self._extra_of.setdefault(key, len(self._extra_of))
+                self._gives[maker][number] = place
+                reads[path] = number
+            elif "layer" in self._follow.of(leaf):
+                raise UnsupportedError(
+                    f"{self._what}: computes {'.'.join(map(str, path))} of layer {index} between its layers; "
+                    f"not supported"
+                )
+        assert where is not None, "checked as the layer before it was left"
+        return where, reads
+
+    def _leaves(self, index: int) -> Path:
+        """Where a layer leaves the hidden state that enters the next one."""
+        here = {identity(leaf) for _, leaf in self._calls.entered[index + 1] if isinstance(leaf, Tensor)}
+        candidates = [
+            (path, leaf)
+            for path, leaf in self._calls.left[index]
+            if isinstance(leaf, Tensor) and leaf.shape == self.hidden.shape and identity(leaf) in here
+        ]
+        fresh = [entry for entry in candidates if self._is_made_by(index, entry[1])]
+        fresh = fresh or [entry for entry in candidates if identity(entry[1]) == self._chain]  # changed in place
+        if not fresh:
+            raise UnsupportedError(
+                f"{self._what}: what enters layer {index + 1} is not what leaves layer {index}; not supported"
+            )
+        self._chain = identity(fresh[0][1])
+        return fresh[0][0]
+
+    def _leaves_last(self) -> Path:
+        end = len(self._calls.results) - 1
+        for path, leaf in self._calls.left[end]:
+            if isinstance(leaf, Tensor) and leaf.shape == self.hidden.shape and self._is_made_by(end, leaf):
+                return path
+        raise UnsupportedError(f"{self._what}: its last layer returns nothing of the hidden state's shape")
+
+    def _is_made_by(self, index: int, tensor: Tensor) -> bool:
+        return self._made.get(identity(tensor), (None,))[0] == index
 
 
 @contextmanager

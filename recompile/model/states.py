@@ -308,6 +308,29 @@ def join_values(pieces: Tensor, dtype: torch.dtype, state: torch.dtype) -> Tenso
 # ---- recording -------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Extras:
+    """What layers share beside the hidden state, one behind the other in a state. width: columns so far."""
+
+    what: str  # the class, for messages
+    tokens: int
+    dtype: torch.dtype
+    width: int
+    found: list[_Extra] = field(default_factory=list)
+
+    def add(self, shape: _Shape | None, value: Tensor, made_at: tuple[int, Path] | None) -> int:
+        """Take one on; returns its number. Raises UnsupportedError for what no row has a part of."""
+        if shape is None:
+            raise UnsupportedError(
+                f"{self.what}: layers share {list(value.shape)} without an axis of rows; not supported"
+            )
+        pieces = pieces_of(value.dtype, self.dtype)
+        columns = -(-math.prod(shape.row) // self.tokens) * pieces
+        self.found.append(_Extra(shape, value.dtype, slice(self.width, self.width + columns), pieces, made_at))
+        self.width += columns
+        return len(self.found) - 1
+
+
 @torch.no_grad()
 def record_layout(
     structure: Structure,
@@ -331,25 +354,13 @@ def record_layout(
     hidden = _Shape.of(*first)
     if hidden is None:
         raise UnsupportedError(f"{what}: the hidden state {list(first[0].shape)} has no axis of rows; not supported")
-    extras: list[_Extra] = []
-    width = math.prod(hidden.row) // tokens
-
-    def add(shape: _Shape | None, value: Tensor, made_at: tuple[int, Path] | None) -> int:
-        nonlocal width
-        if shape is None:
-            raise UnsupportedError(f"{what}: layers share {list(value.shape)} without an axis of rows; not supported")
-        pieces = pieces_of(value.dtype, dtype)
-        columns = -(-math.prod(shape.row) // tokens) * pieces
-        extras.append(_Extra(shape, value.dtype, slice(width, width + columns), pieces, made_at))
-        width += columns
-        return len(extras) - 1
-
+    extras = _Extras(what, tokens, dtype, math.prod(hidden.row) // tokens)
     given: dict[int, int] = {}
     if structure.extras:
         with zeros_outside(model, stack_name, ids.device):
             shapes = [_given(structure, runner, layers, rows) for rows in (ids, ids.expand(2, -1).contiguous())]
         for number in range(structure.extras):
-            given[number] = add(_Shape.of(shapes[0][number], shapes[1][number]), shapes[0][number], None)
+            given[number] = extras.add(_Shape.of(shapes[0][number], shapes[1][number]), shapes[0][number], None)
     numbers: dict[tuple[Any, ...], int] = {}
     calls = []
     for index, port in enumerate(ports):
@@ -369,7 +380,7 @@ def record_layout(
                 return _Fixed(value, shape)
             key = identity(value)
             if key not in numbers:
-                numbers[key] = add(shape, value, (index, path))
+                numbers[key] = extras.add(shape, value, (index, path))
             return _Slot(numbers[key])
 
         reads = {path: given[number] for path, number in port.reads.items()}
@@ -377,7 +388,7 @@ def record_layout(
     token_axis = _token_axis(structure, hidden, tokens)
     if token_axis is None:
         raise UnsupportedError(f"{what}: the hidden state {list(first[0].shape)} has no axis of tokens; not supported")
-    return Layout(structure, dtype, tokens, hidden, token_axis, first[0].dtype, calls, extras)
+    return Layout(structure, dtype, tokens, hidden, token_axis, first[0].dtype, calls, extras.found)
 
 
 def _token_axis(structure: Structure, hidden: _Shape, tokens: int) -> int | None:

@@ -421,23 +421,9 @@ def plan_variants(
     plain = [name.upper() for name in names if isinstance(name, str)]
     if len(set(plain)) != len(plain):
         raise FormatError("{bits}: a type is given twice")
-    if isinstance(base, GgufCheckpoint):
-        kept = base.file.records((*SPLIT_KEYS, "general.file_type", "general.quantization_version"))
-        records = {name: record for name, record in kept.items() if not name.startswith(PROVENANCE)}
-    else:
-        architecture = gguf_architecture(base)
-        assert architecture is not None, "only of a GGUF file may it be unknown"
-        if tokenizer_from is None:
-            raise CheckpointError(
-                f"{base.label}: a GGUF file holds its tokenizer; give a GGUF file of the same model with "
-                "{tokenizer_from}"
-            )
-        rows = _rows_of_vocabulary(architecture, base, tokenizer_from)
-        config = {**_stored_config(base), "vocab_size": rows}
-        records = model_records(architecture, config, base.path.resolve().name)
-        records |= tokenizer_records(tokenizer_from)
+    records, rows = _head_records(base, tokenizer_from)
     tensors = base_tensors(base)
-    if not isinstance(base, GgufCheckpoint):
+    if rows is not None:
         tensors = [replace(t, ne=(t.ne[0], rows)) if t.name in VOCABULARY else t for t in tensors]
     extra = _extra_tensors(base)
     tied = not any(tensor.name == "output.weight" for tensor in tensors)
@@ -445,15 +431,7 @@ def plan_variants(
     variants = []
     for name in names:
         preset = find_preset(name) if isinstance(name, str) else name
-        kinds = tuple(
-            TYPES["F32"] if tensor.plain else resolve(preset.wanted(tensor.name, layers, tied), tensor.ne[0])
-            for tensor in tensors
-        ) + (TYPES["F32"],) * len(extra)
-        opaque = next((kind for kind in kinds if kind.name not in ENCODABLE), None)
-        if opaque is not None:
-            raise UnsupportedError(
-                f"{opaque.name}: has no encoder here; a tensor of this type can only be merged from a file that has it"
-            )
+        kinds = _types_of(preset, tensors, layers, tied) + (TYPES["F32"],) * len(extra)
         head = dict(records)
         if preset.file_type is not None:
             head["general.file_type"] = encode_key("general.file_type", preset.file_type, "u32")
@@ -472,6 +450,38 @@ def plan_variants(
         raise OutputError(f"{made}: exists; remove it or choose another {{out}}")
     left = tuple(left_out(base))
     return VariantPlan(base.whole, tuple(tensors), tuple(variants), importance, extra, layers, left)
+
+
+def _head_records(base: Checkpoint, tokenizer_from: GgufFile | None) -> tuple[dict[str, bytes], int | None]:
+    """The keys of every file, encoded: the model's and its tokenizer's; and how many rows its vocabulary has in them,
+    None where that is what the base's tensors say."""
+    if isinstance(base, GgufCheckpoint):
+        kept = base.file.records((*SPLIT_KEYS, "general.file_type", "general.quantization_version"))
+        return {name: record for name, record in kept.items() if not name.startswith(PROVENANCE)}, None
+    architecture = gguf_architecture(base)
+    assert architecture is not None, "only of a GGUF file may it be unknown"
+    if tokenizer_from is None:
+        raise CheckpointError(
+            f"{base.label}: a GGUF file holds its tokenizer; give a GGUF file of the same model with {{tokenizer_from}}"
+        )
+    rows = _rows_of_vocabulary(architecture, base, tokenizer_from)
+    config = {**_stored_config(base), "vocab_size": rows}
+    records = model_records(architecture, config, base.path.resolve().name)
+    return records | tokenizer_records(tokenizer_from), rows
+
+
+def _types_of(preset: Preset | Mix, tensors: Sequence[BaseTensor], layers: int, tied: bool) -> tuple[GgufType, ...]:
+    """The type of every tensor. Raises UnsupportedError for one that nothing here encodes."""
+    kinds = tuple(
+        TYPES["F32"] if tensor.plain else resolve(preset.wanted(tensor.name, layers, tied), tensor.ne[0])
+        for tensor in tensors
+    )
+    opaque = next((kind for kind in kinds if kind.name not in ENCODABLE), None)
+    if opaque is not None:
+        raise UnsupportedError(
+            f"{opaque.name}: has no encoder here; a tensor of this type can only be merged from a file that has it"
+        )
+    return kinds
 
 
 def _rows_of_vocabulary(architecture: Architecture, base: Checkpoint, tokenizer_from: GgufFile) -> int:

@@ -176,19 +176,8 @@ def _quantize_rows(
                 if order is not None or table.scheme.group_size is None or start % table.scheme.group_size:
                     continue
                 group = slice(start, start + table.scheme.group_size)
-                if group.stop <= block_stop:  # what came before the block is in its targets already
-                    base, since = block_target[start - block_start : group.stop - block_start, rows], done
-                else:
-                    base, since = original[group], slice(0, start)
-                pull = torch.addmm(base, unit_upper[since, group].t(), error[since, rows]) - original[group]  # [G, O]
-                # The targets of the group's columns will also hold each other's errors. Were its columns free, they
-                # would settle where (E U)_j = 0 in all of them, a triangular solve; rounding scatters around that.
-                settled = torch.linalg.solve_triangular(
-                    unit_upper[group, group].t(), pull, upper=False, unitriangular=True
-                )
-                _fit_group(
-                    table, start // table.scheme.group_size, settled + original[group], column_weight, scale_dtype
-                )
+                settled = _settled(original, block_target[:, rows], error[:, rows], unit_upper, columns, group)
+                _fit_group(table, start // table.scheme.group_size, settled, column_weight, scale_dtype)
 
             # One grid for the whole run, or one a column where the columns of a run come from different groups.
             sizes = [table.group_size() for table in tables]
@@ -211,6 +200,25 @@ def _quantize_rows(
         QuantizedWeight(codes[:, rows].t().contiguous(), table.to_grid(), table.scheme)
         for table, rows in zip(tables, stack_rows, strict=True)
     ]
+
+
+def _settled(
+    original: Tensor, block_target: Tensor, error: Tensor, unit_upper: Tensor, block: slice, group: slice
+) -> Tensor:
+    """[G, O]: what the weights of a group are about to become, which begins in a block of columns: its grid fits these.
+
+    original, error: [I, O];  block_target: [block, O], with the errors of the columns before the block
+    """
+    if group.stop <= block.stop:  # what came before the block is in its targets already
+        base = block_target[group.start - block.start : group.stop - block.start]
+        since = slice(block.start, group.start)
+    else:
+        base, since = original[group], slice(0, group.start)
+    pull = torch.addmm(base, unit_upper[since, group].t(), error[since]) - original[group]
+    # The targets of the group's columns will also hold each other's errors. Were its columns free, they would settle
+    # where (E U)_j = 0 in all of them, a triangular solve; rounding scatters around that.
+    settled = torch.linalg.solve_triangular(unit_upper[group, group].t(), pull, upper=False, unitriangular=True)
+    return settled + original[group]
 
 
 def _round_run(

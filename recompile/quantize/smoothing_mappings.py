@@ -94,8 +94,52 @@ def find_folds(model: LayeredModel, index: int, hidden: Tensor) -> list[Fold]:
     The layer's weights are changed and put back. Of experts, those that no token of the row reached are taken to be
     built like the others.
     """
-    layer = model.layers[index]
-    norms = {name: module for name, module in layer.named_modules() if _is_norm(module)}
+    ran = _run(model, index, hidden)
+    modules = [name for name in model.modules_of_layer(index) if _is_matrix(model, name)]
+    return [*_folds_of_norms(ran, modules), *_folds_of_pairs(ran, modules)]
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A loaded layer that one row of text ran through.
+
+    hidden, expected: [1, tokens, hidden], what entered and what left
+    outputs: [tokens, channels], what a norm gave when it first ran
+    """
+
+    model: LayeredModel
+    index: int
+    hidden: Tensor
+    expected: Tensor
+    norms: Mapping[str, nn.Module]
+    outputs: Mapping[str, Tensor]
+    calls: Mapping[str, _Call]
+
+    def keeps(self, folds: Sequence[Fold]) -> bool:
+        """Whether the layer gives the same with these folds, by random powers of two."""
+        generator = torch.Generator().manual_seed(0)
+        prefix = self.model.prefix_of_layer(self.index)
+        undo: list[tuple[Tensor, Tensor]] = []
+        for fold in folds:
+            count = int(fold.channels.max()) + 1
+            scale = (2.0 ** torch.randint(-2, 3, (count,), generator=generator)).to(self.hidden.device)
+            for tensor, factor in _changes(fold, scale, self.norms, prefix, self.calls):
+                undo.append((tensor, tensor.clone()))
+                tensor.copy_(factor)
+        try:
+            got = self.model.run_layer(self.index, self.hidden)
+            self.model.watch.settle()
+        except NotFiniteError:  # by this trial's scale: no fold
+            got = torch.full_like(self.expected, torch.inf)
+        for tensor, value in reversed(undo):
+            tensor.copy_(value)
+        worst = float((got - self.expected).abs().max())
+        allowed = max(TOLERANCE, 4 * torch.finfo(self.expected.dtype).eps)
+        return bool(undo) and worst <= allowed * float(self.expected.abs().max())
+
+
+def _run(model: LayeredModel, index: int, hidden: Tensor) -> _Ran:
+    norms = {name: module for name, module in model.layers[index].named_modules() if _is_norm(module)}
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -112,52 +156,41 @@ def find_folds(model: LayeredModel, index: int, hidden: Tensor) -> list[Fold]:
     finally:
         for handle in handles:
             handle.remove()
-    modules = [name for name in model.modules_of_layer(index) if _is_matrix(model, name)]
-    calls = watch.calls
-    found: list[Fold] = []
+    return _Ran(model, index, hidden, expected, norms, outputs, watch.calls)
 
-    def holds(folds: Sequence[Fold]) -> bool:
-        generator = torch.Generator().manual_seed(0)
-        undo: list[tuple[Tensor, Tensor]] = []
-        for fold in folds:
-            count = int(fold.channels.max()) + 1
-            scale = (2.0 ** torch.randint(-2, 3, (count,), generator=generator)).to(hidden.device)
-            for tensor, factor in _changes(fold, scale, norms, model.prefix_of_layer(index), calls):
-                undo.append((tensor, tensor.clone()))
-                tensor.copy_(factor)
-        try:
-            got = model.run_layer(index, hidden)
-            model.watch.settle()
-        except NotFiniteError:  # by this trial's scale: no fold
-            got = torch.full_like(expected, torch.inf)
-        for tensor, value in reversed(undo):
-            tensor.copy_(value)
-        worst = float((got - expected).abs().max())
-        allowed = max(TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
-        return bool(undo) and worst <= allowed * float(expected.abs().max())
 
-    for name, output in outputs.items():
-        readers = [module for module, call in calls.items() if _reads(call.inputs, output)]
+def _folds_of_norms(ran: _Ran, modules: Sequence[str]) -> list[Fold]:
+    """Between a norm and the maps that read it."""
+    found = []
+    for name, output in ran.outputs.items():
+        readers = [module for module, call in ran.calls.items() if _reads(call.inputs, output)]
         readers = _with_kin(readers, modules)
-        weight = norms[name].weight
+        weight = ran.norms[name].weight
         if readers and isinstance(weight, Tensor) and weight.numel() == output.shape[-1]:
-            offset = _offset(norms[name], output.shape[-1], weight.device)
+            offset = _offset(ran.norms[name], output.shape[-1], weight.device)
             if offset is not None:
-                channels = torch.arange(output.shape[-1], device=hidden.device)
-                fold = Fold(f"{model.prefix_of_layer(index)}.{name}", tuple(readers), channels, offset)
-                found += [fold] if holds([fold]) else []
+                channels = torch.arange(output.shape[-1], device=ran.hidden.device)
+                norm = f"{ran.model.prefix_of_layer(ran.index)}.{name}"
+                fold = Fold(norm, tuple(readers), channels, offset)
+                found += [fold] if ran.keeps([fold]) else []
+    return found
+
+
+def _folds_of_pairs(ran: _Ran, modules: Sequence[str]) -> list[Fold]:
+    """Between two maps; those of the experts of a layer are tried together."""
     pairs: dict[str, list[Fold]] = {}
     for consumer in modules:
         parent, _, leaf = consumer.rpartition(".")
         producer = f"{parent}.{PRODUCERS[leaf]}" if leaf in PRODUCERS else ""
         if producer in modules:
-            channel = _channels(model, producer, consumer)
+            channel = _channels(ran.model, producer, consumer)
             if channel is not None:
-                fold = Fold(producer, (consumer,), channel.to(hidden.device), None)
+                fold = Fold(producer, (consumer,), channel.to(ran.hidden.device), None)
                 pairs.setdefault(similar_experts(consumer), []).append(fold)
+    found = []
     for folds in pairs.values():
-        seen = [fold for fold in folds if all(name in calls for name in (fold.producer, *fold.consumers))]
-        if seen and holds(seen):
+        seen = [fold for fold in folds if all(name in ran.calls for name in (fold.producer, *fold.consumers))]
+        if seen and ran.keeps(seen):
             found += folds
     return found
 
