@@ -105,15 +105,16 @@ class _Stands(Checkpoint):
 
 
 @dataclass(frozen=True)
-class _Noised(_Stands):
+class Noised(_Stands):
     """The reference with noise as large, tensor by tensor, as the candidate's error."""
 
     reference: Checkpoint = field(kw_only=True)
 
     @staticmethod
-    def like(overlay: Overlay, reference: Checkpoint) -> _Noised:
+    def like(overlay: Overlay, reference: Checkpoint) -> Noised:
+        """For every tensor of the overlay."""
         base = overlay.base
-        return _Noised(base.path, f"{overlay.label}, as noise", overlay.config, base.tensors, source=overlay,
+        return Noised(base.path, f"{overlay.label}, as noise", overlay.config, base.tensors, source=overlay,
                        reference=reference)  # fmt: skip
 
     @cached_property
@@ -182,7 +183,7 @@ def attribute(
     """
     if not any(module.is_quantized for module in overlay.modules.values()):
         raise ArgumentError(f"{{attribute}}: {overlay.label} stores no module quantized; there is nothing to attribute")
-    noised = _Noised.like(overlay, reference)
+    noised = Noised.like(overlay, reference)
     candidates: list[tuple[str, Checkpoint]] = [(OWN, _Stands.of(overlay)), *([(NOISE, noised)] if asked.iso else [])]
     with ExitStack() as stack:
         journal = asked.journal
@@ -211,7 +212,7 @@ def _measured(job: ProfileJob, on_event: OnEvent) -> Profile:
     return found
 
 
-def _attribution(profile: Profile, noised: _Noised, tokens: Tensor) -> Attribution:
+def _attribution(profile: Profile, noised: Noised, tokens: Tensor) -> Attribution:
     """tokens: [rows], those that count"""
     rows = {key: found.kl_rows for key, found in profile.measurements.items()}
     groups = []
@@ -258,7 +259,7 @@ def _sum(groups: Iterable[tuple[float, ...]], tokens: Tensor) -> Mean:
     return _mean(torch.tensor(list(groups), dtype=torch.float64).sum(0).tolist(), tokens)
 
 
-def _relative_error(modules: Iterable[str], noised: _Noised) -> float:
+def _relative_error(modules: Iterable[str], noised: Noised) -> float:
     error = size = 0.0
     for module in modules:
         theirs, ours = noised.both(f"{module}.weight")

@@ -298,7 +298,7 @@ def heal(
     UnsupportedError for formats that do not heal, OutputError where `out` cannot be written or belongs to another run,
     RecompileError for rows or a memory cap that are too small.
     """
-    yield from _Healing(build, base, out, rows, options or HealOptions()).run()
+    yield from Healing(build, base, out, rows, options or HealOptions()).run()
 
 
 @dataclass
@@ -324,7 +324,9 @@ class _Adam:
             movables[name].delta.addcdiv_(first, root, value=-rate / (1 - one**self.count))
 
 
-class _Healing:
+class Healing:
+    """A run of `heal`, which has the arguments: what moves, its moments, and how far it is. `run` does all of it."""
+
     def __init__(self, build: Checkpoint, base: Checkpoint, out: Path, rows: HealRows, options: HealOptions) -> None:
         self.build, self.base, self.out, self.rows, self.options = build, base, out, rows, options
         for name in ("choose", "accept", "report", "second"):
@@ -398,14 +400,14 @@ class _Healing:
             earlier = self.spent
             stop = self.done >= self.steps or self.looks_since >= self.options.patience
             for ids, wanted, counted in self._batches() if not stop else ():
-                loss = self._step(ids, wanted, counted)
+                loss = self.step(ids, wanted, counted)
                 self.done += 1
                 self.spent = earlier + time.monotonic() - began
                 yield HealStep(self.done, self.steps, loss, self.spent)
                 late = self.options.minutes is not None and self.spent > 60 * self.options.minutes
                 if self.done % self.options.check_every and self.done != self.steps and not late:
                     continue
-                kl = self._row_kls("choose", self.choose_states)
+                kl = self.row_kls("choose", self.choose_states)
                 found = Paired.of(before["choose"], kl)
                 is_best = found.after < self.best_kl
                 if is_best:
@@ -475,13 +477,13 @@ class _Healing:
             places = range(first * self.batch_rows, last * self.batch_rows)
             numbers = [order(place // count)[place % count] for place in places]
             chosen = self.rows.train[numbers]
-            states = self._teacher_states(chosen).split(self.batch_rows)
+            states = self.teacher_states(chosen).split(self.batch_rows)
             marks = [None] * len(states) if counted is None else counted[numbers].split(self.batch_rows)
             yield from zip(chosen.split(self.batch_rows), states, marks, strict=True)
 
     @torch.no_grad()
-    def _teacher_states(self, ids: Tensor) -> Tensor:
-        """The base's post-norm states, [rows, tokens, hidden]."""
+    def teacher_states(self, ids: Tensor) -> Tensor:
+        """The base's post-norm states, [rows, tokens, hidden]; ids: int64 [rows, tokens]."""
         return self.teacher.normed(ids, self.batch_rows, self.base)
 
     def _before(self) -> dict[str, list[float]]:
@@ -490,14 +492,17 @@ class _Healing:
         for movable in self.movables.values():
             movable.delta = torch.zeros_like(movable.delta)
         found = {}
-        self.choose_states = self._teacher_states(self.rows.choose)
-        found["choose"] = self._row_kls("choose", self.choose_states)
+        self.choose_states = self.teacher_states(self.rows.choose)
+        found["choose"] = self.row_kls("choose", self.choose_states)
         for name, movable in self.movables.items():
             movable.delta = kept[name]
         return found
 
-    def _row_kls(self, name: str, teacher: Tensor, source: WeightSource | None = None) -> list[float]:
-        """KL(base || what is being healed, or another source) of every row of a name, nats a token."""
+    def row_kls(self, name: str, teacher: Tensor, source: WeightSource | None = None) -> list[float]:
+        """KL(base || what is being healed, or another source) of every row of a name, nats a token.
+
+        teacher: the base's post-norm states of these rows, [rows, tokens, hidden]
+        """
         return row_kls(
             self.model,
             source or self.source,
@@ -517,8 +522,8 @@ class _Healing:
         judges = ("accept", "report", "second")
         for number, name in enumerate(judges):
             yield HealJudging(number, len(judges), name)
-            teacher = self._teacher_states(getattr(self.rows, name))
-            old, new = self._row_kls(name, teacher, untouched), self._row_kls(name, teacher)
+            teacher = self.teacher_states(getattr(self.rows, name))
+            old, new = self.row_kls(name, teacher, untouched), self.row_kls(name, teacher)
             pairs[name] = Paired.of(old, new)
             rows[name] = tuple(new)
         kept = self.best_step > 0 and pairs["accept"].is_better
@@ -551,8 +556,12 @@ class _Healing:
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    def _step(self, ids: Tensor, teacher: Tensor, counted: Tensor | None = None) -> float:
-        """Move everything once; returns the KL before. counted: bool [rows, tokens], what it is of; None: all."""
+    def step(self, ids: Tensor, teacher: Tensor, counted: Tensor | None = None) -> float:
+        """Move everything once; returns the KL before, nats a token.
+
+        ids: int64 [rows, tokens]; teacher: the base's post-norm states of them, [rows, tokens, hidden]
+        counted: bool [rows, tokens], what the KL is of; None: all
+        """
         model, source = self.model, self.source
         gradients: dict[str, Tensor] = {}
         graphs: list[tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]] = []

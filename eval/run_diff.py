@@ -294,7 +294,7 @@ def _rows_of(
     vocab = check_vocabulary(base, vocab)
     ids = rows.ids
     if request.gen_prompt:
-        prefix = tokens.with_tokenizer(base.path, _chat_prompt)
+        prefix = tokens.with_tokenizer(base.path, chat_prompt)
         ids = torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
     return ids, rows, vocab
 
@@ -375,8 +375,8 @@ def _model_diff(
     return ModelDiff(report, overlay, recipe.name if recipe is not None else None, text, with_activations, parted)
 
 
-def _chat_prompt(tokenizer: Any) -> list[int]:
-    """Tokens of the chat template up to where the model answers."""
+def chat_prompt(tokenizer: Any) -> list[int]:
+    """Tokens of the chat template up to where the model answers. Raises ArgumentError for one that fails or is none."""
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("{gen_prompt}: the tokenizer has no chat template")
     messages = [{"role": "user", "content": "Say something."}]

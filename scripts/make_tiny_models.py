@@ -164,7 +164,7 @@ def make_model(name: str, root: Path) -> None:
     partial.mkdir()
     started = time.monotonic()
     text = tokens.default_text()
-    tokenizer = train_tokenizer([d.text for d in tokens._of_role(text, "calibrate")], partial)
+    tokenizer = train_tokenizer([d.text for d in tokens.documents_of(text, "calibrate")], partial)
     ids = tokens.make_rows(text, tokenizer, None, ROW_TOKENS, "calibrate").ids
     held_out = tokens.make_rows(text, tokenizer, HELD_OUT_ROWS, HELD_OUT_TOKENS, "report").ids
     model = train(SPECS[name], ids, seed=NAMES.index(name))

@@ -175,6 +175,15 @@ def test_only_whole_packages_are_skipped() -> None:
                 assert "." not in package, f"{name_of(path)}:{node.lineno}: skip on {package.split('.')[0]}"
 
 
+def test_what_others_import_has_a_public_name() -> None:
+    for path in EVERYTHING:
+        for line, name in imports_of(path):
+            first, last = name.split(".")[0], name.split(".")[-1]
+            ours = first in ("recompile", "eval", "tests", "scripts")
+            private = last.startswith("_") and not last.startswith("__")
+            assert not (ours and private), f"{name_of(path)}:{line}: {name}; name it publicly"
+
+
 COMMANDS = {path.stem for path in (ROOT / "recompile" / "cli").glob("*.py")} & {"recompile"} | {
     path.stem for path in (ROOT / "recompile" / "cli").glob("model_*.py")
 }

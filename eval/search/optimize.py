@@ -524,11 +524,11 @@ def rules_of(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | N
     """
     engine = options.engine
     refused = refusals(engine, checkpoints) if engine is not None and checkpoints is not None else None
-    experts = None if engine is not None or options.free_experts else _engine_of_format(checkpoints)
+    experts = None if engine is not None or options.free_experts else engine_of_format(checkpoints)
     return Rules(options.constraints, options.ties, engine, refused, options.max_step, experts)
 
 
-def _engine_of_format(checkpoints: Mapping[str, Checkpoint] | None) -> str | None:
+def engine_of_format(checkpoints: Mapping[str, Checkpoint] | None) -> str | None:
     """Whose sets of experts sources of this format should keep to; None for EXL2, which has one kernel an expert."""
     formats = {name for checkpoint in (checkpoints or {}).values() for name in checkpoint.formats}
     general = FormatSpec.expert_engine

@@ -71,12 +71,12 @@ def answer(
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    draw = _Draw(sampling, [generator_of(sampling.seed, key) for key in hashes], vocab, on_event)
+    draw = Draw(sampling, [generator_of(sampling.seed, key) for key in hashes], vocab, on_event)
     try:
         made = runner.generate(
             ids.to(device),
             attention_mask=mask.to(device),
-            do_sample=False,  # the largest of what _Draw makes of the logits
+            do_sample=False,  # the largest of what Draw makes of the logits
             num_beams=1,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(ends) or None,
@@ -97,8 +97,13 @@ def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
     return row[:stop]
 
 
-class _Draw:
-    """Logits [rows, vocab] -> scores whose largest is the drawn token."""
+class Draw:
+    """Logits [rows, vocab] -> scores float32 [rows, vocab] whose largest is the drawn token; as transformers calls a
+    LogitsProcessor.
+
+    generators: of every row, one; vocab: the true one, beyond which nothing is drawn
+    Raises NotFiniteError where logits are NaN or infinite.
+    """
 
     def __init__(
         self, sampling: Sampling, generators: Sequence[torch.Generator], vocab: int, on_event: OnEvent

@@ -424,7 +424,7 @@ def make_rows(source: TextSource, tokenizer: Any, count: int | None, length: int
     if length < 2 or (count is not None and count < 1):
         raise RecompileError(f"rows: at least 1 row of 2 tokens is needed, not {count} of {length}")
     by_origin: dict[str, list[Document]] = {}
-    for document in _whole_documents(source.documents) if role == "all" else _of_role(source, role):
+    for document in _whole_documents(source.documents) if role == "all" else documents_of(source, role):
         by_origin.setdefault(document.origin, []).append(document)
     frame = _Frame.of(tokenizer, length)
     streams = []
@@ -472,7 +472,7 @@ def _windows(ids: Tensor) -> set[bytes]:
     return found
 
 
-def _of_role(source: TextSource, role: str) -> list[Document]:
+def documents_of(source: TextSource, role: str) -> list[Document]:
     """The documents of a role; of exact copies one."""
     found = {
         _text_hash(document.text): document

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import recompile
-from eval.attribution import Attribution, AttributionOptions, _Noised, attribute
+from eval.attribution import Attribution, AttributionOptions, Noised, attribute
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main
 from recompile.errors import ArgumentError, JournalError
@@ -50,7 +50,7 @@ def test_a_group_costs_what_the_base_with_that_group_alone_does(kind: str, tmp_p
 
 def test_noise_is_as_large_as_the_error_and_has_no_part_in_it() -> None:
     base, variant = open_checkpoint(tiny.base("llama-tied")), open_checkpoint(tiny.variants("llama-tied", (3,))[3])
-    noised = _Noised.like(build_overlay(variant, None), base)
+    noised = Noised.like(build_overlay(variant, None), base)
     seen = []
     for name, module in variant.modules.items():
         if not module.is_quantized:
@@ -67,7 +67,7 @@ def test_noise_is_as_large_as_the_error_and_has_no_part_in_it() -> None:
 def test_noise_costs_what_a_checkpoint_with_that_noise_does(tmp_path: Path) -> None:
     found = attributed("llama-tied", level="tensor", iso=True)
     base, variant = open_checkpoint(tiny.base("llama-tied")), open_checkpoint(tiny.variants("llama-tied", (3,))[3])
-    noised = _Noised.like(build_overlay(variant, None), base)
+    noised = Noised.like(build_overlay(variant, None), base)
     each = found.groups[1]
     (module,) = each.modules
     directory = tiny.copy_of(tiny.base("llama-tied"), tmp_path / "noised")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, compare
-from eval.heal import HealOptions, HealReport, HealRows, _Healing, heal
+from eval.heal import Healing, HealOptions, HealReport, HealRows, heal
 from eval.mixes.evaluator import MixEvaluator
 from eval.mixes.oracle import MixOracle
 from eval.passes.adjoint import AdjointPass, LayerBackward, plan_pass
@@ -297,15 +297,15 @@ def test_healing_lowers_the_kl_of_the_places(tmp_path: Path) -> None:
 def test_the_gradient_of_healing_is_of_the_places(architecture: str, tmp_path: Path) -> None:
     """The loss of a step, and what a small change of one scale does to it."""
     base, build = open_checkpoint(tiny.base(architecture)), open_checkpoint(tiny.variants(architecture, (3,))[3])
-    made = _Healing(build, base, tmp_path / "out", healing_rows(77), HEALING)
+    made = Healing(build, base, tmp_path / "out", healing_rows(77), HEALING)
     ids, meant = padded(77), counted()
-    teacher = made._teacher_states(ids)
+    teacher = made.teacher_states(ids)
     gradients: dict[str, Tensor] = {}
     made.adam.step = lambda movables, found, rate: gradients.update(found)  # type: ignore[method-assign]
-    loss = made._step(ids, teacher, meant)
+    loss = made.step(ids, teacher, meant)
 
     def mean_kl() -> float:
-        rows = torch.tensor(made._row_kls("accept", teacher), dtype=torch.float64)
+        rows = torch.tensor(made.row_kls("accept", teacher), dtype=torch.float64)
         shares = meant.sum(1) / meant.sum()
         return float((rows * shares).sum())
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eval.diff import DiffReport, compare
-from eval.heal import HealChecked, HealOptions, HealReport, HealRows, HealStep, Paired, _Healing, heal
+from eval.heal import HealChecked, Healing, HealOptions, HealReport, HealRows, HealStep, Paired, heal
 from eval.heal_output import REPORT
 from eval.heal_places import whole_of
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -75,8 +75,8 @@ def make_rows(train: int = 24, judges: int = 6) -> HealRows:
 OPTIONS = HealOptions(tokens=24 * TOKENS, batch_tokens=4 * TOKENS, check_every=2, learning_rate=0.01)
 
 
-def healing(build: Checkpoint, out: Path, options: HealOptions = OPTIONS, architecture: str = "llama") -> _Healing:
-    return _Healing(build, open_checkpoint(tiny.base(architecture)), out, make_rows(), options)
+def healing(build: Checkpoint, out: Path, options: HealOptions = OPTIONS, architecture: str = "llama") -> Healing:
+    return Healing(build, open_checkpoint(tiny.base(architecture)), out, make_rows(), options)
 
 
 def finish(build: Checkpoint, out: Path, options: HealOptions = OPTIONS, architecture: str = "llama") -> HealReport:
@@ -114,13 +114,13 @@ def bytes_of(checkpoint: Checkpoint, tensor: str) -> Tensor:
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
-def slope_along(direction: dict[str, Tensor], work: _Healing, ids: Tensor, wanted: Tensor, step: float) -> float:
+def slope_along(direction: dict[str, Tensor], work: Healing, ids: Tensor, wanted: Tensor, step: float) -> float:
     """Of the loss on rows `ids`, by two steps of every movable's delta along `direction`."""
     losses = []
     for size in (step, -step):
         for name, towards in direction.items():
             work.movables[name].delta = size * towards
-        losses.append(work._step(ids, wanted))
+        losses.append(work.step(ids, wanted))
     for name, towards in direction.items():
         work.movables[name].delta = torch.zeros_like(towards)
     return (losses[0] - losses[1]) / (2 * step)
@@ -191,8 +191,8 @@ def test_gradients_are_those_of_finite_differences(
     found: dict[str, Tensor] = {}
     monkeypatch.setattr(work.adam, "step", lambda movables, gradients, rate: found.update(gradients))
     ids = work.rows.train[: work.batch_rows]
-    wanted = work._teacher_states(ids)
-    work._step(ids, wanted)
+    wanted = work.teacher_states(ids)
+    work.step(ids, wanted)
     gradients = dict(found)
     assert all(".experts." in name for name in set(work.movables) - set(gradients)), "an expert may see no token"
     generator = torch.Generator().manual_seed(5)

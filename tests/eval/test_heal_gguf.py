@@ -116,12 +116,12 @@ def test_gradients_are_those_of_finite_differences(kind: str, architecture: str,
     """Along a random direction of each field, and of norms and biases."""
     work = healing(made(tmp_path, kind, architecture), tmp_path / "out.gguf", architecture=architecture)
     ids = work.rows.train[: work.batch_rows]
-    wanted = work._teacher_states(ids)
+    wanted = work.teacher_states(ids)
     found: dict[str, Tensor] = {}
     work.adam.step = lambda movables, gradients, rate: found.update(gradients)  # type: ignore[method-assign]
     for movable in work.movables.values():
         movable.dtype = torch.float32 if movable.is_vector else movable.dtype
-    work._step(ids, wanted)
+    work.step(ids, wanted)
     gradients = dict(found)
     assert set(work.movables) == set(gradients)
     generator = torch.Generator().manual_seed(5)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import recompile
 from eval.trace import prompts as bundle
-from eval.trace.generate import Sampling, _Draw, end_tokens, generator_of, plan_batches
+from eval.trace.generate import Draw, Sampling, end_tokens, generator_of, plan_batches
 from eval.trace.run import TraceReport
 from recompile.cli.model_diff import main as model_diff
 from recompile.cli.model_trace import main as model_trace
@@ -86,7 +86,7 @@ def test_greedy_responses_are_those_of_plain_generation(folder: Path) -> None:
 def test_draws_are_those_of_the_softmax() -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 9.0])  # the last one is beyond the vocabulary
     count, temperature = 6000, 0.7
-    draw = _Draw(Sampling(temperature), [generator_of(0, str(n)) for n in range(count)], 4, ignore)
+    draw = Draw(Sampling(temperature), [generator_of(0, str(n)) for n in range(count)], 4, ignore)
     drawn = draw(torch.zeros(0), logits.expand(count, -1)).argmax(-1)
     shares = torch.bincount(drawn, minlength=5) / count
     wanted = (logits[:4] / temperature).softmax(-1)

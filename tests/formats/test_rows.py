@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.search.optimize import _engine_of_format
+from eval.search.optimize import engine_of_format
 from recompile.formats import CANDIDATE_FORMATS, FORMATS, VARIANT_FORMATS
 from recompile.formats.schemes import PRESETS, parse_scheme, stored_format
 from recompile.quantize.float_grids import LEVELS
@@ -63,4 +63,4 @@ def test_experts_share_sources_as_the_engine_of_the_format_loads_them(
     formats: list[list[str]], engine: str | None
 ) -> None:
     checkpoints = {str(n): SimpleNamespace(formats=frozenset(names)) for n, names in enumerate(formats)}
-    assert _engine_of_format(checkpoints) == engine
+    assert engine_of_format(checkpoints) == engine

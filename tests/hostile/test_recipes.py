@@ -9,7 +9,7 @@ import pytest
 
 from recompile.errors import RecipeError
 from recompile.merge.type_recipes import parse_type_recipe
-from recompile.model.tokens import _doc_records
+from recompile.model.tokens import text_from_file
 from recompile.quantize.modifiers import load_modifiers
 from recompile.recipe import read_yaml
 from recompile.recipe.precedence import Recipe
@@ -146,7 +146,10 @@ def test_a_type_rule_that_never_decides_is_told() -> None:
     assert types.shadowed(["output.weight"]) == []
 
 
-def test_records_that_are_not_closed_are_searched_once() -> None:
-    assert _doc_records("<doc id='1'>one</doc> x <doc>two\n</doc><docs>no</doc><doc>") == ["one", "two"]
-    assert _doc_records("<doc " * 300_000) == []
-    assert _doc_records("<doc>" * 300_000) == []
+def test_records_that_are_not_closed_are_searched_once(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("<doc id='1'>one</doc> x <doc>two\n</doc><docs>no</doc><doc>")
+    assert [document.text for document in text_from_file(path).documents] == ["one", "two"]
+    for text in ("<doc " * 300_000, "<doc>" * 300_000):  # no records: one running text
+        path.write_text(text)
+        assert "".join(document.text for document in text_from_file(path).documents) == text.strip("\n")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.run_diff import _chat_prompt
+from eval.run_diff import chat_prompt
 from recompile.errors import CheckpointError, MismatchError, RecompileError
 from recompile.model import guarded
 from recompile.model.guarded import Limits, run_guarded, stepped
@@ -119,15 +119,15 @@ def test_a_chat_template_that_loops_or_grows(
     monkeypatch.setattr(guarded, "CPU_SECONDS", cpu_seconds)
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(RecompileError, match=says):
-        with_tokenizer(folder, _chat_prompt)
+        with_tokenizer(folder, chat_prompt)
 
 
 def test_a_chat_template_gives_what_it_gave(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for m in messages %}w1 w2 w5{% endfor %}")
-    assert with_tokenizer(folder, _chat_prompt) == [3, 4, 7]
+    assert with_tokenizer(folder, chat_prompt) == [3, 4, 7]
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no user') }}")
     with pytest.raises(RecompileError, match="gen_prompt: the chat template fails: TemplateError: no user"):
-        with_tokenizer(folder, _chat_prompt)
+        with_tokenizer(folder, chat_prompt)
 
 
 def test_rows_are_those_of_this_process(folder: Path) -> None:
