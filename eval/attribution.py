@@ -133,7 +133,7 @@ class Noised(_Stands):
         return ours if size == 0 else ours + noise * (size / float(noise.norm()))
 
     def both(self, tensor: str, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-        """The candidate's and the reference's values of one tensor, float32 of one shape.
+        """The candidate's and the reference's values of one tensor, float32 of one shape, [out, in] of a matrix.
 
         Raises MismatchError where the candidate holds it otherwise."""
         theirs, ours = self.source.load(tensor, device=device), self.reference.load(tensor, device=device)

@@ -16,14 +16,14 @@ from recompile.model.stream import LayeredModel
 class Whole:
     """A stored weight of which a parameter is some rows: transformers takes it apart while it loads.
 
-    rows: how many it has; place: which of them the parameter's are
+    rows: how many it has; place: int64 [its rows], which of them the parameter's are
     """
 
     rows: int
     place: Tensor
 
     def filled(self, value: Tensor) -> Tensor:
-        """The rows of a parameter where they are in the whole, zeros elsewhere."""
+        """The rows of a parameter [its rows, ...] where they are in the whole, zeros elsewhere: [rows, ...]."""
         found = value.new_zeros(self.rows, *value.shape[1:])
         found[self.place] = value
         return found

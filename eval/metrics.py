@@ -225,7 +225,8 @@ class Quantiles:
 
 
 def quantiles(values: Tensor) -> Quantiles:
-    """Median, 90 %, 99 %, 99.9 % and largest value (linear interpolation between neighbours). Raises NotFiniteError."""
+    """Median, 90 %, 99 %, 99.9 % and largest of values of any shape (linear interpolation between neighbours). Raises
+    NotFiniteError."""
     check_finite(values, "quantiles of tokens")
     ordered = values.double().flatten().sort().values
 
@@ -367,7 +368,10 @@ class ConfidenceBin:
 
 
 def kl_by_confidence(kl: Tensor, confidence: Tensor) -> tuple[ConfidenceBin, ...]:
-    """Tokens by the reference's confidence. Raises NotFiniteError."""
+    """Tokens by the reference's confidence. Raises NotFiniteError.
+
+    kl, confidence: of any shape, the same: nats, and the highest probability that the reference gives
+    """
     check_finite(kl, "KL by confidence")
     check_finite(confidence, "KL by confidence")
     bins = []
@@ -407,6 +411,6 @@ def drift(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 def mean_drift(rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Drift:
-    """The mean over rows of what `drift` gave for each; the largest error is the largest of all."""
+    """The mean over rows of what `drift` gave for each, four [rows] a batch; the largest error is that of all."""
     ratio, largest, sqnr, cosine = (torch.cat(list(parts)) for parts in zip(*rows, strict=True))
     return Drift(float(ratio.mean()), float(largest.max()), float(sqnr.mean()), float(cosine.mean()))

@@ -175,6 +175,34 @@ def test_only_whole_packages_are_skipped() -> None:
                 assert "." not in package, f"{name_of(path)}:{node.lineno}: skip on {package.split('.')[0]}"
 
 
+# [out, in], "any shape", or a docstring that has it: "As `dequantize`", "As Checkpoint.load".
+SHAPE = re.compile(r"\[[^\]]*\]|any shape|\bAs `?[A-Za-z]")
+
+
+def public_tensor_functions(path: Path) -> Iterator[tuple[ast.FunctionDef, str, str]]:
+    """(function, its docstring, that of its class) of all that take or return a Tensor."""
+    tree = tree_of(path)
+    for holder in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        if isinstance(holder, ast.ClassDef) and holder.name.startswith("_"):
+            continue
+        about = ast.get_docstring(holder) or "" if isinstance(holder, ast.ClassDef) else ""
+        for node in holder.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                types = [*(one.annotation for one in taken), node.returns]
+                if any(re.search(r"\bTensor\b", ast.unparse(one)) for one in types if one is not None):
+                    yield node, ast.get_docstring(node) or "", about
+
+
+def test_public_tensor_functions_say_their_shapes() -> None:
+    """In their docstring or that of their class. A method without one implements a protocol's, which has it."""
+    found = [(path, *entry) for path in LIBRARY for entry in public_tensor_functions(path)]
+    documented = {node.name for _, node, text, _ in found if SHAPE.search(text)}
+    for path, node, text, about in found:
+        said = SHAPE.search(text + about) or (not text and node.name in documented)
+        assert said, f"{name_of(path)}:{node.lineno}: {node.name}: say [rows, columns], or any shape"
+
+
 def test_what_others_import_has_a_public_name() -> None:
     for path in EVERYTHING:
         for line, name in imports_of(path):

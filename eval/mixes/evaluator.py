@@ -77,7 +77,10 @@ class MixEvaluator:
         return measure_many(mixes, self._held(self.reference), ids, options, on_event, what)
 
     def kl_rows(self, choices: Sequence[Mapping[str, str]], rows: Tensor | Rows) -> list[tuple[float, ...]]:
-        """KL(reference || mix) of every choice at every row, nats per token; TOGETHER mixes in a pass."""
+        """KL(reference || mix) of every choice at every row, nats per token; TOGETHER mixes in a pass.
+
+        rows: int64 [rows, tokens], or Rows, whose places that count are taken
+        """
         return [
             report.kl_rows
             for start in range(0, len(choices), TOGETHER)
@@ -85,7 +88,10 @@ class MixEvaluator:
         ]
 
     def meter(self, given: Tensor | Rows) -> Measure:
-        """What recompile.optimize.local measures with: choices and numbers of rows -> KL at these rows."""
+        """What recompile.optimize.local measures with: choices and numbers of rows -> KL at these rows.
+
+        given: all the rows, int64 [rows, tokens], or Rows
+        """
 
         def measure(choices: Sequence[Mapping[str, str]], rows: Sequence[int]) -> list[tuple[float, ...]]:
             return self.kl_rows(choices, given[list(rows)] if isinstance(given, Tensor) else given.of(rows))

@@ -143,7 +143,7 @@ def cosine_distance(weight: Tensor, error: Tensor, squares: Tensor) -> Tensor:
 
 
 def trimmed_mean(values: Tensor) -> Tensor:
-    """Mean over the last axis without the largest and the smallest 1 % (rounded down)."""
+    """Mean over the last axis, [..., n] -> [...], without the largest and the smallest 1 % (rounded down)."""
     cut = int(TRIMMED * values.shape[-1])
     ordered = values.sort(-1).values
     return ordered[..., cut : values.shape[-1] - cut].mean(-1)

@@ -79,7 +79,10 @@ class WeightSource(Protocol):
     def config(self) -> Mapping[str, Any]: ...
     @property
     def modules(self) -> Mapping[str, StoredModule]: ...
-    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor: ...
+    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        """The dense value of a tensor of the model, [out, in] of a matrix. Raises MissingWeight."""
+        ...
+
     def has(self, tensor: str) -> bool: ...
 
 
@@ -282,7 +285,7 @@ class Checkpoint:
             return own.read(info)
 
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
-        """One stored tensor as it is: its own dtype and shape, nothing decoded. Raises MissingWeight."""
+        """One stored tensor as it is, of any shape and dtype, nothing decoded. Raises MissingWeight."""
         info = self.tensors.get(tensor)
         if info is None:
             near = difflib.get_close_matches(tensor, self.tensors, n=1)
@@ -292,7 +295,8 @@ class Checkpoint:
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
         """A dense value of a tensor of the model, e.g. `model.layers.0.mlp.up_proj.weight`, decoded where it is
-        quantized. Stored dtype for dense tensors, the format's own for decoded ones; padded where the format pads.
+        quantized. Stored shape and dtype for dense tensors; [out, in] and the format's own dtype for decoded ones,
+        padded where the format pads.
 
         Raises MissingWeight, FormatError, UnsupportedError (a format that is recognised and not supported), and
         CheckpointError for values that are not finite.
@@ -336,7 +340,7 @@ class Checkpoint:
             raise FormatError(f"{self.label}: {str(error).removeprefix(f'{self.label}: ')}") from error
 
     def restore(self, tensor: str, value: Tensor) -> Tensor:
-        """A dense tensor as models have it, given as the file has it."""
+        """A dense tensor of any shape as models have it, given as the file has it."""
         return value
 
     def scheme(self, module: StoredModule) -> Any:
@@ -418,7 +422,8 @@ class GgufCheckpoint(Checkpoint):
         return super().load(tensor, device=device)
 
     def join(self, whole: Joined, load: Callable[[str], Tensor]) -> Tensor:
-        """A fused tensor as Hugging Face has it, its parts loaded by `load`, from here or from another source."""
+        """A fused tensor as Hugging Face has it, [rows, in] or [experts, rows, in], its parts loaded by `load`, from
+        here or from another source."""
         assert self.heads is not None, "joined tensors are those of known architectures"
         return join_parts(whole, [[load(name) for name in names] for names in whole.parts], self.heads)
 
@@ -436,7 +441,7 @@ class GgufCheckpoint(Checkpoint):
         return self.restore(module.dense_name, super().decode(module, parts))
 
     def restore(self, tensor: str, value: Tensor) -> Tensor:
-        """Undo what conversion to GGUF did to a tensor's rows or values."""
+        """Undo what conversion to GGUF did to a tensor's rows or values; any shape, which may change."""
         place = self.places.get(tensor)
         if place is None:
             return value
@@ -459,7 +464,8 @@ def no_table_of_names(architecture: Any) -> str:
 
 
 def join_parts(whole: Joined, parts: list[list[Tensor]], heads: Heads) -> Tensor:
-    """The fused tensor that the values of its parts make: for each part one, or one an expert."""
+    """The fused tensor that the values of its parts make, [rows, in] or [experts, rows, in]: for each part one
+    [its rows, in], or one an expert."""
     import torch
 
     if not whole.stacked:

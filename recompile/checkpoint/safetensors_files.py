@@ -58,7 +58,7 @@ def open_tensors(
 
 
 def read_tensors(path: Path, *, error: Failure = CheckpointError, way_out: str = "") -> dict[str, Tensor]:
-    """All tensors of such a file. Raises `error` as `open_tensors` does."""
+    """All tensors of such a file, of any shape and dtype. Raises `error` as `open_tensors` does."""
     with open_tensors(path, error=error, way_out=way_out) as stored:
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
@@ -187,7 +187,7 @@ class OpenFiles:
 
 
 def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:
-    """The bytes of one tensor as a torch tensor of its own dtype, read once into its final host buffer."""
+    """The bytes of one tensor, of any shape and its own dtype, read once into its final host buffer."""
     import torch
 
     if info.view is not None and info.is_scattered:

@@ -23,7 +23,10 @@ def get_part(
     shape: tuple[int, ...] | None = None,
     because: str = "",
 ) -> Tensor:
-    """One part, of one of `dtypes` and, where given, of `shape`; `because` says where that shape comes from."""
+    """One part of any shape, or of `shape`, and of one of `dtypes`; `because` says where that shape comes from.
+
+    Raises FormatError.
+    """
     part = parts.get(name)
     if part is None:
         raise FormatError(f"{module}.{name}: not found; the module has {', '.join(sorted(parts)) or 'no parts'}")
@@ -37,14 +40,15 @@ def get_part(
 
 
 def check_matrix(part: Tensor, name: str) -> tuple[int, int]:
-    """The two sizes of a 2-D tensor, both above 0."""
+    """The two sizes of a tensor [rows, columns], both above 0. Raises FormatError."""
     if part.dim() != 2 or 0 in part.shape:
         raise FormatError(f"{name}: found shape {list(part.shape)}, wanted two sizes above 0")
     return (part.shape[0], part.shape[1])
 
 
 def check_finite(part: Tensor, name: str) -> None:
-    """Refuse NaN and infinite values; float8 is looked at as float32, since torch compares few dtypes of 8 bits."""
+    """Refuse NaN and infinite values of any shape; float8 is looked at as float32, since torch compares few dtypes of 8
+    bits. Raises FormatError."""
     finite = (part.float() if part.element_size() == 1 else part).isfinite()
     if not bool(finite.all()):
         raise FormatError(

@@ -63,7 +63,8 @@ class _Run:
 def group_layout(parts: Mapping[str, Tensor]) -> tuple[Group, ...]:
     """The groups of one module, in stored order (EXL2 format spec, section 3).
 
-    parts:  the tensors of PARTS; only q_weight's shape and q_groups are read
+    parts:  the tensors of PARTS; only the shape of q_weight, int32 [32-bit rows, out], and q_groups, int16
+            [2 * groups], are read
     raises: FormatError if the table is illegal (unknown width, rows not a multiple of 32, wrong first row)
     """
     return _read_groups("tensor", parts)
@@ -73,7 +74,8 @@ def check_parts(module: str, parts: Mapping[str, Tensor]) -> None:
     """Check everything about one module's parts that can be checked without its source weights.
 
     module: name used in messages, e.g. "model.layers.3.mlp.down_proj"
-    parts:  the tensors of PARTS, "bias" optionally; other names are ignored (the spec says so of `q_perm`)
+    parts:  the tensors of PARTS as `dequantize` takes them, "bias" [out] optionally; other names are ignored (the spec
+            says so of `q_perm`)
     raises: FormatError naming the tensor, what was found and what was wanted. Besides the rules that decoding needs
             (EXL2 format spec, sections 3 and 7) these are the engine's: widths in the order 8 6 5 4 3 2 and at most
             65536 input channels; without them the engine decodes garbage and says nothing.
@@ -94,7 +96,7 @@ def check_parts(module: str, parts: Mapping[str, Tensor]) -> None:
 
 
 def take_rows(parts: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-    """The parts of output features first..last alone; both are multiples of 32, or the end."""
+    """The parts of output features first..last of [out, in] alone; both are multiples of 32, or the end."""
     return {
         **parts,
         "q_weight": parts["q_weight"][:, first:last].contiguous(),

@@ -47,7 +47,7 @@ _EMBEDDING_CHUNK = 1 << 20  # embedding weights decoded at once
 
 
 def take_rows(parts: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-    """The parts of output features first..last alone; both are multiples of 128, or the end."""
+    """The parts of output features first..last of [out, in] alone; both are multiples of 128, or the end."""
     taken = {**parts, "trellis": parts["trellis"][:, first // 16 : last // 16].contiguous()}
     if "svh" in taken:
         taken["svh"] = taken["svh"][first:last]
@@ -140,6 +140,7 @@ def bits_of(trellis: Tensor) -> int | float:
 def codebook_of(parts: Mapping[str, Tensor]) -> str:
     """ "3inst", "mcg" or "mul1": the codebook of a linear, chosen by which marker is present (section 1).
 
+    parts: of one linear; markers are int32 [], or [1]
     raises FormatError if both markers are present: engines then disagree with themselves (section 13).
     """
     found = [marker for marker in MARKERS if marker in parts]

@@ -71,7 +71,7 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
 
 
 def round_small_float(values: Tensor, mantissa: int, lowest_exponent: int, largest: float) -> Tensor:
-    """The nearest number of a small float type, ties to even, beyond the largest the largest; float32.
+    """The nearest number of a small float type, ties to even, beyond the largest the largest; any shape, float32.
 
     mantissa: stored bits; lowest_exponent: of normal numbers, below it the steps stay the same
     """

@@ -38,7 +38,7 @@ E4M3_MAX = 448.0
 
 
 def round_e4m3(values: Tensor) -> Tensor:
-    """The nearest 8-bit float (4 exponent, 3 mantissa bits), ties to even, beyond 448 that; same dtype."""
+    """The nearest 8-bit float (4 exponent, 3 mantissa bits), ties to even, beyond 448 that; any shape, same dtype."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(values.dtype)
 
 

@@ -70,8 +70,8 @@ def scheme_of(checkpoint: Described, module: StoredModule) -> tuple[str, tuple[i
 def dequantize(parts: Mapping[str, Tensor], scheme: tuple[str, tuple[int, ...]], module: str = "tensor") -> Tensor:
     """The weight of a module as its file has it, float32 in its shape (rows in the file's own order).
 
-    parts: {"weight": uint8 bytes of all rows, or of some}. Raises FormatError and UnsupportedError naming the module,
-    as `dequantize_rows`.
+    parts: {"weight": uint8 [..., row bytes] of all rows, or of some}. Raises FormatError and UnsupportedError naming
+    the module, as `dequantize_rows`.
     """
     kind, shape = scheme
     try:

@@ -50,6 +50,7 @@ def bits(packed: Tensor) -> Tensor:
 
 @cache
 def table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [values]."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -107,14 +108,16 @@ def iq4_nl(x: Tensor) -> Tensor:
 
 
 def mxfp4(x: Tensor) -> Tensor:
-    """The scale is a power of two, 2^(e - 128): the code values are doubled."""
+    """Blocks of MXFP4: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32. The scale is a power of
+    two, 2^(e - 128): the code values are doubled."""
     e = x[:, :1].int()
     scale = torch.where(e < 2, 0x00200000 << e.clamp(max=1), (e - 1) << 23).view(torch.float32)
     return look_up(E2M1_DOUBLED, nibbles(x[:, 1:], 16)).mul_(scale)
 
 
 def nvfp4(x: Tensor) -> Tensor:
-    """Four unsigned e4m3 scales, each for 16 weights; the code values are doubled."""
+    """Blocks of NVFP4: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32. Four unsigned e4m3 scales,
+    each for 16 weights; the code values are doubled."""
     code = x[:, :4].int()
     exponent, mantissa = code >> 3 & 15, (code & 7).float()
     scale = torch.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * torch.exp2((exponent - 7).float()))
@@ -123,14 +126,16 @@ def nvfp4(x: Tensor) -> Tensor:
 
 
 def q6_0(x: Tensor) -> Tensor:
-    """ik_llama.cpp's: float16 d, 8 bytes of high bits, 16 bytes of nibbles (ik quants format spec)."""
+    """Blocks of ik_llama.cpp's Q6_0: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32. float16 d, 8
+    bytes of high bits, 16 bytes of nibbles (ik quants format spec)."""
     high = torch.cat((x[:, 2:10] & 15, x[:, 2:10] >> 4), 1)  # [n, 16]: 2 bits of weight k, 2 bits of weight k + 16
     codes = nibbles(x[:, 10:], 16) | torch.cat((high << 4 & 48, high << 2 & 48), 1)
     return codes.sub_(32).view(torch.int8) * f16(x[:, :2])
 
 
 def q1_0(x: Tensor) -> Tensor:
-    """Bit i of the block is the sign of weight i: d or -d."""
+    """Blocks of Q1_0: x [blocks, bytes a block] uint8 -> [blocks, weights a block] float32. Bit i of the block is the
+    sign of weight i: d or -d."""
     signs = torch.stack([x[:, 2:] >> shift & 1 for shift in range(8)], 2).flatten(1)
     return (signs * 2).view(torch.int8).sub_(1) * f16(x[:, :2])
 

@@ -112,7 +112,7 @@ def quantize_rows(kind: str | GgufType, weight: Tensor, importance: Tensor | Non
 
 def encode(kind: str, weight: Tensor, importance: Tensor | None = None) -> EncodedTensor:
     """Encode one dense tensor on the fly: what `kind` (or what its rows get instead) stores of it, and what that
-    decodes to, on the weight's device. Arguments and errors as `quantize_rows`."""
+    decodes to, on the weight's device. weight: float [..., columns]; importance and errors as `quantize_rows`."""
     row = resolve(kind, weight.shape[-1])
     data = quantize_rows(row, weight.reshape(-1, weight.shape[-1]), importance)
     dense = dequantize_rows(row, data.to(weight.device), weight.shape[-1]).view(weight.shape)

@@ -46,6 +46,7 @@ def store_latent(latent: Tensor, rotary: Tensor, cache: CacheFormat) -> tuple[Te
     """What multi-head latent attention stores, as the cache gives it back: exllamav3 quantizes the latent with the bits
     of the keys and keeps the rotary part float16 (exllamav3/cache/mla.py).
 
+    latent: [..., rank] and rotary: [..., rotary dimension], any float dtype; shape, dtype and device stay
     Raises UnsupportedError for llama.cpp, which stores both in rows of their own kind.
     """
     if cache.engine != EXLLAMA:

@@ -99,7 +99,8 @@ def scale_codes(codes: Tensor, scale: Tensor, grid: ScaleGrid, zero_point: Tenso
 
 
 def check_scale(scale: Tensor, name: str, grid: ScaleGrid, shape: tuple[int, int]) -> Tensor:
-    """A float scale that fits the weight, finite. Raises FormatError."""
+    """A float scale that fits a weight of `shape`, [O, I], finite, as `ScaleGrid.check` returns it. Raises
+    FormatError."""
     if scale.dtype not in SCALE_DTYPES:
         raise FormatError(f"{name}: found {scale.dtype}, wanted {' or '.join(str(dtype) for dtype in SCALE_DTYPES)}")
     scale = grid.check(scale, name, shape)

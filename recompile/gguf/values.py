@@ -190,7 +190,8 @@ def _turned(value: Tensor) -> Tensor:
 
 
 def split_one(how: str, value: Tensor, part: int, count: int, heads: Heads) -> Tensor:
-    """Part `part` of `count` of a Hugging Face tensor (of one expert), as GGUF has it. how: a key of `Fused`."""
+    """Part `part` of `count` of a Hugging Face tensor [rows, in] (of one expert), as GGUF has it: [its rows, in], of
+    "kv_b" [heads, ..., ...]. how: a key of `Fused`."""
     if how == "kv_b":  # [heads * (nope + value), rank]: keys are kept transposed, head by head
         whole = value.reshape(heads.query, heads.nope + heads.value, -1)
         return whole[:, : heads.nope].transpose(1, 2) if part == 0 else whole[:, heads.nope :]
@@ -207,7 +208,7 @@ def split_one(how: str, value: Tensor, part: int, count: int, heads: Heads) -> T
 
 
 def join_one(how: str, parts: Sequence[Tensor], heads: Heads) -> Tensor:
-    """The reverse of `split_one`, given all parts."""
+    """The reverse of `split_one`, given all parts: [rows, in]."""
     import torch
 
     if how == "kv_b":

@@ -160,7 +160,7 @@ def _correlation(base: Checkpoint, placement: Placement) -> float | None:
 
 
 def row_block(checkpoint: Checkpoint, module: StoredModule, first: int) -> Tensor:
-    """Rows first .. first+BLOCK_ROWS (fewer at the end) of a module's dense weight, decoding little more than those.
+    """Rows first .. first+BLOCK_ROWS (fewer at the end) of a module's dense weight, [rows, in], decoding little more.
 
     first: a multiple of BLOCK_ROWS. Raises FormatError as decoding does.
     """

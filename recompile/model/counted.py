@@ -31,7 +31,10 @@ def spread(values: Tensor, places: Tensor | None, tokens: int) -> Tensor:
 
 
 def weight_of(counted: Tensor | None, row: int) -> float:
-    """Tokens of a row over those of them that count: a sum over these times it, over all tokens, is their mean."""
+    """Tokens of a row over those of them that count: a sum over these times it, over all tokens, is their mean.
+
+    counted: bool [rows, tokens]; None: all
+    """
     return 1.0 if counted is None else counted.shape[1] / int(counted[row].sum())
 
 

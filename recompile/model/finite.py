@@ -19,7 +19,8 @@ WIDER = "use a wider {dtype}"
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite. A sum that is finite proves it; only another one is looked at closely."""
+    """Whether no value is NaN or infinite; any shape. A sum that is finite proves it; only another one is looked at
+    closely."""
     if not (value.is_floating_point() or value.is_complex()) or value.numel() == 0:
         return True
     value = value.detach()
@@ -29,13 +30,15 @@ def is_finite(value: Tensor) -> bool:
 
 
 def check_finite(value: Tensor, what: str, hint: str = WIDER) -> None:
-    """Raise NotFiniteError where `value` holds NaN or infinities; `what` says whose it is: "base: layer 1, row 3"."""
+    """Raise NotFiniteError where `value`, of any shape, holds NaN or infinities; `what` says whose it is, e.g. "base:
+    layer 1, row 3"."""
     if not is_finite(value):
         bad = int((~value.detach().float().isfinite()).sum())
         raise NotFiniteError(what, f"{bad} of {value.numel()} values are NaN or infinite in {name_of(value)}; {hint}")
 
 
 def name_of(value: Tensor) -> str:
+    """Of the dtype: "bfloat16". value: any shape."""
     return str(value.dtype).removeprefix("torch.")
 
 

@@ -23,6 +23,7 @@ class JoinConverter:
 
     wholes: name of a fused tensor -> what puts it together and the pattern that transformers' converter knows it by
     inner:  transformers' converter, where there is one
+    parts:  of every whole the tensors so far, [rows, in] each
     """
 
     wholes: Mapping[str, tuple[Join, str | None]]

@@ -193,7 +193,7 @@ class BlockLayout:
         return torch.cat((hidden, split_values(ids, self._ids_columns, self.dtype).transpose(1, 2)), -1)
 
     def run(self, index: int, layer: nn.Module, state: Tensor) -> Tensor:
-        """The loaded block on a state."""
+        """The loaded block on a state, [rows, tokens, width]; so is what leaves it."""
         columns = state[..., self.hidden_width :]
         ids = join_values(columns.transpose(1, 2), torch.int64, self.dtype)
         flat = state[..., : self.hidden_width].flatten(1)[:, : math.prod(self.entering)]

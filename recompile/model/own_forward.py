@@ -77,11 +77,12 @@ _SHAPE_ONLY = (
 
 
 def storage_of(tensor: Tensor) -> int:
+    """The same for all views of one storage; tensor: any shape."""
     return tensor.untyped_storage()._cdata
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Two tensors with the same identity are one value; valid while both are alive."""
+    """Two tensors, of any shape, with the same identity are one value; valid while both are alive."""
     return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
@@ -94,7 +95,7 @@ class Came:
 
 
 class Follow(TorchDispatchMode):
-    """Notes what every tensor follows from, "ids" or "layer", and which weights are read."""
+    """Notes what every tensor, of any shape, follows from, "ids" or "layer", and which weights are read."""
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class Follow(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Was:
-    """Stands for a tensor of the run on zeros."""
+    """Stands for a tensor of the run on zeros, of any shape."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -221,7 +222,7 @@ def patched(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
 
 
 def run_own(runner: Any, ids: Tensor) -> Any:
-    """The model's own forward on token rows, without a cache."""
+    """The model's own forward on token rows, int64 [rows, tokens], without a cache."""
     return runner(input_ids=ids, use_cache=False)
 
 
@@ -505,7 +506,7 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def result_of(base_output: Any) -> Tensor:
-    """The hidden states that a base model returns."""
+    """The hidden states that a base model returns, as a rule [rows, tokens, hidden]."""
     if isinstance(base_output, Tensor):
         return base_output
     found = getattr(base_output, "last_hidden_state", None)

@@ -146,7 +146,8 @@ class Layout:
         return self.hidden.together(value.movedim(1, 1 + self.token_axis)).to(self.hidden_dtype)
 
     def pack(self, hidden: Tensor, extras: Mapping[int, Tensor], before: Tensor | None) -> Tensor:
-        """A state of the hidden state and some extras; the others are taken from the state before."""
+        """A state [rows, tokens, width] of the hidden state and some extras, as layers have them; the others are taken
+        from the state before, [rows, tokens, width]; None: they are zeros."""
         if self.is_plain:
             return hidden
         by_row = self.hidden.by_row(hidden)
@@ -176,7 +177,7 @@ class Layout:
     # ---- running ---------------------------------------------------------------------------------------------------
 
     def run(self, index: int, layer: nn.Module, state: Tensor) -> Tensor:
-        """One loaded layer on a state."""
+        """One loaded layer on a state, [rows, tokens, width]; so is what leaves it."""
         if index not in self._places:
             return state
         index = self._places[index]
@@ -225,6 +226,7 @@ class Layout:
         return [layers[number] for number in self.structure.ran]
 
     def stand_ins(self, seen: Callable[[int, Any, Any], None], last: Tensor | None = None) -> list[Callable[..., Any]]:
+        """As `stand_ins`, for all layers that run."""
         return stand_ins(self.structure.ports, seen, last)
 
 
@@ -235,7 +237,7 @@ def stand_ins(
     made: Callable[[Tensor], None] = lambda value: None,
 ) -> list[Callable[..., Any]]:
     """Functions in place of the layers: each shows `seen` its number and arguments and returns zeros where the layer
-    returns tensors, the last one `last` for the hidden state. made: is given those."""
+    returns tensors, the last one `last` for the hidden state, of its shape. made: is given those, of any shape."""
 
     def stand_in(index: int, port: LayerPort) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

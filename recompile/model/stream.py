@@ -255,7 +255,8 @@ class LayeredModel:
         """The value of one parameter or buffer (its full name in the transformers model) in the dtype that transformers
         gives it where it computes in `dtype`, on the device.
 
-        Padded formats are cut to the parameter's shape. Raises MismatchError where the shapes do not fit.
+        Of the parameter's shape, [out, in] or [in, out] of a matrix; padded formats are cut to it. Raises MismatchError
+        where the shapes do not fit.
         """
         source = source or self.source
         origin = self.origins[name]
@@ -391,6 +392,7 @@ class LayeredModel:
 
     @staticmethod
     def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+        """Put a value of any shape in the place of a parameter or buffer."""
         owner, leaf = split_name(name)
         target = module.get_submodule(owner) if owner else module
         if leaf in target._buffers:
@@ -493,7 +495,8 @@ class LayeredModel:
                 yield first
 
     def record(self, ids: Tensor) -> None:
-        """Note every layer's call arguments for rows of this length. What is read before the layers must be loaded."""
+        """Note every layer's call arguments for rows of this length, int64 [rows, tokens]. What is read before the
+        layers must be loaded."""
         ids = ids[:1].to(self.device)
         if isinstance(self.structure, Block):
             found = record_block(self.structure, self.model, self.runner, ids, self.dtype)
@@ -584,6 +587,8 @@ class LayeredModel:
 
     @contextmanager
     def norm_loaded(self, source: WeightSource | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside, what is between the last layer and the head is loaded; yields it: [rows, tokens, width] of a state ->
+        [rows, tokens, hidden]."""
         with self._loaded(self.structure.after, source):
             yield self.norm
 
@@ -604,7 +609,10 @@ class LayeredModel:
         self.load_named(self.structure.after)
 
     def head_is_linear(self, normed: Tensor) -> bool:
-        """Whether logits are exactly `head(hidden)`, with no soft cap or scale after it. The head must be loaded."""
+        """Whether logits are exactly `head(hidden)`, with no soft cap or scale after it. The head must be loaded.
+
+        normed: [rows, tokens, hidden], to try it on
+        """
         head = self.head
         takes_it = isinstance(head, nn.Linear) and head.in_features == normed.shape[-1]  # else a transform is between
         return takes_it and torch.equal(self.logits(normed), head(normed))
@@ -666,6 +674,7 @@ class LinearWeights:
             yield from experts
 
     def find(self, weight: Tensor) -> LinearWeight | None:
+        """What a weight [out, in] is that a linear map is called with; None for one that is none of the layer's."""
         address = weight.data_ptr()
         if address in self._whole:
             return self._whole[address]
@@ -675,7 +684,7 @@ class LinearWeights:
         return None
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether a tensor is the whole parameter of all experts of a layer."""
+        """Whether a tensor is the whole parameter, [experts, ..., ...], of all experts of a layer."""
         return weight.dim() == 3 and weight.data_ptr() in self._slices
 
 

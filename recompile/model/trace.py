@@ -257,7 +257,7 @@ def _check_rows(path: Path, ids: Tensor, response: Tensor, lengths: Tensor) -> N
 
 
 def check_trace_vocabulary(path: Path, ids: Tensor, vocab: int) -> None:
-    """Raise RecompileError for a token that a vocabulary of so many does not have."""
+    """Raise RecompileError for a token of ids, int64 [rows, tokens], that a vocabulary of so many does not have."""
     if int(ids.max()) >= vocab:
         row, place = (ids >= vocab).nonzero()[0].tolist()
         raise RecompileError(

@@ -196,7 +196,10 @@ def run_batches(
     collector: InputCollector,
     counted: Tensor | None = None,
 ) -> None:
-    """Run a loaded layer over states of `batch` rows each, in place, and tell the collector what counts of each."""
+    """Run a loaded layer over states of `batch` rows each, in place, and tell the collector what counts of each.
+
+    states: [batch, tokens, width] each; counted: bool [rows, tokens], the places that count; None: all
+    """
     for n, state in enumerate(states):
         collector.counted = None if counted is None else counted[n * batch : n * batch + len(state)]
         states[n] = model.run_layer(index, state, n * batch)

@@ -405,7 +405,8 @@ def quantize_exl2_many(
 ) -> list[dict[str, Tensor]]:
     """Quantize one linear layer to several layouts; the permutation and the Cholesky factor are computed once.
 
-    Arguments and errors as for `quantize_exl2`; one dict of parts for every layout, in order.
+    weight: [out_features, in_features]; other arguments and errors as for `quantize_exl2`; one dict of parts for every
+    layout, in order.
     outputs: of gradients at the layer's outputs: codes are then rounded once more, two-sided, on the scales that GPTQ
     chose, and kept where that is better on held-out rows; notes: gets a line a layout on what was done
     """

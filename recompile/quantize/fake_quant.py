@@ -196,7 +196,7 @@ def store_alike(
     why_not: WhyNot,
     parts_of: Callable[[tuple[int, ...]], Mapping[str, Tensor]],
 ) -> Stored:
-    """These modules in one form. parts_of: shape -> the parts of a matrix of zeros, or of one on the meta device.
+    """These modules in one form. parts_of: [out, in] -> the parts of a matrix of zeros, or of one on the meta device.
 
     Raises FormatError where none of them can be in that form."""
     formats: dict[str, str] = {}
@@ -241,8 +241,8 @@ def store_alike(
 class SharedEncodings:
     """Encodings of one run's candidates that are kept: those of a type that several of them fall back to, until
     SHARED_BYTES are full and the oldest go; and `keep_bytes` of any, for good: encoders are slow, and a sweep or a step
-    that measures a whole mix asks for every weight again. An encoding is parts of one module; its form is a type's name
-    or whatever else tells the candidates of a module apart.
+    that measures a whole mix asks for every weight again. An encoding is parts of one module, of any shape; its form is
+    a type's name or whatever else tells the candidates of a module apart.
     """
 
     keep_bytes: int = 0
@@ -366,8 +366,8 @@ def gguf_types(
 
 
 def usable_importance(kind: GgufType, module: str, importance: Importances | None, columns: int) -> Tensor | None:
-    """What a module is encoded with: its importance, unless no token gave any. Types that have to have some take all
-    columns alike where the model was calibrated and only this module got no token."""
+    """What a module is encoded with, float32 [columns]: its importance, unless no token gave any. Types that have to
+    have some take all columns alike where the model was calibrated and only this module got no token."""
     found = (importance or {}).get(module)
     if found is not None and found.shape == (columns,) and bool(found.any()):
         return found

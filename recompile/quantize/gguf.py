@@ -660,8 +660,8 @@ def _order(name: str) -> tuple[int, int, str]:
 
 
 def place_pieces(value: Tensor, place: Place, heads: Heads, *, whole: bool = False) -> list[Tensor]:
-    """A Hugging Face tensor, or the part of it that a place is, in GGUF's order and convention: in one piece, or one an
-    expert where the tensor holds all experts (`whole`: put together again)."""
+    """A Hugging Face tensor of any shape, or the part of it that a place is, in GGUF's order and convention: in one
+    piece, or one an expert where the tensor, [experts, ..., ...], holds all experts (`whole`: put together again)."""
     if place.fused is None:
         if place.heads:
             value = value[row_order(value.shape[0], place.heads, back=False)]

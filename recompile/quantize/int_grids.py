@@ -147,7 +147,8 @@ def dequantize_codes(codes: Tensor, grid: Grid, scheme: IntScheme) -> Tensor:
 def round_to_grid(
     weight: Tensor, scheme: IntScheme, method: GridMethod, importance: Tensor | None, scale_dtype: torch.dtype
 ) -> Tensor:
-    """What a weight decodes to once it is stored on its fitted grid, without storing it; all as `fit_grid` has it."""
+    """What a weight decodes to once it is stored on its fitted grid, float32 [O, I], without storing it; all as
+    `fit_grid` has it."""
     grid = fit_grid(weight, scheme, method, importance, scale_dtype)
     return dequantize_codes(quantize_to_grid(weight, grid, scheme), grid, scheme)
 
@@ -272,7 +273,8 @@ class _Search:
 
 
 def round_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype, back in float32; what becomes 0 is 1, whose codes are all zero or nearly so."""
+    """Round to the stored dtype, back in float32, any shape; what becomes 0 is 1, whose codes are all zero or nearly
+    so."""
     rounded = scale.to(scale_dtype).float()
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 

@@ -266,6 +266,7 @@ def make_variant(
 ) -> MadeVariant:
     """The variant of a dense base that `spec` describes: what model_quantize would quantize is, all else is the base's.
 
+    importance: module -> float32 [in], its mean squared inputs, for makers that weigh errors; None: all alike
     maker: of the spec, where it is not the plain one. A base that is quantized itself is decoded. Raises FormatError
     where nothing would be quantized; UnsupportedError for a GGUF type of a model that has no names in GGUF, and for a
     base that cannot be decoded.
@@ -288,8 +289,11 @@ def make_variants(
     literal: frozenset[str] = frozenset(),
     keep_bytes: int = 0,
 ) -> list[tuple[SourceId, MadeVariant]]:
-    """The candidates of one run; what several of their types fall back to is encoded once. literal: see GgufMaker;
-    keep_bytes: of encodings of GGUF types, EXL2 and MLX that may stay in memory."""
+    """The candidates of one run; what several of their types fall back to is encoded once.
+
+    importance: module -> float32 [in], as `make_variant` takes it; literal: see GgufMaker; keep_bytes: of encodings of
+    GGUF types, EXL2 and MLX that may stay in memory
+    """
     from recompile.quantize.fake_quant import SharedEncodings
 
     shared = SharedEncodings(keep_bytes)
@@ -355,7 +359,8 @@ def check_importance_file(profile: Path) -> None:
 
 
 def save_importance(importance: Mapping[str, Tensor], profile: Path) -> None:
-    """Raises OutputError where it cannot be written, or is a file that this tool did not make."""
+    """importance: module -> float32 [in]. Raises OutputError where it cannot be written, or is a file that this tool
+    did not make."""
     check_importance_file(profile)
     tensors = {name: value.cpu().contiguous().clone() for name, value in importance.items()}
     save_tensors(importance_file(profile), tensors, {"made_by": "recompile"})
@@ -376,7 +381,7 @@ def keep_importance(profile: Path, offered: Iterable[tuple[SourceId, Checkpoint]
 
 
 def load_importance(profile: Path) -> dict[str, Tensor] | None:
-    """None where the candidates of the profile were made without."""
+    """Module -> float32 [in]; None where the candidates of the profile were made without."""
     path = importance_file(profile)
     return read_importance(path) if path.exists() else None
 

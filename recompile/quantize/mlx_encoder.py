@@ -134,7 +134,7 @@ class MlxEncoder:
     def encode(
         self, weights: Mapping[str, Tensor], hessian: Tensor | None, biases: Mapping[str, Tensor]
     ) -> list[dict[str, Encoded]]:
-        """A module that a variant keeps dense is missing from that variant's result."""
+        """As `Encoder.encode`. A module that a variant keeps dense is missing from that variant's result."""
         name, first = next(iter(weights.items()))
         schemes = [self.scheme_of(name, number) for number in range(len(self.variants))]
         fitting = [number for number, scheme in enumerate(schemes) if first.shape[1] % scheme.group_size == 0]

@@ -175,13 +175,13 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
 
 
 def size_of(value: Tensor) -> float:
-    """The root mean square, 1 where that is 0."""
+    """The root mean square of a tensor of any shape, 1 where that is 0."""
     size = float(value.square().mean().sqrt())
     return size if size > 0 else 1.0
 
 
 def as_floats(scales: Tensor) -> Tensor:
-    """Scales that a file calls bytes are E4M3 (MLX's nvfp4)."""
+    """Scales, of any shape, that a file calls bytes are E4M3 (MLX's nvfp4)."""
     return scales.view(torch.float8_e4m3fn) if scales.dtype == torch.uint8 else scales
 
 

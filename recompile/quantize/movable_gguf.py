@@ -53,7 +53,7 @@ class BlockField:
         return self.slice_of(kind, rows).contiguous().view(self.dtype).flatten(1)
 
     def write(self, kind: GgufType, rows: Tensor, value: Tensor) -> None:
-        """The reverse of `read`, into the bytes."""
+        """The reverse of `read`: value, [rows, places * count] of `dtype`, into rows, uint8 [rows, row bytes]."""
         into = self.slice_of(kind, rows)
         into.copy_(value.contiguous().view(torch.uint8).view(into.shape))
 
@@ -140,7 +140,7 @@ class VectorMovable(Movable):
 
 
 def as_stored(build: GgufCheckpoint, tensor: str, gradient: Tensor) -> Tensor:
-    """A gradient of a tensor of the model in the order of the file; `offset` does not change it."""
+    """A gradient of a tensor of the model, [rows, ...], in the order of the file; `offset` does not change it."""
     place = build.places.get(tensor, Place(tensor))
     if place.heads:
         gradient = gradient[row_order(gradient.shape[0], place.heads, back=False)]

@@ -71,7 +71,8 @@ def awq_scale(
     Best is the least sum over consumers of the squared error of their outputs on the calibration rows,
     tr(E H E^T) with E = Q(W diag(s)) diag(s)^-1 - W. alpha = 0 is among those tried, so it is never worse than rounding
     without scales. Scales are divided by sqrt(max * min), as there.
-    finish: turns a scale into the one that will be stored, before it is tried
+    weights: the consumers' [out, in]; finish: turns a scale, float32 [channels], into the one that will be stored,
+    before it is tried
     """
     counted = {name: statistics[name] for name in fold.consumers if statistics[name].hessian is not None}
     if not counted:
@@ -102,7 +103,7 @@ def awq_scale(
 
 
 def powers_of_two(scale: Tensor) -> Tensor:
-    """The nearest powers of two: stored floats carry them without rounding."""
+    """The nearest powers of two, any shape: stored floats carry them without rounding."""
     return torch.exp2(scale.log2().round())
 
 

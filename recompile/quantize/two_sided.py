@@ -166,7 +166,8 @@ def choose_damping(statistics: OutputStatistics, dampings: Sequence[float] = DAM
 
 
 def row_order(outputs: Tensor) -> Tensor:
-    """Rows by decreasing diagonal: what counts most is rounded first, and what counts less makes up for it."""
+    """Rows by decreasing diagonal of outputs [O, O], int64 [O]: what counts most is rounded first, and what counts less
+    makes up for it."""
     return torch.argsort(outputs.diagonal(), descending=True, stable=True)
 
 
@@ -229,6 +230,7 @@ def improve_integers(
 ) -> tuple[list[QuantizedWeight], list[dict[str, str]]]:
     """Round what GPTQ made of modules stacked along rows once more, each by its own outputs' statistics.
 
+    weights:   of every module, [its rows, I]; hessian: [I, I], X^T X of their inputs
     one_sided: of the stack, one a scheme
     returns:   the same with better codes, and for each scheme what was done to every module
     """
@@ -263,7 +265,7 @@ def improve_levels(
     damping: float,
 ) -> tuple[list[Tensor], list[dict[str, str]]]:
     """As improve_integers, for grids of small floats and int8. grids: of every module, one mapping a scheme;
-    one_sided: levels of the stack."""
+    one_sided: levels of the stack, [O, I] float32."""
     found = [levels.clone() for levels in one_sided]
     notes: list[dict[str, str]] = [{} for _ in one_sided]
     stop = 0
@@ -437,7 +439,8 @@ def _nearest(table: Tensor, midpoints: Tensor, x: Tensor) -> Tensor:
 
 
 def level_table(round_levels: Callable[[Tensor], Tensor], largest: float) -> Tensor:
-    """All levels of a small float type, rising: what its rounding gives on a grid fine enough for every step."""
+    """All levels of a small float type, rising, float32 [levels]: what its rounding gives on a grid fine enough for
+    every step."""
     # Steps of small floats are powers of two no finer than 2^-9 (the smallest of E4M3)
     steps = torch.arange(0, int(largest * 512) + 1, dtype=torch.float32) / 512
     positive = round_levels(steps).unique()
