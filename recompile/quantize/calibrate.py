@@ -7,7 +7,7 @@ by which slice of it the call reads, so each expert gets the Hessian of the toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,21 @@ class InputPower(InputStatistics):
             self.tokens += len(x)
             power = x.square().sum(0)
             self.hessian = power if self.hessian is None else self.hessian.add_(power)
+
+
+@dataclass
+class InputsWithPower(InputStatistics):
+    """Both: X^T X, and its diagonal as `InputPower` sums it, float32 [in]."""
+
+    power: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Count the inputs of a call, [..., in]."""
+        super().add(inputs)
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if len(x):
+            power = x.square().sum(0)
+            self.power = power if self.power is None else self.power.add_(power)
 
 
 @dataclass
@@ -186,6 +201,53 @@ def input_power(
                 found |= dict.fromkeys(group.modules, group.hessian / group.tokens)
         on_event(Progress("calibrating", index + 1, model.depth, "layers"))
     return found
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the maps of one of `depth` layers are given, or the head (None): under the embedding's name as well where
+    both are tied, for then that is the head."""
+
+    layer: int | None
+    depth: int
+    groups: list[InputStatistics]
+
+
+@torch.inference_mode()
+def stream_inputs(
+    base: Checkpoint,
+    ids: Tensor,
+    statistics: type[InputStatistics],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    counted: Tensor | None = None,
+) -> Iterator[LayerInputs]:
+    """One pass of calibration rows, int64 [rows, tokens], over the layers; yields what each is given, the head's last.
+
+    counted: bool [rows, tokens], the places whose inputs count; None: all. Raises NotFiniteError.
+    """
+    model = LayeredModel.of(base, dtype=dtype, device=device)
+    model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
+    batch = max(1, BATCH_TOKENS // ids.shape[1])
+    states = list(model.embed(ids, batch))
+    for number in range(model.depth):
+        with model.layer(number):
+            collector = InputCollector(model, number)
+            collector.statistics = statistics
+            with collector:
+                run_batches(model, number, states, batch, collector, counted)
+        yield LayerInputs(number, model.depth, collector.groups)
+    head, embedding = model.prefix_of(model.head), model.prefix_of(model.embedding)
+    tied = base.config.get("tie_word_embeddings") or f"{head}.weight" not in base.tensors
+    group = statistics([head, embedding] if tied else [head])
+    with model.norm_loaded() as norm:
+        for n, state in enumerate(states):
+            x = norm(state)  # a state may be wider than what the head takes
+            group.add(x if counted is None else x[counted[n * batch : n * batch + len(state)].to(x.device)])
+    if group.hessian is not None:
+        check_finite(group.hessian, f"{model.loaded_from}: inputs of the head")
+    yield LayerInputs(None, model.depth, [group])
 
 
 def run_batches(

@@ -41,12 +41,10 @@ from recompile.gguf.names import (
 from recompile.gguf.values import split_one
 from recompile.merge.write_gguf import PROVENANCE, QUANTIZATION_VERSION
 from recompile.model.decoded import as_dense
-from recompile.model.finite import check_finite
 from recompile.model.roles import roles_of
-from recompile.model.stream import LayeredModel
 from recompile.model.used_rows import UsedRows
-from recompile.quantize.calibrate import InputCollector, InputPower, run_batches
-from recompile.quantize.gguf_rounding import Feedback
+from recompile.quantize.calibrate import InputPower, stream_inputs
+from recompile.quantize.gguf_rounding import Feedback, layer_of
 
 BUILDING_SUFFIX = ".building"
 BATCH_TOKENS = 2048
@@ -192,7 +190,6 @@ class Calibrated:
     total: int
 
 
-@torch.inference_mode()
 def collect_importance(
     base: Checkpoint,
     ids: Tensor,
@@ -203,41 +200,16 @@ def collect_importance(
     counted: Tensor | None = None,
 ) -> Iterator[Calibrated | Importance]:
     """One pass of calibration rows (int64 [rows, tokens]) over the layers; yields a Calibrated a layer and last the
-    Importance, of the places that count (bool [rows, tokens]; None: all). The head's inputs are collected too, under
-    the embedding's name where both are tied: then that is the head."""
-    model = LayeredModel.of(base, dtype=dtype, device=device)
-    model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
+    Importance, of the places that count (bool [rows, tokens]; None: all)."""
     values: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    batch = max(1, BATCH_TOKENS // ids.shape[1])
-    states = list(model.embed(ids, batch))
-    for number in range(model.depth):
-        with model.layer(number):
-            collector = InputCollector(model, number)
-            collector.statistics = InputPower
-            with collector:
-                run_batches(model, number, states, batch, collector, counted)
-        for group in collector.groups:
-            if group.hessian is None:
-                continue
-            mean = (group.hessian / max(1, group.tokens)).cpu()
-            for name in group.modules:
-                values[name], tokens[name] = mean, group.tokens
-        yield Calibrated(number + 1, model.depth)
-    total, count = torch.zeros(model.hidden_size), 0
-    with model.norm_loaded() as norm:
-        for n, state in enumerate(states):
-            x = norm(state)  # a state may be wider than what the head takes
-            if counted is not None:
-                x = x[counted[n * batch : n * batch + len(state)].to(x.device)]
-            x = x.reshape(-1, model.hidden_size).float()
-            total += x.square().sum(0).cpu()
-            count += len(x)
-        check_finite(total, f"{model.loaded_from}: inputs of the head")
-    head, embedding = model.prefix_of(model.head), model.prefix_of(model.embedding)
-    tied = base.config.get("tie_word_embeddings") or f"{head}.weight" not in base.tensors
-    for name in (head, embedding) if tied else (head,):
-        values[name], tokens[name] = total / max(1, count), count
+    for inputs in stream_inputs(base, ids, InputPower, device=device, dtype=dtype, counted=counted):
+        for group in inputs.groups:
+            if group.hessian is not None:
+                values |= dict.fromkeys(group.modules, (group.hessian / group.tokens).cpu())
+                tokens |= dict.fromkeys(group.modules, group.tokens)
+        if inputs.layer is not None:
+            yield Calibrated(inputs.layer + 1, inputs.depth)
     yield Importance(values, tokens, source)
 
 
@@ -354,6 +326,22 @@ class VariantPlan:
     feedback: Feedback | None = None  # for codes that make up for each other's errors
 
     @property
+    def is_calibrated(self) -> bool:
+        return self.importance is not None or (self.feedback is not None and self.feedback.gives_importance)
+
+    def importance_of(self, module: str, tensor: BaseTensor) -> Tensor | None:
+        """What errors of a module are weighed by, float32 [in]; None where all columns count the same."""
+        if tensor.plain or (tensor.place.fused is not None and tensor.place.fused.how == "kv_b"):
+            return None  # keys and values of a latent are multiplied the other way round
+        if self.importance is not None:
+            found = self.importance.values.get(module)
+        elif self.feedback is not None and self.feedback.gives_importance:
+            found = self.feedback.inputs.mean_squares_of(module, layer_of(tensor.name))
+        else:
+            return None
+        return None if found is None or found.shape != (tensor.ne[0],) or not bool(found.any()) else found
+
+    @property
     def order(self) -> list[int]:
         """Numbers of tensors as they are made: with feedback a tied embedding last, as the head that it is."""
         numbers = range(len(self.tensors))
@@ -366,9 +354,10 @@ class VariantPlan:
         if self.importance is not None:
             for name in sorted(self.importance.values):
                 digest.update(name.encode() + self.importance.values[name].float().numpy().tobytes())
+        collected = self.feedback is not None and self.feedback.gives_importance
         return {
             "base": self.base.identity,
-            "importance": digest.hexdigest(),
+            "importance": "of the inputs that rounding weighs errors by" if collected else digest.hexdigest(),
             **({} if self.feedback is None else {"rounding": self.feedback.key}),
             "headers": [hashlib.sha256(variant.layout.header).hexdigest() for variant in self.variants],
         }

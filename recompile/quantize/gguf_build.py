@@ -88,9 +88,9 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[_Wr
     offsets = [variant.layout.offsets[number] for variant in plan.variants]
     notes: list[list[str]] = [[] for _ in plan.variants]  # of rounding
     for module, rows in _rows_of(plan.base, tensor):  # the tensor, or its experts one after another
-        importance = _importance_of(plan, module, tensor)
+        importance = plan.importance_of(module, tensor)
         looked_up = tensor.name == "token_embd.weight"  # unless it is the head too, it has no inputs to weigh errors by
-        unseen = unseen or (plan.importance is not None and importance is None and not tensor.plain and not looked_up)
+        unseen = unseen or (plan.is_calibrated and importance is None and not tensor.plain and not looked_up)
         improve = _feedback_of(plan, tensor, module, len(rows))
         step = len(rows) if improve is not None else max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
         for first in range(0, len(rows), step):
@@ -101,7 +101,7 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[_Wr
                 kind = variant.kinds[number]
                 if kind.name not in encoded:
                     # a type that has to have importance, where no token came by: every column counts the same
-                    flat = importance is None and plan.importance is not None and kind.name in NEEDS_IMPORTANCE
+                    flat = importance is None and plan.is_calibrated and kind.name in NEEDS_IMPORTANCE
                     counts = torch.ones(tensor.ne[0]) if flat else importance
                     encoded[kind.name] = _encode(kind, part, counts, tensor.name, improve)
                 raw, error, note = encoded[kind.name]
@@ -186,15 +186,6 @@ def _stored_rows(info: TensorInfo, columns: int) -> Tensor:
     if info.dtype in QUANTIZED_TYPES:
         return dequantize_rows(TYPES[info.dtype], stored.reshape(-1, stored.shape[-1]), columns)
     return stored.float().reshape(-1, columns)
-
-
-def _importance_of(plan: VariantPlan, module: str, tensor: BaseTensor) -> Tensor | None:
-    if plan.importance is None or tensor.plain or (tensor.place.fused is not None and tensor.place.fused.how == "kv_b"):
-        return None  # keys and values of a latent are multiplied the other way round
-    found = plan.importance.values.get(module)
-    if found is None or found.shape != (tensor.ne[0],) or not bool(found.any()):
-        return None
-    return found
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:

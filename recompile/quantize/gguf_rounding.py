@@ -8,7 +8,7 @@ rounded as GPTQ does with static activation order, or two-sided (`two_sided`), a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,7 @@ from recompile.formats.gguf_codes import LAYOUTS, grid_of, put_levels
 from recompile.formats.gguf_types import GgufType
 from recompile.gguf.names import Place
 from recompile.gguf.values import Heads, make_step, row_order, split_one
-from recompile.model.finite import check_finite
-from recompile.model.stream import LayeredModel
-from recompile.quantize.calibrate import BATCH_TOKENS, InputCollector, run_batches
+from recompile.quantize.calibrate import InputsWithPower, LayerInputs, stream_inputs
 from recompile.quantize.two_sided import (
     OutputSource,
     OutputStatistics,
@@ -36,10 +34,12 @@ TINY = 1e-30  # stands for a scale of 0, whose level does not matter
 
 
 class InputHessians:
-    """X^T X of the inputs of every map over calibration rows, [in, in] float32.
+    """X^T X of the inputs of every map over calibration rows, [in, in] float32, and their mean squares.
 
     Layers are asked for in rising order, the head (None) last: the model is streamed as far as that, and only the last
     layer's are held. ids: int64 [rows, tokens]; counted: bool, the places of them that are meant, None: all
+
+    mean_squares: module -> float32 [in] on the CPU, of all layers so far; tokens: module -> how many were seen
     """
 
     def __init__(
@@ -51,56 +51,46 @@ class InputHessians:
         dtype: torch.dtype | None = None,
         counted: Tensor | None = None,
     ) -> None:
-        self._base, self._ids, self._device, self._dtype, self._counted = base, ids, device, dtype, counted
-        self._layers: Iterator[tuple[int | None, dict[str, Tensor]]] | None = None
+        self._layers = stream_inputs(base, ids, InputsWithPower, device=device, dtype=dtype, counted=counted)
         self._at: int | None = -1
         self._found: dict[str, Tensor] = {}
+        self.mean_squares: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
 
     def of(self, module: str, layer: int | None) -> Tensor | None:
         """None for a module that no token reached, or that no layer runs."""
-        if self._layers is None:
-            self._layers = self._pass()
-        while self._at is not None and (layer is None or self._at < layer):
-            self._at, self._found = next(self._layers, (None, {}))
+        self.go_to(layer)
         return self._found.get(module) if self._at == layer else None
 
-    @torch.inference_mode()
-    def _pass(self) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
-        model = LayeredModel.of(self._base, dtype=self._dtype, device=self._device)
-        model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
-        batch = max(1, BATCH_TOKENS // self._ids.shape[1])
-        states = list(model.embed(self._ids, batch))
-        for number in range(model.depth):
-            with model.layer(number):
-                collector = InputCollector(model, number)
-                with collector:
-                    run_batches(model, number, states, batch, collector, self._counted)
-            found: dict[str, Tensor] = {}
-            for group in collector.groups:
-                if group.hessian is not None:
-                    found |= dict.fromkeys(group.modules, group.hessian)
-            yield number, found
-        total = torch.zeros(model.hidden_size, model.hidden_size, device=self._device)
-        with model.norm_loaded() as norm:
-            for n, state in enumerate(states):
-                x = norm(state)
-                if self._counted is not None:
-                    x = x[self._counted[n * batch : n * batch + len(state)].to(x.device)]
-                x = x.reshape(-1, model.hidden_size).float()
-                total.addmm_(x.T, x)
-        check_finite(total, f"{model.loaded_from}: inputs of the head")
-        head, embedding = model.prefix_of(model.head), model.prefix_of(model.embedding)
-        tied = self._base.config.get("tie_word_embeddings") or f"{head}.weight" not in self._base.tensors
-        yield None, dict.fromkeys((head, embedding) if tied else (head,), total)
+    def mean_squares_of(self, module: str, layer: int | None) -> Tensor | None:
+        """[in] float32, as `recompile.quantize.gguf.collect_importance` has them; None as `of`."""
+        self.go_to(layer)
+        return self.mean_squares.get(module)
+
+    def go_to(self, layer: int | None) -> None:
+        """Stream the model up to a layer, None: to its end."""
+        while self._at is not None and (layer is None or self._at < layer):
+            inputs = next(self._layers, LayerInputs(None, 0, []))
+            self._at, self._found = inputs.layer, {}
+            for group in inputs.groups:
+                if group.hessian is None:
+                    continue
+                assert isinstance(group, InputsWithPower), "asked for"
+                assert group.power is not None, "it grows with the Hessian"
+                self._found |= dict.fromkeys(group.modules, group.hessian)
+                self.mean_squares |= dict.fromkeys(group.modules, (group.power / group.tokens).cpu())
+                self.tokens |= dict.fromkeys(group.modules, group.tokens)
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the errors of a build are weighed by. outputs: for two-sided rounding; key: equal for equal statistics."""
+    """What the errors of a build are weighed by. outputs: for two-sided rounding; key: equal for equal statistics;
+    gives_importance: whether the encoders' own errors are weighed by these inputs as well."""
 
     inputs: InputHessians
     outputs: OutputSource | None
     key: str
+    gives_importance: bool = False
 
     def improve(
         self,

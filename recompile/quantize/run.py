@@ -28,6 +28,7 @@ from recompile.quantize.external_converters import check_engine, plan_engine, ru
 from recompile.quantize.gguf import (
     Importance,
     Mix,
+    VariantPlan,
     VariantsReport,
     collect_importance,
     gguf_architecture,
@@ -276,46 +277,69 @@ def _make_gguf(
     keys_of = open_gguf(tokenizer) if tokenizer is not None else None
     # refuses what it must before the long work
     plan = plan_variants(base, folder, names, tokenizer_from=keys_of, provenance=provenance)
-    given, rows, feeds_back = options.imatrix, None, options.rounding is not None or options.two_sided
-    if feeds_back or (given is None and options.importance):
+    rows: Rows | None = None
+    feeds_back = options.rounding is not None or options.two_sided
+    if feeds_back or (options.imatrix is None and options.importance):
         rows, vocab = options.where.read([base.path], "calibrate")
         check_vocabulary(base, vocab)
-    if given is not None and given.suffix == ".safetensors":
-        plan = replace(plan, importance=Importance(read_importance(given), source=str(given)))
-    elif given is not None:
-        plan = replace(plan, importance=importance_from(read_imatrix(given), plan.tensors, str(given)))
-    elif options.importance:
-        assert rows is not None, "read for this"
+    if options.imatrix is not None:
+        plan = replace(plan, importance=_read_importance(options.imatrix, plan))
+    elif options.importance and rows is not None and not feeds_back:
         found = calibrate_importance(base, rows, options.device, options.dtype, on_event)
         plan = replace(plan, importance=found)
-        if options.save_imatrix is not None:
-            write_imatrix(options.save_imatrix, imatrix_of(found, plan.tensors, rows.ids.shape[1]))
+        _save_importance(found, plan, rows, options)
     outputs: StoredStatistics | None = None
     if feeds_back:
         assert rows is not None, "read for this"
         if options.two_sided:
             assert measure_outputs is not None, "handed in by recompile.api"
             outputs = _output_statistics(base, out, rows, options, measure_outputs, on_event)
-        inputs = InputHessians(
-            base,
-            rows.ids,
-            device=compute_device(options.device),
-            dtype=compute_dtype(options.dtype),
-            counted=rows.counted,
-        )
-        key = f"{rows.sha256} {outputs.fingerprint if outputs is not None else ''}"
-        plan = replace(plan, feedback=Feedback(inputs, outputs, key))
-    report: VariantsReport | None = None
-    for event in build_variants(plan):
-        on_event(event)
-        if isinstance(event, VariantsReport):
-            report = event
-        else:
-            on_event(Progress("encoding", event.done_bytes, event.total_bytes, "bytes", event.tensor))
-    assert report is not None, "build_variants ends with its report"
+        plan = replace(plan, feedback=_feedback(base, rows, outputs, options))
+    report = _build_gguf(plan, rows, options, on_event)
     if outputs is not None and options.stats is None:
         shutil.rmtree(outputs.path)
     return replace(report, rows=None if rows is None else UsedRows.of(rows, "calibrate"))
+
+
+def _read_importance(path: Path, plan: VariantPlan) -> Importance:
+    if path.suffix == ".safetensors":
+        return Importance(read_importance(path), source=str(path))
+    return importance_from(read_imatrix(path), plan.tensors, str(path))
+
+
+def _save_importance(importance: Importance, plan: VariantPlan, rows: Rows, options: QuantizeOptions) -> None:
+    if options.save_imatrix is not None:
+        write_imatrix(options.save_imatrix, imatrix_of(importance, plan.tensors, rows.ids.shape[1]))
+
+
+def _feedback(base: Checkpoint, rows: Rows, outputs: StoredStatistics | None, options: QuantizeOptions) -> Feedback:
+    """One pass over the rows gives what codes make up for errors by, and the importance where no file has it."""
+    device, dtype = compute_device(options.device), compute_dtype(options.dtype)
+    inputs = InputHessians(base, rows.ids, device=device, dtype=dtype, counted=rows.counted)
+    key = f"{rows.sha256} {outputs.fingerprint if outputs is not None else ''}"
+    key += f" {options.dtype}" if options.dtype is not None else ""
+    return Feedback(inputs, outputs, key, gives_importance=options.imatrix is None and options.importance)
+
+
+def _build_gguf(plan: VariantPlan, rows: Rows | None, options: QuantizeOptions, on_event: OnEvent) -> VariantsReport:
+    """Carry out the plan; an imatrix file that was asked for is written before the outputs get their names."""
+    collected = plan.feedback.inputs if plan.feedback is not None and plan.feedback.gives_importance else None
+    for event in build_variants(plan):
+        on_event(event)
+        if isinstance(event, VariantsReport):
+            return event
+        on_event(Progress("encoding", event.done_bytes, event.total_bytes, "bytes", event.tensor))
+        is_last = event.done_bytes == event.total_bytes
+        if is_last and collected is not None and rows is not None and options.save_imatrix is not None:
+            collected.go_to(None)
+            found = Importance(collected.mean_squares, collected.tokens, _name_of(rows))
+            _save_importance(found, plan, rows, options)
+    raise AssertionError("build_variants ends with its report")
+
+
+def _name_of(rows: Rows) -> str:
+    """Of an importance that was collected on them."""
+    return rows.source if rows.counted is None else f"{rows.source}{role_in_words(rows.role, rows.positions)}"
 
 
 def calibrate_importance(
@@ -328,7 +352,7 @@ def calibrate_importance(
         rows.ids,
         device=compute_device(device),
         dtype=compute_dtype(dtype),
-        source=rows.source if rows.counted is None else f"{rows.source}{role_in_words(rows.role, rows.positions)}",
+        source=_name_of(rows),
         counted=rows.counted,
     ):
         on_event(event)

@@ -19,7 +19,8 @@ from recompile.gguf.architectures import Fused
 from recompile.gguf.container import open_gguf
 from recompile.gguf.names import Place
 from recompile.gguf.values import Heads
-from recompile.quantize.gguf import VariantsReport, place_pieces
+from recompile.model.stream import LayeredModel
+from recompile.quantize.gguf import Importance, VariantsReport, collect_importance, place_pieces
 from recompile.quantize.gguf_rounding import InputHessians, Order, round_rows, rounding_grid
 from tests import tiny
 from tests.quantize.test_gguf_variants import tokenizer_file
@@ -143,6 +144,23 @@ def test_a_stopped_build_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: 
         made(tmp_path / "part", "Q4_0", rounding="one-sided")
     made(tmp_path / "part", "Q4_0", rounding="one-sided")
     assert files(tmp_path / "part") == files(tmp_path / "whole")
+
+
+def test_one_pass_gives_importance_and_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are those of an importance that a pass of its own collected, and so is the imatrix file."""
+    made(tmp_path / "plain", "Q4_0", save_imatrix=tmp_path / "plain.gguf")
+    loaded, load = [], LayeredModel.layer
+    monkeypatch.setattr(LayeredModel, "layer", lambda self, n, *a: (loaded.append(n), load(self, n, *a))[1])
+    made(tmp_path / "one", "Q4_0", rounding="one-sided", save_imatrix=tmp_path / "one.gguf")
+    assert loaded == sorted(set(loaded))
+    assert len(loaded) > 1
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    base, ids = open_checkpoint(tiny.base("llama-2")), tiny.rows(12, 32)
+    *_, apart = collect_importance(base, ids)
+    assert isinstance(apart, Importance)
+    save_file({name: value.clone() for name, value in apart.values.items()}, tmp_path / "apart.safetensors")
+    made(tmp_path / "two", "Q4_0", rounding="one-sided", imatrix=tmp_path / "apart.safetensors")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 def test_a_gguf_base_is_rounded_as_the_model_it_holds(tmp_path: Path) -> None:
