@@ -221,7 +221,7 @@ def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: in
 
     Raises RecompileError for text that is too short, ArgumentError for input_ids, which have no roles.
     """
-    from recompile.model import tokens as texts
+    from recompile.model import texts
 
     if where.input_ids is not None:
         raise ArgumentError("{input_ids}: rows of several roles are needed; give text with {text} or {dataset}")

@@ -26,7 +26,7 @@ from recompile.io.files import read_text
 from recompile.merge.explain import reached_aside
 from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import Overlay, build_overlay, check_same_model
-from recompile.model import tokens
+from recompile.model import tokenizer, tokens
 from recompile.model.activations import quantizes_inputs
 from recompile.model.decoded import base_note
 from recompile.model.devices import compute_device, compute_dtype
@@ -294,7 +294,7 @@ def _rows_of(
     vocab = check_vocabulary(base, vocab)
     ids = rows.ids
     if request.gen_prompt:
-        prefix = tokens.with_tokenizer(base.path, chat_prompt)
+        prefix = tokenizer.with_tokenizer(base.path, chat_prompt)
         ids = torch.cat([torch.tensor([prefix], dtype=ids.dtype).expand(len(ids), -1), ids], 1)
     return ids, rows, vocab
 

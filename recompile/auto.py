@@ -41,7 +41,7 @@ from recompile.io.files import (
     write_json,
 )
 from recompile.model.rows import RowOptions
-from recompile.model.tokens import ROLE_SHARES, text_from_file
+from recompile.model.texts import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
 from recompile.optimize.solvers import solver_named
 from recompile.planning import TRACE_TOKENS, AutoPlan, PlanOptions, Target, make_plan, split_minutes, target_of

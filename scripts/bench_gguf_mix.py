@@ -72,10 +72,10 @@ def measure(work: Path, reference: Path, files: dict[str, Path], chunks: int) ->
         report_text,
         tokenize_with_engine,
     )
-    from recompile.model import tokens
+    from recompile.model import texts
 
     installed = find_engine("llama.cpp")
-    source = tokens.default_text()
+    source = texts.default_text()
     cut = tokenize_with_engine(installed, reference, report_text(source), 512, chunks, threads=1)
     found = {}
     for name, path in files.items():

@@ -144,7 +144,9 @@ def bench_diff(work: Path, rows: int, length: int, count: int) -> dict[str, Any]
 
     from eval.diff import compare
     from recompile.checkpoint.checkpoint import open_checkpoint
-    from recompile.model.tokens import default_text, load_tokenizer, make_rows
+    from recompile.model.texts import default_text
+    from recompile.model.tokenizer import load_tokenizer
+    from recompile.model.tokens import make_rows
 
     directory = make_base.build()
     checkpoint = open_checkpoint(directory)
@@ -230,7 +232,9 @@ def bench_profile(work: Path, rows: int, length: int, variants: Path) -> dict[st
     from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact
     from recompile.checkpoint.checkpoint import open_checkpoint
     from recompile.costs import Profile
-    from recompile.model.tokens import default_text, load_tokenizer, make_rows
+    from recompile.model.texts import default_text
+    from recompile.model.tokenizer import load_tokenizer
+    from recompile.model.tokens import make_rows
 
     directory = make_base.build()
     reference = open_checkpoint(directory)

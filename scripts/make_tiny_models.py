@@ -156,15 +156,15 @@ def locked(path: Path) -> Iterator[None]:
 
 def make_model(name: str, root: Path) -> None:
     """Train one model and put it at `root/name`."""
-    from recompile.model import tokens
+    from recompile.model import texts, tokens
 
     partial = root / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(root / name, ignore_errors=True)  # has no record: cut off
     partial.mkdir()
     started = time.monotonic()
-    text = tokens.default_text()
-    tokenizer = train_tokenizer([d.text for d in tokens.documents_of(text, "calibrate")], partial)
+    text = texts.default_text()
+    tokenizer = train_tokenizer([d.text for d in texts.documents_of(text, "calibrate")], partial)
     ids = tokens.make_rows(text, tokenizer, None, ROW_TOKENS, "calibrate").ids
     held_out = tokens.make_rows(text, tokenizer, HELD_OUT_ROWS, HELD_OUT_TOKENS, "report").ids
     model = train(SPECS[name], ids, seed=NAMES.index(name))

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from eval.engines.builds import EngineError, Installed, find_engine
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
-from recompile.model.tokens import default_text, load_tokenizer, make_rows
+from recompile.model.texts import default_text
+from recompile.model.tokenizer import load_tokenizer
+from recompile.model.tokens import make_rows
 from recompile.quantize.gguf import Importance, Mix, base_tensors, collect_importance, plan_variants
 from recompile.quantize.gguf_build import build_variants
 

@@ -44,6 +44,8 @@ WITHOUT_TORCH = (
     "recompile.gguf.container",
     "recompile.checkpoint.checkpoint",
     "recompile.recipe.recipe",
+    "recompile.model.texts",
+    "recompile.model.tokenizer",
     "recompile.model.tokens",
     "recompile.merge.overlay",
     "recompile.merge.type_recipes",

@@ -15,7 +15,9 @@ from torch.nn.functional import cross_entropy
 from eval.diff import DiffReport, compare
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.merge.overlay import build_overlay
-from recompile.model.tokens import default_text, load_tokenizer, make_rows
+from recompile.model.texts import default_text
+from recompile.model.tokenizer import load_tokenizer
+from recompile.model.tokens import make_rows
 from recompile.quantize.lazy_variant import make_variant
 
 both = pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])

@@ -30,7 +30,7 @@ from eval.metrics import kl_divergence
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, RecompileError
 from recompile.formats.cache_types import CacheFormat
-from recompile.model.tokens import TextSource, assign_roles
+from recompile.model.texts import TextSource, assign_roles
 
 
 @dataclass(frozen=True)

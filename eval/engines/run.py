@@ -29,7 +29,7 @@ from recompile.errors import ArgumentError, MismatchError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.formats.cache_types import EXLLAMA, CacheFormat, parse_cache
 from recompile.merge.overlay import build_overlay, check_same_model
-from recompile.model import tokens
+from recompile.model import texts, tokens
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary
 
@@ -212,7 +212,7 @@ def _chunks(run: EngineRun, installed: Installed, base: BaseLogits | None) -> tu
             raise RecompileError(f"{run.text}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
         chunks = run.chunks
     else:
-        source = tokens.text_from_dataset(run.dataset) if run.dataset else tokens.default_text()
+        source = texts.text_from_dataset(run.dataset) if run.dataset else texts.default_text()
         name, chunks = source.name, run.chunks or DEFAULT_CHUNKS
         text = "".join(document.text for document in source.documents) if run.dataset else report_text(source)
     return tokenize_with_engine(installed, run.reference, text, run.n_ctx, chunks, threads=run.threads), name

@@ -13,7 +13,7 @@ from eval.trace.prompts import Prompt
 from recompile.errors import RecompileError, UnsupportedError
 from recompile.model.guarded import stepped
 from recompile.model.rows import first_with_tokenizer
-from recompile.model.tokens import with_tokenizer
+from recompile.model.tokenizer import with_tokenizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from recompile.errors import RecompileError
 from recompile.io.files import parse_json, read_text
-from recompile.model.tokens import ROLE_SHARES
+from recompile.model.texts import ROLE_SHARES
 from recompile.model.trace import role_of_prompt
 
 KINDS = ("prose", "code", "mathematics", "tools", "multilingual", "summary", "multi-turn", "reasoning")

@@ -24,7 +24,8 @@ from recompile.io.schema import read_as
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import check_vocabulary
 from recompile.model.stream import LayeredModel
-from recompile.model.tokens import ROLE_SHARES, tokenizer_sha256
+from recompile.model.texts import ROLE_SHARES
+from recompile.model.tokenizer import tokenizer_sha256
 from recompile.model.trace import Trace, TraceAbout, make_trace, save_trace
 
 WRITING = "the reference writes"

@@ -446,7 +446,7 @@ def check_same_model(base: Checkpoint, other: Checkpoint, where: str = "") -> No
                 f"{where}{other.label} is not a build of the same model as {base.label}: {name} in config.json is "
                 f"{right}, wanted {left}"
             )
-    from recompile.model.tokens import tokenizer_sha256
+    from recompile.model.tokenizer import tokenizer_sha256
 
     left_hash, right_hash = tokenizer_sha256(base.path), tokenizer_sha256(other.path)
     if left_hash is None or right_hash is None or left_hash.startswith("gguf:") != right_hash.startswith("gguf:"):

@@ -34,7 +34,7 @@ from recompile.merge.write_plan import (
     natural_key,
     wanted_tensor,
 )
-from recompile.model.tokens import tokenizer_texts
+from recompile.model.tokenizer import tokenizer_texts
 
 # Weights of other kinds, which would be stale beside ours, and the records of the tools of this project.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot")

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from recompile.errors import RecompileError
 from recompile.io.files import open_regular, parse_json, read_bytes, read_json
 from recompile.io.schema import describe
-from recompile.model.tokens import ROLE_SHARES
+from recompile.model.texts import ROLE_SHARES
 from recompile.model.trace import Trace, TraceAbout, make_trace, role_of_prompt
 
 MOST_TOKENS = 2**25  # of a parquet file, a few kB of which can stand for any number

@@ -11,7 +11,8 @@ from recompile.errors import ArgumentError, MismatchError, RecompileError
 
 if TYPE_CHECKING:
     from recompile.checkpoint.checkpoint import Checkpoint
-    from recompile.model.tokens import Rows, TextSource
+    from recompile.model.texts import TextSource
+    from recompile.model.tokens import Rows
     from recompile.model.trace import Trace
 
 
@@ -86,7 +87,7 @@ def read_rows(
     The tokenizer is that of the first directory that has one. `split_own_text`: whether the user's own text is split
     into roles as the default text is (else all of it is used in order).
     """
-    from recompile.model import tokens
+    from recompile.model import texts, tokens
 
     if len(given := _named(text=text, dataset=dataset, input_ids=input_ids)) > 1:
         raise ArgumentError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; give one of them")
@@ -99,11 +100,11 @@ def read_rows(
             )
         return found, None
     if text is not None:
-        source = tokens.text_from_file(text)
+        source = texts.text_from_file(text)
     elif dataset is not None:
-        source = tokens.text_from_dataset(dataset)
+        source = texts.text_from_dataset(dataset)
     else:
-        source = tokens.default_text()
+        source = texts.default_text()
     own = text is not None or dataset is not None
     taken = "all" if own and not split_own_text else role
     return rows_of_text(source, first_with_tokenizer(model_dirs), rows, length, taken)
@@ -122,7 +123,8 @@ def trace_rows(
     length: rows end after so many tokens, and those whose response begins later are left out. Raises MismatchError
     where a model's tokenizer is another than the trace's, RecompileError for a role without rows.
     """
-    from recompile.model.tokens import Rows, rows_sha256, tokenizer_sha256, with_tokenizer
+    from recompile.model.tokenizer import tokenizer_sha256, with_tokenizer
+    from recompile.model.tokens import Rows, rows_sha256
     from recompile.model.trace import check_trace_vocabulary, read_trace
 
     trace = read_trace(path)
@@ -177,13 +179,13 @@ def _cut_in_words(whole: Trace, length: int | None) -> str:
 def rows_of_text(source: TextSource, model_dir: Path, rows: int | None, length: int, role: str) -> tuple[Rows, int]:
     """Rows of a text (`tokens.make_rows`) and the size of the vocabulary, by the tokenizer of a model's directory,
     which runs in a child process with limits."""
-    from recompile.model import tokens
+    from recompile.model import tokenizer, tokens
 
     def work(tokenizer: Any) -> tuple[Rows, int]:
         return tokens.make_rows(source, tokenizer, rows, length, role), len(tokenizer)
 
     text_bytes = sum(len(document.text) for document in source.documents)
-    return tokens.with_tokenizer(model_dir, work, text_bytes=text_bytes)
+    return tokenizer.with_tokenizer(model_dir, work, text_bytes=text_bytes)
 
 
 def first_with_tokenizer(model_dirs: Sequence[Path]) -> Path:

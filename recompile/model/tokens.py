@@ -1,76 +1,29 @@
-"""Text -> rows of tokens, split into roles that never overlap.
+"""Documents -> rows of tokens, and rows in files.
 
-Every document belongs to exactly one role, decided by a hash of its text: the rows that a model is quantized with
-(`calibrate`), that modules are chosen with (`choose`), that a choice is checked with (`accept`) and that the final
-numbers are reported on (`report`) never share a document, whichever command asks, and for how many rows of what length.
-`all` takes every document, for a text that the user chose to measure on.
+The documents of a role (`recompile.model.texts`) alone make its rows, so that rows of different roles share none.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
-import functools
 import hashlib
-import importlib.metadata
-import importlib.util
-import inspect
 import json
-import os
-import re
 import struct
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint.safetensors_files import open_tensors
-from recompile.errors import CheckpointError, MismatchError, RecompileError
-from recompile.gguf.container import is_gguf, open_gguf
-from recompile.io.files import open_regular, read_text
+from recompile.errors import MismatchError, RecompileError
 from recompile.io.tensors import save_tensors
-from recompile.model.guarded import Limits, run_guarded, stepped
+from recompile.model.guarded import stepped
+from recompile.model.texts import ROLES, Document, TextSource, documents_of, text_hash, whole_documents
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-T = TypeVar("T")
-
-# Shares of the documents. Quantizing wants the most rows; `report` more than `choose`, since its standard error is what
-# is printed at the end. Changing a share moves documents between roles: never do it within one series of measurements.
-ROLE_SHARES: Mapping[str, float] = {"calibrate": 0.40, "choose": 0.20, "accept": 0.15, "report": 0.25}
-# Of 400 tried, the one that splits every domain of both default texts nearest to these shares.
-ROLE_SALT = 66
-ROLES = (*ROLE_SHARES, "all")
-
 OVERLAP_WINDOW = 32  # tokens; shorter stretches repeat by chance in honest text
-STRETCH_CHARS = 6000  # about three rows of 512 tokens of English
-LONGEST_CHARS = 20_000  # a document above this would fill a small sample by itself, so a user's text is cut here
-FEW_DOCUMENTS = 16  # below this a hash split by documents would leave roles empty, so long ones are cut
-SHORTEST_ARTICLE_CHARS = 400  # half of the encyclopedia's records are a title and nothing else
-KIN_CHARS = 64  # a power of two; about 17 tokens of English, so half of an OVERLAP_WINDOW
-MANY_DOCUMENTS = 16  # what more of them (and more than a twentieth of all) repeat is a form, not a copy
 ENCODE_BATCH = 8  # documents tokenized at a time
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text that belongs to one role as a whole."""
-
-    text: str
-    origin: str  # the domain it comes from: "wiki", "code", a file's name
-    continues: bool = False  # whether it follows, in one running text, directly on the document before it
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Documents, and a name that says where they come from (it is printed in reports)."""
-
-    name: str
-    documents: tuple[Document, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,277 +83,6 @@ class Rows:
         return self.of(self.lengths.sort(stable=True).indices.tolist())
 
 
-# ---------------------------------------------------------------- where text comes from
-
-
-def default_text(multilingual: bool = False) -> TextSource:
-    """The text that is used when none is named.
-
-    The calibration text inside an installed `exllamav2` wheel (found without importing it), else the English topics
-    of `pydoc_data`, which every Python ships. The name of what is returned says which.
-
-    multilingual: also take the file of other languages. Off by default: a model that speaks only English, as the
-    demo's, is far off its training there, and the KL of such rows would drown that of the rows people care about.
-    """
-    folder = _find_exllamav2_text()
-    if folder is None:
-        found = _python_topics()
-        return replace(found, name=f"{found.name} (no exllamav2 wheel is installed)")
-    readers = {
-        "wiki": lambda text: [body for body in _doc_records(text) if len(body) >= SHORTEST_ARTICLE_CHARS],
-        "c4": lambda text: text.split("\n"),  # one web page a line
-        "technical": None,  # long articles with nothing between them: running text
-        "code": None,  # snippets in many languages; an empty line may be between two or inside one
-        "tiny": lambda text: text.split("<|endoftext|>"),
-    }
-    if multilingual:
-        readers["multilingual"] = None
-    documents: list[Document] = []
-    for origin, split in readers.items():
-        text = _read_text(folder / f"{origin}.utf8")
-        if split is None:
-            documents += cut_stretches(text, origin)
-        else:
-            documents += [Document(body.strip(), origin) for body in split(text) if body.strip()]
-    name = f"exllamav2 {importlib.metadata.version('exllamav2')} calibration text ({', '.join(readers)})"
-    return TextSource(name, tuple(documents))
-
-
-def other_text(source: TextSource) -> TextSource:
-    """Text of another kind than `source`, which needs no network: Python's documentation, or, where that is it, the
-    source code of its standard library."""
-    topics = _python_topics()
-    if not source.name.startswith(topics.name):
-        return topics
-    import dataclasses
-    import statistics
-    import textwrap
-
-    documents: list[Document] = []
-    for module in (argparse, ast, dataclasses, functools, inspect, statistics, textwrap):
-        documents += cut_stretches(inspect.getsource(module), "stdlib")
-    return TextSource(f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}", tuple(documents))
-
-
-def text_from_file(path: Path | str) -> TextSource:
-    """Read a UTF-8 file. Its documents are, whichever comes first in this list:
-
-    `<doc ...>...</doc>` records; what form feeds separate; what two or more empty lines separate; else the file is
-    one running text, cut in stretches. Where that gives only a few documents, or very long ones, these are cut in
-    stretches too, so that every role gets some. A running text is whole again under the role `all`.
-    """
-    path = Path(path)
-    text = _read_text(path)
-    bodies = _doc_records(text)
-    if not bodies:
-        separator = "\f" if "\f" in text else r"\n[ \t]*\n[ \t]*\n\s*"
-        bodies = [body.strip("\n") for body in re.split(separator, text) if body.strip()]
-    if not bodies:
-        raise RecompileError(f"{path}: there is no text in this file")
-    documents: list[Document] = []
-    for body in bodies:
-        if len(bodies) < FEW_DOCUMENTS or len(body) > LONGEST_CHARS:
-            documents += cut_stretches(body, path.name)
-        else:
-            documents.append(Document(body, path.name))
-    return TextSource(str(path), tuple(documents))
-
-
-def text_from_dataset(name: str) -> TextSource:
-    """Read `NAME[:CONFIG[:SPLIT]]` through the `datasets` library, which may fetch it; `wiki2` is WikiText-2 raw, test.
-
-    The text column is `text`, else the first column of strings. One record is one document, except that WikiText's
-    records are the paragraphs of one running text.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise RecompileError(
-            f"{{dataset}} {name}: the `datasets` library is not installed; pip install datasets, or use {{text}} FILE"
-        ) from error
-    wanted = "Salesforce/wikitext:wikitext-2-raw-v1:test" if name == "wiki2" else name
-    path, _, rest = wanted.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        data = datasets.load_dataset(path, config or None, split=split or None)
-        if not split:  # a mapping of splits
-            split = next((known for known in ("test", "validation", "train") if known in data), next(iter(data)))
-            data = data[split]
-        column = "text" if "text" in data.column_names else _first_text_column(data, name)
-        texts = [str(record) for record in data[column]]
-    except RecompileError:
-        raise
-    except Exception as error:  # the library has no common base class: network, cache, parsers
-        reason = str(error).strip().split("\n", 1)[0]
-        raise RecompileError(f"{{dataset}} {name}: cannot be loaded: {type(error).__name__}: {reason}") from error
-    source = f"{path}{':' + config if config else ''}:{split}"
-    if "wikitext" in path.lower():
-        return TextSource(source, tuple(cut_stretches("\n\n".join(texts), path)))
-    return TextSource(source, tuple(Document(text, path) for text in texts if text.strip()))
-
-
-def cut_stretches(text: str, origin: str, stretch_chars: int = STRETCH_CHARS) -> list[Document]:
-    """Cut a running text into documents of about `stretch_chars`, at empty lines, else line ends, sentences, blanks.
-
-    Nothing is lost: the stretches joined are the text. All but the first are marked as continuing.
-    """
-    stretches: list[Document] = []
-    start = 0
-    while len(text) - start > stretch_chars + stretch_chars // 2:
-        low, high = start + stretch_chars * 3 // 4, start + stretch_chars * 5 // 4
-        end = high
-        for boundary in ("\n\n\n", "\n\n", "\n", ". ", " "):
-            found = text.rfind(boundary, low, high)
-            if found >= 0:
-                end = found + len(boundary)
-                break
-        stretches.append(Document(text[start:end], origin, continues=start > 0))
-        start = end
-    if text[start:].strip():
-        stretches.append(Document(text[start:], origin, continues=start > 0))
-    return stretches
-
-
-def _find_exllamav2_text() -> Path | None:
-    """The folder of calibration text in an installed exllamav2. A top-level find_spec imports nothing of it."""
-    try:
-        spec = importlib.util.find_spec("exllamav2")
-    except (ImportError, ValueError):
-        return None
-    for package in (spec.submodule_search_locations or ()) if spec else ():
-        folder = Path(package) / "conversion" / "standard_cal_data"
-        if all((folder / f"{origin}.utf8").is_file() for origin in ("wiki", "c4", "technical", "code", "tiny")):
-            return folder
-    return None
-
-
-def _python_topics() -> TextSource:
-    from pydoc_data.topics import topics
-
-    documents: list[Document] = []
-    for _, text in sorted(topics.items()):
-        documents += cut_stretches(text, "pydoc")  # a quarter of the topics holds most of the text
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return TextSource(f"pydoc_data.topics of Python {version}", tuple(documents))
-
-
-_DOC = re.compile(r"<doc\b")
-
-
-def _doc_records(text: str) -> list[str]:
-    """What stands between `<doc ...>` and `</doc>`, in one pass: nothing is searched twice where one is not closed."""
-    found, at = [], 0
-    while (begin := _DOC.search(text, at)) is not None:
-        start = text.find(">", begin.end())
-        stop = text.find("</doc>", start + 1) if start >= 0 else -1
-        if stop < 0:
-            break
-        found.append(text[start + 1 : stop].strip())
-        at = stop + len("</doc>")
-    return [body for body in found if body]
-
-
-def _first_text_column(data: Any, name: str) -> str:
-    for column in data.column_names:
-        if len(data) and isinstance(data[0][column], str):
-            return str(column)
-    raise RecompileError(f"{{dataset}} {name}: no column holds text; its columns are {', '.join(data.column_names)}")
-
-
-def _read_text(path: Path) -> str:
-    text = read_text(path, kind="text", error=RecompileError, bom=True)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-# ---------------------------------------------------------------- roles
-
-
-@functools.lru_cache(maxsize=4)  # every role of a source asks again
-def assign_roles(source: TextSource) -> tuple[str, ...]:
-    """The role of every document of a source.
-
-    A hash of the words decides, so blanks, line ends and the order of documents do not move one. Documents that share
-    a stretch of text (copies, quotations, the same snippet twice) are near duplicates, and all of these get one role;
-    only what many documents repeat, such as a licence on top of each, is not held against them.
-    """
-    hashes = [_text_hash(document.text) for document in source.documents]
-    return tuple(_role_of_hash(hashes[first]) for first in _first_kin(source.documents, hashes))
-
-
-def _role_of_hash(text_hash: str) -> str:
-    return role_of_key(f"role{ROLE_SALT} {text_hash}")
-
-
-def role_of_key(key: str) -> str:
-    """The role that the hash of a text decides, by the shares of `ROLE_SHARES`."""
-    point = int(hashlib.sha256(key.encode()).hexdigest()[:12], 16) / 16**12  # uniform in [0, 1)
-    for role, share in ROLE_SHARES.items():
-        if point < share:
-            return role
-        point -= share
-    return "report"  # rounding of the shares
-
-
-def _first_kin(documents: Sequence[Document], hashes: Sequence[str]) -> list[int]:
-    """For each document the one of its near duplicates, itself included, that has the smallest hash."""
-    import numpy as np
-
-    windows = [_window_hashes(document.text) for document in documents]
-    every = np.concatenate([np.zeros(0, np.uint64), *windows])
-    owner = np.repeat(np.arange(len(documents)), [len(found) for found in windows])
-    order = np.argsort(every, kind="stable")  # equal hashes side by side, their owners ascending
-    every, owner = every[order], owner[order]
-    first = np.flatnonzero(np.r_[True, every[1:] != every[:-1]][: len(every)])
-    sizes = np.diff(np.r_[first, len(every)])
-    many = max(MANY_DOCUMENTS, len(documents) // 20)
-
-    parent_of = list(range(len(documents)))
-
-    def head(document: int) -> int:
-        while parent_of[document] != document:
-            parent_of[document] = parent_of[parent_of[document]]
-            document = parent_of[document]
-        return document
-
-    shared = (sizes > 1) & (sizes <= many)
-    for start, size in zip(first[shared].tolist(), sizes[shared].tolist(), strict=True):
-        one, *others = (head(int(document)) for document in owner[start : start + size])
-        for other in others:
-            one, other = sorted((head(one), head(other)), key=lambda document: (hashes[document], document))
-            parent_of[other] = one
-    return [head(document) for document in range(len(documents))]
-
-
-def _window_hashes(text: str) -> np.ndarray:
-    """Hashes of the windows of `KIN_CHARS` characters, a quarter of them, picked by the hash itself.
-
-    Blanks do not count, nor do rulers (----); all but Latin letters count twice: they are more tokens.
-    """
-    import numpy as np
-
-    packed = re.sub(r"(\W)\1{3,}", r"\1", "".join(text.split()))
-    codes = np.frombuffer(packed.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
-    letters = ((codes | np.uint64(32)) - np.uint64(ord("a"))) < np.uint64(26)  # modulo 2**64: smaller ones wrap
-    codes = np.repeat(codes, np.where(letters, 1, 2))
-    factor, width = np.uint64(0x9E3779B97F4A7C15), 1
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-        hashes = codes * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(1)
-        while width < KIN_CHARS and len(hashes) > width:
-            hashes = hashes[:-width] * factor + hashes[width:]  # of windows twice as wide
-            factor *= factor
-            width *= 2
-        if width < KIN_CHARS:
-            return np.zeros(0, np.uint64)
-        hashes ^= hashes >> np.uint64(29)
-        hashes *= np.uint64(0x94D049BB133111EB)  # the low bits now depend on every character
-        hashes ^= hashes >> np.uint64(32)
-    return np.unique(hashes[hashes % np.uint64(4) == 0])
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 # ---------------------------------------------------------------- rows
 
 
@@ -424,13 +106,13 @@ def make_rows(source: TextSource, tokenizer: Any, count: int | None, length: int
     if length < 2 or (count is not None and count < 1):
         raise RecompileError(f"rows: at least 1 row of 2 tokens is needed, not {count} of {length}")
     by_origin: dict[str, list[Document]] = {}
-    for document in _whole_documents(source.documents) if role == "all" else documents_of(source, role):
+    for document in whole_documents(source.documents) if role == "all" else documents_of(source, role):
         by_origin.setdefault(document.origin, []).append(document)
     frame = _Frame.of(tokenizer, length)
     streams = []
     for origin, documents in by_origin.items():
         if role != "all":
-            documents.sort(key=lambda d: hashlib.sha256(f"{seed} {_text_hash(d.text)}".encode()).digest())
+            documents.sort(key=lambda d: hashlib.sha256(f"{seed} {text_hash(d.text)}".encode()).digest())
         streams.append((origin, _rows_of_origin(documents, tokenizer, frame, count)))
 
     rows: list[tuple[list[int], str, str]] = []
@@ -470,27 +152,6 @@ def _windows(ids: Tensor) -> set[bytes]:
         packed = struct.pack(f"<{len(row)}q", *row)
         found.update(packed[8 * at : 8 * (at + OVERLAP_WINDOW)] for at in range(len(row) - OVERLAP_WINDOW + 1))
     return found
-
-
-def documents_of(source: TextSource, role: str) -> list[Document]:
-    """The documents of a role; of exact copies one."""
-    found = {
-        _text_hash(document.text): document
-        for document, its_role in zip(source.documents, assign_roles(source), strict=True)
-        if its_role == role
-    }
-    return list(found.values())
-
-
-def _whole_documents(documents: Sequence[Document]) -> list[Document]:
-    """Put the stretches of running texts together again."""
-    whole: list[tuple[str, list[str]]] = []
-    for document in documents:
-        if document.continues and whole and whole[-1][0] == document.origin:
-            whole[-1][1].append(document.text)
-        else:
-            whole.append((document.origin, [document.text]))
-    return [Document("".join(texts), origin) for origin, texts in whole]
 
 
 @dataclass(frozen=True)
@@ -554,7 +215,7 @@ def _encode_documents(
             # The last tokens before a cut may be others than in the whole text, so they are never used.
             if taken is not None and most is not None and taken < len(document.text):
                 ids = ids[:most]
-            yield f"{document.origin}-{_text_hash(document.text)[:8]}", ids
+            yield f"{document.origin}-{text_hash(document.text)[:8]}", ids
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -584,6 +245,17 @@ def rows_sha256(ids: Tensor, counted: Tensor | None = None) -> str:
     if counted is not None:
         digest.update(counted.cpu().numpy().astype("u1").tobytes())
     return digest.hexdigest()
+
+
+def check_ids(rows: Rows, vocab_size: int) -> None:
+    """Refuse rows with a token that a model does not have."""
+    largest = int(rows.ids.max())
+    if largest >= vocab_size:
+        row, column = (rows.ids == largest).nonzero()[0].tolist()
+        raise MismatchError(
+            f"{rows.source}: token {largest} at row {row}, position {column} is beyond the model's vocabulary of "
+            f"{vocab_size}: wrong tokenizer, or rows of another model"
+        )
 
 
 # ---------------------------------------------------------------- rows in files
@@ -637,190 +309,3 @@ def _about_rows(text: str | None, count: int) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError):
         return None
     return kept if len(documents) == len(origins) == count and kept["role"] in ROLES else None
-
-
-# ---------------------------------------------------------------- tokenizers
-
-GGUF_TOKEN_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-
-
-def load_tokenizer(model_dir: Path | str) -> Any:
-    """The tokenizer in a model's directory, from local files only, without running code that lies there."""
-    folder = Path(model_dir)
-    gguf: dict[str, str] = {}
-    if is_gguf(folder):  # a tokenizer beside it is the original's; else transformers makes one from the file's keys
-        gguf, folder = ({} if _has_tokenizer(folder.parent) else _gguf_arguments(folder)), folder.parent
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory, so no tokenizer")
-    if not gguf and not _has_tokenizer(folder):
-        raise CheckpointError(
-            f"{folder}: no tokenizer here (none of {', '.join(TOKENIZER_FILES)}); "
-            "copy tokenizer.json and tokenizer_config.json from the original model, or give token rows with {input_ids}"
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
-    except Exception as error:  # transformers and tokenizers raise whatever their parsers meet
-        reason = str(error).strip().split("\n", 1)[0]
-        raise CheckpointError(
-            f"{folder / gguf.get('gguf_file', '')}: the tokenizer cannot be loaded: {type(error).__name__}: {reason}"
-        ) from error
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _gguf_arguments(path: Path) -> dict[str, str]:
-    """What AutoTokenizer is told of a GGUF file. With the model's type it need not find out for itself, for which it
-    takes the file's whole vocabulary apart, token by token: ten times as long where there are 262,144."""
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-
-    from recompile.gguf.config import config_of
-
-    model_type = str(config_of(open_gguf(path))[0].get("model_type", ""))
-    known = TOKENIZER_MAPPING_NAMES.get(model_type)
-    by_type = {"tokenizer_type": model_type} if known not in (None, "MistralCommonBackend") else {}
-    return {"gguf_file": path.name, **by_type}
-
-
-def tokenizer_texts(model: Path) -> tuple[Mapping[str, str], str]:
-    """The tokenizer in a GGUF file's keys as the files that a directory holds, by name; none where the model is a
-    directory or has such files beside it. Second: why a file's keys give none, else empty."""
-    if not is_gguf(model) or _has_tokenizer(model.parent):
-        return {}, ""
-    about = model.stat()
-    return _texts_of_keys(model, about.st_mtime_ns, about.st_size)
-
-
-@functools.lru_cache(maxsize=1)  # every variant asks again, and a large vocabulary takes seconds
-def _texts_of_keys(model: Path, changed_ns: int, size: int) -> tuple[Mapping[str, str], str]:
-    def work(tokenizer: Any) -> dict[str, str]:
-        for name in ("gguf_file", "tokenizer_type", "local_files_only", "is_local"):  # how it was loaded here
-            tokenizer.init_kwargs.pop(name, None)
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
-
-    try:
-        return with_tokenizer(model, work), ""
-    except CheckpointError as error:
-        return {}, f"{error}; what is written has no tokenizer"
-
-
-def with_tokenizer(model_dir: Path | str, work: Callable[[Any], T], *, text_bytes: int = 0) -> T:
-    """What `work` makes of a directory's tokenizer, both in a child process with limits on time and memory.
-
-    text_bytes: of the text that it tokenizes, which it may do for as long as it goes forward. Raises CheckpointError
-    for tokenizers and chat templates that do not end or take too much memory, for files that are none, and whatever
-    the work raises.
-    """
-    from transformers import AutoTokenizer  # noqa: F401 - here, so that the child need not
-
-    path = Path(model_dir)
-    folder = path.parent if is_gguf(path) else path
-    content = 2**26 if path != folder else 0  # keys of a GGUF file
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        if any(word in name for word in ("tok", "vocab", "merges", "special_tokens", "chat_template")):
-            if (folder / name).is_dir():
-                continue
-            with open_regular(folder / name) as file:
-                content += os.fstat(file.fileno()).st_size
-    limits = Limits.of(content, text_bytes)
-    return run_guarded(lambda: work(load_tokenizer(model_dir)), f"{path}: the tokenizer or chat template", limits)
-
-
-def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer whose ordinary tokens go beyond a model's vocabulary.
-
-    Added tokens may: some text-only models come with an image token that they have no embedding for.
-    """
-    added = set(tokenizer.get_added_vocab().values())
-    largest, token = max(((index, token) for token, index in tokenizer.get_vocab().items() if index not in added))
-    if largest >= vocab_size:
-        raise MismatchError(
-            f'wrong tokenizer: its token {largest} ("{token}") is beyond the model\'s vocabulary of {vocab_size}; '
-            "take the tokenizer of the same model"
-        )
-
-
-def check_ids(rows: Rows, vocab_size: int) -> None:
-    """Refuse rows with a token that a model does not have."""
-    largest = int(rows.ids.max())
-    if largest >= vocab_size:
-        row, column = (rows.ids == largest).nonzero()[0].tolist()
-        raise MismatchError(
-            f"{rows.source}: token {largest} at row {row}, position {column} is beyond the model's vocabulary of "
-            f"{vocab_size}: wrong tokenizer, or rows of another model"
-        )
-
-
-def tokenizer_sha256(model_dir: Path | str) -> str | None:
-    """A hash of what token ids mean, to see that two checkpoints share a tokenizer; None where there is none.
-
-    It covers tokens, their ids and the merges, read from tokenizer.json, else vocab.json and merges.txt: blanks, key
-    order, the two ways to write merges and the settings that tools add when they save again do not matter. Of other
-    files (tokenizer.model, ...) the bytes are hashed, so such a hash says nothing against one from tokenizer.json. That
-    of a GGUF file covers its token keys, begins with "gguf:" and compares with other GGUF files only.
-    """
-    folder = Path(model_dir)
-    if is_gguf(folder):
-        file = open_gguf(folder)
-        records = b"".join(file.record(key) for key in GGUF_TOKEN_KEYS if key in file.keys)
-        return f"gguf:{hashlib.sha256(records).hexdigest()}" if records else None
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return _tokenizer_json_sha256((folder / "tokenizer.json").read_bytes())
-        if (folder / "vocab.json").is_file():
-            meaning = _vocab_files_meaning(folder)
-        else:
-            for name in TOKENIZER_FILES:
-                if (folder / name).is_file():
-                    return hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer's files cannot be read: {error}") from error
-    return _meaning_sha256(meaning)
-
-
-def _meaning_sha256(meaning: Mapping[str, Any]) -> str:
-    canonical = json.dumps(meaning, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
-
-
-_seen: dict[bytes, str] = {}  # variants of one model have equal files, and reading one takes most of a second
-
-
-def _tokenizer_json_sha256(raw: bytes) -> str:
-    key = hashlib.sha256(raw).digest()
-    if key not in _seen:
-        _seen[key] = _meaning_sha256(_token_meaning(json.loads(raw.decode("utf-8"))))
-    return _seen[key]
-
-
-def _token_meaning(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer.json -> {"tokens": {token: id}, "merges": [[left, right], ...]}"""
-    model = stored["model"]
-    vocab = model.get("vocab") or {}
-    if isinstance(vocab, list):  # unigram: [[token, score], ...]
-        vocab = {token: index for index, (token, _) in enumerate(vocab)}
-    tokens = dict(vocab)
-    tokens.update({added["content"]: added["id"] for added in stored.get("added_tokens") or ()})
-    return {"tokens": tokens, "merges": [_pair(merge) for merge in model.get("merges") or ()]}
-
-
-def _vocab_files_meaning(folder: Path) -> dict[str, Any]:
-    tokens = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    if (folder / "added_tokens.json").is_file():
-        tokens.update(json.loads((folder / "added_tokens.json").read_text(encoding="utf-8")))
-    lines: list[str] = []
-    if (folder / "merges.txt").is_file():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        lines = lines[1:] if lines[0].startswith("#version") else lines
-    return {"tokens": tokens, "merges": [_pair(line) for line in lines if line.strip()]}
-
-
-def _pair(merge: str | Sequence[str]) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else list(merge)

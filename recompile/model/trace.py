@@ -26,7 +26,7 @@ from recompile.errors import RecompileError
 from recompile.io.files import parse_json
 from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
-from recompile.model.tokens import ROLE_SHARES, role_of_key
+from recompile.model.texts import ROLE_SHARES, role_of_key
 
 if TYPE_CHECKING:
     from torch import Tensor

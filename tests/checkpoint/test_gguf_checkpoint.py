@@ -21,7 +21,7 @@ from recompile.gguf.names import (
     to_hf,
 )
 from recompile.merge.overlay import build_overlay
-from recompile.model.tokens import tokenizer_sha256
+from recompile.model.tokenizer import tokenizer_sha256
 from recompile.recipe.recipe import parse_recipe
 from tests.gguf_models import KV, write_model
 

@@ -30,7 +30,8 @@ from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, MismatchError, OutputError, RecompileError
 from recompile.events import Note
 from recompile.model.rows import RowOptions
-from recompile.model.tokens import ROLE_SHARES, Rows, save_rows
+from recompile.model.texts import ROLE_SHARES
+from recompile.model.tokens import Rows, save_rows
 from recompile.model.trace import METADATA_KEY, read_trace
 from recompile.model.used_rows import UsedRows, check_apart
 from recompile.quantize.gguf import VariantsReport

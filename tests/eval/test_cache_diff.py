@@ -16,7 +16,9 @@ from eval.metrics import paired_difference
 from eval.run_diff import ModelDiff
 from recompile.cli.model_diff import main
 from recompile.errors import ArgumentError, FormatError
-from recompile.model.tokens import default_text, load_tokenizer, make_rows
+from recompile.model.texts import default_text
+from recompile.model.tokenizer import load_tokenizer
+from recompile.model.tokens import make_rows
 from tests import tiny
 from tests.engine_models import installed, sharpened, write_files
 

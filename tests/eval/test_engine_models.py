@@ -18,7 +18,8 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_diff import main as model_diff
 from recompile.formats import ik
 from recompile.gguf.container import open_gguf
-from recompile.model.tokens import default_text, load_tokenizer
+from recompile.model.texts import default_text
+from recompile.model.tokenizer import load_tokenizer
 from tests.engine_models import calibrated, installed, mix_of, sharpened, write_files
 
 pytest.importorskip("libgguf")

@@ -21,7 +21,9 @@ from eval.profile.hybrid import (
 from eval.profile.sketch import SketchOptions
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Profile, load_profile
-from recompile.model.tokens import default_text, load_tokenizer, make_rows
+from recompile.model.texts import default_text
+from recompile.model.tokenizer import load_tokenizer
+from recompile.model.tokens import make_rows
 from recompile.optimize.choose import Budget
 from recompile.quantize.lazy_variant import make_variants, spec_of
 from tests import tiny

@@ -21,7 +21,7 @@ from recompile.cli.model_diff import main as model_diff
 from recompile.cli.model_trace import main as model_trace
 from recompile.errors import ArgumentError, JournalError, RecompileError, UnsupportedError
 from recompile.events import Progress, ignore
-from recompile.model.tokens import ROLE_SHARES
+from recompile.model.texts import ROLE_SHARES
 from recompile.model.trace import METADATA_KEY, read_trace, role_of_prompt
 from tests import tiny, traces
 from tests.commands import refusal, run

@@ -9,7 +9,7 @@ import pytest
 
 from recompile.errors import RecipeError
 from recompile.merge.type_recipes import parse_type_recipe
-from recompile.model.tokens import text_from_file
+from recompile.model.texts import text_from_file
 from recompile.quantize.modifiers import load_modifiers
 from recompile.recipe import read_yaml
 from recompile.recipe.precedence import Recipe

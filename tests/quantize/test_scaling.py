@@ -24,7 +24,9 @@ from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.write_safetensors import execute
 from recompile.model.stream import LayeredModel
-from recompile.model.tokens import default_text, load_tokenizer, make_rows
+from recompile.model.texts import default_text
+from recompile.model.tokenizer import load_tokenizer
+from recompile.model.tokens import make_rows
 from recompile.quantize.calibrate import InputStatistics
 from recompile.quantize.modifiers import load_modifiers
 from recompile.quantize.pipeline import Encoded, quantize_model

@@ -17,7 +17,9 @@ from recompile.errors import CheckpointError, MismatchError, RecompileError
 from recompile.model import guarded
 from recompile.model.guarded import Limits, run_guarded, stepped
 from recompile.model.rows import rows_of_text
-from recompile.model.tokens import Document, TextSource, load_tokenizer, make_rows, with_tokenizer
+from recompile.model.texts import Document, TextSource
+from recompile.model.tokenizer import load_tokenizer, with_tokenizer
+from recompile.model.tokens import make_rows
 from tests.tokens.test_tokens import TOKENIZER
 
 SHORT = Limits(0.3, 256 * 2**20)

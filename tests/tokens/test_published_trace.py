@@ -12,7 +12,7 @@ import recompile
 from recompile.cli.model_diff import main as model_diff
 from recompile.errors import MismatchError, RecompileError
 from recompile.model.rows import RowOptions
-from recompile.model.tokens import ROLE_SHARES
+from recompile.model.texts import ROLE_SHARES
 from recompile.model.trace import read_trace
 from tests import tiny, traces
 from tests.commands import refusal

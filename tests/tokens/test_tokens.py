@@ -20,26 +20,19 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from recompile.errors import CheckpointError, MismatchError, OutputError, RecompileError
-from recompile.model import tokens
-from recompile.model.tokens import (
+from recompile.model import texts
+from recompile.model.texts import (
     ROLE_SHARES,
     Document,
-    Rows,
     TextSource,
     assign_roles,
-    check_ids,
-    check_tokenizer,
     cut_stretches,
     default_text,
-    load_tokenizer,
-    make_rows,
-    overlap,
-    rows_from_file,
-    save_rows,
     text_from_dataset,
     text_from_file,
-    tokenizer_sha256,
 )
+from recompile.model.tokenizer import check_tokenizer, load_tokenizer, tokenizer_sha256
+from recompile.model.tokens import Rows, check_ids, make_rows, overlap, rows_from_file, save_rows
 
 EOS, BOS, WORDS = 0, 1, 4000
 
@@ -249,7 +242,7 @@ def test_the_default_text_serves_every_role(base_model: Path) -> None:
 def test_python_s_own_topics_serve_where_no_wheel_is_installed(
     base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "_find_exllamav2_text", lambda: None)
+    monkeypatch.setattr(texts, "_find_exllamav2_text", lambda: None)
     source = default_text()
     assert source.name.startswith("pydoc_data.topics of Python 3.")
     tokenizer = load_tokenizer(base_model)

@@ -11,7 +11,7 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.recompile import main as recompile
 from recompile.gguf.container import encode_key, open_gguf, write_gguf
-from recompile.model.tokens import load_tokenizer
+from recompile.model.tokenizer import load_tokenizer
 from recompile.quantize.gguf import plan_variants
 from recompile.quantize.gguf_build import build_variants
 from tests.quantize.test_gguf_variants import write_hf
