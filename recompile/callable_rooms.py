@@ -12,6 +12,8 @@ from typing import Any
 
 
 class CallableRoom(ModuleType):
+    """A package that can be called: it is the verb of the same name then, `recompile.merge(...)`."""
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self._verb(*args, **options)
 

@@ -201,6 +201,7 @@ def encoder_seconds(sizes: Sizes, form: str, rate: float, rounding: str | None) 
 
 
 def forward_seconds(sizes: Sizes, tokens: int, rate: float, head: bool = True) -> float:
+    """One pass of so many tokens through all layers, and through the head where that is asked for."""
     return SLOWER_THAN_A_PRODUCT * 2 * (sizes.body + (sizes.head if head else 0)) * tokens / rate
 
 

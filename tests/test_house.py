@@ -339,6 +339,14 @@ def test_functions_fit_on_a_screen() -> None:
                 assert lines <= MOST_LINES, f"{name_of(path)}:{node.lineno}: {node.name} has {lines} lines"
 
 
+def test_public_names_have_a_docstring() -> None:
+    for path in LIBRARY:
+        for node in tree_of(path).body:
+            named = isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
+            if named and node.name != "main":
+                assert ast.get_docstring(node), f"{name_of(path)}:{node.lineno}: {node.name}"
+
+
 def test_no_error_is_caught_without_a_name() -> None:
     for path in EVERYTHING:
         for node in ast.walk(tree_of(path)):

@@ -193,10 +193,12 @@ class HeadOutput:
 
 
 def chunks_of(tokens: int) -> list[slice]:
+    """Tokens whose logits are there at once."""
     return [slice(start, min(tokens, start + LOGIT_CHUNK_TOKENS)) for start in range(0, tokens, LOGIT_CHUNK_TOKENS)]
 
 
 def row_generator(seed: int, round_number: int, row: int) -> torch.Generator:
+    """Random numbers of one row in one round, the same whatever runs beside it."""
     digest = hashlib.sha256(f"recompile sketch {seed} {round_number} {row}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -186,6 +186,7 @@ def _matches(glob: Glob, module: str) -> bool:
 
 
 def describe_candidate(source: SourceId, checkpoint: Checkpoint) -> Candidate:
+    """A source as a profile's header has it: where it lies, or what it is made as."""
     if isinstance(checkpoint, MadeVariant):
         return Candidate(source, describe_spec(checkpoint.spec), checkpoint.identity, dict(checkpoint.spec))
     return Candidate(source, checkpoint.label, checkpoint.identity)

@@ -114,6 +114,7 @@ def kind_of(group: ProfileGroup) -> str:
 
 
 def short(text: str, limit: int = 34) -> str:
+    """A name that fits a label."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

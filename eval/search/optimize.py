@@ -582,6 +582,7 @@ def _read_pool(text: str, profile: Profile, checkpoints: Mapping[str, Checkpoint
 
 
 def tensor_names(checkpoints: Mapping[str, Checkpoint] | None) -> list[str] | None:
+    """Of all sources, each once; None where the models are not there."""
     if checkpoints is None:
         return None
     return list(dict.fromkeys(name for checkpoint in checkpoints.values() for name in checkpoint.tensors))

@@ -14,6 +14,7 @@ Verb = TypeVar("Verb", bound=Callable[..., object])
 
 
 def as_path(given: PathLike | None) -> Path | None:
+    """None stays None."""
     return None if given is None else Path(given)
 
 

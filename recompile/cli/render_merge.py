@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def describe_merge(report: MergeReport) -> str:
+    """What a finished merge prints."""
     return f"{_sizes(report)}\n{_written(report)}"
 
 
@@ -26,6 +27,7 @@ def describe_plan(report: MergeReport, every: bool) -> str:
 
 
 def describe_check(report: CheckReport) -> str:
+    """What --check and --verify print."""
     lines = [describe_verified(report.verified)] if report.verified is not None else []
     lines += [f"{problem.severity}: {problem.spelled(current_flags())}" for problem in report.problems]
     lines += [] if report.problems else [f"{report.directory}: no inconsistency found"]

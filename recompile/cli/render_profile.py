@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def describe_next(profile: Profile, out: Path) -> str:
+    """What a finished profile prints."""
     return f"{describe_profile(profile)}\n\nNext: model_optimize {shlex.quote(str(out))} -b 4.0 -o overrides.yaml"
 
 

@@ -98,7 +98,10 @@ def _checksum_of(value: Mapping[str, Any]) -> str:
 
 
 def checksum_of_tensors(names: Iterable[str], read: Callable[[str], Tensor], metadata: Mapping[str, str]) -> str:
-    """Of names, dtypes, shapes and bytes of tensors, and of what else is said of them. read: one tensor, on the CPU."""
+    """Of names, dtypes, shapes and bytes of tensors, and of what else is said of them.
+
+    read: one tensor of any shape, on the CPU
+    """
     import torch
 
     found = zlib.crc32(json.dumps(sorted((k, v) for k, v in metadata.items() if k != KEY)).encode())

@@ -260,6 +260,7 @@ def exl3_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def mlx_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """config.json against the headers, by what mlx-lm reads of it."""
     for where, message, severity in mlx_config.config_problems(checkpoint.config, checkpoint.modules):
         yield Problem(where, message, severity)
 

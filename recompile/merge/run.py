@@ -284,9 +284,11 @@ def run_check(directory: str, verify: bool, engine: str | None, on_event: OnEven
 
 
 def errors_of(problems: Sequence[Problem]) -> list[Problem]:
+    """Those that are no mere warnings."""
     return [problem for problem in problems if problem.severity == "error"]
 
 
 def describe_errors(directory: str, what: str, errors: Sequence[Problem], first: str = "") -> str:
+    """What is said of a directory with errors. first: what the first of them is, to go on the sentence."""
     count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
     return f"{directory}: {what} found {count}{first}; write or download it again"

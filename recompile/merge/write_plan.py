@@ -113,6 +113,7 @@ def wanted_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> WantedTensor
 
 
 def copied_tensors(placement: Placement) -> list[WantedTensor]:
+    """The tensors of a module whose bytes are taken over, in the order of their part names."""
     return [WantedTensor(i.name, i.dtype, i.shape, i, i.size_bytes) for _, i in sorted(placement.stored.parts.items())]
 
 

@@ -63,6 +63,7 @@ def rebuild(value: Any, leaf: Callable[[Path, Any], Any], path: Path = ()) -> An
 
 
 def is_cache(value: Any) -> bool:
+    """Whether an argument is one of transformers' caches of keys and values."""
     from transformers.cache_utils import Cache
 
     return isinstance(value, Cache)

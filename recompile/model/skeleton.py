@@ -83,6 +83,7 @@ def build_skeleton(
 
 
 def one_line(error: Exception) -> str:
+    """What an error says, without line ends, and no more than a message has room for."""
     return " ".join(str(error).split())[:300]
 
 

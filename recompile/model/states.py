@@ -276,6 +276,7 @@ def run_until_reached(
 
 
 def pieces_of(dtype: torch.dtype, state: torch.dtype) -> int:
+    """Values of a state in one dtype that hold a value of another exactly."""
     if dtype.is_floating_point:
         return 1 if dtype.itemsize <= state.itemsize else 3
     return 1 if dtype == torch.bool else 32 // DIGIT_BITS.get(state, 8)

@@ -6,7 +6,7 @@ so the products of one half of the rows are compared with those of the other hal
 the halves have in common (the shrinkage of James and Stein, "Estimation with quadratic loss", 1961, with its factor
 from split halves, and from those to all rows by Spearman and Brown's formula, 1910).
 
-Numbers only. `recompile.optimize.refine` foretells moves of several groups with it.
+Numbers only. `recompile.optimize.refine` predicts moves of several groups with it.
 """
 
 from __future__ import annotations

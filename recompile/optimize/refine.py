@@ -136,7 +136,7 @@ class Costs:
 
 @dataclass
 class Damping:
-    """The factor on curvature that foretells measured moves, by least squares; `first` is right to DAMPING_SPREAD."""
+    """The factor on curvature that predicts measured moves, by least squares; `first` is right to DAMPING_SPREAD."""
 
     first: float
     total: float = field(init=False)

@@ -31,6 +31,7 @@ def propose(problem: Problem, budget_bits: int, current: Mapping[str, str], most
 
 
 def moved_groups(problem: Problem, before: Mapping[str, str], after: Mapping[str, str]) -> list[Group]:
+    """Groups of which a member changes its source from one choice to another."""
     return [group for group in problem.groups if any(before[m] != after[m] for m in group.members)]
 
 

@@ -157,6 +157,7 @@ def _exl3_headers(shape: tuple[int, int], bits: float) -> Headers:
 
 
 def padded(size: int, multiple: int) -> int:
+    """The next multiple that is no smaller."""
     return -(-size // multiple) * multiple
 
 

@@ -59,6 +59,7 @@ LEVELS: Mapping[str, Levels] = {"int8": INT8, "e4m3": E4M3, "e2m1": E2M1, "e2m3"
 
 
 def levels_of(scheme: Scheme) -> Levels:
+    """The small floats (or int8) that the codes of a scheme stand for."""
     name = FORMATS[scheme.format].levels
     assert name is not None, f"{scheme.name}: integers have grids of their own"
     return LEVELS[name]

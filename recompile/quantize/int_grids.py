@@ -284,6 +284,7 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 
 def rows_per_chunk(in_features: int, device: torch.device) -> int:
+    """Rows of a weight that are searched at a time, so that temporaries stay small."""
     return max(1, (_CPU_CHUNK_WEIGHTS if device.type == "cpu" else _DEVICE_CHUNK_WEIGHTS) // in_features)
 
 

@@ -94,7 +94,7 @@ def test_swaps_that_are_not_drawn_are_what_the_others_differ_from() -> None:
     assert found.beside(base, both)["g0", "2"] == pytest.approx(5.0)
 
 
-def test_refine_foretells_its_moves_with_them() -> None:
+def test_refine_predicts_its_moves_with_them() -> None:
     """Four groups move at once here, and what they cost together is a good part of what they change."""
     errors: dict[bool, list[float]] = {False: [], True: []}
     for seed in range(30):
