@@ -255,6 +255,20 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {**LOCAL_MOE, "num_experts": 4}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
     "seed_oss": ("seed_oss", HEAD),
+    "exaone-moe": (
+        "exaone_moe",
+        {
+            **HEAD,
+            **MOE,
+            **WINDOW,
+            **FOURTH,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+        },
+    ),
     "exaone4": ("exaone4", {**HEAD, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "hunyuan-dense": ("hunyuan_v1_dense", HEAD),
     "hunyuan-moe": ("hunyuan_v1_moe", {**HEAD, "num_experts": 4, "moe_topk": 2, "intermediate_size": 32}),
@@ -349,6 +363,10 @@ EXTRA = (
     "global_head_dim",
 )  # transformers drops them
 STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it (None: does not)
+    "exaone-moe": {
+        "architectures": ["ExaoneMoEForCausalLM"],
+        "num_nextn_predict_layers": 0,
+    },
     "bailingmoe2": {  # Sarvam's: of its router's bias the converter takes the mean away, which chooses the same experts
         "architectures": ["BailingMoeV2ForCausalLM"],
         "num_experts": 4,

@@ -516,6 +516,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("smollm3", ("smollm3",), _ATTENTION | _PRE_NORM | _MLP, permuted=True),
         Architecture("seed_oss", ("seed_oss",), _ATTENTION | _POST_ATTENTION_NORM | _MLP),
         Architecture("exaone4", ("exaone4",), _POST_NORM_LAYER | _MLP),
+        Architecture(
+            "exaone-moe",
+            ("exaone_moe",),
+            _ATTENTION | _QK_NORMS | _PRE_NORM | _MLP | _EXPERTS | _SHARED_EXPERTS | _ROUTER,
+            {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+        ),
         Architecture("hunyuan-dense", ("hunyuan_v1_dense",), _ATTENTION | _HUNYUAN_NORMS | _PRE_NORM | _MLP),
         Architecture(
             "hunyuan-moe",

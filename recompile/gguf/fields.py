@@ -158,6 +158,17 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     "phi3": (Field("rope.scaling.original_context_length", "original_max_position_embeddings", default=None),),
     "olmoe": (*_experts(), Field("attention.clamp_kqv", "clip_qkv", "f32", None)),
     "exaone4": (Field("attention.sliding_window", "sliding_window", default=None),),
+    "exaone-moe": (
+        *_experts(),
+        _EXPERT_SIZE,
+        _WINDOW,
+        Field("leading_dense_block_count", "first_k_dense_replace", default=0),
+        Field("expert_shared_count", "num_shared_experts"),
+        Field("expert_group_count", "n_group", default=1),
+        Field("expert_group_used_count", "topk_group", default=1),
+        Field("expert_weights_scale", "routed_scaling_factor", "f32", 1.0),
+        Field("expert_weights_norm", "norm_topk_prob", "bool", True),
+    ),
     "hunyuan-moe": (
         *_experts("num_experts", "moe_topk"),
         Field("expert_feed_forward_length", "intermediate_size"),
@@ -238,7 +249,7 @@ PARTIAL_ROTARY = frozenset(
 )
 EXPERT_SIZES = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})  # old files lack them
 SIGMOID = 2  # expert_gating_func
-SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe", "bailingmoe2"})
+SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe", "bailingmoe2", "exaone-moe"})
 LLAMA4_CHUNK = 8192
 MAVERICK_EXPERTS = 128  # Llama 4 normalizes queries and keys, but for the model of 128 experts
 NO_ROPE_INTERVAL = 4
@@ -289,7 +300,7 @@ def constants(arch: str, layers: int) -> Mapping[str, Any]:
     if arch == "gemma3":
         types = {"layer_types": every(layers, 6, "full_attention", "sliding_attention")}
         return types | {"attn_logit_softcapping": None}
-    if arch in ("cohere2", "afmoe"):
+    if arch in ("cohere2", "afmoe", "exaone-moe"):
         types = {"layer_types": every(layers, 4, "full_attention", "sliding_attention")}
         return types | ({"mup_enabled": True} if arch == "afmoe" else {})
     if arch == "llama4":

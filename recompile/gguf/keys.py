@@ -162,7 +162,7 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["final_logit_softcapping"] = (config["final_logit_softcapping"], "f32")
     if arch == "gemma2":
         _add_gemma2(config, values)
-    if arch in ("gemma3", "gemma4", "exaone4", "olmo2") and types:
+    if arch in ("gemma3", "gemma4", "exaone4", "olmo2", "exaone-moe") and types:
         _add_windows(arch, config, values, list(types))
     if arch == "llama" and config.get("num_local_experts"):
         values["expert_count"] = (config["num_local_experts"], "u32")
@@ -201,13 +201,15 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
             f"config.json: use_qk_norm is {config.get('use_qk_norm')} with {config['num_local_experts']} experts; "
             f"llama.cpp normalizes queries and keys unless there are {MAVERICK_EXPERTS}"
         )
-    if arch in ("command-r", "cohere2", "nemotron"):
+    if arch in ("command-r", "cohere2", "nemotron", "exaone-moe"):
         values["rope.scaling.type"] = ("none", "string")
     if arch == "ernie4_5-moe" and config.get("moe_num_shared_experts"):
         shared = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
         values["expert_shared_feed_forward_length"] = (shared, "u32")
     if arch == "afmoe":  # transformers normalizes without being told
         values.setdefault("expert_weights_norm", (True, "bool"))
+    if arch == "exaone-moe":
+        _add_exaone_moe(config, values)
     if arch == "hunyuan-moe":
         values["expert_shared_feed_forward_length"] = (_need(config, "intermediate_size"), "u32")
         values.setdefault("expert_shared_count", (1, "u32"))
@@ -235,6 +237,15 @@ def _add_windows(arch: str, config: Mapping[str, Any], values: Values, types: li
     local = local or config.get("rope_local_base_freq")
     if local:
         values["rope.freq_base_swa"] = (local, "f32")
+
+
+def _add_exaone_moe(config: Mapping[str, Any], values: Values) -> None:
+    shared = int(values["expert_feed_forward_length"][0]) * int(values["expert_shared_count"][0])
+    values["expert_shared_feed_forward_length"] = (shared, "u32")
+    values["nextn_predict_layers"] = (0, "u32")  # draft layers have names of their own (mtp.) and are left out
+    dense = _check_dense_first(config)
+    if dense is not None:
+        values["leading_dense_block_count"] = (dense, "u32")
 
 
 def _add_gemma2(config: Mapping[str, Any], values: Values) -> None:
@@ -358,14 +369,21 @@ def _add_latent(arch: str, config: Mapping[str, Any], values: Values) -> None:
         values["expert_gating_func"] = (1 if config.get("model_type") == "deepseek_v2" else SIGMOID, "u32")
     if config.get("topk_method") == "greedy":  # groups that the config has and the model does not use
         values |= {"expert_group_count": (1, "u32"), "expert_group_used_count": (1, "u32")}
-    types = config.get("mlp_layer_types")
-    if types:
-        dense = list(types).count("dense")
-        if list(types) != ["dense"] * dense + ["sparse"] * (len(types) - dense):
-            raise UnsupportedError(
-                f"config.json: mlp_layer_types {list(types)}; llama.cpp wants all dense layers first"
-            )
+    dense = _check_dense_first(config)
+    if dense is not None:
         values["leading_dense_block_count"] = (dense, "u32")
+
+
+def _check_dense_first(config: Mapping[str, Any]) -> int | None:
+    """How many layers without experts come first by `mlp_layer_types`, None where the config has none. Raises
+    UnsupportedError for such layers elsewhere."""
+    types = config.get("mlp_layer_types")
+    if not types:
+        return None
+    dense = list(types).count("dense")
+    if list(types) != ["dense"] * dense + ["sparse"] * (len(types) - dense):
+        raise UnsupportedError(f"config.json: mlp_layer_types {list(types)}; llama.cpp wants all dense layers first")
+    return dense
 
 
 def _add_gemma4(config: Mapping[str, Any], values: Values, types: Any) -> None:
