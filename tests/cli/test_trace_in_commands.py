@@ -29,6 +29,7 @@ from recompile.cli.model_report import main as model_report
 from recompile.costs import Profile, load_profile
 from recompile.errors import ArgumentError, JournalError, MismatchError, OutputError, RecompileError
 from recompile.events import Note
+from recompile.io.checksums import KEY
 from recompile.model.rows import RowOptions
 from recompile.model.texts import ROLE_SHARES
 from recompile.model.tokens import Rows, save_rows
@@ -39,6 +40,7 @@ from recompile.quantize.quantize_report import LayerDone
 from recompile.recipe.recipe import load_recipe
 from tests import tiny, traces
 from tests.commands import refusal, run
+from tests.journals import unsealed
 from tests.quantize.test_gguf_variants import tokenizer_file
 
 LENGTH = 40
@@ -378,6 +380,7 @@ def test_a_row_that_was_profiled_is_not_verified_on(folder: Path, profiled: Path
     header["documents"][2] = accept.documents[1]
     bad = tmp_path / "profile.jsonl"
     bad.write_text("".join([json.dumps(header) + "\n", *lines[1:]]))
+    unsealed(bad)
     given = (bad, "-b", 4.2, "--solver", "exact", "-r", 4, "-l", LENGTH, "--trace", folder / "trace.safetensors")
     said = refusal(model_optimize, *given, "--check", "-o", tmp_path / "m.yaml", "--quiet")
     assert f"1 documents ({accept.documents[1]}) have the role accept here" in said
@@ -481,6 +484,7 @@ def test_tokens_beyond_the_vocabulary_are_named(folder: Path, tmp_path: Path) ->
         metadata = stored.metadata()
     vocab = json.loads(metadata[METADATA_KEY])["vocab"]
     tensors["input_ids"][3, 2] = vocab
+    del metadata[KEY]  # as of a file that another program made
     save_file(tensors, tmp_path / "t.safetensors", metadata)
     with pytest.raises(RecompileError, match=f"row 3 has token {vocab} at place 2"):
         read_trace(tmp_path / "t.safetensors")
