@@ -82,6 +82,10 @@ class AutoReport:
     page: str  # HTML
 
 
+QUICK = {"rows": 6, "length": 256, "samples": 8, "calibration_rows": 24}  # at most, of a first look
+QUICK_SEARCH_MINUTES = 1.0
+
+
 @dataclass(frozen=True)
 class AutoOptions:
     """See `recompile.auto` for the meaning of each."""
@@ -201,6 +205,7 @@ def auto(
     engine: str | None = None,
     rounding: str | None = None,
     heal: float | None = None,
+    quick: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
     on_event: OnEvent | None = None,
@@ -218,6 +223,8 @@ def auto(
     minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave;
     search_minutes: of a solver that measures
     trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
+    quick: a rough mix for a first look: at most 6 rows of 256 tokens, 8 draws and 24 calibration rows, a minute of
+    search, one-sided rounding and no uniform build, where nothing else is asked for
     verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
     """
@@ -259,7 +266,19 @@ def auto_options(**given: Any) -> AutoOptions:
     values["variants"] = tuple(Path(variant) for variant in values["variants"])
     for name in ("tokenizer_from", "text", "trace"):
         values[name] = as_path(values[name])
+    if values.pop("quick"):
+        values |= _quick(values)
     return AutoOptions(**values)
+
+
+def _quick(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is less of everything, of the arguments of `auto`."""
+    less: dict[str, Any] = {name: min(values[name], most) for name, most in QUICK.items()}
+    if values["search_minutes"] is None:
+        less["search_minutes"] = QUICK_SEARCH_MINUTES
+    if values["rounding"] is None and not values["variants"]:
+        less["rounding"] = "one-sided"
+    return {**less, "verify": False}
 
 
 def run_auto(base: Path, out: Path, options: AutoOptions, on_event: OnEvent = ignore) -> AutoReport:

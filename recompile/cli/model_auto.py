@@ -61,6 +61,12 @@ from recompile.planning import TARGETS
 @click.option(
     "--heal", metavar="MINUTES", type=float, help="Tune scales, norms and biases of the finished mix for so long."
 )
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="A first look: at most 6 rows of 256 tokens, 8 draws, 24 calibration rows, a minute of search; one-sided, "
+    "no uniform build.",
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, how long it may take, and stop.")
 @made_options
 @click.option("--level", default="fused", help="What is chosen together, as in model_profile.")
@@ -90,6 +96,7 @@ def main(ctx: click.Context, json_path: Path | None, quiet: bool, plan_only: boo
     \b
     Examples:
       model_auto -i base -o mix -b 3.5
+      model_auto -i base -o mix -b 3.5 --quick
       model_auto -i base -o mix -b 3.5 --trace make --plan
       model_auto -i base -o mix --size 14GiB --for vllm --heal 20 --plan
       model_auto -i base -o mix --size 4.2GiB --variants 3bpw 2bpw 4bpw 6bpw

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import recompile
 from recompile import check
-from recompile.auto import Stages
+from recompile.auto import Stages, auto_options
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
@@ -361,6 +361,16 @@ def test_engines_and_rounding_that_do_not_fit(more: tuple[object, ...], says: st
     result = auto(tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4, *more)
     assert result.exit_code == 1
     assert says in " ".join(result.output.split())
+
+
+def test_a_first_look_takes_less_of_everything_and_no_more_than_was_asked_for() -> None:
+    plain, quick = auto_options(bits=3.5), auto_options(bits=3.5, quick=True)
+    assert (quick.rows, quick.length, quick.samples, quick.calibration_rows) == (6, 256, 8, 24)
+    assert (quick.search_minutes, quick.rounding, quick.verify) == (1.0, "one-sided", False)
+    assert (plain.search_minutes, plain.rounding, plain.verify) == (None, None, True)
+    asked = auto_options(bits=3.5, quick=True, rows=2, search_minutes=3.0, rounding="two-sided")
+    assert (asked.rows, asked.search_minutes, asked.rounding) == (2, 3.0, "two-sided")
+    assert auto_options(bits=3.5, quick=True, variants=("a", "b")).rounding is None  # they are rounded already
 
 
 def test_the_library_takes_the_arguments_that_auto_has() -> None:
