@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.report.shapes import NUMBER, REPORT, check_shape
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import Profile, load_profile
 from recompile.errors import MismatchError, RecompileError
@@ -240,6 +241,13 @@ def read_report(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> M
 def _read(content: Any, path: Path, profile: Profile, builds: Sequence[Build]) -> Measured | None:
     if not isinstance(content, dict):
         raise RecompileError(f"{path}: is not a report of model_diff --json or model_optimize --json")
+    try:
+        if isinstance(content.get("measured", content), dict):
+            check_shape(content.get("measured", content), REPORT, "measured" if "measured" in content else "")
+        if "choice" in content and "budget_bits" in content:
+            check_shape(content, {"bpw": NUMBER, "total_bytes": NUMBER, "choice": {}}, "")
+    except ValueError as error:
+        raise RecompileError(f"{path}: {error}; make the report again") from error
     try:
         if "kl_by_confidence" in content:
             return _read_diff(content, path, profile, builds)

@@ -70,7 +70,8 @@ def prompts_of_file(path: Path) -> tuple[Prompt, ...]:
     taken. Raises RecompileError, with the line, for anything else.
     """
     found: dict[str, Prompt] = {}
-    for number, line in enumerate(read_text(path, kind="text", error=RecompileError, bom=True).splitlines(), start=1):
+    text = read_text(path, kind="text", error=RecompileError, bom=True)
+    for number, line in enumerate(text.split("\n"), start=1):  # no other end of a line is one in JSON lines
         if line.strip():
             value = parse_json(line, str(path), error=RecompileError, line=number)
             prompt = _prompt_of(value, f"{path}:{number}")

@@ -156,8 +156,13 @@ def write_atomically(path: Path | str, *, error: Failure = OutputError) -> Itera
     """
     final, descriptor = _begin(path, error)
     if descriptor < 0:
-        with final.open("wb") as device:
-            yield device
+        try:
+            with final.open("wb") as device:
+                yield device
+        except OSError as failed:
+            if failed.filename in (None, str(final)) and failed.errno != errno.EPIPE:
+                raise _cannot_write(path, failed, error) from failed
+            raise
         return
     partial, file = partial_path(final), os.fdopen(descriptor, "wb")
     try:

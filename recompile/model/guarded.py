@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from recompile.errors import CheckpointError, RecompileError
 from recompile.io.memory import format_mib
@@ -25,6 +25,8 @@ CPU_SECONDS = 20.0  # for tiny files; the largest tokenizers load in 5
 CPU_SECONDS_PER_MB = 5.0  # of what is read
 WALL_FACTOR = 12  # of the CPU limit: a busy machine gives a process a small share, one that sleeps for ever ends too
 MEMORY_BYTES = 768 * 2**20  # beyond what this process holds
+MOST_SAID = 2**16  # bytes of what libraries print that are shown
+WAYS_OUT = "take the files of the original model, give less text, or token rows ({input_ids}) where they are taken"
 MEMORY_PER_BYTE = 64  # of what is read: text and tokens as Python's objects
 
 
@@ -64,11 +66,14 @@ def run_guarded(work: Callable[[], T], what: Path | str, limits: Limits) -> T:
     if _limits is not None or not hasattr(os, "fork"):
         return work()
     reader, writer = os.pipe()
+    said = _scratch()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()  # or what waits in it would be written twice
     child = os.fork()
     if child == 0:
+        if said is not None:
+            os.dup2(said.fileno(), 2)
         _work_in_child(work, writer, limits)  # never returns
     os.close(writer)
     try:
@@ -80,27 +85,36 @@ def run_guarded(work: Callable[[], T], what: Path | str, limits: Limits) -> T:
     finally:
         _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    if said is not None:
+        with said:
+            said.seek(0)
+            if code == 0 and sys.stderr is not None and (text := said.read(MOST_SAID)):
+                sys.stderr.write(text.decode("utf-8", "replace"))
     if code in (-signal.SIGPROF, -signal.SIGALRM):
         raise CheckpointError(
-            f"{what} does not end: {limits.cpu_seconds:.3g} seconds of computing without a step forward; "
-            f"take the files of the original model, or give token rows with {{input_ids}}"
+            f"{what} does not end: {limits.cpu_seconds:.3g} seconds of computing without a step forward; {WAYS_OUT}"
         )
     if code != 0:
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise CheckpointError(
-            f"{what} ended with {cause}, in a process that may take {format_mib(limits.memory_bytes)}; "
-            f"take the files of the original model, or give token rows with {{input_ids}}"
+            f"{what} ended with {cause}, in a process that may take {format_mib(limits.memory_bytes)}; {WAYS_OUT}"
         )
     done, value = pickle.loads(raw)
     if done:
         result: T = value
         return result
     if isinstance(value, MemoryError):
-        raise CheckpointError(
-            f"{what} takes more than {format_mib(limits.memory_bytes)} of memory; "
-            f"take the files of the original model, or give token rows with {{input_ids}}"
-        )
+        raise CheckpointError(f"{what} takes more than {format_mib(limits.memory_bytes)} of memory; {WAYS_OUT}")
     raise value
+
+
+def _scratch() -> IO[bytes] | None:
+    """A file in memory for what libraries print in the child: it is shown at the end, and not where they crashed, whose
+    message is one line. None where a system has no such files."""
+    try:
+        return os.fdopen(os.memfd_create("printed"), "w+b")
+    except (OSError, AttributeError):
+        return None
 
 
 def _work_in_child(work: Callable[[], Any], writer: int, limits: Limits) -> None:

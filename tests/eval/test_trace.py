@@ -251,6 +251,16 @@ def test_bad_prompts(tmp_path: Path, line: str, said: str) -> None:
         bundle.prompts_of_file(tmp_path / "p.jsonl")
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c"])
+def test_only_a_newline_ends_a_prompt(tmp_path: Path, inside: str) -> None:
+    """JSON may hold other ends of a line as they are (or escaped, for control characters)."""
+    text = json.dumps({"messages": [{"role": "user", "content": f"a{inside}b"}]}, ensure_ascii=False)
+    (tmp_path / "p.jsonl").write_bytes(f"{text}\r\n{text.replace('b', 'c')}\n".encode())
+    first, second = bundle.prompts_of_file(tmp_path / "p.jsonl")
+    assert first.messages[0]["content"] == f"a{inside}b"
+    assert second.messages[0]["content"] == f"a{inside}c"
+
+
 def test_a_template_that_refuses_is_named_with_the_prompt(tmp_path: Path) -> None:
     model = traces.talking_model(tmp_path / "model", "{{ raise_exception('no system role') }}")
     prompts = traces.write_prompts(tmp_path / "p.jsonl")

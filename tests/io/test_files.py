@@ -107,6 +107,8 @@ def test_a_library_that_wants_a_name(tmp_path: Path) -> None:
 def test_devices_are_written_to_and_links_followed(tmp_path: Path) -> None:
     write_text("/dev/null", "x")
     assert not Path("/dev/null").is_file()
+    with pytest.raises(OutputError, match=r"^/dev/full: cannot be written: No space left on device; free some space"):
+        write_text("/dev/full", "x")
     (tmp_path / "there").write_text("before")
     (tmp_path / "link").symlink_to("there")
     write_text(tmp_path / "link", "after")

@@ -6,10 +6,11 @@ import base64
 import gzip
 import itertools
 import json
+import math
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,39 @@ def test_what_reports_hold_beside_a_kl(profile: Path, tmp_path: Path) -> None:
     del broken["cache_sweep"][0]["cache"]
     with pytest.raises(RecompileError, match="an incomplete report, at 'cache'"):
         gather(profile, [write_diff(tmp_path / "d.json", "3bpw", 0.5, **broken)])
+
+
+def places_of(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of a value within JSON, and of everything in it; of a list its first two items."""
+    yield place
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from places_of(item, (*place, key))
+
+
+def test_a_value_of_another_type_is_refused_or_not_shown(profile: Path, tmp_path: Path) -> None:
+    """In every place of a report, by its file; the card and the data of the page hold what is left."""
+    path = write_diff(tmp_path / "a.json", "3bpw", 0.5, **details(0.5))
+    whole, refused = json.loads(path.read_text()), set()
+    for place in itertools.islice(places_of(whole), 1, None):
+        for value in ("x", [1], {"a": [1]}, math.nan, True):
+            changed = json.loads(json.dumps(whole))
+            inside = changed
+            for key in place[:-1]:
+                inside = inside[key]
+            inside[place[-1]] = value
+            path.write_text(json.dumps(changed))
+            said = f"{path}: "
+            try:
+                data = gather(profile, [path])
+                if value == "x":  # which takes longer
+                    json.dumps(page_data(data), allow_nan=False)
+                card(data)
+            except RecompileError as error:
+                said = str(error)
+                refused.add(place)
+            assert said.startswith(f"{path}: ")
+    assert {("kl", "std_error"), ("kl_quantiles", "p99"), ("by_origin", 0, "kl", "mean")} <= refused
 
 
 def test_a_recipe_that_cannot_be_predicted_says_why(profile: Path) -> None:

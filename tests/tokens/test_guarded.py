@@ -60,6 +60,23 @@ def test_work_that_does_not_end_well_is_one_error(work: Callable[[], object], sa
         run_guarded(work, "m: the tokenizer", SHORT)
 
 
+def test_what_a_library_prints_is_shown_unless_it_crashed(capfd: pytest.CaptureFixture[str]) -> None:
+    def work(ends: Callable[[], object]) -> Callable[[], object]:
+        def prints() -> object:
+            os.write(2, b"thread '<unnamed>' panicked at src/lib.rs\n")
+            return ends()
+
+        return prints
+
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no files in memory")
+    with pytest.raises(CheckpointError, match="m: the tokenizer ended with signal 6"):
+        run_guarded(work(os.abort), "m: the tokenizer", SHORT)
+    assert capfd.readouterr().err == ""
+    assert run_guarded(work(lambda: 3), "m: the tokenizer", SHORT) == 3
+    assert capfd.readouterr().err == "thread '<unnamed>' panicked at src/lib.rs\n"
+
+
 def test_work_that_grows_is_one_error() -> None:
     with pytest.raises(CheckpointError, match="m: the tokenizer takes more than 256 MiB of memory"):
         run_guarded(grow, "m: the tokenizer", Limits(60.0, 256 * 2**20))
