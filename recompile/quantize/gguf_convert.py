@@ -80,14 +80,15 @@ def install(folder: Path) -> Path:
 
 
 def convert(base: Path, out_dir: Path, on_step: Callable[[int, str], None] = lambda step, what: None) -> Path:
-    """OUT_DIR/<name>-BASE.gguf with the base's own float types; kept if it is there and newer than the base's config.
+    """OUT_DIR/<name>-BASE.gguf with the base's own float types; kept if it is there and newer than the base.
 
     Raises UnsupportedError where the converter is not to be had or refuses the model (its last line is in the message),
     OutputError where it left no file.
     """
     target = out_dir / f"{base.resolve().name}-BASE.gguf"
-    config = base / "config.json"
-    if target.exists() and config.exists() and target.stat().st_mtime > config.stat().st_mtime:
+    files = [path.stat() for path in base.iterdir() if path.is_file()] if base.is_dir() else []
+    newest = max((max(found.st_mtime_ns, found.st_ctime_ns) for found in files), default=None)
+    if target.exists() and newest is not None and target.stat().st_mtime_ns > newest:
         return target
     on_step(0, "installing the converter")
     command = install(environment())

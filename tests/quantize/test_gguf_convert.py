@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,20 @@ def test_the_base_file_is_made_once(base: Path, tmp_path: Path, monkeypatch: pyt
     assert gguf_convert.convert(base, tmp_path / "out") == made
     assert (command.parent / "calls").read_text() == calls
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model-BASE.gguf"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_base_that_was_changed_since_is_converted_again(base: Path, tmp_path: Path, name: str) -> None:
+    """Whatever its file says of when it was changed: the time of a copy may be that of the original."""
+    stand_in(GOOD.format(model=str(write_model(tmp_path / "made.gguf", kind="F32"))))
+    said: list[str] = []
+    made = gguf_convert.convert(base, tmp_path / "out")
+    gguf_convert.convert(base, tmp_path / "out", lambda step, what: said.append(what))
+    assert said == []
+    (base / name).write_text("changed")
+    os.utime(base / name, ns=(1, 1))
+    assert gguf_convert.convert(base, tmp_path / "out", lambda step, what: said.append(what)) == made
+    assert "running it" in said
 
 
 def test_the_command_goes_on_from_it(base: Path, tmp_path: Path) -> None:
