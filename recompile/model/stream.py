@@ -615,7 +615,7 @@ class LayeredModel:
         """
         head = self.head
         takes_it = isinstance(head, nn.Linear) and head.in_features == normed.shape[-1]  # else a transform is between
-        return takes_it and torch.equal(self.logits(normed), head(normed))
+        return takes_it and torch.equal(self.logits(normed), head(normed.to(head.weight.dtype)))
 
 
 @dataclass(frozen=True)

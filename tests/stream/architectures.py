@@ -77,6 +77,11 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
     }),
+    "mamba2": ("mamba2", {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8,
+        "n_groups": 1, "expand": 2, "chunk_size": 8, "tie_word_embeddings": False, "pad_token_id": None,
+        "bos_token_id": None, "eos_token_id": None,
+    }),
     "jetmoe": ("jetmoe", {
         **{key: NO_HEAD_DIM[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                              "max_position_embeddings", "tie_word_embeddings", "pad_token_id",

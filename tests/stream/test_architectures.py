@@ -121,6 +121,15 @@ def test_swaps_of_few_bits_are_seen_by_both_profiles(name: str, tmp_path: Path) 
     assert name == "glm-5" or 0.3 < found[1] / found[0] < 3  # routing flips are in no quadratic form
 
 
+def test_a_narrow_head_takes_states_that_stay_in_float32() -> None:
+    """Mamba 2 keeps what layers add to in float32, whatever the weights are."""
+    model = LayeredModel.of(open_checkpoint(architectures.checkpoint("mamba2")), dtype=torch.bfloat16)
+    states = model.normed(architectures.rows(1, 7), 1)
+    assert states.dtype == torch.float32
+    model.load_head()
+    assert model.head_is_linear(states)
+
+
 def test_text_runs_without_the_weights_of_a_tower(tmp_path: Path) -> None:
     directory = tiny.copy_of(architectures.checkpoint("gemma3-vision"), tmp_path / "text")
     ids = architectures.rows(2, 7)
