@@ -40,6 +40,7 @@ from recompile.io.files import (
     unmarked,
     write_json,
 )
+from recompile.io.report import to_plain
 from recompile.model.rows import RowOptions
 from recompile.model.texts import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
@@ -534,7 +535,7 @@ class _Auto:
         names = [mix_name(self.out), *([f"{mix_name(self.out)} before healing"] if self.heals else [])]
         for one, name in zip(measured, names, strict=False):
             one |= {**recipe, "recipe_name": name}
-        write_json(self.work / MEASURED, {"candidates": measured})
+        write_json(self.work / MEASURED, {"candidates": to_plain(measured)})
         for made in ("uniform", "built"):
             shutil.rmtree(self.work / made, ignore_errors=True)
         (self.work / "built.gguf").unlink(missing_ok=True)

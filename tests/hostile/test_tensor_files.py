@@ -62,6 +62,6 @@ def test_files_of_runs(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CheckpointError, match=f"{path}: .*; remove it"):
         read_importance(path)
     with pytest.raises(CheckpointError, match=f"{path}: .*; remove {tmp_path} and measure anew"):
-        StoredStatistics(tmp_path, {}, {"m": (path.name, 1, 1)}).of("m", torch.device("cpu"))
+        StoredStatistics(tmp_path, {"fingerprint": "of a run"}, {"m": (path.name, 1, 1)}).of("m", torch.device("cpu"))
     with pytest.raises(CheckpointError, match=f"^{path}: "):
         read_tensors(path)
