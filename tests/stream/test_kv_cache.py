@@ -50,7 +50,8 @@ def coarse_cache(config: Any) -> Any:
     return Coarse(config=config)
 
 
-@pytest.mark.parametrize("name", architectures.TYPES)
+# Mamba 2 keeps states alone, no keys and values
+@pytest.mark.parametrize("name", [name for name in architectures.TYPES if name != "mamba2"])
 def test_logits_are_those_of_transformers_with_such_a_cache(name: str) -> None:
     directory, ids = architectures.checkpoint(name), architectures.rows(2, 13)
     source, plain = open_checkpoint(directory), architectures.plain_model(directory)
