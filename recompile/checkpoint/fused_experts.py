@@ -55,9 +55,11 @@ def expert_counts(config: Mapping[str, Any]) -> frozenset[int]:
 def _as_stack(info: TensorInfo, config: Mapping[str, Any], counts: frozenset[int]) -> TensorInfo:
     """The tensor as [experts, ...] where it holds the experts' rows one below another, else as it is."""
     parent, _, leaf = info.name.rpartition(".")
+    if not parent.endswith(FLAT_PARENT) or leaf not in FLAT_LEAVES or len(info.shape) != 2:
+        return info
     inner = text_config(config).get("ffn_config")
     width = inner.get("ffn_hidden_size") if isinstance(inner, Mapping) else None
-    if not parent.endswith(FLAT_PARENT) or leaf not in FLAT_LEAVES or len(info.shape) != 2 or type(width) is not int:
+    if type(width) is not int:
         return info
     experts = info.shape[0] // width if width > 0 else 0
     if experts not in counts or experts * width != info.shape[0]:

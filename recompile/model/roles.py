@@ -260,7 +260,7 @@ class _Reader:
             return "convolution"
         if value.dim() < 2 or not value.is_floating_point():
             return "vector"
-        if name in self.experts or name in self.holders.values():
+        if name in self.holders.values():
             return "linear" if value.dim() == 3 else "vector"  # a bias for every expert
         if value.dim() == 2 and self._is_router(name, value):
             return "router"

@@ -185,21 +185,15 @@ def input_power(
     Streams the model once; an expert's mean is over the tokens that the router sent to it, and one that got none is
     left out.
     """
-    model = LayeredModel.of(base, dtype=dtype, device=device)
-    model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
-    batch = max(1, BATCH_TOKENS // ids.shape[1])
-    states = list(model.embed(ids, batch))
     found: dict[str, Tensor] = {}
-    for index in range(model.depth):
-        with model.layer(index):
-            collector = InputCollector(model, index)
-            collector.statistics = InputPower
-            with collector:
-                run_batches(model, index, states, batch, collector, counted)
-        for group in collector.groups:
+    for inputs in stream_inputs(base, ids, InputPower, device=device, dtype=dtype, counted=counted):
+        for group in inputs.groups:
             if group.hessian is not None:
                 found |= dict.fromkeys(group.modules, group.hessian / group.tokens)
-        on_event(Progress("calibrating", index + 1, model.depth, "layers"))
+        assert inputs.layer is not None, "the head, which comes last, is not asked for"
+        on_event(Progress("calibrating", inputs.layer + 1, inputs.depth, "layers"))
+        if inputs.layer + 1 == inputs.depth:
+            break
     return found
 
 
