@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recompile import api
-from recompile.api.shared import PathLike, as_path
+from recompile.api.shared import PathLike, as_path, check_types
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import LEVELS, Candidate, Profile, load_profile
@@ -240,6 +240,7 @@ def auto_plan(base: PathLike, out: PathLike, **options: Any) -> AutoPlan:
 
     Reads headers and times one matrix product. Raises ArgumentError as `auto` does.
     """
+    check_types(base)
     made = auto_options(**options)
     made.check()
     return _Auto(Path(base), Path(out), made, ignore).plan()
@@ -284,6 +285,7 @@ def _quick(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_auto(base: Path, out: Path, options: AutoOptions, on_event: OnEvent = ignore) -> AutoReport:
     """All stages; those that are done already are not run again. on_event: gets a StageDone after each that ran."""
+    check_types(base)
     options.check()
     return _Auto(base, out, options, on_event).run()
 

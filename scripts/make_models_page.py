@@ -41,6 +41,9 @@ TITLES = {
     "gguf": "GGUF names",
 }
 NOT_RUN = """
+Every command that would run one refuses it in a sentence, within a second: config.json and the lists of transformers,
+read as text, tell so before torch is imported (`recompile/model/known_types.py`).
+
 - Encoder-decoders (T5, BART as a whole, ...): more than one stack of layers. Their causal halves that transformers
   lists (BartForCausalLM, ...) work.
 - diffusion_gemma, an encoder and a decoder: denoises a canvas of 256 tokens that it draws at random and predicts no
@@ -49,6 +52,8 @@ NOT_RUN = """
   tokens ahead, and its head reads those alone.
 - reformer whose config.json sets no `hash_seed`: it hashes with other random numbers in every run, so that no two runs
   agree. With a seed it works; it has gradients in training only, so that `--mode sketch` refers to `--mode exact`.
+- idefics, which takes an image with every text; pi0, which moves a robot; gemma4_assistant and
+  gemma4_unified_assistant, which draft from the keys and values of another model.
 - zaya runs, but transformers writes -1 over the last balancing bias of every router while it loads; here the stored
   value counts.
 """

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
+import torch
+
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.errors import UnsupportedError
+from tests import tiny
 from tests.conftest import load_script
 
 
@@ -38,9 +45,23 @@ def test_what_is_no_sequence_of_layers_runs_as_one_block() -> None:
 def test_what_predicts_no_next_token_is_refused() -> None:
     (found,) = dict(load_script("make_models_page").try_all(["diffusion_gemma"], 1)).values()
     refusal = (
-        "DiffusionGemmaForBlockDiffusion: its states are not one a row and token ([2, 5, 64] enters, [2, 256, 64] "
+        "model_type 'diffusion_gemma' denoises a canvas of random tokens and predicts no next one; it cannot be run"
     )
-    assert found["logits"] == found["quantize"] == f"{refusal}leaves); not supported"
+    assert found["logits"] == found["quantize"] == f"base/config.json: {refusal}"
+
+
+def test_what_has_no_state_a_token_is_refused_whatever_its_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As diffusion_gemma and prophetnet would be, were their types not known."""
+    monkeypatch.setattr("recompile.model.stream.check_next_token", lambda config, place: None)
+    for model_type, says in (
+        ("diffusion_gemma", r"its states are not one a row and token \(\[2, 5, 64\] enters, \[2, 256, 64\] leaves\)"),
+        ("prophetnet", "has no axis of tokens; not supported"),
+    ):
+        load_script("tiny_configs").write(model_type, tmp_path / model_type)
+        with pytest.raises(UnsupportedError, match=says):
+            tiny.streamed_logits(open_checkpoint(tmp_path / model_type), torch.arange(5)[None])
 
 
 def test_a_page_numbers_its_refusals() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recompile.api.shared import PathLike, as_path
+from recompile.api.shared import PathLike, as_path, check_types
 from recompile.events import OnEvent, Progress, ignore
 from recompile.formats import COMPRESSED
 from recompile.io.sizes import size_bytes
@@ -84,6 +84,9 @@ def quantize(
     Returns a QuantizeReport (`directories`, `variants`), for GGUF a VariantsReport (`files`). Raises ArgumentError,
     FormatError, OutputError.
     """
+    calibrated = (importance and imatrix is None) or rounding is not None or stats is not None
+    if engine == "own" and (calibrated or (format != "gguf" and recipe is None)):
+        check_types(base)
     from recompile.checkpoint.module_names import Dense
     from recompile.model.rows import RowOptions
     from recompile.quantize.run import QuantizeOptions, run_quantize
@@ -165,6 +168,7 @@ def heal(
 
     Raises RecompileError, and writes nothing, where KL on rows of its own is not lower with confidence.
     """
+    check_types(build, base)
     from eval.heal import HealOptions, heal_build
     from recompile.model.devices import compute_device, compute_dtype
     from recompile.model.rows import RowOptions
@@ -210,6 +214,8 @@ def trace(
     Every prompt belongs to one role. Goes on with an interrupted run. Raises UnsupportedError for a model without a
     chat template or too large for memory.
     """
+    if url is None:
+        check_types(base)
     from eval.trace.generate import Sampling
     from eval.trace.run import TraceRequest, run_trace
 

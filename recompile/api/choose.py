@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recompile.api.shared import PathLike, as_path, shares
+from recompile.api.shared import PathLike, as_path, check_types, shares
 from recompile.events import OnEvent, ignore
 from recompile.formats import COMPRESSED
 from recompile.io.sizes import size_bytes
@@ -80,6 +80,8 @@ def profile(
     Returns the Profile (`cost(group, source)`, `header.groups`). An unfinished journal goes on. Raises ArgumentError,
     JournalError for a journal of another measurement.
     """
+    if mode != "weights" or (importance and imatrix is None):
+        check_types(reference)
     from eval.profile.exact import ProfileOptions
     from eval.profile.run import ProfileRequest, run_profile
     from recompile.model.devices import compute_device, compute_dtype

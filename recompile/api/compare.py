@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recompile.api.shared import PathLike, as_path, shares
+from recompile.api.shared import PathLike, as_path, check_types, shares
 from recompile.events import OnEvent, ignore
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def diff(
 
     Both are streamed layer by layer, and nothing is written. Raises MismatchError for builds of different models.
     """
+    check_types(candidate, reference)
     from eval.run_diff import DiffRequest, run_diff
 
     request = DiffRequest(
@@ -121,10 +122,11 @@ def diff_many(
     candidates: models, or (model, recipe) for a model with a recipe applied in memory; the other arguments are those of
     `diff`. The reference runs once. Raises MismatchError for builds of different models.
     """
+    pairs = [given if isinstance(given, tuple) else (given, None) for given in candidates]
+    check_types(*(model for model, _ in pairs), reference)
     from eval.run_diff import DiffRequest, run_diffs
 
     request = DiffRequest(recipe=None, activations=False, save_logits_a=None, **_comparing(**comparing))
-    pairs = [given if isinstance(given, tuple) else (given, None) for given in candidates]
     mixes = [(str(model), as_path(recipe)) for model, recipe in pairs]
     return run_diffs(mixes, str(reference), request, on_event or ignore)
 
@@ -166,6 +168,10 @@ def engine_diff(
     that has the engine, in place of the environment of `install_engine`
     with_torch: our own forward pass beside it
     """
+    from eval.engines.builds import ENGINES
+
+    if with_torch and engine not in ENGINES:  # GGUF files that torch does not run are compared in the engine alone
+        check_types(candidate, reference)
     from eval.engines.run import EngineRun, run_engine_diff
 
     run = EngineRun(

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
+from recompile.model.known_types import check_model_type
+
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Verb = TypeVar("Verb", bound=Callable[..., object])
 
@@ -16,6 +18,14 @@ Verb = TypeVar("Verb", bound=Callable[..., object])
 def as_path(given: PathLike | None) -> Path | None:
     """None stays None."""
     return None if given is None else Path(given)
+
+
+def check_types(*models: PathLike | None) -> None:
+    """Raise for models that cannot be run whatever else is asked, before the seconds that torch and transformers take
+    to be imported. For what is certainly run."""
+    for model in models:
+        if model is not None:
+            check_model_type(os.fspath(model))
 
 
 def shares(common: Callable[..., object]) -> Callable[[Verb], Verb]:

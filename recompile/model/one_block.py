@@ -234,8 +234,7 @@ class BlockLayout:
             self.seeded = torch.equal(after, torch.get_rng_state())
         if not self.seeded:
             raise UnsupportedError(
-                f"{type(self.model).__name__} draws other random numbers in every run (a Reformer does not where its "
-                f"config.json sets hash_seed); not supported"
+                f"{type(self.model).__name__} draws other random numbers in every run; not supported"
             )
 
 

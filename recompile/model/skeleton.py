@@ -20,6 +20,7 @@ from recompile.gguf.names import Joined
 from recompile.model.fused_experts import ExpertStacks, stack_flat_experts
 from recompile.model.joined import JoinConverter, patterned
 from recompile.model.known_fields import taken
+from recompile.model.known_types import TEXT_TABLES, check_makes_text, unknown_type
 from recompile.model.own_forward import name_of
 
 # Last parts of tensors that say how something is quantized, not what a weight is.
@@ -98,24 +99,11 @@ def _model_class(config: Mapping[str, Any], model_config: Any, place: str) -> An
     from transformers.models.auto import modeling_auto as auto
 
     model_type = model_config.model_type
-    tables = (
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    )
     makes_text: list[str] = []
-    for table in tables:
-        found = table.get(model_type, ())
+    for table in TEXT_TABLES:
+        found = getattr(auto, table).get(model_type, ())
         makes_text += [found] if isinstance(found, str) else list(found)
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{place}: model_type {model_type!r} is an encoder and a decoder; only models of one stack of layers "
-            f"can be run"
-        )
-    if not makes_text:
-        raise UnsupportedError(
-            f"{place}: transformers has no model that makes text for model_type {model_type!r}; it cannot be run"
-        )
+    check_makes_text(model_type, bool(makes_text), bool(getattr(model_config, "is_encoder_decoder", False)), place)
     named = config.get("architectures")
     wanted = [name for name in named if name in makes_text] if isinstance(named, list) else []
     for name in [*wanted, *makes_text]:
@@ -135,7 +123,7 @@ def transformers_config(config: Mapping[str, Any], place: str = "config.json") -
     if model_type is None and "gguf_architecture" in config:
         raise UnsupportedError(f"{place}: {no_table_of_names(config['gguf_architecture'])}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"{place}: model_type {model_type!r} is not one that this transformers knows")
+        raise unknown_type(model_type, place)
     config_class = CONFIG_MAPPING[model_type]
     kept = {key: _plain_floats(value) for key, value in taken(config, config_class, place).items()}
     try:

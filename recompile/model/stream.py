@@ -30,6 +30,7 @@ from recompile.formats import FORMATS
 from recompile.io.memory import release_freed
 from recompile.model.finite import FiniteWatch
 from recompile.model.fused_experts import is_flat, is_transposed
+from recompile.model.known_types import check_next_token
 from recompile.model.one_block import Block, BlockLayout, find_block, record_block
 from recompile.model.own_forward import (
     PROBE_TOKENS,
@@ -143,7 +144,9 @@ class LayeredModel:
         """
         device = torch.device(device)
         dtype = dtype or default_dtype(device)
-        model = build_skeleton(source.config, dtype, device, config_place(getattr(source, "label", "the checkpoint")))
+        place = config_place(getattr(source, "label", "the checkpoint"))
+        check_next_token(source.config, place)
+        model = build_skeleton(source.config, dtype, device, place)
         layers_name, layers = find_stack(model)
         made = cls(source, dtype, device, model, find_runner(model, layers_name), layers, layers_name)
         made.origins, left = find_origins(model, source)
