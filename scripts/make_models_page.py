@@ -54,8 +54,9 @@ read as text, tell so before torch is imported (`recompile/model/known_types.py`
   agree. With a seed it works; it has gradients in training only, so that `--mode sketch` refers to `--mode exact`.
 - idefics, which takes an image with every text; pi0, which moves a robot; gemma4_assistant and
   gemma4_unified_assistant, which draft from the keys and values of another model.
-- zaya runs, but transformers writes -1 over the last balancing bias of every router while it loads; here the stored
-  value counts.
+
+transformers writes -1 over the last balancing bias of every zaya router while it loads, whatever is stored; so does
+what runs it here. Outputs keep the stored value.
 """
 TOLERANCE = 1e-4  # of the range of the logits, in float32: sums of recurrences differ by their order
 

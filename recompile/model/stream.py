@@ -31,6 +31,7 @@ from recompile.io.memory import release_freed
 from recompile.model.finite import FiniteWatch
 from recompile.model.fused_experts import is_flat, is_transposed
 from recompile.model.known_types import check_next_token
+from recompile.model.load_writes import Written, written_while_loading
 from recompile.model.one_block import Block, BlockLayout, find_block, record_block
 from recompile.model.own_forward import (
     PROBE_TOKENS,
@@ -127,6 +128,7 @@ class LayeredModel:
     layers: nn.ModuleList
     layers_name: str
     origins: dict[str, Origin] = field(default_factory=dict)
+    written: dict[str, Written] = field(default_factory=dict)  # by transformers, over what it loads
     layouts: dict[int, Layout | BlockLayout] = field(default_factory=dict)  # by tokens of a row
     watch: FiniteWatch = field(default_factory=FiniteWatch)  # sees every state that is handed on
     loaded_from: str = ""  # label of the source that was loaded last
@@ -150,6 +152,7 @@ class LayeredModel:
         layers_name, layers = find_stack(model)
         made = cls(source, dtype, device, model, find_runner(model, layers_name), layers, layers_name)
         made.origins, left = find_origins(model, source)
+        made.written = written_while_loading(model)
         check_nothing_left(model, layers_name, len(layers), source, left, made.origins)
         if isinstance(made.structure, Block):
             made.layers, made.layers_name = nn.ModuleList([made.structure.part_of(model)]), made.structure.base
@@ -261,7 +264,10 @@ class LayeredModel:
         Of the parameter's shape, [out, in] or [in, out] of a matrix; padded formats are cut to it. Raises MismatchError
         where the shapes do not fit.
         """
-        source = source or self.source
+        value = self._stored_value(name, source or self.source)
+        return self.written[name].over(value) if name in self.written else value
+
+    def _stored_value(self, name: str, source: WeightSource) -> Tensor:
         origin = self.origins[name]
         wanted = self._shapes[name]
         if origin.converter is None:

@@ -24,6 +24,7 @@ from recompile.merge.overlay import build_overlay
 from recompile.model.stream import LayeredModel
 from recompile.quantize.lazy_variant import make_variants, spec_of
 from tests import tiny
+from tests.conftest import load_script
 from tests.stream import architectures
 
 CLOSE = 1e-5  # of the range of the logits; most are equal to the last bit
@@ -198,8 +199,6 @@ def test_types_that_cannot_be_run_are_refused_in_a_sentence(
 
 @pytest.fixture(scope="module")
 def reformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import load_script
-
     directory = tmp_path_factory.mktemp("made") / "reformer"
     load_script("tiny_configs").write("reformer", directory)
     return directory
@@ -212,6 +211,28 @@ def test_random_numbers_of_a_seed_in_the_config_are_those_of_transformers(reform
     assert torch.equal(torch.get_rng_state(), before)
     wanted = tiny.plain_logits(architectures.plain_model(reformer), ids)
     assert float((found - wanted).abs().max()) <= CLOSE * float(wanted.max() - wanted.min())
+
+
+def test_what_transformers_writes_over_a_loaded_value_is_followed(tmp_path: Path) -> None:
+    """-1 over the last balancing bias of Zaya's routers: that of the expert that is none. With another all tokens would
+    go there, or none."""
+    load_script("tiny_configs").write("zaya", tmp_path / "zaya")
+    names = [f"model.layers.{layer}.mlp.gate.balancing_biases" for layer in range(2)]
+    state = load_file(tmp_path / "zaya" / "model.safetensors")
+    for last in (5.0, -5.0):
+        biases = {name: state[name].clone() for name in names}
+        for value in biases.values():
+            value[-1] = last
+        checkpoint = edit(tmp_path / "zaya", add=biases)
+        ids = architectures.rows(2, 24)
+        model = LayeredModel.of(checkpoint, dtype=torch.float32)
+        assert [float(model.load_parameter(name)[-1]) for name in names] == [-1.0, -1.0]
+        assert [float(checkpoint.load(name)[-1]) for name in names] == [last, last]
+        for name in names:
+            assert torch.equal(model.load_parameter(name)[:-1], biases[name][:-1].float())
+        found = tiny.streamed_logits(checkpoint, ids)
+        wanted = tiny.plain_logits(architectures.plain_model(tmp_path / "zaya"), ids)
+        assert float((found - wanted).abs().max()) <= CLOSE * float(wanted.max() - wanted.min())
 
 
 def test_models_that_are_others_in_every_run_are_refused(
