@@ -82,6 +82,9 @@ def make_base(name: str, folder: Path) -> dict[str, Any]:
 
     model_type, fields = gguf_tiny.fields_of(name)
     kept = {key: fields[key] for key in gguf_tiny.EXTRA if key in fields}
+    if name in gguf_tiny.SHAPES:
+        config = trimmed({"model_type": model_type, **fields}) | gguf_tiny.STORED.get(name, {})
+        return {"config": config, "hf": gguf_tiny.SHAPES[name]}
     config = CONFIG_MAPPING[model_type](**copy.deepcopy(fields))
     kind = AutoModelForImageTextToText if "text_config" in fields else AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.bfloat16)

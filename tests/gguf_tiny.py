@@ -308,6 +308,23 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
             **QWEN_IMAGES,
         },
     ),
+    "bailingmoe": (
+        "bailing_moe",
+        {
+            **HEAD,
+            **MOE,
+            "num_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": True,
+            "rope_theta": 600000,
+            "rms_norm_eps": 1e-5,
+            "norm_head": False,
+            "norm_softmax": False,
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "hidden_act": "silu",
+        },
+    ),
     "bailingmoe2": ("sarvam_moe", {**HEAD, **GROUPED, "rope_parameters": {**QUARTER, "partial_rotary_factor": 0.5}}),
     "gpt2": ("gpt2", {**OLD, "n_positions": 256, "n_ctx": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}),
     "bloom": ("bloom", {**OLD, "n_layer": 2, "n_head": 4, "seq_length": 256}),
@@ -354,6 +371,23 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
         {**HEAD, **MOE, **WINDOW, **FOURTH, "num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True},
     ),
 }
+_LING = {
+    "input_layernorm": [64],
+    "attention.query_key_value": [128, 64],
+    "attention.dense": [64, 64],
+    "post_attention_layernorm": [64],
+    "mlp.gate": [4, 64],
+    "mlp.experts.{}.gate_proj": [4, 32, 64],
+    "mlp.experts.{}.up_proj": [4, 32, 64],
+    "mlp.experts.{}.down_proj": [4, 64, 32],
+    "mlp.shared_experts.gate_proj": [64, 64],
+    "mlp.shared_experts.up_proj": [64, 64],
+    "mlp.shared_experts.down_proj": [64, 64],
+}
+SHAPES: dict[str, dict[str, list[int]]] = {  # of what transformers has no class for
+    "bailingmoe": {f"model.layers.{n}.{leaf}.weight": shape for n in range(2) for leaf, shape in _LING.items()}
+    | {"model.word_embeddings.weight": [VOCAB, 64], "model.norm.weight": [64], "lm_head.weight": [VOCAB, 64]},
+}
 EXTRA = (
     "seq_length",
     "n_ctx",
@@ -373,6 +407,7 @@ STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it (N
         "num_shared_experts": 1,
         "score_function": "sigmoid",
     },
+    "bailingmoe": {"architectures": ["BailingMoeForCausalLM"]},
     "llama of internlm 3": {"architectures": ["InternLM3ForCausalLM"]},
     "llama of iquestcoder": {"architectures": ["IQuestCoderForCausalLM"]},
     "llama in llava": {"text_config": {"architectures": ["LlamaForCausalLM"]}},

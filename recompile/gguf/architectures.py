@@ -137,6 +137,7 @@ _GPT_NEOX = {
     "ffn_up": "mlp.dense_h_to_4h",
     "ffn_down": "mlp.dense_4h_to_h",
 }
+_BAILING_OUTER = OUTER | {"token_embd": "model.word_embeddings"}
 _QKV = {"attn_qkv.weight": ("qkv_groups",), "attn_qkv.bias": ("qkv_groups",)}
 
 
@@ -147,8 +148,8 @@ class Fused:
     hf:    its name within the layer, with its part where it has one
     parts: the GGUF tensors within the layer, in order
     how:   "rows" one after another, "alternate" row by row, both also "_turned" ([in, out] in Hugging Face); "wide_in",
-           "wide_out": rows, turned or not; "kv_b", "qkvz": see `recompile.gguf.values`. Tensors of experts are split
-           expert by expert
+           "wide_out": rows, turned or not; "qkv", "kv_b", "qkvz": see `recompile.gguf.values`. Tensors of experts are
+           split expert by expert
     """
 
     hf: str
@@ -678,7 +679,28 @@ ARCHITECTURES: dict[str, Architecture] = {
             | _ROUTER
             | _NEXTN,
             {"exp_probs_b.bias": "mlp.gate.expert_bias"},
-            outer=OUTER | {"token_embd": "model.word_embeddings"},
+            outer=_BAILING_OUTER,
+        ),
+        Architecture(
+            "bailingmoe",
+            ("bailing_moe",),
+            {
+                "attn_norm": "input_layernorm",
+                "attn_q": "attention.q_proj",
+                "attn_k": "attention.k_proj",
+                "attn_v": "attention.v_proj",
+                "attn_output": "attention.dense",
+            }
+            | _PRE_NORM
+            | _EXPERTS
+            | _SHARED_EXPERTS
+            | _ROUTER,
+            outer=_BAILING_OUTER,
+            steps={"attn_q.weight": ("query_pairs",), "attn_k.weight": ("key_pairs",)},
+            fused=(
+                Fused("attention.query_key_value.weight", ("attn_q.weight", "attn_k.weight", "attn_v.weight"), "qkv"),
+            ),
+            read_as="granitemoeshared",
         ),
     )
 }
@@ -701,6 +723,13 @@ VARIANTS: dict[str, Architecture] = {
         _ATTENTION | _PRE_NORM | _GRANITE_SHARED,
         permuted=True,
         fused=_GRANITE_SHARED_FUSED,
+    ),
+    "file of the first Ling": Architecture(  # transformers has no such class; Granite's computes the same
+        "bailingmoe",
+        ("granitemoeshared",),
+        _ATTENTION | _PRE_NORM | _GRANITE_MOE,
+        permuted=True,
+        fused=_GRANITE_FUSED,
     ),
 }
 

@@ -119,6 +119,8 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
             "num_local_experts": experts,
             "num_experts_per_tok": keys.need("expert_used_count"),
         }
+    elif known.name == "bailingmoe":
+        notes += _add_first_ling(keys, config)
     else:
         _add_special(keys, config, layers)
     return config, notes
@@ -220,6 +222,23 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["original_max_position_embeddings"] = (
             config["original_max_position_embeddings"] or config["max_position_embeddings"]
         )
+
+
+def _add_first_ling(keys: _Keys, config: dict[str, Any]) -> list[str]:
+    """As Granite's class with shared experts, whose softmax over the chosen experts is Ling's normalized one; notes
+    where it computes something else."""
+    count = config["num_shared_experts"]
+    if not config["norm_topk_prob"] or config["first_k_dense_replace"] or not count:
+        config.pop("model_type", None)
+        said = "normalizes the weights of experts, has shared ones, and no layers without"
+        return [f"{keys.file.label}: transformers computes a Ling only that {said}; this one cannot be run"]
+    config |= {
+        "num_local_experts": config["num_experts"],
+        "intermediate_size": config["moe_intermediate_size"],
+        "shared_intermediate_size": config["moe_intermediate_size"] * count,
+        "attention_multiplier": config["head_dim"] ** -0.5,
+    }
+    return []
 
 
 def _add_olmo3(keys: _Keys, config: dict[str, Any], layers: int) -> None:

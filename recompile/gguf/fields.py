@@ -109,6 +109,13 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     "glm-dsa": (*_GROUPED, *_LATENT, *_INDEXER, _NEXTN),
     "dots1": _GROUPED,
     "bailingmoe2": (*_GROUPED, _NEXTN),
+    "bailingmoe": (
+        *_experts(),
+        _EXPERT_SIZE,
+        Field("leading_dense_block_count", "first_k_dense_replace", default=0),
+        Field("expert_shared_count", "num_shared_experts", default=0),
+        Field("expert_weights_norm", "norm_topk_prob", "bool", False),
+    ),
     "llama4": (
         *_experts("num_local_experts"),
         Field("interleave_moe_layer_step", "interleave_moe_layer_step"),
@@ -268,6 +275,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "gptneox": {"attention_bias": True},
     "falcon": {"parallel_attn": True, "alibi": False, "bias": False},
     "ernie4_5-moe": {"use_bias": False},
+    "bailingmoe": {"norm_head": False, "norm_softmax": False},
     "deepseek2": {"attention_bias": False},
     "deepseek32": {"attention_bias": False},
     "glm-dsa": {"attention_bias": False},

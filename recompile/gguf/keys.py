@@ -183,6 +183,8 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values.setdefault("use_parallel_residual", (arch == "gptneox", "bool"))
     if arch == "bailingmoe2":
         _add_bailing(config, values)
+    if arch == "bailingmoe":
+        values["expert_weights_scale"] = (1.0, "f32")
     if arch in ("gpt2", "gptneox"):
         del values["attention.head_count_kv"]  # as many as of queries, without being told
     if arch == "falcon":
@@ -300,8 +302,8 @@ def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> No
 def _add_bailing(config: Mapping[str, Any], values: Values) -> None:
     if not config.get("use_qk_norm"):
         raise UnsupportedError(
-            "config.json: has no use_qk_norm, as the first Ling models; GGUF names are known here of those that "
-            "normalize queries and keys. Use llama.cpp's own converter"
+            "config.json: has no use_qk_norm; GGUF names are known here of Ling 2, which normalizes queries and keys. "
+            "Use llama.cpp's own converter"
         )
     shared = int(_need(config, "moe_intermediate_size")) * int(values.get("expert_shared_count", (0, ""))[0])
     values["expert_shared_feed_forward_length"] = (shared, "u32")

@@ -260,6 +260,8 @@ def _variant_of(row: Architecture, text: Mapping[str, Any]) -> Architecture:
     """The row by which a model of this config is written, of several of its type."""
     if row.name == "nemotron_h":
         return ARCHITECTURES["nemotron_h_moe"] if "moe" in kinds_of_layers(text) else row
+    if row.name == "bailingmoe2" and text.get("model_type") == "bailing_moe" and not text.get("use_qk_norm"):
+        return ARCHITECTURES["bailingmoe"]
     if row.name != "granitehybrid":
         return row
     experts = bool(text.get("num_local_experts"))
@@ -273,7 +275,7 @@ def architecture_in(name: Any, tensors: Iterable[str]) -> Architecture | None:
     row = ARCHITECTURES.get(str(name))
     if row is not None and row.name == "granitehybrid" and not any(".ffn_gate_inp." in tensor for tensor in tensors):
         return VARIANTS["granitehybrid without experts"]
-    return row
+    return VARIANTS["file of the first Ling"] if row is not None and row.name == "bailingmoe" else row
 
 
 _KINDS = {"M": "linear_attention", "mamba": "linear_attention", "*": "full_attention", "attention": "full_attention"}

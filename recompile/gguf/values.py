@@ -64,6 +64,16 @@ def row_order(rows: int, heads: int, *, back: bool) -> list[int]:
     return order
 
 
+def _qkv_rows(heads: Heads, rows: int) -> tuple[int, int, int]:
+    """How many of fused rows are queries, keys and values, one after another. Raises UnsupportedError where they are
+    not whole heads."""
+    count = heads.query + 2 * heads.key
+    if rows % count:
+        raise UnsupportedError(f"{rows} rows are not those of {heads.query} queries and {heads.key} keys and values")
+    size = rows // count
+    return heads.query * size, heads.key * size, heads.key * size
+
+
 def _qkv_order(heads: Heads, rows: int, *, back: bool) -> list[int]:
     """Rows of fused queries, keys and values: Hugging Face has for each key head its queries, its key and its value,
     GGUF all queries, all keys, all values. Raises UnsupportedError where the rows are not whole heads."""
@@ -164,6 +174,12 @@ def make_step(name: str, heads: Heads) -> Step:
             lambda value: value[_qkv_order(heads, value.shape[0], back=False)],
             lambda value: value[_qkv_order(heads, value.shape[0], back=True)],
         )
+    if name in ("query_pairs", "key_pairs"):  # of a fused tensor, in place of an architecture that is `permuted`
+        count = heads.query if name == "query_pairs" else heads.key
+        return Step(
+            lambda value: value[row_order(value.shape[0], count, back=False)],
+            lambda value: value[row_order(value.shape[0], count, back=True)],
+        )
     if name == "value_rows":
         return _reorder_values(heads, heads.head_value)
     if name == "value_columns":
@@ -195,6 +211,8 @@ def split_one(how: str, value: Tensor, part: int, count: int, heads: Heads) -> T
     if how == "kv_b":  # [heads * (nope + value), rank]: keys are kept transposed, head by head
         whole = value.reshape(heads.query, heads.nope + heads.value, -1)
         return whole[:, : heads.nope].transpose(1, 2) if part == 0 else whole[:, heads.nope :]
+    if how == "qkv":
+        return value.split(_qkv_rows(heads, value.shape[0]))[part]
     if how == "qkvz":  # for each key head its q, k, v and z rows -> all q, all k, all v; z apart
         kept = _qkvz_parts(value, heads)
         rows = kept[3:] if part else kept[:3]

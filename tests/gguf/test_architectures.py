@@ -157,6 +157,8 @@ def test_names_are_those_of_the_gguf_package() -> None:
         ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0, and llama.cpp computes gemma3"),
         ("deepseek2", {"attention_bias": True}, "attention_bias is True, and llama.cpp computes deepseek2"),
         ("ernie4_5-moe", {"use_bias": True}, "use_bias is True, and llama.cpp computes ernie4_5-moe with False"),
+        ("bailingmoe", {"norm_head": True}, "norm_head is True, and llama.cpp computes bailingmoe with False"),
+        ("bailingmoe2", {"use_qk_norm": False}, "has no use_qk_norm"),
         ("granitehybrid", {"position_embedding_type": "rope"}, "is rope, and llama.cpp computes granitehybrid"),
         ("nemotron_h_moe", {"hybrid_override_pattern": "ME*-"}, "llama.cpp knows one kind"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type 'dynamic' has no"),
@@ -166,6 +168,18 @@ def test_what_the_engine_would_compute_otherwise_is_refused(name: str, change: d
     config = {**golden()[name]["config"], **change}
     with pytest.raises(UnsupportedError, match=message):
         model_records(ARCHITECTURES[golden()[name]["architecture"]], config, "x")
+
+
+def test_a_first_ling_that_no_class_of_transformers_computes_says_so(tmp_path: Path) -> None:
+    """Its shares of experts are not normalized; its file can be merged and quantized all the same."""
+    entry = json.loads(json.dumps(golden()["bailingmoe"]))
+    entry["config"]["norm_topk_prob"] = False
+    file = ours(tmp_path, entry)
+    assert file.value("bailingmoe.expert_weights_norm") is False
+    checkpoint = open_checkpoint(file.path)
+    assert "model_type" not in checkpoint.config
+    (note,) = checkpoint.notes
+    assert "normalizes the weights of experts" in note
 
 
 def test_a_tensor_without_a_name_is_named(tmp_path: Path) -> None:
