@@ -340,6 +340,10 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_ln_in_parallel_attn": 1,
         },
     ),
+    "falcon of two norms": (
+        "falcon",
+        {**OLD, "max_position_embeddings": 2048, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
     "llama in llava": (
         "llava",
         {

@@ -137,6 +137,10 @@ _GPT_NEOX = {
     "ffn_up": "mlp.dense_h_to_4h",
     "ffn_down": "mlp.dense_4h_to_h",
 }
+_FALCON_LAYER = {leaf: there for leaf, there in _GPT_NEOX.items() if leaf != "ffn_norm"} | {
+    "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense",
+}
 _BAILING_OUTER = OUTER | {"token_embd": "model.word_embeddings"}
 _QKV = {"attn_qkv.weight": ("qkv_groups",), "attn_qkv.bias": ("qkv_groups",)}
 
@@ -655,8 +659,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             "falcon",
             ("falcon",),
-            {leaf: there for leaf, there in _GPT_NEOX.items() if leaf != "ffn_norm"}
-            | {"attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"},
+            _FALCON_LAYER,
             outer=_FALCON,
             layers="transformer.h",
             steps=_QKV,
@@ -723,6 +726,14 @@ VARIANTS: dict[str, Architecture] = {
         _ATTENTION | _PRE_NORM | _GRANITE_SHARED,
         permuted=True,
         fused=_GRANITE_SHARED_FUSED,
+    ),
+    "falcon of two norms": Architecture(  # 40B and 180B: one before attention, one before the feed-forward maps
+        "falcon",
+        ("falcon",),
+        _FALCON_LAYER | {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
+        outer=_FALCON,
+        layers="transformer.h",
+        steps=_QKV,
     ),
     "file of the first Ling": Architecture(  # transformers has no such class; Granite's computes the same
         "bailingmoe",

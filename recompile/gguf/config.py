@@ -213,7 +213,8 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
     elif arch == "falcon":
         heads = config["num_key_value_heads"]
         grouped = {"num_kv_heads": heads, "multi_query": heads == 1, "new_decoder_architecture": heads > 1}
-        config |= {**grouped, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": config["intermediate_size"]}
+        norms = 2 if keys.in_any_layer("attn_norm_2.weight", layers) else 1
+        config |= {**grouped, "num_ln_in_parallel_attn": norms, "ffn_hidden_size": config["intermediate_size"]}
         del config["head_dim"]
     elif arch == "starcoder2":
         config |= {"use_bias": config["attention_bias"], "sliding_window": None}

@@ -262,6 +262,12 @@ def _variant_of(row: Architecture, text: Mapping[str, Any]) -> Architecture:
         return ARCHITECTURES["nemotron_h_moe"] if "moe" in kinds_of_layers(text) else row
     if row.name == "bailingmoe2" and text.get("model_type") == "bailing_moe" and not text.get("use_qk_norm"):
         return ARCHITECTURES["bailingmoe"]
+    if (
+        row.name == "falcon"
+        and text.get("new_decoder_architecture")
+        and text.get("num_ln_in_parallel_attn") in (None, 2)
+    ):
+        return VARIANTS["falcon of two norms"]
     if row.name != "granitehybrid":
         return row
     experts = bool(text.get("num_local_experts"))
@@ -275,6 +281,8 @@ def architecture_in(name: Any, tensors: Iterable[str]) -> Architecture | None:
     row = ARCHITECTURES.get(str(name))
     if row is not None and row.name == "granitehybrid" and not any(".ffn_gate_inp." in tensor for tensor in tensors):
         return VARIANTS["granitehybrid without experts"]
+    if row is not None and row.name == "falcon" and any(".attn_norm_2." in tensor for tensor in tensors):
+        return VARIANTS["falcon of two norms"]
     return VARIANTS["file of the first Ling"] if row is not None and row.name == "bailingmoe" else row
 
 
