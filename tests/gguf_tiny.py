@@ -144,6 +144,7 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4": ("glm4", HEAD),
+    "chatglm": ("glm", {**HEAD, "rms_norm_eps": 1e-5, "rope_parameters": {**QUARTER, "partial_rotary_factor": 0.5}}),
     "glm4 in glm4v": (
         "glm4v",
         {"text_config": {**COMMON, **GLM_SECTIONS}, "vision_config": GLM_VISION, **GLM_IMAGES},
@@ -236,6 +237,24 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "command-r": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {**WINDOW, **FOURTH, "tie_word_embeddings": True, "logit_scale": 0.25, "rotary_pct": 1.0}),
+    "cohere2moe": (
+        "cohere2_moe",
+        {
+            **HEAD,
+            **WINDOW,
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+            "tie_word_embeddings": True,
+            "logit_scale": 0.25,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 32,
+            "prefix_dense_intermediate_size": 96,
+            "num_shared_experts": 1,
+            "expert_selection_fn": "sigmoid",
+        },
+    ),
     "ernie4_5": ("ernie4_5", HEAD),
     "ernie4_5-moe": (
         "ernie4_5_moe",
@@ -411,6 +430,7 @@ STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it (N
         "num_shared_experts": 1,
         "score_function": "sigmoid",
     },
+    "chatglm": {"seq_length": 256},  # the converter takes the width of the states for it otherwise
     "bailingmoe": {"architectures": ["BailingMoeForCausalLM"]},
     "llama of internlm 3": {"architectures": ["InternLM3ForCausalLM"]},
     "llama of iquestcoder": {"architectures": ["IQuestCoderForCausalLM"]},

@@ -383,6 +383,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             steps={f"{leaf}.{part}": ("halves",) for leaf in ("attn_q", "attn_k") for part in ("weight", "bias")},
         ),
         Architecture(
+            "chatglm",
+            ("glm",),
+            _ATTENTION | _PRE_NORM | {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
+        ),
+        Architecture(
             "glm4moe",
             ("glm4_moe", "glm4v_moe_text", "glm4v_moe", "solar_open"),
             _ATTENTION | _QK_NORMS | _POST_ATTENTION_NORM | _MLP | _EXPERTS | _SHARED_EXPERTS | _ROUTER | _NEXTN,
@@ -508,6 +513,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture("command-r", ("cohere",), _ATTENTION | _QK_NORMS | _MLP),
         Architecture("cohere2", ("cohere2",), _ATTENTION | _MLP),
+        Architecture("cohere2moe", ("cohere2_moe",), _ATTENTION | _MLP | _EXPERTS | _SHARED_EXPERTS | _ROUTER),
         Architecture("ernie4_5", ("ernie4_5",), _ATTENTION | _PRE_NORM | _MLP),
         Architecture(
             "ernie4_5-moe",

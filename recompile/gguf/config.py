@@ -184,6 +184,8 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["model_type"] = "granitemoeshared"
     elif arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe"):
         _add_state_space(keys, config, layers)
+    elif arch == "cohere2moe":
+        _add_cohere2_moe(keys, config, layers)
     elif arch == "command-r":
         config["use_qk_norm"] = keys.in_any_layer("attn_q_norm.weight", layers)
     elif arch == "ernie4_5-moe":
@@ -211,11 +213,7 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
     elif arch == "gpt2":
         config["n_inner"] = config["intermediate_size"]
     elif arch == "falcon":
-        heads = config["num_key_value_heads"]
-        grouped = {"num_kv_heads": heads, "multi_query": heads == 1, "new_decoder_architecture": heads > 1}
-        norms = 2 if keys.in_any_layer("attn_norm_2.weight", layers) else 1
-        config |= {**grouped, "num_ln_in_parallel_attn": norms, "ffn_hidden_size": config["intermediate_size"]}
-        del config["head_dim"]
+        _add_falcon(keys, config, layers)
     elif arch == "starcoder2":
         config |= {"use_bias": config["attention_bias"], "sliding_window": None}
     elif arch == "phi3":
@@ -240,6 +238,24 @@ def _add_first_ling(keys: _Keys, config: dict[str, Any]) -> list[str]:
         "attention_multiplier": config["head_dim"] ** -0.5,
     }
     return []
+
+
+def _add_falcon(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    heads = config["num_key_value_heads"]
+    grouped = {"num_kv_heads": heads, "multi_query": heads == 1, "new_decoder_architecture": heads > 1}
+    norms = 2 if keys.in_any_layer("attn_norm_2.weight", layers) else 1
+    config |= {**grouped, "num_ln_in_parallel_attn": norms, "ffn_hidden_size": config["intermediate_size"]}
+    del config["head_dim"]
+
+
+def _add_cohere2_moe(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    dense = config["first_k_dense_replace"]
+    config |= {
+        "prefix_dense_intermediate_size": keys.need("feed_forward_length"),
+        "layer_types": _pattern(keys, layers, 4),
+        "mlp_layer_types": ["dense" if number < dense else "sparse" for number in range(layers)],
+        "expert_selection_fn": "sigmoid" if keys.get("expert_gating_func") == SIGMOID else "softmax",
+    }
 
 
 def _add_olmo3(keys: _Keys, config: dict[str, Any], layers: int) -> None:

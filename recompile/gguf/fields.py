@@ -154,6 +154,15 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     ),
     "command-r": (_LOGIT_SCALE,),
     "cohere2": (_LOGIT_SCALE, _WINDOW),
+    "cohere2moe": (
+        _LOGIT_SCALE,
+        _WINDOW,
+        *_experts(),
+        Field("expert_feed_forward_length", "intermediate_size"),
+        Field("leading_dense_block_count", "first_k_dense_replace", default=0),
+        Field("expert_shared_count", "num_shared_experts", default=0),
+        Field("expert_weights_norm", "norm_topk_prob", "bool", False),
+    ),
     "ernie4_5-moe": (
         *_experts("moe_num_experts", "moe_k"),
         _EXPERT_SIZE,
@@ -220,6 +229,7 @@ UNGROUPED = frozenset({"gpt2", "bloom", "gpt_neox"})
 EPSILON: dict[str, tuple[str, str]] = {
     "command-r": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "cohere2": ("attention.layer_norm_epsilon", "layer_norm_eps"),
+    "cohere2moe": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "starcoder2": ("attention.layer_norm_epsilon", "norm_epsilon"),
     "stablelm": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "phi2": ("attention.layer_norm_epsilon", "layer_norm_eps"),
@@ -240,6 +250,7 @@ RMS_EPSILON = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 # Architectures that turn only some columns of a head; how many is in `rope.dimension_count`.
 PARTIAL_ROTARY = frozenset(
     (
+        "chatglm",
         "glm4",
         "glm4moe",
         "minimax-m2",
@@ -255,7 +266,7 @@ PARTIAL_ROTARY = frozenset(
     )
 )
 EXPERT_SIZES = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})  # old files lack them
-SIGMOID = 2  # expert_gating_func
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe", "bailingmoe2", "exaone-moe"})
 LLAMA4_CHUNK = 8192
 MAVERICK_EXPERTS = 128  # Llama 4 normalizes queries and keys, but for the model of 128 experts
@@ -275,6 +286,11 @@ FIXED: dict[str, dict[str, Any]] = {
     "gptneox": {"attention_bias": True},
     "falcon": {"parallel_attn": True, "alibi": False, "bias": False},
     "ernie4_5-moe": {"use_bias": False},
+    "cohere2moe": {
+        "rms_norm_eps": None,
+        "shared_expert_combination_strategy": "average",
+        "prefix_dense_sliding_window_pattern": 1,  # the first layers, without experts, turn whatever they see
+    },
     "bailingmoe": {"norm_head": False, "norm_softmax": False},
     "deepseek2": {"attention_bias": False},
     "deepseek32": {"attention_bias": False},

@@ -18,6 +18,7 @@ from recompile.gguf.fields import (
     RMS_EPSILON,
     SIGMOID,
     SIGMOID_ROUTERS,
+    SOFTMAX,
     constants,
     every,
 )
@@ -181,10 +182,8 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
             values["n_deepstack_layers"] = (config.get("deepstack_layers") or 0, "u32")
     if arch in ("stablelm", "gptneox"):  # what transformers does without being told
         values.setdefault("use_parallel_residual", (arch == "gptneox", "bool"))
-    if arch == "bailingmoe2":
-        _add_bailing(config, values)
-    if arch == "bailingmoe":
-        values["expert_weights_scale"] = (1.0, "f32")
+    if arch in ("bailingmoe", "bailingmoe2"):
+        _add_bailing(arch, config, values)
     if arch in ("gpt2", "gptneox"):
         del values["attention.head_count_kv"]  # as many as of queries, without being told
     if arch == "falcon":
@@ -203,7 +202,9 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
             f"config.json: use_qk_norm is {config.get('use_qk_norm')} with {config['num_local_experts']} experts; "
             f"llama.cpp normalizes queries and keys unless there are {MAVERICK_EXPERTS}"
         )
-    if arch in ("command-r", "cohere2", "nemotron", "exaone-moe"):
+    if arch == "cohere2moe":
+        _add_cohere2_moe(config, values)
+    if arch in ("command-r", "cohere2", "cohere2moe", "nemotron", "exaone-moe"):
         values["rope.scaling.type"] = ("none", "string")
     if arch == "ernie4_5-moe" and config.get("moe_num_shared_experts"):
         shared = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
@@ -239,6 +240,22 @@ def _add_windows(arch: str, config: Mapping[str, Any], values: Values, types: li
     local = local or config.get("rope_local_base_freq")
     if local:
         values["rope.freq_base_swa"] = (local, "f32")
+
+
+def _add_cohere2_moe(config: Mapping[str, Any], values: Values) -> None:
+    size, shared = int(_need(config, "intermediate_size")), values.pop("expert_shared_count", (0, ""))[0]
+    if shared:
+        values |= {
+            "expert_shared_count": (shared, "u32"),
+            "expert_shared_feed_forward_length": (size * shared, "u32"),
+        }
+    values["feed_forward_length"] = (config.get("prefix_dense_intermediate_size") or size, "u32")
+    local = [kind == "sliding_attention" for kind in _need(config, "layer_types")]
+    values["attention.sliding_window_pattern"] = (local, "bool")
+    values["expert_gating_func"] = (SIGMOID if config.get("expert_selection_fn") == "sigmoid" else SOFTMAX, "u32")
+    dense = _check_dense_first(config)
+    if dense is not None:
+        values["leading_dense_block_count"] = (dense, "u32")
 
 
 def _add_exaone_moe(config: Mapping[str, Any], values: Values) -> None:
@@ -299,7 +316,10 @@ def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> No
     values["feed_forward_length"] = ([rows if kind == fed else 0 for kind in kinds], "i32")
 
 
-def _add_bailing(config: Mapping[str, Any], values: Values) -> None:
+def _add_bailing(arch: str, config: Mapping[str, Any], values: Values) -> None:
+    if arch == "bailingmoe":
+        values["expert_weights_scale"] = (1.0, "f32")
+        return
     if not config.get("use_qk_norm"):
         raise UnsupportedError(
             "config.json: has no use_qk_norm; GGUF names are known here of Ling 2, which normalizes queries and keys. "
@@ -368,7 +388,7 @@ def _add_latent(arch: str, config: Mapping[str, Any], values: Values) -> None:
         "rope.dimension_count": (turned, "u32"),
     }
     if "expert_gating_func" not in values:
-        values["expert_gating_func"] = (1 if config.get("model_type") == "deepseek_v2" else SIGMOID, "u32")
+        values["expert_gating_func"] = (SOFTMAX if config.get("model_type") == "deepseek_v2" else SIGMOID, "u32")
     if config.get("topk_method") == "greedy":  # groups that the config has and the model does not use
         values |= {"expert_group_count": (1, "u32"), "expert_group_used_count": (1, "u32")}
     dense = _check_dense_first(config)

@@ -31,6 +31,7 @@ JUDGED = ("llama", "qwen3moe", "glm4moe", "gpt-oss", "deepseek2")
 # What the pinned build of the engine has not, or computes otherwise than transformers.
 NOT_IN_ENGINE = {
     "deepseek32": "not known to it",
+    "cohere2moe": "not known to it",
     "glm-dsa": "computed without its sparse attention",
     "deepseek2 of version 2": "wants 27 or 60 layers",
     "dots1": "wants as many heads of keys as of queries",
