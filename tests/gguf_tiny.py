@@ -235,6 +235,19 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["mamba", "moe", "attention", "moe"],
         },
     ),
+    "jamba": (
+        "jamba",
+        {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 4,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_dt_rank": 32,
+        },
+    ),
     "command-r": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {**WINDOW, **FOURTH, "tie_word_embeddings": True, "logit_scale": 0.25, "rotary_pct": 1.0}),
     "cohere2moe": (

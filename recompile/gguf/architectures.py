@@ -115,6 +115,23 @@ _GRANITE_STATE = {  # Mamba 2 beside attention
     "ssm_out": "mamba.out_proj",
 }
 _GRANITE_STATE_TENSORS = {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias"}
+_JAMBA = {  # Mamba 1 beside attention
+    **_ATTENTION,
+    "ssm_in": "mamba.in_proj",
+    "ssm_conv1d": "mamba.conv1d",
+    "ssm_x": "mamba.x_proj",
+    "ssm_dt": "mamba.dt_proj",
+    "ssm_dt_norm": "mamba.dt_layernorm",
+    "ssm_b_norm": "mamba.b_layernorm",
+    "ssm_c_norm": "mamba.c_layernorm",
+    "ssm_out": "mamba.out_proj",
+    "ffn_norm": "pre_ff_layernorm",
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+    "ffn_gate_inp": "feed_forward.router",
+    **_experts("feed_forward.experts"),
+}
 _NEMOTRON_H = {  # every layer is one block, called a mixer whatever it is
     "attn_norm": "norm",
     "attn_q": "mixer.q_proj",
@@ -510,6 +527,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             layers="backbone.layers",
             permuted=True,
             steps=_STATE_STEPS,
+        ),
+        Architecture(
+            "jamba",
+            ("jamba",),
+            _JAMBA,
+            {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D"},
+            outer=OUTER | {"output_norm": "model.final_layernorm"},
+            steps={"ssm_a": ("neg_exp",), "ssm_conv1d.weight": ("conv",)},
         ),
         Architecture("command-r", ("cohere",), _ATTENTION | _QK_NORMS | _MLP),
         Architecture("cohere2", ("cohere2",), _ATTENTION | _MLP),

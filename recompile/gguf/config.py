@@ -121,6 +121,8 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
         }
     elif known.name == "bailingmoe":
         notes += _add_first_ling(keys, config)
+    elif known.name == "jamba":
+        notes += _add_jamba(keys, config, layers)
     else:
         _add_special(keys, config, layers)
     return config, notes
@@ -237,6 +239,26 @@ def _add_first_ling(keys: _Keys, config: dict[str, Any]) -> list[str]:
         "shared_intermediate_size": config["moe_intermediate_size"] * count,
         "attention_multiplier": config["head_dim"] ** -0.5,
     }
+    return []
+
+
+def _add_jamba(keys: _Keys, config: dict[str, Any], layers: int) -> list[str]:
+    """Mamba 1 beside attention; which layers have attention and experts, as transformers' config says it."""
+    config |= {
+        "mamba_expand": keys.need("ssm.inner_size") // config["hidden_size"],
+        "mamba_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
+        "mamba_proj_bias": keys.in_any_layer("ssm_in.bias", layers),
+    }
+    for name, leaf in (("attn", "attn_q.weight"), ("expert", "ffn_gate_inp.weight")):
+        there = [number for number in range(layers) if keys.has(f"blk.{number}.{leaf}")]
+        offset = there[0] if there else 0
+        period = there[1] - offset if len(there) > 1 else layers
+        if (there or name == "attn") and there != [n for n in range(layers) if n % period == offset]:
+            config.pop("model_type", None)
+            return [f"{keys.file.label}: has {leaf} in no regular layers, as transformers' Jamba wants them"]
+        config |= {f"{name}_layer_period": period, f"{name}_layer_offset": offset}
+        if not there:
+            config["num_experts"] = 1
     return []
 
 

@@ -152,6 +152,12 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("expert_group_used_count", "topk_group", default=1),
         Field("moe_latent_size", "moe_latent_size", default=None),
     ),
+    "jamba": (
+        *_experts(),
+        Field("ssm.conv_kernel", "mamba_d_conv"),
+        Field("ssm.state_size", "mamba_d_state"),
+        Field("ssm.time_step_rank", "mamba_dt_rank"),
+    ),
     "command-r": (_LOGIT_SCALE,),
     "cohere2": (_LOGIT_SCALE, _WINDOW),
     "cohere2moe": (

@@ -223,7 +223,7 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["feed_forward_length"] = (_lfm2_size(config), "u32")
     if arch in ("granite", "granitemoe") and config.get("model_type") == "granitemoehybrid":
         _add_granite(arch, config, values)
-    if arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe"):
+    if arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe", "jamba"):
         _add_state_space(arch, config, values)
     if arch == "phi3":
         values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
@@ -289,7 +289,10 @@ def _add_granite(arch: str, config: Mapping[str, Any], values: Values) -> None:
 
 
 def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> None:
-    """Mamba 2 beside attention. The engine tells layers apart by their numbers of key heads and feed-forward rows."""
+    """Mamba beside attention. The engine tells layers apart by their numbers of key heads and feed-forward rows."""
+    if arch == "jamba":
+        _add_jamba(config, values)
+        return
     kinds = kinds_of_layers(config)
     keys, rows = values["attention.head_count_kv"][0], values["feed_forward_length"][0]
     values |= {
@@ -314,6 +317,17 @@ def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> No
         if "mlp" in kinds:
             raise UnsupportedError("config.json: has layers of experts and others without; llama.cpp knows one kind")
     values["feed_forward_length"] = ([rows if kind == fed else 0 for kind in kinds], "i32")
+
+
+def _add_jamba(config: Mapping[str, Any], values: Values) -> None:
+    """Mamba 1 beside attention, which stands in every so manyth layer."""
+    keys, hidden, layers = values["attention.head_count_kv"][0], int(config["hidden_size"]), values["block_count"][0]
+    period, offset = int(_need(config, "attn_layer_period")), int(_need(config, "attn_layer_offset"))
+    attends = [number % period == offset for number in range(layers)]
+    values["attention.head_count_kv"] = ([keys if there else 0 for there in attends], "i32")
+    values["ssm.inner_size"] = (int(_need(config, "mamba_expand")) * hidden, "u32")
+    if config.get("mamba_dt_rank") == "auto":
+        values["ssm.time_step_rank"] = (-(-hidden // 16), "u32")
 
 
 def _add_bailing(arch: str, config: Mapping[str, Any], values: Values) -> None:
