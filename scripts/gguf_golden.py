@@ -93,6 +93,7 @@ def make_base(name: str, folder: Path) -> dict[str, Any]:
     shapes: dict[str, list[int]] = {}
     for tensor, info in found.items():
         match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", tensor)
+        tensor = tensor.replace(*gguf_tiny.RENAMED.get(name, ("", "")))
         template = f"{match[1]}.{{}}.{match[3]}" if match else tensor
         count = max(int(match[2]) + 1, shapes.get(template, [0])[0]) if match else 0
         shapes[template] = [count, *info.shape] if match else list(info.shape)

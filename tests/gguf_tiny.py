@@ -248,6 +248,24 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 32,
         },
     ),
+    "kimi-linear": (
+        "kimi_linear",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "first_k_dense_replace": 1,
+            "linear_attn_config": {
+                "head_dim": 16,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+                "full_attn_layers": [2],
+                "kda_layers": [1, 3],
+            },
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+        },
+    ),
     "command-r": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {**WINDOW, **FOURTH, "tie_word_embeddings": True, "logit_scale": 0.25, "rotary_pct": 1.0}),
     "cohere2moe": (
@@ -443,6 +461,24 @@ STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it (N
         "num_shared_experts": 1,
         "score_function": "sigmoid",
     },
+    "kimi-linear": {
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "num_expert_group": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "model_max_length": 256,
+        "first_k_dense_replace": 1,
+        "linear_attn_config": {
+            "head_dim": 16,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+            "full_attn_layers": [2],
+            "kda_layers": [1, 3],
+        },
+    }
+    | dict.fromkeys(("mlp_layer_types", "layer_types")),
     "chatglm": {"seq_length": 256},  # the converter takes the width of the states for it otherwise
     "bailingmoe": {"architectures": ["BailingMoeForCausalLM"]},
     "llama of internlm 3": {"architectures": ["InternLM3ForCausalLM"]},
@@ -486,6 +522,10 @@ STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it (N
 TURNED = {
     "qwen3vlmoe": ("experts.gate_up_proj", "experts.down_proj")
 }  # in published files, not in those of transformers 5
+
+RENAMED = {  # transformers writes the first layer's maps, which are no experts, under the name of the others
+    "kimi-linear": ("layers.0.block_sparse_moe.", "layers.0.mlp.")
+}
 
 
 def fields_of(name: str) -> tuple[str, dict[str, Any]]:

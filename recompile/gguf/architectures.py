@@ -132,6 +132,19 @@ _JAMBA = {  # Mamba 1 beside attention
     "ffn_gate_inp": "feed_forward.router",
     **_experts("feed_forward.experts"),
 }
+_KIMI = {  # delta attention beside latent attention
+    **_ATTENTION,
+    **_LATENT,
+    "ssm_conv1d_q": "self_attn.q_conv1d",
+    "ssm_conv1d_k": "self_attn.k_conv1d",
+    "ssm_conv1d_v": "self_attn.v_conv1d",
+    "ssm_f_a": "self_attn.f_a_proj",
+    "ssm_f_b": "self_attn.f_b_proj",
+    "ssm_g_a": "self_attn.g_a_proj",
+    "ssm_g_b": "self_attn.g_b_proj",
+    "ssm_beta": "self_attn.b_proj",
+    "ssm_norm": "self_attn.o_norm",
+}
 _NEMOTRON_H = {  # every layer is one block, called a mixer whatever it is
     "attn_norm": "norm",
     "attn_q": "mixer.q_proj",
@@ -194,6 +207,7 @@ class Architecture:
     steps:       other changes, by tensor in GGUF
     fused:       what Hugging Face has in one tensor and GGUF does not
     runnable:    whether a config.json can be made of its keys; else such a file can be merged and quantized, not run
+    aliases:     other Hugging Face leaves that some checkpoints have -> leaf in GGUF
     cuts_vocabulary: whether rows of the embedding beyond the tokenizer's tokens are left out of the file
     """
 
@@ -211,13 +225,14 @@ class Architecture:
     read_as: str = ""
     runnable: bool = True
     cuts_vocabulary: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def reverse(self) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, Fused]]:
         """Hugging Face leaf -> GGUF leaf for modules and tensors of a layer and for modules outside of layers, and what
         is fused."""
         return (
-            {there: here for here, there in self.layer.items()},
+            {**self.aliases, **{there: here for here, there in self.layer.items()}},
             {there: here for here, there in self.tensors.items()},
             {there: here for here, there in self.outer.items()},
             {fused.hf: fused for fused in self.fused},
@@ -535,6 +550,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             {"ssm_a": "mamba.A_log", "ssm_d": "mamba.D"},
             outer=OUTER | {"output_norm": "model.final_layernorm"},
             steps={"ssm_a": ("neg_exp",), "ssm_conv1d.weight": ("conv",)},
+        ),
+        Architecture(
+            "kimi-linear",
+            ("kimi_linear",),
+            _KIMI | _PRE_NORM | _MLP | _W123 | _shared("block_sparse_moe.shared_experts"),
+            {
+                "ssm_a": "self_attn.A_log",
+                "ssm_dt.bias": "self_attn.dt_bias",
+                "exp_probs_b.bias": "block_sparse_moe.gate.e_score_correction_bias",
+            },
+            aliases={f"block_sparse_moe.{leaf}_proj": f"ffn_{leaf}" for leaf in ("gate", "up", "down")},
+            steps={"ssm_a": ("neg_exp",)} | {f"ssm_conv1d_{part}.weight": ("conv_3d",) for part in "qkv"},
+            fused=(_kv_b(),),
         ),
         Architecture("command-r", ("cohere",), _ATTENTION | _QK_NORMS | _MLP),
         Architecture("cohere2", ("cohere2",), _ATTENTION | _MLP),

@@ -186,6 +186,8 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["model_type"] = "granitemoeshared"
     elif arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe"):
         _add_state_space(keys, config, layers)
+    elif arch == "kimi-linear":
+        _add_kimi(keys, config, layers)
     elif arch == "cohere2moe":
         _add_cohere2_moe(keys, config, layers)
     elif arch == "command-r":
@@ -260,6 +262,25 @@ def _add_jamba(keys: _Keys, config: dict[str, Any], layers: int) -> list[str]:
         if not there:
             config["num_experts"] = 1
     return []
+
+
+def _add_kimi(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    """Delta attention beside latent attention."""
+    turned, dense = keys.need("rope.dimension_count"), config["first_k_dense_replace"]
+    config |= {
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": keys.need("attention.key_length_mla") - turned,
+        "v_head_dim": keys.need("attention.value_length_mla"),
+        "num_key_value_heads": config["num_attention_heads"],
+        "q_lora_rank": config.get("q_lora_rank"),
+        "model_max_length": config["max_position_embeddings"],
+        "linear_head_dim": keys.need("kda.head_dim"),
+        "linear_num_heads": config["num_attention_heads"],
+        "linear_conv_kernel_dim": keys.need("ssm.conv_kernel"),
+        "layer_types": keys.layer_types(layers, "attn_kv_a_mqa.weight", "full_attention", "linear_attention"),
+        "mlp_layer_types": ["dense" if number < dense else "sparse" for number in range(layers)],
+    }
+    del config["head_dim"]
 
 
 def _add_falcon(keys: _Keys, config: dict[str, Any], layers: int) -> None:

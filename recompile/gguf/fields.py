@@ -158,6 +158,15 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("ssm.state_size", "mamba_d_state"),
         Field("ssm.time_step_rank", "mamba_dt_rank"),
     ),
+    "kimi-linear": (
+        *_experts(used="num_experts_per_token"),
+        _EXPERT_SIZE,
+        *_LATENT,
+        Field("leading_dense_block_count", "first_k_dense_replace", default=1),
+        Field("expert_shared_count", "num_shared_experts"),
+        Field("expert_group_used_count", "topk_group", default=1),
+        Field("expert_weights_scale", "routed_scaling_factor", "f32", 1.0),
+    ),
     "command-r": (_LOGIT_SCALE,),
     "cohere2": (_LOGIT_SCALE, _WINDOW),
     "cohere2moe": (
@@ -224,7 +233,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "num_attention_heads": ("n_head",),
     "num_hidden_layers": ("n_layer",),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
-    "max_position_embeddings": ("n_positions", "n_ctx", "seq_length"),
+    "max_position_embeddings": ("n_positions", "n_ctx", "seq_length", "model_max_length"),
     "intermediate_size": ("ffn_hidden_size", "n_inner"),
 }
 
@@ -273,7 +282,9 @@ PARTIAL_ROTARY = frozenset(
 )
 EXPERT_SIZES = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})  # old files lack them
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
-SIGMOID_ROUTERS = frozenset({"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe", "bailingmoe2", "exaone-moe"})
+SIGMOID_ROUTERS = frozenset(
+    {"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe", "bailingmoe2", "exaone-moe", "kimi-linear"}
+)
 LLAMA4_CHUNK = 8192
 MAVERICK_EXPERTS = 128  # Llama 4 normalizes queries and keys, but for the model of 128 experts
 NO_ROPE_INTERVAL = 4
@@ -296,6 +307,12 @@ FIXED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": None,
         "shared_expert_combination_strategy": "average",
         "prefix_dense_sliding_window_pattern": 1,  # the first layers, without experts, turn whatever they see
+    },
+    "kimi-linear": {
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_expert_group": 1,
+        "attention_bias": False,
     },
     "bailingmoe": {"norm_head": False, "norm_softmax": False},
     "deepseek2": {"attention_bias": False},

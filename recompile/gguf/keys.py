@@ -58,6 +58,8 @@ SYNONYMS = {  # versions of transformers differ, and so do models
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
     "n_shared_experts": "num_shared_experts",
+    "num_shared_experts": "n_shared_experts",
+    "num_experts_per_token": "num_experts_per_tok",
 }
 Values = dict[str, tuple[Any, str]]  # key below the architecture's name -> value and its kind
 
@@ -223,7 +225,7 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["feed_forward_length"] = (_lfm2_size(config), "u32")
     if arch in ("granite", "granitemoe") and config.get("model_type") == "granitemoehybrid":
         _add_granite(arch, config, values)
-    if arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe", "jamba"):
+    if arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe", "jamba", "kimi-linear"):
         _add_state_space(arch, config, values)
     if arch == "phi3":
         values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
@@ -290,8 +292,8 @@ def _add_granite(arch: str, config: Mapping[str, Any], values: Values) -> None:
 
 def _add_state_space(arch: str, config: Mapping[str, Any], values: Values) -> None:
     """Mamba beside attention. The engine tells layers apart by their numbers of key heads and feed-forward rows."""
-    if arch == "jamba":
-        _add_jamba(config, values)
+    if arch in ("jamba", "kimi-linear"):
+        (_add_jamba if arch == "jamba" else _add_kimi)(config, values)
         return
     kinds = kinds_of_layers(config)
     keys, rows = values["attention.head_count_kv"][0], values["feed_forward_length"][0]
@@ -328,6 +330,33 @@ def _add_jamba(config: Mapping[str, Any], values: Values) -> None:
     values["ssm.inner_size"] = (int(_need(config, "mamba_expand")) * hidden, "u32")
     if config.get("mamba_dt_rank") == "auto":
         values["ssm.time_step_rank"] = (-(-hidden // 16), "u32")
+
+
+def _add_kimi(config: Mapping[str, Any], values: Values) -> None:
+    """Delta attention beside latent attention without positions."""
+    linear, layers = dict(config.get("linear_attn_config") or {}), int(values["block_count"][0])
+    whole = [number - 1 for number in linear.get("full_attn_layers") or ()]  # they count from 1
+    types = config.get("layer_types")
+    kinds = list(types) if types else ["full_attention" if n in whole else "" for n in range(layers)]
+    turned, rank = int(_need(config, "qk_rope_head_dim")), int(_need(config, "kv_lora_rank"))
+    heads = linear.get("num_heads") or config.get("linear_num_heads")
+    if heads != values["attention.head_count"][0]:
+        raise UnsupportedError(
+            f"config.json: delta attention has {heads} heads and latent attention {values['attention.head_count'][0]}; "
+            f"llama.cpp computes kimi-linear with one number"
+        )
+    values |= {
+        "attention.head_count_kv": ([int(kind == "full_attention") for kind in kinds], "i32"),
+        "attention.key_length": (rank + turned, "u32"),
+        "attention.key_length_mla": (int(_need(config, "qk_nope_head_dim")) + turned, "u32"),
+        "attention.value_length_mla": (_need(config, "v_head_dim"), "u32"),
+        "rope.dimension_count": (turned, "u32"),
+        "kda.head_dim": (linear.get("head_dim") or _need(config, "linear_head_dim"), "u32"),
+        "ssm.conv_kernel": (linear.get("short_conv_kernel_size") or _need(config, "linear_conv_kernel_dim"), "u32"),
+    }
+    dense = _check_dense_first(config)
+    if dense is not None:
+        values["leading_dense_block_count"] = (dense, "u32")
 
 
 def _add_bailing(arch: str, config: Mapping[str, Any], values: Values) -> None:

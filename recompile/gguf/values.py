@@ -145,6 +145,12 @@ def make_step(name: str, heads: Heads) -> Step:
             lambda value: value.reshape(value.shape[0], 1, -1),
             lambda shape: (shape[0], 1, shape[-1]),
         )
+    if name == "conv_3d":  # the same, with an axis of one in GGUF as well
+        return Step(
+            lambda value: value,
+            lambda value: value.reshape(-1, 1, value.shape[-1]),
+            lambda shape: (math.prod(shape[:-1]), 1, shape[-1]),
+        )
     if name == "halves":
         return Step(lambda value: _halves(value, heads, back=False), lambda value: _halves(value, heads, back=True))
     if name == "upright":  # [heads] -> [heads, 1]

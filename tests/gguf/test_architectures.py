@@ -157,6 +157,8 @@ def test_names_are_those_of_the_gguf_package() -> None:
         ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0, and llama.cpp computes gemma3"),
         ("deepseek2", {"attention_bias": True}, "attention_bias is True, and llama.cpp computes deepseek2"),
         ("ernie4_5-moe", {"use_bias": True}, "use_bias is True, and llama.cpp computes ernie4_5-moe with False"),
+        ("kimi-linear", {"linear_attn_config": {"num_heads": 2}}, "delta attention has 2 heads and latent attention 4"),
+        ("kimi-linear", {"moe_renormalize": False}, "moe_renormalize is False, and llama.cpp computes kimi-linear"),
         ("bailingmoe", {"norm_head": True}, "norm_head is True, and llama.cpp computes bailingmoe with False"),
         ("bailingmoe2", {"use_qk_norm": False}, "has no use_qk_norm"),
         ("granitehybrid", {"position_embedding_type": "rope"}, "is rope, and llama.cpp computes granitehybrid"),
@@ -167,7 +169,7 @@ def test_names_are_those_of_the_gguf_package() -> None:
 def test_what_the_engine_would_compute_otherwise_is_refused(name: str, change: dict[str, Any], message: str) -> None:
     config = {**golden()[name]["config"], **change}
     with pytest.raises(UnsupportedError, match=message):
-        model_records(ARCHITECTURES[golden()[name]["architecture"]], config, "x")
+        model_records(ARCHITECTURES[golden()[name]["architecture"]], text_config_of(config), "x")
 
 
 def test_a_first_ling_that_no_class_of_transformers_computes_says_so(tmp_path: Path) -> None:
@@ -180,6 +182,16 @@ def test_a_first_ling_that_no_class_of_transformers_computes_says_so(tmp_path: P
     assert "model_type" not in checkpoint.config
     (note,) = checkpoint.notes
     assert "normalizes the weights of experts" in note
+
+
+def test_maps_that_transformers_writes_under_the_name_of_experts_are_found(tmp_path: Path) -> None:
+    """Kimi Linear's first layer has none."""
+    entry = json.loads(json.dumps(golden()["kimi-linear"]))
+    first = "model.layers.0."
+    entry["hf"] = {
+        name.replace(f"{first}mlp.", f"{first}block_sparse_moe."): shape for name, shape in entry["hf"].items()
+    }
+    assert set(ours(tmp_path, entry).tensors) == set(entry["gguf"])
 
 
 def test_a_tensor_without_a_name_is_named(tmp_path: Path) -> None:
