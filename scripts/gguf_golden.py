@@ -53,10 +53,15 @@ for base in map(Path, sys.argv[2:]):
         settings, stored = ModelBase.load_hparams(base, False), json.loads((base / "config.json").read_text())
         for key, value in stored.items():  # what transformers, which reads it for the converter, drops
             settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+        if "hybrid_layer_pattern" in stored:  # whose draft layers these models have not
+            settings = stored
+            ModelBase.load_hparams = staticmethod(lambda *_, **__: stored)
         if "hybrid_override_pattern" in stored:  # of which transformers makes a model with experts, whatever it is
             settings = stored
             ModelBase.load_hparams = staticmethod(lambda *_, **__: stored)
         kind = get_model_class(get_model_architecture(settings, ModelType.TEXT), mmproj=False)
+        if hasattr(kind, "_n_nextn"):
+            kind._n_nextn = 0
         for inner in vars(kind).values():  # some classes only choose another one
             if isinstance(inner, type):
                 inner.set_vocab = vocabulary

@@ -266,6 +266,21 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 4,
         },
     ),
+    "mimo2": (
+        "mimo_v2_flash",
+        {
+            **WINDOW,
+            **GROUPED,
+            "n_group": 1,
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "routed_scaling_factor": 1.0,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
     "command-r": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {**WINDOW, **FOURTH, "tie_word_embeddings": True, "logit_scale": 0.25, "rotary_pct": 1.0}),
     "cohere2moe": (
@@ -461,6 +476,21 @@ STORED: dict[str, dict[str, Any]] = {  # as the published config.json says it (N
         "num_shared_experts": 1,
         "score_function": "sigmoid",
     },
+    "mimo2": {
+        "hybrid_layer_pattern": [0, 1, 1],
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 24,
+        "swa_v_head_dim": 16,
+        "topk_method": "noaux_tc",
+        "layernorm_epsilon": 1e-5,
+        "partial_rotary_factor": 0.334,
+        "rope_theta": 5000000.0,
+        "swa_rope_theta": 10000.0,
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+    }
+    | dict.fromkeys(("rope_parameters", "rms_norm_eps")),
     "kimi-linear": {
         "num_experts": 4,
         "num_experts_per_token": 2,

@@ -564,6 +564,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             steps={"ssm_a": ("neg_exp",)} | {f"ssm_conv1d_{part}.weight": ("conv_3d",) for part in "qkv"},
             fused=(_kv_b(),),
         ),
+        Architecture(
+            "mimo2",
+            ("mimo_v2_flash",),
+            _ATTENTION | _PRE_NORM | _MLP | _EXPERTS | _ROUTER,
+            _BIAS_OF_ROUTER | {"attn_sinks.weight": "self_attn.attention_sink_bias"},
+        ),
         Architecture("command-r", ("cohere",), _ATTENTION | _QK_NORMS | _MLP),
         Architecture("cohere2", ("cohere2",), _ATTENTION | _MLP),
         Architecture("cohere2moe", ("cohere2_moe",), _ATTENTION | _MLP | _EXPERTS | _SHARED_EXPERTS | _ROUTER),

@@ -33,7 +33,7 @@ GEMMA3_LOCAL_ROPE = 10000.0
 SMALLEST_UNTURNED = 1e20  # a frequency that is divided by more does not turn at all
 
 MOST_LAYERS = 2000
-HEADS_BY_LAYER = ("gemma4",)  # whose config has numbers of key heads by kind of layer
+HEADS_BY_LAYER = ("gemma4", "mimo2")  # whose config has numbers of key heads by kind of layer
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,8 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         _add_state_space(keys, config, layers)
     elif arch == "kimi-linear":
         _add_kimi(keys, config, layers)
+    elif arch == "mimo2":
+        _add_mimo(keys, config, layers)
     elif arch == "cohere2moe":
         _add_cohere2_moe(keys, config, layers)
     elif arch == "command-r":
@@ -281,6 +283,22 @@ def _add_kimi(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         "mlp_layer_types": ["dense" if number < dense else "sparse" for number in range(layers)],
     }
     del config["head_dim"]
+
+
+def _add_mimo(keys: _Keys, config: dict[str, Any], layers: int) -> None:
+    types, heads = _pattern(keys, layers, 6), keys.need("attention.head_count_kv")
+    whole = [number for kind, number in zip(types, heads, strict=False) if kind == "full_attention"]
+    turned = {"rope_type": "default", "partial_rotary_factor": config.pop("partial_rotary_factor")}
+    theta = config.pop("rope_theta")
+    config |= {
+        "num_key_value_heads": whole[0] if whole else max(heads) // 2,
+        "layer_types": types,
+        "mlp_layer_types": keys.layer_types(layers, "ffn_gate_inp.weight", "sparse", "dense"),
+        "rope_parameters": {
+            "full_attention": {**turned, "rope_theta": theta},
+            "sliding_attention": {**turned, "rope_theta": keys.get("rope.freq_base_swa", theta)},
+        },
+    }
 
 
 def _add_falcon(keys: _Keys, config: dict[str, Any], layers: int) -> None:

@@ -167,6 +167,15 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("expert_group_used_count", "topk_group", default=1),
         Field("expert_weights_scale", "routed_scaling_factor", "f32", 1.0),
     ),
+    "mimo2": (
+        *_experts("n_routed_experts"),
+        _EXPERT_SIZE,
+        _WINDOW,
+        Field("attention.value_length", "v_head_dim"),
+        Field("attention.value_scale", "attention_value_scale", "f32", 1.0),
+        Field("expert_group_count", "n_group", default=1),
+        Field("expert_group_used_count", "topk_group", default=1),
+    ),
     "command-r": (_LOGIT_SCALE,),
     "cohere2": (_LOGIT_SCALE, _WINDOW),
     "cohere2moe": (
@@ -235,6 +244,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
     "max_position_embeddings": ("n_positions", "n_ctx", "seq_length", "model_max_length"),
     "intermediate_size": ("ffn_hidden_size", "n_inner"),
+    "rms_norm_eps": ("layernorm_epsilon",),
 }
 
 # Types with as many heads of keys as of queries, whatever number of them a config.json carries along.
@@ -268,6 +278,7 @@ PARTIAL_ROTARY = frozenset(
         "chatglm",
         "glm4",
         "glm4moe",
+        "mimo2",
         "minimax-m2",
         "qwen3next",
         "qwen35",
@@ -283,7 +294,18 @@ PARTIAL_ROTARY = frozenset(
 EXPERT_SIZES = frozenset({"expert_feed_forward_length", "expert_shared_feed_forward_length"})  # old files lack them
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 SIGMOID_ROUTERS = frozenset(
-    {"glm4moe", "glm-dsa", "deepseek32", "lfm2moe", "afmoe", "bailingmoe2", "exaone-moe", "kimi-linear"}
+    {
+        "dots1",
+        "glm4moe",
+        "glm-dsa",
+        "deepseek32",
+        "lfm2moe",
+        "afmoe",
+        "bailingmoe2",
+        "exaone-moe",
+        "kimi-linear",
+        "mimo2",
+    }
 )
 LLAMA4_CHUNK = 8192
 MAVERICK_EXPERTS = 128  # Llama 4 normalizes queries and keys, but for the model of 128 experts
@@ -313,6 +335,13 @@ FIXED: dict[str, dict[str, Any]] = {
         "moe_router_activation_func": "sigmoid",
         "num_expert_group": 1,
         "attention_bias": False,
+    },
+    "mimo2": {
+        "n_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "attention_bias": False,
+        "add_full_attention_sink_bias": False,
     },
     "bailingmoe": {"norm_head": False, "norm_softmax": False},
     "deepseek2": {"attention_bias": False},

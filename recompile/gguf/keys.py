@@ -227,10 +227,10 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         _add_granite(arch, config, values)
     if arch in ("granitehybrid", "nemotron_h", "nemotron_h_moe", "jamba", "kimi-linear"):
         _add_state_space(arch, config, values)
+    if arch == "mimo2":
+        _add_mimo(config, values)
     if arch == "phi3":
         values["attention.sliding_window"] = (config.get("sliding_window") or 0, "u32")
-    if arch == "dots1":
-        values["expert_gating_func"] = (SIGMOID, "u32")
 
 
 def _add_windows(arch: str, config: Mapping[str, Any], values: Values, types: list[str]) -> None:
@@ -357,6 +357,21 @@ def _add_kimi(config: Mapping[str, Any], values: Values) -> None:
     dense = _check_dense_first(config)
     if dense is not None:
         values["leading_dense_block_count"] = (dense, "u32")
+
+
+def _add_mimo(config: Mapping[str, Any], values: Values) -> None:
+    """Layers that see a window have twice the key heads, rotary embeddings of their own, and sinks."""
+    types, keys = config.get("layer_types"), int(values["attention.head_count_kv"][0])
+    local = [kind == "sliding_attention" for kind in types] if types else config.get("hybrid_layer_pattern")
+    if local is None:
+        raise CheckpointError("config.json: has neither layer_types nor hybrid_layer_pattern")
+    of_window = int(config.get("swa_num_key_value_heads") or 2 * keys)
+    theta = dict(config.get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
+    values |= {
+        "attention.head_count_kv": ([of_window if there else keys for there in local], "i32"),
+        "attention.sliding_window_pattern": ([bool(there) for there in local], "bool"),
+        "rope.freq_base_swa": (theta or _need(config, "swa_rope_theta"), "f32"),
+    }
 
 
 def _add_bailing(arch: str, config: Mapping[str, Any], values: Values) -> None:

@@ -44,6 +44,7 @@ TOWERS = (
     "audio_tower.",
     "model.embed_audio.",
     "mtp.",
+    "model.mtp.",
 )
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _NUMBERED = re.compile(r"(.+?\.|)(\d+)(\..+|)")  # of an expert, or of the norm of a head

@@ -39,6 +39,7 @@ NOT_IN_ENGINE = {
 }
 ENGINE_ERROR = {
     "gpt-oss": 2e-2,  # it rounds the bounds of YaRN's ramp, which these models do not
+    "mimo2": 2e-3,  # as the next; without that token 6e-8 nats
     "qwen3vlmoe": 2e-3,  # one token lies so near the border between two experts that rounding takes it across
 }
 ALL = bool(os.environ.get("RECOMPILE_TEST_ALL"))
