@@ -281,6 +281,24 @@ BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-5,
         },
     ),
+    "jais2": ("jais2", {**HEAD, "num_key_value_heads": 4}),
+    "mellum": (
+        "mellum",
+        {
+            **HEAD,
+            **WINDOW,
+            **FOURTH,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_layer_types": ["sparse"] * 4,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "command-r": ("cohere", {"tie_word_embeddings": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {**WINDOW, **FOURTH, "tie_word_embeddings": True, "logit_scale": 0.25, "rotary_pct": 1.0}),
     "cohere2moe": (

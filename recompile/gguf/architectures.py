@@ -570,6 +570,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             _ATTENTION | _PRE_NORM | _MLP | _EXPERTS | _ROUTER,
             _BIAS_OF_ROUTER | {"attn_sinks.weight": "self_attn.attention_sink_bias"},
         ),
+        Architecture(
+            "jais2", ("jais2",), _ATTENTION | _PRE_NORM | {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+        ),
+        Architecture("mellum", ("mellum",), _ATTENTION | _QK_NORMS | _PRE_NORM | _MLP | _EXPERTS | _ROUTER),
         Architecture("command-r", ("cohere",), _ATTENTION | _QK_NORMS | _MLP),
         Architecture("cohere2", ("cohere2",), _ATTENTION | _MLP),
         Architecture("cohere2moe", ("cohere2_moe",), _ATTENTION | _MLP | _EXPERTS | _SHARED_EXPERTS | _ROUTER),

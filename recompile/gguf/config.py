@@ -99,6 +99,7 @@ def config_of(file: GgufFile) -> tuple[dict[str, Any], list[str]]:
     for there, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         config[name] = file.value(f"tokenizer.ggml.{there}_token_id")  # None, not the default of another vocabulary
     config["attention_bias"] = any(keys.in_any_layer(f"{leaf}.bias", layers) for leaf in ("attn_q", "attn_qkv"))
+    config["mlp_bias"] = keys.in_any_layer("ffn_down.bias", layers)
     experts = keys.get("expert_count")
     for entry in FIELDS.get(known.name, ()):
         absent = entry.default
@@ -196,7 +197,7 @@ def _add_special(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         config["use_qk_norm"] = keys.in_any_layer("attn_q_norm.weight", layers)
     elif arch == "ernie4_5-moe":
         config["moe_layer_end_index"] = layers - 1
-    elif arch == "olmo2" and config.get("sliding_window"):
+    elif arch in ("olmo2", "mellum") and config.get("sliding_window"):
         _add_olmo3(keys, config, layers)
     elif arch == "exaone4":
         windowed = config.get("sliding_window") is not None
@@ -320,8 +321,12 @@ def _add_cohere2_moe(keys: _Keys, config: dict[str, Any], layers: int) -> None:
 
 
 def _add_olmo3(keys: _Keys, config: dict[str, Any], layers: int) -> None:
-    """What a file of OLMo 2 with windows holds."""
-    config |= {"model_type": "olmo3", "layer_types": _pattern(keys, layers, 4)}
+    """What a file of OLMo 2 with windows holds, and one of Mellum."""
+    config["layer_types"] = _pattern(keys, layers, 4)
+    if keys.arch == "mellum":
+        config["mlp_layer_types"] = keys.layer_types(layers, "ffn_gate_inp.weight", "sparse", "dense")
+    else:
+        config["model_type"] = "olmo3"
     local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", config["rope_theta"])}
     whole = {"rope_type": "default", **config.pop("rope_scaling", {}), "rope_theta": config.pop("rope_theta")}
     config["rope_parameters"] = {"full_attention": whole, "sliding_attention": local}
@@ -349,7 +354,6 @@ def _add_state_space(keys: _Keys, config: dict[str, Any], layers: int) -> None:
         "mamba_head_dim": keys.need("ssm.inner_size") // config["mamba_num_heads"],
         "use_conv_bias": keys.in_any_layer("ssm_conv1d.bias", layers),
         "use_bias": keys.in_any_layer("ssm_in.bias", layers),
-        "mlp_bias": keys.in_any_layer("ffn_down.bias", layers),
     }
 
 

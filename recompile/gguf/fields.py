@@ -176,6 +176,11 @@ FIELDS: dict[str, tuple[Field, ...]] = {
         Field("expert_group_count", "n_group", default=1),
         Field("expert_group_used_count", "topk_group", default=1),
     ),
+    "mellum": (
+        *_experts(),
+        _EXPERT_SIZE,
+        Field("attention.sliding_window", "sliding_window", default=None),
+    ),
     "command-r": (_LOGIT_SCALE,),
     "cohere2": (_LOGIT_SCALE, _WINDOW),
     "cohere2moe": (
@@ -255,6 +260,7 @@ EPSILON: dict[str, tuple[str, str]] = {
     "command-r": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "cohere2": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "cohere2moe": ("attention.layer_norm_epsilon", "layer_norm_eps"),
+    "jais2": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "starcoder2": ("attention.layer_norm_epsilon", "norm_epsilon"),
     "stablelm": ("attention.layer_norm_epsilon", "layer_norm_eps"),
     "phi2": ("attention.layer_norm_epsilon", "layer_norm_eps"),
@@ -359,7 +365,7 @@ def constants(arch: str, layers: int) -> Mapping[str, Any]:
     """What the engine computes of an architecture without being told, as fields of config.json."""
     if arch in FIXED:
         return FIXED[arch]
-    if arch in ("qwen3moe", "qwen3vlmoe"):
+    if arch in ("qwen3moe", "qwen3vlmoe", "mellum"):
         return {"norm_topk_prob": True}
     if arch in ("qwen2moe", "olmoe"):
         return {"norm_topk_prob": False}

@@ -165,7 +165,7 @@ def _add_special(arch: str, config: Mapping[str, Any], values: Values, layers: i
         values["final_logit_softcapping"] = (config["final_logit_softcapping"], "f32")
     if arch == "gemma2":
         _add_gemma2(config, values)
-    if arch in ("gemma3", "gemma4", "exaone4", "olmo2", "exaone-moe") and types:
+    if arch in ("gemma3", "gemma4", "exaone4", "olmo2", "exaone-moe", "mellum") and types:
         _add_windows(arch, config, values, list(types))
     if arch == "llama" and config.get("num_local_experts"):
         values["expert_count"] = (config["num_local_experts"], "u32")

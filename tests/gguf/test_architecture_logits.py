@@ -32,6 +32,7 @@ JUDGED = ("llama", "qwen3moe", "glm4moe", "gpt-oss", "deepseek2")
 NOT_IN_ENGINE = {
     "deepseek32": "not known to it",
     "cohere2moe": "not known to it",
+    "mellum": "not known to it",
     "glm-dsa": "computed without its sparse attention",
     "deepseek2 of version 2": "wants 27 or 60 layers",
     "dots1": "wants as many heads of keys as of queries",
