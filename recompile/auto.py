@@ -116,6 +116,7 @@ class AutoOptions:
     verify: bool
     engine: str | None
     rounding: str | None
+    compensate: bool
     heal: float | None  # minutes
     device: str
     dtype: str | None
@@ -205,6 +206,7 @@ def auto(
     verify: bool = True,
     engine: str | None = None,
     rounding: str | None = None,
+    compensate: bool = True,
     heal: float | None = None,
     quick: bool = False,
     device: str = "cpu",
@@ -219,13 +221,14 @@ def auto(
     bits, total_bpw, size: the one budget, as in `optimize`; candidates: made on the fly, as in `profile`; variants:
     merge these directories instead, the first is the one that recipes start from
     engine: "llama.cpp", "exllamav2", "exllamav3", "mlx", "vllm" or "transformers": format and candidates where they are
-    not given, and rules that the choice keeps; rounding: as in `quantize`, GGUF types at least one-sided
+    not given, and rules that the choice keeps; rounding: as in `quantize`, GGUF types at least one-sided; compensate:
+    the mix, and the uniform build beside it, make good their own errors, as in `quantize`
     heal: minutes of healing of the finished mix
     minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave;
     search_minutes: of a solver that measures
     trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
     quick: a rough mix for a first look: at most 6 rows of 256 tokens, 8 draws and 24 calibration rows, a minute of
-    search, one-sided rounding and no uniform build, where nothing else is asked for
+    search, one-sided rounding that compensates nothing and no uniform build, where nothing else is asked for
     verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
     """
@@ -280,7 +283,7 @@ def _quick(values: Mapping[str, Any]) -> dict[str, Any]:
         less["search_minutes"] = QUICK_SEARCH_MINUTES
     if values["rounding"] is None and not values["variants"]:
         less["rounding"] = "one-sided"
-    return {**less, "verify": False}
+    return {**less, "verify": False, "compensate": False}
 
 
 def run_auto(base: Path, out: Path, options: AutoOptions, on_event: OnEvent = ignore) -> AutoReport:
@@ -322,6 +325,11 @@ class _Auto:
         return self.options.rounding or ("one-sided" if self.gguf else None)
 
     @property
+    def compensates(self) -> bool:
+        """Whether what is built makes good its own errors; a merge of variants that are there cannot."""
+        return self.options.compensate and not self.options.variants
+
+    @property
     def heals(self) -> bool:
         return self.options.heal is not None
 
@@ -359,6 +367,7 @@ class _Auto:
                 search_minutes=options.search_minutes,
                 solver=options.solver,
                 rounding=self._rounding,
+                compensate=self.compensates,
                 heal_minutes=options.heal,
                 builds=not options.variants,
                 verify=options.verify,
@@ -432,6 +441,7 @@ class _Auto:
             **({} if self.is_plain else {"format": self.format}),
             **({"engine": options.engine} if options.engine else {}),
             **({"rounding": self._rounding} if self._rounding else {}),
+            **({"compensate": True} if self.compensates else {}),
             **({"heal": options.heal} if self.heals else {}),
             **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
             **({"trace": [self._identity_of(options.trace), options.positions]} if options.trace else {}),
@@ -514,6 +524,8 @@ class _Auto:
         how: dict[str, Any] = dict(self.rounding)
         if self._rounding is not None:
             how["rounding"] = self._rounding
+        if self.compensates:
+            how["compensate"] = True
         if self.gguf:  # with the importance that the candidates were made with
             how |= {"tokenizer_from": options.tokenizer_from, "imatrix": importance_file(self.profile)}
         texts = {**self.texts, "positions": options.positions or "all"}

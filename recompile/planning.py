@@ -184,6 +184,9 @@ SWEEP_SAMPLES = 8  # as eval.profile.sketch has them, which no plan loads
 LOGIT_CHUNK_TOKENS, LOGITS_HELD = 256, 5  # of a pass: tokens whose logits are there at once, and how often
 IMPORTANCE_ROWS, IMPORTANCE_LENGTH = 16, 512  # that inputs are weighed on for candidates but those of GGUF
 PASSES_OF_A_BUILD = 5  # of the layers over the calibration rows: inputs, Hessians, and again once they are rounded
+# The same where errors are compensated: a layer runs for each of its stages, up to there, twice; a second sum beside
+# every Hessian.
+PASSES_OF_A_COMPENSATED_BUILD = 10
 
 
 def making_seconds(sizes: Sizes, form: str) -> float:
@@ -299,6 +302,7 @@ class PlanOptions:
     heal_minutes: float | None
     builds: bool
     verify: bool
+    compensate: bool = False
     prompts: int = 0
     device: str = "cpu"
     minutes: float | None = None
@@ -400,9 +404,11 @@ class _Stages:
             return PlannedStage("build", "a merge", 0.0)
         two_sided = self.asked.rounding == "two-sided"
         seconds = encoder_seconds(self.sizes, self.form, self.rate, self.asked.rounding)
-        seconds += PASSES_OF_A_BUILD * self._forward(self._calibration, head=False)
+        passes = PASSES_OF_A_COMPENSATED_BUILD if self.asked.compensate else PASSES_OF_A_BUILD
+        seconds += passes * self._forward(self._calibration, head=False)
         seconds += 3 * self._forward(self._calibration) if two_sided else 0.0
         what = f"one pass over {self.asked.calibration_rows} rows{', two-sided' if two_sided else ''}"
+        what += ", errors compensated" if self.asked.compensate else ""
         return PlannedStage("build", what, seconds)
 
     def _heal(self, minutes: float) -> PlannedStage:

@@ -45,6 +45,7 @@ def quantize(
     converter: bool = False,
     engine: str = "own",
     rounding: str | None = None,
+    compensate: bool = False,
     stats: PathLike | None = None,
     max_memory: int | str | None = None,
     mtp: str = "quantize",
@@ -74,7 +75,8 @@ def quantize(
     method: rtn, mse or gptq, with schemes of compressed-tensors also awq and smoothquant;
     group_size: 32, 64, 128 or "channel"; asym: a zero point a group; importance: weigh errors of fitted grids by
     inputs; head_bits: of the output head; codebook: of EXL3; rounding: "one-sided" or "two-sided", the statistics of
-    which are kept in stats and measured within max_memory
+    which are kept in stats and measured within max_memory; compensate: one build whose modules make good what those
+    before them were rounded by
     mtp, tower: "quantize" or "keep" MTP layers and vision or audio towers; keep, quantize_also: globs of modules that
     stay dense, or are quantized, whatever they are for
     tokenizer_from, imatrix, save_imatrix, converter: of GGUF; engine: whose encoder, "own", "exllamav2" or "exllamav3"
@@ -110,6 +112,7 @@ def quantize(
         converter=converter,
         engine=engine,
         rounding=rounding,
+        compensate=compensate,
         stats=as_path(stats),
         max_memory_bytes=size_bytes(max_memory),
         dense=Dense(tuple(keep), tuple(quantize_also), mtp, tower),

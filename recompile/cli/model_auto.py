@@ -59,13 +59,18 @@ from recompile.planning import TARGETS
 )
 @rounding_option("As in model_quantize; two-sided takes longer and loses less. GGUF types: one-sided if left out.")
 @click.option(
+    "--compensate/--no-compensate",
+    default=True,
+    help="Builds whose modules make good what those before them were rounded by, as in model_quantize.",
+)
+@click.option(
     "--heal", metavar="MINUTES", type=float, help="Tune scales, norms and biases of the finished mix for so long."
 )
 @click.option(
     "--quick",
     is_flag=True,
     help="A first look: at most 6 rows of 256 tokens, 8 draws, 24 calibration rows, a minute of search; one-sided, "
-    "no uniform build.",
+    "nothing compensated, no uniform build.",
 )
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, how long it may take, and stop.")
 @made_options

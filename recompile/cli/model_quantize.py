@@ -111,6 +111,12 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     "backward pass over the calibration rows. Default: two-sided where --stats is given. GGUF types are rounded to "
     "nearest, as llama-quantize does, unless this is given.",
 )
+@click.option(
+    "--compensate",
+    is_flag=True,
+    help="Aim every module at the base's outputs, given what the rounded modules before it make of the same tokens: "
+    "less KL at the same bytes. For one bitrate, type, scheme or recipe: a finished build, no part of a mix.",
+)
 @path_option(
     "--stats",
     metavar="DIR",

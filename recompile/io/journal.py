@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -163,3 +163,21 @@ def _is_torn_header(raw: bytes) -> bool:
 def _close(file: IO[bytes] | None) -> None:
     if file is not None:
         file.close()
+
+
+def settings_difference(old: Any, new: Any) -> str:
+    """Which settings of two runs on a base model differ, in a few words."""
+    if not isinstance(old, Mapping):
+        return "unreadable journal"
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    changed = [key for key in {**flat_old, **flat_new} if flat_old.get(key) != flat_new.get(key)]
+    if changed == ["base"]:
+        return "the base model is another one, or its config.json or tensors were changed since"
+    return "; ".join(f"{key} was {flat_old.get(key)!r}, is {flat_new.get(key)!r}" for key in changed[:4])
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item})
+    return flat

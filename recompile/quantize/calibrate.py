@@ -50,6 +50,10 @@ class InputStatistics:
             self.largest = torch.maximum(self.largest, size.amax(0))
             self.absolute += size.sum(0)
 
+    def aimed(self, name: str, weight: Tensor) -> Tensor:
+        """The weight [out, in] to round for a module of this input: its own."""
+        return weight
+
 
 class InputPower(InputStatistics):
     """The diagonal alone: `hessian` is [in], the summed squares of every input."""

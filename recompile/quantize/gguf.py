@@ -44,6 +44,7 @@ from recompile.model.decoded import as_dense
 from recompile.model.roles import roles_of
 from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputPower, stream_inputs
+from recompile.quantize.gguf_compensated import place_in_layer
 from recompile.quantize.gguf_rounding import Feedback, layer_of
 
 BUILDING_SUFFIX = ".building"
@@ -343,9 +344,22 @@ class VariantPlan:
 
     @property
     def order(self) -> list[int]:
-        """Numbers of tensors as they are made: with feedback a tied embedding last, as the head that it is."""
-        numbers = range(len(self.tensors))
-        return sorted(numbers, key=lambda n: self.feedback is not None and self.tensors[n].name == VOCABULARY[0])
+        """Numbers of tensors as they are made: with feedback an embedding last, for it may be the head; where errors
+        are compensated those of a layer as it calls them, and an embedding that is not the head before all."""
+        numbers, names = range(len(self.tensors)), [tensor.name for tensor in self.tensors]
+        if self.feedback is None:
+            return list(numbers)
+        if not self.feedback.compensates:
+            return sorted(numbers, key=lambda n: names[n] == VOCABULARY[0])
+
+        def place(n: int) -> tuple[int, int, bool]:
+            layer = layer_of(names[n])
+            if layer is not None:
+                return (layer, *place_in_layer(names[n]))
+            is_first = names[n] == VOCABULARY[0] and VOCABULARY[1] in names
+            return (-1 if is_first else self.layers + len(names), names[n] == VOCABULARY[0], False)
+
+        return sorted(numbers, key=place)
 
     @property
     def settings(self) -> dict[str, Any]:

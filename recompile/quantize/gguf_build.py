@@ -37,6 +37,7 @@ from recompile.quantize.gguf import (
     journal_path,
     place_pieces,
 )
+from recompile.quantize.gguf_compensated import ComparedInputsOfFile
 from recompile.quantize.gguf_rounding import Order, layer_of, summary_of
 
 CHUNK_ROWS_BYTES = 1 << 28  # float32 bytes encoded at a time
@@ -59,6 +60,8 @@ def build_variants(plan: VariantPlan) -> Iterator[TensorDone | VariantsReport]:
             size = 4 * math.prod(tensor.ne)
             if made >= journal.count:
                 journal.add(_build_tensor(plan, number, journal))
+            elif plan.feedback is not None and plan.feedback.compensates:
+                _keep_again(plan, number, journal)
             done += size
             yield TensorDone(tensor.name, done, total)
         for number, (_, value) in enumerate(plan.extra.items(), len(plan.tensors)):
@@ -92,6 +95,9 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[_Wr
         looked_up = tensor.name == "token_embd.weight"  # unless it is the head too, it has no inputs to weigh errors by
         unseen = unseen or (plan.is_calibrated and importance is None and not tensor.plain and not looked_up)
         improve = _feedback_of(plan, tensor, module, len(rows))
+        compared = _compensated(plan, tensor, module, len(rows))
+        if compared is not None:
+            rows = compared.aimed(rows)
         step = len(rows) if improve is not None else max(1, CHUNK_ROWS_BYTES // (4 * tensor.ne[0]))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
@@ -110,6 +116,8 @@ def _build_tensor(plan: VariantPlan, number: int, journal: _Journal) -> list[_Wr
                 sizes[n] += len(raw)
                 checksums[n] = zlib.crc32(raw, checksums[n])
                 noise[n] += error
+            if compared is not None:
+                compared.keep(plan.variants[0].kinds[number], encoded[plan.variants[0].kinds[number].name][0])
     made = []
     tied = not any(other.name == "output.weight" for other in plan.tensors)
     for n, variant in enumerate(plan.variants):
@@ -142,12 +150,57 @@ Improve = Callable[[GgufType, Tensor, Tensor], tuple[Tensor, str]]
 
 def _feedback_of(plan: VariantPlan, tensor: BaseTensor, module: str, rows: int) -> Improve | None:
     """What chooses better codes for all rows of a map; None where they stay as encoded."""
+    order = _order_of(plan, tensor, rows)
+    if plan.feedback is None or order is None:
+        return None
+    return functools.partial(plan.feedback.improve, module=module, layer=layer_of(tensor.name), order=order)
+
+
+def _order_of(plan: VariantPlan, tensor: BaseTensor, rows: int) -> Order | None:
+    """Which rows of the model's matrix those of a map are; None for what is not rounded with feedback."""
     fused = tensor.place.fused
     if plan.feedback is None or tensor.plain or (fused is not None and fused.how == "kv_b"):
         return None  # keys and values of a latent are multiplied the other way round
     whole = rows * (len(fused.parts) if fused is not None else 1)
-    order = Order.of(tensor.place, heads_in(text_config_of(plan.base.config)), whole, tensor.ne[0])
-    return functools.partial(plan.feedback.improve, module=module, layer=layer_of(tensor.name), order=order)
+    return Order.of(tensor.place, heads_in(text_config_of(plan.base.config)), whole, tensor.ne[0])
+
+
+@dataclass(frozen=True)
+class _Compensated:
+    """A map of a build whose maps make good the errors before them."""
+
+    inputs: ComparedInputsOfFile
+    module: str
+    layer: int | None
+    order: Order
+    columns: int
+
+    def aimed(self, rows: Tensor) -> Tensor:
+        return self.inputs.aimed(self.module, self.layer, rows, self.order)
+
+    def keep(self, kind: GgufType, raw: bytes) -> None:
+        packed = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        rows = dequantize_rows(kind, packed.view(-1, kind.row_bytes(self.columns)), self.columns)
+        self.inputs.keep(self.module, self.layer, rows, self.order)
+
+
+def _compensated(plan: VariantPlan, tensor: BaseTensor, module: str, rows: int) -> _Compensated | None:
+    order = _order_of(plan, tensor, rows)
+    if plan.feedback is None or order is None or not isinstance(plan.feedback.inputs, ComparedInputsOfFile):
+        return None
+    return _Compensated(plan.feedback.inputs, module, layer_of(tensor.name), order, tensor.ne[0])
+
+
+def _keep_again(plan: VariantPlan, number: int, journal: _Journal) -> None:
+    """What an earlier run made gives the maps behind it their inputs, as it did then."""
+    tensor, variant = plan.tensors[number], plan.variants[0]
+    kind, at = variant.kinds[number], variant.layout.offsets[number]
+    for module, rows in _rows_of(plan.base, tensor):
+        size = len(rows) * kind.row_bytes(tensor.ne[0])
+        compared = _compensated(plan, tensor, module, len(rows))
+        if compared is not None:
+            compared.keep(kind, os.pread(journal.files[0], size, at))
+        at += size
 
 
 def _encode(
@@ -244,7 +297,7 @@ class _Journal:
         if fresh:
             self._journal.begin(settings)
         for place, variant in zip(places, self.plan.variants, strict=True):
-            flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else 0)
+            flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0)
             self.files.append(os.open(place, flags, 0o666))
             os.ftruncate(self.files[-1], variant.layout.size_bytes)
             _write_at(self.files[-1], variant.layout.header, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,20 @@ ROWS = 1024  # rounded together where rows do not influence each other
 TINY = 1e-30  # stands for a scale of 0, whose level does not matter
 
 
+class InputSource(Protocol):
+    """What maps are given: in the base (InputHessians), or in a build that compensates (gguf_compensated)."""
+
+    compensates: bool
+
+    def of(self, module: str, layer: int | None) -> Tensor | None:
+        """X^T X of the inputs of a map, [in, in] float32; None for a map that is given nothing."""
+        ...
+
+    def mean_squares_of(self, module: str, layer: int | None) -> Tensor | None:
+        """[in] float32 on the CPU, the mean square of every input up to a factor; None as `of`."""
+        ...
+
+
 class InputHessians:
     """X^T X of the inputs of every map over calibration rows, [in, in] float32, and their mean squares.
 
@@ -41,6 +56,8 @@ class InputHessians:
 
     mean_squares: module -> float32 [in] on the CPU, of all layers so far; tokens: module -> how many were seen
     """
+
+    compensates: bool = False
 
     def __init__(
         self,
@@ -87,10 +104,14 @@ class Feedback:
     """What the errors of a build are weighed by. outputs: for two-sided rounding; key: equal for equal statistics;
     gives_importance: whether the encoders' own errors are weighed by these inputs as well."""
 
-    inputs: InputHessians
+    inputs: InputSource
     outputs: OutputSource | None
     key: str
     gives_importance: bool = False
+
+    @property
+    def compensates(self) -> bool:
+        return self.inputs.compensates
 
     def improve(
         self,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
-from recompile.checkpoint.safetensors_files import open_tensors, read_safetensors_header, read_tensor
+from recompile.checkpoint.safetensors_files import open_tensors, read_tensor
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
 from recompile.formats.compressed_tensors import named_for_loaders
@@ -45,6 +45,7 @@ from recompile.io.files import (
     write_json,
     write_text,
 )
+from recompile.io.journal import settings_difference
 from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
 from recompile.merge.configs import is_linear
@@ -59,8 +60,17 @@ from recompile.model.stream import LayeredModel
 from recompile.model.tokenizer import tokenizer_texts
 from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
+from recompile.quantize.compensated import ComparedPass, RoundedLayer
 from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder
-from recompile.quantize.quantize_report import LayerDone, ModuleReport, QuantizeReport, VariantReport
+from recompile.quantize.module_error import measure, output_power
+from recompile.quantize.quantize_report import (
+    LayerDone,
+    ModuleReport,
+    QuantizeReport,
+    VariantReport,
+    read_report,
+    variant_report,
+)
 from recompile.quantize.smoothing_mappings import Fold, find_folds
 from recompile.quantize.smoothing_scales import powers_of_two, scaled_statistics
 
@@ -81,6 +91,7 @@ class BuildOptions:
     sequential:  calibrate every layer on what the quantized layers before it give, in place of the base's activations;
                  for one variant. A run that was killed starts anew, and the modules fit that variant better than a
                  merge
+    compensate:  as sequential, and every module aims at the base's outputs, see compensated.py
     dense:       what stays dense beside what its role keeps so (routers, gates, norms, convolutions, embeddings,
                  towers)
     """
@@ -91,9 +102,15 @@ class BuildOptions:
     rows_sha256: str = ""
     shard_mb: int = 8192
     sequential: bool = False
+    compensate: bool = False
     dense: Dense = field(default_factory=Dense)
     counted: Tensor | None = field(default=None, compare=False)
     used: UsedRows | None = None
+
+    @property
+    def on_itself(self) -> bool:
+        """Whether layers are calibrated on what the quantized layers before them give."""
+        return self.sequential or self.compensate
 
 
 @dataclass
@@ -132,8 +149,10 @@ def quantize_model(
     Variants that the same run finished before are kept. Raises OutputError if a directory belongs to another run.
     """
     options = options or BuildOptions()
-    if options.sequential and len(encoder.names) != 1:
+    if options.on_itself and len(encoder.names) != 1:
         raise FormatError(f"{len(encoder.names)} variants: one at a time can be calibrated on its own activations")
+    if options.compensate and isinstance(encoder, ScalingEncoder) and encoder.scales_inputs:
+        raise FormatError("methods that scale inputs before they round (AWQ, SmoothQuant) do not compensate")
     base = as_dense(base)
     roles = roles_of(base)
     linear = [m for m in base.modules.values() if options.dense.why_dense(m.name, roles[m.name], m.shape) is None]
@@ -146,26 +165,12 @@ def quantize_model(
     yield from _Build(base, out_dir, encoder, ids, options).run()
 
 
-class _QuantizedLayer:
-    """A weight source: the base with one layer's tensors as a variant decodes them."""
-
-    def __init__(self, base: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-        self._base, self._tensors = base, tensors
-        self.config, self.modules = base.config, base.modules
-
-    def has(self, tensor: str) -> bool:
-        return tensor in self._tensors or self._base.has(tensor)
-
-    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        found = self._tensors.get(tensor)
-        return self._base.load(tensor, device=device) if found is None else found.to(device)
-
-
 class _Build:
     def __init__(self, base: Checkpoint, out_dir: Path, encoder: Encoder, ids: Tensor, options: BuildOptions) -> None:
         self.options, self.roles = options, roles_of(base)
         self.decoded: dict[str, Tensor] = {}  # of the layer just quantized, where later ones are calibrated on it
         self.base, self.encoder, self.ids = base, encoder, ids
+        self.compared: ComparedPass | None = None  # where modules aim at the base's outputs
         self.model = LayeredModel.of(base, dtype=options.dtype, device=options.device)
         self.model.model.set_experts_implementation("eager")  # one linear call an expert, which InputCollector sees
         self.finals = [out_dir / name for name in encoder.names]
@@ -178,6 +183,7 @@ class _Build:
             "dtype": str(self.model.dtype),
             "encoder": encoder.description(),
             **({"sequential": True} if options.sequential else {}),
+            **({"compensate": True} if options.compensate else {}),
             "dense": {
                 **asdict(options.dense),
                 "keep": list(options.dense.keep),
@@ -222,23 +228,30 @@ class _Build:
                 yield self._resumed(number)
             yield self._finish()
             return
-        states = list(self.model.embed(self.ids, max(1, BATCH_TOKENS // self.ids.shape[1])))
+        batch = max(1, BATCH_TOKENS // self.ids.shape[1])
+        states = list(self.model.embed(self.ids, batch))
+        if self.options.compensate:
+            self.compared = ComparedPass(self.base, self.model, self.ids, batch, self.options.counted)
         for number in range(self.model.depth):
-            with self.model.layer(number):
-                if number < first:
-                    self._advance_again(number, states)
-                    yield self._resumed(number)
-                    continue
-                row = states[0][:1].clone()
-                with InputCollector(self.model, number) as collector:
-                    self._collect(number, list(states) if self.options.sequential else states, collector)
-                names = [name for name in self.model.modules_of_layer(number) if self.first_layer[name] == number]
-                folds = self._folds(number, row) if self._scales_inputs else []
-                self._keep(number, collector.groups)
-                groups = [self._of_layer(number, group) for group in collector.groups]
-                done = self._quantize(number, names, groups, folds)
-            if self.options.sequential:
-                with self.model.layer(number, _QuantizedLayer(self.base, self.decoded)):
+            names = [name for name in self.model.modules_of_layer(number) if self.first_layer[name] == number]
+            if self.compared is not None:
+                done = self._quantize(number, names, self._compared_groups(number, states))
+                self.compared.advance(number)
+            else:
+                with self.model.layer(number):
+                    if number < first:
+                        self._advance_again(number, states)
+                        yield self._resumed(number)
+                        continue
+                    row = states[0][:1].clone()
+                    with InputCollector(self.model, number) as collector:
+                        self._collect(number, list(states) if self.options.on_itself else states, collector)
+                    folds = self._folds(number, row) if self._scales_inputs else []
+                    self._keep(number, collector.groups)
+                    groups = [self._of_layer(number, group) for group in collector.groups]
+                    done = self._quantize(number, names, groups, folds)
+            if self.options.on_itself:
+                with self.model.layer(number, RoundedLayer(self.base, self.decoded)):
                     self._advance(number, states)
                 self.decoded = {k: v for k, v in self.decoded.items() if k.rpartition(".")[0] in self.shared}
             yield done
@@ -249,6 +262,13 @@ class _Build:
         if self.options.head:
             yield self._quantize_head(states)
         yield self._finish()
+
+    def _compared_groups(self, number: int, states: list[Tensor]) -> Iterator[InputStatistics]:
+        """What the modules of a layer are given, each asked for when those called before it are rounded."""
+        assert self.compared is not None
+        for group in self.compared.groups(number, states, lambda: RoundedLayer(self.base, self.decoded)):
+            self._keep(number, [group])
+            yield self._of_layer(number, group)
 
     def _of_layer(self, number: int, group: InputStatistics) -> InputStatistics:
         """A group without the modules that an earlier layer shares with this one, which are rounded already."""
@@ -308,7 +328,7 @@ class _Build:
             if final.exists():
                 made_by = read_json(final / REPORT).get("made_by") if (final / REPORT).exists() else None
                 if made_by != self.journal:
-                    why = f" with other settings ({_difference(made_by, self.journal)})" if made_by else ""
+                    why = f" with other settings ({settings_difference(made_by, self.journal)})" if made_by else ""
                     raise OutputError(f"{final}: exists already{why}; remove it, or choose another {{out}}")
                 settle(final)
                 remove_empty(final.with_name(final.name + BUILDING_SUFFIX))
@@ -327,9 +347,10 @@ class _Build:
                             raise OutputError(finished_meanwhile(final))
                         write_json(journal, self.journal)
                 elif (begun := self._read_journal(journal)) != self.journal:
+                    changed = settings_difference(begun, self.journal)
                     raise OutputError(
-                        f"{partial}: was begun with other settings ({_difference(begun, self.journal)}); remove it, or "
-                        f"run with those settings to go on"
+                        f"{partial}: was begun with other settings ({changed}); remove it, or run with those settings "
+                        f"to go on"
                     )
                 else:
                     self._held.enter_context(locked(partial, final))
@@ -337,7 +358,7 @@ class _Build:
         except OSError as error:
             raise OutputError(f"{error.filename}: cannot be written: {error.strerror or error}") from error
         first = min(done)
-        if self.options.sequential and first < len(self.stages):
+        if self.options.on_itself and first < len(self.stages):
             first = 0  # what the layers before it gave is not kept
         for report, final, partial in zip(self.reports, self.finals, self.partials, strict=True):
             again = f"remove {partial} to start again"
@@ -407,17 +428,18 @@ class _Build:
         return isinstance(self.encoder, ScalingEncoder) and self.encoder.scales_inputs
 
     def _quantize(
-        self, number: int, names: Sequence[str], groups: Sequence[InputStatistics], folds: Sequence[Fold] = ()
+        self, number: int, names: Sequence[str], groups: Iterable[InputStatistics], folds: Sequence[Fold] = ()
     ) -> LayerDone:
+        """groups: one is asked for when those before it are rounded; all at once where inputs are scaled (folds)."""
         variants = len(self.finals)
-        scales = self._choose_scales(folds, groups)
+        groups = list(groups) if folds else groups
+        scales = self._choose_scales(folds, groups if isinstance(groups, list) else [])
         scalable = {name for fold in folds for name in fold.consumers}
         scaling = [self._scales_in(variant) for variant in range(variants)]
         tensors: list[dict[str, Tensor]] = [{} for _ in range(variants)]
         reports: list[list[ModuleReport]] = [[] for _ in range(variants)]
         taken: set[str] = set()
-        unseen = [name for name in names if self._is_linear(name) and not any(name in g.modules for g in groups)]
-        for group in [*groups, *(InputStatistics(list(members)) for members in fused_sets(unseen))]:
+        for group in self._with_unseen(names, groups):
             weights: dict[str, Tensor] = {}
             biases: dict[str, Tensor] = {}
             for name in group.modules:
@@ -427,7 +449,7 @@ class _Build:
                         report.append(self._dense_report(name, why, group.tokens))
                     continue
                 weight = self.base.load(self._weight_tensor(name), device=self.model.device).float()
-                weights[name] = weight.T.contiguous() if name in self.turned else weight
+                weights[name] = group.aimed(name, weight.T.contiguous() if name in self.turned else weight)
                 if f"{name}.bias" in self.base.tensors:
                     biases[name] = self.base.load(f"{name}.bias", device=self.model.device)
             if not weights:
@@ -435,37 +457,46 @@ class _Build:
             plain = [variant for variant in range(variants) if not scales[variant].touches(list(weights))]
             found = self._encode(self._only(plain), weights, group, biases) if plain else []
             made_of = dict(zip(plain, found, strict=True))
-            power = {name: _output_power(weight, group.hessian) for name, weight in weights.items()}
+            power = {name: output_power(weight, group.hessian) for name, weight in weights.items()}
             for variant in range(variants):
                 if variant in made_of:
                     encoded, own, statistics, own_power = made_of[variant], weights, group, power
                 else:
                     encoded, own, statistics = self._encode_scaled(variant, scales[variant], weights, group, biases)
-                    own_power = {name: _output_power(weight, statistics.hessian) for name, weight in own.items()}
+                    own_power = {name: output_power(weight, statistics.hessian) for name, weight in own.items()}
                 for name, weight in own.items():
                     if name not in encoded:  # dense in this variant only
                         tensors[variant].update(self._dense_tensors(self.base.modules[name], scales[variant]))
                         reports[variant].append(self._dense_report(name, self._why_not_in(variant, name), group.tokens))
                         continue
                     made = encoded[name]
-                    if self.options.sequential:
+                    if self.options.on_itself:
                         self.decoded[f"{name}.weight"] = made.dense
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
-                    report_of_one = _measure(name, weight, made, statistics, own_power[name])
+                    report_of_one = measure(name, weight, made, statistics, own_power[name])
                     smoothed = name in scalable if scaling[variant] else None
                     reports[variant].append(replace(report_of_one, smoothed=smoothed))
             taken.update(weights)
         untaken = [name for name in names if name not in taken]
         for variant in range(variants):
             tensors[variant].update(self._all_dense(untaken, scales[variant]))
-        if self.options.sequential:
+        if self.options.on_itself:
             self.decoded = tensors[0] | self.decoded
         for variant in range(variants):
             self._write_stage(number, variant, tensors[variant], reports[variant], scales[variant].sets)
             self.reports[variant].update({report.module: report for report in reports[variant]})
         by_variant = {name: tuple(r) for name, r in zip(self.encoder.names, reports, strict=True)}
         return LayerDone(number, len(self.stages), self.stages[number], False, by_variant)
+
+    def _with_unseen(self, names: Sequence[str], groups: Iterable[InputStatistics]) -> Iterator[InputStatistics]:
+        """The groups, then one without inputs for what no token reached."""
+        seen: set[str] = set()
+        for group in groups:
+            seen.update(group.modules)
+            yield group
+        unseen = [name for name in names if self._is_linear(name) and name not in seen]
+        yield from (InputStatistics(list(members)) for members in fused_sets(unseen))
 
     def _only(self, variants: Sequence[int]) -> Encoder:
         if not self._scales_inputs or len(variants) == len(self.finals):
@@ -583,6 +614,8 @@ class _Build:
 
     def _head_statistics(self, states: Sequence[Tensor], module: str, note: str = "") -> InputStatistics:
         """Of the head's inputs, as those of a module."""
+        if self.compared is not None:
+            return self.compared.of_head(states, module, note)
         statistics = InputStatistics([module], note=note)
         with self.model.norm_loaded() as norm:
             for n, state in enumerate(states):
@@ -675,13 +708,13 @@ class _Build:
         if final.exists():
             if partial.exists():  # killed while it was being removed
                 remove_partial(partial, JOURNAL)
-            return _read_report(final / REPORT)
+            return read_report(final / REPORT)
         in_layers = {*self.in_layers, *self.outside}
         reports = self.reports[variant]
         quantized = {name for name, report in reports.items() if report.quantized}
         rest = self._all_dense([n for n in self.base.modules if n not in in_layers and n not in quantized])
         self._write_stage(len(self.stages), variant, rest, [])
-        report = _variant_report(self.encoder.names[variant], list(reports.values()), partial)
+        report = variant_report(self.encoder.names[variant], list(reports.values()), partial)
         head = self._head_module()
         unquantized = {name for name, module in self.base.modules.items() if is_linear(module)} - quantized
         dense = sorted(unquantized | ({head} - quantized))
@@ -740,56 +773,3 @@ def _scaled_value(module: str, part: str, value: Tensor, scales: _Scales) -> Ten
         {name: found.cpu() for name, found in scales.rows.items()},
     )
     return moved.bias(module, value) if part == "bias" else moved.weight(module, value.float())
-
-
-def _variant_report(name: str, modules: list[ModuleReport], partial: Path) -> VariantReport:
-    rates: dict[str, float] = {}
-    for role in ("layer", "head"):
-        counted = [m for m in modules if m.quantized and role_of(m.module) == role]
-        if counted:
-            rates[role] = 8 * sum(m.size_bytes for m in counted) / sum(m.weights for m in counted)
-    shards = [read_safetensors_header(shard)[0] for shard in partial.glob("stage-*.safetensors")]
-    total = sum(info.size_bytes for tensors in shards for info in tensors.values())
-    return VariantReport(name, tuple(modules), rates.get("layer", 0.0), rates.get("head"), total)
-
-
-def _read_report(path: Path) -> VariantReport:
-    found = read_json(path)["variant"]
-    return VariantReport(**{**found, "modules": tuple(ModuleReport(**entry) for entry in found["modules"])})
-
-
-def _output_power(weight: Tensor, hessian: Tensor | None) -> float | None:
-    """tr(W H W'): the squared outputs over all calibration tokens; None without a Hessian."""
-    return None if hessian is None else float(torch.einsum("oi,oi->", weight @ hessian, weight))
-
-
-def _measure(name: str, weight: Tensor, made: Encoded, group: InputStatistics, power: float | None) -> ModuleReport:
-    """power: `_output_power` of the weight."""
-    error = weight - made.dense.to(weight.dtype)
-    size = sum(value.numel() * value.element_size() for value in made.parts.values())
-    noise, signal = float(error.double().norm()), float(weight.double().norm())
-    ratio = noise / signal if signal else 0.0
-    wrong = _output_power(error, group.hessian)
-    output = None if wrong is None or power is None else wrong / power if power else 0.0
-    unseen = "" if group.hessian is not None else "no calibration token reached it: made without a Hessian"
-    sqnr = -20 * math.log10(ratio) if ratio else None
-    note = group.note or unseen
-    return ModuleReport(name, weight.numel(), size, ratio, sqnr, output, group.tokens, True, note, made.rounding)
-
-
-def _difference(old: Any, new: Any) -> str:
-    """Which settings of two journals differ, in a few words."""
-    if not isinstance(old, Mapping):
-        return "unreadable journal"
-    flat_old, flat_new = _flatten(old), _flatten(new)
-    changed = [key for key in {**flat_old, **flat_new} if flat_old.get(key) != flat_new.get(key)]
-    if changed == ["base"]:
-        return "the base model is another one, or its config.json or tensors were changed since"
-    return "; ".join(f"{key} was {flat_old.get(key)!r}, is {flat_new.get(key)!r}" for key in changed[:4])
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(_flatten(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item})
-    return flat

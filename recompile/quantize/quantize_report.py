@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from recompile.checkpoint.checkpoint import read_json
+from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.model.used_rows import UsedRows
 
 NAMED = 4  # modules of a list that a message names
@@ -78,3 +82,21 @@ class QuantizeReport:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def variant_report(name: str, modules: list[ModuleReport], partial: Path) -> VariantReport:
+    """Of a variant whose files lie in `partial`."""
+    rates: dict[str, float] = {}
+    for role in ("layer", "head"):
+        counted = [m for m in modules if m.quantized and role_of(m.module) == role]
+        if counted:
+            rates[role] = 8 * sum(m.size_bytes for m in counted) / sum(m.weights for m in counted)
+    shards = [read_safetensors_header(shard)[0] for shard in partial.glob("stage-*.safetensors")]
+    total = sum(info.size_bytes for tensors in shards for info in tensors.values())
+    return VariantReport(name, tuple(modules), rates.get("layer", 0.0), rates.get("head"), total)
+
+
+def read_report(path: Path) -> VariantReport:
+    """That of a finished variant's quantize_report.json."""
+    found = read_json(path)["variant"]
+    return VariantReport(**{**found, "modules": tuple(ModuleReport(**entry) for entry in found["modules"])})

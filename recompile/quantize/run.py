@@ -38,6 +38,7 @@ from recompile.quantize.gguf import (
     plan_variants,
 )
 from recompile.quantize.gguf_build import build_variants
+from recompile.quantize.gguf_compensated import ComparedInputsOfFile
 from recompile.quantize.gguf_convert import convert, tokenizer_file
 from recompile.quantize.gguf_mix import is_gguf_recipe, read_mix
 from recompile.quantize.gguf_rounding import Feedback, InputHessians
@@ -79,6 +80,7 @@ class QuantizeOptions:
     converter: bool
     engine: str
     rounding: str | None
+    compensate: bool
     stats: Path | None
     max_memory_bytes: int | None
     dense: Dense
@@ -122,6 +124,22 @@ class QuantizeOptions:
             raise ArgumentError("{stats} are for two-sided rounding; leave out {rounding} one-sided")
         if self.two_sided:
             self._check_two_sided()
+        if self.compensate:
+            self._check_compensate()
+
+    def _check_compensate(self) -> None:
+        if self.engine != "own":
+            raise ArgumentError(f"{{compensate}}: not with {{engine}} {self.engine}, whose encoder is not ours to aim")
+        if self.save_imatrix is not None:
+            raise ArgumentError("{save_imatrix}: inputs of a compensated build are no imatrix; make it in a run before")
+        if self.independent:
+            raise ArgumentError("{compensate} and {independent}: modules answer for those before them, or stand alone")
+        asked = len(self.bits) + len(self.schemes) + (self.modifiers is not None)
+        if self.recipe is None and asked != 1:
+            raise ArgumentError(
+                f"{{compensate}}: found {asked} variants, wanted one: it answers for its own errors, and is no part of "
+                f"a mix; make the mix itself so, with {{recipe}}"
+            )
 
     def _check_two_sided(self) -> None:
         """What cannot be rounded so is said before the backward pass."""
@@ -197,7 +215,8 @@ def _make_safetensors(
             device=compute_device(options.device),
             dtype=compute_dtype(options.dtype),
             rows_sha256=rows.sha256,
-            sequential=options.modifiers is not None and not options.independent,
+            sequential=options.modifiers is not None and not options.independent and not options.compensate,
+            compensate=options.compensate,
             dense=dense,
             counted=rows.counted,
             used=UsedRows.of(rows, "calibrate"),
@@ -279,7 +298,7 @@ def _make_gguf(
     # refuses what it must before the long work
     plan = plan_variants(base, folder, names, tokenizer_from=keys_of, provenance=provenance)
     rows: Rows | None = None
-    feeds_back = options.rounding is not None or options.two_sided
+    feeds_back = options.rounding is not None or options.two_sided or options.compensate
     if feeds_back or (options.imatrix is None and options.importance):
         rows, vocab = options.where.read([base.path], "calibrate")
         check_vocabulary(base, vocab)
@@ -316,8 +335,10 @@ def _save_importance(importance: Importance, plan: VariantPlan, rows: Rows, opti
 def _feedback(base: Checkpoint, rows: Rows, outputs: StoredStatistics | None, options: QuantizeOptions) -> Feedback:
     """One pass over the rows gives what codes make up for errors by, and the importance where no file has it."""
     device, dtype = compute_device(options.device), compute_dtype(options.dtype)
-    inputs = InputHessians(base, rows.ids, device=device, dtype=dtype, counted=rows.counted)
+    kind = ComparedInputsOfFile if options.compensate else InputHessians
+    inputs = kind(base, rows.ids, device=device, dtype=dtype, counted=rows.counted)
     key = f"{rows.sha256} {outputs.fingerprint if outputs is not None else ''}"
+    key += " compensated" if options.compensate else ""
     key += f" {options.dtype}" if options.dtype is not None else ""
     return Feedback(inputs, outputs, key, gives_importance=options.imatrix is None and options.importance)
 
@@ -331,7 +352,7 @@ def _build_gguf(plan: VariantPlan, rows: Rows | None, options: QuantizeOptions, 
             return event
         on_event(Progress("encoding", event.done_bytes, event.total_bytes, "bytes", event.tensor))
         is_last = event.done_bytes == event.total_bytes
-        if is_last and collected is not None and rows is not None and options.save_imatrix is not None:
+        if is_last and isinstance(collected, InputHessians) and rows is not None and options.save_imatrix is not None:
             collected.go_to(None)
             found = Importance(collected.mean_squares, collected.tokens, _name_of(rows))
             _save_importance(found, plan, rows, options)

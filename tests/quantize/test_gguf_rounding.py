@@ -21,6 +21,7 @@ from recompile.gguf.names import Place
 from recompile.gguf.values import Heads
 from recompile.model.stream import LayeredModel
 from recompile.quantize.gguf import Importance, VariantsReport, collect_importance, place_pieces
+from recompile.quantize.gguf_compensated import ComparedInputsOfFile, place_in_layer
 from recompile.quantize.gguf_rounding import InputHessians, Order, round_rows, rounding_grid
 from tests import tiny
 from tests.quantize.test_gguf_variants import tokenizer_file
@@ -84,12 +85,12 @@ def test_fused_experts_have_no_rows_to_go_by() -> None:
     assert Order.of(place, HEADS, 32, 32).rows is None
 
 
-def made(out: Path, *types: str, architecture: str = "llama-2", **options: Any) -> VariantsReport:
+def made(out: Path, *types: str, architecture: str = "llama-2", count: int = 12, **options: Any) -> VariantsReport:
     base = tiny.base(architecture)
     vocabulary = open_checkpoint(base).config["vocab_size"]
     tokens = tokenizer_file(out.parent / "tokens.gguf", vocabulary)
     rows = out.parent / "rows.safetensors"
-    save_file({"input_ids": tiny.rows(12, 32)}, rows)
+    save_file({"input_ids": tiny.rows(count, 32)}, rows)
     found = api.quantize(base, out, bits=types, format="gguf", tokenizer_from=tokens, input_ids=rows, **options)
     assert isinstance(found, VariantsReport)
     return found
@@ -128,9 +129,13 @@ def test_experts_are_rounded_each_by_its_own_inputs(tmp_path: Path) -> None:
     assert all("with feedback" in entry.rounding for entry in experts)
 
 
-def test_a_stopped_build_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(tmp_path / "whole", "Q4_0", rounding="one-sided")
-    asked, ask = 0, InputHessians.of
+@pytest.mark.parametrize("kind", [InputHessians, ComparedInputsOfFile])
+def test_a_stopped_build_goes_on_to_the_same_bytes(
+    kind: type[InputHessians | ComparedInputsOfFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"rounding": "one-sided", "compensate": kind.compensates}
+    made(tmp_path / "whole", "Q4_0", **options)
+    asked, ask = 0, kind.of
 
     def stopping(self: InputHessians, module: str, layer: int | None) -> torch.Tensor | None:
         nonlocal asked
@@ -139,11 +144,33 @@ def test_a_stopped_build_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return ask(self, module, layer)
 
-    monkeypatch.setattr(InputHessians, "of", stopping)
+    monkeypatch.setattr(kind, "of", stopping)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path / "part", "Q4_0", rounding="one-sided")
-    made(tmp_path / "part", "Q4_0", rounding="one-sided")
+        made(tmp_path / "part", "Q4_0", **options)
+    made(tmp_path / "part", "Q4_0", **options)
     assert files(tmp_path / "part") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("architecture", ["llama-2", "qwen2-moe-2"])
+def test_a_compensated_build_is_nearer_to_its_base(architecture: str, tmp_path: Path) -> None:
+    """On rows that it was not made with; permuted rows and experts in one tensor find their places."""
+    rows, kl = tiny.rows(80, 32)[64:], []
+    wanted = tiny.streamed_logits(open_checkpoint(tiny.base(architecture)), rows).double().log_softmax(-1)
+    for compensate in (False, True):
+        out = tmp_path / f"{compensate}"
+        options: dict[str, Any] = {"rounding": "one-sided", "compensate": compensate}
+        made(out, "Q4_0", architecture=architecture, count=64, **options)
+        (file,) = out.glob("*.gguf")
+        found = tiny.streamed_logits(open_checkpoint(file), rows).double().log_softmax(-1)
+        kl.append(float((wanted.exp() * (wanted - found)).sum(-1).mean()))
+    assert kl[1] < 0.95 * kl[0]
+
+
+def test_tensors_are_made_as_a_layer_calls_them() -> None:
+    names = ["ffn_down", "ffn_up", "attn_output", "attn_v", "attn_q_b", "attn_q_a", "ffn_down_shexp", "ffn_gate_exps"]
+    found = sorted(names, key=lambda name: place_in_layer(f"blk.3.{name}.weight"))
+    wanted = ["attn_q_a", "attn_v", "attn_q_b", "attn_output", "ffn_up", "ffn_gate_exps", "ffn_down", "ffn_down_shexp"]
+    assert found == wanted
 
 
 def test_one_pass_gives_importance_and_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +190,15 @@ def test_one_pass_gives_importance_and_feedback(tmp_path: Path, monkeypatch: pyt
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_a_gguf_base_is_rounded_as_the_model_it_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_gguf_base_is_rounded_as_the_model_it_holds(compensate: bool, tmp_path: Path) -> None:
     """Rows stand in GGUF's order there; nothing is reordered twice."""
     made(tmp_path / "f", "F32")
     (base,) = (tmp_path / "f").glob("*.gguf")
-    made(tmp_path / "direct", "Q4_0", rounding="one-sided")
+    made(tmp_path / "direct", "Q4_0", rounding="one-sided", compensate=compensate)
     api.quantize(
         base, tmp_path / "again", bits=("Q4_0",), format="gguf", input_ids=tmp_path / "rows.safetensors",
-        rounding="one-sided",
+        rounding="one-sided", compensate=compensate,
     )  # fmt: skip
     (first,), (second,) = ((tmp_path / name).glob("*.gguf") for name in ("direct", "again"))
     one, other = open_gguf(first), open_gguf(second)
