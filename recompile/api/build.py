@@ -86,7 +86,7 @@ def quantize(
     Returns a QuantizeReport (`directories`, `variants`), for GGUF a VariantsReport (`files`). Raises ArgumentError,
     FormatError, OutputError.
     """
-    calibrated = (importance and imatrix is None) or rounding is not None or stats is not None
+    calibrated = (importance and imatrix is None) or compensate or rounding is not None or stats is not None
     if engine == "own" and (calibrated or (format != "gguf" and recipe is None)):
         check_types(base)
     from recompile.checkpoint.module_names import Dense

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from recompile import api
 from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.errors import OutputError
 from recompile.formats.gguf import dequantize_rows
 from recompile.formats.gguf_codes import LAYOUTS, put_levels
 from recompile.formats.gguf_encode import quantize_rows
@@ -119,6 +120,14 @@ def test_a_build_with_feedback(rounding: str, tmp_path: Path) -> None:
         if rounding == "two-sided":
             assert any(entry.rounding.startswith("two-sided, ") for entry in quantized)
     assert not (tmp_path / "better.stats").exists()
+
+
+def test_an_empty_folder_of_the_users_is_not_taken_for_statistics(tmp_path: Path) -> None:
+    (tmp_path / "out.stats").mkdir()
+    with pytest.raises(OutputError, match=r"out\.stats: exists, and is empty; .* remove it, or choose another out"):
+        made(tmp_path / "out", "Q4_0", rounding="two-sided")
+    assert (tmp_path / "out.stats").is_dir()
+    assert not (tmp_path / "out").exists()
 
 
 def test_experts_are_rounded_each_by_its_own_inputs(tmp_path: Path) -> None:
