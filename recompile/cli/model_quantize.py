@@ -57,7 +57,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
 @recipe_option(
     "recipe",
     says="Make one mix instead: a recipe whose sources are like {id: 4, bits: 4}, for EXL2 and EXL3 with --format or "
-    "{id: 2.5, bits: 2.5, format: exl2}. OUT is then the mix's own directory; "
+    "{id: 2.5, bits: 2.5, format: exl2}, or variants made by this command. OUT is then the mix's own directory; "
     "with {id: Q4_K, type: Q4_K}, or llama-quantize's, --custom-q's or thireus's recipes, a GGUF file.",
 )
 @click.option(

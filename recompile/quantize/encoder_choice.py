@@ -23,7 +23,8 @@ from recompile.quantize.mix import MixEncoder, assign
 from recompile.quantize.modifiers import load_modifiers
 from recompile.quantize.scheme_encoder import SchemeEncoder, uniform
 from recompile.quantize.two_sided import OutputSource
-from recompile.recipe.recipe import DENSE, describe_spec, load_recipe
+from recompile.quantize.variant_specs import load_made_recipe
+from recompile.recipe.recipe import DENSE, describe_spec
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def parse_rates(bits: Sequence[str]) -> tuple[float, ...]:
 
 def format_of_mix(path: Path, asked: str) -> str:
     """The format of a recipe's mix: what its sources say, or else `asked`. Raises RecipeError where they differ."""
-    recipe = load_recipe(path)
+    recipe = load_made_recipe(path)
     specs = [source.spec for source in recipe.sources if source.spec is not None]
     if isinstance(recipe.base, dict):
         specs.append(recipe.base)
@@ -207,7 +208,7 @@ def mix_encoder(
     bits: one bitrate for modules that no line names, where the recipe has no `base:`; encoder_of: of one source's spec;
     of_head: the spec of a head that no line names, None: it stays dense; embeddings: as `assign` takes them.
     """
-    recipe = load_recipe(recipe_path)
+    recipe = load_made_recipe(recipe_path)
     for warning in recipe.warnings:
         on_event(Note(warning, "Warning"))
     if len(bits) > 1:

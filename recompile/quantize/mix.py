@@ -148,8 +148,9 @@ def assign(
     for source in recipe.sources:
         if source.spec is None:
             raise RecipeError(
-                f"{recipe.location(source)}: {source.model_dir} is a directory; a recipe for model_quantize has "
-                f"sources like {{id: 4, bits: 4}}. To merge directories: recompile -i BASE -o OUT -or {recipe.name}"
+                f"{recipe.location(source)}: {source.model_dir} is a directory that does not say how model_quantize "
+                f"made it; give {{id: 4, bits: 4}} or the like. To merge directories: recompile -i BASE -o OUT -or "
+                f"{recipe.name}"
             )
     roles = roles_of(base)
     linear = [m.name for m in base.modules.values() if m.shape is not None and len(m.shape) == 2]

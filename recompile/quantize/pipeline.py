@@ -64,6 +64,7 @@ from recompile.quantize.compensated import ComparedPass, RoundedLayer
 from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder
 from recompile.quantize.module_error import measure, output_power
 from recompile.quantize.quantize_report import (
+    REPORT,
     LayerDone,
     ModuleReport,
     QuantizeReport,
@@ -76,7 +77,6 @@ from recompile.quantize.smoothing_scales import powers_of_two, scaled_statistics
 
 T = TypeVar("T")
 JOURNAL = ".quantize_journal.json"  # hidden files stay behind when the variant is made whole
-REPORT = "quantize_report.json"
 BUILDING_SUFFIX = ".building"
 BATCH_TOKENS = 2048
 

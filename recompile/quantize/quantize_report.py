@@ -12,6 +12,7 @@ from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.model.used_rows import UsedRows
 
+REPORT = "quantize_report.json"  # beside a variant
 NAMED = 4  # modules of a list that a message names
 
 
