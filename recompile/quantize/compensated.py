@@ -54,8 +54,8 @@ class ComparedInputs(InputStatistics):
 
     behind: Explained | None = None
     lacking: dict[str, Explained] = field(default_factory=dict)
-    _inverse: Tensor | None = None  # of the damped Hessian
-    _moved: Tensor | None = None  # [in, in]: what W is multiplied by
+    _moved: Tensor | None = None  # [in, in], takes the place of `behind`: W* - W is W times this
+    _added: dict[str, Tensor] = field(default_factory=dict)  # [out, in], likewise of `lacking`: and this
 
     def add_compared(self, x: Tensor, less: Tensor | None, weights: Tensor | None = None) -> None:
         """Count tokens: x' [tokens, in], x - x' where it is known, weights [tokens] of their squares."""
@@ -75,27 +75,26 @@ class ComparedInputs(InputStatistics):
 
     def aimed(self, name: str, weight: Tensor) -> Tensor:
         """W* of a module's weight W, both [out, in] float32; W itself where nothing was compared."""
-        if self.hessian is None or self.behind is None:
+        if self.behind is not None:
+            self._settle()
+        if self._moved is None:
             return weight
-        if self._inverse is None:
-            damped = self.hessian.clone()
-            damped.diagonal().add_(DAMP * self.hessian.diagonal().mean())
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if int(failed):
-                return weight
-            self._inverse = torch.cholesky_inverse(factor)
-            self._moved = self._explain(self.behind)
-        assert self._moved is not None, "made with the inverse"
         moved = weight @ self._moved
-        return weight + (moved.add_(self._explain(self.lacking[name])) if name in self.lacking else moved)
+        return weight + (moved.add_(self._added[name]) if name in self._added else moved)
 
-    def _explain(self, what: Explained) -> Tensor:
-        """The map from x' to what is to be made good, [..., in], no more of it than is there on other tokens."""
+    def _settle(self) -> None:
+        """Turn the sums into what is asked for, in the same memory: a layer has many experts."""
         assert self.hessian is not None
-        assert self._inverse is not None
-        found = what.product @ self._inverse
-        free = float((self.hessian * self._inverse).sum())  # degrees of freedom of every output
-        return found.mul_(what.share(float((found * what.product).sum()), free, self.tokens))
+        assert self.behind is not None
+        damped = self.hessian.clone()
+        damped.diagonal().add_(DAMP * self.hessian.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(factor)
+            free = float((self.hessian * inverse).sum())  # degrees of freedom of every output
+            self._moved = self.behind.fit(inverse, free, self.tokens)
+            self._added = {name: what.fit(inverse, free, self.tokens) for name, what in self.lacking.items()}
+        self.behind, self.lacking = None, {}
 
 
 @dataclass
@@ -111,6 +110,11 @@ class Explained:
         self.product = self.product.add_(found) if self.product.dim() else found
         squares = y.square().sum(1)
         self.power += float((squares if weights is None else squares * weights).sum())
+
+    def fit(self, inverse: Tensor, free: float, tokens: int) -> Tensor:
+        """The map from x to y, [..., in], no more of it than holds on other tokens. inverse: of sum x x^T, damped."""
+        found = self.product @ inverse
+        return found.mul_(self.share(float((found * self.product).sum()), free, tokens))
 
     def share(self, explained: float, free: float, tokens: int) -> float:
         """How much of a fit to keep, 0 to 1: what it explains here less what as free a fit explains of noise, as a
