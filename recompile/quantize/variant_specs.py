@@ -19,7 +19,7 @@ from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.quantize.quantize_report import REPORT
 from recompile.recipe.recipe import Recipe, load_recipe, resolve_dir
 
-_RATE = re.compile(r"(\d+(?:\.\d+)?)bpw")
+_RATE = re.compile(r"(\d{1,2}(?:\.\d{1,4})?)bpw")
 
 
 def load_made_recipe(path: Path) -> Recipe:
@@ -49,30 +49,30 @@ def spec_of_variant(directory: Path) -> Mapping[str, Any] | None:
 
     Raises CheckpointError for a report that cannot be read."""
     report = read_json(directory / REPORT)
-    made_by, variant = report.get("made_by"), report.get("variant")
-    encoder = made_by.get("encoder") if isinstance(made_by, dict) else None
-    name = variant.get("name") if isinstance(variant, dict) else None
-    if not isinstance(encoder, dict) or not isinstance(name, str):
+    encoder, variant = _mapping(_mapping(report, "made_by"), "encoder"), _mapping(report, "variant")
+    name, form = variant.get("name"), encoder.get("format")
+    if not isinstance(name, str):
         return None
-    rate, form = _RATE.fullmatch(name), encoder.get("format")
     if form == COMPRESSED:
-        return _scheme(name, encoder)
-    if form == MLX and not rate:
-        return {"scheme": name, "format": MLX}
+        rules = _mapping(encoder, "variants").get(name)
+        alone = rules[0] if isinstance(rules, list) and len(rules) == 1 else None
+        return {"scheme": name} if isinstance(alone, dict) and alone.get("scheme") == name else None
+    rate = _RATE.fullmatch(name)
     if rate is None:
-        return None
+        return {"scheme": name, "format": MLX} if form == MLX else None
     bits = float(rate[1])
     if form == packed_int.FORMAT:
         return {"bits": bits, "group_size": encoder.get("group_size"), "symmetric": encoder.get("symmetric", True)}
     if form in (exl2.FORMAT, exl3.FORMAT):
         return {"bits": bits, "format": form}
-    entries = [entry for entry in encoder.get("variants", []) if isinstance(entry, dict) and entry.get("bits") == bits]
-    return {"bits": bits, "group_size": entries[0]["group_size"], "format": MLX} if form == MLX and entries else None
+    entries = encoder.get("variants")
+    for entry in entries if form == MLX and isinstance(entries, list) else ():
+        if isinstance(entry, dict) and entry.get("bits") == bits:
+            return {"bits": bits, "group_size": entry.get("group_size"), "format": MLX}
+    return None
 
 
-def _scheme(name: str, encoder: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """One scheme for every module."""
-    rules = encoder.get("variants", {}).get(name)
-    if not isinstance(rules, list) or [rule.get("scheme") for rule in rules if isinstance(rule, dict)] != [name]:
-        return None
-    return {"scheme": name}
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+    """A part that is a mapping, in a mapping; empty where there is none."""
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}

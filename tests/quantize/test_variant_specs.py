@@ -14,7 +14,7 @@ from torch import Tensor
 
 import recompile
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.errors import RecipeError
+from recompile.errors import RecipeError, RecompileError
 from tests import tiny
 
 RECIPE = """
@@ -84,3 +84,38 @@ def test_a_compensated_build_of_a_recipe_of_directories(tmp_path: Path) -> None:
     recipe.write_text(RECIPE.format(more=merged))
     with pytest.raises(RecipeError, match="does not say how"):
         recompile.quantize(base, tmp_path / "not", input_ids=ids, recipe=recipe, bits=["3"])
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "[]",
+        "{",
+        "null",
+        '{"variant": 3, "made_by": {"encoder": {"format": "pack-quantized"}}}',
+        '{"variant": {"name": "3bpw"}, "made_by": []}',
+        '{"variant": {"name": "x"}, "made_by": {"encoder": {"format": "compressed-tensors", "variants": ["x"]}}}',
+        '{"variant": {"name": "99999bpw"}, "made_by": {"encoder": {"format": "pack-quantized"}}}',
+        '{"variant": {"name": "3bpw"}, "made_by": {"encoder": {"format": "mlx", "variants": [3]}}}',
+    ],
+)
+def test_reports_that_say_nothing_are_refused_by_line(report: str, tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "quantize_report.json").write_text(report)
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(RECIPE.format(more=tmp_path / "v"))
+    with pytest.raises(RecipeError, match=r"mix.yaml:3: .* is a directory that does not say how"):
+        recompile.quantize(tiny.base("llama-2"), tmp_path / "not", recipe=recipe, bits=["3"], rows=2, length=16)
+
+
+@pytest.mark.parametrize("settings", ['"group_size": "x"', '"group_size": -5', '"group_size": 1e99, "symmetric": "x"'])
+def test_settings_of_a_report_are_checked_as_those_of_a_recipe(settings: str, tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    encoder = f'{{"format": "pack-quantized", {settings}}}'
+    report = f'{{"variant": {{"name": "3bpw"}}, "made_by": {{"encoder": {encoder}}}}}'
+    (tmp_path / "v" / "quantize_report.json").write_text(report)
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text(RECIPE.format(more=tmp_path / "v"))
+    with pytest.raises(RecompileError, match=r"group_size|symmetric"):
+        recompile.quantize(tiny.base("llama-2"), tmp_path / "not", recipe=recipe, bits=["3"], rows=2, length=16)
+    assert not (tmp_path / "not").exists()
