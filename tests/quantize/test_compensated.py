@@ -247,7 +247,7 @@ def test_a_build_is_nearer_to_its_base(tmp_path: Path) -> None:
     "how",
     [
         {"format": "exl2", "bits": ["3"]},
-        {"format": "exl3", "bits": ["2"]},
+        {"format": "exl3", "bits": ["1"]},
         {"format": "mlx", "bits": ["3"], "group_size": 32},
         {"scheme": ["nvfp4"]},
         {"scheme": ["w4a16-g32"], "method": "mse"},
@@ -256,7 +256,8 @@ def test_a_build_is_nearer_to_its_base(tmp_path: Path) -> None:
     ids=lambda how: f"{how.get('format', '')}{how.get('scheme', '')}",
 )
 def test_every_encoder_takes_what_is_aimed_at(how: dict[str, Any], tmp_path: Path) -> None:
-    base, ids = tiny.base("llama-2"), tmp_path / "ids.safetensors"
+    slow = how.get("format") == "exl3"
+    base, ids = tiny.base("llama-1" if slow else "llama-2"), tmp_path / "ids.safetensors"
     save_file({"input_ids": tiny.rows(64, 16)}, ids)
     if how.get("format") == "gguf":
         pytest.importorskip("libgguf")
