@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -447,8 +448,5 @@ class ComparedPass:
         self, model: LayeredModel, index: int, state: Tensor, number: int, inputs: _StageInputs, counted: Tensor
     ) -> None:
         inputs.begin(counted)
-        try:
-            with inputs:
-                model.run_layer(index, state, number * self.batch)
-        except _Enough:
-            pass
+        with suppress(_Enough), inputs:
+            model.run_layer(index, state, number * self.batch)
