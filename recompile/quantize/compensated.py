@@ -6,7 +6,8 @@ token. Its outputs are to be those of the base, y = W x; what is rounded is a we
     sum |y - Q x'|^2 = tr((Q - W*) H (Q - W*)^T) + what Q does not change
     H = sum x' x'^T,   W* = W + D (H + damp I)^-1,   D = sum (y - W x') x'^T
 
-A fit to few tokens explains noise as well, so W* - W is shrunk by the share that would be explained of pure noise.
+A fit to few tokens explains noise as well, so W* - W is shrunk by the share that would be explained of pure noise, and
+is nothing where there are fewer than TOKENS_EACH tokens for each input.
 
 The encoder, whatever it is, is given W* and H in place of W and the base's inputs. Where a map's output is added to
 another tensor as it is (the residual stream), the sum is to be the base's: y takes up what that tensor lacks,
@@ -39,6 +40,7 @@ from recompile.model.stream import LayeredModel, LinearWeights
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 
 DAMP = 0.01  # of the mean of H's diagonal
+TOKENS_EACH = 4  # for each number fitted; fewer are no sample, for tokens of a row are alike
 TINY = 1e-12  # a mean square below which a token's sum counts as no larger
 UNPAIRED = "inputs could not be compared with the base's: rounded to its own weights"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -120,7 +122,7 @@ class Explained:
     def share(self, explained: float, free: float, tokens: int) -> float:
         """How much of a fit to keep, 0 to 1: what it explains here less what as free a fit explains of noise, as a
         share of the former (James and Stein). explained: of `power`; free: numbers fitted for each output."""
-        if explained <= 0 or tokens <= free:
+        if explained <= 0 or tokens < TOKENS_EACH * free:
             return 0.0
         noise = free * max(0.0, self.power - explained) / (tokens - free)
         return max(0.0, 1 - noise / explained)

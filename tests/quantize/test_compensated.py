@@ -49,10 +49,10 @@ def test_the_target_is_the_least_squares_weight() -> None:
     assert float(change.abs().max()) > 0.5
 
 
-@pytest.mark.parametrize(("tokens", "noise"), [(60, 1.0), (200, 1.0), (200, 5.0), (4, 1.0)])
+@pytest.mark.parametrize(("tokens", "noise"), [(90, 1.0), (200, 1.0), (200, 5.0), (60, 1.0)])
 def test_a_fit_is_shrunk_to_what_holds_on_other_tokens(tokens: int, noise: float) -> None:
-    """Over many draws a shrunk fit is as near to the truth as the best share of that fit would be; with fewer tokens
-    than inputs there is none."""
+    """Over many draws a shrunk fit is as near to the truth as the best share of that fit would be; with few tokens
+    for each input there is none."""
     generator = torch.Generator().manual_seed(2)
     truth, inputs = 0.3 * torch.randn(40, 20, generator=generator), 20
     own, plain, best, shares = 0.0, 0.0, [0.0] * 21, []
@@ -68,7 +68,7 @@ def test_a_fit_is_shrunk_to_what_holds_on_other_tokens(tokens: int, noise: float
         own += float((share * fit - truth).square().sum())
         plain += float((fit - truth).square().sum())
         best = [sum_ + float((n / 20 * fit - truth).square().sum()) for n, sum_ in enumerate(best)]
-    if tokens < inputs:
+    if tokens < 4 * inputs:
         assert set(shares) == {0.0}
         return
     assert own < plain
