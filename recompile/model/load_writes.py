@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LARGEST = 1 << 24  # numbers of a tensor that is tried with values: all experts of a layer may stand beside a buffer
+
 
 @dataclass(frozen=True)
 class Written:
@@ -38,7 +40,8 @@ def written_while_loading(model: Any) -> dict[str, Written]:
     with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
         for name, module, starter in _with_starters(model):
             prefix = f"{name}." if name else ""
-            names = [leaf for leaf, held in module._buffers.items() if held is not None and prefix + leaf in stored]
+            there = {leaf: held for leaf, held in module._buffers.items() if held is not None}
+            names = [leaf for leaf, held in there.items() if prefix + leaf in stored and held.numel() <= LARGEST]
             if names:
                 found |= {prefix + leaf: written for leaf, written in _tried(module, starter, names).items()}
     return found
@@ -74,4 +77,6 @@ def _tried(module: nn.Module, starter: Any, names: list[str]) -> Mapping[str, Wr
 
 
 def _odd(held: Tensor) -> Tensor:
+    if held.numel() > LARGEST:
+        return torch.empty(held.shape, dtype=held.dtype, device="meta")
     return torch.full(held.shape, 77.0, device="cpu").to(held.dtype)
