@@ -41,12 +41,16 @@ class InputStatistics:
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if len(x) == 0:
             return
+        self._count(x, x)
+
+    def _count(self, x: Tensor, weighted: Tensor) -> None:
+        """Inputs [tokens, in], at least one, and the same times what the tokens count."""
         self.tokens += len(x)
         size = x.abs()
         if self.hessian is None or self.largest is None or self.absolute is None:
-            self.hessian, self.largest, self.absolute = x.T @ x, size.amax(0), size.sum(0)
+            self.hessian, self.largest, self.absolute = weighted.T @ x, size.amax(0), size.sum(0)
         else:
-            self.hessian.addmm_(x.T, x)
+            self.hessian.addmm_(weighted.T, x)
             self.largest = torch.maximum(self.largest, size.amax(0))
             self.absolute += size.sum(0)
 

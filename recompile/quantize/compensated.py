@@ -65,12 +65,7 @@ class ComparedInputs(InputStatistics):
         if len(x) == 0:
             return
         weighted = x if weights is None else x * weights[:, None]
-        size = x.abs()
-        for name, value in (("hessian", weighted.T @ x), ("absolute", size.sum(0))):
-            sum_ = getattr(self, name)
-            setattr(self, name, value if sum_ is None else sum_.add_(value))
-        self.largest = size.amax(0) if self.largest is None else torch.maximum(self.largest, size.amax(0))
-        self.tokens += len(x)
+        self._count(x, weighted)
         if less is not None:
             if self.behind is None:
                 self.behind = Explained()
@@ -383,8 +378,8 @@ class ComparedPass:
         states: [rows, tokens, width] each, before the layer;  source: the base with what is rounded so far, asked for
         at the start of every stage. Raises NotFiniteError.
         """
-        stages, adding = self._order(index)
         with self.teacher.layer(index):
+            stages, adding = self._order(index)
             for stage, is_once in stages:
                 members = frozenset(stage)
                 is_sure = is_once and not any(".experts.*." in kind for kind in stage)
@@ -432,14 +427,13 @@ class ComparedPass:
         return self.counted[number * self.batch : number * self.batch + len(state)].to(state.device)
 
     def _order(self, index: int) -> tuple[list[tuple[list[str], bool]], set[str]]:
-        """The layer's stages, from one row of the base, and whether that row called each module once; the kinds whose
-        outputs are added to a tensor as they are."""
+        """The loaded layer's stages, from one row of the base, and whether that row called each module once; the kinds
+        whose outputs are added to a tensor as they are."""
         row = self.wanted[0][:1].clone()
-        with self.teacher.layer(index):
-            order, weights = _Order(self.teacher, index), LinearWeights(self.teacher, index)
-            order.begin(torch.ones(row.shape[:2], dtype=torch.bool, device=row.device))
-            with order:
-                self.teacher.run_layer(index, row)
+        order, weights = _Order(self.teacher, index), LinearWeights(self.teacher, index)
+        order.begin(torch.ones(row.shape[:2], dtype=torch.bool, device=row.device))
+        with order:
+            self.teacher.run_layer(index, row)
         known = {kind for stage in order.stages for kind in stage}
         rest = dict.fromkeys(kind for weight in weights for kind in map(kind_of, weight.modules) if kind not in known)
         stages = [(stage, order.often.isdisjoint(stage)) for stage in order.stages]

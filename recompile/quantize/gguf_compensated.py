@@ -19,14 +19,13 @@ from recompile.quantize.calibrate import BATCH_TOKENS, InputStatistics
 from recompile.quantize.compensated import ComparedPass, RoundedLayer
 from recompile.quantize.gguf_rounding import Order
 
-# Tensors of a layer, those that are called first: what matches none is between the first and the others.
-CALLED = (r"_a\.weight$|_a_mqa\.weight$", r"", r"(attn_output|attn_out|ssm_out|_o)\.", r"ffn_(gate|up)", r"ffn_down")
+# Where tensors of a layer come in the order in which it calls their maps; others at 0.
+PLACES = {r"_a(_mqa)?\.weight$": -1, r"(attn_output|attn_out|ssm_out|_o)\.": 1, r"ffn_(gate|up)": 2, r"ffn_down": 3}
 
 
 def place_in_layer(tensor: str) -> tuple[int, bool]:
-    """Where a GGUF tensor comes in the order in which a layer calls its maps."""
-    rank = next((n for n, pattern in enumerate(CALLED) if pattern and re.search(pattern, tensor)), 1)
-    return rank, "_shexp" in tensor
+    """Where a GGUF tensor comes among those of its layer, shared experts last of a kind."""
+    return next((place for name, place in PLACES.items() if re.search(name, tensor)), 0), "_shexp" in tensor
 
 
 class ComparedInputsOfFile:
@@ -75,8 +74,8 @@ class ComparedInputsOfFile:
         group, weight = self._group(module, layer), self._weight(module, layer)
         if group is None or weight is None or order.rows is None:
             return rows
-        moved = (group.aimed(module, weight.to(self._model.device)) - weight.to(self._model.device)).cpu()
-        moved = moved[order.rows[: len(rows)]]
+        weight = weight.to(self._model.device)
+        moved = (group.aimed(module, weight) - weight).cpu()[order.rows[: len(rows)]]
         return rows + (moved if order.columns is None else moved[:, order.columns])
 
     @torch.inference_mode()
@@ -103,9 +102,10 @@ class ComparedInputsOfFile:
         name = f"{module}.weight"
         if (layer is not None and layer >= self._model.depth) or not self._base.has(name):
             return None
+        if layer is not None and self._model.is_turned(module):
+            return None
         weight = self._base.load(name).float()
-        is_turned = layer is not None and self._model.is_turned(module)
-        return None if weight.dim() != 2 or is_turned else weight
+        return weight if weight.dim() == 2 else None
 
     @torch.inference_mode()
     def _group(self, module: str, layer: int | None) -> InputStatistics | None:

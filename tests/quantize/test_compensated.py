@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from recompile.cli.model_quantize import main as model_quantize
 from recompile.errors import FormatError
 from recompile.model.stream import LayeredModel
 from recompile.quantize.calibrate import InputCollector
-from recompile.quantize.compensated import DAMP, ComparedInputs, ComparedPass, Explained
+from recompile.quantize.compensated import DAMP, ComparedInputs, ComparedPass, Explained, RoundedLayer
 from recompile.quantize.encoders import IntEncoder
 from recompile.quantize.pipeline import BuildOptions, quantize_model
 from recompile.quantize.quantize_report import LayerDone
@@ -100,29 +99,6 @@ def test_a_model_compared_with_itself_lacks_nothing(name: str) -> None:
                 assert torch.equal(group.aimed(name, weight), weight)
 
 
-@dataclass
-class Rounded:
-    """The base with some weights replaced. Implements WeightSource."""
-
-    base: Checkpoint
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.base.config
-
-    @property
-    def modules(self) -> Mapping[str, Any]:
-        return self.base.modules
-
-    def has(self, tensor: str) -> bool:
-        return self.base.has(tensor)
-
-    def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        found = self.weights.get(tensor)
-        return self.base.load(tensor, device=device) if found is None else found
-
-
 def to_nearest(weight: Tensor, levels: int) -> Tensor:
     step = weight.abs().amax(1, keepdim=True) / levels
     return (weight / step).round() * step
@@ -139,21 +115,21 @@ def test_errors_of_a_layer_are_made_good_by_the_next(name: str, most: float) -> 
     model.model.set_experts_implementation("eager")
     fitted, other = ids[:64], ids[64:]
     with torch.inference_mode():
-        source = Rounded(base)
+        rounded: dict[str, Tensor] = {}
         for module in model.modules_of_layer(0):
             if base.modules[module].shape is not None and len(base.modules[module].shape) == 2:
-                source.weights[f"{module}.weight"] = to_nearest(base.load(f"{module}.weight").float(), 2)
+                rounded[f"{module}.weight"] = to_nearest(base.load(f"{module}.weight").float(), 2)
         states = list(model.embed(fitted, 16))
         compared = ComparedPass(base, model, fitted, 16)
         compared.advance(0)
+        source, own = RoundedLayer(base, rounded), RoundedLayer(base, dict(rounded))
         with model.layer(0, source):
             states = [model.run_layer(0, state) for state in states]
-        own = Rounded(base, dict(source.weights))
         for group in compared.groups(1, states, lambda: source):
             for module in group.modules:
-                source.weights[f"{module}.weight"] = group.aimed(module, base.load(f"{module}.weight").float())
+                rounded[f"{module}.weight"] = group.aimed(module, base.load(f"{module}.weight").float())
 
-        def states_after(weights: Rounded | Checkpoint) -> Tensor:
+        def states_after(weights: RoundedLayer | Checkpoint) -> Tensor:
             found = torch.cat(list(model.embed(other, 16)))
             for index in range(2):
                 with model.layer(index, weights):
