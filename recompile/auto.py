@@ -1,8 +1,12 @@
 """From a base model to the best mix of a size, in stages that an interrupted run goes on after: `recompile.auto`.
 
 A sketch of candidates made on the fly, the recipe, one calibrated pass straight to the mix (or a merge of variants),
-healing where that is asked for, and a comparison with the nearest uniform build on rows of the role "report". OUT.work/
-holds what each stage left.
+another to a uniform build, healing where that is asked for, and a comparison of all builds on rows of the role
+"report". OUT.work/ holds what each stage left.
+
+What modules cost by themselves is not what they cost in a build that makes good its own errors, and the mix chosen by
+it may gain less from that than a uniform build does: so where errors are compensated both are measured on rows of the
+role "accept", and the better one is healed and written.
 """
 
 from __future__ import annotations
@@ -21,9 +25,9 @@ from typing import Any
 from recompile import api
 from recompile.api.shared import PathLike, as_path, check_types
 from recompile.callable_rooms import make_callable
-from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import LEVELS, Candidate, Profile, load_profile
-from recompile.errors import ArgumentError, JournalError, NotBetterError, OutputError
+from recompile.errors import ArgumentError, JournalError, NotBetterError, OutputError, RecompileError
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
@@ -41,9 +45,11 @@ from recompile.io.files import (
     write_json,
 )
 from recompile.io.report import to_plain
+from recompile.io.sizes import size_bytes
 from recompile.model.rows import RowOptions
 from recompile.model.texts import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
+from recompile.optimize.budget import Budget
 from recompile.optimize.solvers import solver_named
 from recompile.planning import TRACE_TOKENS, AutoPlan, PlanOptions, Target, make_plan, split_minutes, target_of
 from recompile.quantize.gguf_convert import tokenizer_file
@@ -52,6 +58,7 @@ make_callable(__name__)
 STATE = "auto.json"
 MAKE = "make"  # in place of a trace
 LATE_ANSWERS = 1.25  # more prompts, for those that are longer than rows, and for roles that got few
+MIX, UNIFORM = "mix", "uniform"
 MEASURED = "measured.json"  # of the builds, as model_diff --json has it
 DEFAULT_CANDIDATES = "2,3,4,5,6,8"
 
@@ -229,7 +236,8 @@ def auto(
     trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
     quick: a rough mix for a first look: at most 6 rows of 256 tokens, 8 draws and 24 calibration rows, a minute of
     search, one-sided rounding that compensates nothing and no uniform build, where nothing else is asked for
-    verify: also make and measure a uniform build; calibration_rows: rows to quantize with; the others as in `profile`,
+    verify: also make and measure a uniform build, and write it where both are compensated and it is better on rows for
+    such decisions; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
     """
     given = {name: value for name, value in locals().items() if name not in ("base", "out", "on_event")}
@@ -312,6 +320,7 @@ class _Auto:
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
         self.texts["positions"] = options.positions or "response"
         self._chosen: dict[str, Any] = {}  # by the minutes in all
+        self._picked = MIX
         if options.prompts:
             self.texts["trace"] = self.work / "trace.safetensors"
         # what candidates are rounded to, where there is a choice
@@ -328,6 +337,16 @@ class _Auto:
     def compensates(self) -> bool:
         """Whether what is built makes good its own errors; a merge of variants that are there cannot."""
         return self.options.compensate and not self.options.variants
+
+    @property
+    def compares(self) -> bool:
+        """Whether a uniform build is made beside the mix; variants that are there stand beside it as they are."""
+        return self.options.verify and not self.options.variants
+
+    @property
+    def picks(self) -> bool:
+        """Whether the better one of mix and uniform build is written."""
+        return self.compares and self.compensates
 
     @property
     def heals(self) -> bool:
@@ -407,6 +426,12 @@ class _Auto:
             stages.run("profile", self._profile, self.profile)
             stages.run("recipe", self._recipe, self.recipe)
             stages.run("build", self._build)
+            if self.compares:
+                stages.run("uniform", self._build_uniform)
+            if self.picks:
+                self._picked = stages.run("pick", self._pick)["picked"]
+                if not self.heals:
+                    self._place()
             if self.heals:
                 stages.run("heal", self._heal)
             found = stages.run("verify", self._measure)
@@ -416,7 +441,7 @@ class _Auto:
             builds,
             **found,
             seconds=stages.seconds,
-            recipe=str(self.recipe),
+            recipe=str(self.picked_recipe),
             out=str(self.out),
             card=str(self.card),
             page=str(self.page),
@@ -442,6 +467,7 @@ class _Auto:
             **({"engine": options.engine} if options.engine else {}),
             **({"rounding": self._rounding} if self._rounding else {}),
             **({"compensate": True} if self.compensates else {}),
+            **({"picks": True} if self.picks else {}),
             **({"heal": options.heal} if self.heals else {}),
             **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
             **({"trace": [self._identity_of(options.trace), options.positions]} if options.trace else {}),
@@ -483,26 +509,101 @@ class _Auto:
 
     @property
     def built(self) -> Path:
-        """The mix as it is built; what is healed goes to `out`."""
-        return self.work / f"built{self.out.suffix if self.out.suffix == '.gguf' else ''}" if self.heals else self.out
+        """The mix as it is built; what is picked or healed goes to `out`."""
+        if not (self.picks or self.heals):
+            return self.out
+        return self.work / f"built{self.out.suffix if self.out.suffix == '.gguf' else ''}"
+
+    @property
+    def picked(self) -> Path:
+        """The build that is healed and written."""
+        return self.built if self._picked == MIX else self._uniform
+
+    @property
+    def _said(self) -> str:
+        return "the mix" if self._picked == MIX else "the uniform build"
+
+    @property
+    def picked_recipe(self) -> Path:
+        return self.recipe if self._picked == MIX else self.uniform_recipe
+
+    @property
+    def uniform_recipe(self) -> Path:
+        return self.work / "uniform.yaml"
+
+    @property
+    def _uniform(self) -> Path:
+        """Where the uniform build goes; its name says what it is."""
+        candidate, _ = self._uniform_candidate()
+        rate, scheme = candidate.label, "scheme" in (candidate.spec or {})
+        stem = self.base.path.resolve().name.removesuffix(".gguf")
+        name = f"{stem}-{rate}.gguf" if self.gguf else rate if scheme else f"{rate}bpw"
+        return self.work / "uniform" / name
+
+    def _uniform_candidate(self) -> tuple[Candidate, bool]:
+        """The largest candidate whose uniform build is within the budget, or else the smallest; whether it is."""
+        profile, asked = load_profile(self.profile), self.options
+        budget = Budget(asked.bits, asked.total_bpw, size_bytes(asked.size))
+        return uniform_candidate(profile, budget.bits(profile))
 
     def _build(self) -> object:
         if self.options.variants:
             return api.merge(str(self.options.variants[0]), self.built, recipe=self.recipe, on_event=self.on_event)
         return self._quantize(self.built, recipe=self.recipe)
 
+    def _build_uniform(self) -> object:
+        """A uniform build within the budget, made the same way, from a recipe of its own."""
+        self._write_uniform_recipe(None)
+        self._uniform.parent.mkdir(exist_ok=True)
+        return self._quantize(self._uniform, recipe=self.uniform_recipe)
+
+    def _write_uniform_recipe(self, rules: str | None) -> None:
+        """rules: the engine whose rules it keeps. Raises RecompileError where it cannot."""
+        profile, label = load_profile(self.profile), self._uniform_candidate()[0].label
+        size = -(-(bits_of_uniform(profile, label) + profile.header.other_bits) // 8)
+        how: dict[str, Any] = {"pin": [f"*={label}"], "engine": rules, "solver": "exact", "check": False}
+        api.optimize(self.profile, self.uniform_recipe, size=size, **how)
+
+    def _pick(self) -> dict[str, Any]:
+        """Which of the two builds has less KL, on rows that are for such decisions."""
+        candidate, fits = self._uniform_candidate()
+        try:
+            self._write_uniform_recipe(self.target.rules if self.target is not None else None)
+        except RecompileError:
+            fits = False
+        if not fits:
+            return {"picked": MIX}
+        mix, uniform = (entry["kl_nats"] for entry in self._compare([self.built, self._uniform], "accept")[0]["builds"])
+        picked = UNIFORM if uniform < mix else MIX
+        better = f"KL {mix:.4f} of the mix, {uniform:.4f} of uniform {candidate.label}, both compensated, on rows of "
+        self.on_event(Note(f"{better}the role accept: {picked} is written", ""))
+        return {"picked": picked, "kl_nats": {MIX: mix, UNIFORM: uniform}}
+
+    def _place(self) -> None:
+        if self.picked.exists():  # else it is there already
+            self.picked.replace(self.out)
+
+    def _compare(self, builds: Sequence[Path], role: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        from eval.mixes.builds import compare_builds
+
+        options = self.options
+        where = (options.text, options.dataset, None, self.texts["trace"], self.texts["positions"])
+        rows = RowOptions(options.rows, options.length, *where)
+        first, *others = map(open_checkpoint, builds)
+        return compare_builds(self.base, first, others, rows, options.device, self.on_event, role)
+
     def _heal(self) -> object:
         from eval.heal import WORK_SUFFIX
         from eval.heal_output import read_healed
 
         options = self.options
-        work = beside(self.out, WORK_SUFFIX)
+        work, picked = beside(self.out, WORK_SUFFIX), self.picked
         if self.out.exists() and not work.exists():  # it appears whole, so a run was killed after that
             return {"kept": read_healed(self.out) is not None}
         shape: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
         try:
             return api.heal(
-                self.built,
+                picked,
                 self.base_dir,
                 self.out,
                 minutes=options.heal,
@@ -512,8 +613,8 @@ class _Auto:
                 on_event=self.on_event,
             )
         except NotBetterError as error:
-            self.on_event(Note(f"{error}; the mix stays as it was built"))
-            copy_whole(self.built, self.out)
+            self.on_event(Note(f"{error}; {self._said} stays as it was built"))
+            copy_whole(picked, self.out)
             return {"kept": False}
 
     def _quantize(self, out: Path, **what: Any) -> object:
@@ -532,20 +633,12 @@ class _Auto:
         return api.quantize(self.base_dir, out, **what, **how, **shape, **texts, on_event=self.on_event)
 
     def _measure(self) -> dict[str, Any]:
-        from eval.mixes.builds import compare_builds
-
-        options = self.options
-        baselines: list[Checkpoint] = [open_checkpoint(path) for path in options.variants]
-        mix = open_checkpoint(self.out)
-        if options.verify and not options.variants:
-            baselines = [self._uniform(mix.size_bytes)]
-        if self.heals:
-            baselines.insert(0, open_checkpoint(self.built))
-        where = (options.text, options.dataset, None, self.texts["trace"], self.texts["positions"])
-        rows = RowOptions(options.rows, options.length, *where)
-        result, measured = compare_builds(self.base, mix, baselines, rows, options.device, self.on_event)
+        builds = [self.out, *([self.picked] if self.heals else []), *self.options.variants]
+        if self.compares:
+            builds.append(self._uniform if self._picked == MIX else self.built)
+        result, measured = self._compare(builds, "report")
         header = load_profile(self.profile).header
-        recipe = {"recipe": self.recipe.read_text(), "candidate_dir": header.candidate(header.base).model_dir}
+        recipe = {"recipe": self.picked_recipe.read_text(), "candidate_dir": header.candidate(header.base).model_dir}
         names = [mix_name(self.out), *([f"{mix_name(self.out)} before healing"] if self.heals else [])]
         for one, name in zip(measured, names, strict=False):
             one |= {**recipe, "recipe_name": name}
@@ -570,19 +663,6 @@ class _Auto:
         title = mix_name(self.out)
         write_report(self.profile, ReportRequest([self.work / MEASURED], out=self.page, card=self.card, title=title))
         return {"card": str(self.card), "page": str(self.page)}
-
-    def _uniform(self, size_bytes: int) -> Checkpoint:
-        """A uniform build of about the size of the mix, made the same way."""
-        uniform = uniform_candidate(load_profile(self.profile), size_bytes)
-        rate, scheme = uniform.label, "scheme" in (uniform.spec or {})
-        form = "gguf" if self.gguf else self.format
-        how: dict[str, Any] = {"scheme": [rate]} if scheme else {"bits": [rate]}
-        how |= {"format": form} if self.mlx or not scheme else {}
-        report = self._quantize(self.work / "uniform", **how)
-        self.on_event(StageDone("uniform", report))
-        stem = self.base.path.resolve().name.removesuffix(".gguf")
-        name = f"{stem}-{rate}.gguf" if self.gguf else rate if scheme else f"{rate}bpw"
-        return open_checkpoint(self.work / "uniform" / name)
 
 
 def mix_name(out: Path) -> str:
@@ -678,17 +758,19 @@ def check_state(path: Path, state: Any) -> None:
         raise JournalError(f"{path}: not the state of a model_auto run; remove its folder to start again")
 
 
-def uniform_candidate(profile: Profile, size_bytes: int) -> Candidate:
-    """The largest uniform candidate that takes no more than `size_bytes`, or the smallest there is."""
+def uniform_candidate(profile: Profile, budget_bits: int) -> tuple[Candidate, bool]:
+    """The largest candidate that modules all together may be made of within `budget_bits`, or the smallest there is;
+    whether it is within."""
     header = profile.header
-    totals = {
-        candidate.label: header.fixed_bits
-        + header.other_bits
-        + sum(group.bits[candidate.label] for group in header.groups)
-        for candidate in header.candidates
-    }
-    fitting = [label for label, total in totals.items() if total <= 8 * size_bytes]
-    return header.candidate(max(fitting, key=lambda x: totals[x]) if fitting else min(totals, key=lambda x: totals[x]))
+    totals = {candidate.label: bits_of_uniform(profile, candidate.label) for candidate in header.candidates}
+    fitting = [label for label, total in totals.items() if total <= budget_bits]
+    found = max(fitting, key=lambda x: totals[x]) if fitting else min(totals, key=lambda x: totals[x])
+    return header.candidate(found), bool(fitting)
+
+
+def bits_of_uniform(profile: Profile, label: str) -> int:
+    """Stored bits of quantized modules."""
+    return profile.header.fixed_bits + sum(group.bits[label] for group in profile.header.groups)
 
 
 def are_gguf_types(offered: Sequence[str], out: Path) -> bool:

@@ -356,8 +356,9 @@ class _Stages:
             self._profile(),
             self._recipe(),
             build,
+            *([self._uniform(build.seconds)] if self.asked.verify and self.asked.builds else []),
             *([self._heal(self.asked.heal_minutes)] if self.asked.heal_minutes is not None else []),
-            self._verify(build.seconds),
+            self._verify(),
         ]
 
     def _forward(self, tokens: int, head: bool = True) -> float:
@@ -415,8 +416,13 @@ class _Stages:
         seconds = 60 * minutes + JUDGED_BY_HEAL * self._forward(self._tokens)
         return PlannedStage("heal", "scales, norms and biases against the base", seconds)
 
-    def _verify(self, build_seconds: float) -> PlannedStage:
-        uniform = build_seconds if self.asked.verify else 0.0
-        what = "a uniform build, and both" if uniform else "the mix"
-        seconds = uniform + 3 * self._forward(self._tokens)
-        return PlannedStage("verify", f"{what} against the base on rows of their own", seconds)
+    def _uniform(self, build_seconds: float) -> PlannedStage:
+        picks = self.asked.compensate
+        what = "a uniform build, made the same way"
+        what += "; the better one on accept rows is written" if picks else ""
+        return PlannedStage("uniform", what, build_seconds + (3 * self._forward(self._tokens) if picks else 0.0))
+
+    def _verify(self) -> PlannedStage:
+        return PlannedStage(
+            "verify", "the builds against the base on rows of their own", 3 * self._forward(self._tokens)
+        )

@@ -24,16 +24,17 @@ def compare_builds(
     rows: RowOptions,
     device: str = "cpu",
     on_event: OnEvent = ignore,
+    role: str = "report",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The mix and other builds against the reference on rows of the role "report", paired by row; as JSON values: what
+    """The mix and other builds against the reference on rows of a role, paired by row; as JSON values: what
     is told of them, and everything that was measured of each, as `model_diff --json` has it.
 
     rows: which ones. Raises MismatchError where a build was made of one of them.
     """
-    found, vocab = rows.read([reference.path, mix.path], "report")
+    found, vocab = rows.read([reference.path, mix.path], role)
     found = found.by_length()
     builds = [mix, *baselines]
-    check_apart(found, "report", recorded_rows(build.path for build in builds), on_event)
+    check_apart(found, role, recorded_rows(build.path for build in builds), on_event)
     options = DiffOptions(device=compute_device(device), vocab=vocab).over(found)
     reports = measure_many(
         builds,
@@ -41,7 +42,7 @@ def compare_builds(
         found.ids,
         options,
         on_event,
-        "verifying",
+        "verifying" if role == "report" else "comparing",
         rows_source=found.source,
         rows_sha256=found.sha256,
     )

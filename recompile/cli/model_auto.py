@@ -91,7 +91,11 @@ from recompile.planning import TARGETS
     trace_options, more=" make: the base answers prompts first, for as many rows as all stages need.", default=None
 )
 @max_memory_option("For the profile")
-@click.option("--verify/--no-verify", default=True, help="Also make and measure a uniform build.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    help="Also make and measure a uniform build; where builds are compensated, the better one is written.",
+)
 @device_options
 @output_options
 @click.pass_context

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import recompile
 from recompile import check
-from recompile.auto import Stages, auto_options
+from recompile.auto import Stages, auto_options, bits_of_uniform
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
@@ -64,7 +64,7 @@ def test_one_command_makes_the_mix_and_measures_it(text: Path, tmp_path: Path) -
     assert 0 < mix["kl_nats"] < uniform["kl_nats"]
     low, high = uniform["interval_95"]
     assert low < uniform["mix_minus_this_nats"] < high
-    assert set(report["seconds"]) == {"profile", "recipe", "build", "verify", "report"}
+    assert set(report["seconds"]) == {"profile", "recipe", "build", "uniform", "pick", "verify", "report"}
     assert "mix - this" in result.output
     assert not (tmp_path / "mix.work" / "uniform").exists(), "no variant stays on the disk"
     card = (tmp_path / "mix.card.md").read_text()
@@ -91,7 +91,7 @@ def test_minutes_in_all_are_split_once_and_kept(text: Path, tmp_path: Path, monk
         "recompile.planning.flops_per_second", lambda device="cpu": 1e6
     )  # a machine that is slow by now
     again = made(*options)
-    assert again.output.count("done before") == 6
+    assert again.output.count("done before") == 8
     other = auto(*options[:-1], 30)
     assert other.exit_code == 1
     assert "other settings (minutes)" in other.output
@@ -130,7 +130,7 @@ def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, mo
     base, out, ran = tiny.base("llama-2"), tmp_path / "mix", []
     options = (base, out, text, "-b", 4.3, "--candidates", "3,4", "-g", GROUP)
     whole = Stages.run
-    for number, stopped in enumerate(("profile", "recipe", "build", "verify")):
+    for number, stopped in enumerate(("profile", "recipe", "build", "uniform", "pick", "verify")):
 
         def run(self: Any, name: str, stage: Any, leaves: Path | None = None, *, stopped: str = stopped) -> Any:
             def counted() -> Any:
@@ -146,10 +146,10 @@ def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, mo
         monkeypatch.undo()
         done = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]
         assert len(done) == number
-    assert sorted(ran) == sorted(["profile", "recipe", "build", *("profile", "recipe", "build", "verify")])
+    assert sorted(ran) == sorted(2 * ["profile", "recipe", "build", "uniform", "pick"] + ["verify"])
     made(*options)
     again = made(*options)
-    assert again.output.count("done before") == 5
+    assert again.output.count("done before") == 7
 
 
 def test_other_settings_are_not_mixed_in(text: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_gguf_types_make_one_file(text: Path, tmp_path: Path) -> None:
     assert 4.9 < mix["bpw"] <= 5.1
     assert uniform["total_bytes"] <= mix["total_bytes"] == open_checkpoint(out).size_bytes
     assert 0 < mix["kl_nats"] < uniform["kl_nats"]
-    assert made(base, out, *options).output.count("done before") == 5
+    assert made(base, out, *options).output.count("done before") == 7
 
     for names, where, message in (
         ("Q4_0,Q8_0", tmp_path / "mix", "ends in .gguf"),
@@ -299,7 +299,7 @@ def test_for_mlx_embedding_and_head_are_chosen_too(text: Path, tmp_path: Path) -
     stored = {module.format for module in open_checkpoint(out).modules.values() if len(module.shape or ()) == 2}
     assert stored == {"mlx"}
     assert check(out, engine="mlx").errors == ()
-    assert made(*options).output.count("done before") == 5
+    assert made(*options).output.count("done before") == 7
 
 
 def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path: Path) -> None:
@@ -308,11 +308,40 @@ def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path:
     made(*options, "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     mix, built, _ = report["builds"]
-    assert list(report["seconds"]) == ["profile", "recipe", "build", "heal", "verify", "report"]
+    assert list(report["seconds"]) == ["profile", "recipe", "build", "uniform", "pick", "heal", "verify", "report"]
     assert (Path(mix["build"]).name, Path(built["build"]).name) == ("mix", "built")
     assert mix["total_bytes"] == built["total_bytes"]
     assert not (tmp_path / "mix.work" / "built").exists()
-    assert made(*options).output.count("done before") == 6
+    assert made(*options).output.count("done before") == 8
+
+
+def test_the_uniform_build_is_written_where_it_is_better(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a compensated mix and a uniform build of the size, that with less KL on rows for such decisions."""
+
+    def choose_badly(self: Any) -> object:
+        profile = load_profile(self.profile)
+        size = (bits_of_uniform(profile, "3") + profile.header.other_bits) // 8
+        return recompile.optimize(self.profile, self.recipe, size=size, pin=["*=3"], solver="exact", check=False)
+
+    monkeypatch.setattr("recompile.auto._Auto._recipe", choose_badly)
+    options = (tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4.6, "--candidates", "3,4", "-g", GROUP)
+    result = made(*options, "--json", tmp_path / "r.json")
+    assert re.search(r"KL 0\.\d+ of the mix, 0\.\d+ of uniform 4, .*: uniform is written", result.output)
+    report = json.loads((tmp_path / "r.json").read_text())
+    written, other = report["builds"]
+    assert (Path(written["build"]).name, Path(other["build"]).name) == ("mix", "built")
+    assert written["bpw"] == pytest.approx(other["bpw"] + 1)
+    assert written["kl_nats"] < other["kl_nats"]
+    assert Path(report["recipe"]).name == "uniform.yaml"
+    assert load_recipe(report["recipe"]).provenance["bpw"] == pytest.approx(written["bpw"], abs=1e-4)
+    assert made(*options).output.count("done before") == 7
+    healed = (*options[:1], tmp_path / "healed", *options[2:], "--heal", 0.1, "--json", tmp_path / "h.json")
+    made(*healed)
+    first, before, _ = json.loads((tmp_path / "h.json").read_text())["builds"]
+    assert Path(before["build"]).name == "4bpw"
+    assert first["bpw"] == before["bpw"] == written["bpw"]
 
 
 def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
@@ -334,7 +363,7 @@ def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
 def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> None:
     base, out = tiny.base("llama-2"), tmp_path / "mix"
     result = made(base, out, text, "-b", 4, "--heal", 5, "--rounding", "two-sided", "--plan")
-    for stage in ("profile", "recipe", "build", "heal", "verify"):
+    for stage in ("profile", "recipe", "build", "uniform", "heal", "verify"):
         assert re.search(rf"^  {stage} +about +\d", result.output, re.MULTILINE), result.output
     assert "two-sided" in result.output
     assert list(tmp_path.iterdir()) == [text]
