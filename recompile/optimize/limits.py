@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
 from recompile.errors import ArgumentError, BudgetError, RecompileError
-from recompile.optimize.problem import Group, Problem, Solution, expand_choice
+from recompile.optimize.problem import Group, Option, Problem, Solution, expand_choice
 
 Solver = Callable[[Problem, int], Solution]
 
@@ -132,7 +132,7 @@ def _solve_apart(
         for place in members:
             group = problem.groups[place]
             use = row.use[place] if row is not None else (0,) * len(group.options)
-            options = tuple(replace(option, bits=bits) for option, bits in zip(group.options, use, strict=True))
+            options = tuple(Option(o.source, bits, o.cost) for o, bits in zip(group.options, use, strict=True))
             groups.append(Group(str(place), options))
         part = Problem(tuple(groups), row.fixed if row is not None else 0)
         most = part.fixed_bits + sum(max(option.bits for option in group.options) for group in groups)
