@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from recompile.model.tokens import Rows
     from recompile.model.trace import Trace
 
+SMALL_TEXT = 2**24  # bytes, so that finding the roles of its documents takes little memory
+
 
 @dataclass(frozen=True)
 class RowOptions:
@@ -179,12 +181,14 @@ def _cut_in_words(whole: Trace, length: int | None) -> str:
 def rows_of_text(source: TextSource, model_dir: Path, rows: int | None, length: int, role: str) -> tuple[Rows, int]:
     """Rows of a text (`tokens.make_rows`) and the size of the vocabulary, by the tokenizer of a model's directory,
     which runs in a child process with limits."""
-    from recompile.model import tokenizer, tokens
+    from recompile.model import texts, tokenizer, tokens
 
     def work(tokenizer: Any) -> tuple[Rows, int]:
         return tokens.make_rows(source, tokenizer, rows, length, role), len(tokenizer)
 
     text_bytes = sum(len(document.text) for document in source.documents)
+    if role != "all" and text_bytes <= SMALL_TEXT:
+        texts.assign_roles(source)  # kept here, where every child would find them anew
     return tokenizer.with_tokenizer(model_dir, work, text_bytes=text_bytes)
 
 

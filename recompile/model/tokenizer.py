@@ -94,7 +94,7 @@ def with_tokenizer(model_dir: Path | str, work: Callable[[Any], T], *, text_byte
     for tokenizers and chat templates that do not end or take too much memory, for files that are none, and whatever
     the work raises.
     """
-    from transformers import AutoTokenizer  # noqa: F401 - here, so that the child need not
+    from transformers import AutoTokenizer, LlamaConfig  # noqa: F401 - here, so that no child need, at 2 seconds each
 
     path = Path(model_dir)
     folder = path.parent if is_gguf(path) else path
