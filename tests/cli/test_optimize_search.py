@@ -89,6 +89,7 @@ def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, mon
     monkeypatch.setattr("eval.mixes.oracle.SAMPLED_FIRST", 1)
     monkeypatch.setattr("recompile.optimize.refine.SWAPS", (8, 4))
     monkeypatch.setattr("recompile.optimize.refine.STALLED", 1)
+    monkeypatch.setattr("recompile.optimize.thompson.DRAWS", 8)
     profile, path = tmp_path / "profile.jsonl", tmp_path / "mix.refine.jsonl"
     write_profile(profile)
     words = ("-b", "3.9", "--no-check", "--steps", "6", *FEW)
