@@ -15,6 +15,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
+# The files that take longest, longest first: one that came last would leave the other workers idle.
+LONGEST = (
+    "cli/test_end_to_end.py", "eval/test_memory.py", "eval/test_engine_models.py", "hostile/test_state_files.py",
+    "eval/test_judges.py", "cli/test_optimize_search.py", "quantize/test_made_exl.py", "report/test_browser.py",
+    "eval/test_cluster.py", "cli/test_model_optimize.py", "cli/test_model_auto.py", "eval/test_heal.py",
+    "quantize/test_exl3_encode.py", "quantize/test_compensated.py", "eval/test_engine_environments.py",
+    "formats/test_ik.py", "test_api.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def load_script(name: str) -> ModuleType:
