@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,18 +31,27 @@ def write_profile(
     wrong: bool = False,
 ) -> ProfileHeader:
     """A whole journal; the first of `bits` is the base. Attention costs more; wrong: more bits cost more."""
+    header, content = _profile(architecture, bits, level, wrong)
+    path.write_bytes(content)
+    return header
+
+
+@cache
+def _profile(architecture: str, bits: tuple[int, ...], level: str, wrong: bool) -> tuple[ProfileHeader, bytes]:
     checkpoints = [(n, open_checkpoint(directory)) for n, directory in tiny.variants(architecture, bits).items()]
     reference = open_checkpoint(tiny.base(architecture))
     options = ProfileOptions(level=level)
     header = ProfileJob(reference, bits[0], checkpoints, tiny.rows(2, 8), Path(), options).header(torch.float32)
-    with open_journal(path, header) as journal:
-        journal.append([Measurement(None, None, (0.0, 0.0))])
-        for number, group in enumerate(header.groups):
-            expensive = (3.0 if "self_attn" in group.name else 1.0) * (2.0 if ".0." in group.name else 1.0)
-            for label in group.bits:
-                kl = (expensive + 0.01 * number) * 4.0 ** (int(label) - 9 if wrong else -int(label))
-                journal.append([Measurement(group.name, label, (kl, 1.1 * kl))])
-    return header
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.jsonl"
+        with open_journal(path, header) as journal:
+            journal.append([Measurement(None, None, (0.0, 0.0))])
+            for number, group in enumerate(header.groups):
+                expensive = (3.0 if "self_attn" in group.name else 1.0) * (2.0 if ".0." in group.name else 1.0)
+                for label in group.bits:
+                    kl = (expensive + 0.01 * number) * 4.0 ** (int(label) - 9 if wrong else -int(label))
+                    journal.append([Measurement(group.name, label, (kl, 1.1 * kl))])
+        return header, path.read_bytes()
 
 
 def run(*words: str | Path) -> Result:

@@ -138,7 +138,7 @@ def test_a_report_is_linear_in_the_groups(tmp_path: Path) -> None:
 
     def run(experts: int) -> Counter[str]:
         path = tmp_path / f"{experts}.jsonl"
-        profile = make_profile("expert", layers=4, experts=experts)
+        profile = make_profile("expert", layers=2, experts=experts)
         assert profile.control is not None
         with open_journal(path, profile.header) as journal:
             journal.append([profile.control, *profile.measurements.values()])

@@ -62,7 +62,7 @@ def test_it_predicts_held_out_text_better_than_counts_can(tiny_models: Mapping[s
 def test_it_uses_its_context(tiny_models: Mapping[str, Path], name: str, own: int, lost_nats: float) -> None:
     """With the last tokens alone its own, and another text's before them, the next one is harder to tell."""
     folder = tiny_models[name]
-    pieces = rows_of(folder, "report", 32).unfold(1, 32, 8).flatten(0, 1)  # [pieces, 32]
+    pieces = rows_of(folder, "report", 32).unfold(1, 32, 16).flatten(0, 1)  # [pieces, 32]
     foreign = pieces.roll(len(pieces) // 2, 0)
     foreign[:, -1 - own :] = pieces[:, -1 - own :]
     lost = nats(folder, foreign)[:, -1] - nats(folder, pieces)[:, -1]

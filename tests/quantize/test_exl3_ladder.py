@@ -23,7 +23,7 @@ def kl(candidate: WeightSource, reference: WeightSource) -> float:
 
 
 def test_a_mix_of_two_bitrates_lies_between_them(tmp_path: Path) -> None:
-    base = open_checkpoint(tiny.base("llama"))
+    base = open_checkpoint(tiny.base("llama-1"))
     for _ in quantize_model(base, tmp_path, Exl3Encoder([3, 4]), tiny.rows(8, 24, seed=2), BuildOptions(head=True)):
         pass
     low, high = (open_checkpoint(tmp_path / name) for name in ("3bpw", "4bpw"))
