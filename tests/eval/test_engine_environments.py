@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import shutil
+import venv
 import zipfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -42,8 +43,16 @@ def wheel(folder: Path, name: str, version: str, content: str = "", needs: str =
             packed.writestr(path, text)
 
 
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with pip alone, which Python takes seconds to make."""
+    folder = tmp_path_factory.mktemp("environment") / "empty"
+    venv.create(folder, with_pip=True)
+    return folder
+
+
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def index(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of wheels in place of a package index, and an engine `toy` that drags in a package it cannot use."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
@@ -55,6 +64,12 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheel(wheels, "helper", "2.0", "raise ImportError('of another version')")
     row = Environment("toy", ("toy==1.0",), 0.01, "import toy", constraints=("helper<2",))
     monkeypatch.setitem(environments.ENVIRONMENTS, "toy", row)
+
+    def create(path: Path, *, with_pip: bool) -> None:
+        assert with_pip
+        shutil.copytree(empty, path, symlinks=True, dirs_exist_ok=True)
+
+    monkeypatch.setattr("eval.engines.environments.venv.create", create)
     return wheels
 
 

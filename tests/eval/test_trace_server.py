@@ -106,7 +106,7 @@ def served(greedy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Serv
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield behind, f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.shutdown()
