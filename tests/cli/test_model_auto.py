@@ -304,7 +304,7 @@ def test_for_mlx_embedding_and_head_are_chosen_too(text: Path, tmp_path: Path) -
 
 def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path: Path) -> None:
     base, out = tiny.base("llama-2"), tmp_path / "mix"
-    options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.1)
+    options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.05)
     made(*options, "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     mix, built, _ = report["builds"]
@@ -337,7 +337,7 @@ def test_the_uniform_build_is_written_where_it_is_better(
     assert Path(report["recipe"]).name == "uniform.yaml"
     assert load_recipe(report["recipe"]).provenance["bpw"] == pytest.approx(written["bpw"], abs=1e-4)
     assert made(*options).output.count("done before") == 7
-    healed = (*options[:1], tmp_path / "healed", *options[2:], "--heal", 0.1, "--json", tmp_path / "h.json")
+    healed = (*options[:1], tmp_path / "healed", *options[2:], "--heal", 0.05, "--json", tmp_path / "h.json")
     made(*healed)
     first, before, _ = json.loads((tmp_path / "h.json").read_text())["builds"]
     assert Path(before["build"]).name == "4bpw"
@@ -352,7 +352,7 @@ def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
 
     monkeypatch.setattr(recompile.api, "heal", heal)
     out = tmp_path / "mix"
-    more = ("-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.1, "--json", tmp_path / "r.json")
+    more = ("-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.05, "--json", tmp_path / "r.json")
     result = made(tiny.base("llama-2"), out, text, *more)
     assert "it is not better; the mix stays as it was built" in result.output
     mix, built, _ = json.loads((tmp_path / "r.json").read_text())["builds"]

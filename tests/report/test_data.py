@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import itertools
 import json
@@ -128,8 +129,11 @@ def places_of(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
         yield from places_of(item, (*place, key))
 
 
-def test_a_value_of_another_type_is_refused_or_not_shown(profile: Path, tmp_path: Path) -> None:
+def test_a_value_of_another_type_is_refused_or_not_shown(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In every place of a report, by its file; the card and the data of the page hold what is left."""
+    monkeypatch.setattr("eval.report.data.load_profile", functools.cache(load_profile))  # hundreds of times the same
     path = write_diff(tmp_path / "a.json", "3bpw", 0.5, **details(0.5))
     whole, refused = json.loads(path.read_text()), set()
     for place in itertools.islice(places_of(whole), 1, None):
