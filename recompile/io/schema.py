@@ -19,6 +19,7 @@ from recompile.io.printable import printable
 
 T = TypeVar("T")
 LARGEST_COUNT = 2**53  # what JSON readers of any language hold exactly
+_SCALARS = (str, int, float, bool)
 
 
 def read_as(
@@ -50,6 +51,8 @@ class _Reader:
         return kind(**{name: self.value(hints[name], item, f"{place}: {name}", name) for name, item in value.items()})
 
     def value(self, hint: Any, value: Any, place: str, name: str = "") -> Any:
+        if hint in _SCALARS:
+            return self._scalar(hint, value, place, name in self.unbounded)
         origin = get_origin(hint)
         if hint is Any:
             return value
@@ -61,6 +64,8 @@ class _Reader:
             if not isinstance(value, list):
                 raise self._wrong(value, "a list", place)
             member = get_args(hint)[0]
+            if member is float and all(type(item) is float and math.isfinite(item) for item in value):
+                return tuple(value)  # as the lines of a profile are, of which there may be 100,000
             return tuple(self.value(member, item, f"{place}[{number}]") for number, item in enumerate(value))
         if origin is not None and issubclass(origin, Mapping):
             if not isinstance(value, dict):
