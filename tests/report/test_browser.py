@@ -310,7 +310,7 @@ def test_hostile_names_are_text(browser: Any, tmp_path: Path) -> None:
 
 
 def test_sixty_layers_of_128_experts_are_quick(browser: Any, tmp_path: Path) -> None:
-    profile = write_profile(tmp_path / "moe.jsonl", 60, experts=128, ids=(2, 3, 4), rows=4)
+    profile = write_profile(tmp_path / "moe.jsonl", 60, experts=128, ids=(2, 3, 4), rows=2)
     loaded = load_profile(profile)
     assert len(loaded.header.groups) == 60 * (2 + 2 * 128)
     page_file = tmp_path / "report.html"
