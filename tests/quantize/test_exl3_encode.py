@@ -85,7 +85,7 @@ def test_batches_of_the_torch_search_do_not_change_it() -> None:
     assert torch.equal(viterbi_torch(targets, table, 6), one_by_one)
 
 
-@pytest.mark.parametrize("bits", [2, 2.5, 4])
+@pytest.mark.parametrize("bits", [2, 2.5, pytest.param(4, marks=pytest.mark.sweep)])
 def test_numba_search_costs_the_same_as_torch(bits: float) -> None:
     pytest.importorskip("numba", reason="the compiled search needs the extra [exl3]")
     from recompile.quantize.exl3_viterbi_cpu import viterbi_cpu
