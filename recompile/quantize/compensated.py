@@ -125,10 +125,14 @@ class Explained:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a map was given in the base: x [tokens, in], and for an expert which tokens [tokens]."""
+    """What a map was given in the base: x [tokens, in], and for an expert which tokens [tokens].
+
+    is_known: whether it can be told which tokens these are
+    """
 
     x: Tensor
     places: Tensor | None
+    is_known: bool
 
 
 class _Enough(Exception):
@@ -149,7 +153,8 @@ class _StageInputs(InputCollector):
     ) -> None:
         super().__init__(model, index)
         self.members, self.wanted, self.adding = members, wanted, adding
-        self.places: Tensor | None = None
+        self.places: Tensor | None = None  # of the tokens of a call, where they are some of all
+        self.is_known = True  # which tokens those of a call are
         self._outputs: list[tuple[str, Tensor]] = []
         self._seen: set[str] = set()
 
@@ -211,7 +216,7 @@ class _StageInputs(InputCollector):
         assert self.counted is not None, "given with every batch"
         rows = inputs.numel() // inputs.shape[-1]
         routed = rows != self.counted.numel() and self._taken is not None and rows == len(self._taken)
-        self.places = None
+        self.places, self.is_known = None, routed or rows % self.counted.numel() == 0
         if routed:
             assert self._taken is not None
             self.places = self._taken[self.counted.flatten()[self._taken]]
@@ -269,7 +274,7 @@ class _BaseInputs(_StageInputs):
 
     def accumulate(self, group: InputStatistics, inputs: Tensor) -> None:
         x = inputs.detach().reshape(-1, inputs.shape[-1])
-        self.calls.setdefault(group.modules[0], []).append(_Call(x, self.places))
+        self.calls.setdefault(group.modules[0], []).append(_Call(x, self.places, self.is_known))
 
     def add_to(self, module: str, other: Tensor, out: Tensor) -> None:
         added = self.of_counted(other)
@@ -295,7 +300,7 @@ class _BothInputs(_StageInputs):
         module = group.modules[0]
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         calls = self.base.calls.get(module)
-        less = _difference(calls.pop(0) if calls else None, _Call(x, self.places))
+        less = _difference(calls.pop(0) if calls else None, _Call(x, self.places, self.is_known))
         if less is None:
             group.note = group.note or UNPAIRED
         self._held[module] = (x, less)
@@ -324,6 +329,8 @@ class _BothInputs(_StageInputs):
 def _difference(base: _Call | None, now: _Call) -> Tensor | None:
     """x - x' of the tokens of a call, [tokens, in] float32; zeros for tokens that the base sends elsewhere; None where
     it cannot be told which tokens are the same."""
+    if not now.is_known or (base is not None and not base.is_known):
+        return None
     if (base is None or base.places is None) and now.places is None:
         return base.x.float() - now.x if base is not None and base.x.shape == now.x.shape else None
     if now.places is None:

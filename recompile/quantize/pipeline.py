@@ -471,7 +471,7 @@ class _Build:
                         continue
                     made = encoded[name]
                     if self.options.on_itself:
-                        self.decoded[f"{name}.weight"] = made.dense
+                        self.decoded[f"{name}.weight"] = made.dense.T if name in self.turned else made.dense
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
                     report_of_one = measure(name, weight, made, statistics, own_power[name])

@@ -197,6 +197,20 @@ def test_experts_are_compared_on_the_tokens_of_both_runs(seed: int) -> None:
     assert min(compared_tokens, others) > 0, "some tokens go where the base sends them, some elsewhere"
 
 
+@pytest.mark.parametrize(
+    "name", [name if name == "gpt2" else pytest.param(name, marks=pytest.mark.sweep) for name in architectures.TYPES]
+)
+def test_every_type_is_built_on_its_own_rounding(name: str, tmp_path: Path) -> None:
+    """gpt2 among them, which stores its weights as [in, out]."""
+    base, ids = architectures.checkpoint(name), architectures.rows(48, 16)
+    for how in ("plain", "sequential", "compensate"):
+        options = BuildOptions(**({how: True} if how != "plain" else {}))
+        list(quantize_model(open_checkpoint(base), tmp_path / how, IntEncoder((4,), 32), ids, options))
+    kls = {how: kl_of(tmp_path / how / "4bpw", base, ids) for how in ("plain", "sequential", "compensate")}
+    assert kls["plain"] > 0
+    assert max(kls.values()) < 1.5 * kls["plain"]
+
+
 def test_a_build_is_nearer_to_its_base(tmp_path: Path) -> None:
     """Every weight of a random model counts, so three bits do it much harm; the build of a killed run is the same."""
     base, ids = tiny.base("llama-2"), tiny.rows(64, 16)
@@ -247,9 +261,9 @@ def test_every_encoder_takes_what_is_aimed_at(how: dict[str, Any], tmp_path: Pat
     assert kl[1] < 0.97 * kl[0]
 
 
-def kl_of(build: Path, base: Path) -> float:
-    """On rows that nothing was made with."""
-    rows = tiny.rows(80, 16)[64:]
+def kl_of(build: Path, base: Path, rows: Tensor | None = None) -> float:
+    """On rows, else on such that nothing was made with."""
+    rows = tiny.rows(80, 16)[64:] if rows is None else rows
     p, q = (tiny.streamed_logits(open_checkpoint(path), rows).double().log_softmax(-1) for path in (base, build))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
