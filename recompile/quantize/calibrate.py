@@ -23,6 +23,7 @@ from recompile.model.stream import LayeredModel, LinearWeights
 BATCH_TOKENS = 2048
 EVERYWHERE = "inputs of all places count, for which of them are of a response cannot be told"
 _GATHERS = (torch.Tensor.__getitem__, torch.index_select, torch.Tensor.index_select)
+_SPLITS = (torch.split, torch.Tensor.split, torch.split_with_sizes, torch.Tensor.split_with_sizes)
 
 
 @dataclass
@@ -102,6 +103,7 @@ class InputCollector(LinearMode):
         super().__init__(LinearWeights(model, index))
         self.groups, self.counted = [], None
         self._taken: Tensor | None = None  # the places that an expert was given last
+        self._parted: Tensor | None = None  # what was split among experts, a row for each of these places
         self._group_of: dict[str, InputStatistics] = {}
         self._label = model.loaded_from
         self._last: tuple[Tensor, InputStatistics] | None = None
@@ -123,8 +125,24 @@ class InputCollector(LinearMode):
                 and of[0].dtype == torch.int64
                 and of[0].dim() == 1
             ):
-                self._taken = of[0]
+                self._taken, self._parted = of[0], None
+        elif self._taken is not None and func in _SPLITS and len(args[0]) == len(self._taken):
+            self._parted = args[0]
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _places_of(self, inputs: Tensor) -> Tensor | None:
+        """Which of all places the inputs of an expert are, [tokens]; None where they are all, or it cannot be told."""
+        rows = inputs.numel() // inputs.shape[-1]
+        if self.counted is None or self._taken is None or rows == self.counted.numel():
+            return None
+        if rows == len(self._taken):
+            return self._taken
+        whole = self._parted
+        if whole is None or inputs.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            return None
+        first, rest = divmod(inputs.data_ptr() - whole.data_ptr(), whole.stride(0) * whole.element_size())
+        is_part = rest == 0 and 0 <= first <= first + rows <= len(self._taken)
+        return self._taken[first : first + rows] if is_part else None
 
     def _meant(self, group: InputStatistics, inputs: Tensor) -> Tensor:
         """The inputs of a call, [..., in], at the places that count. Experts are given places that were taken out of
@@ -135,8 +153,9 @@ class InputCollector(LinearMode):
         if len(flat) == marks.numel():
             is_turned = inputs.dim() > 2 and inputs.shape[:2] == marks.shape[::-1] != marks.shape
             return flat[(marks.T if is_turned else marks).flatten()]
-        if self._taken is not None and len(flat) == len(self._taken):
-            return flat[marks.flatten()[self._taken]]
+        places = self._places_of(inputs)
+        if places is not None:
+            return flat[marks.flatten()[places]]
         group.note = EVERYWHERE
         return inputs
 

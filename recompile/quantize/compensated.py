@@ -160,7 +160,7 @@ class _StageInputs(InputCollector):
 
     def begin(self, counted: Tensor) -> None:
         """Before a batch. counted: bool [rows, tokens]."""
-        self.counted, self._taken, self._last = counted, None, None
+        self.counted, self._taken, self._parted, self._last = counted, None, None, None
         self._outputs, self._seen = [], set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -214,12 +214,10 @@ class _StageInputs(InputCollector):
     def _meant(self, group: InputStatistics, inputs: Tensor) -> Tensor:
         found = super()._meant(group, inputs)
         assert self.counted is not None, "given with every batch"
-        rows = inputs.numel() // inputs.shape[-1]
-        routed = rows != self.counted.numel() and self._taken is not None and rows == len(self._taken)
-        self.places, self.is_known = None, routed or rows % self.counted.numel() == 0
-        if routed:
-            assert self._taken is not None
-            self.places = self._taken[self.counted.flatten()[self._taken]]
+        rows, places = inputs.numel() // inputs.shape[-1], self._places_of(inputs)
+        is_expert = _EXPERT.search(group.modules[0]) is not None and rows not in (0, self.counted.numel())
+        self.is_known = places is not None or not is_expert
+        self.places = None if places is None else places[self.counted.flatten()[places]]
         return found
 
     def of_counted(self, value: Tensor) -> Tensor:
