@@ -49,7 +49,6 @@ from recompile.io.sizes import size_bytes
 from recompile.model.rows import RowOptions
 from recompile.model.texts import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
-from recompile.optimize.budget import Budget
 from recompile.optimize.solvers import solver_named
 from recompile.planning import TRACE_TOKENS, AutoPlan, PlanOptions, Target, make_plan, split_minutes, target_of
 from recompile.quantize.gguf_convert import tokenizer_file
@@ -542,6 +541,8 @@ class _Auto:
 
     def _uniform_candidate(self) -> tuple[Candidate, bool]:
         """The largest candidate whose uniform build is within the budget, or else the smallest; whether it is."""
+        from recompile.optimize.budget import Budget  # here, so that refusals need no solvers
+
         profile, asked = load_profile(self.profile), self.options
         budget = Budget(asked.bits, asked.total_bpw, size_bytes(asked.size))
         return uniform_candidate(profile, budget.bits(profile))
