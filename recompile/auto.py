@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -533,19 +534,23 @@ class _Auto:
     @property
     def _uniform(self) -> Path:
         """Where the uniform build goes; its name says what it is."""
-        candidate, _ = self._uniform_candidate()
+        candidate = self._uniform_candidate[0]
         rate, scheme = candidate.label, "scheme" in (candidate.spec or {})
         stem = self.base.path.resolve().name.removesuffix(".gguf")
         name = f"{stem}-{rate}.gguf" if self.gguf else rate if scheme else f"{rate}bpw"
         return self.work / "uniform" / name
 
-    def _uniform_candidate(self) -> tuple[Candidate, bool]:
-        """The largest candidate whose uniform build is within the budget, or else the smallest; whether it is."""
+    @cached_property
+    def _uniform_candidate(self) -> tuple[Candidate, bool, int]:
+        """The largest candidate whose uniform build is within the budget, or else the smallest; whether it is; bytes of
+        that build."""
         from recompile.optimize.budget import Budget  # here, so that refusals need no solvers
 
         profile, asked = load_profile(self.profile), self.options
         budget = Budget(asked.bits, asked.total_bpw, size_bytes(asked.size))
-        return uniform_candidate(profile, budget.bits(profile))
+        candidate, fits = uniform_candidate(profile, budget.bits(profile))
+        bits = bits_of_uniform(profile, candidate.label) + profile.header.other_bits
+        return candidate, fits, -(-bits // 8)
 
     def _build(self) -> object:
         if self.options.variants:
@@ -560,14 +565,13 @@ class _Auto:
 
     def _write_uniform_recipe(self, rules: str | None) -> None:
         """rules: the engine whose rules it keeps. Raises RecompileError where it cannot."""
-        profile, label = load_profile(self.profile), self._uniform_candidate()[0].label
-        size = -(-(bits_of_uniform(profile, label) + profile.header.other_bits) // 8)
-        how: dict[str, Any] = {"pin": [f"*={label}"], "engine": rules, "solver": "exact", "check": False}
+        candidate, _, size = self._uniform_candidate
+        how: dict[str, Any] = {"pin": [f"*={candidate.label}"], "engine": rules, "solver": "exact", "check": False}
         api.optimize(self.profile, self.uniform_recipe, size=size, **how)
 
     def _pick(self) -> dict[str, Any]:
         """Which of the two builds has less KL, on rows that are for such decisions."""
-        candidate, fits = self._uniform_candidate()
+        candidate, fits, _ = self._uniform_candidate
         try:
             self._write_uniform_recipe(self.target.rules if self.target is not None else None)
         except RecompileError:
