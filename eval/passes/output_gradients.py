@@ -67,17 +67,18 @@ class OutputGradients:
         call for these rows of the pass."""
         count = rows.stop - rows.start
         for module, part in shares:
-            g = adjoints[..., part].reshape(len(adjoints), count, -1, part.stop - part.start).float()
+            g = adjoints[..., part].reshape(len(adjoints), count, -1, part.stop - part.start)
             if module not in self.found:
                 size = g.shape[-1]
-                self.found[module] = _Sums((g.new_zeros(size, size), g.new_zeros(size, size)))
+                zeros = [torch.zeros(size, size, device=g.device) for _ in range(2)]
+                self.found[module] = _Sums((zeros[0], zeros[1]))
             mine = self.found[module]
             apart = [row for row in range(count) if rows.start + row in self.held_out]
             together = [row for row in range(count) if rows.start + row not in self.held_out]
             for share, chosen in enumerate((together, apart)):
                 if chosen:
                     flat = self._meant(g[:, chosen], [rows.start + row for row in chosen])
-                    mine.sums[share].addmm_(flat.t(), flat)
+                    mine.sums[share].add_(_second_moment(flat))
                     mine.tokens[share] += len(flat)
 
     def _meant(self, g: Tensor, rows: list[int]) -> Tensor:
@@ -92,6 +93,13 @@ class OutputGradients:
         found = {name: GradientSums(*mine.sums, *mine.tokens) for name, mine in self.found.items()}
         self.found = {}
         return found
+
+
+def _second_moment(g: Tensor) -> Tensor:
+    """[tokens, out] -> their sum of g g^T, [out, out]. bfloat16 rounds its entries, as it has g's: 2^-9 of each, where
+    draws leave far more in doubt; float16 has no room for squares of gradients."""
+    wide = g if g.dtype == torch.bfloat16 else g.float()
+    return wide.t() @ wide
 
 
 def held_out_rows(rows: int) -> frozenset[int]:
