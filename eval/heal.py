@@ -13,13 +13,12 @@ text of another kind, that it is not only this text.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,11 @@ from torch import Tensor
 from eval.heal_kl import LOGIT_CHUNK_TOKENS, OtherHead, row_kls
 from eval.heal_output import check_name, read_healed, write_healed
 from eval.heal_places import Place, whole_of
+from eval.heal_rows import HealRows, heal_rows
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import open_tensors
-from recompile.errors import ArgumentError, CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
+from recompile.errors import CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.checksums import run_of
 from recompile.io.files import beside, check_partial, parse_json, remove_empty, settle, unmarked
@@ -42,16 +42,13 @@ from recompile.io.memory import available_bytes, format_mib, keep_heap_small, pr
 from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
 from recompile.model.counted import pick, spread
-from recompile.model.rows import RowOptions, check_vocabulary, first_with_tokenizer, rows_of_text
-from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton
-from recompile.model.used_rows import UsedRows, check_apart, recorded_rows
+from recompile.model.rows import RowOptions
+from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton, sketch_dtype
 from recompile.quantize.movable import Movable, MovedBuild, find_movables
 
 WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its last state
 JOURNAL = "journal.jsonl"
 STATE_KEY = "recompile_heal"  # of the state's metadata
-LEAST_TRAIN_ROWS = 4
-ROLES = {"train": "calibrate", "choose": "choose", "accept": "accept", "report": "report"}  # of a text or trace
 BLOCK_STEPS = 16  # steps whose rows the base runs over at a time
 BETAS, EPSILON = (
     (0.9, 0.99),
@@ -62,36 +59,6 @@ CONFIDENCE = 1.645  # standard errors; one-sided 95 %
 # Log steps of Adam by stored bits a weight: coarse codes leave more for scales to make good. 2e-3 works at 3 bits; the
 # others are not measured.
 LEARNING_RATES = ((2.6, 4e-3), (3.6, 2e-3), (4.8, 1e-3), (99.0, 5e-4))
-
-
-@dataclass(frozen=True)
-class HealRows:
-    """int64 [rows, tokens] each; roles as above. second: another kind of text, named by `second_source`.
-
-    counted: by name, bool [rows, tokens], the places of these rows whose KL counts; of those not named all do
-    used: which rows they are, for the report
-    """
-
-    train: Tensor
-    choose: Tensor
-    accept: Tensor
-    report: Tensor
-    second: Tensor
-    source: str = ""
-    second_source: str = ""
-    counted: Mapping[str, Tensor] = field(default_factory=dict)
-    used: tuple[UsedRows, ...] = ()
-    positions: str = "all"
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                digest.update(repr(tuple(value.shape)).encode() + value.contiguous().numpy().tobytes())
-        for name, counted in sorted(self.counted.items()):
-            digest.update(name.encode() + counted.contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -106,7 +73,7 @@ class HealOptions:
     patience: int = 4  # looks without a new best one before it stops
     seed: int = 0
     device: str = "cpu"
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # None: steps in bfloat16 where that is fast, judging in the device's default
     vocab: int | None = None  # true vocabulary where the model pads it
     max_memory_bytes: int | None = None
 
@@ -196,10 +163,11 @@ class HealReport:
     second: Paired
     rows_source: str
     second_source: str
-    dtype: str
+    dtype: str  # that it was judged in
     rows_sha256: str
     kl_rows: Mapping[str, tuple[float, ...]]  # "report" and "second" of the healed build, row means
     positions: str = "all"  # of a trace: "response" where only predictions of what the model wrote are counted
+    train_dtype: str = ""  # that the steps were run in
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -214,37 +182,6 @@ class _Done:
     best_kl: float
     looks_since: int
     seconds: float
-
-
-def heal_rows(base: Checkpoint, build: Checkpoint, where: RowOptions, tokens: int) -> tuple[HealRows, int | None]:
-    """Rows of every role, where.rows of each that judges and at most `tokens` tokens to train, and the true vocabulary.
-
-    Raises RecompileError for text that is too short, ArgumentError for input_ids, which have no roles.
-    """
-    from recompile.model import texts
-
-    if where.input_ids is not None:
-        raise ArgumentError("{input_ids}: rows of several roles are needed; give text with {text} or {dataset}")
-    directories = [base.path, build.path]
-    parts = {"train": where.read_up_to(directories, "calibrate", -(-tokens // where.length), LEAST_TRAIN_ROWS)}
-    parts |= {role: where.read(directories, role)[0] for role in ("choose", "accept", "report")}
-    used = tuple(UsedRows.of(rows, ROLES[name]) for name, rows in parts.items())
-    for name, rows in parts.items():
-        here = [(f"healing ({other.role} rows)", other) for other in used]
-        check_apart(rows, ROLES[name], [*recorded_rows([build.path]), *here])
-    own = any(given is not None for given in (where.text, where.dataset, where.trace))
-    other = texts.default_text() if own else texts.other_text(texts.default_text())
-    second, vocab = rows_of_text(other, first_with_tokenizer(directories), None, where.length, "report")
-    found = HealRows(
-        **{name: rows.ids for name, rows in parts.items()},
-        second=second.ids[: where.rows],
-        source=parts["report"].source,
-        second_source=second.source,
-        counted={name: rows.counted for name, rows in parts.items() if rows.counted is not None},
-        used=used,
-        positions=parts["report"].positions,
-    )
-    return found, check_vocabulary(base, vocab)
 
 
 def heal_build(
@@ -339,7 +276,12 @@ class Healing:
         self.model = LayeredModel.of(build, dtype=options.dtype, device=options.device)
         self.teacher = LayeredModel.of(base, dtype=self.model.dtype, device=options.device)
         check_same_skeleton(self.teacher, self.model)
-        for model in (self.model, self.teacher):
+        fast = options.dtype or sketch_dtype(options.device)
+        self.trained, self.trainer = self.model, self.teacher  # the two that steps run
+        if fast != self.model.dtype:
+            self.trained = LayeredModel.of(build, dtype=fast, device=options.device)
+            self.trainer = LayeredModel.of(base, dtype=fast, device=options.device)
+        for model in (self.model, self.teacher, self.trained, self.trainer):
             model.model.set_experts_implementation("eager")  # as LinearWeights tells experts apart
         self.movables = find_movables(build, self.model.device)
         self.source = MovedBuild(build, self.movables)
@@ -352,7 +294,7 @@ class Healing:
         self.best_step, self.best_kl, self.looks_since, self.done = 0, math.inf, 0, 0
         self.spent = 0.0  # seconds of steps, earlier runs included
         self.keeps_graph = self._plan()
-        self.head_moves = any(role_of(tensor.rpartition(".")[0]) == "head" for tensor in self.movables)
+        self.head_tensors = self._tensors_of_head()
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -477,14 +419,15 @@ class Healing:
             places = range(first * self.batch_rows, last * self.batch_rows)
             numbers = [order(place // count)[place % count] for place in places]
             chosen = self.rows.train[numbers]
-            states = self.teacher_states(chosen).split(self.batch_rows)
+            states = self.teacher_states(chosen, self.trainer).split(self.batch_rows)
             marks = [None] * len(states) if counted is None else counted[numbers].split(self.batch_rows)
             yield from zip(chosen.split(self.batch_rows), states, marks, strict=True)
 
     @torch.no_grad()
-    def teacher_states(self, ids: Tensor) -> Tensor:
-        """The base's post-norm states, [rows, tokens, hidden]; ids: int64 [rows, tokens]."""
-        return self.teacher.normed(ids, self.batch_rows, self.base)
+    def teacher_states(self, ids: Tensor, teacher: LayeredModel | None = None) -> Tensor:
+        """The base's post-norm states, [rows, tokens, hidden]; ids: int64 [rows, tokens]; teacher: that for steps, in
+        place of that for judging."""
+        return (teacher or self.teacher).normed(ids, self.batch_rows, self.base)
 
     def _before(self) -> dict[str, list[float]]:
         """KL of the build as it is, on all rows that judge; the base's states of the choosing rows are kept."""
@@ -544,6 +487,7 @@ class Healing:
             rows_source=self.rows.source,
             second_source=self.rows.second_source,
             dtype=str(self.model.dtype),
+            train_dtype=str(self.trained.dtype),
             rows_sha256=self.rows.sha256(),
             kl_rows={name: rows[name] for name in ("report", "second")},
             positions=self.rows.positions,
@@ -562,7 +506,7 @@ class Healing:
         ids: int64 [rows, tokens]; teacher: the base's post-norm states of them, [rows, tokens, hidden]
         counted: bool [rows, tokens], what the KL is of; None: all
         """
-        model, source = self.model, self.source
+        model, source = self.trained, self.source
         gradients: dict[str, Tensor] = {}
         graphs: list[tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]] = []
         with torch.no_grad():
@@ -595,14 +539,14 @@ class Healing:
 
     def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]:
         """The loaded layer's input and output in a graph, its parameters that matter, and whose they are."""
-        layer = self.model.layers[index]
+        layer = self.trained.layers[index]
         places = self._places(index)
         parameters: dict[str, Tensor] = {place.parameter: layer.get_parameter(place.parameter) for place in places}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         leaf = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
-            out = self.model.run_layer(index, leaf)
+            out = self.trained.run_layer(index, leaf)
         return leaf, out, parameters, places
 
     def _pull_back(
@@ -625,12 +569,7 @@ class Healing:
         return found[0]
 
     def _add(self, place: Place, value: Tensor, gradient: Tensor, gradients: dict[str, Tensor]) -> None:
-        if place.expert is not None:
-            value, gradient = value[place.expert], gradient[place.expert]
-        if place.rows is not None:
-            value, gradient = value[place.rows], gradient[place.rows]
-        if place.whole is not None:
-            value, gradient = place.whole.filled(value), place.whole.filled(gradient)
+        value, gradient = place.of(value), place.of(gradient)
         for tensor in place.tensors:
             movable = self.movables[tensor]
             found = movable.gradient(None if movable.is_vector else value, gradient)
@@ -638,7 +577,7 @@ class Healing:
 
     def _places(self, index: int) -> list[Place]:
         """Where the movables of a loaded layer sit in its parameters."""
-        model, prefix = self.model, f"{self.model.prefix_of_layer(index)}."
+        model, prefix = self.trained, f"{self.trained.prefix_of_layer(index)}."
         found = []
         of_module: dict[str, list[str]] = {}
         for tensor, movable in self.movables.items():
@@ -647,16 +586,19 @@ class Healing:
         for weight in LinearWeights(model, index):
             of_base = self.base.modules  # the build's shapes may be padded
             shapes = [(of_base.get(name) or self.build.modules[name]).shape for name in weight.modules]
-            start = 0
-            for module, shape in zip(weight.modules, shapes, strict=True):
+            start, many = 0, len(weight.modules)
+            for number, (module, shape) in enumerate(zip(weight.modules, shapes, strict=True)):
                 rows = shape[0] if shape is not None else 0
                 if module in of_module:
-                    part = slice(start, start + rows) if len(weight.modules) > 1 else None
+                    part = slice(start, start + rows) if many > 1 else None
+                    if weight.alternating:
+                        part = slice(number, None, many)
                     parameter = weight.parameter.removeprefix(prefix)
                     whole = None
-                    if shape is not None and weight.expert is None and len(weight.modules) == 1:
+                    if shape is not None and weight.expert is None and many == 1 and not weight.transposed:
                         whole = whole_of(model, weight.parameter, shape)
-                    found.append(Place(parameter, weight.expert, part, tuple(of_module[module]), whole))
+                    tensors = tuple(of_module[module])
+                    found.append(Place(parameter, weight.expert, part, tensors, whole, weight.transposed))
                 start += rows
         for name, _ in model.layers[index].named_parameters():
             origin = model.origins[f"{prefix}{name}"]
@@ -666,6 +608,14 @@ class Healing:
                     found.append(Place(name, None, None, (origin.tensors[0],)))
         return found
 
+    def _tensors_of_head(self) -> tuple[str, ...]:
+        """What moves of the head's weight: not of a transform before it, nor its bias."""
+        origin = self.trained.origins.get(f"{self.trained.prefix_of(self.trained.head)}.weight")
+        module = None if origin is None else self._module_of(origin.tensors[0])
+        if module is None or role_of(module) != "head":
+            return ()
+        return tuple(t for t, moved in self.movables.items() if self._module_of(t) == module and not moved.is_vector)
+
     def _module_of(self, tensor: str) -> str:
         return tensor.rpartition(".")[0]
 
@@ -673,7 +623,7 @@ class Healing:
         self, hidden: Tensor, teacher: Tensor, gradients: dict[str, Tensor], counted: Tensor | None
     ) -> tuple[float, Tensor]:
         """Mean KL of what counts of the batch, and the cotangent of what leaves the last layer."""
-        model, source = self.model, self.source
+        model, source = self.trained, self.source
         with model.norm_loaded(source) as norm, model.head_loaded(source) as head:
             moving_norms: dict[str, Tensor] = {}  # by stored tensor
             for name, parameter in model.model.named_parameters():
@@ -683,13 +633,13 @@ class Healing:
             leaf = hidden.detach().requires_grad_(True)
             with torch.enable_grad():
                 normed = norm(leaf)
-            moving = [head.get_parameter("weight")] if self.head_moves else []
+            moving = [head.get_parameter("weight")] if self.head_tensors else []
             for parameter in moving:
                 parameter.requires_grad_(True)
             places = None if counted is None else counted.flatten().nonzero().flatten()
             flat, wanted = (pick(states.flatten(0, 1), places) for states in (normed.detach(), teacher))
             total, pieces = 0.0, []
-            with OtherHead(self.teacher, self.base) as reference:
+            with OtherHead(self.trainer, self.base) as reference:
                 for start in range(0, len(flat), LOGIT_CHUNK_TOKENS):
                     part = slice(start, start + LOGIT_CHUNK_TOKENS)
                     log_p = self._cut(reference(wanted[part])).float().log_softmax(-1)
@@ -701,8 +651,8 @@ class Healing:
                     total += float(loss.detach())
                     pieces.append(found[0])
                     for parameter, gradient in zip(moving, found[1:], strict=True):
-                        tensors = tuple(t for t in self.movables if role_of(self._module_of(t)) == "head")
-                        self._add(Place("", None, None, tensors), parameter.detach(), gradient, gradients)
+                        place = Place("", None, None, self.head_tensors)
+                        self._add(place, parameter.detach(), gradient, gradients)
             cotangent = spread(torch.cat(pieces)[None], places, normed.shape[:2].numel()).view_as(normed)
             back = torch.autograd.grad(normed, [leaf, *moving_norms.values()], cotangent, allow_unused=True)
             for tensor, gradient in zip(moving_norms, back[1:], strict=True):
@@ -728,7 +678,7 @@ class Healing:
             "check_every": self.options.check_every,
             "patience": self.options.patience,
             "seed": self.options.seed,
-            "dtype": str(self.model.dtype),
+            "dtype": [str(self.model.dtype), str(self.trained.dtype)],
         }
 
     @contextmanager

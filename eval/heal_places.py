@@ -31,13 +31,27 @@ class Whole:
 
 @dataclass(frozen=True)
 class Place:
-    """Where movables sit: a parameter of the layer (name within it), one expert of it, some of its rows."""
+    """Where movables sit: a parameter of the layer (name within it), one expert of it, some of its rows.
+
+    turned: the parameter, or an expert's slice of it, is [in, out]
+    """
 
     parameter: str
     expert: int | None
     rows: slice | None
     tensors: tuple[str, ...] = ()
     whole: Whole | None = None
+    turned: bool = False
+
+    def of(self, value: Tensor) -> Tensor:
+        """Its part of the parameter or of a gradient of it: a weight [out, in], or a vector."""
+        if self.expert is not None:
+            value = value[self.expert]
+        if self.turned:
+            value = value.T
+        if self.rows is not None:
+            value = value[self.rows]
+        return value if self.whole is None else self.whole.filled(value)
 
 
 class RowNumbers:

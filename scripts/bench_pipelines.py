@@ -46,7 +46,7 @@ from peers import PEERS, Built, build, timed  # noqa: E402
 
 import recompile  # noqa: E402
 from eval.diff import DiffOptions, DiffReport, measure_many  # noqa: E402
-from eval.heal import heal_rows  # noqa: E402
+from eval.heal_rows import heal_rows  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
 from recompile.checkpoint.checkpoint import open_checkpoint  # noqa: E402
 from recompile.model.rows import RowOptions  # noqa: E402

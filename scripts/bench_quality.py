@@ -34,7 +34,8 @@ import make_tiny_models  # noqa: E402
 from bench_record import RESULTS, birth_certificate, keep  # noqa: E402
 
 from eval.diff import DiffOptions, DiffReport, compare_many  # noqa: E402
-from eval.heal import HealOptions, HealReport, HealRows, Paired, heal, heal_rows  # noqa: E402
+from eval.heal import HealOptions, HealReport, Paired, heal  # noqa: E402
+from eval.heal_rows import HealRows, heal_rows  # noqa: E402
 from eval.passes.output_gradients import GradientOptions, measure_outputs  # noqa: E402
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from recompile.merge.overlay import build_overlay  # noqa: E402

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval.heal import HealOptions, HealRows, heal
+from eval.heal import HealOptions, heal
+from eval.heal_rows import HealRows
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_auto import main as model_auto
 from recompile.cli.model_diff import main as model_diff

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import recompile
-from eval.heal import HealChecked, heal_rows
+from eval.heal import HealChecked
+from eval.heal_rows import heal_rows
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, profile_exact
 from eval.trace.prompts import prompts_of_file
 from recompile.checkpoint.checkpoint import open_checkpoint

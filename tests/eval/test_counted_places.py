@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from eval.diff import DiffOptions, DiffReport, compare
-from eval.heal import Healing, HealOptions, HealReport, HealRows, heal
+from eval.heal import Healing, HealOptions, HealReport, heal
+from eval.heal_rows import HealRows
 from eval.mixes.evaluator import MixEvaluator
 from eval.mixes.oracle import MixOracle
 from eval.passes.adjoint import AdjointPass, LayerBackward, plan_pass
@@ -276,7 +277,7 @@ def healing_rows(padding: int) -> HealRows:
     return HealRows(**dict.fromkeys(names, ids), second=tiny.rows(2, 8), counted=dict.fromkeys(names, meant))
 
 
-HEALING = HealOptions(tokens=6 * WIDTH, batch_tokens=2 * WIDTH, check_every=2, learning_rate=0.01)
+HEALING = HealOptions(tokens=6 * WIDTH, batch_tokens=2 * WIDTH, check_every=2, learning_rate=0.01, dtype=torch.float32)
 
 
 def test_healing_lowers_the_kl_of_the_places(tmp_path: Path) -> None:

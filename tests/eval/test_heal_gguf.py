@@ -30,7 +30,9 @@ from tests.eval.test_heal import TOKENS, healing, make_rows, slope_along
 from tests.quantize.test_gguf_variants import tokenizer_file
 
 WIDTH = 256
-OPTIONS = HealOptions(tokens=24 * TOKENS, batch_tokens=4 * TOKENS, check_every=2, learning_rate=0.01)
+OPTIONS = HealOptions(
+    tokens=24 * TOKENS, batch_tokens=4 * TOKENS, check_every=2, learning_rate=0.01, dtype=torch.float32
+)
 
 
 def drawn(kind: GgufType, rows: int) -> Tensor:
