@@ -569,10 +569,10 @@ class Healing:
         return found[0]
 
     def _add(self, place: Place, value: Tensor, gradient: Tensor, gradients: dict[str, Tensor]) -> None:
-        value, gradient = place.of(value), place.of(gradient)
         for tensor in place.tensors:
             movable = self.movables[tensor]
-            found = movable.gradient(None if movable.is_vector else value, gradient)
+            mine, of_mine = (place.of(one, movable.as_the_model) for one in (value, gradient))
+            found = movable.gradient(None if movable.is_vector else mine, of_mine)
             gradients[tensor] = gradients[tensor] + found if tensor in gradients else found
 
     def _places(self, index: int) -> list[Place]:

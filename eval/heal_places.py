@@ -43,11 +43,11 @@ class Place:
     whole: Whole | None = None
     turned: bool = False
 
-    def of(self, value: Tensor) -> Tensor:
-        """Its part of the parameter or of a gradient of it: a weight [out, in], or a vector."""
+    def of(self, value: Tensor, as_the_model: bool = False) -> Tensor:
+        """Its part of the parameter or of a gradient of it: a weight [out, in], or as the model has it, or a vector."""
         if self.expert is not None:
             value = value[self.expert]
-        if self.turned:
+        if self.turned and not as_the_model:
             value = value.T
         if self.rows is not None:
             value = value[self.rows]

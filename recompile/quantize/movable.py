@@ -69,6 +69,11 @@ class Movable:
         return self.reduce is None
 
     @property
+    def as_the_model(self) -> bool:
+        """Whether its gradient is made of the weight as the model has it, [in, out] where that is turned."""
+        return False
+
+    @property
     def is_whole(self) -> bool:
         """Whether it is all of its tensor."""
         return True

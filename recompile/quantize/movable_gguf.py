@@ -22,7 +22,8 @@ from recompile.gguf.names import Place, steps_of
 from recompile.gguf.values import row_order
 from recompile.quantize.movable import Movable, size_of
 
-KEEPS_VALUES = frozenset({"conv", "one_row", "column", "value_rows", "value_columns", "value_heads"})  # steps that do
+# Steps that change the order or the shape of values alone.
+KEEPS_VALUES = frozenset({"turned", "conv", "one_row", "column", "value_rows", "value_columns", "value_heads"})
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class FieldMovable(Movable):
         return False
 
     @property
+    def as_the_model(self) -> bool:
+        return True  # what the file turns is turned back with its other steps
+
+    @property
     def is_whole(self) -> bool:
         return False
 
@@ -107,7 +112,7 @@ class FieldMovable(Movable):
         return rows.view(stored.shape)
 
     def gradient(self, weight: Tensor | None, gradient: Tensor) -> Tensor:
-        """d loss / d delta; gradient: of the weight as the model has it, [out, in]."""
+        """d loss / d delta; gradient: of the weight as the model has it."""
         here = as_stored(self.build, self.tensor, gradient.float()).reshape(len(self.start), -1)
         if self.added:
             return self._sums(here) * self.unit

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from eval.diff import DiffReport, compare
-from eval.heal import HealOptions, HealReport, heal
+from eval.heal import Healing, HealOptions, HealReport, heal
 from eval.heal_output import write_healed
+from eval.heal_rows import HealRows
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.cli.model_heal import main as model_heal
@@ -26,8 +27,9 @@ from recompile.quantize.movable import Movable, MovedBuild, find_movables
 from recompile.quantize.movable_gguf import FIELDS, FieldMovable
 from tests import tiny
 from tests.commands import refusal
-from tests.eval.test_heal import TOKENS, healing, make_rows, slope_along
+from tests.eval.test_heal import TOKENS, make_rows, slope_along
 from tests.quantize.test_gguf_variants import tokenizer_file
+from tests.stream import architectures
 
 WIDTH = 256
 OPTIONS = HealOptions(
@@ -95,9 +97,13 @@ def test_a_field_s_gradient_is_what_doubling_it_does(name: str, tmp_path: Path) 
             assert expected == pytest.approx(change, rel=5e-3, abs=5e-3), place
 
 
+def base_of(architecture: str) -> Checkpoint:
+    return open_checkpoint(architectures.checkpoint("gpt2") if architecture == "gpt2" else tiny.base(architecture))
+
+
 def made(folder: Path, kind: str, architecture: str = "llama", damaged: bool = False) -> Checkpoint:
     """damaged: every scale is 20 % off, up or down, so that there is something to heal at 4 bits."""
-    base = open_checkpoint(tiny.base(architecture))
+    base = base_of(architecture)
     words = open_gguf(tokenizer_file(folder / "words.gguf", base.config["vocab_size"]))
     for _ in build_variants(plan_variants(base, folder, [kind], stem="m", tokenizer_from=words)):
         pass
@@ -113,10 +119,13 @@ def made(folder: Path, kind: str, architecture: str = "llama", damaged: bool = F
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
-@pytest.mark.parametrize("architecture", ["llama", "llama-bias", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "llama-bias", "gemma2", "gpt2"])
 def test_gradients_are_those_of_finite_differences(kind: str, architecture: str, tmp_path: Path) -> None:
     """Along a random direction of each field, and of norms and biases."""
-    work = healing(made(tmp_path, kind, architecture), tmp_path / "out.gguf", architecture=architecture)
+    build, rows = made(tmp_path, kind, architecture), make_rows()
+    if architecture == "gpt2":  # whose weights are [in, out]
+        rows = HealRows(*(architectures.rows(24, TOKENS) for _ in range(5)))
+    work = Healing(build, base_of(architecture), tmp_path / "out.gguf", rows, OPTIONS)
     ids = work.rows.train[: work.batch_rows]
     wanted = work.teacher_states(ids)
     found: dict[str, Tensor] = {}
