@@ -303,6 +303,7 @@ class PlanOptions:
     builds: bool
     verify: bool
     compensate: bool = False
+    guard: bool = True  # whether the recipe is measured beside uniform and hand-made ones
     prompts: int = 0
     device: str = "cpu"
     minutes: float | None = None
@@ -397,8 +398,9 @@ class _Stages:
         solver, minutes = self.asked.solver, self.asked.search_minutes
         measures = solver is None or solver not in SOLVERS or SOLVERS[solver].runs_models
         search = 60 * (DEFAULT_SEARCH_MINUTES if minutes is None else minutes) if measures else 0.0
-        what = f"{solver or 'refine'}, and {VERIFIED_MIXES} mixes measured on rows of their own"
-        return PlannedStage("recipe", what, search + VERIFIED_MIXES * (self._forward(self._tokens) + self._making))
+        what, mixes = solver or "refine", VERIFIED_MIXES if self.asked.guard else 0
+        what += f", and {mixes} mixes measured on rows of their own" if mixes else ""
+        return PlannedStage("recipe", what, search + mixes * (self._forward(self._tokens) + self._making))
 
     def _build(self) -> PlannedStage:
         if not self.asked.builds:

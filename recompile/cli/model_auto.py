@@ -70,7 +70,7 @@ from recompile.planning import TARGETS
     "--quick",
     is_flag=True,
     help="A first look: at most 6 rows of 256 tokens, 8 draws, 24 calibration rows, a minute of search; one-sided, "
-    "nothing compensated, no uniform build.",
+    "nothing compensated, no uniform build, and no mix but those of the search measured.",
 )
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, how long it may take, and stop.")
 @made_options
