@@ -80,8 +80,11 @@ def test_our_file_is_the_converters(name: str, tmp_path: Path) -> None:
         if isinstance(wanted, list):
             have = torch.frombuffer(bytearray(raw), dtype=torch.float32).tolist()
             assert have == pytest.approx(wanted, rel=1e-6), tensor
-        else:
-            assert hashlib.sha256(raw).hexdigest()[:12] == wanted, tensor
+        elif hashlib.sha256(raw).hexdigest()[:12] != wanted:  # the last bit of an exponential is the processor's
+            assert tensor.endswith(".ssm_a"), tensor
+            logs = open_checkpoint(tmp_path / "base").load(f"model.layers.{tensor.split('.')[1]}.mamba.A_log")
+            have = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(logs.shape)
+            assert torch.allclose(have.double(), -logs.double().exp(), rtol=1e-6), tensor
     stored = {key: file.value(key) for key in file.keys if key.startswith(f"{entry['architecture']}.")}
     keys, made = (
         {key.split(".", 1)[1]: one_of(value) for key, value in found.items() if not idle(key, entry)}
