@@ -504,7 +504,8 @@ class _Auto:
         options = self.options
         how: dict[str, Any] = {"solver": options.solver, "minutes": options.search_minutes, "rows": options.rows}
         how["engine"] = self.target.rules if self.target is not None else None
-        how["check"] = None if options.guard else False
+        if not options.guard:
+            how |= {"check": False, "solver": options.solver or "refine"}  # nothing checked would else mean nothing run
         return api.optimize(
             self.profile, self.recipe, **options.budget, **how, length=options.length, **self.texts,
             on_event=self.on_event,

@@ -17,6 +17,7 @@ from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
 from recompile.errors import NotBetterError
+from recompile.events import Progress
 from recompile.gguf.container import open_gguf
 from recompile.model.used_rows import HEAL_KEY
 from recompile.planning import split_minutes
@@ -406,3 +407,15 @@ def test_a_first_look_takes_less_of_everything_and_no_more_than_was_asked_for() 
 def test_the_library_takes_the_arguments_that_auto_has() -> None:
     with pytest.raises(TypeError, match="no argument 'bit'"):
         recompile.auto_plan("base", "mix", bit=4)
+
+
+def test_a_first_look_searches_and_measures_nothing_beside_it(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"bits": 4.0, "candidates": ["3,4"], "group_size": tiny.GROUP_SIZE, "quick": True}
+    stages: set[str] = set()
+    recompile.auto(
+        tiny.base("llama-2"), tmp_path / "mix", **how, rows=2, length=32, calibration_rows=4, search_minutes=0.02,
+        on_event=lambda event: stages.add(event.what) if isinstance(event, Progress) else None,
+    )  # fmt: skip
+    assert (tmp_path / "mix.work" / "overrides.refine.jsonl").is_file()
+    assert "quantizing" in stages
+    assert "checking" not in stages
