@@ -22,6 +22,7 @@ from recompile.model.stream import LayeredModel, sketch_dtype
 from recompile.quantize.output_statistics import GradientSums, StatisticsWriter, StoredStatistics
 
 HELD_OUT_EVERY = 8  # rows 7, 15, ...; with fewer rows the last one
+MOMENT_ROWS = 1024  # of a second moment, that are multiplied at a time
 SAMPLES = 2  # of a token. Another draw costs a backward pass and no forward one; a token's draws are independent
 WIDEST = 16384  # outputs: beyond it a matrix is larger than what it would gain is worth, 2 GiB for both shares
 
@@ -70,15 +71,14 @@ class OutputGradients:
             g = adjoints[..., part].reshape(len(adjoints), count, -1, part.stop - part.start)
             if module not in self.found:
                 size = g.shape[-1]
-                zeros = [torch.zeros(size, size, device=g.device) for _ in range(2)]
-                self.found[module] = _Sums((zeros[0], zeros[1]))
+                self.found[module] = _Sums((_zeros(size, g), _zeros(size, g)))
             mine = self.found[module]
             apart = [row for row in range(count) if rows.start + row in self.held_out]
             together = [row for row in range(count) if rows.start + row not in self.held_out]
             for share, chosen in enumerate((together, apart)):
                 if chosen:
                     flat = self._meant(g[:, chosen], [rows.start + row for row in chosen])
-                    mine.sums[share].add_(_second_moment(flat))
+                    _add_second_moment(mine.sums[share], flat)
                     mine.tokens[share] += len(flat)
 
     def _meant(self, g: Tensor, rows: list[int]) -> Tensor:
@@ -95,11 +95,23 @@ class OutputGradients:
         return found
 
 
-def _second_moment(g: Tensor) -> Tensor:
-    """[tokens, out] -> their sum of g g^T, [out, out]. bfloat16 rounds its entries, as it has g's: 2^-9 of each, where
-    draws leave far more in doubt; float16 has no room for squares of gradients."""
-    wide = g if g.dtype == torch.bfloat16 else g.float()
-    return wide.t() @ wide
+def _zeros(size: int, like: Tensor) -> Tensor:
+    return like.new_zeros(size, size, dtype=torch.float32)
+
+
+def _add_second_moment(into: Tensor, g: Tensor) -> None:
+    """Add the sum of g g^T of g [tokens, out] to `into`, [out, out] float32.
+
+    bfloat16 is multiplied as such: it rounds what is added by 2^-9 of each entry, as it has rounded g, and draws leave
+    far more in doubt. float16 has no room for squares of gradients.
+    """
+    if g.dtype != torch.bfloat16:
+        wide = g.float()
+        into.addmm_(wide.t(), wide)
+        return
+    for start in range(0, g.shape[1], MOMENT_ROWS):  # no second matrix of that size beside it
+        part = slice(start, start + MOMENT_ROWS)
+        into[part] += g[:, part].t() @ g
 
 
 def held_out_rows(rows: int) -> frozenset[int]:

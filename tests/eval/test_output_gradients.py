@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.passes.fisher import DRAWS, FisherCotangents, draw_labels
-from eval.passes.output_gradients import GradientOptions, held_out_rows, measure_outputs
+from eval.passes.output_gradients import GradientOptions, OutputGradients, held_out_rows, measure_outputs
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, RecompileError
 from recompile.model.stream import LayeredModel
@@ -72,6 +72,22 @@ def test_it_is_what_plain_autograd_gives(tmp_path: Path) -> None:
             assert ((share - wanted).abs() / (root * root[:, None])).max() < 2e-3, "float16 correlations"
             assert torch.allclose(share.diagonal(), wanted.diagonal(), rtol=1e-4)
     assert DRAWS > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_are_those_of_the_gradients_in_any_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows of a matrix at a time; small gradients, whose squares float16 does not hold."""
+    monkeypatch.setattr("eval.passes.output_gradients.MOMENT_ROWS", 24)
+    seen = OutputGradients(frozenset({1}))
+    g = (1e-5 * torch.randn(2, 6, 16, 50, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for rows in (slice(0, 3), slice(3, 6)):
+        seen.see([("m", slice(10, 50))], g[:, rows], rows)
+    found = seen.take()["m"]
+    for have, rows in ((found.fit, [0, 2, 3, 4, 5]), (found.held_out, [1])):
+        flat = g[:, rows, :, 10:].double().flatten(0, 2)
+        wanted = flat.T @ flat
+        assert have.dtype == torch.float32
+        assert float((have - wanted).abs().max()) < 4e-3 * float(wanted.max())
 
 
 @pytest.mark.parametrize("architecture", ["qwen2-moe", "llama-bias"])
