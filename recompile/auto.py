@@ -127,7 +127,7 @@ class AutoOptions:
     heal: float | None  # minutes
     device: str
     dtype: str | None
-    guard: bool = True  # measure the recipe beside uniform and hand-made ones
+    checks_recipe: bool = True  # beside uniform and hand-made ones, before it is built
 
     @property
     def prompts(self) -> int:
@@ -236,7 +236,8 @@ def auto(
     search_minutes: of a solver that measures
     trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
     quick: a rough mix for a first look: at most 6 rows of 256 tokens, 8 draws and 24 calibration rows, a minute of
-    search, one-sided rounding that compensates nothing, no uniform build and no verification of the recipe
+    search (one-sided, refine, where nothing else is asked for); nothing is compensated, and neither a uniform build nor
+    mixes beside those of the search are measured
     verify: also make and measure a uniform build, and write it where both are compensated and it is better on rows for
     such decisions; calibration_rows: rows to quantize with; the others as in `profile`,
     `optimize` and `quantize`. OUT.work/ holds what each stage left. on_event: gets a StageDone after each stage, too.
@@ -292,7 +293,9 @@ def _quick(values: Mapping[str, Any]) -> dict[str, Any]:
         less["search_minutes"] = QUICK_SEARCH_MINUTES
     if values["rounding"] is None and not values["variants"]:
         less["rounding"] = "one-sided"
-    return {**less, "verify": False, "compensate": False, "guard": False}
+    if values["solver"] is None:
+        less["solver"] = "refine"  # which is the default only where the recipe is checked
+    return {**less, "verify": False, "compensate": False, "checks_recipe": False}
 
 
 def run_auto(base: Path, out: Path, options: AutoOptions, on_event: OnEvent = ignore) -> AutoReport:
@@ -391,7 +394,7 @@ class _Auto:
                 heal_minutes=options.heal,
                 builds=not options.variants,
                 verify=options.verify,
-                guard=options.guard,
+                checks_recipe=options.checks_recipe,
                 prompts=options.prompts,
                 device=options.device,
                 minutes=options.minutes,
@@ -504,8 +507,7 @@ class _Auto:
         options = self.options
         how: dict[str, Any] = {"solver": options.solver, "minutes": options.search_minutes, "rows": options.rows}
         how["engine"] = self.target.rules if self.target is not None else None
-        if not options.guard:
-            how |= {"check": False, "solver": options.solver or "refine"}  # nothing checked would else mean nothing run
+        how["check"] = None if options.checks_recipe else False
         return api.optimize(
             self.profile, self.recipe, **options.budget, **how, length=options.length, **self.texts,
             on_event=self.on_event,

@@ -290,6 +290,7 @@ class PlanOptions:
     search_minutes: None: as long as the solver takes by itself; heal_minutes: None: nothing is healed
     builds: whether variants are made, or are there already; prompts: that the base answers first, for a trace, 0: none
     minutes: in all, where so many were asked for
+    checks_recipe: whether it is measured beside uniform and hand-made ones
     """
 
     rows: int
@@ -303,7 +304,7 @@ class PlanOptions:
     builds: bool
     verify: bool
     compensate: bool = False
-    guard: bool = True  # whether the recipe is measured beside uniform and hand-made ones
+    checks_recipe: bool = True
     prompts: int = 0
     device: str = "cpu"
     minutes: float | None = None
@@ -398,7 +399,7 @@ class _Stages:
         solver, minutes = self.asked.solver, self.asked.search_minutes
         measures = solver is None or solver not in SOLVERS or SOLVERS[solver].runs_models
         search = 60 * (DEFAULT_SEARCH_MINUTES if minutes is None else minutes) if measures else 0.0
-        what, mixes = solver or "refine", VERIFIED_MIXES if self.asked.guard else 0
+        what, mixes = solver or "refine", VERIFIED_MIXES if self.asked.checks_recipe else 0
         what += f", and {mixes} mixes measured on rows of their own" if mixes else ""
         return PlannedStage("recipe", what, search + mixes * (self._forward(self._tokens) + self._making))
 

@@ -396,8 +396,9 @@ def test_engines_and_rounding_that_do_not_fit(more: tuple[object, ...], says: st
 def test_a_first_look_takes_less_of_everything_and_no_more_than_was_asked_for() -> None:
     plain, quick = auto_options(bits=3.5), auto_options(bits=3.5, quick=True)
     assert (quick.rows, quick.length, quick.samples, quick.calibration_rows) == (6, 256, 8, 24)
-    assert (quick.search_minutes, quick.rounding, quick.verify, quick.guard) == (1.0, "one-sided", False, False)
-    assert plain.guard
+    assert (quick.search_minutes, quick.rounding, quick.verify) == (1.0, "one-sided", False)
+    assert (quick.solver, quick.checks_recipe, plain.solver, plain.checks_recipe) == ("refine", False, None, True)
+    assert auto_options(bits=3.5, quick=True, solver="exact").solver == "exact"
     assert (plain.search_minutes, plain.rounding, plain.verify) == (None, None, True)
     asked = auto_options(bits=3.5, quick=True, rows=2, search_minutes=3.0, rounding="two-sided")
     assert (asked.rows, asked.search_minutes, asked.rounding) == (2, 3.0, "two-sided")
