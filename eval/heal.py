@@ -569,10 +569,10 @@ class Healing:
         return found[0]
 
     def _add(self, place: Place, value: Tensor, gradient: Tensor, gradients: dict[str, Tensor]) -> None:
+        value, gradient = place.of(value), place.of(gradient)
         for tensor in place.tensors:
             movable = self.movables[tensor]
-            mine, of_mine = (place.of(one, movable.as_the_model) for one in (value, gradient))
-            found = movable.gradient(None if movable.is_vector else mine, of_mine)
+            found = movable.gradient(None if movable.is_vector else value, gradient)
             gradients[tensor] = gradients[tensor] + found if tensor in gradients else found
 
     def _places(self, index: int) -> list[Place]:
@@ -595,10 +595,11 @@ class Healing:
                         part = slice(number, None, many)
                     parameter = weight.parameter.removeprefix(prefix)
                     whole = None
-                    if shape is not None and weight.expert is None and many == 1 and not weight.transposed:
+                    if shape is not None and weight.expert is None and many == 1:
                         whole = whole_of(model, weight.parameter, shape)
                     tensors = tuple(of_module[module])
-                    found.append(Place(parameter, weight.expert, part, tensors, whole, weight.transposed))
+                    turned = weight.transposed and not self.movables[tensors[0]].as_the_model
+                    found.append(Place(parameter, weight.expert, part, tensors, whole, turned))
                 start += rows
         for name, _ in model.layers[index].named_parameters():
             origin = model.origins[f"{prefix}{name}"]

@@ -33,7 +33,7 @@ class Whole:
 class Place:
     """Where movables sit: a parameter of the layer (name within it), one expert of it, some of its rows.
 
-    turned: the parameter, or an expert's slice of it, is [in, out]
+    turned: the parameter, or an expert's slice of it, is [in, out] where its movables want [out, in]
     """
 
     parameter: str
@@ -43,11 +43,11 @@ class Place:
     whole: Whole | None = None
     turned: bool = False
 
-    def of(self, value: Tensor, as_the_model: bool = False) -> Tensor:
-        """Its part of the parameter or of a gradient of it: a weight [out, in], or as the model has it, or a vector."""
+    def of(self, value: Tensor) -> Tensor:
+        """Its part of the parameter or of a gradient of it: a weight, turned where that is asked for, or a vector."""
         if self.expert is not None:
             value = value[self.expert]
-        if self.turned and not as_the_model:
+        if self.turned:
             value = value.T
         if self.rows is not None:
             value = value[self.rows]

@@ -91,6 +91,6 @@ def _train_rows(where: RowOptions, directories: Sequence[Path], seen: Sequence[U
     )
     known = frozenset().union(*(used.parts for used in calibrated))
     fresh = [row for row, document in enumerate(found.documents) if known.isdisjoint(document.split("+"))]
-    if known and len(fresh) >= max(LEAST_TRAIN_ROWS, min(wanted, len(found.ids) // 2)):
+    if len(fresh) >= max(LEAST_TRAIN_ROWS, min(wanted, len(found.ids) // 2)):
         return found.of(fresh[:wanted])
     return found.part(0, wanted)

@@ -167,7 +167,8 @@ def heal(
     tokens: of training, rows used again where text is short; minutes: of training at most; learning_rate: of Adam on
     logarithms of scales, None: by the build's bits; batch_tokens: of a step; max_memory: bytes or text
     rows: of each role that judges; length, text, dataset: of all rows; trace: a file of `trace` in place of text, each
-    role's own rows; positions: KL of the "response" counts, or of "all"; device, dtype: of the arithmetic
+    role's own rows; positions: KL of the "response" counts, or of "all"; device, dtype: of the arithmetic (None:
+    steps in bfloat16 where the device multiplies that fast, on a CPU judged in float32)
 
     Raises RecompileError, and writes nothing, where KL on rows of its own is not lower with confidence.
     """

@@ -80,8 +80,8 @@ def test_our_file_is_the_converters(name: str, tmp_path: Path) -> None:
         if isinstance(wanted, list):
             have = torch.frombuffer(bytearray(raw), dtype=torch.float32).tolist()
             assert have == pytest.approx(wanted, rel=1e-6), tensor
-        elif hashlib.sha256(raw).hexdigest()[:12] != wanted:  # the last bit of an exponential is the processor's
-            assert tensor.endswith(".ssm_a"), tensor
+        elif hashlib.sha256(raw).hexdigest()[:12] != wanted:
+            assert tensor.endswith(".ssm_a"), tensor  # the last bit of an exponential is the processor's own
             logs = open_checkpoint(tmp_path / "base").load(f"model.layers.{tensor.split('.')[1]}.mamba.A_log")
             have = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(logs.shape)
             assert torch.allclose(have.double(), -logs.double().exp(), rtol=1e-6), tensor
