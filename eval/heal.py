@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from eval.heal_kl import LOGIT_CHUNK_TOKENS, OtherHead, row_kls
 from eval.heal_output import check_name, read_healed, write_healed
-from eval.heal_places import Place, whole_of
+from eval.heal_places import Place, holder_of, moved_by_text, places_outside, whole_of
 from eval.heal_rows import HealRows, heal_rows
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
@@ -283,7 +283,8 @@ class Healing:
             self.trainer = LayeredModel.of(base, dtype=fast, device=options.device)
         for model in (self.model, self.teacher, self.trained, self.trainer):
             model.model.set_experts_implementation("eager")  # as LinearWeights tells experts apart
-        self.movables = find_movables(build, self.model.device)
+        self.movables = moved_by_text(self.trained, find_movables(build, self.model.device))
+        self.outside = places_outside(self.trained, self.movables)
         self.source = MovedBuild(build, self.movables)
         self.batch_rows = max(1, min(len(rows.train), options.batch_tokens // rows.train.shape[1]))
         self.steps = max(1, math.ceil(options.tokens / (self.batch_rows * rows.train.shape[1])))
@@ -294,7 +295,6 @@ class Healing:
         self.best_step, self.best_kl, self.looks_since, self.done = 0, math.inf, 0, 0
         self.spent = 0.0  # seconds of steps, earlier runs included
         self.keeps_graph = self._plan()
-        self.head_tensors = self._tensors_of_head()
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -509,8 +509,8 @@ class Healing:
         model, source = self.trained, self.source
         gradients: dict[str, Tensor] = {}
         graphs: list[tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]] = []
-        with torch.no_grad():
-            hidden = torch.cat(list(model.embed(ids, len(ids), source)))
+        entered, before = self._embed(ids)
+        hidden = entered.detach()
         inputs: list[Tensor] = []
         for index in range(model.depth):
             inputs.append(hidden)
@@ -528,6 +528,8 @@ class Healing:
             else:
                 with model.layer(index, source):
                     cotangent = self._pull_back(*self._run_layer(index, inputs.pop()), cotangent, gradients)
+        if before:
+            self._pull_back(None, entered, before, self._outside(before), cotangent, gradients)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RecompileError(
@@ -536,6 +538,23 @@ class Healing:
             )
         self.adam.step(self.movables, gradients, self._rate_now())
         return loss
+
+    def _embed(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The state that enters the first layer, in a graph where something before it moves, and what that is."""
+        model = self.trained
+        with model.embedding_loaded(self.source) as first_state:
+            model.record(ids[:1])
+            moving = self._moving_of(model.structure.before)
+            with torch.set_grad_enabled(bool(moving)):
+                return first_state(ids, 0), moving
+
+    def _outside(self, parameters: Collection[str]) -> list[Place]:
+        return [place for place in self.outside if place.parameter in parameters]
+
+    def _moving_of(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Of loaded parameters outside the layers those that move, in a graph."""
+        moving = dict.fromkeys(place.parameter for place in self._outside(names))
+        return {name: self.trained.model.get_parameter(name).requires_grad_(True) for name in moving}
 
     def _run_layer(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], list[Place]]:
         """The loaded layer's input and output in a graph, its parameters that matter, and whose they are."""
@@ -551,20 +570,25 @@ class Healing:
 
     def _pull_back(
         self,
-        leaf: Tensor,
+        leaf: Tensor | None,
         out: Tensor,
         parameters: Mapping[str, Tensor],
         places: Sequence[Place],
         cotangent: Tensor,
         gradients: dict[str, Tensor],
     ) -> Tensor:
-        """The cotangent of a layer's input; adds what its parameters say to `gradients`."""
-        found = torch.autograd.grad(out, [leaf, *parameters.values()], cotangent.to(out.dtype), allow_unused=True)
-        by_name = dict(zip(parameters, found[1:], strict=True))
+        """The cotangent of a layer's input, or that of its output where there is no leaf; adds what its parameters say
+        to `gradients`."""
+        leaves = [] if leaf is None else [leaf]
+        wanted = [*leaves, *parameters.values()]
+        found = torch.autograd.grad(out, wanted, cotangent.to(out.dtype), allow_unused=True)
+        by_name = dict(zip(parameters, found[len(leaves) :], strict=True))
         for place in places:
             gradient = by_name[place.parameter]
             if gradient is not None:
                 self._add(place, parameters[place.parameter].detach(), gradient, gradients)
+        if leaf is None:
+            return cotangent
         assert found[0] is not None, "a layer depends on its input"
         return found[0]
 
@@ -582,7 +606,7 @@ class Healing:
         of_module: dict[str, list[str]] = {}
         for tensor, movable in self.movables.items():
             if not movable.is_vector:
-                of_module.setdefault(self._module_of(tensor), []).append(tensor)
+                of_module.setdefault(holder_of(tensor), []).append(tensor)
         for weight in LinearWeights(model, index):
             of_base = self.base.modules  # the build's shapes may be padded
             shapes = [(of_base.get(name) or self.build.modules[name]).shape for name in weight.modules]
@@ -609,34 +633,16 @@ class Healing:
                     found.append(Place(name, None, None, (origin.tensors[0],)))
         return found
 
-    def _tensors_of_head(self) -> tuple[str, ...]:
-        """What moves of the head's weight: not of a transform before it, nor its bias."""
-        origin = self.trained.origins.get(f"{self.trained.prefix_of(self.trained.head)}.weight")
-        module = None if origin is None else self._module_of(origin.tensors[0])
-        if module is None or role_of(module) != "head":
-            return ()
-        return tuple(t for t, moved in self.movables.items() if self._module_of(t) == module and not moved.is_vector)
-
-    def _module_of(self, tensor: str) -> str:
-        return tensor.rpartition(".")[0]
-
     def _head(
         self, hidden: Tensor, teacher: Tensor, gradients: dict[str, Tensor], counted: Tensor | None
     ) -> tuple[float, Tensor]:
         """Mean KL of what counts of the batch, and the cotangent of what leaves the last layer."""
         model, source = self.trained, self.source
-        with model.norm_loaded(source) as norm, model.head_loaded(source) as head:
-            moving_norms: dict[str, Tensor] = {}  # by stored tensor
-            for name, parameter in model.model.named_parameters():
-                origin = model.origins.get(name) if name in model.structure.after else None
-                if origin is not None and origin.tensors[0] in self.movables:
-                    moving_norms[origin.tensors[0]] = parameter.requires_grad_(True)
+        with model.norm_loaded(source) as norm, model.head_loaded(source):
+            norms, moving = self._moving_of(model.structure.after), self._moving_of(model.structure.head)
             leaf = hidden.detach().requires_grad_(True)
             with torch.enable_grad():
                 normed = norm(leaf)
-            moving = [head.get_parameter("weight")] if self.head_tensors else []
-            for parameter in moving:
-                parameter.requires_grad_(True)
             places = None if counted is None else counted.flatten().nonzero().flatten()
             flat, wanted = (pick(states.flatten(0, 1), places) for states in (normed.detach(), teacher))
             total, pieces = 0.0, []
@@ -648,18 +654,13 @@ class Healing:
                         piece = flat[part].clone().requires_grad_(True)
                         log_q = self._cut(model.logits(piece[None])[0]).float().log_softmax(-1)
                         loss = (log_p.exp() * (log_p - log_q)).sum() / len(flat)
-                    found = torch.autograd.grad(loss, [piece, *moving])
+                    pieces.append(
+                        self._pull_back(piece, loss, moving, self._outside(moving), torch.ones_like(loss), gradients)
+                    )
                     total += float(loss.detach())
-                    pieces.append(found[0])
-                    for parameter, gradient in zip(moving, found[1:], strict=True):
-                        place = Place("", None, None, self.head_tensors)
-                        self._add(place, parameter.detach(), gradient, gradients)
             cotangent = spread(torch.cat(pieces)[None], places, normed.shape[:2].numel()).view_as(normed)
-            back = torch.autograd.grad(normed, [leaf, *moving_norms.values()], cotangent, allow_unused=True)
-            for tensor, gradient in zip(moving_norms, back[1:], strict=True):
-                if gradient is not None:
-                    gradients[tensor] = self.movables[tensor].gradient(None, gradient)
-        return total, back[0]
+            back = self._pull_back(leaf, normed, norms, self._outside(norms), cotangent, gradients)
+        return total, back
 
     def _cut(self, logits: Tensor) -> Tensor:
         return logits if self.options.vocab is None else logits[..., : self.options.vocab]
@@ -680,6 +681,7 @@ class Healing:
             "patience": self.options.patience,
             "seed": self.options.seed,
             "dtype": [str(self.model.dtype), str(self.trained.dtype)],
+            "moving": sum(m.start.numel() for m in self.movables.values()),
         }
 
     @contextmanager

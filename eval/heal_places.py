@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recompile.model.skeleton import module_of
 from recompile.model.stream import LayeredModel
+from recompile.quantize.movable import Movable
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,55 @@ def whole_of(model: LayeredModel, parameter: str, shape: tuple[int, ...]) -> Who
         return None
     numbers = model.load_parameter(parameter, RowNumbers(shape))
     return Whole(shape[0], numbers[:, 0].long())
+
+
+def holder_of(tensor: str) -> str:
+    """The module that a movable belongs to, by its key."""
+    return tensor.rpartition(".")[0]
+
+
+def moved_by_text(model: LayeredModel, movables: Mapping[str, Movable]) -> dict[str, Movable]:
+    """Those that the text model reads: not what a tower for pictures or sound holds, a prediction of later tokens, or
+    what transformers makes of several vectors."""
+    inside = {name for index in range(model.depth) for name in _names_of_layer(model, index)}
+    read = [model.origins[name] for name in {*inside, *_names_outside(model)} if name in model.origins]
+    vectors = {origin.tensors[0] for origin in read if origin.converter is None}
+    weights = {module_of(model.source, tensor) for origin in read for tensor in origin.tensors}
+    return {
+        key: movable
+        for key, movable in movables.items()
+        if (key in vectors if movable.is_vector else holder_of(key) in weights)
+    }
+
+
+def places_outside(model: LayeredModel, movables: Mapping[str, Movable]) -> list[Place]:
+    """Where movables sit in what is read before the layers, after them and in the head, by full names of parameters."""
+    scales: dict[str, list[str]] = {}
+    for key, movable in movables.items():
+        if not movable.is_vector:
+            scales.setdefault(holder_of(key), []).append(key)
+    found = []
+    for name in _names_outside(model):
+        origin = model.origins.get(name)
+        if origin is None or len(origin.tensors) != 1:
+            continue
+        tensor = origin.tensors[0]
+        module = module_of(model.source, tensor)
+        if tensor in movables and movables[tensor].is_vector and origin.converter is None:
+            found.append(Place(name, None, None, (tensor,)))
+        elif module in scales and name.endswith("weight"):
+            stored, keys = model.source.modules.get(module), scales[module]
+            whole = whole_of(model, name, stored.shape) if stored is not None and stored.shape is not None else None
+            turned = model.is_turned(module) and not movables[keys[0]].as_the_model
+            found.append(Place(name, None, None, tuple(keys), whole, turned))
+    return found
+
+
+def _names_of_layer(model: LayeredModel, index: int) -> Iterable[str]:
+    prefix = model.prefix_of_layer(index)
+    return (f"{prefix}.{name}" for name, _ in model.layers[index].named_parameters())
+
+
+def _names_outside(model: LayeredModel) -> list[str]:
+    structure = model.structure
+    return list(dict.fromkeys([*structure.before, *structure.after, *structure.head]))

@@ -494,14 +494,25 @@ class LayeredModel:
         first_row: what messages call the first one. Records the arguments of every layer's call for this row length.
         Raises NotFiniteError.
         """
-        with self._loaded(self.structure.before, source):
+        with self.embedding_loaded(source) as first_state:
             self.record(ids[:1])
-            layout = self.layouts[ids.shape[1]]
             for number, rows in enumerate(ids.split(batch)):
-                with self._towers_there():
-                    first = layout.first(self.runner, list(self.layers), rows.to(self.device))
-                self.watch.see(first, self.loaded_from, "the embedding", first_row + number * batch, self.embedding)
-                yield first
+                yield first_state(rows, first_row + number * batch)
+
+    @contextmanager
+    def embedding_loaded(self, source: WeightSource | None = None) -> Iterator[Callable[[Tensor, int], Tensor]]:
+        """Inside, what is read before the layers is loaded; yields what makes the state [rows, tokens, width] that
+        enters the first layer, of ids [rows, tokens] of a length that was recorded and what messages call the first
+        row."""
+
+        def first_state(rows: Tensor, first_row: int) -> Tensor:
+            with self._towers_there():
+                first = self.layouts[rows.shape[1]].first(self.runner, list(self.layers), rows.to(self.device))
+            self.watch.see(first, self.loaded_from, "the embedding", first_row, self.embedding)
+            return first
+
+        with self._loaded(self.structure.before, source):
+            yield first_state
 
     def record(self, ids: Tensor) -> None:
         """Note every layer's call arguments for rows of this length, int64 [rows, tokens]. What is read before the

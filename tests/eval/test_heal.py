@@ -237,10 +237,11 @@ def check_slopes(
         assert wrong <= 0.02 * size + slack, (label, slopes, predicted)
 
 
-# Experts without tokens, what only chooses, and what no layer of the text model holds.
-STAYS = r"\.experts\.|\.indexer\.|\.gate\.bias$|vision|visual|^(?!.*\.(layers|h|blocks)\.\d+\.)"
+STAYS = r"\.experts\.|\.indexer\.|\.gate\.bias$"  # experts without tokens, and what only chooses
 OF_TYPES = [
-    name if name in ("gpt2", "gpt-oss", "llama4-text", "gemma2") else pytest.param(name, marks=pytest.mark.sweep)
+    name
+    if name in ("gpt2", "gpt-oss", "llama4-text", "gemma4", "camembert")
+    else pytest.param(name, marks=pytest.mark.sweep)
     for name in architectures.TYPES
 ]
 
