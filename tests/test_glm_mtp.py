@@ -22,6 +22,7 @@ from recompile.merge.write_safetensors import execute
 from recompile.quantize.encoders import Exl3Encoder
 from recompile.quantize.pipeline import BuildOptions, Encoded, quantize_model
 from tests import commands, tiny
+from tests.quantize.test_compensated import check_killed_builds
 
 LAYERS, EXPERTS, HIDDEN = 6, 4, 64
 MTP = f"model.layers.{LAYERS}"
@@ -170,3 +171,12 @@ def test_the_same_recipe_in_exl3(base: Path, tmp_path: Path, monkeypatch: pytest
         pass
     check_mix(Path("mix"))
     assert open_checkpoint("mix").modules[f"{MTP}.mlp.experts.3.up_proj"].format == "exl3"
+
+
+@pytest.mark.parametrize("how", ["sequential", "compensate"])
+def test_a_killed_build_on_its_own_rounding_goes_on(
+    how: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer is run again, for the MTP layer takes the inputs of its modules."""
+    options = BuildOptions(sequential=how == "sequential", compensate=how == "compensate", head=True)
+    check_killed_builds(open_checkpoint(base), tiny.rows(6, 16), options, tmp_path, monkeypatch)

@@ -62,6 +62,7 @@ from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
 from recompile.quantize.compensated import ComparedPass, RoundedLayer
 from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder
+from recompile.quantize.kept_states import KeptStates
 from recompile.quantize.module_error import measure, output_power
 from recompile.quantize.quantize_report import (
     REPORT,
@@ -89,8 +90,7 @@ class BuildOptions:
     rows_sha256: of the rows, for the journal; used: which rows they are, for the report
     counted:     bool [rows, tokens], the places of the rows whose inputs count; None: all
     sequential:  calibrate every layer on what the quantized layers before it give, in place of the base's activations;
-                 for one variant. A run that was killed starts anew, and the modules fit that variant better than a
-                 merge
+                 for one variant; the modules fit that variant better than a merge
     compensate:  as sequential, and every module aims at the base's outputs, see compensated.py
     dense:       what stays dense beside what its role keeps so (routers, gates, norms, convolutions, embeddings,
                  towers)
@@ -190,6 +190,7 @@ class _Build:
                 "quantize": list(options.dense.quantize),
             },
         }
+        self.kept_states = KeptStates(self.partials[0], run_of(self.journal))  # where layers are calibrated on it
         self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
         self._held = ExitStack()  # locks on the partials, while `run` runs
         self.first_layer: dict[str, int] = {}  # of a module; weights that layers share are rounded in their first one
@@ -232,7 +233,12 @@ class _Build:
         states = list(self.model.embed(self.ids, batch))
         if self.options.compensate:
             self.compared = ComparedPass(self.base, self.model, self.ids, batch, self.options.counted)
+        if self.options.on_itself and first:
+            self.decoded = self.kept_states.take_up(self._all_states(states))
         for number in range(self.model.depth):
+            if self.options.on_itself and number < first:
+                yield self._resumed(number)
+                continue
             names = [name for name in self.model.modules_of_layer(number) if self.first_layer[name] == number]
             if self.compared is not None:
                 done = self._quantize(number, names, self._compared_groups(number, states))
@@ -254,6 +260,7 @@ class _Build:
                 with self.model.layer(number, RoundedLayer(self.base, self.decoded)):
                     self._advance(number, states)
                 self.decoded = {k: v for k, v in self.decoded.items() if k.rpartition(".")[0] in self.shared}
+                self._keep_states(number, states)
             yield done
         if self.outside:
             at = self.model.depth
@@ -262,6 +269,15 @@ class _Build:
         if self.options.head:
             yield self._quantize_head(states)
         yield self._finish()
+
+    def _all_states(self, states: list[Tensor]) -> dict[str, list[Tensor]]:
+        return {"state": states} | ({"base": self.compared.wanted} if self.compared is not None else {})
+
+    def _keep_states(self, number: int, states: list[Tensor]) -> None:
+        """For a run that goes on after this one was killed; not what MTP layers want of a layer, which is run again."""
+        last = number == self.model.depth - 1
+        if not any(layer <= number for layer in self.likes) and (last or self.kept_states.is_due()):
+            self.kept_states.keep(number, self._all_states(states), self.decoded)
 
     def _compared_groups(self, number: int, states: list[Tensor]) -> Iterator[InputStatistics]:
         """What the modules of a layer are given, each asked for when those called before it are rounded."""
@@ -359,7 +375,8 @@ class _Build:
             raise OutputError(f"{error.filename}: cannot be written: {error.strerror or error}") from error
         first = min(done)
         if self.options.on_itself and first < len(self.stages):
-            first = 0  # what the layers before it gave is not kept
+            after = self.kept_states.after()  # what the layers before gave
+            first = 0 if after >= first else first if after == self.model.depth - 1 else after + 1
         for report, final, partial in zip(self.reports, self.finals, self.partials, strict=True):
             again = f"remove {partial} to start again"
             for number in range(0 if final.exists() else first):
@@ -471,7 +488,9 @@ class _Build:
                         continue
                     made = encoded[name]
                     if self.options.on_itself:
-                        self.decoded[f"{name}.weight"] = made.dense.T if name in self.turned else made.dense
+                        self.decoded[f"{name}.weight"] = (
+                            made.dense.T.contiguous() if name in self.turned else made.dense
+                        )
                     for part, value in made.parts.items():
                         tensors[variant][f"{name}.{part}"] = value.contiguous().cpu()
                     report_of_one = measure(name, weight, made, statistics, own_power[name])

@@ -76,6 +76,11 @@ def variants(d: Path, inputs: Inputs, other: bool) -> object:
     return recompile.quantize(tiny.base("llama-2"), d / "v", bits=[3], group_size=tiny.GROUP_SIZE, **rows)
 
 
+def compensated(d: Path, inputs: Inputs, other: bool) -> object:
+    how = {"rows": None, "input_ids": inputs["other ids" if other else "ids"], "compensate": True}
+    return recompile.quantize(tiny.base("llama-2"), d / "v", bits=[3], group_size=tiny.GROUP_SIZE, **how)
+
+
 def two_sided(d: Path, inputs: Inputs, other: bool) -> object:
     how = {"rows": None, "input_ids": inputs["other ids" if other else "ids"], "rounding": "two-sided"}
     return recompile.quantize(tiny.base("llama-2"), d / "v", bits=[3], group_size=tiny.GROUP_SIZE, **how)
@@ -136,6 +141,7 @@ RUNS = {
         )),
         variants, lambda d: weights_of(d / "v" / "3bpw"),
     ),
+    "compensated": Run(("v/3bpw.building/.states",), compensated, lambda d: weights_of(d / "v" / "3bpw")),
     "statistics": Run(
         ("v.stats/statistics.json", "v.stats/layer-00000.safetensors"), two_sided,
         lambda d: weights_of(d / "v" / "3bpw"),
