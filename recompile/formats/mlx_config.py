@@ -32,20 +32,24 @@ MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = 
 # Models whose tensors mlx-lm keeps under their names and with their values: float32 logits of mlx-lm 0.32 on a seeded
 # checkpoint of transformers' are equal within 1e-4 of their range. Others it renames, stacks or changes.
 MODEL_TYPES = frozenset(
-    {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense", "llama"}
-    | {"ministral3", "mistral", "nemotron", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm"}
-    | {"starcoder2"}
+    {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium", "hunyuan_v1_dense"}
+    | {"llama", "ministral3", "mistral", "nemotron", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss"}
+    | {"smollm3", "stablelm", "starcoder2"}
 )
 # Those whose experts it stacks, and what it calls an expert's maps: `mlp.experts.7.up_proj` is row 7 of
 # `mlp.switch_mlp.up_proj`. As its loaders do it with a checkpoint of transformers' (0.32, run); logits equal as above.
 _PLAIN = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 EXPERTS: Mapping[str, Mapping[str, str]] = {
+    "glm4_moe": _PLAIN,
+    "mellum": _PLAIN,
+    "minimax_m2": _MIXTRAL,
     "mixtral": _MIXTRAL,
     "olmoe": _PLAIN,
     "phimoe": _MIXTRAL,
     "qwen2_moe": _PLAIN,
     "qwen3_moe": _PLAIN,
+    "solar_open": _PLAIN,
 }
 KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys()
 STACK = "switch_mlp"
@@ -231,6 +235,24 @@ def rotary_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if config.get(key) is None}
 
 
+def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rotary_fields`, and what mlx-lm's class of the model wants in config.json that transformers 5 does not write."""
+    wanted: dict[str, Any] = {}
+    match config.get("model_type"):
+        case "glm4_moe":
+            wanted = {"rope_scaling": None}
+        case "mellum":
+            wanted = {"num_experts": config.get("num_local_experts")}
+        case "minimax_m2":
+            given = config.get("rope_parameters")
+            share = given.get("partial_rotary_factor", 1.0) if isinstance(given, Mapping) else 1.0
+            head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+            wanted = {"shared_intermediate_size": 0, "rotary_dim": int(head * share)}
+        case "solar_open":
+            wanted = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
+    return {key: value for key, value in wanted.items() if key not in config} | rotary_fields(config)
+
+
 # ---- what a merge asks -----------------------------------------------------------------------------------------------
 
 
@@ -243,7 +265,7 @@ def merged_files(mix: MixFacts) -> tuple[list[MergedFile], list[str]]:
     """The JSON files of the output, and warnings."""
     quantization = quantization_map(mix.config, mix.schemes, {name: mix.modules[name].numel for name in mix.schemes})
     config = {key: value for key, value in mix.config.items() if key not in KEYS}
-    fields = dict.fromkeys(KEYS, quantization) | rotary_fields(config)
+    fields = dict.fromkeys(KEYS, quantization) | loader_fields(config)
     return [MergedFile("config.json", config | fields)], []
 
 

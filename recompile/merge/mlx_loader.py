@@ -40,7 +40,7 @@ VERSION = "mlx-lm 0.32.2"
 _TIED_UNSAID = frozenset(
     {"granite", "llama", "ministral3", "mistral", "olmo2", "olmoe", "qwen2", "seed_oss", "smollm3", "starcoder2"}
 )
-_READS_ROPE_PARAMETERS = frozenset({"ministral3", "qwen3"})
+_READS_ROPE_PARAMETERS = frozenset({"mellum", "ministral3", "qwen3"})
 _STACK_DEFAULTS = (64, 4)  # group size and bits of a stack's entry that does not say them, whatever its mode
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -237,6 +237,16 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "config.json",
             f"rope_parameters says {key} {value}, stored for transformers 5; {VERSION} reads {key} at the top, where "
             f"it is not, and applies its own default or stops",
+        )
+    missed = [key for key in mlx_config.loader_fields(config) if key not in rotary and key not in config]
+    if missed:
+        yield "config.json", f"{missed[0]} is not there, and {VERSION} stops without it"
+    groups = config.get("n_group")
+    if config.get("model_type") in ("glm4_moe", "solar_open") and isinstance(groups, int) and groups > 1:
+        yield (
+            "config.json",
+            f"n_group is {groups}: {VERSION} scores experts of groups that were not chosen 0 and may take them, where "
+            f"corrected scores of the others are below 0; transformers never does",
         )
     if config.get("quantize_activations"):
         yield "config.json", f"quantize_activations is set: {VERSION} rounds the inputs of nvfp4 and mxfp8 maps as well"

@@ -239,7 +239,7 @@ class MlxEncoder:
         )
 
     def config_fields(self, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
-        return dict.fromkeys(mlx_config.KEYS, quantization) | mlx_config.rotary_fields(config)
+        return dict.fromkeys(mlx_config.KEYS, quantization) | mlx_config.loader_fields(config)
 
     def description(self) -> dict[str, Any]:
         return {

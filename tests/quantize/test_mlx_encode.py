@@ -19,7 +19,7 @@ from recompile.cli.model_quantize import main as model_quantize
 from recompile.cli.recompile import main as recompile
 from recompile.errors import FormatError
 from recompile.formats import mlx
-from recompile.formats.mlx_config import EXPERTS, MlxScheme, rotary_fields
+from recompile.formats.mlx_config import EXPERTS, MlxScheme, loader_fields, rotary_fields
 from recompile.formats.packed_int import IntScheme
 from recompile.merge.check import check_checkpoint, check_engine
 from recompile.model.stream import LayeredModel
@@ -412,14 +412,25 @@ def test_mlx_lm_runs_variants_and_a_mix_with_our_logits(made: Path, tmp_path: Pa
         mlx_engine.assert_same_logits(found, streamed_logits(path, ids))
 
 
+ROUTED = {
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 64,
+    "head_dim": 16,
+}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
     "olmoe": {"num_experts": 4},
+    "glm4_moe": {**ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True},
+    "mellum": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16},
+    "minimax_m2": {"num_local_experts": 4, "head_dim": 16, "rotary_dim": 8},
+    "solar_open": ROUTED,
+    "helium": {"head_dim": 16},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "phi": {},
 }
 
 
-def mixture(model_type: str, folder: Path) -> Path:
+def mixture(model_type: str, folder: Path, **more: Any) -> Path:
     """A tiny model of transformers' with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -427,7 +438,7 @@ def mixture(model_type: str, folder: Path) -> Path:
     settings = AutoConfig.for_model(
         model_type, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=tiny.VOCAB, num_experts_per_tok=2, max_position_embeddings=64,
-        tie_word_embeddings=False, **SIZES[model_type], **ends
+        tie_word_embeddings=False, **{**SIZES[model_type], **more}, **ends
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(settings).bfloat16()
     generator = torch.Generator().manual_seed(0)
@@ -439,12 +450,38 @@ def mixture(model_type: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", sorted(EXPERTS))
-def test_mlx_lm_runs_every_model_whose_experts_it_stacks(made: Path, model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"model_type": "llama"}, {}),
+        ({"model_type": "glm4_moe", "rope_theta": 1.0}, {"rope_scaling": None}),
+        ({"model_type": "glm4_moe", "rope_scaling": {"factor": 2.0}}, {}),
+        ({"model_type": "mellum", "num_local_experts": 8}, {"num_experts": 8}),
+        (
+            {"model_type": "minimax_m2", "head_dim": 128, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            {"shared_intermediate_size": 0, "rotary_dim": 64, "partial_rotary_factor": 0.5},
+        ),
+        ({"model_type": "minimax_m2", "head_dim": 8, "rotary_dim": 4, "shared_intermediate_size": 9}, {}),
+    ],
+)
+def test_what_mlx_lm_wants_and_transformers_leaves_out(config: dict[str, Any], added: dict[str, Any]) -> None:
+    assert loader_fields(config) == added
+
+
+def test_experts_that_mlx_lm_would_choose_otherwise_are_told(made: Path, tmp_path: Path) -> None:
+    base = mixture("glm4_moe", tmp_path / "base", n_group=2)
+    run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
+    said = refusal(recompile, "--check", tmp_path / "made" / "6bpw", "--engine", "mlx")
+    assert "n_group is 2" in said
+
+
+@pytest.mark.parametrize("model_type", sorted(EXPERTS.keys() | SIZES.keys()))
+def test_mlx_lm_runs_every_mixture_and_what_was_added_since(made: Path, model_type: str, tmp_path: Path) -> None:
     mlx_engine.python()
     own = model_type in SIZES
     base = mixture(model_type, tmp_path / "base") if own else tiny.base(model_type.replace("_", "-"))
     run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
     ids, path = tiny.rows(2, 12), tmp_path / "made" / "6bpw"
+    run(recompile, "--check", path, "--engine", "mlx")
     (found,) = mlx_engine.engine_logits([path], ids, tmp_path)
     mlx_engine.assert_same_logits(found, streamed_logits(path, ids))
