@@ -11,13 +11,10 @@ role "accept", and the better one is healed and written.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,26 +22,27 @@ from typing import Any
 
 from recompile import api
 from recompile.api.shared import PathLike, as_path, check_types
+from recompile.auto_checks import (
+    Places,
+    are_gguf_types,
+    check_budget,
+    check_choice,
+    check_places,
+    check_prompts,
+    check_rows,
+    check_variants,
+    forecast_profile,
+)
+from recompile.auto_stages import Stages
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import LEVELS, Candidate, Profile, load_profile
-from recompile.errors import ArgumentError, JournalError, NotBetterError, OutputError, RecompileError
+from recompile.errors import ArgumentError, NotBetterError, RecompileError
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf, open_gguf
-from recompile.io.checksums import read_checked_json, write_checked_json
-from recompile.io.files import (
-    beside,
-    check_outputs,
-    check_partial,
-    copy_whole,
-    is_marked,
-    locked,
-    open_regular,
-    unmarked,
-    write_json,
-)
+from recompile.io.files import beside, copy_whole, locked, write_json
 from recompile.io.report import to_plain
 from recompile.io.sizes import size_bytes
 from recompile.model.rows import RowOptions
@@ -53,22 +51,14 @@ from recompile.model.trace import read_trace
 from recompile.optimize.solvers import solver_named
 from recompile.planning import TRACE_TOKENS, AutoPlan, PlanOptions, Target, make_plan, split_minutes, target_of
 from recompile.quantize.gguf_convert import tokenizer_file
+from recompile.quantize.lazy_variant import parse_candidates
 
 make_callable(__name__)
-STATE = "auto.json"
 MAKE = "make"  # in place of a trace
 LATE_ANSWERS = 1.25  # more prompts, for those that are longer than rows, and for roles that got few
 MIX, UNIFORM = "mix", "uniform"
 MEASURED = "measured.json"  # of the builds, as model_diff --json has it
 DEFAULT_CANDIDATES = "2,3,4,5,6,8"
-
-
-@dataclass(frozen=True)
-class StageDone:
-    """A stage ran; report: what the function behind it returned. Told to `on_event`."""
-
-    name: str
-    report: Any
 
 
 @dataclass(frozen=True)
@@ -161,6 +151,8 @@ class AutoOptions:
         if self.solver is not None:
             solver_named(self.solver)
         RowOptions(self.rows, self.length, self.text, self.dataset, None, self.trace, self.positions or "all").check()
+        size_bytes(self.size, "{size}")
+        size_bytes(self.max_memory, "{max_memory}")
         if self.tokenizer_from is not None:
             open_gguf(self.tokenizer_from)
         if self.text is not None:
@@ -171,8 +163,6 @@ class AutoOptions:
             raise ArgumentError(
                 "{variants} and {candidates} exclude each other: variants are there, candidates are made"
             )
-        if len(self.variants) == 1:
-            raise ArgumentError("{variants}: one variant leaves nothing to choose; give two or more")
         if self.format != COMPRESSED and self.variants:
             raise ArgumentError("{variants} are in a format of their own; leave {format} out")
         target = self.target
@@ -183,6 +173,7 @@ class AutoOptions:
             raise ArgumentError(f"{{engine}} {self.engine} reads {target.format}, not {{format}} {self.format}")
         if self.rounding is not None and self.variants:
             raise ArgumentError("{rounding}: variants are rounded already; leave it out, or give {candidates}")
+        check_variants(self.variants)
 
 
 def auto(
@@ -251,7 +242,7 @@ def auto_plan(base: PathLike, out: PathLike, **options: Any) -> AutoPlan:
 
         print(recompile.auto_plan("base", "mix", size="4GiB", engine="vllm"))
 
-    Reads headers and times one matrix product. Raises ArgumentError as `auto` does.
+    Reads headers and the text of the rows, and times one matrix product. Raises ArgumentError as `auto` does.
     """
     check_types(base)
     made = auto_options(**options)
@@ -318,6 +309,13 @@ class _Auto:
         self.is_plain = self.format == COMPRESSED
         self.mlx = self.format == MLX
         self.gguf = not options.variants and self.is_plain and are_gguf_types(self.offered, out)
+        self.names = [path.name for path in options.variants] or parse_candidates(self.offered)
+        check_choice(self.names)
+        if options.tokenizer_from is not None and not self.gguf:
+            raise ArgumentError(
+                f"{{tokenizer_from}} {options.tokenizer_from}: goes with GGUF types that are made, {{candidates}} Q3_K,"
+                f"Q4_K,Q6_K; leave it out"
+            )
         self.work = beside(out, ".work")
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
         of_rows = ("text", "dataset", "trace", "positions", "device")
@@ -357,11 +355,55 @@ class _Auto:
         return self.options.heal is not None
 
     def plan(self) -> AutoPlan:
-        """See `auto_plan`."""
+        """See `auto_plan`. Raises for what any stage would refuse, as far as that is known; a run that was begun goes
+        on with what it was begun with."""
+        check_places(self.places)
         if self.options.minutes is not None:
             self._chosen = self._split()
             self.options = replace(self.options, **self._chosen)
-        return self._plan(self.options)
+        found = self._plan(self.options)
+        if not (found.missing or self.places.is_begun):
+            self._check_stages()
+        return found
+
+    @property
+    def places(self) -> Places:
+        """All that is written, and what must not be."""
+        options = self.options
+        given = (options.tokenizer_from, options.text, None if options.prompts else options.trace)
+        is_file = is_gguf(options.variants[0]) if options.variants else self.gguf
+        return Places(
+            out=self.out,
+            work=self.work,
+            beside={"the card": self.card, "the page": self.page},
+            inputs=(Path(self.base_dir), *options.variants, *(path for path in given if path is not None)),
+            is_file=is_file,
+            made_of=self._made_of,
+            or_else="" if options.variants else ", or give GGUF types: {candidates} Q3_K,Q4_K,Q6_K",
+        )
+
+    @property
+    def _made_of(self) -> str:
+        """What the mix is made of, for messages."""
+        given = self.options.variants
+        return f"{{variants}} such as {given[0]}" if given else f"the candidates {', '.join(self.names)}"
+
+    def _check_stages(self) -> None:
+        """Raise for what stages would refuse before they measure anything."""
+        options, shape = self.options, None
+        if options.prompts:
+            check_prompts(self.base, options.prompts, TRACE_TOKENS)
+            shape = (1, 2)  # rows end where answers do
+        elif options.dataset is not None:  # which may have to be fetched
+            shape = (options.rows, options.length)
+        found = forecast_profile(self.base_dir, {**self._profile_arguments(), "out": self.profile}, shape)
+        check_budget(found, options.budget, self.target.rules if self.target is not None else None)
+        if shape is None:
+            roles = ["report", *(["accept"] if self.picks or options.checks_recipe else [])]
+            check_rows([self.base.path, *options.variants[:1]], self._rows, roles)
+            if self.compensates:
+                rows = replace(self._rows, rows=options.calibration_rows, positions=options.positions or "all")
+                check_rows([self.base.path], rows, ["calibrate"])
 
     def _split(self) -> dict[str, Any]:
         """Rows, draws and minutes of stages for the minutes in all."""
@@ -381,7 +423,7 @@ class _Auto:
             self.base,
             options.engine,
             "gguf" if self.gguf else self.format,
-            tuple(path.name for path in options.variants) or tuple(",".join(self.offered).split(",")),
+            tuple(self.names),
             PlanOptions(
                 rows=options.rows,
                 length=options.length,
@@ -411,12 +453,11 @@ class _Auto:
         return 64 if self.options.group_size is None else self.options.group_size
 
     def run(self) -> AutoReport:
-        settings, asked = self._settings(), self.options
-        plan = self.plan()
+        asked, plan = self.options, self.plan()  # which refuses before the models are hashed
+        self.options = asked  # minutes are shared as the first run found
         if plan.missing:
             raise ArgumentError("; ".join(plan.missing))
-        if not (self.work / STATE).exists():
-            check_outputs({"the card": self.card, "the page": self.page}, [])
+        settings = self._settings()
         if self._wants_tokenizer:  # before anything is made: where it cannot be had, the user gives a file
             path = tokenizer_file(self.base.path, lambda step, what: self.on_event(Said(f"tokenizer: {what}")))
             self.options = asked = replace(asked, tokenizer_from=path)
@@ -488,7 +529,7 @@ class _Auto:
         path = self.texts["trace"]
         return api.trace(self.base_dir, path, **how, dtype=options.dtype, on_event=self.on_event)
 
-    def _profile(self) -> Profile:
+    def _profile_arguments(self) -> dict[str, Any]:
         options = self.options
         how: dict[str, Any] = {"mode": "sketch", "samples": options.samples, "level": options.level}
         if options.variants:
@@ -501,7 +542,10 @@ class _Auto:
             how["importance_rows"] = options.calibration_rows
         rows: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
         rows["max_memory"] = options.max_memory
-        return api.profile(self.base_dir, out=self.profile, **how, **rows, **self.texts, on_event=self.on_event)
+        return {**how, **rows, **self.texts}
+
+    def _profile(self) -> Profile:
+        return api.profile(self.base_dir, out=self.profile, **self._profile_arguments(), on_event=self.on_event)
 
     def _recipe(self) -> object:
         options = self.options
@@ -597,11 +641,15 @@ class _Auto:
     def _compare(self, builds: Sequence[Path], role: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         from eval.mixes.builds import compare_builds
 
+        first, *others = map(open_checkpoint, builds)
+        return compare_builds(self.base, first, others, self._rows, self.options.device, self.on_event, role)
+
+    @property
+    def _rows(self) -> RowOptions:
+        """Of what builds are compared on."""
         options = self.options
         where = (options.text, options.dataset, None, self.texts["trace"], self.texts["positions"])
-        rows = RowOptions(options.rows, options.length, *where)
-        first, *others = map(open_checkpoint, builds)
-        return compare_builds(self.base, first, others, rows, options.device, self.on_event, role)
+        return RowOptions(options.rows, options.length, *where)
 
     def _heal(self) -> object:
         from eval.heal import WORK_SUFFIX
@@ -681,94 +729,6 @@ def mix_name(out: Path) -> str:
     return out.name.removesuffix(".gguf")
 
 
-class Stages:
-    """What is done already, in `work/auto.json`. Raises OutputError where it was done with other settings."""
-
-    def __init__(self, work: Path, settings: Mapping[str, Any], out: Path, on_event: OnEvent = ignore) -> None:
-        self._path, self._out, self._on_event = work / STATE, out, on_event
-        self._settings = json.loads(json.dumps(settings))
-        self._done: dict[str, dict[str, Any]] = {}
-        if is_marked(work, STATE):
-            state = read_checked_json(self._path, error=JournalError, way_out=f"remove {work} and {out} to start again")
-            check_state(self._path, state)
-            changed = [key for key, value in self._settings.items() if state["settings"].get(key) != value]
-            if changed:
-                raise OutputError(
-                    f"{work}: was begun with other settings ({', '.join(changed)}); remove it and {out} to start "
-                    f"again, or choose another {{out}}"
-                )
-            self._done = state["done"]
-        elif out.exists():
-            raise OutputError(f"{out}: exists and was not made by model_auto; remove it, or choose another {{out}}")
-        else:
-            check_partial(work, STATE)
-            try:
-                with unmarked(work):
-                    work.mkdir(exist_ok=True)
-                    self._save()
-            except OSError as error:
-                raise OutputError(f"{work}: cannot be made: {error.strerror or error}") from error
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {name: stage["seconds"] for name, stage in self._done.items()}
-
-    def run(self, name: str, stage: Callable[[], Any], leaves: Path | None = None) -> dict[str, Any]:
-        """Run a stage unless it is done; returns its result, then or now, where that is a dict, else nothing.
-
-        leaves: the file that later stages go on with. Raises JournalError where it was changed since."""
-        if name in self._done:
-            if leaves is not None:
-                self._check_left(name, leaves)
-            self._on_event(Note(f"{name}: done before", ""))
-            return dict(self._done[name]["result"])
-        self._on_event(Note(f"{name} ...", ""))
-        started = time.monotonic()
-        result = stage()
-        seconds = round(time.monotonic() - started, 1)
-        kept = json.loads(json.dumps(result)) if isinstance(result, dict) else {}
-        self._done[name] = {"seconds": seconds, "result": kept}
-        if leaves is not None:
-            self._done[name]["left"] = file_sha256(leaves)
-        self._save()
-        self._on_event(StageDone(name, result))
-        return dict(kept)
-
-    def _check_left(self, name: str, leaves: Path) -> None:
-        way_out = f"remove {self._path.parent} and {self._out} to start again, or put a copy of it back"
-        try:
-            found = file_sha256(leaves)
-        except JournalError as error:
-            raise JournalError(f"{error}; {way_out}") from error
-        if self._done[name].get("left", found) != found:
-            raise JournalError(f"{leaves}: is not what the stage {name} left; {way_out}")
-
-    def _save(self) -> None:
-        write_checked_json(self._path, {"settings": self._settings, "done": self._done})
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes. Raises JournalError where it cannot be read."""
-    digest = hashlib.sha256()
-    with open_regular(path, error=JournalError) as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def check_state(path: Path, state: Any) -> None:
-    """Raise JournalError unless a state file has the shape that `Stages` gives it."""
-    shaped = isinstance(state, dict) and isinstance(state.get("settings"), dict) and isinstance(state.get("done"), dict)
-    if not shaped or not all(
-        isinstance(stage, dict)
-        and isinstance(stage.get("seconds"), (int, float))
-        and isinstance(stage.get("result"), dict)
-        and isinstance(stage.get("left", ""), str)
-        for stage in state["done"].values()
-    ):
-        raise JournalError(f"{path}: not the state of a model_auto run; remove its folder to start again")
-
-
 def uniform_candidate(profile: Profile, budget_bits: int) -> tuple[Candidate, bool]:
     """The largest candidate that modules all together may be made of within `budget_bits`, or the smallest there is;
     whether it is within."""
@@ -782,17 +742,3 @@ def uniform_candidate(profile: Profile, budget_bits: int) -> tuple[Candidate, bo
 def bits_of_uniform(profile: Profile, label: str) -> int:
     """Stored bits of quantized modules."""
     return profile.header.fixed_bits + sum(group.bits[label] for group in profile.header.groups)
-
-
-def are_gguf_types(offered: Sequence[str], out: Path) -> bool:
-    """Whether candidates are GGUF types. Raises ArgumentError where some are and some are not, FormatError where `out`
-    is no file's name."""
-    from recompile.quantize.gguf_mix import check_out
-    from recompile.quantize.lazy_variant import parse_candidates, spec_of
-
-    kinds = {next(iter(spec_of(name)[1])) for name in parse_candidates(offered)}
-    if "type" in kinds and len(kinds) > 1:
-        raise ArgumentError("{candidates}: GGUF types and other forms are never in one build; give one kind")
-    if "type" in kinds:
-        check_out(out)
-    return "type" in kinds

@@ -185,11 +185,12 @@ def _matches(glob: Glob, module: str) -> bool:
     return glob.matches(module) or glob.matches(f"{module}.weight")
 
 
-def describe_candidate(source: SourceId, checkpoint: Checkpoint) -> Candidate:
-    """A source as a profile's header has it: where it lies, or what it is made as."""
+def describe_candidate(source: SourceId, checkpoint: Checkpoint, identified: bool = True) -> Candidate:
+    """A source as a profile's header has it: where it lies, or what it is made as. identified: see ProfileJob.header"""
+    identity = checkpoint.identity if identified else ""
     if isinstance(checkpoint, MadeVariant):
-        return Candidate(source, describe_spec(checkpoint.spec), checkpoint.identity, dict(checkpoint.spec))
-    return Candidate(source, checkpoint.label, checkpoint.identity)
+        return Candidate(source, describe_spec(checkpoint.spec), identity, dict(checkpoint.spec))
+    return Candidate(source, checkpoint.label, identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,10 +261,19 @@ class ProfileJob:
         return context
 
     def header(
-        self, dtype: torch.dtype, *, method: str = "exact", settings: Mapping[str, Any] | None = None
+        self,
+        dtype: torch.dtype,
+        *,
+        method: str = "exact",
+        settings: Mapping[str, Any] | None = None,
+        identified: bool = True,
     ) -> ProfileHeader:
-        """Everything that decides a profile, from headers alone. Raises MismatchError for sources of another model."""
-        described = tuple(describe_candidate(source, checkpoint) for source, checkpoint in self.candidates)
+        """Everything that decides a profile, from headers alone. Raises MismatchError for sources of another model.
+
+        identified: with the hash of every byte of the models, which is read once a machine; False, for what is only
+        looked at beforehand: without
+        """
+        described = tuple(describe_candidate(source, checkpoint, identified) for source, checkpoint in self.candidates)
         check_candidates(described)
         for checkpoint in self.by_label.values():
             check_same_model(self.reference, checkpoint)
@@ -290,7 +300,7 @@ class ProfileJob:
             context=self.options.context,
             level=self.options.level,
             reference=self.reference.label,
-            reference_fingerprint=self.reference.identity,
+            reference_fingerprint=self.reference.identity if identified else "",
             base=base,
             candidates=described,
             groups=groups,

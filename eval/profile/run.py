@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from eval.diff import DiffOptions
 from eval.mixes.evaluator import TOGETHER
 from eval.profile.adaptive_rows import FILLING_SAMPLES, RowLimits, RowsDone, profile_more_rows
 from eval.profile.exact import Measured, ProfileJob, ProfileOptions, Started, profile_exact
 from eval.profile.hybrid import HybridOptions, HybridRound, RoutingMoved, profile_hybrid
-from eval.profile.sketch import SketchOptions, SketchProgress, SketchStarted, SweepDone, profile_sketch
+from eval.profile.sketch import (
+    SketchOptions,
+    SketchProgress,
+    SketchStarted,
+    SweepDone,
+    prepare_sketch,
+    profile_sketch,
+)
 from eval.profile.whole_mixes import corrected, keep_corrected, measure_factors
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.costs import Profile, id_of_directory
+from recompile.costs import Profile, ProfileHeader, id_of_directory
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.sizes import format_bytes, format_seconds
@@ -26,7 +35,7 @@ from recompile.model.decoded import base_note
 from recompile.model.rows import RowOptions, check_vocabulary
 from recompile.model.used_rows import check_apart, recorded_rows
 from recompile.optimize.budget import Budget
-from recompile.quantize.candidates import CandidateOptions, candidate_named, make_candidates
+from recompile.quantize.candidates import CandidateOptions, calibration_rows, candidate_named, make_candidates
 from recompile.quantize.lazy_variant import MadeVariant, keep_importance
 from recompile.recipe.recipe import SourceId
 
@@ -152,6 +161,42 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
             on_event(said)
     assert profile is not None, "every profiler ends with the profile"
     return _corrected(profile, job, out, on_event) if is_corrected else profile
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a profile before anything is measured. header: without hashes of the models; sources: candidate
+    label -> what is chosen from"""
+
+    header: ProfileHeader
+    sources: Mapping[str, Checkpoint]
+
+
+def forecast(reference_dir: str, request: ProfileRequest, shape: tuple[int, int] | None = None) -> Forecast:
+    """What a sketch would be of, from headers and the text of its rows: nothing is calibrated, run or written.
+
+    shape: rows and their tokens, where rows cannot be read yet. Raises as `run_profile` does before its first sweep,
+    for sources that do not go together, rows that are not there, and a memory cap that cannot be kept.
+    """
+    request.check()
+    reference = open_checkpoint(reference_dir)
+    weighing, weighed = request.making, bool(request.candidates) and request.making.weighs
+    request = replace(request, making=replace(request.making, importance_rows=0))
+    base_id, offered = _sources(reference, request, ignore)
+    if isinstance(first := offered[0][1], MadeVariant) and first.base is not None:
+        reference = first.base
+    job = ProfileJob(reference, base_id, offered, torch.zeros(shape or (1, 2)), request.making.out, request.options)
+    if shape is None:
+        directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
+        rows = request.rows if isinstance(request.rows, int) else DEFAULT_ROWS
+        found, vocab = replace(request.where, rows=rows).read(directories, "choose")
+        check_vocabulary(reference, vocab)
+        job = job.over(found, job.path)
+        if weighed:
+            calibration_rows(reference, weighing)
+    samples = DEFAULT_SAMPLES if request.samples is None else request.samples
+    _, sketch, _ = prepare_sketch(job, SketchOptions(samples), identified=False)
+    return Forecast(sketch.header, job.by_label)
 
 
 def _corrected(profile: Profile, job: ProfileJob, out: Path, on_event: OnEvent) -> Profile:

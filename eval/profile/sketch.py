@@ -280,14 +280,8 @@ def profile_sketch(
     samples. Raises as `profile_exact` does.
     """
     wanted = sketch_options or SketchOptions()
-    if job.options.context != "clean":
-        raise ArgumentError(f"{{mode}} {wanted.mode} measures around the reference; use {{context}} clean")
-    if wanted.samples < 2:
-        raise ArgumentError(f"{{samples}} {wanted.samples}: wanted at least 2, or no noise can be told")
-    model = job.model()
-    header = job.header(model.dtype, method=wanted.mode, settings=sketch_settings(wanted))
-    sketch = SketchJob(job, header, wanted)
-    plan = sketch.plan(model)
+    model, sketch, plan = prepare_sketch(job, wanted)
+    header = sketch.header
     store = SweepStore(job.path, header)
     with open_journal(job.path, header) as journal:
         done = store.count(sketch.samples)
@@ -321,6 +315,25 @@ def profile_sketch(
         if not kept and not (has_later_lines and journal.held(estimates)):
             journal.append(estimates)
         yield profile
+
+
+def prepare_sketch(
+    job: ProfileJob, wanted: SketchOptions, *, identified: bool = True
+) -> tuple[LayeredModel, SketchJob, PassPlan]:
+    """What is decided before the first pass: the model without weights, what is sampled, and the memory for it.
+
+    identified: see ProfileJob.header. Raises ArgumentError, MismatchError, and RecompileError where the memory cap
+    cannot be kept.
+    """
+    if job.options.context != "clean":
+        raise ArgumentError(f"{{mode}} {wanted.mode} measures around the reference; use {{context}} clean")
+    if wanted.samples < 2:
+        raise ArgumentError(f"{{samples}} {wanted.samples}: wanted at least 2, or no noise can be told")
+    model = job.model()
+    settings = sketch_settings(wanted)
+    header = job.header(model.dtype, method=wanted.mode, settings=settings, identified=identified)
+    sketch = SketchJob(job, header, wanted)
+    return model, sketch, sketch.plan(model)
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,8 @@ def run_trace(base: Path, out: Path, request: TraceRequest, on_event: OnEvent = 
     if not math.isfinite(request.sampling.temperature) or request.sampling.temperature < 0:
         raise ArgumentError(f"{{temperature}} {request.sampling.temperature}: wanted 0 (greedy) or more")
     checkpoint = open_checkpoint(base)
-    prompts = prompts_of_file(request.prompts) if request.prompts is not None else bundled_prompts()
-    prompts = prompts[: request.rows]
-    encoded = encode_prompts(checkpoint.path, prompts)
-    prompts, encoded, left_out = _that_fit(checkpoint, prompts, encoded, request.sampling.max_new_tokens, on_event)
+    tokens = request.sampling.max_new_tokens
+    prompts, encoded, left_out = fitting_prompts(checkpoint, request.prompts, request.rows, tokens, on_event)
     if encoded.tools_in_text:
         on_event(Note("the chat template has no place for tools; their schemas stand in the first message"))
     kind = _Job if request.url is None else ServerJob
@@ -100,6 +98,18 @@ def run_trace(base: Path, out: Path, request: TraceRequest, on_event: OnEvent = 
         with suppress(OSError):  # it is only in the way
             journal_path.unlink()
     return _report(out, trace, left_out)
+
+
+def fitting_prompts(
+    base: Checkpoint, path: Path | None, rows: int | None, new_tokens: int, on_event: OnEvent = ignore
+) -> tuple[tuple[Prompt, ...], EncodedPrompts, int]:
+    """Prompts that fit the model's context with a whole response, and their tokens; how many do not and are left out.
+
+    path: a file of them, None: the bundled ones; rows: the first so many; new_tokens: of a response at most. Raises
+    UnsupportedError for a tokenizer without a chat template, RecompileError for prompts that cannot be used.
+    """
+    prompts = (prompts_of_file(path) if path is not None else bundled_prompts())[:rows]
+    return _that_fit(base, prompts, encode_prompts(base.path, prompts), new_tokens, on_event)
 
 
 def _that_fit(

@@ -114,7 +114,7 @@ def quantize(
         rounding=rounding,
         compensate=compensate,
         stats=as_path(stats),
-        max_memory_bytes=size_bytes(max_memory),
+        max_memory_bytes=size_bytes(max_memory, "{max_memory}"),
         dense=Dense(tuple(keep), tuple(quantize_also), mtp, tower),
         where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions),
         device=device,
@@ -184,7 +184,7 @@ def heal(
         batch_tokens=batch_tokens,
         device=compute_device(device),
         dtype=compute_dtype(dtype),
-        max_memory_bytes=size_bytes(max_memory),
+        max_memory_bytes=size_bytes(max_memory, "{max_memory}"),
     )
     where = RowOptions(rows, length, as_path(text), dataset, None, as_path(trace), positions)
     return heal_build(Path(build), Path(base), Path(out), where, options, on_event or ignore)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from recompile.formats import COMPRESSED
 from recompile.io.sizes import size_bytes
 
 if TYPE_CHECKING:
+    from eval.profile.run import ProfileRequest
     from eval.search.frontier import FrontierReport
     from eval.search.optimize import OptimizeReport
     from recompile.costs import Profile
@@ -80,61 +82,64 @@ def profile(
     Returns the Profile (`cost(group, source)`, `header.groups`). An unfinished journal goes on. Raises ArgumentError,
     JournalError for a journal of another measurement.
     """
+    given = {name: value for name, value in locals().items() if name not in ("reference", "out", "on_event")}
     if mode != "weights" or (importance and imatrix is None):
         check_types(reference)
+    from eval.profile.run import run_profile
+
+    return run_profile(str(reference), Path(out), profile_request(out, **given), on_event or ignore)
+
+
+def profile_request(out: PathLike, **given: Any) -> ProfileRequest:
+    """The arguments of `profile`, its defaults filled in. Raises ArgumentError for one that is wrong by itself."""
     from eval.profile.exact import ProfileOptions
-    from eval.profile.run import ProfileRequest, run_profile
+    from eval.profile.run import ProfileRequest
     from recompile.model.devices import compute_device, compute_dtype
     from recompile.model.rows import RowOptions
     from recompile.quantize.candidates import CandidateOptions
 
-    cap, target = size_bytes(max_memory), Path(out)
-    where = RowOptions(None, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions)
-    roles = frozenset(role for role, asked in (("head", head), ("embedding", embedding)) if asked)
-    request = ProfileRequest(
-        base=None if base is None else str(base),
-        sources=tuple(str(source) for source in sources),
-        candidates=tuple(str(candidate) for candidate in candidates),
+    asked = {name: one.default for name, one in inspect.signature(profile).parameters.items()} | given
+    cap = size_bytes(asked["max_memory"], "{max_memory}")
+    text, input_ids, trace = (as_path(asked[name]) for name in ("text", "input_ids", "trace"))
+    where = RowOptions(None, asked["length"], text, asked["dataset"], input_ids, trace, asked["positions"])
+    roles = frozenset(role for role in ("head", "embedding") if asked[role])
+    same = (
+        "mode",
+        "importance",
+        "samples",
+        "minutes",
+        "rtol",
+        "max_rows",
+        "seed",
+        "pairs",
+        "whole_mixes",
+        "ray",
+        "rows",
+    )
+    return ProfileRequest(
+        base=None if asked["base"] is None else str(asked["base"]),
+        sources=tuple(str(source) for source in asked["sources"]),
+        candidates=tuple(str(candidate) for candidate in asked["candidates"]),
         making=CandidateOptions(
-            format=format,
-            group_size=group_size,
-            asym=asym,
-            importance_rows=importance_rows,
-            imatrix=as_path(imatrix),
+            **{name: asked[name] for name in ("format", "group_size", "asym", "importance_rows", "device", "level")},
+            imatrix=as_path(asked["imatrix"]),
             where=where,
-            device=device,
-            out=target,
-            level=level,
+            out=Path(out),
             roles=roles,
             cap_bytes=cap,
         ),
         options=ProfileOptions(
-            level=level,
-            context=context,
-            match=tuple(match),
-            skip=tuple(skip),
-            head=head,
-            embedding=embedding,
-            dtype=compute_dtype(dtype),
-            device=compute_device(device),
+            **{name: asked[name] for name in ("level", "context", "head", "embedding", "activations")},
+            match=tuple(asked["match"]),
+            skip=tuple(asked["skip"]),
+            dtype=compute_dtype(asked["dtype"]),
+            device=compute_device(asked["device"]),
             max_memory_bytes=cap,
-            activations=activations,
         ),
-        mode=mode,
-        importance=importance,
-        samples=samples,
-        minutes=minutes,
-        rtol=rtol,
-        max_rows=max_rows,
-        seed=seed,
-        pairs=pairs,
-        bpw=bits,
-        whole_mixes=whole_mixes,
-        ray=ray,
-        rows=rows,
+        **{name: asked[name] for name in same},
+        bpw=asked["bits"],
         where=where,
     )
-    return run_profile(str(reference), target, request, on_event or ignore)
 
 
 def _choosing(
@@ -226,7 +231,7 @@ def optimize(
 
     options = OptimizeOptions(
         bpw=bits,
-        size_bytes=size_bytes(size),
+        size_bytes=size_bytes(size, "{size}"),
         total_bpw=total_bpw,
         max_kl=max_kl,
         max_ppl_increase=parse_share(max_ppl_increase) if isinstance(max_ppl_increase, str) else max_ppl_increase,
@@ -236,7 +241,7 @@ def optimize(
         start=as_path(start),
         steps=steps,
         minutes=minutes,
-        max_memory_bytes=size_bytes(max_memory),
+        max_memory_bytes=size_bytes(max_memory, "{max_memory}"),
         guard=guard,
         context=context,
         cache_bits=tuple(cache_bits),

@@ -112,7 +112,8 @@ def main(ctx: click.Context, json_path: Path | None, quiet: bool, plan_only: boo
       model_auto -i base -o mix -b 3.5 --format exl2 --candidates 2,2.5,3,4,5,6
       model_auto -i base -o MIX.gguf -b 4.5 --candidates Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K --tokenizer-from X.gguf
     """
-    from recompile.auto import StageDone, auto, auto_plan
+    from recompile.auto import auto, auto_plan
+    from recompile.auto_stages import StageDone
 
     if plan_only:
         plan = auto_plan(**options)

@@ -15,7 +15,8 @@ from recompile.io.sizes import format_bpw, format_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from recompile.auto import AutoReport, StageDone
+    from recompile.auto import AutoReport
+    from recompile.auto_stages import StageDone
 
 
 def describe_stage(stage: StageDone, work: Path) -> str:

@@ -604,12 +604,8 @@ def check_outputs(
         taken[real] = argument
         if os.path.isdir(real):
             raise OutputError(f"{argument} {path}: cannot be written: is a directory; choose another file")
-        found = next((name for name, shown in read.items() if _is_same(real, name)), None)
-        if found is not None:
-            raise OutputError(
-                f"{argument} {path}: is an input ({read[found]}), which is never written over; choose another"
-            )
-        _check_place(f"{argument} {path}", Path(real))
+        check_not_input(f"{argument} {path}", real, read)
+        check_place(f"{argument} {path}", Path(real))
         inside = next((other for other in taken if real.startswith(other + "/") or other.startswith(real + "/")), None)
         if inside is not None:
             raise OutputError(
@@ -630,9 +626,16 @@ def check_outputs(
             )
 
 
-def _check_place(said: str, real: Path) -> None:
+def check_not_input(said: str, real: str, inputs: Mapping[str, Path | str]) -> None:
+    """Raise OutputError where an output is an input. said: how the message begins; inputs: real path -> as given"""
+    found = next((name for name in inputs if _is_same(real, name)), None)
+    if found is not None:
+        raise OutputError(f"{said}: is an input ({inputs[found]}), which is never written over; choose another")
+
+
+def check_place(said: str, real: Path) -> None:
     """Raise OutputError where no file can be made or replaced at `real`. A device is written to as it is."""
-    if real.exists() and not real.is_file():
+    if os.path.exists(real) and not real.is_file():
         return
     try:
         os.lstat(partial_path(real))

@@ -10,18 +10,21 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "k": 2**10, "kb": 10**3, "mib": 2**20, "m
 _UNITS |= {"gib": 2**30, "g": 2**30, "gb": 10**9, "tib": 2**40, "t": 2**40, "tb": 10**12}
 
 
-def parse_size(text: str) -> int:
-    """ "4.2GiB", "1.5G", "900MB" -> bytes. GiB and G are 2^30, GB 10^9. Raises RecompileError."""
+def parse_size(text: str, argument: str = "") -> int:
+    """ "4.2GiB", "1.5G", "900MB" -> bytes. GiB and G are 2^30, GB 10^9. Raises RecompileError.
+
+    argument: what it was given as, for the message"""
     found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None:
-        raise RecompileError(f'"{text}" is not a size; write 4.2GiB, 900MiB or 4.5GB')
+        given = f'{argument} "{text}"'.lstrip()
+        raise RecompileError(f"{given} is not a size; write 4.2GiB, 900MiB or 4.5GB")
     return int(float(found[1]) * unit)
 
 
-def size_bytes(size: int | str | None) -> int | None:
-    """Bytes of a size given as a number or as text; None stays None. Raises RecompileError."""
-    return parse_size(size) if isinstance(size, str) else size
+def size_bytes(size: int | str | None, argument: str = "") -> int | None:
+    """Bytes of a size given as a number or as text; None stays None. Raises RecompileError as `parse_size` does."""
+    return parse_size(size, argument) if isinstance(size, str) else size
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -48,12 +48,17 @@ class RowOptions:
         return read_rows(directories, role, *given, split_own_text=False)
 
     def check(self) -> None:
-        """Raise ArgumentError for arguments that exclude each other."""
+        """Raise ArgumentError for arguments that exclude each other, RecompileError for rows of no length."""
+        from recompile.model.tokens import check_shape
+
         if self.positions not in ("response", "all"):
             raise ArgumentError(f'{{positions}} "{self.positions}": wanted response or all')
         given = _named(text=self.text, dataset=self.dataset, input_ids=self.input_ids)
         if self.trace is not None and given:
             raise ArgumentError(f"{{trace}} takes the place of {' and '.join(given)}; give one of them")
+        _check_one(given)
+        if self.trace is None and self.input_ids is None:
+            check_shape(self.rows, self.length)
 
     def read_up_to(self, directories: Sequence[Path], role: str, most: int, least: int) -> Rows:
         """`most` rows, or as many as the text has. Raises RecompileError for fewer than `least`."""
@@ -91,8 +96,7 @@ def read_rows(
     """
     from recompile.model import texts, tokens
 
-    if len(given := _named(text=text, dataset=dataset, input_ids=input_ids)) > 1:
-        raise ArgumentError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; give one of them")
+    _check_one(_named(text=text, dataset=dataset, input_ids=input_ids))
     if input_ids is not None:
         found = tokens.rows_from_file(input_ids)
         if found.role not in ("all", role):
@@ -115,6 +119,12 @@ def read_rows(
 def _named(**arguments: object) -> list[str]:
     """The arguments that are given, as messages name them."""
     return [f"{{{name}}}" for name, value in arguments.items() if value is not None]
+
+
+def _check_one(given: Sequence[str]) -> None:
+    """Raise ArgumentError where rows are to come from two places. given: of text, dataset and input_ids, as named"""
+    if len(given) > 1:
+        raise ArgumentError(f"{', '.join(given[:-1])} and {given[-1]} exclude each other; give one of them")
 
 
 def trace_rows(

@@ -86,6 +86,14 @@ class Rows:
 # ---------------------------------------------------------------- rows
 
 
+def check_shape(count: int | None, length: int) -> None:
+    """Raise RecompileError for no rows, or rows without anything to predict. count: None: as many as there are"""
+    if count is not None and count < 1:
+        raise RecompileError(f"{{rows}} {count}: wanted at least 1")
+    if length < 2:
+        raise RecompileError(f"{{length}} {length}: wanted at least 2 tokens in a row; the second is predicted")
+
+
 def make_rows(source: TextSource, tokenizer: Any, count: int | None, length: int, role: str, seed: int = 0) -> Rows:
     """Cut `count` rows of `length` tokens out of the documents of one role; None: as many as there are.
 
@@ -103,8 +111,7 @@ def make_rows(source: TextSource, tokenizer: Any, count: int | None, length: int
     """
     if role not in ROLES:
         raise RecompileError(f'unknown role "{role}"; known: {", ".join(ROLES)}')
-    if length < 2 or (count is not None and count < 1):
-        raise RecompileError(f"rows: at least 1 row of 2 tokens is needed, not {count} of {length}")
+    check_shape(count, length)
     by_origin: dict[str, list[Document]] = {}
     for document in whole_documents(source.documents) if role == "all" else documents_of(source, role):
         by_origin.setdefault(document.origin, []).append(document)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.costs import is_expert
-from recompile.errors import ArgumentError
+from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats import COMPRESSED, FORMATS
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
@@ -58,6 +58,11 @@ class CandidateOptions:
     cap_bytes: int | None
 
     @property
+    def weighs(self) -> bool:
+        """Whether errors are weighed by inputs of calibration rows, which stand-ins have no use for."""
+        return bool(self.importance_rows) and self.imatrix is None and self.lazily != "noise"
+
+    @property
     def lazily(self) -> str | None:
         """How candidates of a format of its own are made, see FormatSpec; None: those that their names say."""
         return FORMATS[self.format].lazily if self.format in FORMATS else None
@@ -98,11 +103,17 @@ def make_candidates(
     if types and (options.imatrix is not None or options.importance_rows):
         importance = _gguf_importance(as_dense(reference, to_gguf=True), options, on_event)
     elif options.importance_rows and options.lazily != "noise":  # which has no use for it
-        rows = _calibration_rows(reference, options)
+        rows = calibration_rows(reference, options)
         device = compute_device(options.device)
         importance = input_power(reference, rows.ids, device=device, counted=rows.counted, on_event=on_event)
     keep = KEEP_BYTES if options.cap_bytes is None else 0
-    offered = make_variants(reference, specs, importance, options.roles, keep)
+    try:
+        offered = make_variants(reference, specs, importance, options.roles, keep)
+    except FormatError as error:
+        sized = "" if options.group_size is None else f", {{group_size}} {options.group_size}"
+        raise FormatError(
+            f"{{candidates}} {','.join(names)}{sized}: {error.template}; give others that this model can have"
+        ) from error
     for line in fallbacks_of(offered):
         on_event(Note(line, ""))
     return list(offered)
@@ -150,11 +161,12 @@ def _gguf_importance(reference: Checkpoint, options: CandidateOptions, on_event:
     if options.imatrix is not None:
         tensors = base_tensors(reference)
         return importance_from(read_imatrix(options.imatrix), tensors, str(options.imatrix)).values
-    rows = _calibration_rows(reference, options)
+    rows = calibration_rows(reference, options)
     return calibrate_importance(reference, rows, options.device, None, on_event).values
 
 
-def _calibration_rows(reference: Checkpoint, options: CandidateOptions) -> Rows:
+def calibration_rows(reference: Checkpoint, options: CandidateOptions) -> Rows:
+    """The rows whose inputs errors of candidates are weighed by. Raises RecompileError where there are too few."""
     length = CALIBRATION_LENGTH if options.where.trace is None else options.where.length
     where = replace(options.where, rows=options.importance_rows, length=length, input_ids=None)
     rows, vocab = where.read([reference.path], "calibrate")

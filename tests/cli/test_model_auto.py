@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 
 import recompile
 from recompile import check
-from recompile.auto import Stages, auto_options, bits_of_uniform
+from recompile.auto import auto_options, bits_of_uniform
+from recompile.auto_stages import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import load_profile
@@ -175,7 +176,7 @@ def test_it_refuses_a_directory_that_it_did_not_make(text: Path, tmp_path: Path)
     [
         ((), "give one budget: --bits 3.5, --total-bpw 4 or --size 4.2GiB"),
         (("-b", 4, "--size", "1MiB"), "give one budget: --bits 3.5, --total-bpw 4 or --size 4.2GiB"),
-        (("-b", 4, "--variants", "x"), "--variants: one variant leaves nothing to choose; give two or more"),
+        (("-b", 4, "--variants", "x"), "x: no such model directory"),
         (("-b", 4, "--variants", "x", "y", "--candidates", "3,4"), "--variants and --candidates exclude each other"),
         (("-b", 4, "--format", "exl2", "-g", 32), "--group-size: of integers; --format exl2 has groups of its own"),
         (("-b", 4, "--level", "row"), '--level "row": wanted one of layer, block, fused, expert, tensor'),
@@ -327,7 +328,7 @@ def test_the_uniform_build_is_written_where_it_is_better(
         return recompile.optimize(self.profile, self.recipe, size=size, pin=["*=3"], solver="exact", check=False)
 
     monkeypatch.setattr("recompile.auto._Auto._recipe", choose_badly)
-    options = (tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4.6, "--candidates", "3,4", "-g", GROUP)
+    options = (tiny.base("llama-2"), tmp_path / "mix", text, "-b", 4.6, "--candidates", "3,4,6", "-g", GROUP)
     result = made(*options, "--json", tmp_path / "r.json")
     assert re.search(r"KL 0\.\d+ of the mix, 0\.\d+ of uniform 4, .*: uniform is written", result.output)
     report = json.loads((tmp_path / "r.json").read_text())
@@ -369,7 +370,7 @@ def test_a_plan_is_printed_and_nothing_is_made(text: Path, tmp_path: Path) -> No
     assert "two-sided" in result.output
     assert list(tmp_path.iterdir()) == [text]
     file = tmp_path / "mix.gguf"
-    result = made(base, file, text, "-b", 4, "--for", "llama.cpp", "--plan", "--json", tmp_path / "plan.json")
+    result = made(base, file, text, "-b", 5, "--for", "llama.cpp", "--plan", "--json", tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["missing"] == []
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from recompile.auto import Stages
+from recompile.auto_stages import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import recompile
 from recompile.errors import OutputError, RecompileError

@@ -117,7 +117,7 @@ def test_the_whole_way_asks_for_the_tokenizer_first(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     stand_in("sys.exit('BPE pre-tokenizer was not recognized')")
     with pytest.raises(UnsupportedError, match="not recognized"):
-        recompile.auto(tiny.base("llama-2"), tmp_path / "mix.gguf", engine="llama.cpp", bits=4)
+        recompile.auto(tiny.base("llama-2"), tmp_path / "mix.gguf", engine="llama.cpp", bits=5)
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
