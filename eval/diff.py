@@ -44,7 +44,7 @@ from eval.metrics import (
 )
 from eval.routing import ExpertChoices, LayerRouting, compare_choices
 from recompile.checkpoint.checkpoint import WeightSource
-from recompile.errors import MismatchError, NotFiniteError, OutputError, UnsupportedError
+from recompile.errors import MismatchError, NotFiniteError, OutputError, RecompileError, UnsupportedError
 from recompile.events import OnEvent, Progress, ignore
 from recompile.formats.cache_types import CacheFormat
 from recompile.io.files import write_atomically
@@ -341,6 +341,11 @@ class _Comparison:
         self.meant: list[Tensor] | None = None  # a batch, bool [rows, tokens]
         if self.counted is not None:
             self.meant = [self.counted[start:stop, :width] for start, stop, width in self.batches]
+        if options.keep_reference > b.depth + 2:
+            raise RecompileError(
+                f"{{keep_b}} {options.keep_reference}: the model has {b.depth + 2} stages (the embedding, {b.depth} "
+                f"layers and the norm); wanted at most so many"
+            )
         first_length = options.lengths[0] if options.lengths else ids.shape[1]
         self.floor_ids = ids[:1, : min(FLOOR_TOKENS, max(2, first_length // 2))]
         self.stages: list[list[LayerDrift]] = [[] for _ in candidates]

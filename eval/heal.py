@@ -36,11 +36,12 @@ from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.checksums import run_of
-from recompile.io.files import beside, check_partial, parse_json, remove_empty, settle, unmarked
+from recompile.io.files import beside, check_is_no_input, check_partial, parse_json, remove_empty, settle, unmarked
 from recompile.io.journal import LineJournal
 from recompile.io.memory import available_bytes, format_mib, keep_heap_small, process_bytes
 from recompile.io.schema import read_as
 from recompile.io.tensors import save_tensors
+from recompile.merge.check_same_weights import check_made_of
 from recompile.model.counted import pick, spread
 from recompile.model.rows import RowOptions
 from recompile.model.stream import LayeredModel, LinearWeights, check_same_skeleton, sketch_dtype
@@ -191,6 +192,7 @@ def heal_build(
     did not lower the KL of the accept rows with confidence, so that nothing was written."""
     from recompile.merge.overlay import check_same_model
 
+    check_is_no_input(out, [build, base])
     candidate, reference = open_checkpoint(build), open_checkpoint(base)
     check_same_model(reference, candidate)
     rows, vocab = heal_rows(reference, candidate, where, options.tokens)
@@ -276,6 +278,7 @@ class Healing:
         self.model = LayeredModel.of(build, dtype=options.dtype, device=options.device)
         self.teacher = LayeredModel.of(base, dtype=self.model.dtype, device=options.device)
         check_same_skeleton(self.teacher, self.model)
+        check_made_of(build, base, {name for name in base.modules if self.model.is_turned(name)})
         fast = options.dtype or sketch_dtype(options.device)
         self.trained, self.trainer = self.model, self.teacher  # the two that steps run
         if fast != self.model.dtype:

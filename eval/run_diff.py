@@ -17,6 +17,7 @@ from eval.diff import DiffOptions, DiffReport, measure_many
 from eval.divergence import Divergence, divergence, greedy_runs, parse_divergence
 from eval.metrics import Mean, paired_difference
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.config_fields import context_of
 from recompile.checkpoint.tied_head import find_tied_head
 from recompile.costs import LEVELS
 from recompile.errors import ArgumentError
@@ -240,6 +241,10 @@ def _measure(
     check_apart(rows, "report", recorded_rows(made_of), on_event)
     if request.save_input_ids is not None:
         tokens.save_rows(rows, request.save_input_ids)
+    if request.keep_b:
+        on_event(
+            Note(f"A is given B's states after its first {request.keep_b} stages: what follows is told of the rest")
+        )
     stored_as = _cache_of(request)
     sweep = parse_sweep(request.cache_sweep)
     sources = [*overlays, *([overlays[0]] if request.activations else [])]
@@ -341,6 +346,12 @@ def _divergences(
     if request.divergence is None:
         return [None] * len(overlays)
     count, new_tokens = parse_divergence(request.divergence)
+    context = context_of(base.config)
+    if context is not None and PROMPT_TOKENS + new_tokens > context:
+        raise ArgumentError(
+            f"{{divergence}} {request.divergence}: prompts of {PROMPT_TOKENS} tokens and {new_tokens} new ones are "
+            f"more than the model's context of {context}; ask for at most {context - PROMPT_TOKENS} new tokens"
+        )
     where = request.where
     rows, vocab = read_rows(
         [base.path, *(overlay.base.path for overlay in overlays)],

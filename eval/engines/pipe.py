@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 from eval.engines.builds import EngineError
@@ -43,7 +44,8 @@ class Worker:
         if self._process is not None:
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    stream.close()
+                    with suppress(OSError):  # a process that never read what it was sent
+                        stream.close()
             self._process.kill()
             self._process.wait()
             self._process = None

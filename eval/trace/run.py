@@ -16,6 +16,7 @@ from eval.trace.generate import Sampling, answer, end_tokens, plan_batches
 from eval.trace.prompts import BUNDLED, Prompt, bundled_prompts, prompts_of_file, prompts_sha256
 from eval.trace.server import Answer, Server
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from recompile.checkpoint.config_fields import context_of
 from recompile.errors import ArgumentError, CheckpointError, JournalError, RecompileError
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.files import read_json
@@ -116,11 +117,8 @@ def _that_fit(
     base: Checkpoint, prompts: Sequence[Prompt], encoded: EncodedPrompts, new_tokens: int, on_event: OnEvent
 ) -> tuple[tuple[Prompt, ...], EncodedPrompts, int]:
     """Without the prompts that leave no room for a whole response in the model's context."""
-    nested = base.config.get("text_config")
-    context = base.config.get("max_position_embeddings") or (
-        nested.get("max_position_embeddings") if isinstance(nested, dict) else None
-    )
-    if not isinstance(context, int):
+    context = context_of(base.config)
+    if context is None:
         return tuple(prompts), encoded, 0
     kept = [number for number, ids in enumerate(encoded.ids) if len(ids) + new_tokens <= context]
     left_out = len(prompts) - len(kept)

@@ -49,7 +49,7 @@ from recompile.gguf.names import (
     to_hf,
 )
 from recompile.gguf.values import join_one
-from recompile.io.files import PARTIAL_SUFFIX
+from recompile.io.files import PARTIAL_SUFFIX, note_input
 from recompile.io.files import read_json as read_json
 from recompile.io.printable import printable
 
@@ -482,6 +482,8 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
     """
     label = os.fspath(path)
     file = open_gguf(path)
+    for part in {tensor.path for tensor in file.tensors.values()}:
+        note_input(part)
     config, notes = config_of(file)
     architecture = architecture_in(file.value("general.architecture"), file.tensors)
     beside = file.path.parent / "config.json"
@@ -561,6 +563,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{config_path}: holds {type(config).__name__}, wanted an object")
     check_quantization_config(config.get("quantization_config"), f"{config_path}: quantization_config")
     check_mlx_quantization(config.get("quantization"), f"{config_path}: quantization")
+    note_input(path)
     notes: list[str] = []
     tensors: dict[str, TensorInfo] = {}
     listed = _index_map(path)

@@ -78,3 +78,12 @@ def _each(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """The tokens of the longest row that a model was made for; None where its config.json does not say."""
+    nested = config.get("text_config")
+    found = config.get("max_position_embeddings") or (
+        nested.get("max_position_embeddings") if isinstance(nested, Mapping) else None
+    )
+    return found if isinstance(found, int) else None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from recompile.cli.common import Command, Screen, command, refuse_outputs, show
+from recompile.cli.common import Command, Screen, command, long_flag, refuse_outputs, show
 from recompile.cli.options import output_options, path_option, recipe_option
 from recompile.cli.render_merge import describe_check, describe_merge, describe_plan
 from recompile.errors import CheckpointError
@@ -122,7 +124,10 @@ def main(
             return
         if base is None or (out is None and not options["dry_run"] and emit is None):
             raise click.UsageError("wanted -i DIR and -o DIR (or --dry-run, or --check DIR); -h explains")
+        if json_path is not None and out is not None and os.path.realpath(json_path) == os.path.realpath(out):
+            raise click.UsageError(f"--json {json_path}: is what -o writes as well; choose another file")
         if emit is not None:
+            _check_emit(click.get_current_context())
             wanted = {name: options[name] for name in ("recipe", "type_sources", "allow_unmatched")}
             _put(api.emit(base, emit, **wanted, on_event=screen), out, [base, options["recipe"]])
             return
@@ -134,6 +139,17 @@ def main(
             raise
     dry_run = options["dry_run"]
     show(report.as_dict(), json_path, lambda: describe_plan(report, every) if dry_run else describe_merge(report))
+
+
+_BESIDE_EMIT = {"base", "out", "emit", "recipe", "type_sources", "allow_unmatched", "quiet", "force"}
+
+
+def _check_emit(context: click.Context) -> None:
+    """--emit writes no checkpoint, so options of one would be ignored."""
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if given and option.name not in _BESIDE_EMIT:
+            raise click.UsageError(f"{long_flag(option.opts)}: not with --emit, which prints a recipe; leave one out")
 
 
 def _put(text: str, out: Path | None, inputs: list[Any]) -> None:

@@ -204,10 +204,31 @@ def write_with(path: Path | str, write: Callable[[Path], object], *, error: Fail
         os.close(descriptor)
 
 
+_inputs: dict[str, str] = {}  # real paths of the checkpoints that this process reads, as they were called
+_UNFINISHED = (PARTIAL_SUFFIX, ".building", ".healing", ".work")  # what a run reads and writes itself
+
+
+def note_input(path: Path | str) -> None:
+    """From now on no file of a checkpoint that is read is replaced by one that is written, whatever named it."""
+    if not os.fspath(path).endswith(_UNFINISHED):
+        _inputs[os.path.realpath(path)] = os.fspath(path)
+
+
+def _refuse_input(path: Path | str, final: Path) -> None:
+    if not _inputs or not final.is_file():
+        return
+    shown = _inputs.get(str(final))
+    if shown is None and str(final.parent) in _inputs and not was_made_here(final):
+        shown = _inputs[str(final.parent)]
+    if shown is not None:
+        raise OutputError(f"{path}: is a file of the input {shown}, which is never written over; choose another")
+
+
 def _begin(path: Path | str, error: Failure) -> tuple[Path, int]:
     """The file that `path` stands for, and the open unfinished one beside it, held alone; -1 where it is a device."""
     try:
         final = Path(os.path.realpath(path))
+        _refuse_input(path, final)
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.is_dir():
             raise error(f"{path}: cannot be written: is a directory; choose another file")
@@ -631,6 +652,17 @@ def check_not_input(said: str, real: str, inputs: Mapping[str, Path | str]) -> N
     found = next((name for name in inputs if _is_same(real, name)), None)
     if found is not None:
         raise OutputError(f"{said}: is an input ({inputs[found]}), which is never written over; choose another")
+
+
+def check_is_no_input(out: Path, inputs: Iterable[Path | str]) -> None:
+    """Raise OutputError for the name of an output directory that is an input, or a file of one."""
+    real, read = os.path.realpath(out), {os.path.realpath(given): given for given in inputs}
+    check_not_input(f"{{out}} {out}", real, read)
+    folder = next((name for name in read if os.path.isfile(real) and real.startswith(name.rstrip("/") + "/")), None)
+    if folder is not None:
+        raise OutputError(
+            f"{{out}} {out}: is a file of the input {read[folder]}, which is never written over; choose another"
+        )
 
 
 def check_place(said: str, real: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def check_same_weights(overlay: Overlay, sample: int = PROBED_MODULES) -> ProbeR
     compared = sum(_check_unquantized(overlay.base, source, label) for label, source in used.items())
     names, correlations = [], []
     for placement in _sampled(overlay, sample):
-        figure = _correlation(overlay.base, placement)
+        figure = _correlation(overlay.base, placement.checkpoint, str(placement.source), placement.stored)
         if figure is None:
             continue
         if figure < MIN_CORRELATION:
@@ -76,6 +77,28 @@ def check_same_weights(overlay: Overlay, sample: int = PROBED_MODULES) -> ProbeR
         names.append(placement.module)
         correlations.append(figure)
     return ProbeReport(compared, tuple(names), tuple(correlations))
+
+
+def check_made_of(
+    build: Checkpoint, base: Checkpoint, left_out: Collection[str] = (), sample: int = PROBED_MODULES
+) -> None:
+    """Raise MismatchError unless a build's quantized weights are those of the base, as far as a block of rows of at
+    most `sample` of them tells. left_out: modules that the two store in another order."""
+    scaled = _scaled_modules(base, build)
+    found = [
+        module
+        for name, module in build.modules.items()
+        if module.is_quantized and name in base.modules and name not in scaled and name not in left_out
+    ]
+    found = [module for module in found if _can_probe(module) and _can_probe(base.modules[module.name])]
+    for module in found[:: max(1, -(-len(found) // sample))]:
+        figure = _correlation(base, build, build.label, module)
+        if figure is not None and figure < MIN_CORRELATION:
+            raise MismatchError(
+                f"{build.label}: {module.name} was not made from the weights of {base.label}: the correlation of a "
+                f"block of its rows with the base's is {figure:.3f}, wanted above {MIN_CORRELATION}; name the model "
+                f"that it was made of"
+            )
 
 
 def _check_unquantized(base: Checkpoint, source: Checkpoint, label: str) -> int:
@@ -141,9 +164,9 @@ def _can_probe(module: StoredModule) -> bool:
     return module.shape is not None and len(module.shape) == 2 and FORMATS[module.format].runnable
 
 
-def _correlation(base: Checkpoint, placement: Placement) -> float | None:
-    """Pearson correlation of one block of rows; None where one of the two is constant."""
-    ours, theirs = base.modules[placement.module], placement.stored
+def _correlation(base: Checkpoint, source: Checkpoint, label: str, theirs: StoredModule) -> float | None:
+    """Pearson correlation of one block of rows of a module; None where one of the two is constant."""
+    ours = base.modules[theirs.name]
     assert ours.shape is not None, ours.name
     assert theirs.shape is not None, theirs.name
     common = min(ours.shape[0], theirs.shape[0])
@@ -151,9 +174,9 @@ def _correlation(base: Checkpoint, placement: Placement) -> float | None:
     columns = min(ours.shape[1], theirs.shape[1])
     rows = min(BLOCK_ROWS, common - first)
     want = row_block(base, ours, first)[:rows, :columns].double()
-    have = row_block(placement.checkpoint, theirs, first)[:rows, :columns].double()
+    have = row_block(source, theirs, first)[:rows, :columns].double()
     _check_finite(want, base.label, ours.name)
-    _check_finite(have, str(placement.source), theirs.name)
+    _check_finite(have, label, theirs.name)
     want, have = want - want.mean(), have - have.mean()
     scale = float(want.norm() * have.norm())
     return float((want * have).sum()) / scale if scale > 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,7 +54,8 @@ def parse_grid(text: str) -> tuple[float, ...]:
         low, high, step = (float(part) for part in parts)
     except ValueError:
         raise RecompileError(f'{{grid}} "{text}": wanted LOW:HIGH:STEP in bits per weight, e.g. 2.5:6:0.25') from None
-    if not (0 < low <= high and step > 0) or (high - low) / step > 10_000:
+    finite = all(math.isfinite(part) for part in (low, high, step))
+    if not finite or not (0 < low <= high and step > 0) or (high - low) / step > 10_000:
         raise RecompileError(f'{{grid}} "{text}": wanted 0 < LOW <= HIGH, STEP > 0 and at most 10000 budgets')
     return tuple(round(low + number * step, 9) for number in range(int((high - low) / step + 1e-9) + 1))
 

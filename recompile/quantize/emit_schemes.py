@@ -114,6 +114,8 @@ def _mlx_scheme(module: ToStore) -> MlxScheme | None:
         raise RecipeError(f"{module.where}: {describe_spec(spec)} is no scheme of MLX's")
     try:
         if "scheme" not in spec:
+            if "bits" not in spec:
+                raise FormatError("is no scheme of MLX's; wanted bits, or a scheme")
             return MlxScheme(spec["bits"], spec.get("group_size", GROUP_SIZE))
         if spec["scheme"] not in mlx_config.MODES:
             raise FormatError(f"MLX has {', '.join(mlx_config.MODES)}")
@@ -169,6 +171,8 @@ def _config_group(module: ToStore) -> Mapping[str, Any] | None:
 
 def _name_of_bits(spec: Spec) -> str:
     size = spec.get("group_size", GROUP_SIZE)
+    if "bits" not in spec:
+        raise FormatError("is no scheme of compressed-tensors; wanted bits, or a scheme")
     return f"w{spec['bits']}a16-{'channel' if size == 'channel' else f'g{size}'}" + (
         "" if spec.get("symmetric", True) else "-asym"
     )

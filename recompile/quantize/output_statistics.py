@@ -171,8 +171,12 @@ def _pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(diagonal: Tensor, correlations: Tensor) -> Tensor:
+    if diagonal.ndim != 1:
+        raise ValueError(f"a diagonal of shape {list(diagonal.shape)}, wanted one number an output")
+    if not diagonal.is_floating_point() or bool((diagonal < 0).any()):
+        raise ValueError("a diagonal that is no mean of squares: integers, or numbers below 0")
     size = len(diagonal)
-    if diagonal.ndim != 1 or correlations.shape != (size * (size - 1) // 2,):
+    if correlations.shape != (size * (size - 1) // 2,):
         raise ValueError(f"{list(correlations.shape)} correlations for {size} outputs")
     if not bool(diagonal.isfinite().all()) or not bool(correlations.isfinite().all()):
         raise ValueError("numbers that are not finite")
