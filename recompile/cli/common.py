@@ -23,7 +23,7 @@ import click
 from recompile.arguments import ARGUMENTS, respell
 from recompile.errors import OutputError, RecompileError
 from recompile.events import Note, Progress, Said
-from recompile.io.files import check_outputs, last_opened, write_text
+from recompile.io.files import check_outputs, last_opened, models_named_in, write_text
 from recompile.io.printable import PrintableStream, printable
 from recompile.io.report import to_json
 from recompile.io.sizes import format_bytes, format_seconds
@@ -209,30 +209,8 @@ def refuse_outputs(outputs: Mapping[str, Path | str | None], inputs: Iterable[Pa
     a report among the inputs names are inputs too."""
     given = list(inputs)
     if any(outputs.values()):
-        given += [path for value in given if value is not None for path in _models_named_in(Path(value))]
+        given += [path for value in given if value is not None for path in models_named_in(Path(value))]
     check_outputs(outputs, given, force=is_forced())
-
-
-# Where recipes, profiles and reports name models. What it does not find, the writer of every file still refuses.
-_NAMES_A_MODEL = re.compile(
-    rb"""\b(?:model_dir|reference|candidate|base|build)["']?\s*:\s*(?:"([^"\n]*)"|'([^'\n]*)'|([^"',}\n#]+))"""
-)
-_HEAD_BYTES = 1 << 20
-
-
-def _models_named_in(path: Path) -> Iterator[str]:
-    """The models that exist of those named in the head of a file, from the working directory or beside it."""
-    if path.suffix not in (".yaml", ".yml", ".json", ".jsonl") or not path.is_file():
-        return
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except OSError:
-        return  # told when it is read
-    for found in _NAMES_A_MODEL.finditer(head):
-        name = os.fsdecode(next(group for group in found.groups() if group is not None).strip())
-        if name and "\0" not in name:
-            yield from (place for place in (name, str(path.parent / name)) if os.path.exists(place))
 
 
 def is_forced() -> bool:

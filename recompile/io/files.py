@@ -647,6 +647,28 @@ def check_outputs(
             )
 
 
+# Where recipes, profiles and reports name models. What it does not find, the writer of every file still refuses.
+_NAMES_A_MODEL = re.compile(
+    rb"""\b(?:model_dir|reference|candidate|base|build)["']?\s*:\s*(?:"([^"\n]*)"|'([^'\n]*)'|([^"',}\n#]+))"""
+)
+_HEAD_BYTES = 1 << 20
+
+
+def models_named_in(path: Path) -> Iterator[str]:
+    """The models that exist of those named in the head of a file, from the working directory or beside it."""
+    if path.suffix not in (".yaml", ".yml", ".json", ".jsonl") or not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return  # told when it is read
+    for found in _NAMES_A_MODEL.finditer(head):
+        name = os.fsdecode(next(group for group in found.groups() if group is not None).strip())
+        if name and "\0" not in name:
+            yield from (place for place in (name, str(path.parent / name)) if os.path.exists(place))
+
+
 def check_not_input(said: str, real: str, inputs: Mapping[str, Path | str]) -> None:
     """Raise OutputError where an output is an input. said: how the message begins; inputs: real path -> as given"""
     found = next((name for name in inputs if _is_same(real, name)), None)

@@ -135,7 +135,7 @@ def test_a_long_text_is_tokenized_no_further_than_needed() -> None:
         ((1, 9_999, "choose"), "there is text for 0 rows"),
         ((None, 9_999, "choose"), "at least 1 wanted"),
         ((1, 64, "test"), 'unknown role "test"; known: calibrate, choose, accept, report, all'),
-        ((0, 64, "all"), "not 0 of 64"),
+        ((0, 64, "all"), "rows 0: wanted at least 1"),
     ],
 )
 def test_too_little_text_and_wrong_roles(arguments: tuple[Any, int, str], message: str) -> None:
