@@ -18,6 +18,7 @@ from typing import Any
 
 from recompile.errors import RecompileError
 from recompile.io.files import parse_json, read_text
+from recompile.io.schema import describe
 from recompile.model.texts import ROLE_SHARES
 from recompile.model.trace import role_of_prompt
 
@@ -89,7 +90,7 @@ def prompts_sha256(prompts: Sequence[Prompt]) -> str:
 
 def _prompt_of(value: Any, where: str) -> Prompt:
     if not isinstance(value, dict):
-        raise RecompileError(f'{where}: is {type(value).__name__}, wanted an object {{"messages": [...]}}')
+        raise RecompileError(f'{where}: is {describe(value)}, wanted an object {{"messages": [...]}}')
     unknown = sorted(value.keys() - {"kind", "messages", "tools", "thinking"})
     if unknown:
         raise RecompileError(f'{where}: unknown key "{unknown[0]}"; known: kind, messages, tools, thinking')

@@ -21,7 +21,7 @@ from recompile.errors import ArgumentError, CheckpointError, JournalError, Recom
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.files import read_json
 from recompile.io.journal import LineJournal
-from recompile.io.schema import read_as
+from recompile.io.schema import describe, read_as
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import check_vocabulary
 from recompile.model.stream import LayeredModel
@@ -372,7 +372,7 @@ def _generation_config(base: Checkpoint) -> Mapping[str, Any]:
         return {}
     found = read_json(path)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: is {type(found).__name__}, wanted an object")
+        raise CheckpointError(f"{path}: is {describe(found)}, wanted an object")
     return found
 
 

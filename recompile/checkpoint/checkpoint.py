@@ -52,6 +52,7 @@ from recompile.gguf.values import join_one
 from recompile.io.files import PARTIAL_SUFFIX, note_input
 from recompile.io.files import read_json as read_json
 from recompile.io.printable import printable
+from recompile.io.schema import describe
 
 if TYPE_CHECKING:
     import torch
@@ -560,7 +561,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{label}: {what}: it has no config.json")
     config = read_json(config_path)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{config_path}: holds {type(config).__name__}, wanted an object")
+        raise CheckpointError(f"{config_path}: holds {describe(config)}, wanted an object")
     check_quantization_config(config.get("quantization_config"), f"{config_path}: quantization_config")
     check_mlx_quantization(config.get("quantization"), f"{config_path}: quantization")
     note_input(path)

@@ -89,7 +89,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str
         )
     header = parse_json(raw, f"{path}: the safetensors header")
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is {type(header).__name__}, wanted an object")
+        raise CheckpointError(f"{path}: the safetensors header is {describe(header)}, wanted an object")
     start = 8 + header_bytes
     metadata = header.pop("__metadata__", {}) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

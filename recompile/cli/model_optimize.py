@@ -19,6 +19,7 @@ from recompile.cli.options import (
 )
 from recompile.cli.render_optimize import describe_frontier, describe_recipe
 from recompile.errors import ArgumentError
+from recompile.io.files import check_is_no_input, models_named_in
 from recompile.optimize.solvers import SOLVERS
 
 SOLVERS_HELP = spell("; ".join(f"{solver.name}: {solver.says}" for solver in SOLVERS.values()), flags_of(None))
@@ -161,7 +162,9 @@ def main(ctx: click.Context, json_path: Path | None, quiet: bool, **options: Any
         solver = taken.pop("solver") or "exact"
         from eval.search.frontier import frontier_files
 
-        for path in frontier_files(options["out"] or Path("frontier"), grid):
+        folder = options["out"] or Path("frontier")
+        check_is_no_input(folder, models_named_in(Path(options["profile"])))
+        for path in frontier_files(folder, grid):
             refuse_outputs({"-o": path, "--json": json_path}, [options["profile"], options["text"], options["trace"]])
         table = api.frontier(grid=grid, solver=solver, **taken, on_event=screen)
     show(table.as_dict(), json_path, lambda: describe_frontier(table))

@@ -13,6 +13,7 @@ from recompile.formats.awq import AwqScheme
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.stored import Described, StoredModule
 from recompile.io.patterns import Regex, compile_regex
+from recompile.io.schema import describe
 
 # packing_format -> (format of the tensors, GPTQ layout: v1 stores zero points minus one)
 PACKINGS = {
@@ -61,7 +62,7 @@ def read_values(config: Mapping[str, Any], module: str) -> dict[str, Any]:
     values = {key: config.get(key) for key in ("bits", "group_size", "sym")}
     extra = config.get("extra_config") or {}
     if not isinstance(extra, Mapping):
-        raise FormatError(f"extra_config: found {type(extra).__name__}, wanted an object")
+        raise FormatError(f"extra_config: found {describe(extra)}, wanted an object")
     overrides = extra.get(module)
     if overrides is None:
         overrides = next((extra[pattern] for pattern in extra if _compiled(str(pattern)).search(module)), {})

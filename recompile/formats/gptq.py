@@ -27,6 +27,7 @@ from recompile.formats.checks import SCALE_DTYPES, check_finite, check_matrix, g
 from recompile.formats.packed_int import unpack_rows
 from recompile.formats.stored import Described, StoredModule
 from recompile.io.patterns import Regex, compile_regex
+from recompile.io.schema import describe
 
 LAYOUTS = ("gptq", "gptq_v2", "gptq_p")
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # low bits first
@@ -108,7 +109,7 @@ def _first_rule(dynamic: Any, module: str) -> tuple[str, Mapping[str, Any]] | No
     if not dynamic:
         return None
     if not isinstance(dynamic, Mapping):
-        raise FormatError(f"dynamic: found {type(dynamic).__name__}, wanted an object of rules")
+        raise FormatError(f"dynamic: found {describe(dynamic)}, wanted an object of rules")
     for pattern, overrides in dynamic.items():
         regex = pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
         if _compiled(regex).match(module):

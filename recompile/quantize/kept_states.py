@@ -1,7 +1,8 @@
-"""What a build that is calibrated on itself goes on from: the states that enter the next layer.
+"""What an unfinished build keeps: the names of its stages' files, and states, where it is calibrated on itself.
 
-The weights of the layers before it are in their stage files, but as they are stored, and running the rows through them
-again would take as long as reading a state. One file, replaced as layers are done, at most every `SECONDS`.
+States are those that enter the next layer. The weights of the layers before are in their stages' files, but as they are
+stored, and running the rows through them again would take as long as reading a state. One file, replaced as layers are
+done, at most every `SECONDS`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,21 @@ from recompile.io.tensors import save_tensors
 NAME = ".states"  # hidden, and no .safetensors: it is no part of the variant
 AFTER = "recompile_after_layer"
 SECONDS = 30.0  # between two of them
+
+
+def stage_shard(number: int) -> str:
+    """The file of a stage's tensors."""
+    return f"stage-{number:05d}.safetensors"
+
+
+def stage_report(number: int) -> str:
+    """The file of what was made of its modules, written last."""
+    return f".stage-{number:05d}.json"
+
+
+def stage_sets(number: int) -> str:
+    """The file of the scales that it moved."""
+    return f".scaled-{number:05d}.json"
 
 
 @dataclass

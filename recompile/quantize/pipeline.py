@@ -62,7 +62,7 @@ from recompile.model.used_rows import UsedRows
 from recompile.quantize.calibrate import InputCollector, InputStatistics, run_batches
 from recompile.quantize.compensated import ComparedPass, RoundedLayer
 from recompile.quantize.encoder import Encoded, Encoder, KeyedEncoder, ObservingEncoder, ScalingEncoder
-from recompile.quantize.kept_states import KeptStates
+from recompile.quantize.kept_states import KeptStates, stage_report, stage_sets, stage_shard
 from recompile.quantize.module_error import measure, output_power
 from recompile.quantize.quantize_report import (
     REPORT,
@@ -192,6 +192,7 @@ class _Build:
         }
         self.kept_states = KeptStates(self.partials[0], run_of(self.journal))  # where layers are calibrated on it
         self.reports: list[dict[str, ModuleReport]] = [{} for _ in self.finals]
+        self.begun: list[Path] = []  # partials that this run made
         self._held = ExitStack()  # locks on the partials, while `run` runs
         self.first_layer: dict[str, int] = {}  # of a module; weights that layers share are rounded in their first one
         for n in range(self.model.depth):
@@ -219,7 +220,13 @@ class _Build:
 
     def run(self) -> Iterator[LayerDone | QuantizeReport]:
         with self._held:
-            yield from self._run()
+            try:
+                yield from self._run()
+            except Exception:
+                for partial in self.begun:  # a run that failed before anything was done leaves nothing in the way
+                    if partial.is_dir() and not self._stages_done(partial):
+                        remove_partial(partial, JOURNAL)
+                raise
 
     @torch.inference_mode()
     def _run(self) -> Iterator[LayerDone | QuantizeReport]:
@@ -362,6 +369,7 @@ class _Build:
                         if final.exists():  # another run renamed it since it was looked for
                             raise OutputError(finished_meanwhile(final))
                         write_json(journal, self.journal)
+                        self.begun.append(partial)
                 elif (begun := self._read_journal(journal)) != self.journal:
                     changed = settings_difference(begun, self.journal)
                     raise OutputError(
@@ -380,11 +388,11 @@ class _Build:
         for report, final, partial in zip(self.reports, self.finals, self.partials, strict=True):
             again = f"remove {partial} to start again"
             for number in range(0 if final.exists() else first):
-                shard, run = partial / _stage_shard(number), run_of(self.journal)
+                shard, run = partial / stage_shard(number), run_of(self.journal)
                 with open_tensors(shard, error=OutputError, way_out=f"; {again}", checks=True, run=run):
                     pass  # it is whole, and as it was written
-                self._read_list(partial, _stage_sets(number), "sets", ScaledSet)
-                for entry in self._read_list(partial, _stage_report(number), "modules", ModuleReport):
+                self._read_list(partial, stage_sets(number), "sets", ScaledSet)
+                for entry in self._read_list(partial, stage_report(number), "modules", ModuleReport):
                     report[entry.module] = entry
         return first
 
@@ -394,7 +402,7 @@ class _Build:
 
     def _stages_done(self, partial: Path) -> int:
         number = 0
-        while number < len(self.stages) and (partial / _stage_report(number)).exists():
+        while number < len(self.stages) and (partial / stage_report(number)).exists():
             number += 1
         return number
 
@@ -424,11 +432,11 @@ class _Build:
         if self.finals[variant].exists():
             return
         partial = self.partials[variant]
-        shard = partial / _stage_shard(number)
+        shard = partial / stage_shard(number)
         try:
             run = run_of(self.journal)
             save_tensors(shard, tensors, {"format": "pt"}, checked=True, run=run)
-            for file, key, parts in ((_stage_sets, "sets", sets), (_stage_report, "modules", reports)):
+            for file, key, parts in ((stage_sets, "sets", sets), (stage_report, "modules", reports)):
                 write_checked_json(partial / file(number), {"run": run, key: [asdict(part) for part in parts]})
         except (OSError, OutputError) as error:
             needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -753,7 +761,7 @@ class _Build:
         write_json(partial / REPORT, {"variant": asdict(report), "made_by": self.journal, **used})
         sets = [*read_scaled_sets(self.base.path)]
         for number in range(self.model.depth):
-            sets += self._read_list(partial, _stage_sets(number), "sets", ScaledSet)
+            sets += self._read_list(partial, stage_sets(number), "sets", ScaledSet)
         if sets:
             write_text(partial / SCALING_NAME, dump_scaled_sets(sets))
         for path in other_files(self.base.path):
@@ -765,18 +773,6 @@ class _Build:
             pass
         remove_partial(partial, JOURNAL)
         return report
-
-
-def _stage_shard(number: int) -> str:
-    return f"stage-{number:05d}.safetensors"
-
-
-def _stage_report(number: int) -> str:
-    return f".stage-{number:05d}.json"
-
-
-def _stage_sets(number: int) -> str:
-    return f".scaled-{number:05d}.json"
 
 
 def _scaled_value(module: str, part: str, value: Tensor, scales: _Scales) -> Tensor:

@@ -110,7 +110,7 @@ def test_a_header_by_hand(tmp_path: Path) -> None:
         ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, bytes(4), "tensor a"),
         (b"{not json", b"", "the safetensors header.*: not (JSON|UTF-8)"),
         (b"\xff\xfe", b"", "the safetensors header.*: not (JSON|UTF-8)"),
-        (b"[1, 2]", b"", "header is list, wanted an object"),
+        (b"[1, 2]", b"", "header is a list, wanted an object"),
     ],
 )
 def test_a_damaged_header_is_one_message(tmp_path: Path, header: Any, data: bytes, says: str) -> None:
@@ -214,7 +214,7 @@ def test_what_is_no_model_directory(tmp_path: Path) -> None:
     ("text", "says"),
     [
         (b'{"a": 1,\n  "b": }', r"config\.json:2:8: not JSON"),
-        (b"[]", r"config\.json: holds list, wanted an object"),
+        (b"[]", r"config\.json: holds a list, wanted an object"),
         (b"\xff{}", r"config\.json: not UTF-8"),
         (b"", r"config\.json:1:1: not JSON"),
     ],

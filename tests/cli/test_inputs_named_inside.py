@@ -115,6 +115,7 @@ REFUSED: Mapping[str, tuple[str, str, str]] = {
     ),
     "an endless frontier": ("model_optimize", "v.jsonl --frontier inf:inf:1 --no-check -o fr", "wanted 0 < LOW"),
     "an endless step": ("model_optimize", "v.jsonl --frontier 2:3:inf --no-check -o fr", "wanted 0 < LOW"),
+    "a frontier in an input": ("model_optimize", "v.jsonl --frontier 3:4:1 --no-check -o 4bpw", "is an input"),
     "a Python that is none": (
         "model_diff", "--engine transformers --engine-lib /bin/true -ma 3bpw -mb base -r 2 -l 16",
         "the engine's process ended",

@@ -233,7 +233,7 @@ def test_prompts_beyond_the_context_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[]", "is list"),
+        ("[]", "is a list"),
         ('{"messages": []}', "at least one message"),
         ('{"messages": [{"role": "user"}]}', r'messages\[0\]: wanted an object with "role" and "content"'),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "the last one is the assistant's"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from eval.diff import DiffOptions, DiffReport, compare
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.errors import OutputError
+from recompile.errors import FormatError, OutputError
 from recompile.io.files import MARKER_NAME
 from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import plan_write
@@ -505,6 +505,24 @@ def test_directories_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not an unfinished output"):
         run(tiny.base("llama-2"), tmp_path, IntEncoder((5,), 32))
     assert not list((tmp_path / "5bpw.building").iterdir())
+
+
+def test_a_run_that_fails_in_its_first_layer_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that other settings are not refused for its sake; what had a layer stays, to go on from."""
+    encode, left_to_do = IntEncoder.encode, [0]
+
+    def failing(encoder: IntEncoder, *about: Any) -> Any:
+        left_to_do[0] -= 1
+        if left_to_do[0] < 0:
+            raise FormatError("a scale that cannot be stored")
+        return encode(encoder, *about)
+
+    monkeypatch.setattr(IntEncoder, "encode", failing)
+    for allowed, left in ((1, []), (5, ["3bpw.building"])):
+        left_to_do[0] = allowed
+        with pytest.raises(FormatError, match="a scale that cannot be stored"):
+            run(tiny.base("llama-2"), tmp_path, IntEncoder((3,), 32))
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == left
 
 
 def test_a_quantized_base_is_decoded_and_quantized_anew(tmp_path: Path) -> None:
