@@ -259,7 +259,7 @@ def test_configs_are_read(change: dict[str, Any], scheme: GptqScheme) -> None:
         ({"dynamic": {"-:.*down_proj": {}}}, "says that it is not quantized, and it is stored quantized"),
         ({"dynamic": {"+:(": {}}}, "is no regular expression"),
         ({"dynamic": {".*": 8}}, "found 8, wanted an object"),
-        ({"dynamic": [1]}, "dynamic: found list"),
+        ({"dynamic": [1]}, "dynamic: found a list"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
