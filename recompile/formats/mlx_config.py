@@ -246,8 +246,10 @@ def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         case "minimax_m2":
             given = config.get("rope_parameters")
             share = given.get("partial_rotary_factor", 1.0) if isinstance(given, Mapping) else 1.0
-            head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-            wanted = {"shared_intermediate_size": 0, "rotary_dim": int(head * share)}
+            head = config.get("head_dim")
+            wanted = {"shared_intermediate_size": 0}
+            if isinstance(head, int) and isinstance(share, (int, float)):
+                wanted["rotary_dim"] = int(head * share)
         case "solar_open":
             wanted = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
     return {key: value for key, value in wanted.items() if key not in config} | rotary_fields(config)
