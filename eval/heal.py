@@ -33,7 +33,14 @@ from eval.heal_rows import HealRows, heal_rows
 from recompile.checkpoint.checkpoint import Checkpoint, WeightSource, open_checkpoint
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import open_tensors
-from recompile.errors import CheckpointError, JournalError, NotBetterError, OutputError, RecompileError
+from recompile.errors import (
+    CheckpointError,
+    JournalError,
+    NotBetterError,
+    NoTimeError,
+    OutputError,
+    RecompileError,
+)
 from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.io.checksums import run_of
 from recompile.io.files import beside, check_is_no_input, check_partial, parse_json, remove_empty, settle, unmarked
@@ -51,6 +58,8 @@ WORK_SUFFIX = ".healing"  # where an unfinished run keeps its journal and its la
 JOURNAL = "journal.jsonl"
 STATE_KEY = "recompile_heal"  # of the state's metadata
 BLOCK_STEPS = 16  # steps whose rows the base runs over at a time
+# Runs over the rows of a role: base and build before the first step; base, build and healed build for three roles.
+RUNS_BEFORE, RUNS_OF_VERDICT = 2, 9
 BETAS, EPSILON = (
     (0.9, 0.99),
     1e-12,
@@ -67,7 +76,9 @@ class HealOptions:
     """How long and how fast a build is healed."""
 
     tokens: int = 150_000
-    minutes: float | None = None  # of steps; the steps planned for `tokens` end early, and the rate falls in time
+    minutes: float | None = (
+        None  # in all, judging too; steps planned for `tokens` end early, and the rate falls in time
+    )
     learning_rate: float | None = None  # None: by the build's bits
     batch_tokens: int = 1024
     check_every: int = 15  # steps between two looks at the choosing rows
@@ -92,12 +103,16 @@ class HealStarted:
 
 @dataclass(frozen=True)
 class HealStep:
-    """A step is done. loss: KL on its training rows before it moved anything, nats a token; seconds: of all steps."""
+    """A step is done. loss: KL on its training rows before it moved anything, nats a token; seconds: of all steps.
+
+    limit: the seconds of steps that the minutes asked for leave; None without minutes
+    """
 
     step: int
     steps: int
     loss: float
     seconds: float
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +217,7 @@ def heal_build(
         if isinstance(event, HealStarted):
             on_event(Progress("healing", event.resumed, event.steps, "steps", f"{event.moving} numbers move"))
         elif isinstance(event, HealStep):
-            on_event(_progress(event, options.minutes, f"KL {event.loss:.4f} in training{gain}"))
+            on_event(_progress(event, f"KL {event.loss:.4f} in training{gain}"))
         elif isinstance(event, HealJudging):
             on_event(Progress("judging", event.done, event.total, "roles", f"{event.role} rows, before and after"))
         elif isinstance(event, HealChecked):
@@ -218,11 +233,11 @@ def heal_build(
     raise AssertionError("heal ends with its report")
 
 
-def _progress(step: HealStep, minutes: float | None, text: str) -> Progress:
+def _progress(step: HealStep, text: str) -> Progress:
     """By steps, or by the clock where that may end them."""
-    if minutes is None or step.step >= step.steps:
+    if step.limit is None or step.step >= step.steps:
         return Progress("healing", step.step, step.steps, "steps", text)
-    limit = math.ceil(60 * minutes)
+    limit = max(1, math.ceil(step.limit))
     return Progress("healing", min(limit, round(step.seconds)), limit, "seconds", f"step {step.step}, {text}")
 
 
@@ -268,6 +283,7 @@ class Healing:
 
     def __init__(self, build: Checkpoint, base: Checkpoint, out: Path, rows: HealRows, options: HealOptions) -> None:
         self.build, self.base, self.out, self.rows, self.options = build, base, out, rows, options
+        self.began, self.limit = time.monotonic(), math.inf  # seconds that steps may take
         for name in ("choose", "accept", "report", "second"):
             if len(getattr(rows, name)) < 2:
                 raise RecompileError(f"{name} rows: found {len(getattr(rows, name))}, wanted at least 2")
@@ -338,7 +354,7 @@ class Healing:
             resumed = self.done
             moving = sum(m.start.numel() for m in self.movables.values())
             yield HealStarted(self.steps, moving, self.rate, self.keeps_graph, resumed)
-            before = self._before()
+            before, minutes = self._before(), self.options.minutes
             if self.best_kl == math.inf:
                 self.best_kl = sum(before["choose"]) / len(before["choose"])
             began = time.monotonic()
@@ -348,8 +364,8 @@ class Healing:
                 loss = self.step(ids, wanted, counted)
                 self.done += 1
                 self.spent = earlier + time.monotonic() - began
-                yield HealStep(self.done, self.steps, loss, self.spent)
-                late = self.options.minutes is not None and self.spent > 60 * self.options.minutes
+                yield HealStep(self.done, self.steps, loss, self.spent, self.limit if minutes is not None else None)
+                late = self.spent > self.limit
                 if self.done % self.options.check_every and self.done != self.steps and not late:
                     continue
                 kl = self.row_kls("choose", self.choose_states)
@@ -402,7 +418,7 @@ class Healing:
         """Up to the full rate, then down a cosine; by the clock where that ends first."""
         share = self.done / self.steps
         if self.options.minutes is not None:
-            share = max(share, min(1.0, self.spent / (60 * self.options.minutes)))
+            share = max(share, min(1.0, self.spent / self.limit))
         warm = min(1.0, (self.done + 1) / max(1.0, WARM_SHARE * self.steps))
         return self.rate * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
 
@@ -433,7 +449,9 @@ class Healing:
         return (teacher or self.teacher).normed(ids, self.batch_rows, self.base)
 
     def _before(self) -> dict[str, list[float]]:
-        """KL of the build as it is, on all rows that judge; the base's states of the choosing rows are kept."""
+        """KL of the build as it is, on the choosing rows, of which the base's states are kept. The time of it says what
+        judging takes and what the minutes leave for steps. Raises NoTimeError where that is nothing."""
+        started = time.monotonic()
         kept = {name: m.delta for name, m in self.movables.items()}
         for movable in self.movables.values():
             movable.delta = torch.zeros_like(movable.delta)
@@ -442,6 +460,16 @@ class Healing:
         found["choose"] = self.row_kls("choose", self.choose_states)
         for name, movable in self.movables.items():
             movable.delta = kept[name]
+        if self.options.minutes is not None:
+            now = time.monotonic()
+            judging = (RUNS_OF_VERDICT + 1) / RUNS_BEFORE * (now - started)  # and the last look
+            self.limit = 60 * self.options.minutes - (now - self.began) - judging
+            if self.limit <= 0:
+                least = (60 * self.options.minutes - self.limit) / 60
+                raise NoTimeError(
+                    f"{{minutes}} {self.options.minutes:g} are too few: judging alone takes about {least:.1f} on this "
+                    f"machine; give more, or use fewer {{rows}} (now {len(self.rows.choose)} a role)"
+                )
         return found
 
     def row_kls(self, name: str, teacher: Tensor, source: WeightSource | None = None) -> list[float]:

@@ -14,14 +14,15 @@ from __future__ import annotations
 import inspect
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from recompile import api
 from recompile.api.shared import PathLike, as_path, check_types
+from recompile.arguments import Worded
 from recompile.auto_checks import (
     Places,
     are_gguf_types,
@@ -33,11 +34,12 @@ from recompile.auto_checks import (
     check_variants,
     forecast_profile,
 )
+from recompile.auto_minutes import Asked, Shares, Split
 from recompile.auto_stages import Stages
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import LEVELS, Candidate, Profile, load_profile
-from recompile.errors import ArgumentError, NotBetterError, RecompileError
+from recompile.errors import ArgumentError, NotBetterError, NoTimeError, RecompileError
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
@@ -49,7 +51,16 @@ from recompile.model.rows import RowOptions
 from recompile.model.texts import ROLE_SHARES, text_from_file
 from recompile.model.trace import read_trace
 from recompile.optimize.solvers import solver_named
-from recompile.planning import TRACE_TOKENS, AutoPlan, PlanOptions, Target, make_plan, split_minutes, target_of
+from recompile.planning import (
+    TRACE_TOKENS,
+    AutoPlan,
+    PlanOptions,
+    Sizes,
+    Target,
+    judging_seconds,
+    make_plan,
+    target_of,
+)
 from recompile.quantize.gguf_convert import tokenizer_file
 from recompile.quantize.lazy_variant import parse_candidates
 
@@ -127,6 +138,13 @@ class AutoOptions:
         shares = {"calibrate": self.calibration_rows, "choose": self.rows, "accept": self.rows, "report": self.rows}
         needed = max(rows / ROLE_SHARES[role] for role, rows in shares.items())
         return math.ceil(LATE_ANSWERS * needed)
+
+    @property
+    def says_times(self) -> bool:
+        """Whether anything was said of how much is to be done."""
+        known = inspect.signature(auto).parameters
+        names = ("minutes", "search_minutes", "heal", "rows", "length", "samples", "calibration_rows", "variants")
+        return any(getattr(self, name) != known[name].default for name in names)
 
     @property
     def target(self) -> Target | None:
@@ -223,7 +241,8 @@ def auto(
     not given, and rules that the choice keeps; rounding: as in `quantize`, GGUF types at least one-sided; compensate:
     the mix, and the uniform build beside it, make good their own errors, as in `quantize`
     heal: minutes of healing of the finished mix
-    minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave;
+    minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave.
+    None: 18 where all takes longer, less does within them, and no rows, draws or minutes are asked for; else no limit;
     search_minutes: of a solver that measures
     trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
     quick: a rough mix for a first look: at most 6 rows of 256 tokens, 8 draws and 24 calibration rows, a minute of
@@ -321,7 +340,7 @@ class _Auto:
         of_rows = ("text", "dataset", "trace", "positions", "device")
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
         self.texts["positions"] = options.positions or "response"
-        self._chosen: dict[str, Any] = {}  # by the minutes in all
+        self._split: Split | None = None  # of the minutes in all
         self._picked = MIX
         if options.prompts:
             self.texts["trace"] = self.work / "trace.safetensors"
@@ -329,6 +348,11 @@ class _Auto:
         self.rounding: dict[str, Any] = {}
         if self.mlx or (self.is_plain and not self.gguf):
             self.rounding = {"group_size": self.group_size, "asym": options.asym}
+
+    @property
+    def _shared(self) -> AutoOptions:
+        """What is asked for, with the rows, draws and minutes that the minutes in all leave."""
+        return self.options if self._split is None else replace(self.options, **asdict(self._split))
 
     @property
     def _rounding(self) -> str | None:
@@ -358,9 +382,8 @@ class _Auto:
         """See `auto_plan`. Raises for what any stage would refuse, as far as that is known; a run that was begun goes
         on with what it was begun with."""
         check_places(self.places)
-        if self.options.minutes is not None:
-            self._chosen = self._split()
-            self.options = replace(self.options, **self._chosen)
+        self._split = self._shares.first()
+        self.options = self._shared
         found = self._plan(self.options)
         if not (found.missing or self.places.is_begun):
             self._check_stages()
@@ -405,22 +428,27 @@ class _Auto:
                 rows = replace(self._rows, rows=options.calibration_rows, positions=options.positions or "all")
                 check_rows([self.base.path], rows, ["calibrate"])
 
-    def _split(self) -> dict[str, Any]:
-        """Rows, draws and minutes of stages for the minutes in all."""
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes.of(self.base)
+
+    @cached_property
+    def _shares(self) -> Shares:
+        """Of the minutes in all."""
         options = self.options
-        assert options.minutes is not None, "asked first"
-        none: dict[str, Any] = {"search_minutes": 0.0, "heal": None, "minutes": None}
+        counts = (options.rows, options.samples, options.calibration_rows)
+        asked = Asked(counts, options.minutes, options.search_minutes, options.heal, options.says_times)
 
-        def passes(rows: int, samples: int, calibration_rows: int) -> float:
-            counts = replace(options, rows=rows, samples=samples, calibration_rows=calibration_rows)
-            return self._plan(replace(counts, **none)).seconds
+        def plan(rows: int, samples: int, calibration_rows: int) -> AutoPlan:
+            counts: dict[str, Any] = {"rows": rows, "samples": samples, "calibration_rows": calibration_rows}
+            return self._plan(replace(options, **counts, search_minutes=0.0, heal=None, minutes=None))
 
-        asked = (options.rows, options.samples, options.calibration_rows)
-        return asdict(split_minutes(options.minutes, asked, passes, True if options.heal is None else options.heal))
+        judging = judging_seconds(self._sizes, options.rows, options.length, options.device)
+        return Shares(asked, plan, judging)
 
     def _plan(self, options: AutoOptions) -> AutoPlan:
         return make_plan(
-            self.base,
+            self._sizes,
             options.engine,
             "gguf" if self.gguf else self.format,
             tuple(self.names),
@@ -440,6 +468,7 @@ class _Auto:
                 prompts=options.prompts,
                 device=options.device,
                 minutes=options.minutes,
+                unlimited=self._shares.unlimited if options.minutes is not None else None,
             ),
         )
 
@@ -454,7 +483,7 @@ class _Auto:
 
     def run(self) -> AutoReport:
         asked, plan = self.options, self.plan()  # which refuses before the models are hashed
-        self.options = asked  # minutes are shared as the first run found
+        self.options = asked  # minutes are shared as the first run found, whose machine may have been busy or idle
         if plan.missing:
             raise ArgumentError("; ".join(plan.missing))
         settings = self._settings()
@@ -463,13 +492,14 @@ class _Auto:
             self.options = asked = replace(asked, tokenizer_from=path)
         stages = Stages(self.work, settings, self.out, self.on_event)
         if not stages.seconds:
-            self.on_event(Said(str(plan)))
+            self.on_event(Said(Worded(plan.text)))
         with locked(self.work, self.out):  # one process at a time
-            if asked.minutes is not None:  # as the first run found, whose machine may have been busy or idle
-                self.options = replace(asked, **stages.run("split", lambda: self._chosen))
+            self._share(stages, "split", lambda: self._split)
             if self.options.prompts:
                 stages.run("trace", self._trace, self.texts["trace"])
             stages.run("profile", self._profile, self.profile)
+            if self._split is not None:
+                self._share(stages, "shares", partial(self._shares.again, self._split, stages.seconds))
             stages.run("recipe", self._recipe, self.recipe)
             stages.run("build", self._build)
             if self.compares:
@@ -479,6 +509,9 @@ class _Auto:
                 if not self.heals:
                     self._place()
             if self.heals:
+                if (split := self._split) is not None:  # as long as the stages before it left
+                    left = stages.keep("left", lambda: {"heal": self._shares.healing(split, stages.seconds)})
+                    self.options = replace(self.options, heal=left["heal"] or 0.0)
                 stages.run("heal", self._heal)
             found = stages.run("verify", self._measure)
             stages.run("report", self._report)
@@ -492,6 +525,12 @@ class _Auto:
             card=str(self.card),
             page=str(self.page),
         )
+
+    def _share(self, stages: Stages, name: str, split: Callable[[], Split | None]) -> None:
+        """Take rows, draws and minutes of stages as this run, or the one that it goes on with, shares them."""
+        kept = stages.keep(name, lambda: {"split": to_plain(split())})["split"]
+        self._split = None if kept is None else Split(**kept)
+        self.options = self._shared
 
     def _settings(self) -> dict[str, Any]:
         """What a run must not be gone on with another of."""
@@ -661,6 +700,8 @@ class _Auto:
             return {"kept": read_healed(self.out) is not None}
         shape: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
         try:
+            if not options.heal:
+                raise NoTimeError("no minutes are left for healing")
             return api.heal(
                 picked,
                 self.base_dir,
@@ -671,7 +712,7 @@ class _Auto:
                 **self.texts,
                 on_event=self.on_event,
             )
-        except NotBetterError as error:
+        except (NotBetterError, NoTimeError) as error:
             self.on_event(Note(f"{error}; {self._said} stays as it was built"))
             copy_whole(picked, self.out)
             return {"kept": False}

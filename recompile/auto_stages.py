@@ -64,7 +64,8 @@ class Stages:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return {name: stage["seconds"] for name, stage in self._done.items()}
+        """Of every stage that is done; decisions that were kept are none."""
+        return {name: stage["seconds"] for name, stage in self._done.items() if not stage.get("decision")}
 
     def run(self, name: str, stage: Callable[[], Any], leaves: Path | None = None) -> dict[str, Any]:
         """Run a stage unless it is done; returns its result, then or now, where that is a dict, else nothing.
@@ -86,6 +87,13 @@ class Stages:
         self._save()
         self._on_event(StageDone(name, result))
         return dict(kept)
+
+    def keep(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A decision of this run, or the same that it took before; nothing is told of it."""
+        if name not in self._done:
+            self._done[name] = {"seconds": 0.0, "result": json.loads(json.dumps(decide())), "decision": True}
+            self._save()
+        return dict(self._done[name]["result"])
 
     def _check_left(self, name: str, leaves: Path) -> None:
         way_out = f"remove {self._path.parent} and {self._out} to start again, or put a copy of it back"

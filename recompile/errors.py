@@ -59,6 +59,10 @@ class NotBetterError(RecompileError):
     """Work whose result is not better than what was there, with confidence, so that nothing was written."""
 
 
+class NoTimeError(RecompileError):
+    """What was asked for takes longer than the minutes that were given; nothing was written."""
+
+
 class FitError(RecompileError):
     """Measurements that do not determine the law that was to be fitted to them."""
 

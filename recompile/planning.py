@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 import re
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,8 @@ class AutoPlan:
         return sum(stage.seconds for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "missing": [spell(text, {}) for text in self.missing], "seconds": self.seconds}
+        said = {"missing": [spell(text, {}) for text in self.missing], "note": spell(self.note, {})}
+        return {**asdict(self), **said, "seconds": self.seconds}
 
     def __str__(self) -> str:
         return spell(self.text, {})
@@ -158,19 +159,22 @@ class Sizes:
 
 @functools.cache  # plans of one run are compared with each other
 def flops_per_second(device: str = "cpu") -> float:
-    """Multiplications and additions a second of a float32 matrix product here, the best of a few."""
+    """Multiplications and additions a second of a float32 matrix product here and now, the median of a third of a
+    second: a machine that does something else at the same time will do so later too."""
     import torch
 
     left = torch.randn(512, 1024, device=device)
     right = torch.randn(1024, 1024, device=device)
-    best = math.inf
-    for _ in range(4):
+    times: list[float] = []
+    until = time.perf_counter() + MEASURED_SECONDS
+    while time.perf_counter() < until or len(times) < LEAST_PRODUCTS:
         started = time.perf_counter()
         float((left @ right)[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2 * 512 * 1024 * 1024 / best
+        times.append(time.perf_counter() - started)
+    return 2 * 512 * 1024 * 1024 / statistics.median(times)
 
 
+MEASURED_SECONDS, LEAST_PRODUCTS = 0.3, 5
 # Seconds of encoders that are no matrix products, a million weights on one core (scripts/bench_exl.py, bench_gguf.py).
 ENCODER_SECONDS = {"exllamav3": 20.0, "exllamav2": 0.4, "llama.cpp": 0.5}
 # The same of a candidate that is made on the fly: a grid fitted, or a GGUF type in the mean of those for llama.cpp
@@ -231,50 +235,6 @@ def memory_bytes(sizes: Sizes, tokens: int) -> int:
     return 4 * (2 * tokens * sizes.hidden + 3 * layer + 2 * sizes.head + logits)
 
 
-@dataclass(frozen=True)
-class Split:
-    """How so many minutes in all are spent: rows and draws, and minutes of the stages that end by the clock.
-
-    heal: None where nothing is healed
-    """
-
-    rows: int
-    samples: int
-    calibration_rows: int
-    search_minutes: float
-    heal: float | None
-
-
-LEAST = (8, 4, 16)  # rows, samples, calibration rows
-PASSES_SHARE = 0.6  # of the minutes, which passes take at most where fewer rows and draws will do
-HEAL_SHARE, LEAST_HEAL_MINUTES = 0.6, 2.0  # of what is left
-LEAST_SEARCH_MINUTES = 0.5
-
-
-def split_minutes(
-    minutes: float, asked: tuple[int, int, int], passes: Callable[[int, int, int], float], heal: float | bool | None
-) -> Split:
-    """asked: rows, samples and calibration rows, which are halved in turn until the passes leave room for the rest;
-    passes: seconds of all stages with so many, without search and healing
-    heal: minutes that were asked for; True: a share of what is left; None or False: nothing is healed
-    """
-    counts = list(asked)
-    while passes(counts[0], counts[1], counts[2]) > PASSES_SHARE * 60 * minutes:
-        could = [n for n in (1, 0, 2) if counts[n] > LEAST[n]]  # draws first: rows are worth more
-        if not could:
-            break
-        most = max(could, key=lambda n: counts[n] / LEAST[n])
-        counts[most] = max(LEAST[most], counts[most] // 2)
-    left = max(0.0, minutes - passes(counts[0], counts[1], counts[2]) / 60)
-    healing: float | None = None
-    if heal is True:
-        healing = HEAL_SHARE * left if HEAL_SHARE * left >= LEAST_HEAL_MINUTES else None
-    elif heal:
-        healing = heal
-    search = max(LEAST_SEARCH_MINUTES, left - (healing or 0.0))
-    return Split(counts[0], counts[1], counts[2], round(search, 2), None if healing is None else round(healing, 2))
-
-
 DEFAULT_SEARCH_MINUTES = 10.0  # of refine, where nothing is said
 PROMPT_TOKENS = 220  # of a bundled prompt in the mean, its template included
 TRACE_TOKENS = 256  # of a response at most
@@ -289,7 +249,7 @@ class PlanOptions:
 
     search_minutes: None: as long as the solver takes by itself; heal_minutes: None: nothing is healed
     builds: whether variants are made, or are there already; prompts: that the base answers first, for a trace, 0: none
-    minutes: in all, where so many were asked for
+    minutes: in all, where so many were asked for; unlimited: where they were not, how many would leave all rows
     checks_recipe: whether it is measured beside uniform and hand-made ones
     """
 
@@ -308,11 +268,10 @@ class PlanOptions:
     prompts: int = 0
     device: str = "cpu"
     minutes: float | None = None
+    unlimited: float | None = None
 
 
-def make_plan(
-    base: Checkpoint, engine: str | None, form: str, candidates: tuple[str, ...], asked: PlanOptions
-) -> AutoPlan:
+def make_plan(sizes: Sizes, engine: str | None, form: str, candidates: tuple[str, ...], asked: PlanOptions) -> AutoPlan:
     """Every stage with its time; a plan that takes longer than the minutes asked for says so.
 
     form: "gguf" or a format; candidates: what is chosen from, by name
@@ -320,14 +279,18 @@ def make_plan(
     Times are those of the arithmetic at the rate of one matrix product, times what the passes measured beside it."""
     from recompile.model.devices import compute_device
 
-    sizes, rate = Sizes.of(base), flops_per_second(compute_device(asked.device))
+    rate = flops_per_second(compute_device(asked.device))
     stages = _Stages(sizes, rate, form, candidates, asked).all()
     target = target_of(engine) if engine is not None else None
     notes = [target.note] if target is not None and target.note else []
     if asked.minutes is not None:
         over = sum(stage.seconds for stage in stages) > 1.2 * 60 * asked.minutes
         longer = "; the least that can be done takes longer" if over else ""
-        notes.append(f"{asked.minutes:g} minutes in all were asked for{longer}")
+        said = f"{asked.minutes:g} minutes in all were asked for{longer}"
+        if asked.unlimited is not None:
+            said = f"{asked.minutes:g} minutes in all; as precise as can be, and healed, with {{minutes}} "
+            said += f"{asked.unlimited:g}"
+        notes.append(said)
     found = missing_packages(target) if target is not None else []
     tokens = asked.length * max(asked.rows, asked.calibration_rows)
     return AutoPlan(
@@ -358,7 +321,8 @@ class _Stages:
             self._profile(),
             self._recipe(),
             build,
-            *([self._uniform(build.seconds)] if self.asked.verify and self.asked.builds else []),
+            *([self._uniform(build.seconds)] if self._compares else []),
+            *([self._pick()] if self._compares and self.asked.compensate else []),
             *([self._heal(self.asked.heal_minutes)] if self.asked.heal_minutes is not None else []),
             self._verify(),
         ]
@@ -415,17 +379,30 @@ class _Stages:
         what += ", errors compensated" if self.asked.compensate else ""
         return PlannedStage("build", what, seconds)
 
+    @property
+    def _compares(self) -> bool:
+        return self.asked.verify and self.asked.builds
+
     def _heal(self, minutes: float) -> PlannedStage:
-        seconds = 60 * minutes + JUDGED_BY_HEAL * self._forward(self._tokens)
-        return PlannedStage("heal", "scales, norms and biases against the base", seconds)
+        seconds = max(60 * minutes, JUDGED_BY_HEAL * self._forward(self._tokens))
+        return PlannedStage("heal", "scales, norms and biases against the base, and the verdict on it", seconds)
 
     def _uniform(self, build_seconds: float) -> PlannedStage:
-        picks = self.asked.compensate
-        what = "a uniform build, made the same way"
-        what += "; the better one on accept rows is written" if picks else ""
-        return PlannedStage("uniform", what, build_seconds + (3 * self._forward(self._tokens) if picks else 0.0))
+        return PlannedStage("uniform", "a uniform build, made the same way", build_seconds)
+
+    def _pick(self) -> PlannedStage:
+        what = "both against the base on accept rows; the better one is written"
+        return PlannedStage("pick", what, 3 * self._forward(self._tokens))
 
     def _verify(self) -> PlannedStage:
-        return PlannedStage(
-            "verify", "the builds against the base on rows of their own", 3 * self._forward(self._tokens)
-        )
+        builds = 1 + (self.asked.heal_minutes is not None) + (self._compares or not self.asked.builds)
+        what = "the builds against the base on rows of their own"
+        return PlannedStage("verify", what, (1 + builds) * self._forward(self._tokens))
+
+
+def judging_seconds(sizes: Sizes, rows: int, length: int, device: str) -> float:
+    """What healing takes beside its steps: rows of so many tokens of every role, before and after."""
+    from recompile.model.devices import compute_device
+
+    rate = flops_per_second(compute_device(device))
+    return JUDGED_BY_HEAL * forward_seconds(sizes, rows * length, rate)

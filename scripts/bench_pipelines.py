@@ -232,7 +232,7 @@ def judged(base: Path, builds: Mapping[str, Built], settings: Mapping[str, Any])
 @click.option("--dwq-passes", default=1, help="Over the calibration rows.")
 @click.option("--dwq-rates", multiple=True, type=float, default=(1e-6, 1e-5), help="Learning rates, a build each.")
 @click.option("--search-minutes", default=5.0)
-@click.option("--heal-minutes", default=10.0, help="0: no healing.")
+@click.option("--heal-minutes", default=13.0, help="In all, judging included; 0: no healing.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for builds; kept.")
 def main(family: str, model: str, size: str, work: Path | None, **settings: Any) -> None:
     """Whole pipelines of one family at the size of one peer."""

@@ -34,7 +34,7 @@ class Settings:
     heal_minutes: float = 0.0  # of the smaller mix; 0: it is not healed
 
 
-FULL = Settings(calibration=(24, 512), profile=(4, 96), level="fused", report=(16, 384), heal_minutes=4)
+FULL = Settings(calibration=(24, 512), profile=(4, 96), level="fused", report=(16, 384), heal_minutes=7)
 QUICK = Settings(calibration=(4, 128), profile=(3, 64), level="block", report=(8, 256), method="rtn")
 BITS = ("2", "3", "4", "6")
 BUDGETS = ("3.5", "4.5")

@@ -35,6 +35,7 @@ ROOMS = (
     "planning",
     "api",
     "auto_stages",
+    "auto_minutes",
     "auto_checks",
     "auto",
     "cli",

@@ -164,7 +164,7 @@ def heal(
 
         recompile.heal("mix", "base", "mix-healed", minutes=20).report.ratio
 
-    tokens: of training, rows used again where text is short; minutes: of training at most; learning_rate: of Adam on
+    tokens: of training, rows used again where text is short; minutes: in all, about; learning_rate: of Adam on
     logarithms of scales, None: by the build's bits; batch_tokens: of a step; max_memory: bytes or text
     rows: of each role that judges; length, text, dataset: of all rows; trace: a file of `trace` in place of text, each
     role's own rows; positions: KL of the "response" counts, or of "all"; device, dtype: of the arithmetic (None:

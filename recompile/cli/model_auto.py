@@ -64,7 +64,10 @@ from recompile.planning import TARGETS
     help="Builds whose modules make good what those before them were rounded by, as in model_quantize.",
 )
 @click.option(
-    "--heal", metavar="MINUTES", type=float, help="Tune scales, norms and biases of the finished mix for so long."
+    "--heal",
+    metavar="MINUTES",
+    type=float,
+    help="Tune scales, norms and biases of the finished mix for so long, the verdict included.",
 )
 @click.option(
     "--quick",
@@ -80,7 +83,8 @@ from recompile.planning import TARGETS
 @click.option(
     "--minutes",
     type=float,
-    help="In all, about: rows and draws are at most those asked for; search and healing share what is left.",
+    help="In all, about: rows and draws are at most those asked for; search and healing share what is left "
+    "[default: 18 where that is enough, and nothing is said of rows, draws or minutes].",
 )
 @click.option("--search-minutes", type=float, help="For a solver that measures.")
 @click.option("-r", "--rows", default=16, help="Rows to profile on; as many others verify.")

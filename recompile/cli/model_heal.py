@@ -26,7 +26,7 @@ from recompile.cli.render_heal import describe_heal
 @model_b_option("base", "The unquantized base that it was made of.")
 @out_dir_option("Where the healed build goes.")
 @click.option("--tokens", default=150_000, help="Training tokens, rows used again where text is short.")
-@click.option("--minutes", type=float, help="Stop moving numbers after so many minutes.")
+@click.option("--minutes", type=float, help="Be done after about so many minutes, judging included.")
 @click.option(
     "--learning-rate",
     type=float,

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 import recompile
 from recompile import check
 from recompile.auto import auto_options, bits_of_uniform
+from recompile.auto_minutes import Asked, Shares, default_minutes, split_minutes
 from recompile.auto_stages import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
@@ -21,7 +22,7 @@ from recompile.errors import NotBetterError
 from recompile.events import Progress
 from recompile.gguf.container import open_gguf
 from recompile.model.used_rows import HEAL_KEY
-from recompile.planning import split_minutes
+from recompile.planning import AutoPlan, PlannedStage
 from recompile.recipe.recipe import load_recipe
 from tests import tiny
 from tests.quantize.test_gguf_variants import tokenizer_file
@@ -86,14 +87,14 @@ def test_minutes_in_all_are_split_once_and_kept(text: Path, tmp_path: Path, monk
     assert re.search(r"^  heal +about +\d", said, re.MULTILINE), "there is time for it"
     options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--minutes", 0.2)
     made(*options)
-    split = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]["split"]["result"]
+    split = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]["split"]["result"]["split"]
     assert split["heal"] is None
     assert split["search_minutes"] == 0.5
     monkeypatch.setattr(
         "recompile.planning.flops_per_second", lambda device="cpu": 1e6
     )  # a machine that is slow by now
     again = made(*options)
-    assert again.output.count("done before") == 8
+    assert again.output.count("done before") == 7
     other = auto(*options[:-1], 30)
     assert other.exit_code == 1
     assert "other settings (minutes)" in other.output
@@ -117,6 +118,50 @@ def test_how_minutes_are_split(minutes: float, heal: float | None, wanted: tuple
     assert (found.rows, found.samples, found.calibration_rows, found.search_minutes, found.heal) == wanted
     spent = passes(found.rows, found.samples, found.calibration_rows) / 60 + found.search_minutes + (found.heal or 0)
     assert spent <= minutes + 0.01 or wanted[:3] == (8, 4, 16)
+
+
+def plan_of(rows: int, samples: int, calibration_rows: int) -> AutoPlan:
+    """Seconds that are easy to follow."""
+    seconds = {"profile": rows * samples, "recipe": 2 * rows, "build": 8 * calibration_rows}
+    seconds |= {"uniform": 8 * calibration_rows, "pick": 3 * rows, "verify": 4 * rows}
+    stages = tuple(PlannedStage(name, "", float(found)) for name, found in seconds.items())
+    return AutoPlan(None, "", (), stages, 0, ())
+
+
+def test_minutes_are_shared_again_by_what_stages_took() -> None:
+    asked = Asked((16, 16, 64), 40.0, None, None, says_times=True)
+    shares = Shares(asked, plan_of, judging=120.0)
+    first = shares.first()
+    assert first is not None
+    assert (first.counts, first.minutes) == ((16, 16, 64), 40.0)
+    fast = shares.again(first, {"profile": 128.0})
+    assert (fast.counts, fast.heal is not None) == (first.counts, True)
+    assert fast.search_minutes > first.search_minutes
+    slow = shares.again(first, {"profile": 768.0})  # thrice as long
+    assert slow.rows == 16, "the profile is there"
+    assert slow.calibration_rows == 16
+    assert slow.minutes == 40.0
+    done = {"profile": 128.0, "recipe": 600.0, "build": 512.0, "uniform": 512.0, "pick": 96.0}
+    left = 40 - (sum(done.values()) + 2 * 64) / 60  # pick took twice its plan, so verify will
+    assert shares.healing(first, done) == pytest.approx(left, abs=0.01)
+    assert shares.healing(first, {**done, "build": 1012.0}) is None, "two minutes and more are judging"
+    given = Shares(Asked((16, 16, 64), 40.0, 3.0, 5.0, says_times=True), plan_of, 120.0)
+    assert given.again(first, {"profile": 384.0}).search_minutes == 3.0
+    assert given.healing(first, done) == 5.0
+
+
+def test_a_limit_that_nobody_asked_for() -> None:
+    """Only where everything takes longer and less is enough, and only where nothing was said of how much to do."""
+    assert default_minutes(full=1000.0, least=100.0) is None
+    assert default_minutes(full=4000.0, least=700.0) == 18.0
+    assert default_minutes(full=40000.0, least=7000.0) is None
+    plain = Shares(Asked((16, 16, 64), None, None, None, says_times=False), plan_of, 60.0)
+    assert plain.first() is not None
+    assert plain.unlimited == 40
+    assert Shares(Asked((16, 16, 64), None, None, None, says_times=True), plan_of, 60.0).first() is None
+    assert not auto_options(bits=3.5).says_times
+    for said in ({"rows": 8}, {"heal": 3.0}, {"quick": True}, {"minutes": 9.0}, {"variants": ("a",)}):
+        assert auto_options(bits=3.5, **said).says_times
 
 
 def test_a_card_of_the_user_s_is_not_written_over(text: Path, tmp_path: Path) -> None:
@@ -147,7 +192,7 @@ def test_it_goes_on_after_the_last_finished_stage(text: Path, tmp_path: Path, mo
         assert auto(*options).exit_code == 130
         monkeypatch.undo()
         done = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]
-        assert len(done) == number
+        assert len([name for name, stage in done.items() if "decision" not in stage]) == number
     assert sorted(ran) == sorted(2 * ["profile", "recipe", "build", "uniform", "pick"] + ["verify"])
     made(*options)
     again = made(*options)

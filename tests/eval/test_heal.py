@@ -28,7 +28,7 @@ from eval.heal_rows import HealRows, heal_rows
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_heal import main as model_heal
 from recompile.cli.recompile import main as recompile_command
-from recompile.errors import OutputError, RecompileError, UnsupportedError
+from recompile.errors import NoTimeError, OutputError, RecompileError, UnsupportedError
 from recompile.events import Note
 from recompile.formats.gptq import GptqScheme
 from recompile.formats.mlx_config import MlxScheme
@@ -565,6 +565,31 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path) -> None
         assert torch.equal(open_checkpoint(tmp_path / "out").read(name), open_checkpoint(tmp_path / "whole").read(name))
     with pytest.raises(OutputError, match="exists already"):
         finish(build, tmp_path / "out")
+
+
+def test_minutes_are_those_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves a second whenever it is asked: two seconds before judging is known to take 5, then steps. They
+    end where what is left is for the verdict, the rate with them."""
+    build, clock, limits, rates = make_build("int4", tmp_path / "v"), count(), [], []
+    monkeypatch.setattr("eval.heal.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    step = Healing.step
+    monkeypatch.setattr(Healing, "step", lambda self, *given: (rates.append(self._rate_now()), step(self, *given))[1])
+    options = replace(OPTIONS, tokens=1000 * OPTIONS.batch_tokens, minutes=20 / 60)
+    for event in heal(build, open_checkpoint(tiny.base("llama")), tmp_path / "out", make_rows(), options):
+        if isinstance(event, HealStep):
+            limits.append(event.limit)
+    assert limits == [pytest.approx(13.0)] * 14
+    assert rates[-1] == min(rates) or rates[-1] < 0.2 * max(rates)
+    with pytest.raises(
+        NoTimeError, match=r"minutes 0.1 are too few: judging alone takes about 0.1 .* \(now 6 a role\)"
+    ):
+        list(
+            heal(
+                build, open_checkpoint(tiny.base("llama")), tmp_path / "no", make_rows(), replace(options, minutes=0.1)
+            )
+        )
+    assert not (tmp_path / "no").exists()
+    assert not list(tmp_path.glob("no*")), "nothing is left of it"
 
 
 def test_what_is_not_better_is_not_written(tmp_path: Path) -> None:
