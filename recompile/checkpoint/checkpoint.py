@@ -455,6 +455,20 @@ class GgufCheckpoint(Checkpoint):
         return value - place.offset if place.offset else value
 
 
+@dataclass(frozen=True)
+class MlxCheckpoint(Checkpoint):
+    """A directory of a model whose tensors mlx-lm renames and changes, as mlx-lm keeps them; under transformers' names.
+
+    `tensors` lie in the files as they are; `read` and `load` give transformers' values, without what is added to norms.
+    """
+
+    def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
+        return self.restore(tensor, super().read(tensor, device))
+
+    def restore(self, tensor: str, value: Tensor) -> Tensor:
+        return value.float() - 1 if mlx_config.adds_one(self.config, tensor) else value
+
+
 def no_table_of_names(architecture: Any) -> str:
     """Why a GGUF file cannot be run or decoded: one sentence."""
     return (
@@ -579,8 +593,27 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             tensors[name] = info
     if listed is not None and shards_of(config).index_counts:
         _check_index(label, listed, tensors)
+    changed = mlx_config.is_changed(config, tensors)
+    if changed:
+        tensors = seen_by_transformers(tensors, config)
     seen, fused = split_experts(tensors, config)
-    return Checkpoint(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors)
+    kind = MlxCheckpoint if changed else Checkpoint
+    return kind(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors)
+
+
+def seen_by_transformers(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Tensors of MLX's under transformers' names and shapes, where their bytes lie. Raises CheckpointError for one that
+    is there under both names."""
+    seen: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        own = intern(mlx_config.name_seen(config, name))
+        if own in seen:
+            raise CheckpointError(
+                f"{info.path}: holds {mlx_config.name_in_file(config, own)}, as mlx-lm calls it, and {own}, as "
+                f"transformers does; loaders would take one or the other: remove one"
+            )
+        seen[own] = replace(info, name=own, shape=mlx_config.shape_in_file(config, own, info.shape))
+    return seen
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:

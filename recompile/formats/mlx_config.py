@@ -48,10 +48,28 @@ EXPERTS: Mapping[str, Mapping[str, str]] = {
     "olmoe": _PLAIN,
     "phimoe": _MIXTRAL,
     "qwen2_moe": _PLAIN,
+    "qwen3_5_moe": _PLAIN,
     "qwen3_moe": _PLAIN,
+    "qwen3_next": _PLAIN,
     "solar_open": _PLAIN,
 }
-KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys()
+# Those whose tensors it keeps under other names: transformers' beginning of a name -> its own. All of them have 1 added
+# to norms and the last two axes of convolutions exchanged, the first of which has one place, so that bytes stay.
+_IN_LANGUAGE_MODEL = {"model.language_model": "language_model.model", "lm_head": "language_model.lm_head"}
+CHANGED: Mapping[str, Mapping[str, str]] = {
+    "qwen3_5": _IN_LANGUAGE_MODEL,
+    "qwen3_5_moe": _IN_LANGUAGE_MODEL,
+    "qwen3_next": {},
+}
+_ADDED = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
+_CONVOLUTION = ".conv1d.weight"
+KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys() | CHANGED.keys()
 STACK = "switch_mlp"
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 
@@ -90,7 +108,55 @@ def stack_of(config: Mapping[str, Any], module: str) -> tuple[str, int] | None:
 def path_of(config: Mapping[str, Any], module: str) -> str:
     """What mlx-lm calls the module that holds a stored one."""
     place = stack_of(config, module)
-    return module if place is None else place[0]
+    return name_in_file(config, module if place is None else place[0])
+
+
+def name_in_file(config: Mapping[str, Any], name: str) -> str:
+    """mlx-lm's name of a tensor or module that has this one in transformers, stacks aside."""
+    return _renamed(name, CHANGED.get(str(config.get("model_type")), {}))
+
+
+def name_seen(config: Mapping[str, Any], name: str) -> str:
+    """transformers' name of what mlx-lm calls so, stacks aside."""
+    return _renamed(name, {own: theirs for theirs, own in CHANGED.get(str(config.get("model_type")), {}).items()})
+
+
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    for old, new in beginnings.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return name
+
+
+def adds_one(config: Mapping[str, Any], tensor: str) -> bool:
+    """Whether mlx-lm's value of a tensor, under either name, is transformers' with 1 added."""
+    changed = str(config.get("model_type")) in CHANGED and not _is_of_later_tokens(tensor)
+    return changed and name_in_file(config, tensor).endswith(_ADDED)
+
+
+def _is_of_later_tokens(name: str) -> bool:
+    return "mtp." in name
+
+
+def is_left_out(config: Mapping[str, Any], module: str) -> bool:
+    """Whether mlx-lm stops at a module, which transformers ignores: layers for later tokens beside stacked experts."""
+    return config.get("model_type") == "qwen3_next" and _is_of_later_tokens(module)
+
+
+def shape_in_file(config: Mapping[str, Any], tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """mlx-lm's shape of a tensor that has this one in transformers, and the other way round; the bytes are the same."""
+    is_changed = str(config.get("model_type")) in CHANGED and tensor.endswith(_CONVOLUTION) and len(shape) == 3
+    return (shape[0], shape[2], shape[1]) if is_changed else shape
+
+
+def is_changed(config: Mapping[str, Any], tensors: Headers) -> bool:
+    """Whether tensors are as mlx-lm keeps them where that is not as transformers does: it tells by the convolutions."""
+    if str(config.get("model_type")) not in CHANGED:
+        return False
+    shapes = [tensors[name].shape for name in tensors if name.endswith(_CONVOLUTION)]
+    if shapes:
+        return all(len(shape) == 3 and shape[2] == 1 for shape in shapes)
+    return any(name_seen(config, name) != name for name in tensors)
 
 
 def stacked_tensor(config: Mapping[str, Any], tensor: str) -> tuple[str, int] | None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recompile.arguments import Worded
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
+from recompile.checkpoint.checkpoint import Checkpoint, MlxCheckpoint, StoredModule
 from recompile.costs import fused_sets
 from recompile.errors import UnsupportedError
-from recompile.formats import compressed_tensors
+from recompile.formats import compressed_tensors, mlx_config
 from recompile.merge.engine_rules import has_trivial_order
 from recompile.merge.overlay import Overlay, Placement
 
@@ -70,6 +70,25 @@ def plan_conversions(overlay: Overlay, *, reencode: bool = False) -> dict[str, C
         elif placement.stored.format in CONVERTIBLE:
             found[name] = plan_conversion(placement.checkpoint, placement.stored)
     return found | _one_global_scale(overlay, reencode, found)
+
+
+def norms_with_one(overlay: Overlay) -> dict[str, Conversion]:
+    """Norms of an MLX output to which mlx-lm adds 1 and whose source has not: those that transformers' checkpoints
+    hold. As mlx-lm does it, the sum is rounded to the dtype of the norm."""
+    found: dict[str, Conversion] = {}
+    for name, placement in overlay.placements.items():
+        tensor = f"{name}.weight"
+        if placement.stored.is_quantized or not mlx_config.adds_one(overlay.config, tensor):
+            continue
+        if isinstance(placement.checkpoint, MlxCheckpoint):
+            continue
+        parts = {part: (info.dtype, info.shape) for part, info in placement.stored.parts.items()}
+        found[name] = Conversion(placement.stored.format, parts, None, _add_one, exact=False)
+    return found
+
+
+def _add_one(parts: Parts) -> dict[str, Tensor]:
+    return {**parts, "weight": (parts["weight"].float() + 1).to(parts["weight"].dtype)}
 
 
 def plan_conversion(checkpoint: Checkpoint, module: StoredModule) -> Conversion:

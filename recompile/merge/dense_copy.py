@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from recompile.checkpoint.checkpoint import GgufCheckpoint, StoredModule, TensorInfo, dense_dtype, no_table_of_names
+from recompile.checkpoint.checkpoint import (
+    GgufCheckpoint,
+    MlxCheckpoint,
+    StoredModule,
+    TensorInfo,
+    dense_dtype,
+    no_table_of_names,
+)
 from recompile.errors import CheckpointError, UnsupportedError
-from recompile.formats import DTYPE_BYTES, FORMATS
+from recompile.formats import DTYPE_BYTES, FORMATS, mlx_config
 from recompile.gguf.names import Joined
 from recompile.merge.configs import origin_of, without_quantization
 from recompile.merge.fuse_experts import FusedExperts
@@ -89,7 +96,7 @@ def dense_tensors(
             )
             continue
         if not stored.is_quantized:
-            wanted.append(copied_tensors(placement))
+            wanted.append(_restored(placement) or copied_tensors(placement))
             continue
         shape = shapes.get(stored.name) or stored.shape
         assert shape is not None, stored.name
@@ -103,6 +110,15 @@ def dense_tensors(
             tensors.insert(0, WantedTensor(bias.name, bias.dtype, shape[:1], cut, cut.size_bytes))
         wanted.append(tensors)
     return wanted
+
+
+def _restored(placement: Placement) -> list[WantedTensor]:
+    """Of a dense module that mlx-lm keeps with other values than transformers; nothing of others."""
+    if not isinstance(placement.checkpoint, MlxCheckpoint):
+        return []
+    infos = [info for _, info in sorted(placement.stored.parts.items())]
+    changed = any(mlx_config.adds_one(placement.checkpoint.config, info.name) for info in infos)
+    return [wanted_tensor(info.name, info.dtype, info.shape) for info in infos] if changed else []
 
 
 def _shape(shape: tuple[int, ...], stored: StoredModule, turned: frozenset[str]) -> tuple[int, ...]:

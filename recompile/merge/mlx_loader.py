@@ -104,6 +104,8 @@ def findings(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     quantization = config.get("quantization")
     for path, module in modules.items():
+        if mlx_config.is_left_out(config, path):
+            yield Finding(path, f"is of a layer for later tokens, and {VERSION} stops at what it has no place for")
         wanted = columns(path)
         if wanted is None or "weight" not in module.parts or len(module.parts["weight"][1]) < 2:
             continue
@@ -253,7 +255,8 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _of_head(config: Mapping[str, Any], modules: Mapping[str, _Stored]) -> Iterator[tuple[str, str]]:
-    head = next((name for name in HEAD_NAMES if name in modules), None)
+    names = (mlx_config.name_in_file(config, name) for name in HEAD_NAMES)
+    head = next((name for name in names if name in modules), None)
     said = config.get("tie_word_embeddings")
     if head is not None and said is None and config.get("model_type") in _TIED_UNSAID:
         yield (
@@ -285,7 +288,7 @@ def _columns(config: Mapping[str, Any], label: str) -> Any:
         number = _LAYER.search(path)
         if f".{mlx_config.STACK}." in path and number:
             return stacks.get((number[1], path.endswith("down_proj")))
-        shape = shapes.get(f"{path}.weight")
+        shape = shapes.get(f"{mlx_config.name_seen(config, path)}.weight")
         return shape[-1] if shape is not None and len(shape) == 2 else None
 
     return columns

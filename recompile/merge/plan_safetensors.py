@@ -13,14 +13,14 @@ from typing import Any
 from recompile.checkpoint.checkpoint import INDEX_NAME, Checkpoint, StoredModule, TensorInfo, split_name
 from recompile.checkpoint.coupled_modules import SCALING_NAME, dump_scaled_sets
 from recompile.errors import OutputError
-from recompile.formats import DTYPE_BYTES, FORMATS, ShardRules
+from recompile.formats import DTYPE_BYTES, FORMATS, ShardRules, mlx_config
 from recompile.merge.configs import dump_json, is_verbatim, merged_texts
-from recompile.merge.convert import Conversion, is_expressible, plan_conversions
+from recompile.merge.convert import Conversion, is_expressible, norms_with_one, plan_conversions
 from recompile.merge.dense_copy import check_decodable, dense_config, dense_tensors, true_shapes
 from recompile.merge.fuse_experts import FusedExperts, fused_experts, with_fused
 from recompile.merge.manifest import recipe_text
 from recompile.merge.overlay import Overlay, Placement, account, quantizable
-from recompile.merge.stacks import StackPlace, name_in_file, plan_stacks
+from recompile.merge.stacks import FileNames, StackPlace, plan_stacks
 from recompile.merge.write_plan import (
     DEFAULT_SHARD_MB,
     MANIFEST_NAME,
@@ -96,11 +96,13 @@ def plan_write(
     stack = _stack_rule(overlay) if not dense else None
     overlay = with_whole_experts(overlay) if stack is None else overlay
     holds = _decoded(overlay) if dense else _copied(overlay, reencode)
-    places = plan_stacks((t for tensors in holds.tensors for t in tensors), stack) if stack is not None else {}
-    shards, modules = _lay_out(out, holds, shard_mb * MB, places)
+    names = FileNames({})
+    if stack is not None:
+        names = _names_in_file(overlay, plan_stacks((t for tensors in holds.tensors for t in tensors), stack))
+    shards, modules = _lay_out(out, holds, shard_mb * MB, names)
     texts = dict(holds.texts)
     if (dense or holds.rules.index_counts) and len(shards) > 1:
-        texts[INDEX_NAME] = dump_json(_index(modules, shards, places))
+        texts[INDEX_NAME] = dump_json(_index(modules, shards, names))
     tokenizer, problem = tokenizer_texts(overlay.base.path)
     texts |= tokenizer
     if overlay.scaled_sets:
@@ -170,13 +172,21 @@ def _decoded(overlay: Overlay) -> _Contents:
 def _copied(overlay: Overlay, reencode: bool) -> _Contents:
     """The bytes of the sources, but for modules that are stored in another way in this mix."""
     ordered = _in_natural_order(overlay)
+    stacks = _stack_rule(overlay) is not None
+    left_out = [p.module for p in ordered if stacks and mlx_config.is_left_out(overlay.config, p.module)]
+    if left_out:
+        ordered = [p for p in ordered if p.module not in set(left_out)]
     conversions: dict[str, Conversion] = {}
     if is_expressible([p.stored.format for p in ordered]):
         conversions = plan_conversions(overlay, reencode=reencode)
-    wanted = [copied_tensors(p) if p.module not in conversions else _converted(p, conversions) for p in ordered]
+    changes = norms_with_one(overlay) if stacks else {}
+    other = conversions | changes
+    wanted = [copied_tensors(p) if p.module not in other else _converted(p, other) for p in ordered]
     texts, warnings = merged_texts(overlay, conversions)
+    if left_out:
+        warnings = [*warnings, f"{len(left_out)} modules are left out, at which mlx-lm stops: {left_out[0]}, ..."]
     rules = next((FORMATS[name].shards for name in overlay.formats), ShardRules())
-    return _Contents(ordered, wanted, texts, warnings, rules, conversions)
+    return _Contents(ordered, wanted, texts, warnings, rules, other)
 
 
 def _stack_rule(overlay: Overlay) -> Callable[[str], tuple[str, int] | None] | None:
@@ -188,20 +198,30 @@ def _stack_rule(overlay: Overlay) -> Callable[[str], tuple[str, int] | None] | N
     return None
 
 
+def _names_in_file(overlay: Overlay, stacks: Mapping[str, StackPlace]) -> FileNames:
+    """What the engine of an output whose experts are stacked calls its tensors."""
+    config = overlay.config
+    return FileNames(
+        stacks,
+        lambda name: mlx_config.name_in_file(config, name),
+        lambda name, shape: mlx_config.shape_in_file(config, name, shape),
+    )
+
+
 def _converted(placement: Placement, conversions: Mapping[str, Conversion]) -> list[WantedTensor]:
     parts = conversions[placement.module].parts
     return [wanted_tensor(f"{placement.module}.{part}", dtype, shape) for part, (dtype, shape) in parts.items()]
 
 
 def _lay_out(
-    out: Path, holds: _Contents, shard_bytes: int, places: Mapping[str, StackPlace]
+    out: Path, holds: _Contents, shard_bytes: int, names: FileNames
 ) -> tuple[tuple[PlannedShard, ...], tuple[PlannedModule, ...]]:
     """Fill shards in the order of the modules; a module's tensors stay together, one larger than a shard alone, and so
     do modules whose tensors are stacked."""
     wanted, rules = holds.tensors, holds.rules
     members: list[list[int]] = []
     filled = 0
-    for unit in _units(wanted, places):
+    for unit in _units(wanted, names):
         size = sum(tensor.size_bytes for number in unit for tensor in wanted[number])
         if not members or (members[-1] and filled + size > shard_bytes):
             members.append([])
@@ -214,12 +234,12 @@ def _lay_out(
         if len(members) > 1:
             file = f"{rules.prefix}-{shard + 1:05d}-of-{len(members):05d}.safetensors"
         # Wide dtypes first: then every tensor starts at a multiple of its item size, which loaders that map files need.
-        tensors = _in_order([tensor for number in numbers for tensor in wanted[number]], places)
+        tensors = _in_order([tensor for number in numbers for tensor in wanted[number]], names)
         starts, end = {}, 0
         for tensor in tensors:
             starts[tensor.name] = end
             end += tensor.size_bytes
-        header = _header(tensors, starts, rules.metadata, places)
+        header = _header(tensors, starts, rules.metadata, names)
         path = out / file
         shards.append(PlannedShard(file, header, len(header) + end))
         for number in numbers:
@@ -237,12 +257,12 @@ def _lay_out(
     return tuple(shards), tuple(modules)
 
 
-def _units(wanted: Sequence[Sequence[WantedTensor]], places: Mapping[str, StackPlace]) -> Iterator[list[int]]:
+def _units(wanted: Sequence[Sequence[WantedTensor]], names: FileNames) -> Iterator[list[int]]:
     """Numbers of modules that go into one shard: those of one block of experts, or one alone."""
     unit: list[int] = []
     last = None
     for number, tensors in enumerate(wanted):
-        place = places.get(tensors[0].name) if tensors else None
+        place = names.stacks.get(tensors[0].name) if tensors else None
         container = place.container if place is not None else None
         if unit and (container is None or container != last):
             yield unit
@@ -253,15 +273,15 @@ def _units(wanted: Sequence[Sequence[WantedTensor]], places: Mapping[str, StackP
         yield unit
 
 
-def _in_order(tensors: Sequence[WantedTensor], places: Mapping[str, StackPlace]) -> list[WantedTensor]:
+def _in_order(tensors: Sequence[WantedTensor], names: FileNames) -> list[WantedTensor]:
     """Wide dtypes first, stacks where their first tensor stands, in the order of the experts."""
     ranks: dict[str, int] = {}
     for rank, tensor in enumerate(tensors):
-        ranks.setdefault(name_in_file(tensor.name, places), rank)
+        ranks.setdefault(names.name(tensor.name), rank)
 
     def key(tensor: WantedTensor) -> tuple[int, int, int]:
-        place = places.get(tensor.name)
-        rank = ranks[name_in_file(tensor.name, places)]
+        place = names.stacks.get(tensor.name)
+        rank = ranks[names.name(tensor.name)]
         return (-DTYPE_BYTES[tensor.dtype], rank, place.index if place is not None else 0)
 
     return sorted(tensors, key=key)
@@ -280,19 +300,17 @@ def _stored(placement: Placement, tensors: Sequence[PlannedTensor], conversion: 
     return StoredModule(placement.module, parts, shape, "dense")
 
 
-def _header(
-    tensors: Sequence[WantedTensor], starts: Mapping[str, int], metadata: str, places: Mapping[str, StackPlace]
-) -> bytes:
+def _header(tensors: Sequence[WantedTensor], starts: Mapping[str, int], metadata: str, names: FileNames) -> bytes:
     """The safetensors header, padded with spaces so that the data starts at a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": metadata}}
     for tensor in tensors:
-        start, place = starts[tensor.name], places.get(tensor.name)
+        start, place = starts[tensor.name], names.stacks.get(tensor.name)
         if place is not None and place.index:
             continue  # the first one's entry is that of all
         count = place.count if place is not None else 1
-        entries[name_in_file(tensor.name, places)] = {
+        entries[names.name(tensor.name)] = {
             "dtype": tensor.dtype,
-            "shape": [*([count] if place is not None else ()), *tensor.shape],
+            "shape": [*([count] if place is not None else ()), *names.reshape(tensor.name, tensor.shape)],
             "data_offsets": [start, start + count * tensor.size_bytes],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -300,12 +318,8 @@ def _header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _index(
-    modules: Sequence[PlannedModule], shards: Sequence[PlannedShard], places: Mapping[str, StackPlace]
-) -> dict[str, Any]:
-    weight_map = {
-        name_in_file(t.info.name, places): shards[module.shard].file for module in modules for t in module.tensors
-    }
+def _index(modules: Sequence[PlannedModule], shards: Sequence[PlannedShard], names: FileNames) -> dict[str, Any]:
+    weight_map = {names.name(t.info.name): shards[module.shard].file for module in modules for t in module.tensors}
     return {
         "metadata": {"total_size": sum(module.stored.size_bytes for module in modules)},
         "weight_map": dict(sorted(weight_map.items())),

@@ -68,6 +68,15 @@ def plan_stacks(tensors: Iterable[Placed], stack_of: Callable[[str], tuple[str, 
     return places
 
 
-def name_in_file(tensor: str, places: Mapping[str, StackPlace]) -> str:
-    """Under which name the header has a tensor, or the stack that it lies in."""
-    return places[tensor].stack if tensor in places else tensor
+@dataclass(frozen=True)
+class FileNames:
+    """Under which name and in which shape the header of an output has a tensor. stacks: of `plan_stacks`; rename,
+    reshape: what the format's engine does to names and to shapes of tensors, bytes untouched"""
+
+    stacks: Mapping[str, StackPlace]
+    rename: Callable[[str], str] = str
+    reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda tensor, shape: shape
+
+    def name(self, tensor: str) -> str:
+        """Of the tensor, or of the stack that it lies in."""
+        return self.rename(self.stacks[tensor].stack if tensor in self.stacks else tensor)

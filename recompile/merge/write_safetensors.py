@@ -20,7 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from recompile.checkpoint.checkpoint import GgufCheckpoint, TensorInfo
+from recompile.checkpoint.checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    MlxCheckpoint,
+    TensorInfo,
+    seen_by_transformers,
+)
 from recompile.checkpoint.safetensors_files import OpenFiles, read_safetensors_header, read_tensor
 from recompile.errors import CheckpointError, OutputError
 from recompile.io.files import PARTIAL_SUFFIX, OutputDirectory, check_partial, insist, partial_path
@@ -269,13 +275,18 @@ class _OpenFiles:
 
     def _open_sources(self) -> None:
         wanted: dict[Path, list[TensorInfo]] = {}
+        owners: dict[Path, Checkpoint] = {}
         for module in self.plan.modules:
-            if isinstance(module.placement.checkpoint, GgufCheckpoint):
+            checkpoint = module.placement.checkpoint
+            if isinstance(checkpoint, GgufCheckpoint):
                 continue  # is decoded, which reads it as it is opened
             for info in module.placement.stored.parts.values():
+                owners[info.path] = checkpoint
                 wanted.setdefault(info.path, []).append(info if info.view is None else info.view.stored)
         for path, infos in wanted.items():
             now, _ = read_safetensors_header(path)
+            if isinstance(owners[path], MlxCheckpoint):
+                now = seen_by_transformers(now, owners[path].config)
             if any(now.get(info.name) != info for info in infos):
                 raise CheckpointError(f"{path}: was changed after it was opened; start again")
             try:

@@ -157,7 +157,7 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
     found: dict[str, Movable] = {}
 
     def add(tensor: str, reduce: Callable[[Tensor, Tensor], Tensor] | None, added: bool = False) -> Movable:
-        value = as_floats(build.read(tensor, device))
+        value = as_floats(read_tensor(build.tensors[tensor], device))  # as it lies in the file
         start = value.float()
         found[tensor] = Movable(tensor, start, value.dtype, reduce, size_of(start), added)
         return found[tensor]

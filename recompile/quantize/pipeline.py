@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from recompile.checkpoint.checkpoint import Checkpoint, StoredModule, open_checkpoint, read_json
+from recompile.checkpoint.checkpoint import Checkpoint, MlxCheckpoint, StoredModule, open_checkpoint, read_json
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
 from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
 from recompile.checkpoint.safetensors_files import open_tensors, read_tensor
@@ -707,7 +707,8 @@ class _Build:
         mtp_kept = self.options.dense.mtp == "keep"
         carried = role.part in ("tower", "unused") or (role.part == "mtp" and mtp_kept)  # byte for byte
         for part, info in module.parts.items():
-            value = self.base.read(info.name) if info.offset == NOWHERE else read_tensor(info)
+            raw = info.offset != NOWHERE and not isinstance(self.base, MlxCheckpoint)
+            value = read_tensor(info) if raw else self.base.read(info.name)
             if value.is_floating_point() and not carried:
                 wanted = self.encoder.dense_dtype(value.dtype)
                 if scales is not None:

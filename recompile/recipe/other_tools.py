@@ -134,8 +134,9 @@ def _of_mlx(config: Mapping[Any, Any], said: Mapping[Any, Any], node: yaml.Node,
             raise place.error(f"mlx: {show(entry)} is no entry of a path; wanted {{bits, group_size}} or false")
         scheme = DENSE if entry is False else scheme_of(path, place)
         name, spec = ("dense", DENSE) if scheme is DENSE else mlx_source(scheme)  # type: ignore[arg-type]
-        stacked = mlx_config.experts_of(config, f"{path}.*")
-        key = f"{path}.*" if stacked is None else f"{stacked[0]}*{stacked[1]}"
+        seen = mlx_config.name_seen(config, str(path))
+        stacked = mlx_config.experts_of(config, f"{seen}.*")
+        key = f"{seen}.*" if stacked is None else f"{stacked[0]}*{stacked[1]}"
         _check_literal(str(path), place)
         made.add(key, name, spec, place.line)
     return made

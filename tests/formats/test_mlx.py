@@ -355,8 +355,8 @@ def changed(folder: Path, **values: Any) -> Path:
         ({"quantization": TOP | {Q_PROJ: False}}, f"quantization: {Q_PROJ}: found False"),
         ({"quantization": TOP | {Q_PROJ: {"mode": "mxfp4"}}}, "which is not mxfp4 of 4 bits in groups of 32"),
         (
-            {"model_type": "qwen3_next"},
-            "is an MLX checkpoint of model_type 'qwen3_next', whose tensors mlx-lm may rename",
+            {"model_type": "olmo"},
+            "is an MLX checkpoint of model_type 'olmo', whose tensors mlx-lm may rename",
         ),
     ],
 )

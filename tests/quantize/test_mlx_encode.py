@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eval.diff import DiffReport, compare
+from eval.heal import HealOptions, HealReport, heal
+from eval.heal_rows import HealRows
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli.model_optimize import main as model_optimize
 from recompile.cli.model_profile import main as model_profile
@@ -396,6 +400,111 @@ def test_rotary_fields(given: dict[str, Any], added: dict[str, Any]) -> None:
     assert rotary_fields(given) == added
 
 
+# ---- names and values of mlx-lm's own --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_5_moe", "qwen3_next"])
+def changed(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and variants of it of 3 and 6 bits, of a type whose tensors mlx-lm keeps with other names and values."""
+    folder = tmp_path_factory.mktemp(request.param)
+    mixture(request.param, folder / "base")
+    run(model_quantize, "-i", folder / "base", "-o", folder / "made", "-b", 3, 6, *args(made))
+    return folder
+
+
+def test_tensors_lie_in_the_file_as_mlx_lm_has_them(changed: Path) -> None:
+    base, path = load_file(changed / "base" / "model.safetensors"), changed / "made" / "6bpw"
+    stored, settings = load_file(path / "model.safetensors"), config(path)
+    text = "model.language_model" if "text_config" in settings else "model"
+    own = "language_model.model" if "text_config" in settings else "model"
+    names = [f"layers.{n}.{end}" for n in (0, 1) for end in ("input_layernorm", "post_attention_layernorm")]
+    names += ["layers.1.self_attn.q_norm", "layers.1.self_attn.k_norm", "norm"]
+    for name in names:
+        assert torch.equal(stored[f"{own}.{name}.weight"], base[f"{text}.{name}.weight"] + 1), name
+    gated = "layers.0.linear_attn.norm.weight"
+    assert torch.equal(stored[f"{own}.{gated}"], base[f"{text}.{gated}"]), "which mlx-lm takes as it is"
+    turned = stored[f"{own}.layers.0.linear_attn.conv1d.weight"]
+    assert torch.equal(turned, base[f"{text}.layers.0.linear_attn.conv1d.weight"].transpose(1, 2))
+    assert "lm_head.scales" in stored or "language_model.lm_head.scales" in stored
+    assert not any(name.startswith("model.language_model.") for name in stored)
+    if text != own:
+        assert {name for name in base if "visual" in name} <= stored.keys(), "the tower as it was"
+    opened = open_checkpoint(path)
+    for name in names:
+        wanted = (base[f"{text}.{name}.weight"] + 1).float() - 1
+        assert torch.equal(opened.load(f"{text}.{name}.weight").float(), wanted)
+    assert opened.tensors[f"{text}.layers.0.linear_attn.conv1d.weight"].shape == (128, 1, 4)
+    assert [problem for problem in check_checkpoint(path) if problem.severity == "error"] == []
+    assert check_engine(path, "mlx") == []
+
+
+def test_mixes_and_decoded_copies_of_such_a_model(changed: Path, tmp_path: Path) -> None:
+    low, high = changed / "made" / "3bpw", changed / "made" / "6bpw"
+    recipe = mixes.recipe(tmp_path / "mix.yaml", {"*.v_proj.*": high, "*embed_tokens*": high})
+    run(recompile, "-i", low, "-o", tmp_path / "mix", "-or", recipe, "--verify", "--quiet")
+    files = [load_file(path / "model.safetensors") for path in (tmp_path / "mix", low, high)]
+    for name, value in files[0].items():
+        taken = files[2] if "v_proj" in name or "embed_tokens" in name else files[1]
+        assert torch.equal(value.view(torch.uint8), taken[name].view(torch.uint8)), name
+    entries = config(tmp_path / "mix")["quantization"]
+    assert {name.rpartition(".")[2] for name, entry in entries.items() if isinstance(entry, dict)
+            and entry["bits"] == 6} == {"v_proj", "embed_tokens"}  # fmt: skip
+    assert check_engine(tmp_path / "mix", "mlx") == []
+
+    run(recompile, "-i", tmp_path / "mix", "-o", tmp_path / "dense", "--dense", "--quiet")
+    dense, mix = open_checkpoint(tmp_path / "dense"), open_checkpoint(tmp_path / "mix")
+    assert dense.tensors.keys() == open_checkpoint(changed / "base").tensors.keys(), "transformers' names"
+    for name in dense.tensors:
+        assert torch.equal(dense.load(name), mix.load(name).to(dense.load(name).dtype)), name
+
+
+def test_a_norm_that_heals_is_written_with_what_mlx_lm_adds(changed: Path, tmp_path: Path) -> None:
+    build, base = open_checkpoint(changed / "made" / "3bpw"), open_checkpoint(changed / "base")
+    judging = (tiny.rows(6, 24, seed=10 + n) for n in range(4))
+    rows = HealRows(tiny.rows(64, 24, seed=3), *judging, source="random", second_source="others")
+    options = HealOptions(1536, batch_tokens=96, check_every=4, learning_rate=0.003, dtype=torch.float32)
+    *_, report = heal(build, base, tmp_path / "healed", rows, options)
+    assert isinstance(report, HealReport)
+    assert report.kept
+    before, after = (load_file(path / "model.safetensors") for path in (build.path, tmp_path / "healed"))
+    (norm,) = (name for name in before if name.endswith("layers.1.input_layernorm.weight"))
+    assert not torch.equal(before[norm], after[norm])
+    assert float((before[norm] - after[norm]).abs().max()) < 0.2, "moved by some steps and not by 1"
+    *_, found = compare(open_checkpoint(tmp_path / "healed"), base, rows.report)
+    assert isinstance(found, DiffReport)
+    assert found.kl.mean == pytest.approx(report.report.after, rel=1e-3)
+
+
+def test_what_such_a_checkpoint_cannot_be_is_told(changed: Path, tmp_path: Path) -> None:
+    path = tiny.copy_of(changed / "made" / "6bpw", tmp_path / "copy")
+    settings, held = config(path), load_file(path / "model.safetensors")
+    own = "language_model.model.norm.weight" if "text_config" in settings else "model.norm.weight"
+    entry = {"bits": 6, "group_size": 32}
+    strange = settings["quantization"] | {"model.language_model.layers.1.self_attn.o_proj": entry}
+    (path / "config.json").write_text(json.dumps(settings | {"quantization": strange}))
+    assert "o_proj: is not stored" in refusal(recompile, "--check", path, "--engine", "mlx")
+    (path / "config.json").write_text(json.dumps(settings))
+    if settings["model_type"] == "qwen3_next":
+        save_file({**held, "mtp.fc.weight": torch.zeros(64, 128)}, path / "model.safetensors", {"format": "mlx"})
+        (found,) = check_engine(path, "mlx")
+        assert "mtp.fc" in found.where
+        assert "layer for later tokens" in found.message
+    else:
+        twice = own.replace("language_model.model", "model.language_model")
+        save_file({**held, twice: held[own].clone()}, path / "model.safetensors", {"format": "mlx"})
+        assert f"holds {own}, as mlx-lm calls it, and {twice}" in refusal(recompile, "--check", path)
+
+
+def test_layers_for_later_tokens_at_which_mlx_lm_stops_are_left_out(made: Path, tmp_path: Path) -> None:
+    base = mixture("qwen3_next", tmp_path / "base")
+    held = load_file(base / "model.safetensors")
+    held |= {"mtp.norm.weight": torch.zeros(64), "mtp.fc.weight": torch.zeros(64, 128)}
+    save_file(held, base / "model.safetensors", {"format": "pt"})
+    said = run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
+    assert not any("mtp" in name for name in load_file(tmp_path / "made" / "6bpw" / "model.safetensors"))
+    assert check_engine(tmp_path / "made" / "6bpw", "mlx") == [], said
+
+
 # ---- in mlx-lm, where a Python has it --------------------------------------------------------------------------------
 
 
@@ -416,6 +525,18 @@ ROUTED = {
     "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 64,
     "head_dim": 16,
 }  # fmt: skip
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2, "head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 8,
+}
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
@@ -427,26 +548,53 @@ SIZES: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "phi": {},
+    "qwen3_next": {**LINEAR, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "qwen3_5": LINEAR,
+    "qwen3_5_moe": {**LINEAR, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
 }
 
 
 def mixture(model_type: str, folder: Path, **more: Any) -> Path:
     """A tiny model of transformers' with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    settings = AutoConfig.for_model(
-        model_type, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=tiny.VOCAB, num_experts_per_tok=2, max_position_embeddings=64,
-        tie_word_embeddings=False, **{**SIZES[model_type], **more}, **ends
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(settings).bfloat16()
+    fields: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": tiny.VOCAB, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+        "tie_word_embeddings": False, **SIZES[model_type], **more, **ends,
+    }  # fmt: skip
+    sees = model_type.startswith("qwen3_5")
+    if sees:
+        fields = {"text_config": fields, "vision_config": VISION, "tie_word_embeddings": fields["tie_word_embeddings"]}
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = kind.from_config(AutoConfig.for_model(model_type, **fields)).bfloat16()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
             value += torch.randn(value.shape, generator=generator) * (0.1 if value.dim() > 1 else 0.02)
     model.save_pretrained(str(folder))
     tiny.write_tokenizer(folder)
+    return as_published(folder)
+
+
+def as_published(folder: Path) -> Path:
+    """Experts and rotary settings as the models' own checkpoints have them; transformers 5 writes them otherwise."""
+    settings, path = config(folder), folder / "model.safetensors"
+    if settings["model_type"] == "qwen3_5_moe":
+        held = load_file(path)
+        for layer in range(2):
+            block = f"model.language_model.layers.{layer}.mlp.experts"
+            maps = {
+                leaf: [held.pop(f"{block}.{expert}.{leaf}_proj.weight") for expert in range(4)]
+                for leaf in ("gate", "up", "down")
+            }
+            held[f"{block}.gate_up_proj"] = torch.cat([torch.stack(maps["gate"]), torch.stack(maps["up"])], dim=1)
+            held[f"{block}.down_proj"] = torch.stack(maps["down"])
+        save_file(held, path, {"format": "pt"})
+    if settings["model_type"] == "qwen3_next":
+        settings |= {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+        (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -473,6 +621,30 @@ def test_experts_that_mlx_lm_would_choose_otherwise_are_told(made: Path, tmp_pat
     run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
     said = refusal(recompile, "--check", tmp_path / "made" / "6bpw", "--engine", "mlx")
     assert "n_group is 2" in said
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe", "qwen3_next"])
+def test_what_mlx_lm_makes_of_a_model_is_read(model_type: str, tmp_path: Path) -> None:
+    """Its own conversion: names, values and stacks that are its work."""
+    mlx_engine.python()
+    base, out = mixture(model_type, tmp_path / "base"), tmp_path / "converted"
+    ended = mlx_engine.run(_CONVERT, {"base": str(base), "out": str(out)}, tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, out / name)
+    ids = tiny.rows(2, 12)
+    assert check_engine(out, "mlx") == []
+    (found,) = mlx_engine.engine_logits([out], ids, tmp_path)
+    mlx_engine.assert_same_logits(found, streamed_logits(out, ids))
+
+
+_CONVERT = """
+import json, sys
+from pathlib import Path
+from mlx_lm import convert
+job = json.loads(Path(sys.argv[1]).read_text())
+convert(job["base"], job["out"], quantize=True, q_bits=6, q_group_size=32)
+"""
 
 
 @pytest.mark.parametrize("model_type", sorted(EXPERTS.keys() | SIZES.keys()))

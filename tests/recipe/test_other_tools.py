@@ -64,6 +64,28 @@ READ: dict[str, tuple[dict[str, Any], Any, list[tuple[str, Any]], str]] = {
         [("model.layers.0.mlp.experts.*.down_proj.*", {"bits": 6, "group_size": 64, "format": "mlx"})],
         "",
     ),
+    "MLX of a model that it renames": (
+        {
+            "model_type": "qwen3_5_moe",
+            "quantization": {
+                "bits": 4,
+                "group_size": 64,
+                "language_model.lm_head": False,
+                "language_model.model.layers.0.self_attn.q_proj": {"bits": 6, "group_size": 64},
+                "language_model.model.layers.0.mlp.switch_mlp.up_proj": {"bits": 6, "group_size": 64},
+            },
+        },
+        MLX4,
+        [
+            ("lm_head.*", DENSE),
+            ("model.language_model.layers.0.self_attn.q_proj.*", {"bits": 6, "group_size": 64, "format": "mlx"}),
+            (
+                "model.language_model.layers.0.mlp.experts.*.up_proj.*",
+                {"bits": 6, "group_size": 64, "format": "mlx"},
+            ),
+        ],
+        "",
+    ),
     "ModelOpt, one algorithm": (
         {
             "quantization": {

@@ -160,10 +160,10 @@ def test_the_command_and_merges(sources: dict[str, Path], tmp_path: Path) -> Non
 
 def test_models_that_are_not_known_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     path = tiny.copy_of(sources["affine"], tmp_path / "other")
-    config = json.loads((path / "config.json").read_text()) | {"model_type": "qwen3_next"}
+    config = json.loads((path / "config.json").read_text()) | {"model_type": "olmo"}
     (path / "config.json").write_text(json.dumps(config))
     (found,) = check_engine(path, "mlx")
-    assert "model_type 'qwen3_next': what mlx-lm makes of its tensors is not known here" in found.message
+    assert "model_type 'olmo': what mlx-lm makes of its tensors is not known here" in found.message
 
 
 _LOAD = """
