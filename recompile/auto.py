@@ -342,6 +342,7 @@ class _Auto:
         self.texts["positions"] = options.positions or "response"
         self._split: Split | None = None  # of the minutes in all
         self._picked = MIX
+        self._apart = False  # whether what is built goes to the work folder first
         if options.prompts:
             self.texts["trace"] = self.work / "trace.safetensors"
         # what candidates are rounded to, where there is a choice
@@ -500,19 +501,19 @@ class _Auto:
             stages.run("profile", self._profile, self.profile)
             if self._split is not None:
                 self._share(stages, "shares", partial(self._shares.again, self._split, stages.seconds))
+            self._apart = self.picks or self.heals
             stages.run("recipe", self._recipe, self.recipe)
             stages.run("build", self._build)
             if self.compares:
                 stages.run("uniform", self._build_uniform)
             if self.picks:
                 self._picked = stages.run("pick", self._pick)["picked"]
-                if not self.heals:
-                    self._place()
+            if self._split is not None and self._apart:
+                self._take_what_is_left(stages, self._split)
             if self.heals:
-                if (split := self._split) is not None:  # as long as the stages before it left
-                    left = stages.keep("left", lambda: {"heal": self._shares.healing(split, stages.seconds)})
-                    self.options = replace(self.options, heal=left["heal"] or 0.0)
                 stages.run("heal", self._heal)
+            elif self._apart:
+                self._place()
             found = stages.run("verify", self._measure)
             stages.run("report", self._report)
         builds = tuple(found.pop("builds"))
@@ -525,6 +526,13 @@ class _Auto:
             card=str(self.card),
             page=str(self.page),
         )
+
+    def _take_what_is_left(self, stages: Stages, split: Split) -> None:
+        """Heal for the minutes that the stages before it left, planned or not; say so where it was and they did not."""
+        left = stages.keep("left", lambda: {"heal": self._shares.healing(split, stages.seconds)})["heal"]
+        if left is None and self.heals:
+            self.on_event(Note(f"too few of {split.minutes:g} minutes are left for healing; it is left out"))
+        self.options = replace(self.options, heal=left)
 
     def _share(self, stages: Stages, name: str, split: Callable[[], Split | None]) -> None:
         """Take rows, draws and minutes of stages as this run, or the one that it goes on with, shares them."""
@@ -599,7 +607,7 @@ class _Auto:
     @property
     def built(self) -> Path:
         """The mix as it is built; what is picked or healed goes to `out`."""
-        if not (self.picks or self.heals):
+        if not self._apart:
             return self.out
         return self.work / f"built{self.out.suffix if self.out.suffix == '.gguf' else ''}"
 
@@ -700,8 +708,6 @@ class _Auto:
             return {"kept": read_healed(self.out) is not None}
         shape: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
         try:
-            if not options.heal:
-                raise NoTimeError("no minutes are left for healing")
             return api.heal(
                 picked,
                 self.base_dir,

@@ -150,6 +150,28 @@ def test_minutes_are_shared_again_by_what_stages_took() -> None:
     assert given.healing(first, done) == 5.0
 
 
+def test_minutes_that_are_left_go_to_healing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it was planned or not, and the other way round; what is built is placed either way."""
+    base, healed = tiny.base("llama-2"), tmp_path / "healed"
+    monkeypatch.setattr("recompile.auto_minutes.LEAST_HEAL_MINUTES", 1e6)  # so that none is planned
+    options = (text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--minutes", 2)
+    made(base, healed, *options)
+    done = json.loads((tmp_path / "healed.work" / "auto.json").read_text())["done"]
+    assert done["shares"]["result"]["split"]["heal"] is None
+    assert done["left"]["result"]["heal"] > 0.5
+    assert "heal" in done
+    assert (healed / "config.json").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr(Shares, "healing", lambda *given: None)
+    options = (*options[:-1], 9)
+    again = made(base, tmp_path / "plain", *options)
+    told = " ".join(again.output.split())
+    assert "too few of 9 minutes are left for healing; it is left out" in told
+    assert (tmp_path / "plain" / "config.json").is_file()
+    assert "heal" not in json.loads((tmp_path / "plain.work" / "auto.json").read_text())["done"]
+    assert made(base, tmp_path / "plain", *options).output.count("done before") == 7
+
+
 def test_a_limit_that_nobody_asked_for() -> None:
     """Only where everything takes longer and less is enough, and only where nothing was said of how much to do."""
     assert default_minutes(full=1000.0, least=100.0) is None
