@@ -14,7 +14,7 @@ from typing import Any
 
 from eval.report.shapes import NUMBER, REPORT, check_shape
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.costs import Profile, load_profile
+from recompile.costs import Profile, load_header, load_profile
 from recompile.errors import MismatchError, RecompileError
 from recompile.io.files import read_json
 from recompile.io.report import role_in_words
@@ -224,7 +224,7 @@ def _build(path: Path) -> Build:
 
 def read_reports(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> list[Measured | None]:
     """What a file of `--json` measured: one build, or as many as `model_diff` compared in one run."""
-    content = read_json(path, error=RecompileError)
+    content = _json_of(path)
     if isinstance(content, dict) and isinstance(content.get("candidates"), list):
         return [_read(one, path, profile, builds) for one in content["candidates"]]
     return [_read(content, path, profile, builds)]
@@ -235,7 +235,26 @@ def read_report(path: Path, profile: Profile, builds: Sequence[Build] = ()) -> M
 
     Raises RecompileError for any other file.
     """
-    return _read(read_json(path, error=RecompileError), path, profile, builds)
+    return _read(_json_of(path), path, profile, builds)
+
+
+def _json_of(path: Path) -> Any:
+    try:
+        return read_json(path, error=RecompileError)
+    except RecompileError as error:
+        if not _is_profile(path):
+            raise
+        raise RecompileError(
+            f"{path}: is a profile, and a page is of one; wanted reports of model_diff --json or model_optimize --json "
+            f"after it"
+        ) from error
+
+
+def _is_profile(path: Path) -> bool:
+    try:
+        return load_header(path) is not None
+    except RecompileError:
+        return False
 
 
 def _read(content: Any, path: Path, profile: Profile, builds: Sequence[Build]) -> Measured | None:

@@ -10,6 +10,7 @@ import click
 from recompile.arguments import spell
 from recompile.cli.common import Screen, command, flags_of, refuse_outputs, show
 from recompile.cli.options import (
+    Name,
     budget_bits_option,
     options_of,
     output_options,
@@ -26,7 +27,7 @@ SOLVERS_HELP = spell("; ".join(f"{solver.name}: {solver.says}" for solver in SOL
 
 
 @command("model_optimize", outputs={"--json": "json_path"}, inputs=("profile", "start", "text", "trace"))
-@click.argument("profile", metavar="PROFILE", type=click.Path(path_type=Path))
+@click.argument("profile", metavar="PROFILE", type=Name(path_type=Path))
 @budget_bits_option(
     "--target-bpw",
     says="Budget in bits per weight over quantized modules (and the head, where the profile offers it).",

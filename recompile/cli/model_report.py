@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from recompile.cli.common import Screen, command, is_forced
-from recompile.cli.options import budget_bits_option, path_option
+from recompile.cli.options import Name, budget_bits_option, path_option
 
 
 @command(
@@ -16,8 +16,8 @@ from recompile.cli.options import budget_bits_option, path_option
     outputs={"-o": "out", "--card": "card"},
     inputs=("profile", "reports", "variants", "recipes"),
 )
-@click.argument("profile", metavar="PROFILE", type=click.Path(path_type=Path))
-@click.argument("reports", metavar="[REPORT.json]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("profile", metavar="PROFILE", type=Name(path_type=Path))
+@click.argument("reports", metavar="[REPORT.json]...", nargs=-1, type=Name(path_type=Path))
 @path_option("-o", "--out", says="The page to write, e.g. report.html.")
 @path_option("--png", says="A directory for still pictures, PNG.")
 @path_option("--svg", says="A directory for still pictures, SVG.")

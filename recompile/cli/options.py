@@ -31,6 +31,15 @@ class RowCount(click.ParamType):
         return int(value)
 
 
+class Name(click.Path):
+    """A path. "" (of a variable that is not set) would be the current directory; "-" is standard output, of --json."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) == "" or (str(value) == "-" and (param is None or param.name != "json_path")):
+            self.fail(f'"{value}" is no name of a file or directory; is a variable empty?', param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def options(*each: Option) -> Option:
     """Several options as one decorator, in this order."""
 
@@ -57,7 +66,7 @@ def options_of(
 
 def path_option(*flags: str, says: str, **more: Any) -> Option:
     """An option that names a file or a directory."""
-    return click.option(*flags, type=click.Path(path_type=Path), help=says, **more)
+    return click.option(*flags, type=Name(path_type=Path), help=says, **more)
 
 
 def text_file_options(says: str = "A UTF-8 text file in place of the default text.", dataset: str = "") -> Option:
@@ -102,7 +111,7 @@ def trace_options(function: Callable[..., Any], more: str = "", default: str | N
     )(checked)
     return click.option(
         "--trace",
-        type=click.Path(path_type=Path),
+        type=Name(path_type=Path),
         help="Rows of model_trace, or a publisher's token ids (JSON, JSONL, parquet), in place of text: those of the "
         f"role that is needed, at most -r of them.{more}",
     )(with_positions)
@@ -110,7 +119,7 @@ def trace_options(function: Callable[..., Any], more: str = "", default: str | N
 
 def in_dir_option(name: str, says: str, *, required: bool = True) -> Option:
     """`-i`: the build or base that a command starts from."""
-    return click.option("-i", "--in-dir", "--in_dir", name, required=required, help=says)
+    return click.option("-i", "--in-dir", "--in_dir", name, required=required, type=Name(), help=says)
 
 
 def model_b_option(name: str, says: str, *, required: bool = True) -> Option:

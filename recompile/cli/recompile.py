@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from recompile.cli.common import Command, Screen, command, long_flag, refuse_outputs, show
-from recompile.cli.options import output_options, path_option, recipe_option
+from recompile.cli.options import Name, output_options, path_option, recipe_option
 from recompile.cli.render_merge import describe_check, describe_merge, describe_plan
 from recompile.errors import CheckpointError
 from recompile.io.files import write_text
@@ -37,7 +37,7 @@ class _Recompile(Command):
 @command(
     "recompile", cls=_Recompile, outputs={"--json": "json_path"}, inputs=("base", "recipe", "type_sources", "check")
 )
-@click.option("-i", "--in-dir", "--in_dir", "base", metavar="DIR", help="The variant that is overridden.")
+@click.option("-i", "--in-dir", "--in_dir", "base", metavar="DIR", type=Name(), help="The variant that is overridden.")
 @path_option("-o", "--out-dir", "--out_dir", "out", metavar="OUT", says="What is written.")
 @recipe_option(
     "recipe",

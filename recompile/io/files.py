@@ -363,6 +363,14 @@ def _process(pid: int) -> str:
 # ---- directories -----------------------------------------------------------------------------------------------------
 
 
+def check_is_not_here(out: Path) -> None:
+    """Raise OutputError for the directory that the process runs in, or one around it: an output takes its place, and
+    whoever stands in it is left in a directory that is gone."""
+    here, out = Path.cwd(), Path(os.path.realpath(out.expanduser()))
+    if out == here or out in here.parents:
+        raise OutputError(f"{out}: is, or holds, the directory that this runs in; give a name inside it")
+
+
 class OutputDirectory:
     """A directory that grows in `partial_path(OUT)`, with a marker file of ours, and is renamed to OUT when whole.
 
@@ -372,6 +380,7 @@ class OutputDirectory:
 
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.realpath(out.expanduser()))
+        check_is_not_here(self.out)
         self.path = partial_path(self.out)
         self._marker = -1
 

@@ -108,5 +108,5 @@ def available_bytes(device: str = "cpu") -> int:
 
 
 def format_mib(count: int) -> str:
-    """Bytes as MiB, for messages."""
-    return f"{count / 2**20:.0f} MiB"
+    """Bytes as MiB, for messages; as they are where that would say 0."""
+    return f"{count / 2**20:.0f} MiB" if count >= 2**19 else f"{count} bytes"

@@ -29,7 +29,14 @@ from recompile.checkpoint.checkpoint import (
 )
 from recompile.checkpoint.safetensors_files import OpenFiles, read_safetensors_header, read_tensor
 from recompile.errors import CheckpointError, OutputError
-from recompile.io.files import PARTIAL_SUFFIX, OutputDirectory, check_partial, insist, partial_path
+from recompile.io.files import (
+    PARTIAL_SUFFIX,
+    OutputDirectory,
+    check_is_not_here,
+    check_partial,
+    insist,
+    partial_path,
+)
 from recompile.merge.configs import dump_json
 from recompile.merge.dense_copy import decode_planned
 from recompile.merge.manifest import make_manifest
@@ -51,6 +58,7 @@ def check_output(overlay: Overlay, out: str | os.PathLike[str], needed_bytes: in
     little room."""
     label = os.fspath(out)
     real = Path(os.path.realpath(Path(out).expanduser()))
+    check_is_not_here(real)
     if real.name.endswith(PARTIAL_SUFFIX):
         raise OutputError(f"{label}: names ending in {PARTIAL_SUFFIX} are kept for unfinished outputs; choose another")
     partial = partial_path(real)
