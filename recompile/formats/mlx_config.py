@@ -32,8 +32,22 @@ MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = 
 # Models whose tensors mlx-lm keeps under their names and with their values: float32 logits of mlx-lm 0.32 on a seeded
 # checkpoint of transformers' are equal within 1e-4 of their range. Others it renames, stacks or changes.
 MODEL_TYPES = frozenset(
-    {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium", "hunyuan_v1_dense"}
-    | {"llama", "ministral3", "mistral", "nemotron", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss"}
+    {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "granite", "helium"}
+    | {
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral3",
+        "mistral",
+        "mistral3",
+        "nemotron",
+        "olmo2",
+        "olmo3",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "seed_oss",
+    }
     | {"smollm3", "stablelm", "starcoder2"}
 )
 # Those whose experts it stacks, and what it calls an expert's maps: `mlp.experts.7.up_proj` is row 7 of
@@ -41,6 +55,7 @@ MODEL_TYPES = frozenset(
 _PLAIN = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 EXPERTS: Mapping[str, Mapping[str, str]] = {
+    "gemma4": _PLAIN,
     "glm4_moe": _PLAIN,
     "mellum": _PLAIN,
     "minimax_m2": _MIXTRAL,
@@ -51,16 +66,22 @@ EXPERTS: Mapping[str, Mapping[str, str]] = {
     "qwen3_5_moe": _PLAIN,
     "qwen3_moe": _PLAIN,
     "qwen3_next": _PLAIN,
+    "qwen3_vl_moe": _PLAIN,
     "solar_open": _PLAIN,
 }
-# Those whose tensors it keeps under other names: transformers' beginning of a name -> its own. All of them have 1 added
-# to norms and the last two axes of convolutions exchanged, the first of which has one place, so that bytes stay.
-_IN_LANGUAGE_MODEL = {"model.language_model": "language_model.model", "lm_head": "language_model.lm_head"}
-CHANGED: Mapping[str, Mapping[str, str]] = {
-    "qwen3_5": _IN_LANGUAGE_MODEL,
-    "qwen3_5_moe": _IN_LANGUAGE_MODEL,
-    "qwen3_next": {},
+# Those whose tensors it keeps under other names: transformers' beginning of a name -> its own.
+_LANGUAGE_MODEL = {"model.language_model": "language_model.model"}
+_WITH_HEAD = {**_LANGUAGE_MODEL, "lm_head": "language_model.lm_head"}
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "gemma4": _LANGUAGE_MODEL,
+    "qwen3_5": _WITH_HEAD,
+    "qwen3_5_moe": _WITH_HEAD,
+    "qwen3_vl": {**_WITH_HEAD, "model.visual": "visual"},  # which it leaves out; under the other name it would stop
+    "qwen3_vl_moe": {**_WITH_HEAD, "model.visual": "visual"},
 }
+# Those with 1 added to norms and the last two axes of convolutions exchanged, the first of which has one place, so that
+# bytes stay.
+CHANGED = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_next"})
 _ADDED = (
     ".input_layernorm.weight",
     ".post_attention_layernorm.weight",
@@ -69,8 +90,8 @@ _ADDED = (
     ".k_norm.weight",
 )
 _CONVOLUTION = ".conv1d.weight"
-KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys() | CHANGED.keys()
-STACK = "switch_mlp"
+KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys() | RENAMED.keys() | CHANGED
+_STACKS = {"gemma4": "experts.switch_glu"}  # where the stacks lie, beside or in the place of `experts`
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 
 
@@ -96,13 +117,18 @@ class MlxScheme:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
+def stack_name(config: Mapping[str, Any]) -> str:
+    """What mlx-lm calls the module of the stacks of a layer's experts, in the block that holds them."""
+    return _STACKS.get(str(config.get("model_type")), "switch_mlp")
+
+
 def stack_of(config: Mapping[str, Any], module: str) -> tuple[str, int] | None:
     """(path, expert) of a module that is one expert's in a stack of mlx-lm's; None for any other."""
     leaves = EXPERTS.get(str(config.get("model_type")))
     found = _EXPERT.fullmatch(module) if leaves else None
     if leaves is None or found is None or found[3] not in leaves:
         return None
-    return f"{found[1]}.{STACK}.{leaves[found[3]]}", int(found[2])
+    return f"{found[1]}.{stack_name(config)}.{leaves[found[3]]}", int(found[2])
 
 
 def path_of(config: Mapping[str, Any], module: str) -> str:
@@ -113,12 +139,12 @@ def path_of(config: Mapping[str, Any], module: str) -> str:
 
 def name_in_file(config: Mapping[str, Any], name: str) -> str:
     """mlx-lm's name of a tensor or module that has this one in transformers, stacks aside."""
-    return _renamed(name, CHANGED.get(str(config.get("model_type")), {}))
+    return _renamed(name, RENAMED.get(str(config.get("model_type")), {}))
 
 
 def name_seen(config: Mapping[str, Any], name: str) -> str:
     """transformers' name of what mlx-lm calls so, stacks aside."""
-    return _renamed(name, {own: theirs for theirs, own in CHANGED.get(str(config.get("model_type")), {}).items()})
+    return _renamed(name, {own: theirs for theirs, own in RENAMED.get(str(config.get("model_type")), {}).items()})
 
 
 def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
@@ -150,11 +176,10 @@ def shape_in_file(config: Mapping[str, Any], tensor: str, shape: tuple[int, ...]
 
 
 def is_changed(config: Mapping[str, Any], tensors: Headers) -> bool:
-    """Whether tensors are as mlx-lm keeps them where that is not as transformers does: it tells by the convolutions."""
-    if str(config.get("model_type")) not in CHANGED:
-        return False
+    """Whether tensors are as mlx-lm keeps them where that is not as transformers does: where values differ it tells by
+    the convolutions, else the names do."""
     shapes = [tensors[name].shape for name in tensors if name.endswith(_CONVOLUTION)]
-    if shapes:
+    if str(config.get("model_type")) in CHANGED and shapes:
         return all(len(shape) == 3 and shape[2] == 1 for shape in shapes)
     return any(name_seen(config, name) != name for name in tensors)
 
@@ -169,7 +194,7 @@ def stacked_tensor(config: Mapping[str, Any], tensor: str) -> tuple[str, int] | 
 def experts_of(config: Mapping[str, Any], tensor: str) -> tuple[str, str] | None:
     """Of a stacked tensor the names of its experts' before and after their number; None for any other."""
     leaves = EXPERTS.get(str(config.get("model_type")), {})
-    block, found, rest = tensor.rpartition(f".{STACK}.")
+    block, found, rest = tensor.rpartition(f".{stack_name(config)}.")
     leaf, _, part = rest.partition(".")
     own = next((name for name, stacked in leaves.items() if stacked == leaf), None)
     return (f"{block}.experts.", f".{own}.{part}") if found and own is not None and part else None
@@ -284,6 +309,15 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**found, "quant_method": QUANT_METHOD}
 
 
+_NESTED = frozenset({"gemma3", "gemma4", "mistral3", "qwen3_vl_moe"})  # whose text model's settings are in text_config
+
+
+def rotary_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json, or the part of it, in which mlx-lm looks for rotary settings of the text model."""
+    text = config.get("text_config")
+    return text if config.get("model_type") in _NESTED and isinstance(text, Mapping) else config
+
+
 def rotary_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys to add to a config.json for mlx-lm, which looks for rotary settings where transformers 4 had them: most of
     its models take 10000 as `rope_theta`, unsaid, where only `rope_parameters` of transformers 5 has it."""
@@ -301,10 +335,32 @@ def rotary_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if config.get(key) is None}
 
 
+_VOCABULARY = {"gemma3": 262208, "gemma4": 262144}  # where config.json does not say, at the top
+_HEAD_OF_FULL_ATTENTION = 512
+
+
+def _of_full_attention(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Gemma 4's sizes of layers with full attention, which transformers 5 says layer by layer."""
+    layers = text.get("per_layer_config")
+    each = [layer for layer in layers.values() if isinstance(layer, Mapping)] if isinstance(layers, Mapping) else []
+    found = {}
+    for own, name in (("head_dim", "global_head_dim"), ("num_key_value_heads", "num_global_key_value_heads")):
+        sizes = {layer[own] for layer in each if type(layer.get(own)) is int}
+        if len(sizes) == 1 and name not in text and sizes != {_HEAD_OF_FULL_ATTENTION}:
+            found[name] = sizes.pop()
+    return found
+
+
 def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rotary_fields`, and what mlx-lm's class of the model wants in config.json that transformers 5 does not write."""
     wanted: dict[str, Any] = {}
+    text = rotary_config(config)
+    inner = rotary_fields(text) if text is not config and config.get("model_type") != "gemma4" else {}
     match config.get("model_type"):
+        case "gemma3" | "gemma4" as kind if text is not config:
+            if text.get("vocab_size") not in (None, _VOCABULARY[kind]):
+                wanted = {"vocab_size": text["vocab_size"]}
+            inner |= _of_full_attention(text)
         case "glm4_moe":
             wanted = {"rope_scaling": None}
         case "mellum":
@@ -316,9 +372,13 @@ def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             wanted = {"shared_intermediate_size": 0}
             if isinstance(head, int) and isinstance(share, (int, float)):
                 wanted["rotary_dim"] = int(head * share)
+        case "qwen3_vl_moe":
+            more = {"num_experts": text.get("num_local_experts"), "norm_topk_prob": True}
+            inner |= {key: value for key, value in more.items() if key not in text}
         case "solar_open":
             wanted = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
-    return {key: value for key, value in wanted.items() if key not in config} | rotary_fields(config)
+    found = {key: value for key, value in wanted.items() if key not in config} | rotary_fields(config)
+    return found | {"text_config": {**text, **inner}} if inner else found
 
 
 # ---- what a merge asks -----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ VERSION = "mlx-lm 0.32.2"
 _TIED_UNSAID = frozenset(
     {"granite", "llama", "ministral3", "mistral", "olmo2", "olmoe", "qwen2", "seed_oss", "smollm3", "starcoder2"}
 )
-_READS_ROPE_PARAMETERS = frozenset({"mellum", "ministral3", "qwen3"})
+_READS_ROPE_PARAMETERS = frozenset({"gemma4_text", "mellum", "ministral3", "qwen3"})
 _STACK_DEFAULTS = (64, 4)  # group size and bits of a stack's entry that does not say them, whatever its mode
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -232,15 +232,19 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         missing = [key for key in ("group_size", "bits") if key not in quantization]
         if missing:
             yield "config.json", f"quantization: {missing[0]} is not at the top, where {VERSION} wants it"
-    rotary = mlx_config.rotary_fields(config)
-    if rotary and config.get("model_type") not in _READS_ROPE_PARAMETERS:
+    text = mlx_config.rotary_config(config)
+    rotary = mlx_config.rotary_fields(text)
+    if rotary and text.get("model_type") not in _READS_ROPE_PARAMETERS:
         key, value = next(iter(rotary.items()))
+        where = "at the top" if text is config else "in text_config"
         yield (
             "config.json",
-            f"rope_parameters says {key} {value}, stored for transformers 5; {VERSION} reads {key} at the top, where "
+            f"rope_parameters says {key} {value}, stored for transformers 5; {VERSION} reads {key} {where}, where "
             f"it is not, and applies its own default or stops",
         )
-    missed = [key for key in mlx_config.loader_fields(config) if key not in rotary and key not in config]
+    wanted = mlx_config.loader_fields(config)
+    missed = [key for key in wanted if key not in rotary and key not in config]
+    missed += [f"text_config.{key}" for key in wanted.get("text_config", {}) if key not in {*rotary, *text}]
     if missed:
         yield "config.json", f"{missed[0]} is not there, and {VERSION} stops without it"
     groups = config.get("n_group")
@@ -284,9 +288,11 @@ def _columns(config: Mapping[str, Any], label: str) -> Any:
         if number and len(shape) == 3:
             stacks[number[1], name.endswith("down_proj")] = shape[-1]
 
+    stack = mlx_config.stack_name(config)
+
     def columns(path: str) -> int | None:
         number = _LAYER.search(path)
-        if f".{mlx_config.STACK}." in path and number:
+        if f".{stack}." in path and number:
             return stacks.get((number[1], path.endswith("down_proj")))
         shape = shapes.get(f"{mlx_config.name_seen(config, path)}.weight")
         return shape[-1] if shape is not None and len(shape) == 2 else None

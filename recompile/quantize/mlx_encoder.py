@@ -57,7 +57,7 @@ def embeddings_of(base: Checkpoint) -> tuple[str, ...]:
     return tuple(
         name
         for name, module in base.modules.items()
-        if role_of(name) == "embedding" and roles[name].part == "text" and len(module.shape or ()) == 2
+        if roles[name].kind == "embedding" and roles[name].part == "text" and len(module.shape or ()) == 2
     )
 
 

@@ -530,13 +530,23 @@ LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 VISION = {
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "out_hidden_size": 64,
+    "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 8
+}  # fmt: skip
+EYES = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8,
+}  # fmt: skip
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
+SEEING: dict[str, dict[str, Any]] = {  # what of a config is not of its text model
+    "qwen3_5": {"vision_config": VISION},
+    "qwen3_5_moe": {"vision_config": VISION},
+    "qwen3_vl": {"vision_config": {**VISION, "deepstack_visual_indexes": [0]}},
+    "qwen3_vl_moe": {"vision_config": {**VISION, "deepstack_visual_indexes": [0]}},
+    "gemma3": {"vision_config": {"model_type": "siglip_vision_model", **EYES}, "mm_tokens_per_image": 4},
+    "gemma4": {"vision_config": EYES},
+    "mistral3": {"vision_config": {"model_type": "pixtral", "head_dim": 16, **EYES}},
 }
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
@@ -550,6 +560,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "phi": {},
     "qwen3_next": {**LINEAR, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     "qwen3_5": LINEAR,
+    "qwen3_vl": {"head_dim": 16, "rope_parameters": MROPE},
+    "qwen3_vl_moe": {"head_dim": 16, "rope_parameters": MROPE, "num_experts": 4, "moe_intermediate_size": 32},
+    "gemma3": {**SLIDING, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    "gemma4": {
+        **SLIDING,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": tiny.VOCAB,
+        "num_kv_shared_layers": 0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
+    "mistral3": {"model_type": "ministral3", "head_dim": 16},
     "qwen3_5_moe": {**LINEAR, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
 }
 
@@ -562,12 +585,12 @@ def mixture(model_type: str, folder: Path, **more: Any) -> Path:
     fields: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": tiny.VOCAB, "num_experts_per_tok": 2, "max_position_embeddings": 64,
-        "tie_word_embeddings": False, **SIZES[model_type], **more, **ends,
+        "tie_word_embeddings": False, **ends, **SIZES[model_type], **more,
     }  # fmt: skip
-    sees = model_type.startswith("qwen3_5")
-    if sees:
-        fields = {"text_config": fields, "vision_config": VISION, "tie_word_embeddings": fields["tie_word_embeddings"]}
-    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    sees = SEEING.get(model_type)
+    if sees is not None:
+        fields = {"text_config": fields, "tie_word_embeddings": fields["tie_word_embeddings"], **sees}
+    kind = AutoModelForImageTextToText if sees is not None else AutoModelForCausalLM
     model = kind.from_config(AutoConfig.for_model(model_type, **fields)).bfloat16()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -592,9 +615,14 @@ def as_published(folder: Path) -> Path:
             held[f"{block}.gate_up_proj"] = torch.cat([torch.stack(maps["gate"]), torch.stack(maps["up"])], dim=1)
             held[f"{block}.down_proj"] = torch.stack(maps["down"])
         save_file(held, path, {"format": "pt"})
-    if settings["model_type"] == "qwen3_next":
-        settings |= {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-        (folder / "config.json").write_text(json.dumps(settings))
+    if settings["model_type"] == "qwen3_vl_moe":  # its experts lie [in, out]
+        held = {
+            name: value.transpose(1, 2).contiguous() if ".experts." in name else value
+            for name, value in load_file(path).items()
+        }
+        save_file(held, path, {"format": "pt"})
+    if settings["model_type"] in {"qwen3_next", *SEEING}:
+        (folder / "config.json").write_text(json.dumps(settings | loader_fields(settings)))
     return folder
 
 
@@ -610,6 +638,23 @@ def as_published(folder: Path) -> Path:
             {"shared_intermediate_size": 0, "rotary_dim": 64, "partial_rotary_factor": 0.5},
         ),
         ({"model_type": "minimax_m2", "head_dim": 8, "rotary_dim": 4, "shared_intermediate_size": 9}, {}),
+        ({"model_type": "gemma3", "text_config": {"vocab_size": 262208, "rope_theta": 1.0}}, {}),
+        (
+            {"model_type": "gemma3", "text_config": {"vocab_size": 9, "rope_parameters": {"rope_theta": 3.0}}},
+            {
+                "vocab_size": 9,
+                "text_config": {"vocab_size": 9, "rope_parameters": {"rope_theta": 3.0}, "rope_theta": 3.0},
+            },
+        ),
+        ({"model_type": "gemma4", "text_config": {"per_layer_config": {"1": {"head_dim": 512}}}}, {}),
+        (
+            {"model_type": "gemma4", "text_config": {"per_layer_config": {"1": {"head_dim": 8}}}},
+            {"text_config": {"per_layer_config": {"1": {"head_dim": 8}}, "global_head_dim": 8}},
+        ),
+        (
+            {"model_type": "qwen3_vl_moe", "text_config": {"num_local_experts": 4, "norm_topk_prob": False}},
+            {"text_config": {"num_local_experts": 4, "norm_topk_prob": False, "num_experts": 4}},
+        ),
     ],
 )
 def test_what_mlx_lm_wants_and_transformers_leaves_out(config: dict[str, Any], added: dict[str, Any]) -> None:
@@ -623,7 +668,7 @@ def test_experts_that_mlx_lm_would_choose_otherwise_are_told(made: Path, tmp_pat
     assert "n_group is 2" in said
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["qwen3_next", *SEEING])
 def test_what_mlx_lm_makes_of_a_model_is_read(model_type: str, tmp_path: Path) -> None:
     """Its own conversion: names, values and stacks that are its work."""
     mlx_engine.python()
@@ -645,6 +690,28 @@ from mlx_lm import convert
 job = json.loads(Path(sys.argv[1]).read_text())
 convert(job["base"], job["out"], quantize=True, q_bits=6, q_group_size=32)
 """
+
+
+GEMMAS: dict[str, dict[str, Any]] = {
+    "experts, keys that are values": {
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64,
+        "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+    },
+    "keys of earlier layers": {
+        "num_hidden_layers": 4, "layer_types": SLIDING["layer_types"] * 2, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GEMMAS)
+def test_mlx_lm_runs_what_gemmas_of_other_sizes_have(made: Path, kind: str, tmp_path: Path) -> None:
+    mlx_engine.python()
+    base, path, ids = mixture("gemma4", tmp_path / "base", **GEMMAS[kind]), tmp_path / "made" / "6bpw", tiny.rows(2, 12)
+    run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
+    run(recompile, "--check", path, "--engine", "mlx")
+    (found,) = mlx_engine.engine_logits([path], ids, tmp_path)
+    mlx_engine.assert_same_logits(found, streamed_logits(path, ids))
 
 
 @pytest.mark.parametrize("model_type", sorted(EXPERTS.keys() | SIZES.keys()))
