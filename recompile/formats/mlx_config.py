@@ -55,11 +55,20 @@ MODEL_TYPES = frozenset(
 _PLAIN = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 EXPERTS: Mapping[str, Mapping[str, str]] = {
+    "afmoe": _PLAIN,
+    "deepseek_v2": _PLAIN,
+    "dots1": _PLAIN,
     "gemma4": _PLAIN,
     "glm4_moe": _PLAIN,
+    "gpt_oss": _PLAIN,
+    "granitemoe": _MIXTRAL,
+    "granitemoehybrid": _MIXTRAL,
+    "lfm2_moe": _MIXTRAL,
+    "llama4": _PLAIN,
     "mellum": _PLAIN,
     "minimax_m2": _MIXTRAL,
     "mixtral": _MIXTRAL,
+    "nemotron_h": {"up_proj": "fc1", "down_proj": "fc2"},
     "olmoe": _PLAIN,
     "phimoe": _MIXTRAL,
     "qwen2_moe": _PLAIN,
@@ -79,9 +88,22 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "qwen3_vl": {**_WITH_HEAD, "model.visual": "visual"},  # which it leaves out; under the other name it would stop
     "qwen3_vl_moe": {**_WITH_HEAD, "model.visual": "visual"},
 }
-# Those with 1 added to norms and the last two axes of convolutions exchanged, the first of which has one place, so that
-# bytes stay.
-CHANGED = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_next"})
+# What it calls the maps of dense blocks that transformers calls otherwise, wherever they are.
+_LEAVES = {f".feed_forward.{own}": f".feed_forward.{theirs}" for own, theirs in _MIXTRAL.items()}
+RENAMED_INSIDE: Mapping[str, Mapping[str, str]] = {"lfm2_moe": _LEAVES}
+# Those with the last two axes of convolutions exchanged, the first of which has one place, so that bytes stay: how the
+# names of these end.
+CONVOLUTIONS: Mapping[str, str] = {
+    "granitemoehybrid": ".conv1d.weight",
+    "lfm2": ".conv.conv.weight",
+    "lfm2_moe": ".conv.conv.weight",
+    "mamba2": ".conv1d.weight",
+    "nemotron_h": ".conv1d.weight",
+    "qwen3_5": ".conv1d.weight",
+    "qwen3_5_moe": ".conv1d.weight",
+    "qwen3_next": ".conv1d.weight",
+}
+ADDED = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_next"})  # those with 1 added to norms
 _ADDED = (
     ".input_layernorm.weight",
     ".post_attention_layernorm.weight",
@@ -89,10 +111,18 @@ _ADDED = (
     ".q_norm.weight",
     ".k_norm.weight",
 )
-_CONVOLUTION = ".conv1d.weight"
-KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys() | RENAMED.keys() | CHANGED
-_STACKS = {"gemma4": "experts.switch_glu"}  # where the stacks lie, beside or in the place of `experts`
+KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys() | RENAMED.keys() | CONVOLUTIONS.keys()
+# Where the stacks lie, beside or in the place of `experts`.
+_STACKS = {"gemma4": "experts.switch_glu"} | dict.fromkeys(("afmoe", "dots1", "gpt_oss", "llama4"), "experts")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether what mlx-lm makes of the tensors of a model is known here."""
+    model_type = config.get("model_type")
+    if model_type == "granitemoehybrid":  # without experts mlx-lm splits a map of every layer
+        return isinstance(config.get("num_local_experts"), int) and config["num_local_experts"] > 0
+    return model_type in KNOWN_TYPES
 
 
 @dataclass(frozen=True)
@@ -139,24 +169,31 @@ def path_of(config: Mapping[str, Any], module: str) -> str:
 
 def name_in_file(config: Mapping[str, Any], name: str) -> str:
     """mlx-lm's name of a tensor or module that has this one in transformers, stacks aside."""
-    return _renamed(name, RENAMED.get(str(config.get("model_type")), {}))
+    model_type = str(config.get("model_type"))
+    return _renamed(name, RENAMED.get(model_type, {}), RENAMED_INSIDE.get(model_type, {}))
 
 
 def name_seen(config: Mapping[str, Any], name: str) -> str:
     """transformers' name of what mlx-lm calls so, stacks aside."""
-    return _renamed(name, {own: theirs for theirs, own in RENAMED.get(str(config.get("model_type")), {}).items()})
+    model_type = str(config.get("model_type"))
+    beginnings, inside = RENAMED.get(model_type, {}), RENAMED_INSIDE.get(model_type, {})
+    return _renamed(name, {own: seen for seen, own in beginnings.items()}, {own: seen for seen, own in inside.items()})
 
 
-def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+def _renamed(name: str, beginnings: Mapping[str, str], inside: Mapping[str, str]) -> str:
     for old, new in beginnings.items():
         if name == old or name.startswith(f"{old}."):
             return new + name[len(old) :]
+    for old, new in inside.items():
+        place = name.find(old)
+        if place >= 0 and name[place + len(old) : place + len(old) + 1] in ("", "."):
+            return name[:place] + new + name[place + len(old) :]
     return name
 
 
 def adds_one(config: Mapping[str, Any], tensor: str) -> bool:
     """Whether mlx-lm's value of a tensor, under either name, is transformers' with 1 added."""
-    changed = str(config.get("model_type")) in CHANGED and not _is_of_later_tokens(tensor)
+    changed = str(config.get("model_type")) in ADDED and not _is_of_later_tokens(tensor)
     return changed and name_in_file(config, tensor).endswith(_ADDED)
 
 
@@ -171,15 +208,17 @@ def is_left_out(config: Mapping[str, Any], module: str) -> bool:
 
 def shape_in_file(config: Mapping[str, Any], tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """mlx-lm's shape of a tensor that has this one in transformers, and the other way round; the bytes are the same."""
-    is_changed = str(config.get("model_type")) in CHANGED and tensor.endswith(_CONVOLUTION) and len(shape) == 3
+    ending = CONVOLUTIONS.get(str(config.get("model_type")))
+    is_changed = ending is not None and tensor.endswith(ending) and len(shape) == 3
     return (shape[0], shape[2], shape[1]) if is_changed else shape
 
 
 def is_changed(config: Mapping[str, Any], tensors: Headers) -> bool:
     """Whether tensors are as mlx-lm keeps them where that is not as transformers does: where values differ it tells by
     the convolutions, else the names do."""
-    shapes = [tensors[name].shape for name in tensors if name.endswith(_CONVOLUTION)]
-    if str(config.get("model_type")) in CHANGED and shapes:
+    ending = CONVOLUTIONS.get(str(config.get("model_type")))
+    shapes = [tensors[name].shape for name in tensors if ending is not None and name.endswith(ending)]
+    if shapes:
         return all(len(shape) == 3 and shape[2] == 1 for shape in shapes)
     return any(name_seen(config, name) != name for name in tensors)
 
@@ -256,7 +295,7 @@ def shape_of(checkpoint: Described, name: str, parts: Headers) -> tuple[int, int
     Raises CheckpointError for models whose tensors mlx-lm renames or stacks, FormatError for parts that do not fit.
     """
     model_type = checkpoint.config.get("model_type")
-    if model_type not in KNOWN_TYPES:
+    if not is_known(checkpoint.config):
         raise CheckpointError(
             f"{checkpoint.label}: is an MLX checkpoint of model_type {str(model_type)[:60]!r}, whose tensors mlx-lm "
             f"may rename, stack or change; read are "
@@ -309,7 +348,9 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**found, "quant_method": QUANT_METHOD}
 
 
-_NESTED = frozenset({"gemma3", "gemma4", "mistral3", "qwen3_vl_moe"})  # whose text model's settings are in text_config
+_NESTED = frozenset(
+    {"gemma3", "gemma4", "llama4", "mistral3", "qwen3_vl_moe"}
+)  # whose text model's settings are in text_config
 
 
 def rotary_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -351,6 +392,9 @@ def _of_full_attention(text: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+_GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers 5's names -> as published
+
+
 def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rotary_fields`, and what mlx-lm's class of the model wants in config.json that transformers 5 does not write."""
     wanted: dict[str, Any] = {}
@@ -363,6 +407,10 @@ def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             inner |= _of_full_attention(text)
         case "glm4_moe":
             wanted = {"rope_scaling": None}
+        case "lfm2":
+            wanted = {"block_dim": config.get("hidden_size")}
+        case "llama4" if "rope_scaling" not in text:
+            inner = {"rope_scaling": None, **inner}
         case "mellum":
             wanted = {"num_experts": config.get("num_local_experts")}
         case "minimax_m2":
@@ -378,6 +426,12 @@ def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         case "solar_open":
             wanted = {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
     found = {key: value for key, value in wanted.items() if key not in config} | rotary_fields(config)
+    kinds = config.get("layer_types")
+    if config.get("model_type") == "granitemoehybrid" and config.get("position_embedding_type") is None:
+        found["position_embedding_type"] = "nope"  # none in transformers, rotary in mlx-lm
+    if config.get("model_type") == "granitemoehybrid" and isinstance(kinds, list):
+        published = [_GRANITE_LAYERS.get(str(kind), kind) for kind in kinds]
+        found |= {"layer_types": published} if published != kinds else {}
     return found | {"text_config": {**text, **inner}} if inner else found
 
 

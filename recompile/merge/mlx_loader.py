@@ -86,7 +86,7 @@ def findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     from recompile.merge.engine_rules import Finding
 
     config = checkpoint.config
-    if config.get("model_type") not in mlx_config.KNOWN_TYPES:
+    if not mlx_config.is_known(config):
         yield Finding(
             "config.json",
             f"model_type {str(config.get('model_type'))[:60]!r}: what mlx-lm makes of its tensors is not known here; "
@@ -97,6 +97,14 @@ def findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     modules, more = _modules(config, tensors)
     for where, message in (*found, *more, *_of_config(config), *_of_head(config, modules)):
         yield Finding(where, message)
+    rotary = mlx_config.rotary_config(config).get("rope_parameters")
+    if isinstance(rotary, Mapping) and rotary.get("rope_type") == "yarn" and rotary.get("truncate") is False:
+        yield Finding(
+            "config.json",
+            f"rope_parameters says truncate: false, which {VERSION} does not read: it rounds the range that yarn "
+            f"corrects, and its logits differ a little from transformers'",
+            "warning",
+        )
     try:
         columns = _columns(config, checkpoint.label)
     except (UnsupportedError, CheckpointError) as error:
@@ -244,6 +252,12 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     wanted = mlx_config.loader_fields(config)
     missed = [key for key in wanted if key not in rotary and key not in config]
+    for key in wanted.keys() - rotary.keys() - {"text_config"}:
+        if key in config and config[key] != wanted[key]:
+            found, needed = (str(value)[:60] for value in (config[key], wanted[key]))
+            yield "config.json", f"{key} is {found} there, and {VERSION} needs {needed} for the same"
+    if config.get("model_type") == "deepseek_v2" and not config.get("rope_scaling") and "rope_scaling" not in rotary:
+        yield "config.json", f"rope_scaling is not there, and {VERSION} stops without it"
     missed += [f"text_config.{key}" for key in wanted.get("text_config", {}) if key not in {*rotary, *text}]
     if missed:
         yield "config.json", f"{missed[0]} is not there, and {VERSION} stops without it"
@@ -285,7 +299,7 @@ def _columns(config: Mapping[str, Any], label: str) -> Any:
     stacks = {}
     for name, shape in shapes.items():
         number = _LAYER.search(name)
-        if number and len(shape) == 3:
+        if number and len(shape) == 3 and min(shape[1:]) > 1:  # no convolution
             stacks[number[1], name.endswith("down_proj")] = shape[-1]
 
     stack = mlx_config.stack_name(config)

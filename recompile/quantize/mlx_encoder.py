@@ -39,7 +39,7 @@ _AFFINE_GROUPS = MODES["affine"][1]
 def check_base(base: Checkpoint) -> None:
     """Raises FormatError for a model whose tensors mlx-lm does not keep, naming those that it keeps."""
     model_type = base.config.get("model_type")
-    if model_type not in mlx_config.KNOWN_TYPES:
+    if not mlx_config.is_known(base.config):
         raise FormatError(
             f"{base.label}: mlx-lm may rename, stack or change the tensors of model_type {str(model_type)[:60]!r}; MLX "
             f"builds are made of {', '.join(sorted(mlx_config.KNOWN_TYPES))}"

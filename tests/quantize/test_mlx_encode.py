@@ -314,6 +314,26 @@ def test_what_mlx_does_not_have_is_refused(arguments: tuple[object, ...], messag
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hybrid_without_experts_of_which_mlx_lm_splits_maps_is_refused(tmp_path: Path) -> None:
+    base = mixture("granitemoehybrid", tmp_path / "base", num_local_experts=0, num_experts_per_tok=0)
+    said = refusal(model_quantize, "-i", base, "-o", tmp_path / "out", "--format", "mlx", "-b", 4)
+    assert "the tensors of model_type 'granitemoehybrid'" in said
+
+
+def test_settings_that_mean_something_else_in_mlx_lm_are_told(made: Path, tmp_path: Path) -> None:
+    base, path = mixture("granitemoehybrid", tmp_path / "base"), tmp_path / "made" / "6bpw"
+    settings = config(base) | {"position_embedding_type": None, "layer_types": ["linear_attention", "full_attention"]}
+    (base / "config.json").write_text(json.dumps(settings))
+    run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
+    written = config(path)
+    assert (written["position_embedding_type"], written["layer_types"]) == ("nope", ["mamba", "attention"])
+    plain = {"position_embedding_type": None, "layer_types": ["linear_attention", "full_attention"]}
+    (path / "config.json").write_text(json.dumps(written | plain))
+    said = {finding.message for finding in check_engine(path, "mlx")}
+    assert any(each.startswith("position_embedding_type is None there, and mlx-lm") for each in said)
+    assert any("layer_types is ['linear_attention', 'full_attention'] there" in each for each in said)
+
+
 def test_models_that_mlx_lm_changes_are_refused(tmp_path: Path) -> None:
     base = tiny.copy_of(tiny.base("llama-2"), tmp_path / "base")
     settings = config(base) | {"model_type": "olmo"}
@@ -460,8 +480,8 @@ def test_mixes_and_decoded_copies_of_such_a_model(changed: Path, tmp_path: Path)
 
 def test_a_norm_that_heals_is_written_with_what_mlx_lm_adds(changed: Path, tmp_path: Path) -> None:
     build, base = open_checkpoint(changed / "made" / "3bpw"), open_checkpoint(changed / "base")
-    judging = (tiny.rows(6, 24, seed=10 + n) for n in range(4))
-    rows = HealRows(tiny.rows(64, 24, seed=3), *judging, source="random", second_source="others")
+    choose, accept, report_rows, second = (tiny.rows(6, 24, seed=10 + n) for n in range(4))
+    rows = HealRows(tiny.rows(64, 24, seed=3), choose, accept, report_rows, second, "random", "others")
     options = HealOptions(1536, batch_tokens=96, check_every=4, learning_rate=0.003, dtype=torch.float32)
     *_, report = heal(build, base, tmp_path / "healed", rows, options)
     assert isinstance(report, HealReport)
@@ -536,16 +556,23 @@ EYES = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8,
 }  # fmt: skip
-SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
+SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
 SEEING: dict[str, dict[str, Any]] = {  # what of a config is not of its text model
     "qwen3_5": {"vision_config": VISION},
     "qwen3_5_moe": {"vision_config": VISION},
     "qwen3_vl": {"vision_config": {**VISION, "deepstack_visual_indexes": [0]}},
     "qwen3_vl_moe": {"vision_config": {**VISION, "deepstack_visual_indexes": [0]}},
+    "llama4": {
+        "vision_config": {**EYES, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    },
     "gemma3": {"vision_config": {"model_type": "siglip_vision_model", **EYES}, "mm_tokens_per_image": 4},
     "gemma4": {"vision_config": EYES},
     "mistral3": {"vision_config": {"model_type": "pixtral", "head_dim": 16, **EYES}},
 }
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7, "beta_fast": 32,
+    "beta_slow": 1, "original_max_position_embeddings": 32,
+}  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
@@ -558,6 +585,85 @@ SIZES: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "phi": {},
+    "afmoe": {
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 64,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "num_shared_experts": 1,
+    },
+    "deepseek_v2": {
+        **ROUTED,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "rope_parameters": YARN,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+    },
+    "dots1": {**ROUTED, "first_k_dense_replace": 1},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "granitemoe": {"num_local_experts": 4},
+    "granitemoehybrid": {
+        "num_local_experts": 4,
+        "shared_intermediate_size": 64,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"],
+        "num_experts": 4,
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 64,
+        "tie_word_embeddings": True,
+    },
+    "llama4": {
+        "num_hidden_layers": 4,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+        "head_dim": 16,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 32,
+    },
+    "mamba2": {
+        "num_heads": 4,
+        "head_dim": 32,
+        "state_size": 16,
+        "n_groups": 1,
+        "expand": 2,
+        "chunk_size": 8,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "ssm_state_size": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+    },
     "qwen3_next": {**LINEAR, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     "qwen3_5": LINEAR,
     "qwen3_vl": {"head_dim": 16, "rope_parameters": MROPE},
@@ -575,6 +681,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "mistral3": {"model_type": "ministral3", "head_dim": 16},
     "qwen3_5_moe": {**LINEAR, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
 }
+
+
+OTHERS = ("granitemoe", "granitemoehybrid", "lfm2", "lfm2_moe", "mamba2", "nemotron_h")  # that mlx-lm's loader changes
 
 
 def mixture(model_type: str, folder: Path, **more: Any) -> Path:
@@ -621,7 +730,7 @@ def as_published(folder: Path) -> Path:
             for name, value in load_file(path).items()
         }
         save_file(held, path, {"format": "pt"})
-    if settings["model_type"] in {"qwen3_next", *SEEING}:
+    if settings["model_type"] in {"qwen3_next", *SEEING, *OTHERS}:
         (folder / "config.json").write_text(json.dumps(settings | loader_fields(settings)))
     return folder
 
@@ -668,7 +777,25 @@ def test_experts_that_mlx_lm_would_choose_otherwise_are_told(made: Path, tmp_pat
     assert "n_group is 2" in said
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_next", *SEEING])
+def test_a_rotary_setting_that_mlx_lm_does_not_read_is_told(made: Path, tmp_path: Path) -> None:
+    """gpt-oss as it is published: yarn over a range that is not rounded."""
+    rotary = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+              "original_max_position_embeddings": 4096, "truncate": False}  # fmt: skip
+    base, path, ids = (
+        mixture("gpt_oss", tmp_path / "base", rope_parameters=rotary),
+        tmp_path / "made" / "6bpw",
+        tiny.rows(2, 12),
+    )
+    run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 6, *args(made))
+    assert "which mlx-lm 0.32.2 does not read" in run(recompile, "--check", path, "--engine", "mlx")
+    mlx_engine.python()
+    (found,) = mlx_engine.engine_logits([path], ids, tmp_path)
+    apart = (found - streamed_logits(path, ids)).abs().amax((0, 2))
+    assert float(apart[0]) < 1e-4, "the first token has no position to speak of"
+    assert 1e-4 < float(apart[1:].max()) < 0.1
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", *SEEING, *OTHERS])
 def test_what_mlx_lm_makes_of_a_model_is_read(model_type: str, tmp_path: Path) -> None:
     """Its own conversion: names, values and stacks that are its work."""
     mlx_engine.python()
