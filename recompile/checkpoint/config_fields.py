@@ -87,3 +87,9 @@ def context_of(config: Mapping[str, Any]) -> int | None:
         nested.get("max_position_embeddings") if isinstance(nested, Mapping) else None
     )
     return found if isinstance(found, int) else None
+
+
+def architectures_of(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config.json names; none where it names no list of them."""
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from recompile.arguments import Worded
 from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
+from recompile.checkpoint.config_fields import architectures_of
 from recompile.checkpoint.module_names import NUMBERS, role_of
 from recompile.checkpoint.tied_head import find_tied_head, stored_head
 from recompile.errors import CheckpointError
@@ -91,8 +92,7 @@ def _general_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def _head_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    architectures = checkpoint.config.get("architectures") or []
-    causal = any(str(name).endswith("ForCausalLM") for name in architectures)
+    causal = any(name.endswith("ForCausalLM") for name in architectures_of(checkpoint.config))
     tied_head = find_tied_head(checkpoint)
     if tied_head is not None:
         yield Problem("config.json", str(tied_head), "warning" if tied_head.is_copy else "error")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recompile.checkpoint.fused_experts import FLAT_LEAVES, FLAT_PARENT, LEAVES, OLD_LEAVES, ROLES
+from recompile.errors import CheckpointError
 
 _EXPERT = re.compile(r"(.+)\.(\d+)\.([a-z]\w*)\.(weight|bias)")
 _ROLE = {leaf: role for leaves in (LEAVES, OLD_LEAVES) for leaf, role in zip(leaves, ROLES, strict=True)}
@@ -32,6 +33,10 @@ class ExpertStack:
 
     def convert(self, name: str, model: Any = None, config: Any = None) -> dict[str, Tensor]:
         """name -> [experts, out, in], [experts, in, out] or, of biases, [experts, out]."""
+        shapes = {tuple(value.shape) for role in self.roles for value in self._values[role]}
+        if len(shapes) > 1:
+            found = " and ".join(str(list(shape)) for shape in sorted(shapes))
+            raise CheckpointError(f"{name}: is made of its experts' parts, which have the shapes {found}, wanted one")
         parts = [torch.stack(self._values[role]) for role in self.roles]
         whole = torch.stack(parts, 2).flatten(1, 2) if self.alternating else torch.cat(parts, 1)
         return {name: whole.transpose(1, 2).contiguous() if self.transposed and whole.dim() == 3 else whole}

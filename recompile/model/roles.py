@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from recompile.checkpoint.checkpoint import WeightSource
+from recompile.checkpoint.config_fields import architectures_of
 from recompile.checkpoint.fused_experts import FLAT_PARENT, expert_counts
 from recompile.checkpoint.module_names import NUMBERS, Role, by_name, template_of
 from recompile.errors import CheckpointError, UnsupportedError
@@ -105,7 +106,7 @@ def loader_model(config_text: str) -> Any:
 
     config = json.loads(config_text)
     made = transformers_config(config)
-    classes = [getattr(transformers, str(name), None) for name in config.get("architectures") or ()]
+    classes = [getattr(transformers, name, None) for name in architectures_of(config)]
     classes += [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
     problem: Exception | None = None
     for found in classes:

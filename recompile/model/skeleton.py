@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from recompile.checkpoint.checkpoint import WeightSource, join_parts, no_table_of_names, split_name
-from recompile.checkpoint.config_fields import check_config
+from recompile.checkpoint.config_fields import architectures_of, check_config
 from recompile.errors import CheckpointError, MissingWeight, UnsupportedError
 from recompile.gguf.names import Joined
 from recompile.model.fused_experts import ExpertStacks, stack_flat_experts
@@ -104,8 +104,7 @@ def _model_class(config: Mapping[str, Any], model_config: Any, place: str) -> An
         found = getattr(auto, table).get(model_type, ())
         makes_text += [found] if isinstance(found, str) else list(found)
     check_makes_text(model_type, bool(makes_text), bool(getattr(model_config, "is_encoder_decoder", False)), place)
-    named = config.get("architectures")
-    wanted = [name for name in named if name in makes_text] if isinstance(named, list) else []
+    wanted = [name for name in architectures_of(config) if name in makes_text]
     for name in [*wanted, *makes_text]:
         model_class = getattr(transformers, name, None)
         if model_class is not None:

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.checkpoint.config_fields import check_config
+from recompile.checkpoint.config_fields import architectures_of, check_config
 from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.cli.recompile import main as recompile
 from recompile.errors import CheckpointError
+from recompile.model.fused_experts import ExpertStack
 from recompile.model.known_fields import NEVER, taken
 from tests import tiny
+from tests.commands import run
 from tests.hostile.refusals import refuses, run_on
 
 
@@ -211,6 +214,23 @@ CODE = {
     "id2label": {"0": "n/a"},
     "quantization_config": {"quant_method": "x"},
 }
+
+
+@pytest.mark.parametrize("value", [3, 1.5, True, "LlamaForCausalLM", {"a": 1}, [7, None]])
+def test_classes_that_are_no_list_of_names_are_none(value: Any, copy: Path) -> None:
+    assert architectures_of({"architectures": value}) == []
+    assert architectures_of({"architectures": ["A", 3]}) == ["A"]
+    config = json.loads((copy / "config.json").read_text()) | {"architectures": value}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "no inconsistency found" in run(recompile, "--check", copy)
+
+
+def test_experts_of_several_shapes_are_no_stack() -> None:
+    stack = ExpertStack("layer.experts.gate_up_proj", ("gate", "up"), transposed=False, alternating=True)
+    for role, width in (("gate", 4), ("up", 8)):
+        stack.add_tensor("", "", role, torch.zeros(width, 3))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj: .*the shapes \[4, 3\] and \[8, 3\], wanted one"):
+        stack.convert("layer.experts.gate_up_proj")
 
 
 @pytest.mark.parametrize(
