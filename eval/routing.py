@@ -87,9 +87,10 @@ def _sets_of_call(values: list[Any], experts: int) -> Tensor | None:
     tensors = [value for value in values if isinstance(value, Tensor)]
     for value in tensors:
         if value.dtype in (torch.int64, torch.int32) and value.dim() >= 2:
-            chosen = value.reshape(-1, value.shape[-1]).to(torch.int64)
+            chosen = value.flatten(0, -2).to(torch.int64)
             # ids from `experts` on are places of nothing: experts of other ranks, or ones that compute nothing
-            sets = torch.zeros(len(chosen), max(experts, int(chosen.max()) + 1), dtype=torch.bool, device=chosen.device)
+            most = int(chosen.max()) + 1 if chosen.numel() else 0  # no expert a token is none
+            sets = torch.zeros(len(chosen), max(experts, most), dtype=torch.bool, device=chosen.device)
             return sets.scatter_(1, chosen, True)[:, :experts]
     if len(tensors) == 1 and tensors[0].dim() == 2 and len(tensors[0]) % experts == 0:
         return (tensors[0].reshape(experts, -1, tensors[0].shape[-1]) != 0).any(-1).T.contiguous()

@@ -202,4 +202,4 @@ def decode_planned(plan: WritePlan, module: PlannedModule, tensor: PlannedTensor
             f"{origin_of(module.placement)}: {info.name} has values beyond the range of {info.dtype}; use a base whose "
             f"dense tensors are bfloat16"
         )
-    return memoryview(value.view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

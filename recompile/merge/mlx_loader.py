@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recompile.checkpoint.fused_experts import text_config
 from recompile.checkpoint.module_names import HEAD_NAMES
 from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
@@ -42,6 +43,7 @@ _TIED_UNSAID = frozenset(
 )
 _READS_ROPE_PARAMETERS = frozenset({"gemma4_text", "mellum", "ministral3", "qwen3"})
 _STACK_DEFAULTS = (64, 4)  # group size and bits of a stack's entry that does not say them, whatever its mode
+_DOWN = ("down_proj", "output_linear", "fc2")  # a stack's names in transformers' models and in mlx-lm's
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -297,18 +299,27 @@ def _columns(config: Mapping[str, Any], label: str) -> Any:
     model = build_skeleton(plain, torch.float32, torch.device("cpu"), config_place(label))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if value.dim() > 1}
     stacks = {}
+    hidden = text_config(config).get("hidden_size")
     for name, shape in shapes.items():
         number = _LAYER.search(name)
         if number and len(shape) == 3 and min(shape[1:]) > 1:  # no convolution
-            stacks[number[1], name.endswith("down_proj")] = shape[-1]
+            is_down = name.endswith(_DOWN)
+            stacks[number[1], is_down] = _inputs(shape[1], shape[2], hidden, is_down)
 
     stack = mlx_config.stack_name(config)
 
     def columns(path: str) -> int | None:
         number = _LAYER.search(path)
         if f".{stack}." in path and number:
-            return stacks.get((number[1], path.endswith("down_proj")))
+            return stacks.get((number[1], path.endswith(_DOWN)))
         shape = shapes.get(f"{mlx_config.name_seen(config, path)}.weight")
         return shape[-1] if shape is not None and len(shape) == 2 else None
 
     return columns
+
+
+def _inputs(rows: int, columns: int, hidden: Any, is_down: bool) -> int:
+    """Input features of a stack [experts, rows, columns] of transformers', which is [out, in] or [in, out]."""
+    if is_down:
+        return rows if columns == hidden else columns
+    return hidden if hidden in (rows, columns) else columns

@@ -314,6 +314,26 @@ def test_what_mlx_does_not_have_is_refused(arguments: tuple[object, ...], messag
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4", "nemotron_h", "granitemoe", "qwen3_vl_moe"])
+def test_stacks_of_any_layout_are_checked_against_their_model(made: Path, model_type: str, tmp_path: Path) -> None:
+    """Maps [in, out], gate and up in turn, other names: with experts narrower than the model, and an entry a path."""
+    narrow = {"moe_intermediate_size": 32, "intermediate_size": 32}
+    base = mixture(model_type, tmp_path / "base", **narrow)
+    run(model_quantize, "-i", base, "-o", tmp_path / "made", "-b", 3, 6, *args(made))
+    low, high = tmp_path / "made" / "3bpw", tmp_path / "made" / "6bpw"
+    recipe = mixes.recipe(tmp_path / "mix.yaml", {"*.experts.*.down_proj.*": high, "*.experts.*.w2.*": high})
+    run(recompile, "-i", low, "-o", tmp_path / "mix", "-or", recipe, "--quiet", "--allow-unmatched")
+    settings = config(tmp_path / "mix")
+    bits = {path: entry["bits"] for path, entry in settings["quantization"].items() if isinstance(entry, dict)}
+    assert set(bits.values()) == {3, 6}
+    assert check_engine(tmp_path / "mix", "mlx") == []
+    stacks = [path for path in bits if path.endswith(("up_proj", "fc1")) and ".shared" not in path]
+    path = next(path for path in stacks if bits[path] == 3 and ("switch" in path or "experts" in path))
+    settings["quantization"][path]["bits"] = 4
+    (tmp_path / "mix" / "config.json").write_text(json.dumps(settings))
+    assert [finding.where for finding in check_engine(tmp_path / "mix", "mlx")] == [path]
+
+
 def test_a_hybrid_without_experts_of_which_mlx_lm_splits_maps_is_refused(tmp_path: Path) -> None:
     base = mixture("granitemoehybrid", tmp_path / "base", num_local_experts=0, num_experts_per_tok=0)
     said = refusal(model_quantize, "-i", base, "-o", tmp_path / "out", "--format", "mlx", "-b", 4)
