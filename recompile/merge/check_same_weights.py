@@ -10,7 +10,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, StoredMo
 from recompile.checkpoint.coupled_modules import read_scaled_sets
 from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.errors import CheckpointError, MismatchError
-from recompile.formats import FLOAT_DTYPES, FORMATS
+from recompile.formats import FLOAT_DTYPES, FORMATS, mlx_config
 from recompile.merge.overlay import Overlay, Placement
 from recompile.merge.write_plan import natural_key
 
@@ -115,11 +115,13 @@ def _check_unquantized(base: Checkpoint, source: Checkpoint, label: str) -> int:
             continue
         if left.dtype not in FLOAT_DTYPES or right.dtype not in FLOAT_DTYPES:
             continue
-        want, have = read_tensor(left).double(), read_tensor(right).double()
+        want = base.restore(left.name, read_tensor(left)).double()
+        have = source.restore(right.name, read_tensor(right)).double()
         _check_finite(want, base.label, left.name)
         _check_finite(have, label, right.name)
         apart = (want - have).abs()
-        beyond = apart > NORM_RELATIVE * want.abs() + NORM_ABSOLUTE
+        rounded = want.abs() + (1 if mlx_config.adds_one(base.config, left.name) else 0)  # what a file of MLX's holds
+        beyond = apart > NORM_RELATIVE * rounded + NORM_ABSOLUTE
         if bool(beyond.any()):
             raise MismatchError(
                 f"{label}: {right.name} differs from {base.label}'s by up to {float(apart.max()):.3g} (in "

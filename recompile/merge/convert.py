@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from recompile.arguments import Worded
@@ -72,23 +73,22 @@ def plan_conversions(overlay: Overlay, *, reencode: bool = False) -> dict[str, C
     return found | _one_global_scale(overlay, reencode, found)
 
 
-def norms_with_one(overlay: Overlay) -> dict[str, Conversion]:
-    """Norms of an MLX output to which mlx-lm adds 1 and whose source has not: those that transformers' checkpoints
-    hold. As mlx-lm does it, the sum is rounded to the dtype of the norm."""
+def norm_changes(overlay: Overlay, as_mlx: bool) -> dict[str, Conversion]:
+    """Norms that mlx-lm keeps with 1 added, where their source has them otherwise than the output: transformers' in an
+    output of MLX's, and the other way round. As mlx-lm does it, the sum is rounded to the dtype of the norm."""
     found: dict[str, Conversion] = {}
     for name, placement in overlay.placements.items():
-        tensor = f"{name}.weight"
-        if placement.stored.is_quantized or not mlx_config.adds_one(overlay.config, tensor):
-            continue
-        if isinstance(placement.checkpoint, MlxCheckpoint):
-            continue
-        parts = {part: (info.dtype, info.shape) for part, info in placement.stored.parts.items()}
-        found[name] = Conversion(placement.stored.format, parts, None, _add_one, exact=False)
+        changed = not placement.stored.is_quantized and mlx_config.adds_one(overlay.config, f"{name}.weight")
+        if changed and isinstance(placement.checkpoint, MlxCheckpoint) != as_mlx:
+            parts = {part: (info.dtype, info.shape) for part, info in placement.stored.parts.items()}
+            found[name] = Conversion(
+                placement.stored.format, parts, None, partial(_add, 1 if as_mlx else -1), exact=False
+            )
     return found
 
 
-def _add_one(parts: Parts) -> dict[str, Tensor]:
-    return {**parts, "weight": (parts["weight"].float() + 1).to(parts["weight"].dtype)}
+def _add(what: int, parts: Parts) -> dict[str, Tensor]:
+    return {**parts, "weight": (parts["weight"].float() + what).to(parts["weight"].dtype)}
 
 
 def plan_conversion(checkpoint: Checkpoint, module: StoredModule) -> Conversion:

@@ -10,12 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recompile.checkpoint.checkpoint import INDEX_NAME, Checkpoint, StoredModule, TensorInfo, split_name
+from recompile.checkpoint.checkpoint import (
+    INDEX_NAME,
+    Checkpoint,
+    MlxCheckpoint,
+    StoredModule,
+    TensorInfo,
+    split_name,
+)
 from recompile.checkpoint.coupled_modules import SCALING_NAME, dump_scaled_sets
 from recompile.errors import OutputError
 from recompile.formats import DTYPE_BYTES, FORMATS, ShardRules, mlx_config
 from recompile.merge.configs import dump_json, is_verbatim, merged_texts
-from recompile.merge.convert import Conversion, is_expressible, norms_with_one, plan_conversions
+from recompile.merge.convert import Conversion, is_expressible, norm_changes, plan_conversions
 from recompile.merge.dense_copy import check_decodable, dense_config, dense_tensors, true_shapes
 from recompile.merge.fuse_experts import FusedExperts, fused_experts, with_fused
 from recompile.merge.manifest import recipe_text
@@ -179,7 +186,7 @@ def _copied(overlay: Overlay, reencode: bool) -> _Contents:
     conversions: dict[str, Conversion] = {}
     if is_expressible([p.stored.format for p in ordered]):
         conversions = plan_conversions(overlay, reencode=reencode)
-    changes = norms_with_one(overlay) if stacks else {}
+    changes = norm_changes(overlay, as_mlx=stacks)
     other = conversions | changes
     wanted = [copied_tensors(p) if p.module not in other else _converted(p, other) for p in ordered]
     texts, warnings = merged_texts(overlay, conversions)
@@ -190,8 +197,10 @@ def _copied(overlay: Overlay, reencode: bool) -> _Contents:
 
 
 def _stack_rule(overlay: Overlay) -> Callable[[str], tuple[str, int] | None] | None:
-    """(stack, expert) of a tensor, for formats whose engine loads the experts of a layer as one; None for others."""
-    for name in overlay.formats:
+    """(stack, expert) of a tensor, for formats whose engine loads the experts of a layer as one; None for others. A
+    dense checkpoint that lies as MLX has it stays so."""
+    own = (mlx_config.QUANT_METHOD,) if isinstance(overlay.base, MlxCheckpoint) else ()
+    for name in (*overlay.formats, *own):
         rule = getattr(FORMATS[name].load_merge(), "stacked_tensor", None)
         if rule is not None:
             return lambda tensor: rule(overlay.config, tensor)

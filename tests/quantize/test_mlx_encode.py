@@ -498,6 +498,34 @@ def test_mixes_and_decoded_copies_of_such_a_model(changed: Path, tmp_path: Path)
         assert torch.equal(dense.load(name), mix.load(name).to(dense.load(name).dtype)), name
 
 
+def test_dense_checkpoints_of_either_kind_go_with_such_a_model(changed: Path, tmp_path: Path) -> None:
+    """transformers' with MLX modules in it becomes MLX's; MLX's own without quantized modules stays so when copied."""
+    base, high = changed / "base", changed / "made" / "6bpw"
+    recipe = mixes.recipe(tmp_path / "mix.yaml", {"*.v_proj.*": high})
+    run(recompile, "-i", base, "-o", tmp_path / "mix", "-or", recipe, "--verify", "--quiet")
+    assert check_engine(tmp_path / "mix", "mlx") == []
+    mix, built = (load_file(path / "model.safetensors") for path in (tmp_path / "mix", high))
+    vectors = [name for name, value in built.items() if value.dim() == 1]
+    assert all(torch.equal(mix[name], built[name]) for name in vectors)
+
+    run(recompile, "-i", tmp_path / "mix", "-o", tmp_path / "hf", "--dense", "--quiet")
+    folder = tiny.copy_of(tmp_path / "mix", tmp_path / "dense")  # as mlx_lm.convert without -q leaves it
+    settings = {key: value for key, value in config(folder).items() if not key.startswith("quantization")}
+    (folder / "config.json").write_text(json.dumps(settings))
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    decoded = {name: value for name, value in mix.items() if ".v_proj." not in name}
+    (text,) = {name.partition(".layers.")[0] for name in weights if ".layers.1.self_attn.v_proj" in name}
+    (own,) = {name.partition(".layers.")[0] for name in mix if ".layers.1.self_attn.v_proj" in name}
+    decoded[f"{own}.layers.1.self_attn.v_proj.weight"] = weights[f"{text}.layers.1.self_attn.v_proj.weight"]
+    save_file(decoded, folder / "model.safetensors", {"format": "mlx"})
+    run(recompile, "-i", folder, "-o", tmp_path / "copy", "--verify", "--quiet")
+    copied = load_file(tmp_path / "copy" / "model.safetensors")
+    assert copied.keys() == decoded.keys()
+    assert all(torch.equal(copied[name], value) for name, value in decoded.items())
+    ids = tiny.rows(2, 12)
+    assert torch.equal(streamed_logits(folder, ids), streamed_logits(tmp_path / "hf", ids))
+
+
 def test_a_norm_that_heals_is_written_with_what_mlx_lm_adds(changed: Path, tmp_path: Path) -> None:
     build, base = open_checkpoint(changed / "made" / "3bpw"), open_checkpoint(changed / "base")
     choose, accept, report_rows, second = (tiny.rows(6, 24, seed=10 + n) for n in range(4))
