@@ -467,8 +467,8 @@ class Healing:
             if self.limit <= 0:
                 least = (60 * self.options.minutes - self.limit) / 60
                 raise NoTimeError(
-                    f"{{minutes}} {self.options.minutes:g} are too few: judging alone takes about {least:.1f} on this "
-                    f"machine; give more, or use fewer {{rows}} (now {len(self.rows.choose)} a role)"
+                    f"{{minutes}} {self.options.minutes:g} are too few: judging alone takes about {least:.2g} minutes "
+                    f"on this machine; give more, or use fewer {{rows}} (now {len(self.rows.choose)} a role)"
                 )
         return found
 

@@ -242,7 +242,8 @@ def auto(
     the mix, and the uniform build beside it, make good their own errors, as in `quantize`
     heal: minutes of healing of the finished mix
     minutes: in all; rows and draws are then at most those given, and search and healing share what the passes leave.
-    None: 18 where all takes longer, less does within them, and no rows, draws or minutes are asked for; else no limit;
+    None: 18, or what the least takes, for models under half a billion weights where no rows, draws or minutes are asked
+    for; else no limit;
     search_minutes: of a solver that measures
     trace: as in the others, or "make": the base answers prompts first, as many as the rows of all stages need
     quick: a rough mix for a first look: at most 6 rows of 256 tokens, 8 draws and 24 calibration rows, a minute of
@@ -445,7 +446,7 @@ class _Auto:
             return self._plan(replace(options, **counts, search_minutes=0.0, heal=None, minutes=None))
 
         judging = judging_seconds(self._sizes, options.rows, options.length, options.device)
-        return Shares(asked, plan, judging)
+        return Shares(asked, plan, judging, self._sizes.body + self._sizes.head)
 
     def _plan(self, options: AutoOptions) -> AutoPlan:
         return make_plan(

@@ -9,9 +9,10 @@ from functools import cached_property
 
 from recompile.planning import AutoPlan
 
-DEFAULT_MINUTES = 18.0  # of a run that asks for nothing else and may do enough in them; a model of 0.1 B on two cores
+DEFAULT_MINUTES = 18.0  # of a run on a small model that asks for nothing else
+SMALL_WEIGHTS = 500_000_000
+DEFAULT_OF_LEAST = 1.25  # of the least that is worth doing, which these minutes are at least
 LEAST = (8, 4, 16)  # rows, samples, calibration rows
-DEFAULT_SHARE = 0.8  # of it, which the least that is worth doing may take
 PASSES_SHARE = 0.6  # of the minutes, which passes take at most where fewer rows and draws will do
 HEAL_SHARE, LEAST_HEAL_MINUTES = 0.6, 2.0  # of what is left; of steps, beside judging
 LEAST_STEP_MINUTES = 0.5  # the same once a run has come to it
@@ -85,28 +86,32 @@ def split_minutes(
     return Split(counts[0], counts[1], counts[2], round(search, 2), heals, minutes)
 
 
-def default_minutes(full: float, least: float) -> float | None:
-    """What a run that says nothing takes in all: None, no limit, where all of it fits or the least does not.
+def default_minutes(full: float, least: float, weights: int) -> float | None:
+    """What a run that says nothing takes in all: None, no limit, where all of it fits, and for models that are not
+    small, of whose users more patience is expected.
 
     full, least: seconds of all stages with the rows and draws that are asked for, and with the fewest
     """
-    limit = 60 * DEFAULT_MINUTES
-    return DEFAULT_MINUTES if least <= DEFAULT_SHARE * limit and full > limit else None
+    limit = max(DEFAULT_MINUTES, float(math.ceil(DEFAULT_OF_LEAST * least / 60)))
+    return limit if weights < SMALL_WEIGHTS and full > 60 * limit else None
 
 
 class Shares:
     """The minutes in all of a run, shared before it begins, again once its profile is there, and with healing last."""
 
-    def __init__(self, asked: Asked, plan: Callable[[int, int, int], AutoPlan], judging: float) -> None:
+    def __init__(
+        self, asked: Asked, plan: Callable[[int, int, int], AutoPlan], judging: float, weights: int = 0
+    ) -> None:
         """plan: of so many rows, samples and calibration rows, without search and healing; judging: as in
-        `split_minutes`, of the rows that are asked for"""
-        self.asked, self.plan, self.judging = asked, plan, judging
+        `split_minutes`, of the rows that are asked for; weights: of the model"""
+        self.asked, self.plan, self.judging, self.weights = asked, plan, judging, weights
 
     def first(self) -> Split | None:
         """None where there is no limit."""
         asked, minutes = self.asked, self.asked.minutes
         if minutes is None and not asked.says_times:
-            minutes = default_minutes(self.plan(*asked.counts).seconds, self.plan(*LEAST).seconds)
+            least = self.plan(*LEAST).seconds
+            minutes = default_minutes(self.plan(*asked.counts).seconds, least, self.weights)
         if minutes is None:
             return None
 

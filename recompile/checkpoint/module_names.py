@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ def role_of(module: str) -> str:
     if leaf in HEAD_NAMES and not NUMBERS.search(module):  # BERT's layers have an `attention.output`
         return "head"
     return "embedding" if leaf in EMBEDDING_NAMES else "layer"
+
+
+def head_in(modules: Collection[str]) -> str | None:
+    """The output head among stored modules: the model's own, or that of the language model in it
+    (`language_model.lm_head`); None where it is stored nowhere, as a tied one."""
+    own = next((name for name in HEAD_NAMES if name in modules), None)
+    return own or next((name for name in modules if name.endswith(".lm_head") and not NUMBERS.search(name)), None)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ from recompile.planning import TARGETS
     "--minutes",
     type=float,
     help="In all, about: rows and draws are at most those asked for; search and healing share what is left "
-    "[default: 18 where that is enough, and nothing is said of rows, draws or minutes].",
+    "[default: 18, or what the least takes, under half a billion weights where no rows, draws or minutes are given].",
 )
 @click.option("--search-minutes", type=float, help="For a solver that measures.")
 @click.option("-r", "--rows", default=16, help="Rows to profile on; as many others verify.")

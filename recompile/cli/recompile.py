@@ -76,7 +76,7 @@ class _Recompile(Command):
     show_default=False,
     help="--no-probe: do not test that the sources were made from the same weights.",
 )
-@click.option("--check", metavar="DIR", help="Check a finished checkpoint of any origin; writes nothing.")
+@click.option("--check", metavar="DIR", type=Name(), help="Check a finished checkpoint of any origin; writes nothing.")
 @click.option(
     "--engine",
     type=click.Choice(CHECKED_ENGINES),

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint.fused_experts import text_config
-from recompile.checkpoint.module_names import HEAD_NAMES
+from recompile.checkpoint.module_names import head_in
 from recompile.checkpoint.safetensors_files import read_safetensors_header
 from recompile.errors import CheckpointError, FormatError, UnsupportedError
 from recompile.formats import FLOAT_DTYPES, mlx_config
@@ -275,8 +275,7 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _of_head(config: Mapping[str, Any], modules: Mapping[str, _Stored]) -> Iterator[tuple[str, str]]:
-    names = (mlx_config.name_in_file(config, name) for name in HEAD_NAMES)
-    head = next((name for name in names if name in modules), None)
+    head = head_in(modules)
     said = config.get("tie_word_embeddings")
     if head is not None and said is None and config.get("model_type") in _TIED_UNSAID:
         yield (

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from recompile.checkpoint.checkpoint import Checkpoint
-from recompile.checkpoint.module_names import HEAD_NAMES, Dense, role_of
+from recompile.checkpoint.module_names import HEAD_NAMES, Dense, head_in, role_of
 from recompile.errors import FormatError, RecipeError
 from recompile.formats import compressed_tensors, exl3_config, mlx_config
 from recompile.formats.mlx_config import MlxScheme
@@ -61,7 +61,7 @@ def modules_to_make(recipe: Recipe, base: Checkpoint, mlx: bool) -> list[ToStore
     Raises RecipeError for lines that name nothing."""
     roles = roles_of(base)
     embeddings = embeddings_of(base) if mlx else ()
-    head = next((name for name in HEAD_NAMES if name in base.modules), HEAD_NAMES[0])
+    head = head_in(base.modules) or HEAD_NAMES[0]
     unnamed = describe_spec(recipe.base) if isinstance(recipe.base, dict) else None
     assigned = assign(recipe, base, unnamed, head, embeddings if mlx else None)
     specs: dict[str, Spec] = {s.model_dir: s.spec for s in recipe.sources if s.spec is not None}

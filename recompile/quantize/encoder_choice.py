@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recompile.checkpoint.checkpoint import Checkpoint
-from recompile.checkpoint.module_names import HEAD_NAMES
+from recompile.checkpoint.module_names import HEAD_NAMES, head_in
 from recompile.errors import ArgumentError, FormatError, RecipeError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats import COMPRESSED, exl2, exl3
@@ -219,7 +219,7 @@ def mix_encoder(
     specs = {source.model_dir: source.spec for source in recipe.sources if source.spec is not None}
     if unnamed is not None:
         specs[describe_spec(unnamed)] = unnamed
-    head = next((name for name in HEAD_NAMES if name in base.modules), HEAD_NAMES[0])
+    head = head_in(base.modules) or HEAD_NAMES[0]
     assignment = assign(recipe, base, describe_spec(unnamed) if unnamed is not None else None, head, embeddings)
     if of_head is not None and head not in assignment:
         assignment[head] = describe_spec(of_head)

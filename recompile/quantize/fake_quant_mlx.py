@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, split_name
-from recompile.checkpoint.module_names import HEAD_NAMES
+from recompile.checkpoint.module_names import head_in
 from recompile.errors import ArgumentError, FormatError
 from recompile.formats import mlx, mlx_config
 from recompile.formats.mlx_config import MlxScheme
@@ -42,8 +42,8 @@ class MlxMaker:
         check_base(base)
         dtype = scale_dtype_of(base)
         encoder = self._encoder(dtype)
-        heads = [name for name in HEAD_NAMES if name in base.modules] if stores_head(base) else []
-        names = dict.fromkeys([*embeddings_of(base), *linear_modules(base), *heads])
+        head = head_in(base.modules) if stores_head(base) else None
+        names = dict.fromkeys([*embeddings_of(base), *linear_modules(base), *([] if head is None else [head])])
 
         def parts_of(shape: tuple[int, ...]) -> Mapping[str, Tensor]:
             return empty_parts(self.scheme, (shape[0], shape[1]), dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, dense_dtype
-from recompile.checkpoint.module_names import HEAD_NAMES, role_of
+from recompile.checkpoint.module_names import head_in, role_of
 from recompile.errors import ArgumentError, FormatError
 from recompile.formats import fp4, mlx, mlx_config, mx
 from recompile.formats.mlx_config import MODES, MlxScheme
@@ -63,7 +63,7 @@ def embeddings_of(base: Checkpoint) -> tuple[str, ...]:
 
 def stores_head(base: Checkpoint) -> bool:
     """Whether the output head has a weight of its own; a tied one is the embedding, as MLX stores it."""
-    return not base.config.get("tie_word_embeddings") and any(name in base.modules for name in HEAD_NAMES)
+    return not base.config.get("tie_word_embeddings") and head_in(base.modules) is not None
 
 
 def affine(bits: float, group_size: str) -> MlxScheme:

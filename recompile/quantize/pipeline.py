@@ -27,7 +27,7 @@ from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint, MlxCheckpoint, StoredModule, open_checkpoint, read_json
 from recompile.checkpoint.coupled_modules import SCALING_NAME, ScaledSet, dump_scaled_sets, read_scaled_sets
-from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, role_of
+from recompile.checkpoint.module_names import ROLES_NAME, Dense, Role, dump_roles, head_in, role_of
 from recompile.checkpoint.safetensors_files import open_tensors, read_tensor
 from recompile.costs import fused_sets
 from recompile.errors import FormatError, OutputError
@@ -658,7 +658,8 @@ class _Build:
         return tensor if tensor in self.base.tensors else self.model.origins[tensor].tensors[0]
 
     def _head_module(self) -> str:
-        return self.model.prefix_of(self.model.head)
+        own = self.model.prefix_of(self.model.head)
+        return own if own in self.base.modules else head_in(self.base.modules) or own
 
     def _is_linear(self, name: str) -> bool:
         shape = self.base.modules[name].shape

@@ -174,9 +174,10 @@ def test_minutes_that_are_left_go_to_healing(text: Path, tmp_path: Path, monkeyp
 
 def test_a_limit_that_nobody_asked_for() -> None:
     """Only where everything takes longer and less is enough, and only where nothing was said of how much to do."""
-    assert default_minutes(full=1000.0, least=100.0) is None
-    assert default_minutes(full=4000.0, least=700.0) == 18.0
-    assert default_minutes(full=40000.0, least=7000.0) is None
+    assert default_minutes(full=1000.0, least=100.0, weights=10**8) is None
+    assert default_minutes(full=4000.0, least=700.0, weights=10**8) == 18.0
+    assert default_minutes(full=8000.0, least=1500.0, weights=10**8) == 32.0  # a slow machine, or a busy one
+    assert default_minutes(full=4000.0, least=700.0, weights=7 * 10**9) is None
     plain = Shares(Asked((16, 16, 64), None, None, None, says_times=False), plan_of, 60.0)
     assert plain.first() is not None
     assert plain.unlimited == 40

@@ -581,7 +581,7 @@ def test_minutes_are_those_of_everything(tmp_path: Path, monkeypatch: pytest.Mon
     assert limits == [pytest.approx(13.0)] * 14
     assert rates[-1] == min(rates) or rates[-1] < 0.2 * max(rates)
     with pytest.raises(
-        NoTimeError, match=r"minutes 0.1 are too few: judging alone takes about 0.1 .* \(now 6 a role\)"
+        NoTimeError, match=r"minutes 0.1 are too few: judging alone takes about 0.12 minutes .* \(now 6 a role\)"
     ):
         list(
             heal(

@@ -334,6 +334,21 @@ def test_stacks_of_any_layout_are_checked_against_their_model(made: Path, model_
     assert [finding.where for finding in check_engine(tmp_path / "mix", "mlx")] == [path]
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "mistral3", "llama4"])
+def test_a_head_inside_a_language_model_is_a_head(made: Path, model_type: str, tmp_path: Path) -> None:
+    base, name = mixture(model_type, tmp_path / "base"), "language_model.lm_head"
+    run(model_quantize, "-i", base, "-o", tmp_path / "mlx", "-b", 3, "-hb", 6, *args(made))
+    head = open_checkpoint(tmp_path / "mlx" / "3bpw").modules[name]
+    assert (head.format, head.parts["weight"].shape) == ("mlx", (256, 12))
+    assert check_engine(tmp_path / "mlx" / "3bpw", "mlx") == []
+    rows = ("-g", 32, "--input-ids", made / "ids.safetensors", "--quiet")
+    run(model_quantize, "-i", base, "-o", tmp_path / "ct", "-b", 4, "-hb", 6, *rows)
+    path = tmp_path / "ct" / "4bpw"
+    assert not any(stored.startswith("lm_head") for stored in open_checkpoint(path).tensors)
+    assert open_checkpoint(path).modules[name].is_quantized
+    assert [problem for problem in check_checkpoint(path) if problem.severity == "error"] == []
+
+
 def test_a_hybrid_without_experts_of_which_mlx_lm_splits_maps_is_refused(tmp_path: Path) -> None:
     base = mixture("granitemoehybrid", tmp_path / "base", num_local_experts=0, num_experts_per_tok=0)
     said = refusal(model_quantize, "-i", base, "-o", tmp_path / "out", "--format", "mlx", "-b", 4)
