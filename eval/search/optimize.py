@@ -22,6 +22,7 @@ from recompile.errors import ArgumentError, JournalError, RecompileError
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import FORMATS, FormatSpec
 from recompile.formats.cache_types import parse_sweep
+from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.io.files import write_text
 from recompile.io.sizes import parse_size
 from recompile.merge.overlay import build_overlay
@@ -540,14 +541,10 @@ def say_of_experts(rules: Rules, profile: Profile, on_event: OnEvent) -> None:
     """Tell where experts that were profiled apart share a source though nobody asked for it."""
     tied = tied_experts(profile.header.groups, rules.experts_of) if rules.experts_of is not None else 0
     if tied:
-        on_event(
-            Note(
-                Worded(
-                    f"{tied} groups of experts share sources layer by layer, as {rules.experts_of} loads them; "
-                    f"{{free_experts}} lets each choose (recompile --check says where such a mix runs)"
-                )
-            )
-        )
+        said = f"{tied} groups of experts share sources layer by layer, as {rules.experts_of} loads them"
+        if rules.experts_of != FORMATS[MLX].engine:  # whose files hold them in one tensor
+            said += "; {free_experts} lets each choose (recompile --check says where such a mix runs)"
+        on_event(Note(Worded(said)))
 
 
 def check_activations(options: OptimizeOptions, checkpoints: Mapping[str, Checkpoint] | None) -> None:

@@ -370,6 +370,7 @@ FORMATS: dict[str, FormatSpec] = {
             sized_by_config=True,
             shards=ShardRules(metadata="mlx", engines="MLX engines"),
             engine="mlx-lm",
+            expert_engine="mlx-lm",
             merge="mlx_config",
             is_made=True,
             lazily="encoder",

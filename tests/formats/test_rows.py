@@ -11,6 +11,7 @@ import torch
 from eval.search.optimize import engine_of_format
 from recompile.formats import CANDIDATE_FORMATS, FORMATS, VARIANT_FORMATS
 from recompile.formats.schemes import PRESETS, parse_scheme, stored_format
+from recompile.optimize.engine_constraints import loaded_together
 from recompile.quantize.float_grids import LEVELS
 
 FLOATS = [row for row in FORMATS.values() if row.levels is not None]
@@ -54,7 +55,7 @@ def test_a_config_group_is_stored_as_the_scheme_of_its_name(preset: str) -> None
         ([["exl3"]], "exllamav3"),
         ([["gguf", "dense"]], "llama.cpp"),
         ([["pack-quantized"], ["nvfp4-pack-quantized", "dense"]], "vllm"),
-        ([["mlx"]], "vllm"),
+        ([["mlx"]], "mlx-lm"),
         ([["pack-quantized"], ["gguf"]], "llama.cpp"),
         ([], "vllm"),
     ],
@@ -64,3 +65,10 @@ def test_experts_share_sources_as_the_engine_of_the_format_loads_them(
 ) -> None:
     checkpoints = {str(n): SimpleNamespace(formats=frozenset(names)) for n, names in enumerate(formats)}
     assert engine_of_format(checkpoints) == engine
+
+
+def test_mlx_s_stacks_are_of_one_projection_each() -> None:
+    """Unlike vLLM's, where gate and up of all experts are one; other modules go as they please."""
+    experts = [f"m.0.mlp.experts.{n}.{leaf}" for n in range(2) for leaf in ("gate_proj", "up_proj")]
+    found = loaded_together("mlx-lm", [*experts, "m.0.mlp.shared_expert.up_proj"])
+    assert sorted(sorted(members) for members in found) == [sorted(experts[::2]), sorted(experts[1::2])]
