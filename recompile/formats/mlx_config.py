@@ -31,25 +31,11 @@ MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = 
 }
 # Models whose tensors mlx-lm keeps under their names and with their values: float32 logits of mlx-lm 0.32 on a seeded
 # checkpoint of transformers' are equal within 1e-4 of their range. Others it renames, stacks or changes.
-MODEL_TYPES = frozenset(
-    {"cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "granite", "helium"}
-    | {
-        "hunyuan_v1_dense",
-        "llama",
-        "ministral3",
-        "mistral",
-        "mistral3",
-        "nemotron",
-        "olmo2",
-        "olmo3",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "seed_oss",
-    }
-    | {"smollm3", "stablelm", "starcoder2"}
-)
+MODEL_TYPES = frozenset({
+    "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "granite", "helium",
+    "hunyuan_v1_dense", "llama", "ministral3", "mistral", "mistral3", "nemotron", "olmo2", "olmo3", "phi", "phi3",
+    "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
+})  # fmt: skip
 # Those whose experts it stacks, and what it calls an expert's maps: `mlp.experts.7.up_proj` is row 7 of
 # `mlp.switch_mlp.up_proj`. As its loaders do it with a checkpoint of transformers' (0.32, run); logits equal as above.
 _PLAIN = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}

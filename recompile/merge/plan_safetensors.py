@@ -181,8 +181,7 @@ def _copied(overlay: Overlay, reencode: bool) -> _Contents:
     ordered = _in_natural_order(overlay)
     stacks = _stack_rule(overlay) is not None
     left_out = [p.module for p in ordered if stacks and mlx_config.is_left_out(overlay.config, p.module)]
-    if left_out:
-        ordered = [p for p in ordered if p.module not in set(left_out)]
+    ordered = [p for p in ordered if not (stacks and mlx_config.is_left_out(overlay.config, p.module))]
     conversions: dict[str, Conversion] = {}
     if is_expressible([p.stored.format for p in ordered]):
         conversions = plan_conversions(overlay, reencode=reencode)
@@ -192,15 +191,18 @@ def _copied(overlay: Overlay, reencode: bool) -> _Contents:
     texts, warnings = merged_texts(overlay, conversions)
     if left_out:
         warnings = [*warnings, f"{len(left_out)} modules are left out, at which mlx-lm stops: {left_out[0]}, ..."]
-    rules = next((FORMATS[name].shards for name in overlay.formats), ShardRules())
+    rules = next((FORMATS[name].shards for name in _formats_of(overlay)), ShardRules())
     return _Contents(ordered, wanted, texts, warnings, rules, other)
 
 
+def _formats_of(overlay: Overlay) -> tuple[str, ...]:
+    """Quantized formats of an output. A dense checkpoint that lies as MLX has it stays so."""
+    return overlay.formats or ((mlx_config.QUANT_METHOD,) if isinstance(overlay.base, MlxCheckpoint) else ())
+
+
 def _stack_rule(overlay: Overlay) -> Callable[[str], tuple[str, int] | None] | None:
-    """(stack, expert) of a tensor, for formats whose engine loads the experts of a layer as one; None for others. A
-    dense checkpoint that lies as MLX has it stays so."""
-    own = (mlx_config.QUANT_METHOD,) if isinstance(overlay.base, MlxCheckpoint) else ()
-    for name in (*overlay.formats, *own):
+    """(stack, expert) of a tensor, for formats whose engine loads the experts of a layer as one; None for others."""
+    for name in _formats_of(overlay):
         rule = getattr(FORMATS[name].load_merge(), "stacked_tensor", None)
         if rule is not None:
             return lambda tensor: rule(overlay.config, tensor)

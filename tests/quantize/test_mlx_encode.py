@@ -534,6 +534,8 @@ def test_dense_checkpoints_of_either_kind_go_with_such_a_model(changed: Path, tm
     decoded[f"{own}.layers.1.self_attn.v_proj.weight"] = weights[f"{text}.layers.1.self_attn.v_proj.weight"]
     save_file(decoded, folder / "model.safetensors", {"format": "mlx"})
     run(recompile, "-i", folder, "-o", tmp_path / "copy", "--verify", "--quiet")
+    with safe_open(tmp_path / "copy" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "mlx"}
     copied = load_file(tmp_path / "copy" / "model.safetensors")
     assert copied.keys() == decoded.keys()
     assert all(torch.equal(copied[name], value) for name, value in decoded.items())
