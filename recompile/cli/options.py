@@ -31,11 +31,14 @@ class RowCount(click.ParamType):
         return int(value)
 
 
+PRINTED = ("json_path", "card")  # options whose "-" is standard output
+
+
 class Name(click.Path):
-    """A path. "" (of a variable that is not set) would be the current directory; "-" is standard output, of --json."""
+    """A path. "" (of a variable that is not set) would be the current directory; "-" is standard output of some."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "" or (str(value) == "-" and (param is None or param.name != "json_path")):
+        if str(value) == "" or (str(value) == "-" and (param is None or param.name not in PRINTED)):
             self.fail(f'"{value}" is no name of a file or directory; is a variable empty?', param, ctx)
         return super().convert(value, param, ctx)
 

@@ -50,7 +50,7 @@ NO_SIZE = "is not a size; write 4.2GiB, 900MiB or 4.5GB"
         ((*BUDGET, "-g", 999999999), "group size 999999999 does not divide its 64 columns"),
         ((*BUDGET, "--max-memory", "nan"), f'--max-memory "nan" {NO_SIZE}'),
         ((*BUDGET, "--max-memory=-5GiB"), f'--max-memory "-5GiB" {NO_SIZE}'),
-        ((*BUDGET, "--max-memory", "1KiB"), "--max-memory 0 MiB is too little: this pass needs"),
+        ((*BUDGET, "--max-memory", "1KiB"), "--max-memory 1024 bytes is too little: this pass needs"),
         ((*BUDGET, "-l", 1), "--length 1: wanted at least 2 tokens in a row"),
         ((*BUDGET, "--trace", "make"), "--trace make: "),
         ((*BUDGET, "--variants", "/nope"), "/nope: no such model directory"),
