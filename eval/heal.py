@@ -76,9 +76,7 @@ class HealOptions:
     """How long and how fast a build is healed."""
 
     tokens: int = 150_000
-    minutes: float | None = (
-        None  # in all, judging too; steps planned for `tokens` end early, and the rate falls in time
-    )
+    minutes: float | None = None  # in all, judging too: steps for `tokens` end early, and the rate falls in time
     learning_rate: float | None = None  # None: by the build's bits
     batch_tokens: int = 1024
     check_every: int = 15  # steps between two looks at the choosing rows

@@ -35,11 +35,13 @@ def test_what_a_sketch_costs_by_hand() -> None:
 
 
 def test_the_numbers_that_are_written_twice_agree() -> None:
+    from eval import heal
     from eval.passes import adjoint
     from eval.profile import sketch
     from recompile.quantize import candidates
 
     assert planning.SWEEP_SAMPLES == sketch.SWEEP_SAMPLES
+    assert planning.JUDGED_BY_HEAL == heal.RUNS_BEFORE + heal.RUNS_OF_VERDICT + 1  # and a look
     assert planning.LOGIT_CHUNK_TOKENS == adjoint.LOGIT_CHUNK_TOKENS
     assert planning.IMPORTANCE_LENGTH == candidates.CALIBRATION_LENGTH
 

@@ -202,11 +202,14 @@ def shape_in_file(config: Mapping[str, Any], tensor: str, shape: tuple[int, ...]
 def is_changed(config: Mapping[str, Any], tensors: Headers) -> bool:
     """Whether tensors are as mlx-lm keeps them where that is not as transformers does: where values differ it tells by
     the convolutions, else the names do."""
-    ending = CONVOLUTIONS.get(str(config.get("model_type")))
-    shapes = [tensors[name].shape for name in tensors if ending is not None and name.endswith(ending)]
-    if shapes:
-        return all(len(shape) == 3 and shape[2] == 1 for shape in shapes)
-    return any(name_seen(config, name) != name for name in tensors)
+    model_type = str(config.get("model_type"))
+    ending = CONVOLUTIONS.get(model_type)
+    if ending is not None:
+        shapes = [info.shape for name, info in tensors.items() if name.endswith(ending)]
+        if shapes:
+            return all(len(shape) == 3 and shape[2] == 1 for shape in shapes)
+    renames = model_type in RENAMED or model_type in RENAMED_INSIDE  # of others no name is looked at
+    return renames and any(name_seen(config, name) != name for name in tensors)
 
 
 def stacked_tensor(config: Mapping[str, Any], tensor: str) -> tuple[str, int] | None:
@@ -334,9 +337,8 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**found, "quant_method": QUANT_METHOD}
 
 
-_NESTED = frozenset(
-    {"gemma3", "gemma4", "llama4", "mistral3", "qwen3_vl_moe"}
-)  # whose text model's settings are in text_config
+# Those whose text model has its settings in text_config.
+_NESTED = frozenset({"gemma3", "gemma4", "llama4", "mistral3", "qwen3_vl_moe"})
 
 
 def rotary_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -180,8 +180,8 @@ def _copied(overlay: Overlay, reencode: bool) -> _Contents:
     """The bytes of the sources, but for modules that are stored in another way in this mix."""
     ordered = _in_natural_order(overlay)
     stacks = _stack_rule(overlay) is not None
-    left_out = [p.module for p in ordered if stacks and mlx_config.is_left_out(overlay.config, p.module)]
-    ordered = [p for p in ordered if not (stacks and mlx_config.is_left_out(overlay.config, p.module))]
+    left_out = {p.module: None for p in ordered if stacks and mlx_config.is_left_out(overlay.config, p.module)}
+    ordered = [p for p in ordered if p.module not in left_out]
     conversions: dict[str, Conversion] = {}
     if is_expressible([p.stored.format for p in ordered]):
         conversions = plan_conversions(overlay, reencode=reencode)
@@ -190,7 +190,10 @@ def _copied(overlay: Overlay, reencode: bool) -> _Contents:
     wanted = [copied_tensors(p) if p.module not in other else _converted(p, other) for p in ordered]
     texts, warnings = merged_texts(overlay, conversions)
     if left_out:
-        warnings = [*warnings, f"{len(left_out)} modules are left out, at which mlx-lm stops: {left_out[0]}, ..."]
+        warnings = [
+            *warnings,
+            f"{len(left_out)} modules are left out, at which mlx-lm stops: {next(iter(left_out))}, ...",
+        ]
     rules = next((FORMATS[name].shards for name in _formats_of(overlay)), ShardRules())
     return _Contents(ordered, wanted, texts, warnings, rules, other)
 
