@@ -326,6 +326,8 @@ def try_all(types: Iterable[str], workers: int) -> Iterator[tuple[str, dict[str,
 
 def page(results: Mapping[str, Any]) -> str:
     """The Markdown of what was tried."""
+    from recompile.model.known_types import PUBLISHED_AS
+
     rows: Mapping[str, Mapping[str, str]] = results["types"]
     waiting = [name for name, row in rows.items() if not row]
     made = {name: row for name, row in rows.items() if row and not row["class"].startswith("not made")}
@@ -342,6 +344,10 @@ def page(results: Mapping[str, Any]) -> str:
         "**profile**: a sketch and a recipe from it. **merge, check**: `recompile --verify`, then `--check`. "
         "**loads in transformers**: the 4-bit variant,",
         "its logits equal to our decoding. **GGUF names**: `model_quantize --format gguf` knows the architecture.",
+        "",
+        "Published under a name of its own and run as what it is: "
+        + ", ".join(f"{own} as {known}" for own, known in PUBLISHED_AS.items())
+        + ".",
         "",
         "| type | class | " + " | ".join(TITLES[step] for step in STEPS) + " |",
         "| --- | --- | " + " | ".join("---" for _ in STEPS) + " |",

@@ -48,7 +48,7 @@ from recompile.gguf.names import (
     text_config_of,
     to_hf,
 )
-from recompile.gguf.values import join_one
+from recompile.gguf.values import BY_HEAD, join_one
 from recompile.io.files import PARTIAL_SUFFIX, note_input
 from recompile.io.files import read_json as read_json
 from recompile.io.printable import printable
@@ -396,23 +396,15 @@ def _stack_experts(dequantize: Callable[..., Tensor], parts: Mapping[str, Tensor
 
 
 @dataclass(frozen=True)
-class GgufCheckpoint(Checkpoint):
-    """A GGUF file or its splits, under the names and conventions of Hugging Face checkpoints.
+class PartedCheckpoint(Checkpoint):
+    """A checkpoint that keeps in parts what others have in one tensor.
 
-    `tensors` have Hugging Face names and lie in the file as they are; each expert of a 3-D tensor is one of its own.
-    `read`, `load` and `decode` give values in Hugging Face's order of rows and without what GGUF adds to norms.
-    `joined` are the tensors that such checkpoints fuse and the file has in parts, which `load` puts together.
-    `path` is the (first) file; `heads` are None for an architecture without a table of names.
+    `joined` are those tensors, under transformers' names, which `load` puts together; `heads` what of the architecture
+    that asks for, None where it asks for nothing.
     """
 
-    file: GgufFile = field(kw_only=True, repr=False)
-    places: Mapping[str, Place] = field(kw_only=True, repr=False)
     joined: Mapping[str, Joined] = field(kw_only=True, repr=False, default_factory=dict)
     heads: Heads | None = field(kw_only=True, repr=False, default=None)
-
-    @cached_property
-    def aliases(self) -> Mapping[str, str]:
-        return {name: place.gguf for name, place in self.places.items()}
 
     def has(self, tensor: str) -> bool:
         return tensor in self.joined or super().has(tensor)
@@ -425,14 +417,35 @@ class GgufCheckpoint(Checkpoint):
     def join(self, whole: Joined, load: Callable[[str], Tensor]) -> Tensor:
         """A fused tensor as Hugging Face has it, [rows, in] or [experts, rows, in], its parts loaded by `load`, from
         here or from another source."""
-        assert self.heads is not None, "joined tensors are those of known architectures"
         return join_parts(whole, [[load(name) for name in names] for names in whole.parts], self.heads)
 
     def joined_shape(self, whole: Joined) -> tuple[int, ...]:
         """The shape of a fused tensor, without reading any part."""
         import torch
 
-        return tuple(self.join(whole, lambda part: torch.empty(self.tensors[part].shape, device="meta")).shape)
+        return tuple(self.join(whole, lambda part: torch.empty(self._shape_of(part), device="meta")).shape)
+
+    def _shape_of(self, tensor: str) -> tuple[int, ...]:
+        module = self.modules.get(split_name(tensor)[0])
+        dense = module is not None and module.is_quantized and tensor == module.dense_name
+        return module.shape if module is not None and dense and module.shape else self.tensors[tensor].shape
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint(PartedCheckpoint):
+    """A GGUF file or its splits, under the names and conventions of Hugging Face checkpoints.
+
+    `tensors` have Hugging Face names and lie in the file as they are; each expert of a 3-D tensor is one of its own.
+    `read`, `load` and `decode` give values in Hugging Face's order of rows and without what GGUF adds to norms.
+    `path` is the (first) file; `heads` are None for an architecture without a table of names.
+    """
+
+    file: GgufFile = field(kw_only=True, repr=False)
+    places: Mapping[str, Place] = field(kw_only=True, repr=False)
+
+    @cached_property
+    def aliases(self) -> Mapping[str, str]:
+        return {name: place.gguf for name, place in self.places.items()}
 
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
         value = super().read(tensor, device)
@@ -456,10 +469,11 @@ class GgufCheckpoint(Checkpoint):
 
 
 @dataclass(frozen=True)
-class MlxCheckpoint(Checkpoint):
+class MlxCheckpoint(PartedCheckpoint):
     """A directory of a model whose tensors mlx-lm renames and changes, as mlx-lm keeps them; under transformers' names.
 
     `tensors` lie in the files as they are; `read` and `load` give transformers' values, without what is added to norms.
+    `joined` are what keys and values of all heads come from, where mlx-lm has a matrix a head.
     """
 
     def read(self, tensor: str, device: str | torch.device = "cpu") -> Tensor:
@@ -478,14 +492,15 @@ def no_table_of_names(architecture: Any) -> str:
     )
 
 
-def join_parts(whole: Joined, parts: list[list[Tensor]], heads: Heads) -> Tensor:
+def join_parts(whole: Joined, parts: list[list[Tensor]], heads: Heads | None) -> Tensor:
     """The fused tensor that the values of its parts make, [rows, in] or [experts, rows, in]: for each part one
-    [its rows, in], or one an expert."""
+    [its rows, in], or one an expert or head; the rows of heads are below one another."""
     import torch
 
     if not whole.stacked:
         return join_one(whole.how, [part[0] for part in parts], heads)
-    return torch.stack([join_one(whole.how, of_one, heads) for of_one in zip(*parts, strict=True)])
+    made = [join_one(whole.how, of_one, heads) for of_one in zip(*parts, strict=True)]
+    return torch.cat(made) if whole.how == BY_HEAD else torch.stack(made)
 
 
 def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -597,8 +612,12 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     if changed:
         tensors = seen_by_transformers(tensors, config)
     seen, fused = split_experts(tensors, config)
-    kind = MlxCheckpoint if changed else Checkpoint
-    return kind(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors)
+    if not changed:
+        return Checkpoint(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors)
+    names = (name.removesuffix(".weight") for name in seen if name.endswith(".weight"))
+    wholes = mlx_config.wholes_of(config, names)
+    joined = {name: Joined(name, parts, BY_HEAD, stacked=True) for name, parts in wholes.items()}
+    return MlxCheckpoint(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors, joined=joined)
 
 
 def seen_by_transformers(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:

@@ -108,7 +108,11 @@ def split_experts(
 def _split_switched(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], counts: frozenset[int]
 ) -> dict[str, dict[str, TensorInfo]]:
-    """MLX's stacks: every part of an expert's map, codes, scales and biases, lies [experts, ...] in one tensor."""
+    """MLX's stacks: every part of an expert's map, codes, scales and biases, lies [experts, ...] in one tensor; those
+    of heads' lie [heads, ...]."""
+    heads = text_config(config).get("num_attention_heads")
+    if mlx_config.is_by_head(config) and isinstance(heads, int):
+        counts |= {heads}
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         names = mlx_config.experts_of(config, name)

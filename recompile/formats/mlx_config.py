@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = 
 # Models whose tensors mlx-lm keeps under their names and with their values: float32 logits of mlx-lm 0.32 on a seeded
 # checkpoint of transformers' are equal within 1e-4 of their range. Others it renames, stacks or changes.
 MODEL_TYPES = frozenset({
-    "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "granite", "helium",
+    "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "granite", "helium",
     "hunyuan_v1_dense", "llama", "ministral3", "mistral", "mistral3", "nemotron", "olmo2", "olmo3", "phi", "phi3",
     "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
 })  # fmt: skip
@@ -43,16 +43,25 @@ _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 EXPERTS: Mapping[str, Mapping[str, str]] = {
     "afmoe": _PLAIN,
     "deepseek_v2": _PLAIN,
+    "deepseek_v3": _PLAIN,
+    "deepseek_v32": _PLAIN,
     "dots1": _PLAIN,
+    "ernie4_5_moe": _PLAIN,
+    "exaone_moe": _PLAIN,
     "gemma4": _PLAIN,
     "glm4_moe": _PLAIN,
+    "glm4_moe_lite": _PLAIN,
+    "glm_moe_dsa": _PLAIN,
     "gpt_oss": _PLAIN,
     "granitemoe": _MIXTRAL,
     "granitemoehybrid": _MIXTRAL,
+    "kimi_k2": _PLAIN,
+    "laguna": _PLAIN,
     "lfm2_moe": _MIXTRAL,
     "llama4": _PLAIN,
     "mellum": _PLAIN,
     "minimax_m2": _MIXTRAL,
+    "mistral4": _PLAIN,
     "mixtral": _MIXTRAL,
     "nemotron_h": {"up_proj": "fc1", "down_proj": "fc2"},
     "olmoe": _PLAIN,
@@ -69,25 +78,33 @@ _LANGUAGE_MODEL = {"model.language_model": "language_model.model"}
 _WITH_HEAD = {**_LANGUAGE_MODEL, "lm_head": "language_model.lm_head"}
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "gemma4": _LANGUAGE_MODEL,
+    "gptj": {"transformer": "model"},
     "qwen3_5": _WITH_HEAD,
     "qwen3_5_moe": _WITH_HEAD,
     "qwen3_vl": {**_WITH_HEAD, "model.visual": "visual"},  # which it leaves out; under the other name it would stop
     "qwen3_vl_moe": {**_WITH_HEAD, "model.visual": "visual"},
 }
-# What it calls the maps of dense blocks that transformers calls otherwise, wherever they are.
+# What it calls what transformers calls otherwise inside a layer: maps of dense blocks, routers and their corrections.
 _LEAVES = {f".feed_forward.{own}": f".feed_forward.{theirs}" for own, theirs in _MIXTRAL.items()}
-RENAMED_INSIDE: Mapping[str, Mapping[str, str]] = {"lfm2_moe": _LEAVES}
-# Those with the last two axes of convolutions exchanged, the first of which has one place, so that bytes stay: how the
-# names of these end.
-CONVOLUTIONS: Mapping[str, str] = {
-    "granitemoehybrid": ".conv1d.weight",
-    "lfm2": ".conv.conv.weight",
-    "lfm2_moe": ".conv.conv.weight",
-    "mamba2": ".conv1d.weight",
-    "nemotron_h": ".conv1d.weight",
-    "qwen3_5": ".conv1d.weight",
-    "qwen3_5_moe": ".conv1d.weight",
-    "qwen3_next": ".conv1d.weight",
+_CORRECTION = "e_score_correction_bias"
+RENAMED_INSIDE: Mapping[str, Mapping[str, str]] = {
+    "exaone_moe": {f".mlp.{_CORRECTION}": f".mlp.gate.{_CORRECTION}"},
+    "laguna": {f".mlp.experts.{_CORRECTION}": f".mlp.gate.{_CORRECTION}", ".mlp.gate": ".mlp.gate.proj"},
+    "lfm2_moe": _LEAVES,
+}
+# Those with the last two axes of convolutions exchanged, the first of which has one place, or without the one axis of a
+# number, so that bytes stay: how the names of these end.
+RESHAPED: Mapping[str, tuple[str, ...]] = {
+    "apertus": (".act_fn.alpha_p", ".act_fn.alpha_n"),
+    "granitemoehybrid": (".conv1d.weight",),
+    "lfm2": (".conv.conv.weight",),
+    "lfm2_moe": (".conv.conv.weight",),
+    "mamba": (".conv1d.weight",),
+    "mamba2": (".conv1d.weight",),
+    "nemotron_h": (".conv1d.weight",),
+    "qwen3_5": (".conv1d.weight",),
+    "qwen3_5_moe": (".conv1d.weight",),
+    "qwen3_next": (".conv1d.weight",),
 }
 ADDED = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_next"})  # those with 1 added to norms
 _ADDED = (
@@ -97,15 +114,29 @@ _ADDED = (
     ".q_norm.weight",
     ".k_norm.weight",
 )
-KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys() | RENAMED.keys() | CONVOLUTIONS.keys()
+# Those whose `kv_b_proj` it keeps as two stacks of one matrix a head, the keys' turned: `self_attn.embed_q.3`
+# [rank, key] and `self_attn.unembed_out.3` [value, rank]. A whole one it splits when it loads it, a quantized one it
+# rounds anew.
+BY_HEAD = frozenset({"deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "mistral4"})
+OF_HEADS = ("embed_q", "unembed_out")
+_OF_HEAD = re.compile(rf"(.+\.(?:{'|'.join(OF_HEADS)}))\.(\d{{1,9}})")
+_WHOLE = ".kv_b_proj"
+KNOWN_TYPES = MODEL_TYPES | EXPERTS.keys() | RENAMED.keys() | RESHAPED.keys()
 # Where the stacks lie, beside or in the place of `experts`.
 _STACKS = {"gemma4": "experts.switch_glu"} | dict.fromkeys(("afmoe", "dots1", "gpt_oss", "llama4"), "experts")
-_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+_EXPERT = re.compile(r"(.+)\.experts\.(\d{1,9})\.(\w+)")
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The model type that the tables here are by: that of config.json, or of a text model that mlx-lm treats apart."""
+    text, model_type = config.get("text_config"), config.get("model_type")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    return "mistral4" if (model_type, inner) == ("mistral3", "mistral4") else str(model_type)
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether what mlx-lm makes of the tensors of a model is known here."""
-    model_type = config.get("model_type")
+    model_type = kind_of(config)
     if model_type == "granitemoehybrid":  # without experts mlx-lm splits a map of every layer
         return isinstance(config.get("num_local_experts"), int) and config["num_local_experts"] > 0
     return model_type in KNOWN_TYPES
@@ -135,12 +166,15 @@ class MlxScheme:
 
 def stack_name(config: Mapping[str, Any]) -> str:
     """What mlx-lm calls the module of the stacks of a layer's experts, in the block that holds them."""
-    return _STACKS.get(str(config.get("model_type")), "switch_mlp")
+    return _STACKS.get(kind_of(config), "switch_mlp")
 
 
 def stack_of(config: Mapping[str, Any], module: str) -> tuple[str, int] | None:
-    """(path, expert) of a module that is one expert's in a stack of mlx-lm's; None for any other."""
-    leaves = EXPERTS.get(str(config.get("model_type")))
+    """(path, number) of a module that is one expert's, or one head's, in a stack of mlx-lm's; None for any other."""
+    leaves = EXPERTS.get(kind_of(config))
+    of_head = _OF_HEAD.fullmatch(module) if is_by_head(config) else None
+    if of_head is not None:
+        return of_head[1], int(of_head[2])
     found = _EXPERT.fullmatch(module) if leaves else None
     if leaves is None or found is None or found[3] not in leaves:
         return None
@@ -155,13 +189,13 @@ def path_of(config: Mapping[str, Any], module: str) -> str:
 
 def name_in_file(config: Mapping[str, Any], name: str) -> str:
     """mlx-lm's name of a tensor or module that has this one in transformers, stacks aside."""
-    model_type = str(config.get("model_type"))
+    model_type = kind_of(config)
     return _renamed(name, RENAMED.get(model_type, {}), RENAMED_INSIDE.get(model_type, {}))
 
 
 def name_seen(config: Mapping[str, Any], name: str) -> str:
     """transformers' name of what mlx-lm calls so, stacks aside."""
-    model_type = str(config.get("model_type"))
+    model_type = kind_of(config)
     beginnings, inside = RENAMED.get(model_type, {}), RENAMED_INSIDE.get(model_type, {})
     return _renamed(name, {own: seen for seen, own in beginnings.items()}, {own: seen for seen, own in inside.items()})
 
@@ -179,7 +213,7 @@ def _renamed(name: str, beginnings: Mapping[str, str], inside: Mapping[str, str]
 
 def adds_one(config: Mapping[str, Any], tensor: str) -> bool:
     """Whether mlx-lm's value of a tensor, under either name, is transformers' with 1 added."""
-    changed = str(config.get("model_type")) in ADDED and not _is_of_later_tokens(tensor)
+    changed = kind_of(config) in ADDED and not _is_of_later_tokens(tensor)
     return changed and name_in_file(config, tensor).endswith(_ADDED)
 
 
@@ -192,22 +226,56 @@ def is_left_out(config: Mapping[str, Any], module: str) -> bool:
     return config.get("model_type") == "qwen3_next" and _is_of_later_tokens(module)
 
 
+def is_by_head(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm keeps what keys and values come from head by head."""
+    return kind_of(config) in BY_HEAD
+
+
+def stays_dense(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is not quantized in builds for mlx-lm, which would round anew what it reads."""
+    return is_by_head(config) and module.endswith(_WHOLE)
+
+
+def wholes_of(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Weights that transformers has in one piece and mlx-lm by heads: their parts among `modules`, those of all heads
+    of one after those of the other."""
+    found: dict[str, tuple[list[str], ...]] = {}
+    for module in modules if is_by_head(config) else ():
+        of_head = _OF_HEAD.fullmatch(module)
+        if of_head is not None:
+            block, _, own = of_head[1].rpartition(".")
+            parts = found.setdefault(f"{block}{_WHOLE}.weight", tuple([] for _ in OF_HEADS))
+            parts[OF_HEADS.index(own)].append(f"{module}.weight")
+    return {
+        whole: tuple(tuple(sorted(names, key=_number)) for names in parts)
+        for whole, parts in found.items()
+        if len({len(names) for names in parts}) == 1
+    }
+
+
+def _number(tensor: str) -> int:
+    return int(tensor.split(".")[-2])
+
+
 def shape_in_file(config: Mapping[str, Any], tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """mlx-lm's shape of a tensor that has this one in transformers, and the other way round; the bytes are the same."""
-    ending = CONVOLUTIONS.get(str(config.get("model_type")))
-    is_changed = ending is not None and tensor.endswith(ending) and len(shape) == 3
-    return (shape[0], shape[2], shape[1]) if is_changed else shape
+    endings = RESHAPED.get(kind_of(config), ())
+    if not endings or not tensor.endswith(endings):
+        return shape
+    return (shape[0], shape[2], shape[1]) if len(shape) == 3 else {(1,): (), (): (1,)}.get(shape, shape)
 
 
 def is_changed(config: Mapping[str, Any], tensors: Headers) -> bool:
     """Whether tensors are as mlx-lm keeps them where that is not as transformers does: where values differ it tells by
     the convolutions, else the names do."""
-    model_type = str(config.get("model_type"))
-    ending = CONVOLUTIONS.get(model_type)
-    if ending is not None:
-        shapes = [info.shape for name, info in tensors.items() if name.endswith(ending)]
+    model_type = kind_of(config)
+    endings = RESHAPED.get(model_type)
+    if endings is not None:
+        shapes = [info.shape for name, info in tensors.items() if name.endswith(endings)]
         if shapes:
-            return all(len(shape) == 3 and shape[2] == 1 for shape in shapes)
+            return all(shape == () or (len(shape) == 3 and shape[2] == 1) for shape in shapes)
+    if is_by_head(config):
+        return any(name.endswith(f".{OF_HEADS[0]}.weight") for name in tensors)
     renames = model_type in RENAMED or model_type in RENAMED_INSIDE  # of others no name is looked at
     return renames and any(name_seen(config, name) != name for name in tensors)
 
@@ -220,8 +288,11 @@ def stacked_tensor(config: Mapping[str, Any], tensor: str) -> tuple[str, int] | 
 
 
 def experts_of(config: Mapping[str, Any], tensor: str) -> tuple[str, str] | None:
-    """Of a stacked tensor the names of its experts' before and after their number; None for any other."""
-    leaves = EXPERTS.get(str(config.get("model_type")), {})
+    """Of a stacked tensor the names of its experts', or heads', before and after their number; None for any other."""
+    module, _, part = tensor.rpartition(".")
+    if is_by_head(config) and module.endswith(tuple(f".{own}" for own in OF_HEADS)):
+        return f"{module}.", f".{part}"
+    leaves = EXPERTS.get(kind_of(config), {})
     block, found, rest = tensor.rpartition(f".{stack_name(config)}.")
     leaf, _, part = rest.partition(".")
     own = next((name for name, stacked in leaves.items() if stacked == leaf), None)
@@ -380,6 +451,21 @@ def _of_full_attention(text: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _head_dim(config: Mapping[str, Any]) -> dict[str, Any]:
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    return {"head_dim": hidden // heads} if type(hidden) is int and type(heads) is int and heads > 0 else {}
+
+
+def _sparse_layers(config: Mapping[str, Any]) -> list[bool]:
+    """Which layers have experts: what transformers 5 says layer by layer, else all but the first."""
+    kinds, dense, layers = (
+        config.get(key) for key in ("mlp_layer_types", "first_k_dense_replace", "num_hidden_layers")
+    )
+    if isinstance(kinds, list):
+        return [kind == "sparse" for kind in kinds]
+    return [n >= dense for n in range(layers)] if isinstance(dense, int) and isinstance(layers, int) else []
+
+
 _GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers 5's names -> as published
 
 
@@ -393,8 +479,16 @@ def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             if text.get("vocab_size") not in (None, _VOCABULARY[kind]):
                 wanted = {"vocab_size": text["vocab_size"]}
             inner |= _of_full_attention(text)
+        case "apertus":
+            wanted = {"mlp_bias": False, "post_norm": False, "qk_norm": True}
+        case "exaone4":
+            wanted = _head_dim(config) | {"rope_scaling": None}
+        case "exaone_moe":
+            wanted = _head_dim(config) | {"is_moe_layer": _sparse_layers(config)}
         case "glm4_moe":
             wanted = {"rope_scaling": None}
+        case "glm_moe_dsa":
+            wanted = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
         case "lfm2":
             wanted = {"block_dim": config.get("hidden_size")}
         case "llama4" if "rope_scaling" not in text:
@@ -417,6 +511,10 @@ def loader_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = config.get("layer_types")
     if config.get("model_type") == "granitemoehybrid" and config.get("position_embedding_type") is None:
         found["position_embedding_type"] = "nope"  # none in transformers, rotary in mlx-lm
+    if config.get("model_type") == "exaone4" and isinstance(kinds, list):  # transformers 5 has a number there
+        pattern = "".join("L" if kind == "sliding_attention" else "G" for kind in kinds)
+        if not isinstance(config.get("sliding_window_pattern"), str):
+            found["sliding_window_pattern"] = pattern if "L" in pattern else None
     if config.get("model_type") == "granitemoehybrid" and isinstance(kinds, list):
         published = [_GRANITE_LAYERS.get(str(kind), kind) for kind in kinds]
         found |= {"layer_types": published} if published != kinds else {}

@@ -231,10 +231,16 @@ def split_one(how: str, value: Tensor, part: int, count: int, heads: Heads) -> T
     return value.chunk(count)[part]
 
 
-def join_one(how: str, parts: Sequence[Tensor], heads: Heads) -> Tensor:
-    """The reverse of `split_one`, given all parts: [rows, in]."""
+BY_HEAD = "by_head"  # `how` of what mlx-lm keeps in one matrix a head; no GGUF file does
+
+
+def join_one(how: str, parts: Sequence[Tensor], heads: Heads | None) -> Tensor:
+    """The reverse of `split_one`, given all parts: [rows, in]; of one head for BY_HEAD, which asks for no `heads`."""
     import torch
 
+    if how == BY_HEAD:  # keys [rank, nope], values [value, rank]
+        return torch.cat((parts[0].T, parts[1]))
+    assert heads is not None, "parts are those of known architectures"
     if how == "kv_b":
         key_rows = parts[0].reshape(heads.query, -1, heads.nope).transpose(1, 2)
         value_rows = parts[1].reshape(heads.query, heads.value, -1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from recompile.checkpoint.checkpoint import (
     GgufCheckpoint,
     MlxCheckpoint,
+    PartedCheckpoint,
     StoredModule,
     TensorInfo,
     dense_dtype,
@@ -95,6 +96,11 @@ def dense_tensors(
                 ]
             )
             continue
+        part = f"{stored.name}.weight"
+        if part in whole_of:  # of a head, in MLX's: with the first comes the whole
+            by_head = whole_of[part]
+            wanted.append([_joined(overlay, by_head, dtype)] if part == by_head.parts[0][0] else [])
+            continue
         if not stored.is_quantized:
             wanted.append(_restored(placement) or copied_tensors(placement))
             continue
@@ -126,8 +132,8 @@ def _shape(shape: tuple[int, ...], stored: StoredModule, turned: frozenset[str])
 
 
 def _joined(overlay: Overlay, whole: Joined, dtype: str) -> WantedTensor:
-    """A tensor that Hugging Face's checkpoints fuse and a GGUF base keeps in parts."""
-    assert isinstance(overlay.base, GgufCheckpoint), "only GGUF files keep tensors in parts"
+    """A tensor that Hugging Face's checkpoints fuse and the base keeps in parts."""
+    assert isinstance(overlay.base, PartedCheckpoint), "no other keeps tensors in parts"
     return wanted_tensor(whole.name, dtype, overlay.base.joined_shape(whole))
 
 

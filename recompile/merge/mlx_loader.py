@@ -42,6 +42,7 @@ _TIED_UNSAID = frozenset(
     {"granite", "llama", "ministral3", "mistral", "olmo2", "olmoe", "qwen2", "seed_oss", "smollm3", "starcoder2"}
 )
 _READS_ROPE_PARAMETERS = frozenset({"gemma4_text", "mellum", "ministral3", "qwen3"})
+_SCORED_BY_GROUPS = {"glm4_moe", "solar_open", "exaone_moe"} | mlx_config.BY_HEAD - {"mistral4"}
 _STACK_DEFAULTS = (64, 4)  # group size and bits of a stack's entry that does not say them, whatever its mode
 _DOWN = ("down_proj", "output_linear", "fc2")  # a stack's names in transformers' models and in mlx-lm's
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -99,14 +100,8 @@ def findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     modules, more = _modules(config, tensors)
     for where, message in (*found, *more, *_of_config(config), *_of_head(config, modules)):
         yield Finding(where, message)
-    rotary = mlx_config.rotary_config(config).get("rope_parameters")
-    if isinstance(rotary, Mapping) and rotary.get("rope_type") == "yarn" and rotary.get("truncate") is False:
-        yield Finding(
-            "config.json",
-            f"rope_parameters says truncate: false, which {VERSION} does not read: it rounds the range that yarn "
-            f"corrects, and its logits differ a little from transformers'",
-            "warning",
-        )
+    for message in _of_engine(config, tensors):
+        yield Finding("config.json", message, "warning")
     try:
         columns = _columns(config, checkpoint.label)
     except (UnsupportedError, CheckpointError) as error:
@@ -116,6 +111,8 @@ def findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     for path, module in modules.items():
         if mlx_config.is_left_out(config, path):
             yield Finding(path, f"is of a layer for later tokens, and {VERSION} stops at what it has no place for")
+        if mlx_config.stays_dense(config, path) and "scales" in module.parts:
+            yield Finding(path, f"is quantized, and {VERSION} decodes it, splits it by heads and rounds it anew")
         wanted = columns(path)
         if wanted is None or "weight" not in module.parts or len(module.parts["weight"][1]) < 2:
             continue
@@ -263,15 +260,31 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     missed += [f"text_config.{key}" for key in wanted.get("text_config", {}) if key not in {*rotary, *text}]
     if missed:
         yield "config.json", f"{missed[0]} is not there, and {VERSION} stops without it"
-    groups = config.get("n_group")
-    if config.get("model_type") in ("glm4_moe", "solar_open") and isinstance(groups, int) and groups > 1:
-        yield (
-            "config.json",
-            f"n_group is {groups}: {VERSION} scores experts of groups that were not chosen 0 and may take them, where "
-            f"corrected scores of the others are below 0; transformers never does",
-        )
     if config.get("quantize_activations"):
         yield "config.json", f"quantize_activations is set: {VERSION} rounds the inputs of nvfp4 and mxfp8 maps as well"
+
+
+def _of_engine(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """What it computes otherwise than transformers, whatever is stored."""
+    rotary = mlx_config.rotary_config(config).get("rope_parameters")
+    if isinstance(rotary, Mapping) and rotary.get("rope_type") == "yarn" and rotary.get("truncate") is False:
+        yield (
+            f"rope_parameters says truncate: false, which {VERSION} does not read: it rounds the range that yarn "
+            f"corrects, and its logits differ a little from transformers'"
+        )
+    groups = config.get("n_group")
+    if config.get("model_type") in _SCORED_BY_GROUPS and isinstance(groups, int) and groups > 1:
+        yield (
+            f"n_group is {groups}: {VERSION} scores experts of groups that were not chosen 0 and may take them, where "
+            f"corrected scores of the others are below 0; transformers never does"
+        )
+    if config.get("model_type") == "ernie4_5_moe" and any(name.endswith("e_score_correction_bias") for name in tensors):
+        yield f"{VERSION} drops e_score_correction_bias, and may choose other experts than transformers"
+    if config.get("model_type") == "glm_moe_dsa":
+        yield (
+            f"beyond index_topk ({config.get('index_topk')}) tokens {VERSION} attends to others than transformers: its "
+            f"indexer turns keys otherwise"
+        )
 
 
 def _of_head(config: Mapping[str, Any], modules: Mapping[str, _Stored]) -> Iterator[tuple[str, str]]:
@@ -305,10 +318,16 @@ def _columns(config: Mapping[str, Any], label: str) -> Any:
             is_down = name.endswith(_DOWN)
             stacks[number[1], is_down] = _inputs(shape[1], shape[2], hidden, is_down)
 
+    text, by_head = text_config(config), mlx_config.is_by_head(config)
+    widths = (text.get("qk_nope_head_dim"), text.get("kv_lora_rank"))
+    of_heads = dict(zip(mlx_config.OF_HEADS, widths, strict=True)) if by_head else {}
     stack = mlx_config.stack_name(config)
 
     def columns(path: str) -> int | None:
         number = _LAYER.search(path)
+        own = of_heads.get(path.rpartition(".")[2])
+        if own is not None:
+            return own
         if f".{stack}." in path and number:
             return stacks.get((number[1], path.endswith(_DOWN)))
         shape = shapes.get(f"{mlx_config.name_seen(config, path)}.weight")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint.checkpoint import (
     Checkpoint,
-    GgufCheckpoint,
+    PartedCheckpoint,
     StoredModule,
     TensorInfo,
     open_checkpoint,
@@ -229,11 +229,11 @@ class Overlay:
     @property
     def joined(self) -> Mapping[str, Joined]:
         """The fused tensors that the mix holds in parts."""
-        return self.base.joined if isinstance(self.base, GgufCheckpoint) else {}
+        return self.base.joined if isinstance(self.base, PartedCheckpoint) else {}
 
     @property
     def heads(self) -> Heads | None:
-        return self.base.heads if isinstance(self.base, GgufCheckpoint) else None
+        return self.base.heads if isinstance(self.base, PartedCheckpoint) else None
 
     @property
     def overridden(self) -> int:
@@ -244,10 +244,10 @@ class Overlay:
         return placement is not None and placement.checkpoint.has(tensor)
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        """As Checkpoint.load, from the source that holds the tensor's module; fused tensors that GGUF files keep in
+        """As Checkpoint.load, from the source that holds the tensor's module; fused tensors that the base keeps in
         parts are put together of parts from where each is taken."""
         if tensor in self.joined:
-            assert isinstance(self.base, GgufCheckpoint), "only GGUF files keep tensors in parts"
+            assert isinstance(self.base, PartedCheckpoint), "no other keeps tensors in parts"
             return self.base.join(self.joined[tensor], lambda part: self.load(part, device=device))
         return self.source_of(tensor).load(tensor, device=device)
 

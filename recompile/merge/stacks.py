@@ -1,4 +1,5 @@
-"""Tensors of the experts of a layer that an engine loads as one [experts, ...] tensor: how an output lays them out.
+"""Tensors of the experts of a layer, or of its heads, that an engine loads as one [experts, ...] tensor: how an output
+lays them out.
 
 Experts are copied one by one, like everything else. Only the order in the file and the header know of the stack: its
 experts lie one after another, and the header names the whole. No torch.
@@ -60,9 +61,10 @@ def plan_stacks(tensors: Iterable[Placed], stack_of: Callable[[str], tuple[str, 
             if first is None or own is None or (own.dtype, own.shape) != (first.dtype, first.shape):
                 kind = "not stored so" if own is None else f"{own.dtype} {list(own.shape)}"
                 zero = "not stored so" if first is None else f"{first.dtype} {list(first.shape)}"
+                what = "head" if ".self_attn." in stack else "expert"
                 raise UnsupportedError(
-                    f"{stack}: the engine loads all {count} experts as one tensor, and expert {index} is {kind} where "
-                    f"expert 0 is {zero}; give all experts of the layer one source"
+                    f"{stack}: the engine loads all {count} {what}s as one tensor, and {what} {index} is {kind} where "
+                    f"{what} 0 is {zero}; give all {what}s of the layer one source"
                 )
             places[own.name] = StackPlace(stack, index, count)
     return places

@@ -34,6 +34,14 @@ OTHERWISE = {
     "pi0": "moves a robot and makes no text",
     "prophetnet": "predicts several tokens ahead, from states beside those of the tokens",
 }
+# Published under a name of their own, and the type of transformers' that they are.
+PUBLISHED_AS = {"joyai_llm_flash": "deepseek_v3", "kimi_k2": "deepseek_v3"}
+
+
+def type_in(config: Mapping[str, Any]) -> Any:
+    """The `model_type` of a config.json as transformers calls it; whatever stands there where it does not know it."""
+    found = config.get("model_type")
+    return PUBLISHED_AS.get(found, found) if isinstance(found, str) else found
 
 
 def check_model_type(model: Path | str) -> None:
@@ -50,7 +58,7 @@ def check_model_type(model: Path | str) -> None:
 
 def check_told(config: Mapping[str, Any], place: str, listed: Listed | None) -> None:
     """`check_model_type` of a config.json by what transformers lists; passes what the lists do not tell."""
-    model_type = config.get("model_type")
+    model_type = type_in(config)
     if model_type is None and "gguf_architecture" in config:
         raise UnsupportedError(f"{place}: {no_table_of_names(config['gguf_architecture'])}")
     if not isinstance(model_type, str) or (listed is not None and model_type not in listed.types):

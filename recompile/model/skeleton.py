@@ -20,7 +20,7 @@ from recompile.gguf.names import Joined
 from recompile.model.fused_experts import ExpertStacks, stack_flat_experts
 from recompile.model.joined import JoinConverter, patterned
 from recompile.model.known_fields import taken
-from recompile.model.known_types import TEXT_TABLES, check_makes_text, unknown_type
+from recompile.model.known_types import TEXT_TABLES, check_makes_text, type_in, unknown_type
 from recompile.model.own_forward import name_of
 
 # Last parts of tensors that say how something is quantized, not what a weight is.
@@ -118,13 +118,14 @@ def transformers_config(config: Mapping[str, Any], place: str = "config.json") -
     Raises CheckpointError if `model_type` is missing or unknown."""
     from transformers import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = type_in(config)
     if model_type is None and "gguf_architecture" in config:
         raise UnsupportedError(f"{place}: {no_table_of_names(config['gguf_architecture'])}")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise unknown_type(model_type, place)
     config_class = CONFIG_MAPPING[model_type]
     kept = {key: _plain_floats(value) for key, value in taken(config, config_class, place).items()}
+    kept["model_type"] = model_type
     try:
         return config_class.from_dict(kept)
     except Exception as error:  # its validators raise classes of their own, which derive from nothing narrower

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint.checkpoint import (
     Checkpoint,
-    GgufCheckpoint,
+    PartedCheckpoint,
     StoredModule,
     TensorInfo,
     open_checkpoint,
@@ -174,11 +174,11 @@ class MadeVariant(Checkpoint):
     @property
     def joined(self) -> Mapping[str, Joined]:
         """The fused tensors that the base keeps in parts, as a GGUF file does."""
-        return self.base.joined if isinstance(self.base, GgufCheckpoint) else {}
+        return self.base.joined if isinstance(self.base, PartedCheckpoint) else {}
 
     @property
     def heads(self) -> Heads | None:
-        return self.base.heads if isinstance(self.base, GgufCheckpoint) else None
+        return self.base.heads if isinstance(self.base, PartedCheckpoint) else None
 
     @property
     def made(self) -> frozenset[str]:

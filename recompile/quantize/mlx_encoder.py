@@ -109,7 +109,9 @@ class MlxEncoder:
         return self.head if self.head is not None and role_of(module) == "head" else self.variants[variant]
 
     def why_not_in(self, variant: int, module: str, shape: tuple[int, int]) -> str | None:
-        """Why a module stays dense in one variant: its groups do not divide it."""
+        """Why a module stays dense in one variant: its groups do not divide it, or mlx-lm would round it anew."""
+        if mlx_config.stays_dense(self.base_config, module):
+            return "mlx-lm splits it by heads and would round it anew, kept dense"
         group_size = self.scheme_of(module, variant).group_size
         return (
             f"groups of {group_size} do not divide its {shape[1]} columns, kept dense"

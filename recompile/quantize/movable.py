@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recompile.checkpoint.checkpoint import Checkpoint, GgufCheckpoint, StoredModule, TensorInfo, split_name
+from recompile.checkpoint.checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    PartedCheckpoint,
+    StoredModule,
+    TensorInfo,
+    split_name,
+)
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import read_tensor
 from recompile.errors import UnsupportedError
@@ -105,7 +112,7 @@ class MovedBuild:
         return self.build.has(tensor)
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        if isinstance(self.build, GgufCheckpoint) and tensor in self.build.joined:
+        if isinstance(self.build, PartedCheckpoint) and tensor in self.build.joined:
             return self.build.join(self.build.joined[tensor], lambda part: self.load(part, device=device))
         module = self.modules.get(tensor) or self.modules.get(split_name(tensor)[0])
         if module is None or not module.is_quantized or tensor != module.dense_name:
@@ -162,8 +169,9 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
         found[tensor] = Movable(tensor, start, value.dtype, reduce, size_of(start), added)
         return found[tensor]
 
+    joined = parts_of_joined(build)
     for module in build.modules.values():
-        if module.is_quantized and role_of(module.name) != "embedding":
+        if module.is_quantized and role_of(module.name) != "embedding" and module.dense_name not in joined:
             for part, reduce in SCALES[module.format](build, module).items():
                 add(module.parts[part].name, partial(_of_product, reduce))
             added = ADDED.get(module.format)
@@ -177,6 +185,12 @@ def find_movables(build: Checkpoint, device: str | torch.device = "cpu") -> dict
             if is_vector and (part == "bias" or (not module.is_quantized and part == "weight")):
                 add(info.name, None)
     return found
+
+
+def parts_of_joined(build: Checkpoint) -> frozenset[str]:
+    """The tensors that the model has in one piece and a build in parts: no gradient reaches them by their names."""
+    joined = build.joined.values() if isinstance(build, PartedCheckpoint) else ()
+    return frozenset(part for whole in joined for parts in whole.parts for part in parts)
 
 
 def size_of(value: Tensor) -> float:

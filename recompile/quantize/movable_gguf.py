@@ -20,7 +20,7 @@ from recompile.formats.gguf_types import TYPES, GgufType
 from recompile.formats.ik import TYPES as IK_TYPES
 from recompile.gguf.names import Place, steps_of
 from recompile.gguf.values import row_order
-from recompile.quantize.movable import Movable, size_of
+from recompile.quantize.movable import Movable, parts_of_joined, size_of
 
 # Steps that change the order or the shape of values alone.
 KEEPS_VALUES = frozenset({"turned", "conv", "one_row", "column", "value_rows", "value_columns", "value_heads"})
@@ -159,7 +159,7 @@ def as_stored(build: GgufCheckpoint, tensor: str, gradient: Tensor) -> Tensor:
 def find_gguf_movables(build: GgufCheckpoint, device: str | torch.device = "cpu") -> dict[str, Movable]:
     """By name of the tensor, with the name of the field where it is one. Left out: the embedding, types without a float
     in their blocks, parts of tensors that the model has in one piece, and values that conversion changes."""
-    joined = {part for whole in build.joined.values() for parts in whole.parts for part in parts}
+    joined = parts_of_joined(build)
     found: dict[str, Movable] = {}
     for module in build.modules.values():
         for info in module.parts.values():

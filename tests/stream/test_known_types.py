@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 from recompile.errors import CheckpointError, RecompileError, UnsupportedError
-from recompile.model.known_types import OTHERWISE, TEXT_TABLES, Listed, check_told, listed_at
+from recompile.model.known_types import OTHERWISE, PUBLISHED_AS, TEXT_TABLES, Listed, check_told, listed_at
+from tests.formats.test_checkpoints import streamed_logits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED = {
@@ -150,3 +151,24 @@ def test_files_of_transformers_that_are_laid_out_otherwise_tell_nothing(tmp_path
     assert listed_at(tmp_path) is None
     check_told({"model_type": "t5"}, "config.json", None)
     check_told({"model_type": "unheard-of"}, "config.json", None)
+
+
+@pytest.mark.parametrize("published", sorted(PUBLISHED_AS))
+def test_a_model_published_under_a_name_of_its_own_is_run_as_what_it_is(
+    published: str, listed: Listed, tmp_path: Path
+) -> None:
+    model_type, path = PUBLISHED_AS[published], tmp_path / "model"
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 32)
+    sizes |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_routed_experts", "num_hidden_layers"), 2)
+    sizes |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8)
+    counts = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "first_k_dense_replace": 1, "vocab_size": 64}
+    model = transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes, **counts)).eval()
+    model.save_pretrained(str(path))
+    settings = json.loads((path / "config.json").read_text())
+    config = {**settings, "model_type": published, "auto_map": {"AutoConfig": "configuration_of_theirs.Theirs"}}
+    (path / "config.json").write_text(json.dumps(config))
+    check_told(config, "config.json", listed)
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    assert torch.allclose(streamed_logits(path, ids), wanted, atol=1e-4)
