@@ -614,10 +614,21 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     seen, fused = split_experts(tensors, config)
     if not changed:
         return Checkpoint(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors)
-    names = (name.removesuffix(".weight") for name in seen if name.endswith(".weight"))
-    wholes = mlx_config.wholes_of(config, names)
-    joined = {name: Joined(name, parts, BY_HEAD, stacked=True) for name, parts in wholes.items()}
+    joined = _joined_by_mlx(label, config, seen)
     return MlxCheckpoint(path, label, config, seen, tuple(notes), fused=fused, as_stored=tensors, joined=joined)
+
+
+def _joined_by_mlx(label: str, config: Mapping[str, Any], seen: Mapping[str, TensorInfo]) -> dict[str, Joined]:
+    """The tensors that mlx-lm keeps by heads. Raises CheckpointError where one is not whole, or is there twice."""
+    names = (name.removesuffix(".weight") for name in seen if name.endswith(".weight"))
+    try:
+        wholes = mlx_config.wholes_of(config, names)
+    except FormatError as error:
+        raise CheckpointError(f"{label}: {error}") from None
+    twice = next((name for name in wholes if name in seen), None)
+    if twice is not None:
+        raise CheckpointError(f"{label}: holds {twice} and, by heads, {wholes[twice][0][0]}, ...; remove one of them")
+    return {name: Joined(name, parts, BY_HEAD, stacked=True) for name, parts in wholes.items()}
 
 
 def seen_by_transformers(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:

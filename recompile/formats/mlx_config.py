@@ -238,7 +238,7 @@ def stays_dense(config: Mapping[str, Any], module: str) -> bool:
 
 def wholes_of(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Weights that transformers has in one piece and mlx-lm by heads: their parts among `modules`, those of all heads
-    of one after those of the other."""
+    of one after those of the other. Raises FormatError for one that is not whole."""
     found: dict[str, tuple[list[str], ...]] = {}
     for module in modules if is_by_head(config) else ():
         of_head = _OF_HEAD.fullmatch(module)
@@ -246,11 +246,12 @@ def wholes_of(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, tu
             block, _, own = of_head[1].rpartition(".")
             parts = found.setdefault(f"{block}{_WHOLE}.weight", tuple([] for _ in OF_HEADS))
             parts[OF_HEADS.index(own)].append(f"{module}.weight")
-    return {
-        whole: tuple(tuple(sorted(names, key=_number)) for names in parts)
-        for whole, parts in found.items()
-        if len({len(names) for names in parts}) == 1
-    }
+    for whole, parts in found.items():
+        if len({len(names) for names in parts}) > 1:
+            block = whole.removesuffix(f"{_WHOLE}.weight")
+            counts = " and ".join(f"{len(names)} of {own}" for own, names in zip(OF_HEADS, parts, strict=True))
+            raise FormatError(f"{block}: holds matrices of heads, {counts}; wanted one of each for every head")
+    return {whole: tuple(tuple(sorted(names, key=_number)) for names in parts) for whole, parts in found.items()}
 
 
 def _number(tensor: str) -> int:

@@ -656,6 +656,15 @@ def test_maps_that_mlx_lm_keeps_by_heads_are_read(made: Path, tmp_path: Path) ->
     dense, mix = open_checkpoint(tmp_path / "dense"), open_checkpoint(tmp_path / "mix")
     assert dense.tensors.keys() == open_checkpoint(base).tensors.keys()
     assert torch.equal(dense.load(name), mix.load(name).to(dense.load(name).dtype))
+    for damage, says in (
+        (lambda held: held.pop("model.layers.1.self_attn.unembed_out.weight"), "4 of embed_q and 0 of unembed_out"),
+        (lambda held: held.update({name: weight}), f"holds {name} and, by heads, "),
+    ):
+        path = tiny.copy_of(high, tmp_path / says[:4])
+        held = load_file(path / "model.safetensors")
+        damage(held)
+        save_file(held, path / "model.safetensors", {"format": "mlx"})
+        assert says in refusal(recompile, "-i", path, "-o", tmp_path / "none", "--dense")
     ids = tiny.rows(2, 12)
     apart = streamed_logits(tmp_path / "mix", ids) - streamed_logits(tmp_path / "dense", ids)
     assert float(apart.abs().median()) < 0.02, "decoded weights are rounded to bfloat16"
