@@ -17,7 +17,7 @@ from typing import Any
 from recompile.costs import Profile, ProfileGroup
 from recompile.errors import ArgumentError, BudgetError, RecompileError
 from recompile.optimize.budget import Budget
-from recompile.optimize.engine_constraints import check_engine, is_routed_expert, loaded_together
+from recompile.optimize.engine_constraints import check_engine, is_routed_expert, is_stacked, loaded_together
 from recompile.optimize.frontier import lagrangian_path, solve_for_cost
 from recompile.optimize.limits import Row, solve_rows, step_rows
 from recompile.optimize.problem import (
@@ -118,17 +118,19 @@ def constrain(problem: Problem, groups: Sequence[ProfileGroup], rules: Rules) ->
                 problem, names, _common(names), f"{{engine}} {engine}: {members[0]} and others are loaded together"
             )
     elif rules.experts_of is not None:
-        group_of = {m: group.name for group in groups for m in group.modules if is_routed_expert(m)}
+        group_of = {m: group.name for group in groups for m in group.modules if is_stacked(m)}
         for members in loaded_together(rules.experts_of, group_of):
             names = list(dict.fromkeys(group_of[module] for module in members))
-            what = f"{members[0]} and other experts share a source, as {rules.experts_of} loads them ({{free_experts}})"
+            kind = "experts" if is_routed_expert(members[0]) else "heads"
+            what = f"{members[0]} and other {kind} share a source, as {rules.experts_of} loads them ({{free_experts}})"
             problem = _tie(problem, names, _common(names), what)
     return problem
 
 
 def tied_experts(groups: Sequence[ProfileGroup], engine: str) -> int:
-    """Groups of routed experts that would choose for themselves and share a source, as `engine` loads them."""
-    group_of = {m: group.name for group in groups for m in group.modules if is_routed_expert(m)}
+    """Groups of routed experts, or of heads' maps, that would choose for themselves and share a source, as `engine`
+    loads them."""
+    group_of = {m: group.name for group in groups for m in group.modules if is_stacked(m)}
     sets = [{group_of[module] for module in members} for members in loaded_together(engine, group_of)]
     return sum(len(names) for names in sets if len(names) > 1)
 

@@ -14,6 +14,7 @@ from recompile.checkpoint.checkpoint import Checkpoint, StoredModule
 from recompile.checkpoint.module_names import role_of
 from recompile.errors import ArgumentError, FormatError
 from recompile.formats import FORMATS
+from recompile.formats.mlx_config import OF_HEADS
 from recompile.merge import engine_rules as engines
 
 OWN_FORMATS: Mapping[str, tuple[str, ...] | None] = {
@@ -23,6 +24,7 @@ OWN_FORMATS: Mapping[str, tuple[str, ...] | None] = {
 ENGINES = (*engines.ENGINES, *OWN_FORMATS)
 
 _EXPERT = re.compile(r"^(.*\.experts)\.(?:\d+\.)?([^.]+)$")
+_OF_HEAD = re.compile(rf"^(.*)\.({'|'.join(OF_HEADS)})\.\d+$")  # of mlx-lm's, one tensor for all heads
 
 
 def check_engine(name: str) -> None:
@@ -36,6 +38,11 @@ def is_routed_expert(module: str) -> bool:
     return _EXPERT.match(module) is not None
 
 
+def is_stacked(module: str) -> bool:
+    """Whether engines may hold it in one tensor with others of its layer: a routed expert, or one head's map."""
+    return is_routed_expert(module) or _OF_HEAD.match(module) is not None
+
+
 def loaded_together(engine: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
     """Sets of modules that have to come from one source, each of two or more."""
     modules = list(modules)
@@ -43,9 +50,9 @@ def loaded_together(engine: str, modules: Iterable[str]) -> list[tuple[str, ...]
         return engines.tied_sets(engine, modules)
     sets: dict[tuple[str, str], list[str]] = {}
     for module in modules:
-        expert = _EXPERT.match(module)
-        if expert is not None:
-            sets.setdefault((expert[1], expert[2]), []).append(module)
+        found = _EXPERT.match(module) or _OF_HEAD.match(module)
+        if found is not None:
+            sets.setdefault((found[1], found[2]), []).append(module)
     return [tuple(members) for members in sets.values() if len(members) > 1]
 
 

@@ -41,13 +41,14 @@ class Glob:
 def suggest(key: str, names: Iterable[str]) -> str | None:
     """A key near to one that matches no name, or None. What is suggested matches at least one of the names.
 
-    Tried in turn: the key read as a regex; a missing `.*` at the end; a missing `*.` in front; the nearest
-    name by spelling, with the numbers of the key put back where they exist and `*` where they do not.
+    Tried in turn: the key read as a regex, or as mlx-lm names modules; a missing `.*` at the end; a missing `*.`
+    in front; the nearest name by spelling, with the numbers of the key put back where they exist and `*` where they
+    do not.
     """
     names = tuple(names)
     text = key.strip()
     plain = _without_regex(text)
-    for base in dict.fromkeys((text, plain)):
+    for base in dict.fromkeys((text, plain, _without_mlx(plain))):
         ends = (base, base + ".*", base + "*") if base.endswith(".") else (base, base + ".*")
         for attempt in (*ends, *("*." + end for end in ends)):
             if attempt != key and _matches_any(attempt, names):
@@ -70,6 +71,21 @@ def _without_regex(text: str) -> str:
         return text
     words = re.split(r"\\(.)", text.strip("^$"))  # every second one was behind a backslash
     return "".join(word if at % 2 else word.replace(".*", "*") for at, word in enumerate(words))
+
+
+# What mlx-lm calls stacks of experts and text models in config.json, and transformers.
+_OF_MLX = {
+    "experts.switch_glu": "experts.*",
+    "switch_mlp": "experts.*",
+    "language_model.model": "model.language_model",
+    "language_model.lm_head": "lm_head",
+}
+
+
+def _without_mlx(text: str) -> str:
+    for theirs, own in _OF_MLX.items():
+        text = text.replace(theirs, own)
+    return text
 
 
 def _matches_any(key: str, names: Iterable[str]) -> bool:

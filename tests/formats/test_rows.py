@@ -72,3 +72,5 @@ def test_mlx_s_stacks_are_of_one_projection_each() -> None:
     experts = [f"m.0.mlp.experts.{n}.{leaf}" for n in range(2) for leaf in ("gate_proj", "up_proj")]
     found = loaded_together("mlx-lm", [*experts, "m.0.mlp.shared_expert.up_proj"])
     assert sorted(sorted(members) for members in found) == [sorted(experts[::2]), sorted(experts[1::2])]
+    heads = [f"m.0.self_attn.{own}.{n}" for own in ("embed_q", "unembed_out") for n in range(3)]
+    assert loaded_together("mlx-lm", [*heads, "m.0.self_attn.o_proj"]) == [tuple(heads[:3]), tuple(heads[3:])]

@@ -675,8 +675,10 @@ def test_maps_that_mlx_lm_keeps_by_heads_are_read(made: Path, tmp_path: Path) ->
     profile = tmp_path / "profile.jsonl"
     run(model_profile, "-mb", base, "-i", low, "-s", high, "-o", profile, "--mode", "sketch",
         "--input-ids", made / "ids.safetensors", "--quiet")  # fmt: skip
-    run(model_optimize, profile, "-b", 5, "-o", tmp_path / "chosen.yaml", "--no-check", "--quiet")
-    run(recompile, "-i", low, "-o", tmp_path / "chosen", "-or", tmp_path / "chosen.yaml", "--quiet")
+    for bits in (4, 4.5, 5):
+        recipe, mix = tmp_path / f"{bits}.yaml", tmp_path / f"chosen-{bits}"
+        run(model_optimize, profile, "-b", bits, "-o", recipe, "--no-check", "--quiet")
+        run(recompile, "-i", low, "-o", mix, "-or", recipe, "--quiet")
 
 
 # ---- in mlx-lm, where a Python has it --------------------------------------------------------------------------------

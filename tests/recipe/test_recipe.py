@@ -342,6 +342,8 @@ NAMES = [
         ("model.layers.*.mlp.expert.7.up_proj.*", "model.layers.*.mlp.experts.7.up_proj.*"),
         ("Model.Layers.2.MLP.gate_proj.*", "model.layers.2.mlp.gate_proj.*"),
         ("model.layers.99.self_attn.q_proj.*", "model.layers.*.self_attn.q_proj.*"),
+        ("*.mlp.switch_mlp.up_proj.*", "*.mlp.experts.*.up_proj.*"),
+        ("language_model.lm_head", "lm_head.*"),
         ("zzzzz", None),
         ("?", None),
     ],
