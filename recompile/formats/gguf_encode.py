@@ -1,5 +1,5 @@
 """Dense weights -> bytes of GGUF tensor types: llama.cpp's through `libgguf` (ggml's own encoders, the same bytes),
-ik_llama.cpp's through `ik`.
+ik_llama.cpp's through `ik` and `ik_codebooks`.
 
 A type fits a tensor only if its block divides the rows. `resolve` says what a tensor really gets, by the rules that
 llama-quantize follows; nothing here swaps types silently.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recompile.errors import FormatError, UnsupportedError
-from recompile.formats import ik
+from recompile.formats import ik, ik_codebooks
 from recompile.formats.gguf import DECODERS, dequantize_rows
 from recompile.formats.gguf_types import TYPES, GgufType, find_type
 
@@ -22,6 +22,7 @@ _INSTEAD = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
     **dict.fromkeys(("IQ2_K", "IQ2_KS", "IQ3_K", "IQ3_KS", "IQ4_K", "IQ4_KS", "IQ4_KSS"), "IQ4_NL"),
+    **dict.fromkeys(ik_codebooks.TYPES, "IQ4_NL"),
     **dict.fromkeys(("IQ5_K", "IQ5_KS"), "Q6_0"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
@@ -29,7 +30,8 @@ _INSTEAD = {
 }
 NEEDS_IMPORTANCE = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})  # ggml's encoder has no other way
 # ggml encodes these as well; what is left can be copied only.
-ENCODABLE = (frozenset(DECODERS) - {"Q6_0"}) | frozenset(ik.TYPES) | {"F32", "F16", "BF16", "Q6_0"}
+_OF_FORK = ik.TYPES.keys() | ik_codebooks.TYPES.keys()
+ENCODABLE = (frozenset(DECODERS) - {"Q6_0"}) | _OF_FORK | {"F32", "F16", "BF16", "Q6_0"}
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _Q6_0_STEPS = 19  # scales tried for a block of Q6_0, around the one that reaches its largest weight
@@ -89,8 +91,9 @@ def quantize_rows(kind: str | GgufType, weight: Tensor, importance: Tensor | Non
         raise UnsupportedError(f"{row.name}: has no encoder here; wanted one of {', '.join(sorted(ENCODABLE))}")
     if row.name in NEEDS_IMPORTANCE and importance is None:
         raise FormatError(f"{row.name}: cannot be encoded without importance; calibrate, or give an imatrix file")
-    if row.name in ik.TYPES:
-        return ik.quantize(row.name, weight, importance).cpu()
+    if row.name in _OF_FORK:
+        encoder = ik if row.name in ik.TYPES else ik_codebooks
+        return encoder.quantize(row.name, weight, importance).cpu()
     dense = weight.detach().to("cpu", torch.float32).contiguous()
     if not bool(torch.isfinite(dense).all()):
         raise FormatError(f"{row.name}: found weights that are NaN or infinite; wanted finite weights only")

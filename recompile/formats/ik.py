@@ -191,9 +191,9 @@ def quantize(type: str, weight: Tensor, importance: Tensor | None = None) -> Ten
     source:     ik quants format spec, "What an encoder has to find"; the search is described in `ik_encode_cpu`
     """
     spec = find_type(type)
-    dense = _check_weight(spec, weight)
+    dense = check_weight(spec, weight)
     rows, columns = dense.shape
-    counts = _check_importance(spec, importance, columns)
+    counts = check_importance(spec, importance, columns)
     try:
         from recompile.formats.ik_encode_cpu import Target, search
     except ModuleNotFoundError as error:
@@ -260,7 +260,7 @@ def as_rows(
     return packed.reshape(rows, row_bytes)
 
 
-def _check_weight(spec: IkType, weight: Tensor) -> NDArray[np.float32]:
+def check_weight(spec: RowLayout, weight: Tensor) -> NDArray[np.float32]:
     """weight as float32 [rows, columns], contiguous."""
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         found = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else str(weight.__class__)
@@ -277,7 +277,7 @@ def _check_weight(spec: IkType, weight: Tensor) -> NDArray[np.float32]:
     return dense.numpy()
 
 
-def _check_importance(spec: IkType, importance: Tensor | None, columns: int) -> NDArray[np.float32]:
+def check_importance(spec: RowLayout, importance: Tensor | None, columns: int) -> NDArray[np.float32]:
     """Importance with a mean of 1 and a floor, float32 [columns]."""
     if importance is None:
         return np.ones(columns, np.float32)

@@ -1,4 +1,5 @@
-"""The types of the ik_llama.cpp fork whose codes stand for two, four or eight weights: decoding on any device.
+"""The types of the ik_llama.cpp fork whose codes stand for two, four or eight weights: decoding on any device, encoding
+on the CPU.
 
 IQ2_KL has a table of pairs. In the trellis types (IQ1_KT to IQ4_KT) a code is the start of a sequence x_k =
 0xCBAC1FED * x_(k-1) modulo 2^32, and each weight is the sum of the four bytes of x_k & 0x3f3f3f3f, less 126. A scale
@@ -6,8 +7,8 @@ block of 32 weights has a level:
 
     weight = (d * level) * value        both products rounded to float32, in this order
 
-Layouts and constants are facts of the fork's sources (ggml-common.h, iqk_quantize.cpp). Encoding needs a search over
-sequences, which is not built here.
+Layouts and constants are facts of the fork's sources (ggml-common.h, iqk_quantize.cpp). Encoding is a search over
+sequences of our own (`ik_codebook_encode`).
 
 Axes: R rows, C columns (weights of a row), B = C / 256 blocks of a row.
 """
@@ -23,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recompile.errors import FormatError
-from recompile.formats.ik import BLOCK, as_rows, check_columns
+from recompile.errors import FormatError, UnsupportedError
+from recompile.formats.ik import BLOCK, as_rows, check_columns, check_importance, check_weight
 
 _SCALE_BLOCK = 32
 _MULTIPLIER, _MASK, _MEAN = 0xCBAC1FED, 0x3F, 126
@@ -41,6 +42,20 @@ _PAIRS = (  # of IQ2_KL
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What an encoder found for some rows.
+
+    levels:   int64 [R, B, 8], indexes into the type's levels; tables: int64 [R, B, 8]
+    codes:    int64 [R, B, 256 / weights of a code]; negative: bool [R, B, 256], of the weights
+    """
+
+    levels: Tensor
+    tables: Tensor
+    codes: Tensor
+    negative: Tensor
+
+
+@dataclass(frozen=True)
 class CodebookType:
     """One tensor type.
 
@@ -49,6 +64,9 @@ class CodebookType:
     weights:     that a code stands for
     unpack:      uint8 [R, B, block bytes] -> levels int16 [R, B, 8], and the values of all weights, whole numbers
                  [R, B, 256]
+    pack:        the reverse of that, of what an encoder chose
+    levels:      what a scale block may have, in ascending order
+    tables:      of sequences, between which a scale block chooses: how many
     """
 
     name: str
@@ -56,6 +74,9 @@ class CodebookType:
     block_bytes: int
     weights: int
     unpack: Callable[[Tensor], tuple[Tensor, Tensor]]
+    pack: Callable[[Chosen], Tensor]
+    levels: tuple[int, ...]
+    tables: int = 1
 
     def row_bytes(self, columns: int) -> int:
         """Stored bytes of a row of this many weights, a multiple of 256."""
@@ -135,14 +156,65 @@ def _unpack_iq4_kt(block: Tensor) -> tuple[Tensor, Tensor]:
     return ((first >> 1) - 64).short(), _chosen(table, codes)
 
 
+# ---- the reverse -----------------------------------------------------------------------------------------------------
+
+
+def _bits(values: Tensor, width: int = 1) -> Tensor:
+    """Numbers of so many bits side by side in bytes: [..., n, 8 / width] -> uint8 [..., n], the first one lowest."""
+    places = torch.arange(values.shape[-1], device=values.device) * width
+    return (values << places).sum(-1).to(torch.uint8)
+
+
+def _as_nibbles_apart(values: Tensor) -> Tensor:
+    """[..., 2n] below 16 -> uint8 [..., n], the second half in the high nibbles."""
+    low, high = values.chunk(2, -1)
+    return (low | high << 4).to(torch.uint8)
+
+
+def _as_words(values: Tensor) -> Tensor:
+    """[..., n] below 2^16 -> uint8 [..., 2n]."""
+    return torch.stack((values & 255, values >> 8), -1).flatten(-2).to(torch.uint8)
+
+
+def _pack_iq2_kl(found: Chosen) -> Tensor:
+    twos = (found.levels >> 4 << 2 * torch.arange(8, device=found.levels.device)).sum(-1, keepdim=True)
+    low, high = (found.codes & 15).unflatten(-1, (4, 2, 16)).unbind(-2)
+    fifths = (found.codes >> 4).unflatten(-1, (8, 16)).transpose(-1, -2)
+    q = (low | high << 4).flatten(-2).to(torch.uint8)
+    return torch.cat((_as_words(twos), _as_nibbles_apart(found.levels & 15), q, _bits(fifths)), -1)
+
+
+def _pack_iq1_kt(found: Chosen) -> Tensor:
+    thirteenth = _bits((found.codes >> 12).unflatten(-1, (8, 4)))
+    s = (found.levels | thirteenth.long() << 4).to(torch.uint8)
+    return torch.cat((s, (found.codes & 255).to(torch.uint8), _as_nibbles_apart(found.codes >> 8 & 15)), -1)
+
+
+def _pack_iq2_kt(found: Chosen) -> Tensor:
+    return torch.cat((_as_nibbles_apart(found.levels), _as_words(found.codes)), -1)
+
+
+def _pack_iq3_kt(found: Chosen) -> Tensor:
+    signs = _bits(found.negative.long().unflatten(-1, (8, 32)).transpose(-1, -2))
+    return torch.cat((_as_nibbles_apart(found.levels), _as_words(found.codes), signs), -1)
+
+
+def _pack_iq4_kt(found: Chosen) -> Tensor:
+    threes = (found.codes >> 12).unflatten(-1, (8, 8))
+    upper = (threes << 3 * torch.arange(8, device=threes.device)).sum(-1)
+    word = torch.stack((found.levels << 1 | found.tables, upper & 255, upper >> 8 & 255, upper >> 16), -1)
+    low, high = (found.codes & 255).to(torch.uint8), _as_nibbles_apart(found.codes >> 8 & 15)
+    return torch.cat((word.flatten(-2).to(torch.uint8), low, high), -1)
+
+
 TYPES: dict[str, CodebookType] = {
     row.name: row
     for row in (
-        CodebookType("IQ2_KL", 2, 86, 2, _unpack_iq2_kl),
-        CodebookType("IQ1_KT", 4, 56, 8, _unpack_iq1_kt),
-        CodebookType("IQ2_KT", 4, 68, 8, _unpack_iq2_kt),
-        CodebookType("IQ3_KT", 4, 100, 8, _unpack_iq3_kt),
-        CodebookType("IQ4_KT", 4, 128, 4, _unpack_iq4_kt),
+        CodebookType("IQ2_KL", 2, 86, 2, _unpack_iq2_kl, _pack_iq2_kl, tuple(range(-32, 32))),
+        CodebookType("IQ1_KT", 4, 56, 8, _unpack_iq1_kt, _pack_iq1_kt, _LEVELS),
+        CodebookType("IQ2_KT", 4, 68, 8, _unpack_iq2_kt, _pack_iq2_kt, _LEVELS),
+        CodebookType("IQ3_KT", 4, 100, 8, _unpack_iq3_kt, _pack_iq3_kt, tuple(range(16))),
+        CodebookType("IQ4_KT", 4, 128, 4, _unpack_iq4_kt, _pack_iq4_kt, tuple(range(-64, 64)), tables=2),
     )
 }
 _CHUNK_WEIGHTS_CPU = 1 << 17
@@ -178,3 +250,51 @@ def dequantize(name: str, data: Tensor | bytes | NDArray[np.uint8], shape: tuple
         scales = d[:, None] * levels  # [r, B, 8]
         dense[first : first + step] = (values.unflatten(-1, (-1, _SCALE_BLOCK)) * scales[..., None]).flatten(1)
     return dense
+
+
+@torch.no_grad()
+def quantize(name: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Encode rows so that the importance-weighted squared error is small.
+
+    name:       a key of `TYPES`
+    weight:     float [rows, columns], finite, columns a multiple of 256
+    importance: float [columns], as in `recompile.formats.ik.quantize`
+    returns:    uint8 [rows, row bytes] on the device of weight; the search runs on the CPU, on as many threads as numba
+                is set to; a million weights take 20 to 60 s of a core, of IQ2_KL 6 s. Same arguments, same bytes
+    raises:     FormatError as `ik.quantize` does; UnsupportedError where numba is not installed
+    """
+    spec = TYPES.get(name)
+    if spec is None:
+        raise FormatError(f"type: found {name!r}; wanted one of {', '.join(TYPES)}")
+    dense = check_weight(spec, weight)
+    counts = check_importance(spec, importance, dense.shape[1])
+    try:
+        from recompile.formats.ik_codebook_encode import Target, search
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("numba"):
+            raise
+        raise UnsupportedError(f"encoding {spec.name} needs numba, which is not installed: pip install numba") from None
+
+    apart = spec.name == "IQ3_KT"
+    found = search(Target(spec.levels, apart, spec.head_bytes == 2), _tables_of(spec.name), dense, counts)
+    d, levels, tables, codes = (torch.from_numpy(value) for value in found)
+    rows, blocks = len(dense), dense.shape[1] // BLOCK
+    chosen = Chosen(
+        levels.long().view(rows, blocks, -1),
+        tables.long().view(rows, blocks, -1),
+        codes.long().view(rows, blocks, -1),
+        torch.from_numpy(dense < 0).view(rows, blocks, -1) if apart else torch.zeros(rows, blocks, 0, dtype=torch.bool),
+    )
+    head = (d.half() if spec.head_bytes == 2 else d)[:, None].contiguous().view(torch.uint8)
+    return torch.cat((head, spec.pack(chosen).flatten(1)), 1).to(weight.device)
+
+
+@cache
+def _tables_of(name: str) -> list[NDArray[np.float32]]:
+    """The tables of sequences of a type, [n, weights] each."""
+    if name == "IQ2_KL":
+        return [np.array(_PAIRS, np.float32)]
+    count = {"IQ1_KT": 1 << 13, "IQ4_KT": 1 << 15}.get(name, 1 << 16)
+    starts = (_START, _START + (1 << 15)) if name == "IQ4_KT" else (_START,)
+    made = [_sequences(count, TYPES[name].weights, start, torch.device("cpu")).float().numpy() for start in starts]
+    return [np.abs(table) for table in made] if name == "IQ3_KT" else made

@@ -103,4 +103,4 @@ def test_bad_input_is_told() -> None:
     with pytest.raises(FormatError, match="multiples of 256"):
         quantize_rows("Q4_K", gaussian(2, 96))
     with pytest.raises(UnsupportedError, match="has no encoder here"):
-        quantize_rows("IQ2_KL", weight)
+        quantize_rows("Q8_KV", weight)

@@ -312,8 +312,8 @@ def test_what_the_commands_refuse(tmp_path: Path) -> None:
     given = ("--input-ids", tmp_path / "rows.safetensors", "--importance-rows", 0, "-o", tmp_path / "p.jsonl")
     said = refusal(model_profile, "-mb", path, "--candidates", "Q4_0,Q8_0", "--level", "tensor", *given)
     assert "use --level fused" in said
-    said = refusal(model_profile, "-mb", path, "--candidates", "Q4_0,IQ2_KL", "--level", "fused", *given)
-    assert "IQ2_KL: has no encoder here" in said
+    said = refusal(model_profile, "-mb", path, "--candidates", "Q4_0,Q8_KV", "--level", "fused", *given)
+    assert "Q8_KV: has no encoder here" in said
     said = refusal(model_profile, "-mb", path, "--candidates", "Q4_0,Q4K_M", *given)
     assert "did you mean Q4_K" in said
     said = refusal(model_profile, "-mb", path, "--candidates", "2,4", "--imatrix", "x", *given)
