@@ -11,7 +11,8 @@ Q4_1 file here, so blocks of 32 with a minimum (Q4_1, Q4_K) find its own grid ag
 look better than on a model that was never quantized.
 compressed-tensors: llm-compressor's GPTQ and AWQ and AutoRound, symmetric groups of 64, and `model_auto --for
 transformers` at the size of the first; "3.5" is a hand-made mix of 3 and 4 bits, and AutoRound's own choice.
-mlx: mlx-lm's quantization, plain and tuned by DWQ; "3.5" is its dynamic quantization; and `model_auto --for mlx`.
+mlx: mlx-lm's quantization, plain and tuned by DWQ, and its dynamic quantization ("3": groups of 64 store 3.5 bits,
+"3.5" stores 4 and has dynamic quantization alone); and `model_auto --for mlx`.
 
 Peers run in pinned environments of their own (scripts/peers.py) on the same calibration rows. All builds are measured
 on report rows that nothing else used and on text of another kind, paired over rows. A run that was stopped goes on with
@@ -49,6 +50,7 @@ from eval.diff import DiffOptions, DiffReport, measure_many  # noqa: E402
 from eval.heal_rows import heal_rows  # noqa: E402
 from eval.metrics import paired_difference  # noqa: E402
 from recompile.checkpoint.checkpoint import open_checkpoint  # noqa: E402
+from recompile.formats import mlx_config  # noqa: E402
 from recompile.model.rows import RowOptions  # noqa: E402
 
 OUT = RESULTS / "pipelines.json"
@@ -132,17 +134,24 @@ def integers(base: Base, work: Path, size: str) -> dict[str, Built]:
 
 
 def mlx(base: Base, work: Path, size: str) -> dict[str, Built]:
-    """mlx-lm's own: one bitrate everywhere, plain and tuned by DWQ, or, of a half ("3.5"), its dynamic quantization."""
+    """mlx-lm's own: one bitrate everywhere (not of a half), its dynamic quantization at as many bytes, and the first of
+    them tuned by DWQ."""
     low, half = int(float(size)), float(size) % 1 > 0
-    given = {"bits": low, "group_size": GROUP, "batch_size": 4}
-    if half:  # groups of 64 store half a bit of scales and biases a weight
-        given |= {"high_bits": low + 1, "target_bpw": float(size) + 0.5}
+    config = json.loads((base.path / "config.json").read_text())
+    # without them mlx-lm runs, and tunes, a base of transformers 5's with a wrong rotary base
+    given = {"bits": low, "group_size": GROUP, "batch_size": 4, "config": mlx_config.loader_fields(config)}
+    stored = float(size) + 0.5  # groups of 64 store half a bit of scales and biases a weight
+    widths = (low, low + 1) if half else (low - 1, low + 1)
+    dynamic = {**given, "bits": widths[0], "high_bits": widths[1], "target_bpw": stored}
+    kinds = {"dynamic": dynamic} if half else {"uniform": given, "dynamic": dynamic}
+    made = {}
+    for plain, asked in kinds.items():
+        made[f"mlx-lm, {plain}"] = base.build("mlx-lm", work, f"{plain}-{size}", method=plain, **asked)
     plain, tuned = ("dynamic", "dynamic-dwq") if half else ("uniform", "dwq")
-    made = {f"mlx-lm, {plain}": base.build("mlx-lm", work, f"{plain}-{size}", method=plain, **given)}
     for rate in base.settings["dwq_rates"]:
         tuning = {"method": tuned, "learning_rate": rate, "passes": base.settings["dwq_passes"]}
-        built = base.build("mlx-lm", work, f"{tuned}-{rate:g}-{size}", **given, **tuning)
-        made[f"mlx-lm, {plain}, DWQ at {rate:g}"] = built
+        folder = f"{tuned}-{rate:g}-{base.settings['dwq_passes']}-{size}"
+        made[f"mlx-lm, {plain}, DWQ at {rate:g}"] = base.build("mlx-lm", work, folder, **kinds[plain], **tuning)
     return made
 
 

@@ -4,11 +4,15 @@
 
 A peer is one program in scripts/peer_programs: it is given a JSON file of settings and a safetensors file of token ids,
 calls that project's own public functions, and writes a checkpoint. `recompile.checkpoint` reads all of them.
+
+PEER_PRELOAD=libopenblas.so.0 (and PEER_LIBRARIES=DIR of what that needs) is preloaded into peers: MLX's wheel for CPUs
+has the reference BLAS, which multiplies forty times slower.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -26,6 +30,14 @@ from eval.engines.environments import ENVIRONMENTS, Environment, clean, install,
 
 ROOT = Path(__file__).resolve().parent
 _TORCH = "torch==2.13.0"
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def preloaded() -> dict[str, str]:
+    """What the environment of this process wants loaded into peers, as variables of theirs."""
+    given = {"LD_PRELOAD": "PEER_PRELOAD", "LD_LIBRARY_PATH": "PEER_LIBRARIES"}
+    return {name: os.environ[own] for name, own in given.items() if own in os.environ}
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,10 @@ def _run(row: Peer, base: Path, ids: Tensor, out: Path, threads: int, settings: 
             [str(python_of(row.environment)), "-I", str(ROOT / "peer_programs" / row.program), str(given)],
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=clean() | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+            env=clean()
+            | OFFLINE
+            | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+            | preloaded(),
             cwd=scratch,
         )
     if done.returncode:
