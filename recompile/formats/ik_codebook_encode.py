@@ -267,25 +267,21 @@ def _level_near(levels, wanted):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _stored(d, half):  # type: ignore[no-untyped-def]
-    """d as the type holds it."""
-    if not half:
-        return np.float32(d)
-    if abs(d) > 65504.0:
-        return np.float32(65504.0) if d > 0 else np.float32(-65504.0)
-    return _to_half(np.float32(d))
+def _stored(d, unit, half):  # type: ignore[no-untyped-def]
+    """d, in parts of unit, as the type holds d * unit; 0 where that is too small for it."""
+    whole = np.float64(d) * unit
+    if half:
+        whole = _to_half(min(max(whole, -65504.0), 65504.0))
+    return np.float64(np.float32(whole)) / unit
 
 
 @njit(nogil=True, cache=True)
 def _to_half(value):  # type: ignore[no-untyped-def]
     """Rounded to the nearest float16, ties to even; subnormal ones are multiples of 2^-24."""
-    size = abs(np.float64(value))
-    if size == 0.0:
-        return np.float32(0.0)
-    exponent = max(math.floor(math.log2(size)), -14)
-    unit = 2.0 ** (exponent - 10)
-    made = np.float32(np.rint(size / unit) * unit)
-    return made if value > 0 else -made
+    if value == 0.0:
+        return 0.0
+    unit = 2.0 ** (max(math.floor(math.log2(abs(value))), -14) - 10)
+    return np.rint(value / unit) * unit
 
 
 @njit(nogil=True, fastmath=_FASTMATH, cache=True)
@@ -346,10 +342,10 @@ def _levels_to_try(levels, scales, d, out):  # type: ignore[no-untyped-def]
         other = near + 1 if levels[near] < wanted else near - 1
         for level in (near, other):
             of_sign = 0 <= level < levels.shape[0] and levels[level] * wanted > 0
-            known = level != near and levels.shape[0] > _FEW_LEVELS
+            passed = level != near and levels.shape[0] > _FEW_LEVELS
             for m in range(count):
-                known = known or out[m] == level
-            if of_sign and not known:
+                passed = passed or out[m] == level
+            if of_sign and not passed:
                 out[count] = level
                 count += 1
     if count == 0 and levels[_level_near(levels, 0.0)] != 0.0:
@@ -420,30 +416,34 @@ def _encode(target, clusters, weight, importance, trials, found):  # type: ignor
     extreme = levels[0] if abs(levels[0]) > abs(levels[-1]) else levels[-1]
     zero = _level_near(levels, 0.0)
     for row in range(weight.shape[0]):
+        found.levels[row] = zero
+        unit = np.abs(weight[row]).max()  # weights are in parts of it, so that no square is too large or too small
+        if unit == 0.0:
+            continue
+        x = weight[row] / unit
         choice = _Choice(
             np.full(blocks, zero, np.int32), np.zeros(blocks, np.int32), np.zeros((blocks, groups), np.int32)
         )
         top = 0.0
         for b in range(blocks):
-            x, w = weight[row, b * _BLOCK : (b + 1) * _BLOCK], importance[b * _BLOCK : (b + 1) * _BLOCK]
+            own = slice(b * _BLOCK, (b + 1) * _BLOCK)
             scales[b] = 0.0
-            _block_scale(target, clusters, x, w, trials, places, room, scales[b])
+            _block_scale(target, clusters, x[own], importance[own], trials, places, room, scales[b])
             top = max(top, abs(scales[b, 0]))
-        d = _stored(_best_factor(levels, scales[:, 0], scales[:, 2], top / extreme), target.half) if top > 0.0 else 0.0
+        wanted = _best_factor(levels, scales[:, 0], scales[:, 2], top / extreme) if top > 0.0 else 0.0
+        d = _stored(wanted, unit, target.half)
         least = np.inf
         for turn in range(1 + _REFITS):
             if d == 0.0:
                 break
-            error, cross, energy = _choose(target, clusters, weight[row], importance, scales, d, turn > 0, choice, room)
+            error, cross, energy = _choose(target, clusters, x, importance, scales, d, turn > 0, choice, room)
             if error >= least:
                 break
             least = error
-            found.d[row] = d
+            found.d[row] = np.float32(d * unit)
             for b in range(blocks):
                 found.levels[row, b], found.tables[row, b] = choice.levels[b], choice.tables[b]
                 codes = clusters.codes[choice.tables[b]]
                 for g in range(groups):
                     found.codes[row, b * groups + g] = codes[choice.places[b, g]]
-            d = _stored(cross / energy, target.half) if energy > 0.0 else 0.0
-        if found.d[row] == 0.0:
-            found.levels[row] = zero
+            d = _stored(cross / energy, unit, target.half) if energy > 0.0 else 0.0

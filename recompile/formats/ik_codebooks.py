@@ -66,7 +66,7 @@ class CodebookType:
                  [R, B, 256]
     pack:        the reverse of that, of what an encoder chose
     levels:      what a scale block may have, in ascending order
-    tables:      of sequences, between which a scale block chooses: how many
+    sequences:   that a code chooses between; tables: of them, between which a scale block chooses
     """
 
     name: str
@@ -76,6 +76,7 @@ class CodebookType:
     unpack: Callable[[Tensor], tuple[Tensor, Tensor]]
     pack: Callable[[Chosen], Tensor]
     levels: tuple[int, ...]
+    sequences: int
     tables: int = 1
 
     def row_bytes(self, columns: int) -> int:
@@ -210,15 +211,17 @@ def _pack_iq4_kt(found: Chosen) -> Tensor:
 TYPES: dict[str, CodebookType] = {
     row.name: row
     for row in (
-        CodebookType("IQ2_KL", 2, 86, 2, _unpack_iq2_kl, _pack_iq2_kl, tuple(range(-32, 32))),
-        CodebookType("IQ1_KT", 4, 56, 8, _unpack_iq1_kt, _pack_iq1_kt, _LEVELS),
-        CodebookType("IQ2_KT", 4, 68, 8, _unpack_iq2_kt, _pack_iq2_kt, _LEVELS),
-        CodebookType("IQ3_KT", 4, 100, 8, _unpack_iq3_kt, _pack_iq3_kt, tuple(range(16))),
-        CodebookType("IQ4_KT", 4, 128, 4, _unpack_iq4_kt, _pack_iq4_kt, tuple(range(-64, 64)), tables=2),
+        CodebookType("IQ2_KL", 2, 86, 2, _unpack_iq2_kl, _pack_iq2_kl, tuple(range(-32, 32)), len(_PAIRS)),
+        CodebookType("IQ1_KT", 4, 56, 8, _unpack_iq1_kt, _pack_iq1_kt, _LEVELS, 1 << 13),
+        CodebookType("IQ2_KT", 4, 68, 8, _unpack_iq2_kt, _pack_iq2_kt, _LEVELS, 1 << 16),
+        CodebookType("IQ3_KT", 4, 100, 8, _unpack_iq3_kt, _pack_iq3_kt, tuple(range(16)), 1 << 16),
+        CodebookType("IQ4_KT", 4, 128, 4, _unpack_iq4_kt, _pack_iq4_kt, tuple(range(-64, 64)), 1 << 15, tables=2),
     )
 }
 _CHUNK_WEIGHTS_CPU = 1 << 17
 _CHUNK_WEIGHTS_OTHER = 1 << 24
+CHUNK_WEIGHTS_ENCODED = 1 << 22
+_ABSOLUTE = "IQ3_KT"  # stores signs of weights beside sequences, of which it takes the absolute values
 
 
 @torch.no_grad()
@@ -275,26 +278,27 @@ def quantize(name: str, weight: Tensor, importance: Tensor | None = None) -> Ten
             raise
         raise UnsupportedError(f"encoding {spec.name} needs numba, which is not installed: pip install numba") from None
 
-    apart = spec.name == "IQ3_KT"
-    found = search(Target(spec.levels, apart, spec.head_bytes == 2), _tables_of(spec.name), dense, counts)
-    d, levels, tables, codes = (torch.from_numpy(value) for value in found)
-    rows, blocks = len(dense), dense.shape[1] // BLOCK
-    chosen = Chosen(
-        levels.long().view(rows, blocks, -1),
-        tables.long().view(rows, blocks, -1),
-        codes.long().view(rows, blocks, -1),
-        torch.from_numpy(dense < 0).view(rows, blocks, -1) if apart else torch.zeros(rows, blocks, 0, dtype=torch.bool),
-    )
-    head = (d.half() if spec.head_bytes == 2 else d)[:, None].contiguous().view(torch.uint8)
-    return torch.cat((head, spec.pack(chosen).flatten(1)), 1).to(weight.device)
+    target = Target(spec.levels, spec.name == _ABSOLUTE, spec.head_bytes == 2)
+    packed = torch.empty(len(dense), spec.row_bytes(dense.shape[1]), dtype=torch.uint8)
+    step = max(1, CHUNK_WEIGHTS_ENCODED // max(dense.shape[1], 1))
+    for first in range(0, len(dense), step):
+        rows = dense[first : first + step]
+        d, *fields = (torch.from_numpy(value) for value in search(target, _tables_of(spec.name), rows, counts))
+        levels, tables, codes = (value.long().view(len(rows), dense.shape[1] // BLOCK, -1) for value in fields)
+        negative = torch.from_numpy(rows < 0).view(len(rows), -1, BLOCK)
+        head = (d.half() if spec.head_bytes == 2 else d)[:, None].contiguous().view(torch.uint8)
+        packed[first : first + step] = torch.cat(
+            (head, spec.pack(Chosen(levels, tables, codes, negative)).flatten(1)), 1
+        )
+    return packed.to(weight.device)
 
 
 @cache
 def _tables_of(name: str) -> list[NDArray[np.float32]]:
     """The tables of sequences of a type, [n, weights] each."""
-    if name == "IQ2_KL":
+    spec, device = TYPES[name], torch.device("cpu")
+    if spec.sequences == len(_PAIRS):
         return [np.array(_PAIRS, np.float32)]
-    count = {"IQ1_KT": 1 << 13, "IQ4_KT": 1 << 15}.get(name, 1 << 16)
-    starts = (_START, _START + (1 << 15)) if name == "IQ4_KT" else (_START,)
-    made = [_sequences(count, TYPES[name].weights, start, torch.device("cpu")).float().numpy() for start in starts]
-    return [np.abs(table) for table in made] if name == "IQ3_KT" else made
+    starts = (_START + number * spec.sequences for number in range(spec.tables))
+    made = [_sequences(spec.sequences, spec.weights, start, device).float().numpy() for start in starts]
+    return [np.abs(table) for table in made] if name == _ABSOLUTE else made

@@ -128,6 +128,22 @@ def test_rows_are_encoded_alike_on_any_number_of_threads_and_zeros_stay(name: st
     assert not decoded[2, 32:64].any()
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e25])
+def test_very_small_and_very_large_weights_are_encoded(size: float) -> None:
+    weight = torch.from_numpy(heavy(1)[0][:, :256].copy()) * size
+    found = error_of("IQ2_KT", ik_codebooks.quantize("IQ2_KT", weight), weight.numpy(), np.ones(256, np.float32))
+    assert found < 1.2 * REFERENCE["IQ2_KT"]
+    half = ik_codebooks.dequantize("IQ2_KL", ik_codebooks.quantize("IQ2_KL", weight), (1, 256))
+    assert torch.isfinite(half).all(), "whose d is a float16"
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.from_numpy(heavy(3)[0][:, :256].copy())
+    wanted = ik_codebooks.quantize("IQ2_KL", weight)
+    monkeypatch.setattr(ik_codebooks, "CHUNK_WEIGHTS_ENCODED", 256)
+    assert torch.equal(ik_codebooks.quantize("IQ2_KL", weight), wanted)
+
+
 def test_what_cannot_be_encoded_is_told() -> None:
     with pytest.raises(FormatError, match="found 100 columns; wanted a multiple of 256"):
         ik_codebooks.quantize("IQ2_KL", torch.zeros(1, 100))
