@@ -74,12 +74,16 @@ def calibrated(model: Path) -> Importance:
     return found
 
 
-def mix_of(model: Path, name: str, kinds: Sequence[str]) -> Mix:
-    """Matrices of the layers get the types in turn, the embedding and the head Q6_K."""
+def mix_of(model: Path, name: str, kinds: Sequence[str], others: str | None = None) -> Mix:
+    """Matrices of the layers get the types in turn, the embedding and the head Q6_K; with `others`, the smallest of
+    them get the types and the rest that one."""
     base = open_checkpoint(model)
     weighty = [t for t in base_tensors(base) if not t.plain]
     inner = [tensor.name for tensor in weighty if tensor.name.startswith("blk.")]
     assert len(inner) >= len(kinds), "every type is to be in the file"
+    if others is not None:
+        inner.sort(key=lambda name: (".attn_k." not in name and ".attn_v." not in name, name))
+        kinds = [*kinds, *[others] * (len(inner) - len(kinds))]
     types = {name: kinds[number % len(kinds)] for number, name in enumerate(inner)}
     return Mix(name, {tensor.name: types.get(tensor.name, "Q6_K") for tensor in weighty})
 
