@@ -64,7 +64,9 @@ def test_other_defaults_are_refused(defaults: tuple[int | float, ...]) -> None:
         probe_context(words(*defaults))
 
 
-def test_a_missing_engine_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_names_the_pip_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RECOMPILE_ENGINES", str(tmp_path))  # none is installed there
+
     def missing(name: str) -> str:
         raise builds.metadata.PackageNotFoundError(name)
 
