@@ -119,10 +119,7 @@ def _run(row: Peer, base: Path, ids: Tensor, out: Path, threads: int, settings: 
             [str(python_of(row.environment)), "-I", str(ROOT / "peer_programs" / row.program), str(given)],
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=clean()
-            | OFFLINE
-            | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-            | preloaded(),
+            env=clean() | OFFLINE | preloaded() | dict.fromkeys(THREADS, str(threads)),
             cwd=scratch,
         )
     if done.returncode:

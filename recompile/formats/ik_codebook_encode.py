@@ -88,15 +88,10 @@ class Found(NamedTuple):
         return Found(self.d[rows], self.levels[rows], self.tables[rows], self.codes[rows])
 
 
-_CLUSTERED: dict[int, tuple[Sequence[Floats], Clusters]] = {}  # by identity of the tables, which are kept beside
-
-
 def clustered(tables: Sequence[Floats]) -> Clusters:
-    """Tables of sequences, [n, weights] each, in clusters of about 128."""
-    if id(tables) not in _CLUSTERED:
-        made = [_cluster(table) for table in tables]
-        _CLUSTERED[id(tables)] = tables, Clusters(*(np.stack(parts) for parts in zip(*made, strict=True)))
-    return _CLUSTERED[id(tables)][1]
+    """Tables of sequences, float32 [n, weights of a code] each, in clusters of about 128; takes seconds."""
+    made = [_cluster(table) for table in tables]
+    return Clusters(*(np.stack(parts) for parts in zip(*made, strict=True)))
 
 
 def _cluster(values: Floats) -> tuple[Floats, Integers, Floats, Integers]:
@@ -121,13 +116,11 @@ def _cluster(values: Floats) -> tuple[Floats, Integers, Floats, Integers]:
     )
 
 
-def search(target: Target, tables: Sequence[Floats], weight: Floats, importance: Floats) -> Found:
-    """tables: of sequences, float32 [n, weights of a code], the same object for the same type
-    weight: float32 [rows, columns], finite, columns a multiple of 32; importance: float32 [columns], above 0.
+def search(target: Target, clusters: Clusters, weight: Floats, importance: Floats) -> Found:
+    """weight: float32 [rows, columns], finite, columns a multiple of 32; importance: float32 [columns], above 0.
 
     The search runs on as many threads as numba is set to; the result does not depend on their number."""
     rows, columns = weight.shape
-    clusters = clustered(tables)
     target = target._replace(levels=np.array(target.levels, np.float32))
     blocks, weights = columns // _BLOCK, clusters.values.shape[1]
     found = Found(

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from torch import Tensor
 
 from recompile.errors import FormatError, UnsupportedError
 from recompile.formats.ik import BLOCK, as_rows, check_columns, check_importance, check_weight
+
+if TYPE_CHECKING:
+    from recompile.formats.ik_codebook_encode import Clusters
 
 _SCALE_BLOCK = 32
 _MULTIPLIER, _MASK, _MEAN = 0xCBAC1FED, 0x3F, 126
@@ -283,7 +287,7 @@ def quantize(name: str, weight: Tensor, importance: Tensor | None = None) -> Ten
     step = max(1, CHUNK_WEIGHTS_ENCODED // max(dense.shape[1], 1))
     for first in range(0, len(dense), step):
         rows = dense[first : first + step]
-        d, *fields = (torch.from_numpy(value) for value in search(target, _tables_of(spec.name), rows, counts))
+        d, *fields = (torch.from_numpy(value) for value in search(target, _clusters_of(name), rows, counts))
         levels, tables, codes = (value.long().view(len(rows), dense.shape[1] // BLOCK, -1) for value in fields)
         negative = torch.from_numpy(rows < 0).view(len(rows), -1, BLOCK)
         head = (d.half() if spec.head_bytes == 2 else d)[:, None].contiguous().view(torch.uint8)
@@ -294,6 +298,13 @@ def quantize(name: str, weight: Tensor, importance: Tensor | None = None) -> Ten
 
 
 @cache
+def _clusters_of(name: str) -> Clusters:
+    """The tables of sequences of a type, in clusters."""
+    from recompile.formats.ik_codebook_encode import clustered
+
+    return clustered(_tables_of(name))
+
+
 def _tables_of(name: str) -> list[NDArray[np.float32]]:
     """The tables of sequences of a type, [n, weights] each."""
     spec, device = TYPES[name], torch.device("cpu")
