@@ -267,7 +267,7 @@ def quantize(name: str, weight: Tensor, importance: Tensor | None = None) -> Ten
     weight:     float [rows, columns], finite, columns a multiple of 256
     importance: float [columns], as in `recompile.formats.ik.quantize`
     returns:    uint8 [rows, row bytes] on the device of weight; the search runs on the CPU, on as many threads as numba
-                is set to; a million weights take 20 to 65 s of a core, of IQ2_KL 5 s. Same arguments, same bytes
+                is set to; a million weights take 20 to 75 s of a core, of IQ2_KL 6 s. Same arguments, same bytes
     raises:     FormatError as `ik.quantize` does; UnsupportedError where numba is not installed
     """
     spec = TYPES.get(name)
