@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.generating import plan_writing, writing
 from eval.metrics import Mean, paired_difference
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, UnsupportedError
 from recompile.events import OnEvent, Progress, ignore
 from recompile.formats.cache_types import CacheFormat
-from recompile.io.memory import available_bytes, format_mib
 from recompile.model.kv_cache import SimulatedCache
 from recompile.model.stream import LayeredModel, check_same_skeleton
 
 LOGIT_CHUNK_TOKENS = 256
-MEMORY_SHARE = 0.8  # of what is free, for the reference's weights
 
 
 @dataclass(frozen=True)
@@ -89,37 +88,27 @@ def greedy_runs(
     on_event: OnEvent = ignore,
 ) -> GreedyRuns:
     """The reference's most probable continuations of `prompts` (int64 [prompts, tokens]), by its own forward with its
-    cache. Its weights are in memory as a whole for that. vocab: the true vocabulary of a padded one; no token beyond it
-    is written.
+    cache. Its weights are in memory for that, or as many of its layers as fit: the others are read anew for every token
+    (of more than `batch` rows at a time where memory allows). vocab: the true vocabulary of a padded one; no token
+    beyond it is written.
 
-    Raises UnsupportedError where the weights do not fit in memory or the model takes no cache.
+    Raises UnsupportedError where not even one layer fits or the model takes no cache.
     """
     model = LayeredModel.of(reference, dtype=dtype, device=device)
     if int(prompts.max()) >= model.vocab_size:
         raise MismatchError(f"a prompt holds token {int(prompts.max())}, the model has {model.vocab_size}")
-    check_weights_fit(model, dtype, device, "greedy runs are", "leave {divergence} out")
+    tokens = prompts.shape[1] + new_tokens
+    plan = plan_writing(model, batch, len(prompts), tokens, "greedy runs are", "leave {divergence} out")
     on_event(Progress("the reference's greedy runs", 0, len(prompts), unit="runs"))
     made, lengths = [], []
-    with model.whole_loaded() as runner:
+    with writing(model, plan, on_event) as runner:
         ends = _end_tokens(runner)
-        for part in prompts.split(batch):
+        for part in prompts.split(plan.rows):
             ids, counts = _continue(runner, part.to(model.device), new_tokens, ends, vocab or model.vocab_size)
             made.append(ids.cpu())
             lengths += counts
             on_event(Progress("the reference's greedy runs", len(lengths), len(prompts), unit="runs"))
     return GreedyRuns(torch.cat(made), prompts.shape[1], tuple(lengths))
-
-
-def check_weights_fit(model: LayeredModel, dtype: torch.dtype | None, device: str, what: str, way_out: str) -> None:
-    """Raise UnsupportedError where a model's weights as a whole take too much of the free memory. what: "greedy runs
-    are"; way_out: what else can be done."""
-    needed = sum(math.prod(shape) for shape in model.shapes.values()) * (dtype or model.dtype).itemsize
-    free = available_bytes(device)
-    if needed > MEMORY_SHARE * free:
-        raise UnsupportedError(
-            f"{getattr(model.source, 'label', 'the reference')}: its {what} made with all weights in memory, "
-            f"{format_mib(needed)}, and {format_mib(free)} are free; {way_out}, or use a larger machine"
-        )
 
 
 def _end_tokens(runner: Any) -> frozenset[int]:

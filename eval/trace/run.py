@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.diff import versions
-from eval.divergence import check_weights_fit
+from eval.generating import WritingPlan, plan_writing, writing
 from eval.trace.encode import EncodedPrompts, encode_prompts, encode_texts
 from eval.trace.generate import Sampling, answer, end_tokens, plan_batches
 from eval.trace.prompts import BUNDLED, Prompt, bundled_prompts, prompts_of_file, prompts_sha256
@@ -79,7 +79,7 @@ class TraceReport:
 def run_trace(base: Path, out: Path, request: TraceRequest, on_event: OnEvent = ignore) -> TraceReport:
     """Write the file `out`; an interrupted run goes on from OUT.journal, a prompt a line, which goes once it is whole.
 
-    Raises UnsupportedError for a tokenizer without a chat template and for weights that do not fit in memory,
+    Raises UnsupportedError for a tokenizer without a chat template and for a layer that does not fit in memory,
     RecompileError for prompts that cannot be read, JournalError for a journal of another trace.
     """
     if not math.isfinite(request.sampling.temperature) or request.sampling.temperature < 0:
@@ -210,9 +210,7 @@ class _Job:
         finished = total - sum(map(len, missing))
         self.on_event(Progress(WRITING, finished, total, unit="prompts"))
         if missing:
-            way_out = "trace on fewer bytes a weight ({dtype} bfloat16)"
-            check_weights_fit(self.model, compute_dtype(self.request.dtype), self.device, "responses are", way_out)
-            with self.model.whole_loaded() as runner:
+            with writing(self.model, self._plan(), self.on_event) as runner:
                 for batch in missing:
                     written = self._answer(runner, batch, finished)
                     journal.append(*({"prompt": n, "response": ids} for n, ids in zip(batch, written, strict=True)))
@@ -220,6 +218,13 @@ class _Job:
                     finished += len(batch)
                     self.on_event(Progress(WRITING, finished, total, unit="prompts"))
         return [done[number] for number in range(total)]
+
+    def _plan(self) -> WritingPlan:
+        """Batches are as asked for, wherever the weights are: they decide how states are rounded."""
+        size = self.request.batch_size
+        tokens = max(map(len, self.encoded.ids)) + self.request.sampling.max_new_tokens
+        way_out = "write fewer at a time ({batch_size}), on fewer bytes a weight ({dtype} bfloat16)"
+        return plan_writing(self.model, size, size, tokens, "responses are", way_out)
 
     def _answer(self, runner: Any, batch: Sequence[int], finished: int) -> list[list[int]]:
         def within(event: object) -> None:

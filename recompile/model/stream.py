@@ -489,6 +489,35 @@ class LayeredModel:
         with self._loaded(list(self.origins), source), self._towers_there():
             yield self.runner
 
+    @contextmanager
+    def streamed(self, held: int = 0, source: WeightSource | None = None) -> Iterator[Any]:
+        """As `whole_loaded`, with the weights of only `held` layers (the first ones) in memory and of one more while it
+        runs: each pass reads the others anew, whatever state (a key-value cache) the model keeps between passes.
+
+        Raises UnsupportedError for a model that is run as one block.
+        """
+        if isinstance(self.structure, Block):
+            raise UnsupportedError(f"{type(self.model).__name__} is run as one block, all its weights in memory")
+
+        def reading(index: int) -> Callable[..., Any]:
+            layer = self.layers[index]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self.layer(index, source):
+                    return type(layer).forward(layer, *args, **kwargs)
+
+            return forward
+
+        read_anew = tuple(f"{self.layers_name}.{index}." for index in range(held, self.depth))
+        there = [name for name in self.origins if not name.startswith(read_anew)]
+        rest = range(held, self.depth)
+        with (
+            self._loaded(there, source),
+            self._towers_there(),
+            patched([self.layers[index] for index in rest], [reading(index) for index in rest]),
+        ):
+            yield self.runner
+
     # ---- running --------------------------------------------------------------------------------------------------
 
     def embed(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import recompile
+from eval.generating import WritingPlan
 from eval.trace import prompts as bundle
 from eval.trace.generate import Draw, Sampling, end_tokens, generator_of, plan_batches
 from eval.trace.run import TraceReport
@@ -271,9 +272,14 @@ def test_a_template_that_refuses_is_named_with_the_prompt(tmp_path: Path) -> Non
             recompile.trace(model, tmp_path / "t.safetensors", temperature=temperature)
 
 
-def test_weights_beyond_memory_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.divergence.available_bytes", lambda device: 1000)
-    with pytest.raises(UnsupportedError, match="all weights in memory"):
+def test_a_trace_does_not_depend_on_where_the_weights_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = read_trace(folder / "drawn.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.trace.run.plan_writing", lambda model, rows, *_: WritingPlan(1, rows, 1))
+        traced(folder, "streamed")
+    assert read_trace(folder / "streamed.safetensors").sha256 == drawn.sha256
+    monkeypatch.setattr("eval.generating.available_bytes", lambda device: 1000)
+    with pytest.raises(UnsupportedError, match=r"read layer by layer, .*; write fewer at a time \(batch_size\)"):
         traced(folder, "large")
 
 
