@@ -246,9 +246,8 @@ class _Optimization:
         reference, checkpoints = open_models(self.profile, self.checkpoints)
         rows, vocab = self._rows("choose", reference, checkpoints)
         device = compute_device(options.device)
-        costs = measure_caches(
-            reference, caches, options.context, rows, vocab=vocab, device=device, on_event=self.on_event
-        )
+        how: dict[str, Any] = {"vocab": vocab, "device": device, "on_event": self.on_event}
+        costs = measure_caches(reference, caches, options.context, rows, self.measured, **how)
         return choose_cache(
             self.profile,
             options.size_bytes,

@@ -63,7 +63,13 @@ class _Reader:
         if origin is tuple:
             if not isinstance(value, list):
                 raise self._wrong(value, "a list", place)
-            member = get_args(hint)[0]
+            members = get_args(hint)
+            if members[-1] is not Ellipsis:  # each its own, such as a pair
+                if len(value) != len(members):
+                    raise self.error(f"{place}: a list of {len(value)}, wanted one of {len(members)}")
+                each = enumerate(zip(members, value, strict=True))
+                return tuple(self.value(kind, item, f"{place}[{number}]") for number, (kind, item) in each)
+            member = members[0]
             if member is float and all(type(item) is float and math.isfinite(item) for item in value):
                 return tuple(value)  # as the lines of a profile are, of which there may be 100,000
             return tuple(self.value(member, item, f"{place}[{number}]") for number, item in enumerate(value))

@@ -73,15 +73,54 @@ def test_what_is_measured_is_what_model_diff_measures(profile: Path, tiny_models
     )  # fmt: skip
     assert found.cache is not None
     base = open_checkpoint(tiny_models["tiny-dense"])
+    from eval.mixes.mixes_file import MixesFile
     from eval.search.cache_costs import measure_caches
     from recompile.formats.cache_types import parse_cache
     from recompile.model.rows import RowOptions
 
     rows, vocab = RowOptions(2, 64).read([base.path], "choose")
     assert rows.sha256 == found.cache.rows_sha256
-    (cost,) = measure_caches(base, [parse_cache("q4_0")], 64, rows, vocab=vocab)
+    file = MixesFile(profile.with_name("other.json"))
+    (cost,) = measure_caches(base, [parse_cache("q4_0")], 64, rows, file, vocab=vocab)
     assert cost == found.cache.chosen.cost
     assert found.cache.chosen.cost.kl_nats > 0
+
+
+def test_caches_are_measured_once(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever context is asked about next, with whichever other caches; not on other rows."""
+    from eval.search import cache_costs
+
+    asked: list[int] = []
+    measure = cache_costs.measure_many
+
+    def counted(candidates: list[Any], *rest: Any) -> Any:
+        asked.append(len(candidates))
+        return measure(candidates, *rest)
+
+    monkeypatch.setattr(cache_costs, "measure_many", counted)
+    out, report = profile.with_name("again.yaml"), profile.with_name("again.json")
+
+    def costs(*words: str) -> dict[str, float]:
+        result = run(profile, "--size", "4MiB", "--json", str(report), *words, "-o", str(out))
+        assert result.exit_code == 0, result.output
+        options = json.loads(report.read_text())["cache"]["options"]
+        return {option["cost"]["name"]: option["cost"]["kl_nats"] for option in options}
+
+    first = costs("--context", "256", "--cache-bits", "q8_0", "4")
+    assert asked == [2]
+    assert costs("--context", "512", "--cache-bits", "4", "q8_0") == first
+    assert asked == [2]
+    third = costs("--context", "512", "--cache-bits", "4", "q4_0", "q8_0")
+    assert asked == [2, 1], "only the new one"
+    assert {name: third[name] for name in first} == first
+    costs("--context", "512", "--cache-bits", "4", "-l", "48")
+    assert asked == [2, 1, 1], "other rows"
+    lines = out.with_name("again.mixes.json").read_text().splitlines()
+    damaged = [line.replace('"mean"', '"meen"') for line in lines]
+    out.with_name("again.mixes.json").write_text("\n".join(damaged) + "\n")
+    result = run(profile, "--size", "4MiB", "--context", "64", "--cache-bits", "4", "-o", str(out))
+    assert result.exit_code == 1
+    assert "again.mixes.json:2: " in result.output
 
 
 def test_f16_is_counted_where_no_cache_is_named(profile: Path) -> None:
