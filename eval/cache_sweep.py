@@ -53,3 +53,31 @@ def _point(report: DiffReport, swept: DiffReport) -> CachePoint:
         difference=difference,
         interval=interval if difference.std_error is not None else None,
     )
+
+
+@dataclass(frozen=True)
+class CacheGrid:
+    """KL of every kind of keys (down) with every kind of values (across), as `model_diff -cqs exllamav3-grid` has it.
+
+    kl: nats a token, a row for each of `keys`
+    """
+
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    kl: tuple[tuple[float, ...], ...]
+
+
+def grid_of(points: Sequence[CachePoint]) -> CacheGrid | None:
+    """A sweep as a grid; None where it is not one of two kinds each and more."""
+    kinds = [_kinds(point.cache) for point in points]
+    keys, values = (tuple(dict.fromkeys(pair[n] for pair in kinds)) for n in range(2))
+    found = dict(zip(kinds, (point.kl.mean for point in points), strict=True))
+    if min(len(keys), len(values)) < 2 or len(found) != len(points) or len(found) != len(keys) * len(values):
+        return None
+    return CacheGrid(keys, values, tuple(tuple(found[key, value] for value in values) for key in keys))
+
+
+def _kinds(cache: CacheUsed) -> tuple[str, str]:
+    """Of keys, of values, as the cache's name has them; the engine stays with the keys."""
+    keys, comma, values = cache.name.partition(",")
+    return keys, values if comma else keys.rpartition(":")[2]

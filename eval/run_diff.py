@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval.attribution import Attribution, AttributionOptions, attribute
-from eval.cache_sweep import CachePoint, sweep_of
+from eval.cache_sweep import CacheGrid, CachePoint, grid_of, sweep_of
 from eval.diff import DiffOptions, DiffReport, measure_many
 from eval.divergence import Divergence, divergence, greedy_runs, parse_divergence
 from eval.metrics import Mean, paired_difference
@@ -24,6 +24,7 @@ from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats.cache_types import CacheFormat, parse_cache, parse_sweep
 from recompile.io.files import read_text
+from recompile.io.memory import available_bytes
 from recompile.merge.explain import reached_aside
 from recompile.merge.left_dense import left_dense
 from recompile.merge.overlay import Overlay, build_overlay, check_same_model
@@ -32,6 +33,7 @@ from recompile.model.activations import quantizes_inputs
 from recompile.model.decoded import base_note
 from recompile.model.devices import compute_device, compute_dtype
 from recompile.model.rows import RowOptions, check_vocabulary, read_rows
+from recompile.model.stream import LayeredModel, default_dtype
 from recompile.model.used_rows import check_apart, recorded_rows
 
 
@@ -72,6 +74,11 @@ class ModelDiff:
     divergence: Divergence | None = None  # of greedy runs, where asked for
     cache_sweep: tuple[CachePoint, ...] = ()  # through other caches, in the order asked for
     attribution: Attribution | None = None  # of KL to groups of modules, where asked for
+
+    @property
+    def cache_grid(self) -> CacheGrid | None:
+        """The sweep by keys and values, where it has every pair of them."""
+        return grid_of(self.cache_sweep)
 
     def as_dict(self) -> dict[str, Any]:
         more: dict[str, Any] = {}
@@ -258,10 +265,28 @@ def _measure(
         quantized_inputs=frozenset({len(overlays)} if request.activations else ()),
         save_candidate_logits=request.save_logits_a,
         save_reference_logits=request.save_logits_b,
-        caches=(*[stored_as] * len(sources), *sweep),
     ).over(rows)
-    sources += [overlays[0]] * len(sweep)
-    return measure_many(sources, base, ids, options, on_event, rows_source=rows.source, rows_sha256=rows.sha256)
+    about: dict[str, Any] = {"rows_source": rows.source, "rows_sha256": rows.sha256}
+    at_once = _states_at_once(ids, base, options) if sweep else len(sources)
+    first = sweep[: max(1, at_once - len(sources))]
+    with_first = replace(options, caches=(*[stored_as] * len(sources), *first))
+    found = measure_many([*sources, *[overlays[0]] * len(first)], base, ids, with_first, on_event, **about)
+    for start in range(len(first), len(sweep), at_once):
+        part = sweep[start : start + at_once]
+        alone = replace(options, caches=part, quantized_inputs=frozenset(), **_NOTHING_SAVED)
+        found += measure_many([overlays[0]] * len(part), base, ids, alone, on_event, **about)
+    return found
+
+
+_NOTHING_SAVED: dict[str, Any] = {"save_candidate_logits": None, "save_reference_logits": None}
+SWEEP_SHARE = 0.25  # of the memory that is free, for the states of candidates that run together
+
+
+def _states_at_once(ids: Tensor, base: Checkpoint, options: DiffOptions) -> int:
+    """How many candidates' hidden states of all rows may be in memory: a sweep of more takes several passes."""
+    width = LayeredModel.of(base, dtype=options.dtype, device=options.device).hidden_size
+    size = ids.numel() * width * (options.dtype or default_dtype(options.device)).itemsize
+    return max(1, int(SWEEP_SHARE * available_bytes(options.device)) // size)
 
 
 def _cache_of(request: DiffRequest) -> CacheFormat | None:

@@ -27,6 +27,7 @@ BLUE, ORANGE, GREEN, GREY, PINK = "#0072b2", "#d55e00", "#009e73", "#6b7280", "#
 LINES = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("-", "--", ":", "-.", (0, (6, 2)), "-", "--")
 KINDS = tuple(PICTURE_METADATA)
+MOST_CACHE_NAMES = 12  # more caches than that are named only where no smaller one is as good
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,10 @@ def draw_caches(figure: Any, data: ReportData) -> None:
         points = sorted(one.cache_sweep, key=lambda point: point.bytes_per_token)
         places = [point.bytes_per_token for point in points]
         _with_bars(axes, one, number, places, [(point.kl, point.std_error) for point in points])
-        for point in points:
+        cheapest = [min(point.kl for point in points[: n + 1]) for n in range(len(points))]
+        for point, least in zip(points, cheapest, strict=True):
+            if len(points) > MOST_CACHE_NAMES and point.kl > least:
+                continue  # a smaller one is as good
             axes.annotate(short(point.name, 16), (point.bytes_per_token, point.kl), fontsize=8, color=GREY)
     axes.set_xlabel("KV cache, bytes per token of context")
     axes.set_ylabel("mean KL, nats per token")

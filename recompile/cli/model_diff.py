@@ -107,7 +107,8 @@ from recompile.costs import LEVELS
     "cache_sweep",
     multiple=True,
     metavar="BITS[,BITS] ...",
-    help="Also A through each of these caches, in one pass; exllamav3 and llama.cpp stand for lists of their own.",
+    help="Also A through each of these caches, in one pass; exllamav3 and llama.cpp stand for lists of their own, "
+    "exllamav3-grid and llama.cpp-grid for every kind of keys with every kind of values.",
 )
 @click.option(
     "--attribute",

@@ -62,17 +62,15 @@ def _sweep(found: ModelDiff) -> str:
         )
         for point in found.cache_sweep
     ]
-    header = (
-        *("cache", "bits a value", "a token", "KL(B || A), nats/token", "more than above", "95 %", "p99"),
-        *("same top token", "perplexity"),
-    )
-    used = found.cache_sweep[0].cache
+    header = ["cache", "bits a value", "a token", "KL(B || A), nats/token", "more than above", "95 %", "p99"]
+    used, grid = found.cache_sweep[0].cache, found.cache_grid
     rest = used.of_layers - used.layers
-    lines = [
-        f"A through quantized caches; {used.layers} of {used.of_layers} layers attend through one"
-        + (f", what the other {rest} keep is left as it is" if rest else ""),
-        format_columns(rows, header),
-    ]
+    said = f"A through quantized caches; {used.layers} of {used.of_layers} layers attend through one"
+    said += f", what the other {rest} keep is left as it is" if rest else ""
+    lines = [said, format_columns(rows, [*header, "same top token", "perplexity"])]
+    if grid is not None:
+        by_keys = [(key, *(f"{kl:.6f}" for kl in row)) for key, row in zip(grid.keys, grid.kl, strict=True)]
+        lines += ["", "KL by keys (down) and values (across):", format_columns(by_keys, ["", *grid.values])]
     return "\n".join(lines)
 
 

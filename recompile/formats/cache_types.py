@@ -21,9 +21,13 @@ EXLLAMA_BITS = range(2, 9)
 EXLLAMA_SCALE_BITS = 16 / GROUP  # a float16 for each group
 # What llama.cpp takes for -ctk and -ctv (common/arg.cpp: kv_cache_types).
 LLAMA_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+_LLAMA_QUANTIZED = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+_ALL_BITS = tuple(str(bits) for bits in reversed(EXLLAMA_BITS))
 SWEEPS = {
-    EXLLAMA: tuple(str(bits) for bits in reversed(EXLLAMA_BITS)),
+    EXLLAMA: _ALL_BITS,
     LLAMA: ("q8_0", "q8_0,q5_1", "q8_0,q4_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"),
+    f"{EXLLAMA}-grid": tuple(f"{keys},{values}" for keys in _ALL_BITS for values in _ALL_BITS),
+    f"{LLAMA}-grid": tuple(f"{keys},{values}" for keys in _LLAMA_QUANTIZED for values in _LLAMA_QUANTIZED),
 }
 
 
@@ -105,7 +109,8 @@ def _check_type(kind: str, text: str, name: str) -> None:
 
 
 def parse_sweep(given: Sequence[str], name: str = "{cache_sweep}") -> tuple[CacheFormat, ...]:
-    """Caches of a sweep, each once, in the order given; "exllamav3" and "llama.cpp" stand for lists of their own.
+    """Caches of a sweep, each once, in the order given; "exllamav3" and "llama.cpp" stand for lists of their own,
+    "exllamav3-grid" and "llama.cpp-grid" for every kind of keys with every kind of values.
 
     Raises ArgumentError."""
     texts = [text for item in given for text in SWEEPS.get(item.strip().lower(), (item,))]

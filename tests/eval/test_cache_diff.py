@@ -65,6 +65,40 @@ def test_fewer_bits_cost_more_and_a_rotation_helps(swept: ModelDiff) -> None:
     assert kl["q8_0,q4_0"] < kl["ik:q4_0"]
 
 
+def test_a_grid_has_every_pair_in_as_many_passes_as_memory_wants(
+    model: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval import run_diff
+    from recompile.formats.cache_types import parse_sweep
+
+    assert len(parse_sweep(["exllamav3-grid"])) == 49
+    assert len(parse_sweep(["llama.cpp-grid", "q8_0"])) == 25
+    names = [f"{keys},{values}" for keys in ("8", "3") for values in ("8", "4", "3")]
+    passes: list[int] = []
+    measure = run_diff.measure_many
+
+    def counted(sources: list[object], *rest: object, **more: object) -> object:
+        passes.append(len(sources))
+        return measure(sources, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_diff, "measure_many", counted)
+    at_once = recompile.diff(model, model, input_ids=ids, cache_sweep=names)
+    assert passes == [7]
+    grid = at_once.cache_grid
+    assert grid is not None
+    assert (grid.keys, grid.values) == (("8", "3"), ("8", "4", "3"))
+    for keys, row in zip(grid.keys, grid.kl, strict=True):
+        assert list(row) == sorted(row), "fewer bits of values cost more"
+        for values, kl in zip(grid.values, row, strict=True):
+            name = keys if keys == values else f"{keys},{values}"
+            assert kl == next(point.kl.mean for point in at_once.cache_sweep if point.cache.name == name)
+    monkeypatch.setattr(run_diff, "_states_at_once", lambda *_: 3)
+    few = recompile.diff(model, model, input_ids=ids, cache_sweep=names)
+    assert passes[1:] == [3, 3, 1]
+    assert few.cache_sweep == at_once.cache_sweep
+    assert recompile.diff(model, model, input_ids=ids, cache_sweep=names[:5]).cache_grid is None
+
+
 def test_what_is_said_of_a_cache(swept: ModelDiff) -> None:
     point = swept.cache_sweep[2]
     values = 4 * 4 * 64  # layers, heads, values of a head
@@ -119,6 +153,9 @@ def test_the_command(model: Path, ids: Path, tmp_path: Path) -> None:
     assert report["cache_sweep"][0]["difference"]["mean"] == pytest.approx(
         report["cache_sweep"][0]["kl"]["mean"] - report["kl"]["mean"], abs=1e-9
     )
+    result = CliRunner().invoke(main, [*map(str, arguments), "-cqs", "8", "8,4", "4,8", "4", "--force"])
+    assert "KL by keys (down) and values (across):" in result.stdout
+    assert len(json.loads(out.read_text())["cache_sweep"]) == 4
     wrong = CliRunner().invoke(main, [*map(str, arguments[:7]), "-cqs", "q8"])
     assert wrong.exit_code == 1
     assert "--cache-quant-sweep" in wrong.output
