@@ -50,6 +50,7 @@ from recompile.formats.cache_types import CacheFormat
 from recompile.io.files import write_atomically
 from recompile.merge.overlay import Overlay
 from recompile.model.activations import QuantizedInputs, UnseenInputs, unseen_inputs
+from recompile.model.devices import batch_rows
 from recompile.model.finite import WIDER, check_finite, name_of
 from recompile.model.kv_cache import SimulatedCache, attends
 from recompile.model.stream import LayeredModel, check_same_skeleton
@@ -57,8 +58,7 @@ from recompile.model.tokens import Rows
 
 LOGIT_CHUNK_TOKENS = 256
 LARGEST_NLL = 700.0  # nats a token; beyond, perplexity overflows a double
-FLOOR_TOKENS = 256  # of the first row, run once more on its own to see the arithmetic's own noise
-BATCH_TOKENS = 2048  # rows are batched up to about this many tokens
+FLOOR_TOKENS = 128  # of the first row, run once more on its own to see the arithmetic's own noise
 WIDTH_STEP = 128  # padded rows are cut to a multiple of this
 
 
@@ -179,7 +179,7 @@ class DiffReport:
 class DiffOptions:
     """How models are compared; rows and recipes are arguments of their own."""
 
-    batch: int | None = None  # rows a batch; None = about BATCH_TOKENS tokens
+    batch: int | None = None  # rows a batch; None = as many as a layer runs well
     top_k: int = 5
     keep_reference: int = 0  # stages (embedding first) after which the candidate's state is set to the reference's
     dtype: torch.dtype | None = None
@@ -309,13 +309,13 @@ class _RowGroup:
     batch: int
 
 
-def _row_groups(lengths: Sequence[int], tokens: int, batch: int | None) -> Iterator[_RowGroup]:
+def _row_groups(lengths: Sequence[int], tokens: int, batch: int | None, device: torch.device) -> Iterator[_RowGroup]:
     """Neighbouring rows of about one length. Padding on the right is seen by no token before it."""
     widths = [min(tokens, math.ceil(length / WIDTH_STEP) * WIDTH_STEP) for length in lengths]
     start = 0
     for row in range(1, len(widths) + 1):
         if row == len(widths) or widths[row] != widths[start]:
-            yield _RowGroup(start, row, widths[start], batch or max(1, BATCH_TOKENS // widths[start]))
+            yield _RowGroup(start, row, widths[start], batch or batch_rows(device, widths[start]))
             start = row
 
 
@@ -331,7 +331,8 @@ class _Comparison:
     ) -> None:
         self.candidates, self.b, self.ids, self.options = candidates, b, ids, options
         self.rows_source, self.rows_sha256 = source, sha256
-        self.groups = list(_row_groups(options.lengths or (ids.shape[1],) * len(ids), ids.shape[1], options.batch))
+        lengths = options.lengths or (ids.shape[1],) * len(ids)
+        self.groups = list(_row_groups(lengths, ids.shape[1], options.batch, b.device))
         self.batches = [
             (start, min(start + group.batch, group.stop), group.width)
             for group in self.groups

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from eval.metrics import Mean, Quantiles, mean_over_rows, quantiles
 from recompile.errors import NotFiniteError
-from recompile.model.finite import WIDER, is_finite
+from recompile.formats.checks import is_finite
+from recompile.model.finite import WIDER
 
 
 @dataclass(frozen=True)

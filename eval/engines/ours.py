@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.diff import BATCH_TOKENS
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.formats.cache_types import CacheFormat
 from recompile.merge.overlay import Overlay
 from recompile.model.activations import QuantizedInputs
+from recompile.model.devices import batch_rows
 from recompile.model.kv_cache import SimulatedCache
 from recompile.model.stream import LayeredModel, check_same_skeleton
 
@@ -55,7 +55,7 @@ class OwnRuns:
             model.model.set_experts_implementation("eager")  # one linear call an expert, which QuantizedInputs sees
         cache = SimulatedCache.of(run.cache, model.model.config.model_type) if run.cache is not None else None
         with torch.inference_mode():
-            batch = max(1, BATCH_TOKENS // ids.shape[1])
+            batch = batch_rows(model.device, ids.shape[1])
             states = list(model.embed(ids, batch))
             for index in range(model.depth):
                 with model.layer(index) as layer, self._inputs(run, model, index), _attending(cache, layer):

@@ -10,14 +10,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eval.diff import BATCH_TOKENS
 from eval.metrics import kl_divergence
 from eval.mixes.evaluator import MixEvaluator
 from eval.passes.fisher import HeadOutput, chunks_of
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import NotFiniteError
+from recompile.formats.checks import is_finite
 from recompile.model.counted import pick, places_of
-from recompile.model.finite import WIDER, is_finite, name_of
+from recompile.model.devices import batch_rows
+from recompile.model.finite import WIDER, name_of
 from recompile.model.stream import LayeredModel, default_dtype, sketch_dtype
 
 
@@ -123,7 +124,7 @@ class MixMeter(MixEvaluator):
 
     def normed(self, model: LayeredModel, source: WeightSource, ids: Tensor) -> Tensor:
         """Post-norm states [rows, tokens, hidden] of a model with the weights of `source`."""
-        return model.normed(ids, max(1, BATCH_TOKENS // ids.shape[1]), source)
+        return model.normed(ids, batch_rows(model.device, ids.shape[1]), source)
 
     @torch.no_grad()
     def goals(self, model: LayeredModel, ids: Tensor, counted: Tensor | None = None) -> list[Goal]:

@@ -16,7 +16,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eval.diff import BATCH_TOKENS
 from eval.mixes.meter import Goal, MixMeter, same_head
 from eval.passes.adjoint import AdjointPass, LayerBackward, LayerForward, PassPlan, SwapProducts, plan_pass
 from eval.passes.fisher import FisherCotangents, HeadOutput
@@ -24,6 +23,7 @@ from eval.profile.sketch import collect, estimate
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.io.memory import keep_heap_small
 from recompile.model.counted import weight_of
+from recompile.model.devices import batch_rows
 from recompile.model.finite import check_finite
 from recompile.model.stream import LayeredModel
 from recompile.optimize.refine import SwapModel
@@ -277,7 +277,7 @@ class MixOracle(MixMeter):
         """Post-norm states [rows, tokens, hidden] of a mix, and of others that differ from it in few layers (None:
         embedding or head); up to the first of those each is run as the mix is."""
         model = self._quick[1]
-        batch = max(1, BATCH_TOKENS // ids.shape[1])
+        batch = batch_rows(model.device, ids.shape[1])
 
         def run(index: int, states: Tensor) -> Tensor:
             pieces = states.split(batch)

@@ -31,8 +31,9 @@ from recompile.checkpoint.checkpoint import WeightSource
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ProfileGroup
 from recompile.errors import NotFiniteError, OutputError, RecompileError, UnsupportedError
+from recompile.formats.checks import is_finite
 from recompile.io.memory import FREE_BYTES_KEPT, format_mib, process_bytes
-from recompile.model.finite import WIDER, is_finite, name_of
+from recompile.model.finite import WIDER, name_of
 from recompile.model.linear_calls import LinearMode
 from recompile.model.skeleton import one_line
 from recompile.model.stream import LayeredModel, LinearWeight, LinearWeights, release_free_memory

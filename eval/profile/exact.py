@@ -48,6 +48,7 @@ from recompile.io.memory import format_mib, keep_heap_small, process_bytes
 from recompile.merge.overlay import account, build_overlay, check_same_model, quantizable
 from recompile.model.activations import QuantizedInputs, quantizes_inputs
 from recompile.model.counted import pick, places_of, row_means
+from recompile.model.devices import batch_rows
 from recompile.model.finite import check_finite
 from recompile.model.roles import roles_of, stack_name
 from recompile.model.stream import LayeredModel, check_same_skeleton
@@ -57,8 +58,6 @@ from recompile.recipe.recipe import Glob, SourceId, describe_spec
 
 LOGIT_CHUNK_TOKENS = 256
 HEAD_TOKENS = 512  # of one product with the head: fewer read its weights too often
-BATCH_TOKENS = 512  # a CPU's cache keeps the activations of so many; a layer of more is slower by a sixth
-DEVICE_BATCH_TOKENS = 4096
 FEW_EXPERTS = 4  # matrices of one or two experts: patched into the fused parameter; more: it is made anew
 
 
@@ -326,11 +325,6 @@ class ProfileJob:
         return plan_memory(model, header, self.options.max_memory_bytes, making_bytes(self.by_label.values()))
 
 
-def batch_rows(model: LayeredModel, row_tokens: int) -> int:
-    """Rows that run through a layer together."""
-    return max(1, (BATCH_TOKENS if model.device.type == "cpu" else DEVICE_BATCH_TOKENS) // row_tokens)
-
-
 def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | None, making: int = 0) -> MemoryPlan:
     """Decide what stays in memory. making: bytes that making a candidate on the fly takes (making_bytes).
 
@@ -340,7 +334,7 @@ def plan_memory(model: LayeredModel, header: ProfileHeader, cap_bytes: int | Non
     per_layer = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
     head = model.vocab_size * hidden
     state = header.rows * header.row_tokens * model.state_size(header.row_tokens) * size
-    batch = batch_rows(model, header.row_tokens) * header.row_tokens
+    batch = batch_rows(model.device, header.row_tokens) * header.row_tokens
     widest = max(max(p.shape) for layer in model.layers for p in layer.parameters())
     activations = batch * (8 * hidden + 4 * widest) * size
     logits = 3 * min(LOGIT_CHUNK_TOKENS, header.row_tokens) * model.vocab_size * 4
@@ -432,7 +426,7 @@ class ExactProfiler:
 
     def __post_init__(self) -> None:
         self.ids, self.candidates = self.job.ids, self.job.by_label
-        rows, most = len(self.ids), batch_rows(self.context, self.ids.shape[1])
+        rows, most = len(self.ids), batch_rows(self.context.device, self.ids.shape[1])
         together = max(len(group.bits) for group in self.header.groups)
         if any(parameter.dim() == 3 for parameter in self.context.model.parameters()):
             together = 1  # routed experts: how many tokens of a batch an expert gets decides how its sums are rounded

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from sys import intern
@@ -16,6 +16,7 @@ from recompile.formats import DTYPE_BYTES
 from recompile.formats.gguf_types import QUANTIZED_TYPES
 from recompile.formats.stored import TensorInfo
 from recompile.io.files import Failure, open_regular, parse_json
+from recompile.io.memory import available_bytes
 from recompile.io.printable import printable
 from recompile.io.schema import describe
 
@@ -184,6 +185,41 @@ class OpenFiles:
         except OSError as error:
             raise CheckpointError(f"{info.path}: cannot be read: {error.strerror or error}") from error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+READ_AHEAD_GAP = 1 << 20  # bytes between two tensors that are read along rather than asked about separately
+READ_AHEAD_SHARE = 0.25  # of the free memory, which the system keeps them in until they are wanted
+
+
+def read_ahead(infos: Iterable[TensorInfo]) -> None:
+    """Ask the system to read these tensors into its cache of files while other work is done. Waits for nothing, raises
+    nothing, and asks for nothing that would push much else out of memory."""
+    by_path: dict[Path, list[tuple[int, int]]] = {}
+    for info in infos:
+        stored = info.view.stored if info.view is not None and info.is_scattered else info
+        by_path.setdefault(stored.path, []).append((stored.offset, stored.offset + stored.size_bytes))
+    size = sum(end - begin for spans in by_path.values() for begin, end in set(spans))
+    if not hasattr(os, "posix_fadvise") or size > READ_AHEAD_SHARE * available_bytes():
+        return
+    for path, spans in by_path.items():
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for begin, end in _joined(spans):
+                    os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of bytes, those that touch or nearly do as one."""
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if found and begin - found[-1][1] <= READ_AHEAD_GAP:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return found
 
 
 def read_tensor(info: TensorInfo, device: str | torch.device = "cpu") -> Tensor:

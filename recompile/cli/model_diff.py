@@ -59,7 +59,7 @@ from recompile.costs import LEVELS
     help="Keep B's state after the first N stages (embedding first).",
 )
 @click.option("-tkm", "--topk-max", "--topk_max", default=5, help="Largest K of the top-K figures.")
-@click.option("-bsz", "--batch-size", "--batch_size", type=int, help="Rows a batch; default about 2048 tokens.")
+@click.option("-bsz", "--batch-size", "--batch_size", type=int, help="Rows a batch; default: about 512 tokens.")
 @click.option(
     "-gp",
     "--gen-prompt",

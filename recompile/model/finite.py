@@ -13,20 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from recompile.errors import NotFiniteError
+from recompile.formats.checks import is_finite
 
 WAITING = 256  # sums on a device that may wait for each other before somebody waits for them
 WIDER = "use a wider {dtype}"
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite; any shape. A sum that is finite proves it; only another one is looked at
-    closely."""
-    if not (value.is_floating_point() or value.is_complex()) or value.numel() == 0:
-        return True
-    value = value.detach()
-    value = value.float() if value.element_size() == 1 else value
-    total = value.sum(dtype=torch.float32 if value.element_size() < 8 else None)
-    return bool(total.isfinite()) or bool(value.isfinite().all())
 
 
 def check_finite(value: Tensor, what: str, hint: str = WIDER) -> None:

@@ -33,13 +33,15 @@ GGUF_ROTARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 def _parameters_on_meta() -> Iterator[None]:
     """Inside, every parameter a module registers goes to the meta device; buffers stay real.
 
-    Building under `torch.device("meta")` would lose the values of buffers that no checkpoint holds.
+    Building under `torch.device("meta")` would lose the values of buffers that no checkpoint holds. Parameters count as
+    initialized for transformers.
     """
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            vars(param)["_is_hf_initialized"] = True  # nothing is drawn for it: on this device that takes as long
         original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from recompile.checkpoint.checkpoint import WeightSource, split_name
 from recompile.checkpoint.config_fields import config_place
 from recompile.checkpoint.module_names import role_of
+from recompile.checkpoint.safetensors_files import read_ahead
 from recompile.errors import MismatchError, MissingWeight, UnsupportedError
 from recompile.formats import FORMATS
 from recompile.io.memory import release_freed
@@ -454,21 +455,33 @@ class LayeredModel:
 
     @contextmanager
     def layer(self, index: int, source: WeightSource | None = None) -> Iterator[nn.Module]:
+        """Layer `index` with its weights, for the length of the block; the system is asked to read the next one's."""
         with self.loaded(self.layers[index], self.prefix_of_layer(index), source) as layer:
+            if index + 1 < self.depth:
+                stored = (source or self.source).modules
+                names = (name for name in self.modules_of_layer(index + 1) if name in stored)
+                read_ahead(info for name in names for info in stored[name].parts.values())
             yield layer
 
     def modules_of_layer(self, index: int) -> list[str]:
         """Checkpoint modules whose tensors make up this layer, in the order of its parameters."""
-        prefix = self.prefix_of_layer(index)
-        names = [name for name in self.origins if name.startswith(f"{prefix}.")]
+        return list(self._modules_of_layers[index])
+
+    @cached_property
+    def _modules_of_layers(self) -> list[dict[str, None]]:
+        """Of every layer, by one look at every name."""
+        found: list[dict[str, None]] = [{} for _ in self.layers]
         if isinstance(self.structure, Block):  # what lies under its name is more than it
-            inside = {f"{prefix}.{name}" for name in self._names_in(self.layers[index], prefix)}
-            names = [name for name in names if name in inside]
-        found: dict[str, None] = {}
-        for name in names:
-            for tensor in self.origins[name].tensors:
-                found[module_of(self.source, tensor)] = None
-        return list(found)
+            prefix = self.structure.base
+            places = {f"{prefix}.{name}": 0 for name in self._names_in(self.layers[0], prefix)}
+        else:
+            start = f"{self.layers_name}."
+            rests = {name: name[len(start) :] for name in self.origins if name.startswith(start)}
+            places = {name: int(rest.partition(".")[0]) for name, rest in rests.items()}
+        for name, origin in self.origins.items():
+            if name in places:
+                found[places[name]].update((module_of(self.source, tensor), None) for tensor in origin.tensors)
+        return found
 
     def parameters_of(self, module: str) -> list[str]:
         """Names of the parameters that the checkpoint module `module` takes part in."""

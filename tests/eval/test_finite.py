@@ -23,7 +23,8 @@ from eval.profile.sketch import SketchOptions, SweepStore, profile_sketch
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Measurement, Profile, load_profile, open_journal
 from recompile.errors import JournalError, NotFiniteError
-from recompile.model.finite import FiniteWatch, is_finite
+from recompile.formats.checks import is_finite
+from recompile.model.finite import FiniteWatch
 from recompile.model.stream import LayeredModel
 from recompile.quantize.activation_stats import collect_moments
 from recompile.quantize.calibrate import input_power

@@ -19,6 +19,7 @@ from eval.metrics import (
     kl_by_confidence,
     kl_divergence,
     kl_histogram,
+    largest,
     mean_drift,
     mean_over_rows,
     paired_difference,
@@ -311,3 +312,14 @@ def test_slices_are_the_figures_of_their_tokens_alone() -> None:
     assert (near.name, far.name) == ("0 - 512", "512 - 1300")
     assert far.kl == mean_over_rows(kl[:, 512:])
     assert slices_by_origin(kl, same, ["code"] * 5) == () == slices_by_position(kl[:, :512], same[:, :512])
+
+
+@pytest.mark.parametrize(("vocab", "k"), [(3, 3), (64, 1), (130, 2), (1000, 5), (49_152, 5), (64 * 5, 5)])
+def test_the_largest_are_those_of_topk(vocab: int, k: int) -> None:
+    values = logits(7, vocab, seed=vocab)
+    values[1, -k:] = values[1].max() + torch.arange(1.0, k + 1)  # at the end, beyond the last whole chunk
+    values[2, : 2 * k : 2] = -math.inf
+    found, places = largest(values, k)
+    wanted = values.topk(k, -1)
+    assert torch.equal(found, wanted.values)
+    assert torch.equal(places, wanted.indices)
