@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import pickle
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -59,6 +62,37 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     os.fsync = lambda descriptor: None
     yield
     os.fsync = before
+
+
+def _tokenizer_files(model: Path) -> str:
+    """A hash of all small files that lie beside a tokenizer, its own among them."""
+    folder, known = (model, "") if model.is_dir() else (model.parent, f"{model} {model.stat()}")
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model")]
+    found = hashlib.sha256(known.encode())
+    for file in files:
+        found.update(file.name.encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _known_tokenizers_need_no_process() -> Iterator[None]:
+    """A tokenizer that has ended well in a process of its own runs in this one from then on: forking pytest takes some
+    60 ms, and a model_auto asks for rows five times."""
+    from recompile.model import tokenizer
+
+    before, known = tokenizer.run_guarded, set[str]()
+
+    def run(work: Callable[[], Any], what: Path | str, limits: Any) -> Any:
+        key = _tokenizer_files(Path(str(what).removesuffix(": the tokenizer or chat template")))
+        if key in known:
+            return pickle.loads(pickle.dumps(work()))
+        result = before(work, what, limits)
+        known.add(key)
+        return result
+
+    tokenizer.run_guarded = run
+    yield
+    tokenizer.run_guarded = before
 
 
 @pytest.fixture(scope="session")
