@@ -154,11 +154,19 @@ def test_minutes_that_are_left_go_to_healing(text: Path, tmp_path: Path, monkeyp
     """Whether it was planned or not, and the other way round; what is built is placed either way."""
     base, healed = tiny.base("llama-2"), tmp_path / "healed"
     monkeypatch.setattr("recompile.auto_minutes.LEAST_HEAL_MINUTES", 1e6)  # so that none is planned
+    heal, given = recompile.api.heal, []
+
+    def short(*paths: Any, minutes: float, **how: Any) -> Any:
+        given.append(minutes)
+        return heal(*paths, minutes=0.02, **how)
+
+    monkeypatch.setattr(recompile.api, "heal", short)
     options = (text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--minutes", 2)
     made(base, healed, *options)
     done = json.loads((tmp_path / "healed.work" / "auto.json").read_text())["done"]
     assert done["shares"]["result"]["split"]["heal"] is None
-    assert done["left"]["result"]["heal"] > 0.5
+    assert given == [done["left"]["result"]["heal"]]
+    assert given[0] > 0.5
     assert "heal" in done
     assert (healed / "config.json").is_file()
     monkeypatch.undo()
@@ -320,7 +328,7 @@ def test_a_gguf_mix_is_healed_or_stays_as_it_was_built(text: Path, tmp_path: Pat
     pytest.importorskip("libgguf")
     base, out = tiny.base("llama-2"), tmp_path / "MIX.gguf"
     tokens = tokenizer_file(tmp_path / "tokens.gguf", json.loads((base / "config.json").read_text())["vocab_size"])
-    more = ("-b", 5.1, "--candidates", "Q4_0,Q8_0", "--tokenizer-from", tokens, "--heal", 0.05)
+    more = ("-b", 5.1, "--candidates", "Q4_0,Q8_0", "--tokenizer-from", tokens, "--heal", 0.02)
     said = made(base, out, text, *more, "--json", tmp_path / "r.json").output
     mix, built, _ = json.loads((tmp_path / "r.json").read_text())["builds"]
     assert (Path(mix["build"]).name, Path(built["build"]).name) == ("MIX.gguf", "built.gguf")
@@ -374,7 +382,7 @@ def test_for_mlx_embedding_and_head_are_chosen_too(text: Path, tmp_path: Path) -
 
 def test_healed_mixes_stand_beside_the_mix_as_it_was_built(text: Path, tmp_path: Path) -> None:
     base, out = tiny.base("llama-2"), tmp_path / "mix"
-    options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.05)
+    options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.02)
     made(*options, "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     mix, built, _ = report["builds"]
@@ -407,7 +415,7 @@ def test_the_uniform_build_is_written_where_it_is_better(
     assert Path(report["recipe"]).name == "uniform.yaml"
     assert load_recipe(report["recipe"]).provenance["bpw"] == pytest.approx(written["bpw"], abs=1e-4)
     assert made(*options).output.count("done before") == 7
-    healed = (*options[:1], tmp_path / "healed", *options[2:], "--heal", 0.05, "--json", tmp_path / "h.json")
+    healed = (*options[:1], tmp_path / "healed", *options[2:], "--heal", 0.02, "--json", tmp_path / "h.json")
     made(*healed)
     first, before, _ = json.loads((tmp_path / "h.json").read_text())["builds"]
     assert Path(before["build"]).name == "4bpw"
@@ -422,7 +430,7 @@ def test_where_healing_is_not_better_the_mix_stays_as_it_was_built(
 
     monkeypatch.setattr(recompile.api, "heal", heal)
     out = tmp_path / "mix"
-    more = ("-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.05, "--json", tmp_path / "r.json")
+    more = ("-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--heal", 0.02, "--json", tmp_path / "r.json")
     result = made(tiny.base("llama-2"), out, text, *more)
     assert "it is not better; the mix stays as it was built" in result.output
     mix, built, _ = json.loads((tmp_path / "r.json").read_text())["builds"]
