@@ -67,7 +67,9 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 def _tokenizer_files(model: Path) -> str:
     """A hash of all small files that lie beside a tokenizer, its own among them."""
     folder, known = (model, "") if model.is_dir() else (model.parent, f"{model} {model.stat()}")
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model")]
+    files = [
+        file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model")
+    ]
     found = hashlib.sha256(known.encode())
     for file in files:
         found.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -93,6 +95,17 @@ def _known_tokenizers_need_no_process() -> Iterator[None]:
     tokenizer.run_guarded = run
     yield
     tokenizer.run_guarded = before
+
+
+@pytest.fixture
+def quick_exl3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EXL3 is encoded by a search that takes no time, at some more error: for tests of what is around it."""
+    if importlib.util.find_spec("numba") is None:
+        return
+    from recompile.quantize import exl3
+    from tests.quick_exl3 import near_search
+
+    monkeypatch.setattr(exl3, "_numba_search", lambda: near_search)
 
 
 @pytest.fixture(scope="session")

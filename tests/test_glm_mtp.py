@@ -160,6 +160,7 @@ class QuickExl3(Exl3Encoder):
         return found
 
 
+@pytest.mark.usefixtures("quick_exl3")
 def test_the_same_recipe_in_exl3(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in quantize_model(

@@ -27,6 +27,10 @@ from tests import tiny
 from tests.quantize.test_gguf_variants import tokenizer_file
 from tests.stream import architectures
 
+# The rest in scripts/test --all: one each is here that is dense, routed, of many parts, with weights as [in, out].
+QUICK = ("llama", "glm4-moe", "gemma4", "gpt2", "qwen2-vl")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.sweep) for name in architectures.TYPES]
+
 
 def test_the_target_is_the_least_squares_weight() -> None:
     """Against a solver that knows nothing of sums of products: rows for the damping below those of the tokens."""
@@ -75,7 +79,7 @@ def test_a_fit_is_shrunk_to_what_holds_on_other_tokens(tokens: int, noise: float
     assert own < 1.05 * min(best)
 
 
-@pytest.mark.parametrize("name", architectures.TYPES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_model_compared_with_itself_lacks_nothing(name: str) -> None:
     """Every map that plain calibration sees is compared, on the same tokens, whatever the architecture."""
     base, ids = open_checkpoint(architectures.checkpoint(name)), architectures.rows(3, 13)
@@ -288,9 +292,9 @@ def test_a_build_is_nearer_to_its_base(tmp_path: Path) -> None:
     ],
     ids=lambda how: f"{how.get('format', '')}{how.get('scheme', '')}",
 )
+@pytest.mark.usefixtures("quick_exl3")
 def test_every_encoder_takes_what_is_aimed_at(how: dict[str, Any], tmp_path: Path) -> None:
-    slow = how.get("format") == "exl3"
-    base, ids = tiny.base("llama-1" if slow else "llama-2"), tmp_path / "ids.safetensors"
+    base, ids = tiny.base("llama-2"), tmp_path / "ids.safetensors"
     save_file({"input_ids": tiny.rows(64, 16)}, ids)
     if how.get("format") == "gguf":
         pytest.importorskip("libgguf")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from eval.diff import DiffReport, compare
 from recompile.checkpoint.checkpoint import WeightSource, open_checkpoint
 from recompile.merge.check import check_checkpoint
@@ -22,7 +24,10 @@ def kl(candidate: WeightSource, reference: WeightSource) -> float:
     return report.kl.mean
 
 
-def test_a_mix_of_two_bitrates_lies_between_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("search", ["quick", pytest.param("best", marks=pytest.mark.sweep)])
+def test_a_mix_of_two_bitrates_lies_between_them(search: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if search == "quick":
+        request.getfixturevalue("quick_exl3")
     base = open_checkpoint(tiny.base("llama-1"))
     for _ in quantize_model(base, tmp_path, Exl3Encoder([3, 4]), tiny.rows(8, 24, seed=2), BuildOptions(head=True)):
         pass

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from recompile.formats import exl3
 from recompile.merge.overlay import build_overlay
 from recompile.merge.plan_safetensors import plan_write
 from recompile.merge.write_safetensors import execute
-from recompile.quantize.encoders import Encoded, Exl2Encoder, Exl3Encoder
+from recompile.quantize.encoders import Exl2Encoder, Exl3Encoder
 from recompile.quantize.exl3 import quantize_exl3
 from recompile.quantize.fake_quant_exl import Exl3StandIn
 from recompile.quantize.lazy_variant import exl_spec_of, make_variant, maker_of
@@ -71,38 +69,16 @@ def test_a_made_exl2_candidate_is_the_variant_on_disk(architecture: str, tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", ["1", "3"])
+@pytest.mark.usefixtures("quick_exl3")
 def test_an_exl3_stand_in_has_the_size_of_the_file(bits: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = open_checkpoint(tiny.base("llama-bias", dtype=dtype))
-    # what the encoder would write, with values that are quick to make
     made = make_variant(base, exl_spec_of(bits, "exl3")[1])
-    for _ in quantize_model(base, tmp_path, QuickExl3([int(bits)]), tiny.rows(1, 4), BuildOptions(head=True)):
+    for _ in quantize_model(base, tmp_path, Exl3Encoder([int(bits)]), tiny.rows(1, 4), BuildOptions(head=True)):
         pass
     check_sizes(made, open_checkpoint(tmp_path / f"{bits}bpw"))
 
 
-class QuickExl3(Exl3Encoder):
-    """Parts of the shapes that Exl3Encoder makes, of 1-bit values repeated, one encoding a shape."""
-
-    made: ClassVar[dict[torch.Size, Encoded]] = {}
-
-    def encode(
-        self, weights: Mapping[str, Tensor], hessian: Tensor | None, biases: Mapping[str, Tensor]
-    ) -> list[dict[str, Encoded]]:
-        found = {}
-        for name, weight in weights.items():
-            if weight.shape not in self.made:
-                self.made[weight.shape] = Exl3Encoder([1], 1, method="rtn").encode({"a": weight}, None, {})[0]["a"]
-            one = self.made[weight.shape]
-            bits = self.head_bits if name == "lm_head" else self.bits[0]
-            parts = {part: value.clone() for part, value in one.parts.items()}
-            parts["trellis"] = parts["trellis"].repeat(1, 1, int(bits or 0))
-            if name in biases:
-                parts["bias"] = torch.nn.functional.pad(biases[name].half(), (0, -len(biases[name]) % 128))
-            found[name] = Encoded(parts, one.dense)
-        return [found]
-
-
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_a_stand_in_errs_as_the_encoder_does(bits: int) -> None:
     """Size of the error, of its share along the weight, and where it lies; heavy tails and uneven channels."""
     generator = torch.Generator().manual_seed(1)
@@ -158,9 +134,10 @@ base: {{bits: {base}{form}}}
         ("exl2", "llama", (2.5, 3, 5), True),
         ("exl2", "qwen2-moe", (2.5, 3, 5), False),
         ("exl2", "llama-tied", (2.5, 3.5, 5), True),
-        ("exl3", "llama-1", (2, 1, 2), True),  # two variants: the search for codes takes seconds each
+        ("exl3", "llama-1", (3, 1, 2), True),
     ],
 )
+@pytest.mark.usefixtures("quick_exl3")
 def test_a_mix_in_one_pass_is_the_merge_of_the_variants_byte_for_byte(
     format_name: str, architecture: str, rates: tuple[object, object, object], said: bool, tmp_path: Path
 ) -> None:
@@ -254,6 +231,7 @@ def test_bad_candidates_are_named() -> None:
 @pytest.mark.parametrize(
     ("format_name", "architecture", "rates"), [("exl2", "llama-tied", "2.5,5"), ("exl3", "llama-1", "1,2,3")]
 )
+@pytest.mark.usefixtures("quick_exl3")
 def test_profile_optimize_quantize_give_the_size_that_was_promised(
     format_name: str, architecture: str, rates: str, tmp_path: Path
 ) -> None:
@@ -284,10 +262,8 @@ def test_profile_optimize_quantize_give_the_size_that_was_promised(
     assert 0.9 * budget < quantized["bpw"] <= budget
 
 
-@pytest.mark.parametrize(
-    ("format_name", "rates", "budget"),
-    [("exl2", "2.5,3,5", 3.6), pytest.param("exl3", "1,2,3", 7.5, marks=pytest.mark.sweep)],
-)
+@pytest.mark.parametrize(("format_name", "rates", "budget"), [("exl2", "2.5,3,5", 3.6), ("exl3", "1,2,3", 7.5)])
+@pytest.mark.usefixtures("quick_exl3")
 def test_model_auto_makes_the_mix_and_goes_on(format_name: str, rates: str, budget: float, tmp_path: Path) -> None:
     words = (
         "-i", tiny.base("llama-1"), "-o", tmp_path / "mix", "-b", budget, "--format", format_name,
