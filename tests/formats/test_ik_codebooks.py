@@ -18,6 +18,8 @@ from recompile.formats.gguf_types import find_type
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "ik_codebooks.npz"
 TYPES = tuple(ik_codebooks.TYPES)
+QUICK = ("IQ2_KL", "IQ2_KT")  # to encode; the rest with scripts/test --all
+ENCODED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.sweep) for name in TYPES]
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -84,7 +86,7 @@ def error_of(name: str, packed: torch.Tensor, weight: np.ndarray, importance: np
     return float((importance * (decoded - weight) ** 2).sum() / (importance * weight.astype(float) ** 2).sum())
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_encoding_errs_about_as_little_as_the_forks_encoder(name: str) -> None:
     weight, importance = heavy(3)
     packed = quantize_rows(name, torch.from_numpy(weight), torch.from_numpy(importance))
@@ -95,7 +97,7 @@ def test_encoding_errs_about_as_little_as_the_forks_encoder(name: str) -> None:
     assert error_of(name, packed, weight, importance) < error_of(name, plain, weight, importance)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", ENCODED)
 def test_what_a_file_holds_is_found_again(name: str) -> None:
     """Random codes and levels of one size, decoded and encoded: far less error than on other weights, every field in
     its place."""
@@ -110,7 +112,7 @@ def test_what_a_file_holds_is_found_again(name: str) -> None:
     assert left < 0.6 * REFERENCE[name]
 
 
-@pytest.mark.parametrize("name", ["IQ2_KL", "IQ4_KT"])
+@pytest.mark.parametrize("name", ["IQ2_KL", pytest.param("IQ4_KT", marks=pytest.mark.sweep)])
 def test_rows_are_encoded_alike_on_any_number_of_threads_and_zeros_stay(name: str) -> None:
     weight = torch.from_numpy(heavy(3)[0][:, :512].copy())
     weight[1] = 0
