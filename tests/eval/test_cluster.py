@@ -63,8 +63,8 @@ def cluster() -> Iterator[Any]:
 
 
 def models() -> tuple[Checkpoint, list[tuple[int, Checkpoint]]]:
-    base = open_checkpoint(tiny.base("llama"))
-    return base, [(bits, open_checkpoint(path)) for bits, path in tiny.variants("llama", (2, 3, 4)).items()]
+    base = open_checkpoint(tiny.base("llama-2"))
+    return base, [(bits, open_checkpoint(path)) for bits, path in tiny.variants("llama-2", (2, 3, 4)).items()]
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def one_killed(task: str) -> Iterator[list[int]]:
     over = threading.Event()
 
     def watch() -> None:
-        while not killed and not over.wait(0.002):
+        while not killed and not over.wait(0.02):
             for process in workers(task)[:1]:
                 with contextlib.suppress(ProcessLookupError):  # it ended by itself
                     os.kill(process, signal.SIGKILL)
