@@ -40,7 +40,7 @@ def profile(tmp_path: Path) -> Path:
 
 def test_refine_is_what_runs_where_the_models_are_at_hand_and_goes_on_from_its_journal(tmp_path: Path) -> None:
     profile = tmp_path / "profile.jsonl"
-    header = write_profile(profile)
+    header = write_profile(profile, "llama-2")
     report = optimize(profile, "-b", "3.9", "--check", "--no-guard", "--steps", "2", *FEW)
     assert report["solver"] == "refine"
     budget = report["budget_bits"]
@@ -61,8 +61,8 @@ def test_refine_is_what_runs_where_the_models_are_at_hand_and_goes_on_from_its_j
 
 
 def test_refine_reads_the_draws_that_pairs_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = [(n, open_checkpoint(directory)) for n, directory in tiny.variants("llama", (3, 2, 4, 6)).items()]
-    base = open_checkpoint(tiny.base("llama"))
+    variants = [(n, open_checkpoint(directory)) for n, directory in tiny.variants("llama-2", (3, 2, 4, 6)).items()]
+    base = open_checkpoint(tiny.base("llama-2"))
 
     def search(name: str, keep: bool) -> tuple[list[dict[str, Any]], str]:
         profile, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.yaml"
@@ -91,15 +91,15 @@ def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, mon
     monkeypatch.setattr("recompile.optimize.refine.STALLED", 1)
     monkeypatch.setattr("recompile.optimize.thompson.DRAWS", 8)
     profile, path = tmp_path / "profile.jsonl", tmp_path / "mix.refine.jsonl"
-    write_profile(profile)
-    words = ("-b", "3.9", "--no-check", "--steps", "6", *FEW)
+    write_profile(profile, "llama-2")
+    words = ("-b", "3.9", "--no-check", "--steps", "5", *FEW)
     whole = optimize(profile, *words)
     lines = path.read_text().splitlines(keepends=True)
     asked = [line for line in map(json.loads, lines) if "of" in line]
     searched = sum("costs" in line for line in asked)
-    assert 0 < searched < 6  # and in the other steps swaps were measured
-    assert 0 < sum("changes" in line for line in asked) <= 2 * (6 - searched)
-    for kept in (2, 4, len(lines) // 2, len(lines) - 2):
+    assert 0 < searched < 5  # and in the other steps swaps were measured
+    assert 0 < sum("changes" in line for line in asked) <= 2 * (5 - searched)
+    for kept in (2, len(lines) // 2, len(lines) - 2):
         path.write_text("".join(lines[:kept]))
         again = optimize(profile, *words)
         assert again["choice"] == whole["choice"]
