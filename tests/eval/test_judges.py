@@ -172,6 +172,16 @@ def score(model, ids):
         yield head, b"".join(part.detach().contiguous().numpy().tobytes() for part in block)
 """
 
+BROKEN_TOY = """
+def load(request):
+    return None, {"version": "toy", "vocab": 512, "top_k": 5}
+
+
+def score(model, ids):
+    1 / 0
+    yield
+"""
+
 
 def test_an_engine_is_a_row_and_a_file(
     builds: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -186,9 +196,7 @@ def test_an_engine_is_a_row_and_a_file(
     assert report.kl.kl.mean == pytest.approx(own.kl.kl.mean, rel=1e-3, abs=1e-6)
     assert own.kl.kl.mean < own.whole_kl.kl.mean
     assert report.tokens == 2 * 95
-    program.write_text(
-        TOY.replace("HERE", repr(str(judge.HERE))) + "\n\ndef score(model, ids):\n    1 / 0\n    yield\n"
-    )
+    program.write_text(BROKEN_TOY)
     with pytest.raises(EngineError, match=r"toy: .*ZeroDivisionError: division by zero"):
         judged("toy", builds["w4"], builds["base"], library=Path(sys.executable), with_torch=False)
 
