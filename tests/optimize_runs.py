@@ -25,7 +25,7 @@ FEW = ("--check", "-r", "4", "-l", "24")  # rows, to be quick
 
 def write_profile(
     path: Path,
-    architecture: str = "llama",
+    architecture: str = "llama-2",
     bits: tuple[int, ...] = (3, 2, 4, 6),
     level: str = "tensor",
     wrong: bool = False,

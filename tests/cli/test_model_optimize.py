@@ -339,6 +339,7 @@ def test_budgets_that_cannot_be_read_or_met(profile: Path, words: list[str], say
 
 
 def test_a_recipe_is_measured_beside_its_rivals_at_no_fewer_bytes(profile: Path) -> None:
+    write_profile(profile, "llama")
     report = optimize(profile, "-b", "3.7", "--steps", "8", *FEW)
     verdict = report["verdict"]
     names = [contender["name"] for contender in verdict["contenders"]]

@@ -40,7 +40,7 @@ def profile(tmp_path: Path) -> Path:
 
 def test_refine_is_what_runs_where_the_models_are_at_hand_and_goes_on_from_its_journal(tmp_path: Path) -> None:
     profile = tmp_path / "profile.jsonl"
-    header = write_profile(profile, "llama-2")
+    header = write_profile(profile)
     report = optimize(profile, "-b", "3.9", "--check", "--no-guard", "--steps", "2", *FEW)
     assert report["solver"] == "refine"
     budget = report["budget_bits"]
@@ -91,7 +91,7 @@ def test_an_interrupted_refine_goes_on_as_if_it_had_not_been(tmp_path: Path, mon
     monkeypatch.setattr("recompile.optimize.refine.STALLED", 1)
     monkeypatch.setattr("recompile.optimize.thompson.DRAWS", 8)
     profile, path = tmp_path / "profile.jsonl", tmp_path / "mix.refine.jsonl"
-    write_profile(profile, "llama-2")
+    write_profile(profile)
     words = ("-b", "3.9", "--no-check", "--steps", "5", *FEW)
     whole = optimize(profile, *words)
     lines = path.read_text().splitlines(keepends=True)
@@ -195,6 +195,7 @@ def law(profile: Profile, choice: Mapping[str, str], power: float) -> float:
 def test_the_superadditive_choice_is_better_where_costs_add_up_faster(
     profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_profile(profile, "llama")
     measured = made_up_kl(monkeypatch, profile, 1.6)
     words = ("-b", "3.3", "-r", "4", "-l", "16")
     exact = optimize(profile, "--solver", "exact", *words)

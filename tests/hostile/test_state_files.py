@@ -93,7 +93,7 @@ def gguf(d: Path, inputs: Inputs, other: bool) -> object:
 
 def healing(d: Path, inputs: Inputs, other: bool) -> object:
     rows = heal_rows(20) if other else heal_rows()
-    *_, report = heal(open_checkpoint(inputs["build"]), open_checkpoint(tiny.base("llama")), d / "H", rows, OPTIONS)
+    *_, report = heal(open_checkpoint(inputs["build"]), open_checkpoint(tiny.base("llama-2")), d / "H", rows, OPTIONS)
     return report
 
 
