@@ -76,7 +76,7 @@ def last_profile(events: object) -> Profile:
 # ---- profiles --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gemma2"])  # gemma2: a soft cap after the head
+@pytest.mark.parametrize("architecture", ["llama-2", "qwen3-moe", "gemma2"])  # gemma2: a soft cap after the head
 def test_exact_costs_are_those_of_model_diff(architecture: str, tmp_path: Path) -> None:
     made = job(architecture, tmp_path / "p.jsonl", padded(0))
     profile = last_profile(profile_exact(made))
@@ -112,7 +112,7 @@ def test_an_expert_that_padding_alone_reached_is_not_measured(mode: str, tmp_pat
     assert with_padding == alone
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama-2", "gemma2"])
 def test_samples_are_unbiased_for_the_places_that_count(architecture: str) -> None:
     samples, width = 500, 12
     ids, meant = tiny.rows(2, width), torch.zeros(2, width, dtype=torch.bool)
@@ -142,11 +142,11 @@ def test_samples_are_unbiased_for_the_places_that_count(architecture: str) -> No
 
 @pytest.mark.parametrize("mode", ["sketch", "diagonal"])
 def test_a_sketch_sees_no_padding_and_is_near_the_exact_costs(mode: str, tmp_path: Path) -> None:
-    made = [job("llama", tmp_path / f"{padding}.jsonl", padded(padding)) for padding in (0, 77)]
+    made = [job("llama-2", tmp_path / f"{padding}.jsonl", padded(padding)) for padding in (0, 77)]
     one, other = (last_profile(profile_sketch(each, SketchOptions(samples=32, mode=mode))) for each in made)
     for swap, found in one.measurements.items():
         assert found.kl_rows == pytest.approx(other.measurements[swap].kl_rows, rel=1e-4)
-    narrow = [job("llama", tmp_path / f"n{padding}.jsonl", padded(padding, 24)) for padding in (0, 77)]
+    narrow = [job("llama-2", tmp_path / f"n{padding}.jsonl", padded(padding, 24)) for padding in (0, 77)]
     exact = last_profile(profile_exact(replace(narrow[0], path=tmp_path / "exact.jsonl")))
     ratios = [one.measurements[swap].mean / found.mean for swap, found in exact.measurements.items()]
     middle = sorted(ratios)[len(ratios) // 2]
@@ -154,14 +154,14 @@ def test_a_sketch_sees_no_padding_and_is_near_the_exact_costs(mode: str, tmp_pat
 
 
 def test_scores_of_weights_count_the_inputs_of_the_places(tmp_path: Path) -> None:
-    profiles = [last_profile(profile_weights(job("llama", tmp_path / f"{n}.jsonl", padded(n)))) for n in (0, 77)]
+    profiles = [last_profile(profile_weights(job("llama-2", tmp_path / f"{n}.jsonl", padded(n)))) for n in (0, 77)]
     assert profiles[0].measurements == profiles[1].measurements
 
 
 # ---- calibration -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("architecture", ["llama-2", "qwen3-moe"])
 def test_importance_and_moments_are_of_the_places(architecture: str) -> None:
     base = open_checkpoint(tiny.base(architecture, dtype=torch.float32))
     meant = counted()
@@ -199,7 +199,7 @@ def test_importance_and_moments_are_of_the_places(architecture: str) -> None:
 
 
 def test_gradients_at_outputs_are_of_the_places(tmp_path: Path) -> None:
-    base, meant = open_checkpoint(tiny.base("llama")), counted()
+    base, meant = open_checkpoint(tiny.base("llama-2")), counted()
     options = GradientOptions(samples=2, dtype=torch.float32)
 
     def measured(name: str, ids: Tensor, places: Tensor) -> StoredStatistics:
@@ -228,7 +228,7 @@ def oracle(architecture: str, ids: Tensor, meant: Tensor) -> MixOracle:
     return MixOracle(header, candidates, base, ids, options=how, pool=ids, pool_counted=meant, rows_per_step=4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama-2", "gemma2"])
 def test_slopes_at_a_mix_are_of_the_places(architecture: str) -> None:
     made = oracle(architecture, padded(0), counted())
     choice = {group.name: ("2", "4")[number % 2] for number, group in enumerate(made.header.groups)}
@@ -281,7 +281,7 @@ HEALING = HealOptions(tokens=6 * WIDTH, batch_tokens=2 * WIDTH, check_every=2, l
 
 
 def test_healing_lowers_the_kl_of_the_places(tmp_path: Path) -> None:
-    base, build = open_checkpoint(tiny.base("llama")), open_checkpoint(tiny.variants("llama", (2,))[2])
+    base, build = open_checkpoint(tiny.base("llama-2")), open_checkpoint(tiny.variants("llama-2", (2,))[2])
     reports = []
     for padding in (0, 77):
         *_, last = heal(build, base, tmp_path / str(padding), healing_rows(padding), HEALING)
@@ -294,7 +294,7 @@ def test_healing_lowers_the_kl_of_the_places(tmp_path: Path) -> None:
     assert reports[0].accept.after < reports[0].accept.before
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama-2", "gemma2"])
 def test_the_gradient_of_healing_is_of_the_places(architecture: str, tmp_path: Path) -> None:
     """The loss of a step, and what a small change of one scale does to it."""
     base, build = open_checkpoint(tiny.base(architecture)), open_checkpoint(tiny.variants(architecture, (3,))[3])

@@ -92,7 +92,7 @@ class ByHand:
 @pytest.mark.parametrize(
     ("architecture", "level"),
     [
-        *(("llama", level) for level in LEVELS),
+        *(("llama-2", level) for level in LEVELS),
         *(("qwen2-moe", level) for level in ("fused", "block")),
         ("qwen2-moe", "expert"),
         ("qwen3-moe", "tensor"),
@@ -128,9 +128,9 @@ def test_every_swap_equals_the_swap_made_by_hand(architecture: str, level: str, 
 @pytest.mark.parametrize(
     ("architecture", "rows", "tokens"),
     [
-        ("llama", 5, 600),
-        ("llama", 1, 7),
-        *((name, 3, 20) for name in ("llama", "llama-tied", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3")),
+        ("llama-2", 5, 600),
+        ("llama-2", 1, 7),
+        *((name, 3, 20) for name in ("llama-2", "llama-tied", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3")),
     ],
 )
 def test_the_clean_control_is_exactly_zero(architecture: str, rows: int, tokens: int, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_clean_control_is_exactly_zero(architecture: str, rows: int, tokens:
     assert profile.control.kl_rows == (0.0,) * rows
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2-moe"])
+@pytest.mark.parametrize("architecture", ["llama-2", "qwen2-moe"])
 def test_a_candidate_that_is_the_context_costs_exactly_nothing(architecture: str, tmp_path: Path) -> None:
     """Swapping in the same weights runs the same arithmetic, whatever else shares the batch."""
     found = {**tiny.variants(architecture, (3, 4)), 33: tiny.variants(architecture, (3, 4))[3]}
@@ -341,8 +341,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_sizes_in_the_header_add_up(tmp_path: Path) -> None:
     """Groups, the quantized rest and everything else are the whole base variant, counted once."""
     options = ProfileOptions(level="layer", match=("model.layers.1.*",))
-    header = measure(tmp_path / "p.jsonl", "llama", tiny.rows(1, 4), options).header
-    base = open_checkpoint(tiny.variants("llama", BITS)[BASE])
+    header = measure(tmp_path / "p.jsonl", "llama-2", tiny.rows(1, 4), options).header
+    base = open_checkpoint(tiny.variants("llama-2", BITS)[BASE])
     assert sum(g.bits["3"] for g in header.groups) + header.fixed_bits + header.other_bits == 8 * base.size_bytes
     weights = sum(module.numel for module in base.modules.values())
     assert header.group_weights + header.fixed_weights + header.other_weights == weights
@@ -505,7 +505,7 @@ def test_a_cap_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2-moe", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama-2", "llama-tied", "qwen2-moe", "gemma2"])
 @pytest.mark.parametrize("context", ["clean", "base"])
 def test_reading_layers_again_changes_nothing(
     architecture: str, context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -85,7 +85,7 @@ def quadratic(logits: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return inner.mean(-1) / 2
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # gemma2: a soft cap after the head
+@pytest.mark.parametrize("architecture", ["llama-2", "gemma2"])  # gemma2: a soft cap after the head
 def test_samples_are_unbiased_for_the_quadratic_form_and_for_pairs(architecture: str) -> None:
     ids, samples = tiny.rows(2, 12), 600
     logits, changes = dense_changes(architecture, ids)
@@ -116,7 +116,7 @@ def test_strata_average_to_the_distribution() -> None:
     assert labels[:, 0, 0].max() == 0  # the first quarter lies in the first token's half
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("architecture", ["llama-2", "qwen3-moe"])
 def test_batches_scratch_files_and_decoding_again_change_nothing(architecture: str) -> None:
     ids = tiny.rows(4, 16)
     plain = products(architecture, ids, 6)
@@ -157,7 +157,7 @@ def test_products_of_moe_groups_follow_the_dense_gradient() -> None:
                 assert got == pytest.approx(wanted, rel=2e-3, abs=2e-4), name
 
 
-def run(path: Path, architecture: str = "llama", rows: int = 6, level: str = "tensor", **settings: object) -> Profile:
+def run(path: Path, architecture: str = "llama-2", rows: int = 6, level: str = "tensor", **settings: object) -> Profile:
     base, candidates = checkpoints(architecture)
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     ids = tiny.rows(rows, 24)
@@ -170,7 +170,7 @@ def run(path: Path, architecture: str = "llama", rows: int = 6, level: str = "te
 def test_a_profile_ranks_as_exact_swaps_do(tmp_path: Path) -> None:
     from eval.profile.exact import profile_exact
 
-    base, candidates = checkpoints("llama")
+    base, candidates = checkpoints("llama-2")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     options = ProfileOptions(level="tensor")
     *_, exact = profile_exact(ProfileJob(base, 4, given, tiny.rows(6, 24), tmp_path / "exact.jsonl", options))
@@ -196,7 +196,7 @@ def test_a_profile_ranks_as_exact_swaps_do(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_to_the_same_profile(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole.jsonl", samples=24)
-    base, candidates = checkpoints("llama")
+    base, candidates = checkpoints("llama-2")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     job = ProfileJob(base, 4, given, tiny.rows(6, 24), tmp_path / "cut.jsonl", ProfileOptions(level="tensor"))
     events = profile_sketch(job, SketchOptions(24))
@@ -319,7 +319,7 @@ def test_weighed_rows_keep_the_total_and_let_no_document_decide_alone() -> None:
 
 
 def test_a_cap_that_cannot_be_kept_is_refused() -> None:
-    base, candidates = checkpoints("llama")
+    base, candidates = checkpoints("llama-2")
     model = LayeredModel.of(base)
     groups = make_groups(candidates, ProfileOptions(level="tensor"))
     with pytest.raises(RecompileError, match="max_memory 1 MiB is too little"):
@@ -345,7 +345,7 @@ def test_hybrid_runs_the_swaps_that_decide_and_keeps_their_exact_cost(tmp_path: 
     from eval.profile.hybrid import HybridOptions, HybridRound, profile_hybrid
     from recompile.optimize.choose import Budget
 
-    base, candidates = checkpoints("llama")
+    base, candidates = checkpoints("llama-2")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     options = ProfileOptions(level="tensor")
     job = ProfileJob(base, 4, given, tiny.rows(4, 24), tmp_path / "exact.jsonl", options)
@@ -371,7 +371,7 @@ def test_a_hybrid_that_was_stopped_takes_the_same_rounds_again(tmp_path: Path) -
     from eval.profile.hybrid import HybridOptions, profile_hybrid
     from recompile.optimize.choose import Budget
 
-    base, candidates = checkpoints("llama")
+    base, candidates = checkpoints("llama-2")
     given = [(int(label), candidate) for label, candidate in candidates.items()]
     hybrid = HybridOptions(Budget(bpw=3.5), minutes=60, least_gain_nats=1e-4)
 

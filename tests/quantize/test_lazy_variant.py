@@ -115,7 +115,7 @@ def test_a_profile_of_made_candidates_is_that_of_the_variants(tmp_path: Path) ->
 
 
 def test_what_is_stored_nowhere_cannot_be_read() -> None:
-    made = make_variant(open_checkpoint(tiny.base("llama")), spec(3))
+    made = make_variant(open_checkpoint(tiny.base("llama-2")), spec(3))
     with pytest.raises(UnsupportedError, match="made on the fly"):
         made.read("model.layers.0.mlp.up_proj.weight_packed")
 
@@ -126,7 +126,7 @@ def test_bad_candidates_are_named() -> None:
         parse_candidates(["4,4"])
     with pytest.raises(FormatError, match="Q9_Z"):
         spec_of("Q9_Z")
-    base = open_checkpoint(tiny.base("llama"))
+    base = open_checkpoint(tiny.base("llama-2"))
     with pytest.raises(FormatError, match="2 to 8"):
         make_variant(base, {"bits": 9})
     with pytest.raises(FormatError, match="nothing would be quantized"):
@@ -151,7 +151,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     return {name: checkpoint.read(name) for name in sorted(checkpoint.tensors)}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2-moe"])
+@pytest.mark.parametrize("architecture", ["llama-2", "qwen2-moe"])
 def test_a_mix_in_one_pass_is_the_merge_of_the_variants_byte_for_byte(architecture: str, tmp_path: Path) -> None:
     ids = save_ids(tiny.rows(4, 24), tmp_path / "ids.safetensors")
     base = tiny.base(architecture)
@@ -214,7 +214,7 @@ def test_recipes_that_cannot_be_made_say_why(text: str, message: str, tmp_path: 
 
 def test_other_commands_say_whom_such_a_recipe_is_for(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="model_quantize -i BASE -o OUT -or <string>"):
-        build_overlay(open_checkpoint(tiny.variants("llama", (3,))[3]), parse_recipe(MIX))
+        build_overlay(open_checkpoint(tiny.variants("llama-2", (3,))[3]), parse_recipe(MIX))
 
 
 def test_such_a_recipe_is_written_as_it_is_read() -> None:
@@ -304,7 +304,7 @@ def test_kinds_of_candidates_are_told_apart(tmp_path: Path) -> None:
     profile = tmp_path / "p.jsonl"
     names = ("4", "nvfp4", "q8_0")
     output = run(
-        model_profile, "-mb", tiny.base("llama"), "--candidates", *names, "--importance-rows", 0, "--level", "layer",
+        model_profile, "-mb", tiny.base("llama-2"), "--candidates", *names, "--importance-rows", 0, "--level", "layer",
         "-g", GROUP, "-o", profile, "--input-ids", ids, "--quiet",
     )  # fmt: skip
     assert "never in one file" in output
@@ -332,7 +332,7 @@ base: {{scheme: w4a16-g{GROUP}}}
 def test_a_mix_of_schemes_in_one_pass_is_the_merge_of_the_variants(tmp_path: Path) -> None:
     """Bits and schemes in one recipe: scales of inputs, nvfp4's shared scale, the config groups."""
     ids = save_ids(tiny.rows(4, 24), tmp_path / "ids.safetensors")
-    base, names = tiny.base("llama"), ("nvfp4", "w8a8-static", f"w4a16-g{GROUP}")
+    base, names = tiny.base("llama-2"), ("nvfp4", "w8a8-static", f"w4a16-g{GROUP}")
     common = ("-i", base, "--input-ids", ids, "--quiet")
     run(model_quantize, *common, "-o", tmp_path / "v", "--scheme", *names)
     run(model_quantize, *common, "-o", tmp_path / "v", "-b", 3, "-g", GROUP)

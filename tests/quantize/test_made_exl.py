@@ -86,7 +86,7 @@ def test_a_stand_in_errs_as_the_encoder_does(bits: int) -> None:
     weight *= torch.rand(256, 1, generator=generator).mul(2).exp()
     weight[torch.rand(weight.shape, generator=generator) < 1e-3] *= 8
     coded = exl3.dequantize(quantize_exl3(weight, None, bits, codebook="mul1"))
-    stand_in = Exl3StandIn(bits).round(open_checkpoint(tiny.base("llama")), "a", weight, None)
+    stand_in = Exl3StandIn(bits).round(open_checkpoint(tiny.base("llama-2")), "a", weight, None)
     errors = [(coded - weight), (stand_in - weight)]
     power = weight.square().sum()
     whole = [float(e.square().sum() / power) for e in errors]
@@ -96,7 +96,7 @@ def test_a_stand_in_errs_as_the_encoder_does(bits: int) -> None:
     for side in (0, 1):
         by_channel = torch.stack([e.square().mean(side).log() for e in errors])
         assert float(torch.corrcoef(by_channel)[0, 1]) > 0.9
-    other = Exl3StandIn(bits).round(open_checkpoint(tiny.base("llama")), "b", weight, None)
+    other = Exl3StandIn(bits).round(open_checkpoint(tiny.base("llama-2")), "b", weight, None)
     assert not torch.equal(other, stand_in), "every module has noise of its own"
 
 
@@ -105,7 +105,7 @@ def test_importance_orders_the_rows_of_exl2() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, importance = torch.randn(256, 512, generator=generator), torch.ones(512)
     importance[-32:] = 100.0
-    maker, base = maker_of({"bits": 3.5, "format": "exl2"}), open_checkpoint(tiny.base("llama"))
+    maker, base = maker_of({"bits": 3.5, "format": "exl2"}), open_checkpoint(tiny.base("llama-2"))
     plain, weighed = (maker.round(base, "a", weight, given) for given in (None, {"a": importance}))
     costs = [float(((made - weight).square() * importance).sum()) for made in (plain, weighed)]
     assert costs[1] < 0.5 * costs[0]
@@ -131,7 +131,7 @@ base: {{bits: {base}{form}}}
 @pytest.mark.parametrize(
     ("format_name", "architecture", "rates", "said"),
     [
-        ("exl2", "llama", (2.5, 3, 5), True),
+        ("exl2", "llama-2", (2.5, 3, 5), True),
         ("exl2", "qwen2-moe", (2.5, 3, 5), False),
         ("exl2", "llama-tied", (2.5, 3.5, 5), True),
         ("exl3", "llama-1", (3, 1, 2), True),
@@ -212,7 +212,7 @@ def test_such_a_recipe_is_written_as_it_is_read() -> None:
 def test_bad_candidates_are_named() -> None:
     assert exl_spec_of("2.5", "exl2") == (2.5, {"bits": 2.5, "format": "exl2"})
     assert exl_spec_of("3.0", "exl3") == (3, {"bits": 3, "format": "exl3"})
-    base = open_checkpoint(tiny.base("llama"))
+    base = open_checkpoint(tiny.base("llama-2"))
     for wrong, says in (
         ({"bits": 9, "format": "exl2"}, "2 to 8 bits"),
         ({"bits": 2.7, "format": "exl3"}, "found 2.7"),
