@@ -20,11 +20,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest, longest first: one that came last would leave the other workers idle.
 LONGEST = (
-    "cli/test_end_to_end.py", "eval/test_memory.py", "eval/test_engine_models.py", "hostile/test_state_files.py",
-    "eval/test_judges.py", "cli/test_optimize_search.py", "quantize/test_made_exl.py", "report/test_browser.py",
-    "eval/test_cluster.py", "cli/test_model_optimize.py", "cli/test_model_auto.py", "eval/test_heal.py",
-    "quantize/test_exl3_encode.py", "quantize/test_compensated.py", "eval/test_engine_environments.py",
-    "formats/test_ik.py", "test_api.py",
+    "cli/test_model_auto.py", "eval/test_memory.py", "report/test_browser.py", "eval/test_engine_models.py",
+    "eval/test_heal.py", "eval/test_judges.py", "cli/test_end_to_end.py", "hostile/test_state_files.py",
+    "eval/test_cluster.py", "quantize/test_made_exl.py", "quantize/test_mlx_encode.py", "cli/test_optimize_search.py",
+    "quantize/test_exl3_encode.py", "cli/test_trace_in_commands.py", "test_api.py", "hostile/test_kills.py",
+    "quantize/test_pipeline.py", "cli/test_model_optimize.py", "cli/test_auto_refusals.py", "formats/test_ik.py",
 )  # fmt: skip
 
 

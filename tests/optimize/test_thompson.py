@@ -128,7 +128,7 @@ class Misled:
         ]
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.003])
+@pytest.mark.parametrize("noise", [pytest.param(0.0, marks=pytest.mark.sweep), 0.003])
 def test_measured_swaps_find_what_costs_do_not_say(noise: float) -> None:
     left, at_first = [], []
     for seed in range(4):

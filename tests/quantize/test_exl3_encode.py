@@ -119,7 +119,9 @@ def test_without_numba_the_torch_search_is_used_and_said_once(monkeypatch: pytes
 # ---- whole weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "codebook"), [(2, "mcg"), (3, "mcg"), (4, "mcg"), (4, "mul1")])
+@pytest.mark.parametrize(
+    ("bits", "codebook"), [(2, "mcg"), pytest.param(3, "mcg", marks=pytest.mark.sweep), (4, "mcg"), (4, "mul1")]
+)
 def test_error_of_gaussian_weights_is_that_of_the_spec(bits: int, codebook: str) -> None:
     weight = gaussian(128, 128) * 0.02
     error = relative_error(quantize_exl3(weight, None, bits, codebook), weight)

@@ -104,7 +104,9 @@ def test_a_model_against_itself_has_kl_zero(name: str) -> None:
     assert {stage.drift.relative_error for stage in report.layers} == {0.0}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma4", "glm-5", "dory", "hrm-text"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gemma4", "hrm-text", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("glm-5", "dory"))]
+)
 def test_swaps_of_few_bits_are_seen_by_both_profiles(name: str, tmp_path: Path) -> None:
     """GPT-2's weights lie the other way round, Gemma 4 shares keys between layers, GLM-5 an indexer's choice; Dory and
     HRM run their layers in rounds, of which the latter trains the last ones alone."""
