@@ -159,7 +159,8 @@ def _run_judge(judge: Judge, run: EngineRun, on_event: OnEvent) -> EngineDiff:
         if isinstance(side.base, GgufCheckpoint):
             raise ArgumentError(f"{side.label}: is a GGUF file; {judge.name} runs directories")
     check_same_model(reference.base, candidate.base)
-    where = RowOptions(run.rows or DEFAULT_CHUNKS, run.n_ctx, run.text, run.dataset, run.input_ids)
+    default = DEFAULT_CHUNKS if run.input_ids is None else None
+    where = RowOptions(run.rows or default, run.n_ctx, run.text, run.dataset, run.input_ids)
     rows, vocab = where.read_own([reference.base.path, candidate.base.path], "report")
     what = f"rows in {judge.name}"
     on_event(Progress(what, 0, len(rows.ids), "rows"))

@@ -118,7 +118,8 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
             on_event(Note(note, "Warning"))
     auto, mode, minutes = request.adds_rows, request.mode, request.minutes
     directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
-    fixed = request.rows if isinstance(request.rows, int) else DEFAULT_ROWS
+    default = DEFAULT_ROWS if request.where.input_ids is None else None
+    fixed = request.rows if isinstance(request.rows, int) else default
     found, vocab = replace(request.where, rows=None if auto else fixed).read(directories, "choose")
     check_vocabulary(reference, vocab)
     if auto:
@@ -188,7 +189,8 @@ def forecast(reference_dir: str, request: ProfileRequest, shape: tuple[int, int]
     job = ProfileJob(reference, base_id, offered, torch.zeros(shape or (1, 2)), request.making.out, request.options)
     if shape is None:
         directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
-        rows = request.rows if isinstance(request.rows, int) else DEFAULT_ROWS
+        default = DEFAULT_ROWS if request.where.input_ids is None else None
+        rows = request.rows if isinstance(request.rows, int) else default
         found, vocab = replace(request.where, rows=rows).read(directories, "choose")
         check_vocabulary(reference, vocab)
         job = job.over(found, job.path)

@@ -52,7 +52,7 @@ def quantize(
     tower: str = "keep",
     keep: Sequence[str] = (),
     quantize_also: Sequence[str] = (),
-    rows: int | None = 64,
+    rows: int | None = None,
     length: int = 512,
     text: PathLike | None = None,
     dataset: str | None = None,
@@ -80,8 +80,9 @@ def quantize(
     mtp, tower: "quantize" or "keep" MTP layers and vision or audio towers; keep, quantize_also: globs of modules that
     stay dense, or are quantized, whatever they are for
     tokenizer_from, imatrix, save_imatrix, converter: of GGUF; engine: whose encoder, "own", "exllamav2" or "exllamav3"
-    rows, length, text, dataset, input_ids: what is calibrated on; trace: a file of `trace` in place of these, its
-    calibrate rows; positions: the inputs of the "response" count, or of "all"; device, dtype: where and in what
+    rows, length, text, dataset, input_ids: what is calibrated on (rows None: 64, or all of input_ids); trace: a file of
+    `trace` in place of these, its calibrate rows; positions: the inputs of the "response" count, or of "all"; device,
+    dtype: where and in what
 
     Returns a QuantizeReport (`directories`, `variants`), for GGUF a VariantsReport (`files`). Raises ArgumentError,
     FormatError, OutputError.
@@ -93,6 +94,7 @@ def quantize(
     from recompile.model.rows import RowOptions
     from recompile.quantize.run import QuantizeOptions, run_quantize
 
+    taken = 64 if rows is None and input_ids is None else rows
     options = QuantizeOptions(
         bits=tuple(str(rate) for rate in bits),
         schemes=tuple(scheme),
@@ -116,7 +118,7 @@ def quantize(
         stats=as_path(stats),
         max_memory_bytes=size_bytes(max_memory, "{max_memory}"),
         dense=Dense(tuple(keep), tuple(quantize_also), mtp, tower),
-        where=RowOptions(rows, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions),
+        where=RowOptions(taken, length, as_path(text), dataset, as_path(input_ids), as_path(trace), positions),
         device=device,
         dtype=dtype,
     )

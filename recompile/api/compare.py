@@ -39,7 +39,7 @@ def _comparing(
     """What `diff` and `diff_many` have in common, as fields of DiffRequest."""
     from recompile.model.rows import RowOptions
 
-    taken = rows or (10 if trace is None else None)
+    taken = rows or (10 if trace is None and input_ids is None else None)
     return {
         "allow_unmatched": allow_unmatched,
         "keep_b": keep_b,

@@ -148,7 +148,7 @@ from recompile.formats import COMPRESSED, VARIANT_FORMATS
     metavar="GLOB",
     help="Matrices that are quantized whatever their role is.",
 )
-@text_options(rows=64, length=512)
+@text_options(rows=64, length=512, unset=True)
 @partial(trace_options, default="all")
 @device_options
 @output_options

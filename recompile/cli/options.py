@@ -86,7 +86,7 @@ def text_options(rows: int, length: int, *, auto: bool = False, unset: bool = Fa
     row_type: Any = RowCount() if auto else int
     row_help = "Rows of tokens; auto: as many as --rtol asks for." if auto else "Rows of tokens."
     default = None if auto or unset else rows
-    token_rows = "Token rows (safetensors, key input_ids, int64 [rows, tokens]) in place of text."
+    token_rows = "Token rows (safetensors, key input_ids, int64 [rows, tokens]) in place of text: all, or the first -r."
     return options(
         click.option("-r", "--rows", type=row_type, default=default, show_default=str(rows), help=row_help),
         click.option("-l", "--length", default=length, help="Tokens in a row."),

@@ -88,8 +88,8 @@ def read_rows(
     *,
     split_own_text: bool = True,
 ) -> tuple[Rows, int | None]:
-    """Token rows as asked for (rows None: all there are), and the tokenizer's true vocabulary (None where no tokenizer
-    was needed).
+    """Token rows as asked for (rows None: all there are; of input_ids at most so many), and the tokenizer's true
+    vocabulary (None where no tokenizer was needed).
 
     The tokenizer is that of the first directory that has one. `split_own_text`: whether the user's own text is split
     into roles as the default text is (else all of it is used in order).
@@ -104,7 +104,7 @@ def read_rows(
                 f'{input_ids}: its rows have the role "{found.role}", and are to be used in the role "{role}"; a row '
                 f"has one role: give rows that are for this"
             )
-        return found, None
+        return found if rows is None else found.part(0, min(rows, len(found.ids))), None
     if text is not None:
         source = texts.text_from_file(text)
     elif dataset is not None:
