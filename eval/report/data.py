@@ -90,6 +90,7 @@ class Measured:
     predicted_kl_nats: float | None = None
     predicted_std_error: float | None = None
     note: str = ""  # why there is no prediction
+    reference_perplexity: float | None = None  # on the same rows, in the run that measured the build
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,30 @@ def gather(
             f"{same[0]} was measured on the rows that {profile_path.name} was made of; a row has one role: measure it "
             f"on others (model_diff takes those of the role report)"
         )
+    _check_one_reference(measured)
     if len({one.rows_sha256 for one in measured}) > 1:
         notes.append("The measured builds did not all run on the same rows: compare their KL with care.")
     presets = tuple(_preset(load_recipe(path), path.name, profile) for path in recipes)
     reference = os.path.basename(os.path.normpath(profile.header.reference)) or profile.header.reference
     data = ReportData(title or reference, profile, profile_path.name, tuple(measured), presets, builds, 0, tuple(notes))
     return _with_start(data, start_bpw)
+
+
+SAME_PERPLEXITY = 0.02  # relative; what types and shapes of arithmetic move is far less
+
+
+def _check_one_reference(measured: Sequence[Measured]) -> None:
+    """Raise MismatchError where builds were measured against different references, which their perplexities on the same
+    rows tell apart; of other rows nothing does."""
+    first: dict[str, Measured] = {}
+    for one in measured:
+        other = first.setdefault(one.rows_sha256, one)
+        ours, theirs = one.reference_perplexity, other.reference_perplexity
+        if ours is not None and theirs is not None and abs(ours - theirs) > SAME_PERPLEXITY * theirs:
+            raise MismatchError(
+                f"{other.name} and {one.name} were measured against two references: on the same rows one has a "
+                f"perplexity of {theirs:.4g}, the other of {ours:.4g}; give reports of one base"
+            )
 
 
 def _with_start(data: ReportData, start_bpw: float | None) -> ReportData:
@@ -381,6 +400,7 @@ def _measured(
         predicted_kl_nats=mean,
         predicted_std_error=error,
         note=note,
+        reference_perplexity=_inner(report, "score_reference", "perplexity"),
     )
 
 

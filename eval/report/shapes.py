@@ -34,6 +34,7 @@ REPORT: Mapping[str, Any] = {
     "kl_histogram": Whole(edges_log10=[NUMBER], below=NUMBER, counts=[NUMBER], above=NUMBER),
     "noise_floor": NUMBER,
     "score_candidate": {"perplexity": SIZE},
+    "score_reference": {"perplexity": SIZE},
     "top_k_agreement": [MEAN],
     "delta_p": {"rms": MEAN},
     "sure_flips": {"share": MEAN},

@@ -29,7 +29,7 @@ from eval.report.page import page_data, render
 from eval.report.pictures import pictures, write_pictures
 from recompile.cli.model_report import main
 from recompile.costs import load_profile
-from recompile.errors import NotFiniteError, RecompileError
+from recompile.errors import MismatchError, NotFiniteError, RecompileError
 from recompile.optimize.choose import predict
 from recompile.recipe.recipe import Override, Recipe, Source, dump_recipe, load_recipe, parse_recipe
 from tests.report.made import details, write_diff, write_profile
@@ -119,6 +119,20 @@ def test_what_reports_hold_beside_a_kl(profile: Path, tmp_path: Path) -> None:
     del broken["cache_sweep"][0]["cache"]
     with pytest.raises(RecompileError, match="an incomplete report, at 'cache'"):
         gather(profile, [write_diff(tmp_path / "d.json", "3bpw", 0.5, **broken)])
+
+
+def test_builds_of_two_references_are_not_set_side_by_side(profile: Path, tmp_path: Path) -> None:
+    def report(name: str, perplexity: float, **more: Any) -> Path:
+        return write_diff(tmp_path / name, "3bpw", 0.5, score_reference={"perplexity": perplexity}, **more)
+
+    one, near, far = report("a.json", 12.0), report("b.json", 12.03), report("c.json", 13.0)
+    assert len(gather(profile, [one, near]).measured) == 2, "another type of arithmetic"
+    with pytest.raises(
+        MismatchError, match=r"two references: .* perplexity of 12, the other of 13; give reports of one"
+    ):
+        gather(profile, [one, near, far])
+    assert len(gather(profile, [one, report("d.json", 13.0, rows_sha256="ee" * 32)]).measured) == 2, "other rows"
+    assert len(gather(profile, [one, write_diff(tmp_path / "e.json", "3bpw", 0.5)]).measured) == 2, "not said"
 
 
 def places_of(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
