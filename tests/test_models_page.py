@@ -14,18 +14,25 @@ from tests import tiny
 from tests.conftest import load_script
 
 
-def test_types_are_taken_the_whole_way() -> None:
-    """Fused experts; a gate renamed by the loader; towers within the text model; a router of idle experts too; a head
-    of which a bias alone is stored; one behind a transform, under a name of its own."""
+@pytest.mark.parametrize(
+    "types",
+    [
+        ("qwen3_moe", "lfm3", "rembert"),
+        pytest.param(("phi4_multimodal", "longcat_flash", "camembert"), marks=pytest.mark.sweep),
+    ],
+)
+def test_types_are_taken_the_whole_way(types: tuple[str, ...]) -> None:
+    """Fused experts; a gate renamed by the loader; a head behind a transform, under a name of its own. Towers within
+    the text model; a router of idle experts too; a head of which a bias alone is stored."""
     script = load_script("make_models_page")
-    types = ["qwen3_moe", "lfm3", "phi4_multimodal", "longcat_flash", "camembert", "rembert"]
     found = dict(script.try_all(types, 1))
-    assert list(found) == types
-    assert {row["class"] for row in found.values()} > {"Qwen3MoeForCausalLM", "LongcatFlashForCausalLM"}
+    assert tuple(found) == types
+    assert {row["class"] for row in found.values()} & {"Qwen3MoeForCausalLM", "LongcatFlashForCausalLM"}
     for name, row in found.items():
         assert {step: row[step] for step in script.STEPS[:-1]} == dict.fromkeys(script.STEPS[:-1], "yes"), name
-    assert found["qwen3_moe"]["gguf"] == "yes"
-    assert found["lfm3"]["gguf"] == "model_type 'lfm3' cannot be written as GGUF here"
+    if "lfm3" in found:
+        assert found["qwen3_moe"]["gguf"] == "yes"
+        assert found["lfm3"]["gguf"] == "model_type 'lfm3' cannot be written as GGUF here"
 
 
 def test_weights_that_layers_share_are_rounded_once() -> None:

@@ -175,7 +175,7 @@ def jobs(large: Path) -> Iterator[subprocess.Popen[str]]:
         pytest.param("exact", (), marks=pytest.mark.sweep),
         ("refine", ()),
         ("exact", ("Q8_0", "Q6_K")),
-        ("sketch", ("exl2:3", "exl2:5.5")),
+        pytest.param("sketch", ("exl2:3", "exl2:5.5"), marks=pytest.mark.sweep),
     ],
 )
 def test_peak_memory_stays_under_the_cap(jobs: subprocess.Popen[str], mode: str, made: tuple[str, ...]) -> None:

@@ -309,10 +309,11 @@ def test_hostile_names_are_text(browser: Any, tmp_path: Path) -> None:
         assert choice == dict(wanted.solution.choice)
 
 
-def test_sixty_layers_of_128_experts_are_quick(browser: Any, tmp_path: Path) -> None:
-    profile = write_profile(tmp_path / "moe.jsonl", 60, experts=128, ids=(2, 3, 4), rows=2)
+@pytest.mark.parametrize("layers", [16, pytest.param(60, marks=pytest.mark.sweep)])
+def test_layers_of_128_experts_are_quick(layers: int, browser: Any, tmp_path: Path) -> None:
+    profile = write_profile(tmp_path / "moe.jsonl", layers, experts=128, ids=(2, 3, 4), rows=2)
     loaded = load_profile(profile)
-    assert len(loaded.header.groups) == 60 * (2 + 2 * 128)
+    assert len(loaded.header.groups) == layers * (2 + 2 * 128)
     page_file = tmp_path / "report.html"
     page_file.write_text(render(gather(profile)), encoding="utf-8")
     assert page_file.stat().st_size < 6e6
