@@ -39,7 +39,7 @@ def plan_writing(model: LayeredModel, rows: int, most_rows: int, tokens: int, wh
     free = available_bytes(str(model.device))
     room = int(MEMORY_SHARE * free)
     whole = _bytes_below(model, "")
-    if whole <= room:
+    if whole <= room or not free:  # 0: nothing says what is free
         return WritingPlan(None, rows)
     if isinstance(model.structure, Block):
         raise UnsupportedError(

@@ -22,7 +22,7 @@ from recompile.checkpoint.tied_head import find_tied_head
 from recompile.costs import LEVELS
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
-from recompile.formats.cache_types import CacheFormat, parse_cache, parse_sweep
+from recompile.formats.cache_types import SWEEPS, CacheFormat, parse_cache, parse_sweep
 from recompile.io.files import read_text
 from recompile.io.memory import available_bytes
 from recompile.merge.explain import reached_aside
@@ -286,7 +286,8 @@ def _states_at_once(ids: Tensor, base: Checkpoint, options: DiffOptions) -> int:
     """How many candidates' hidden states of all rows may be in memory: a sweep of more takes several passes."""
     width = LayeredModel.of(base, dtype=options.dtype, device=options.device).hidden_size
     size = ids.numel() * width * (options.dtype or default_dtype(options.device)).itemsize
-    return max(1, int(SWEEP_SHARE * available_bytes(options.device)) // size)
+    free = available_bytes(options.device)
+    return max(1, int(SWEEP_SHARE * free) // size) if free else len(SWEEPS["exllamav3-grid"])
 
 
 def _cache_of(request: DiffRequest) -> CacheFormat | None:

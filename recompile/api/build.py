@@ -218,7 +218,7 @@ def trace(
     needed for its tokenizer and config then
 
     Every prompt belongs to one role. Goes on with an interrupted run. Raises UnsupportedError for a model without a
-    chat template or too large for memory.
+    chat template or with a layer too large for memory.
     """
     if url is None:
         check_types(base)

@@ -90,7 +90,7 @@ from recompile.costs import LEVELS
 @click.option(
     "--divergence",
     metavar="PROMPTSxTOKENS",
-    help="Also where greedy runs of A leave B's, e.g. 32x300. B's weights must fit in memory for that.",
+    help="Also where greedy runs of A leave B's, e.g. 32x300. Layers of B beyond memory are read for every token.",
 )
 @click.option(
     "-cq",

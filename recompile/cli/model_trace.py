@@ -41,7 +41,7 @@ def main(json_path: Path | None, quiet: bool, **options: Any) -> None:
     """Let a model answer prompts through its chat template; write the rows that others calibrate and measure on.
 
     Every prompt belongs to one role (calibrate, choose, accept, report), so that no row is used for two things. The
-    weights are in memory for this, or on a server. A run that was stopped goes on when the same command is given again.
+    weights are in memory for this as far as they fit, or on a server. A stopped run goes on with the same command.
 
     \b
     Examples:

@@ -91,6 +91,12 @@ def test_more_rows_run_together_where_weights_are_read_anew(free: dict[str, int]
     assert more.read_bytes == (12 - more.held) * one_layer
 
 
+def test_all_weights_are_loaded_where_nothing_says_what_is_free(free: dict[str, int]) -> None:
+    free["bytes"] = 0
+    model = LayeredModel.of(open_checkpoint(tiny.base("llama-tied")))
+    assert plan_writing(model, 2, 9, 20, "x", "y") == WritingPlan(None, 2)
+
+
 def test_a_layer_that_does_not_fit_is_refused(free: dict[str, int]) -> None:
     free["bytes"] = 1000
     base = open_checkpoint(tiny.base("llama-tied"))
