@@ -93,7 +93,7 @@ def test_the_first_order_is_the_slope_of_the_kl(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3-moe", "gemma2"])
-@pytest.mark.parametrize("level", ["tensor", "layer"])
+@pytest.mark.parametrize("level", [pytest.param("tensor", marks=pytest.mark.sweep), "layer"])
 def test_swaps_change_what_whole_mixes_measure(architecture: str, level: str) -> None:
     made = oracle(architecture, level)
     names = [group.name for group in made.header.groups]

@@ -92,12 +92,13 @@ class ByHand:
 @pytest.mark.parametrize(
     ("architecture", "level"),
     [
-        *(("llama-2", level) for level in LEVELS),
-        *(("qwen2-moe", level) for level in ("fused", "block")),
+        *(pytest.param("llama-2", level, marks=() if level == "fused" else pytest.mark.sweep) for level in LEVELS),
+        pytest.param("qwen2-moe", "fused", marks=pytest.mark.sweep),
+        ("qwen2-moe", "block"),
         ("qwen2-moe", "expert"),
         ("qwen3-moe", "tensor"),
         ("llama-tied", "block"),
-        ("gemma2", "block"),
+        pytest.param("gemma2", "block", marks=pytest.mark.sweep),
     ],
 )
 def test_every_swap_equals_the_swap_made_by_hand(architecture: str, level: str, context: str, tmp_path: Path) -> None:
@@ -505,8 +506,10 @@ def test_a_cap_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("architecture", ["llama-2", "llama-tied", "qwen2-moe", "gemma2"])
-@pytest.mark.parametrize("context", ["clean", "base"])
+@pytest.mark.parametrize(
+    "architecture", [pytest.param("llama-2", marks=pytest.mark.sweep), "llama-tied", "qwen2-moe", "gemma2"]
+)
+@pytest.mark.parametrize("context", [pytest.param("clean", marks=pytest.mark.sweep), "base"])
 def test_reading_layers_again_changes_nothing(
     architecture: str, context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,7 +262,10 @@ def test_profile_optimize_quantize_give_the_size_that_was_promised(
     assert 0.9 * budget < quantized["bpw"] <= budget
 
 
-@pytest.mark.parametrize(("format_name", "rates", "budget"), [("exl2", "2.5,3,5", 3.6), ("exl3", "1,2,3", 7.5)])
+@pytest.mark.parametrize(
+    ("format_name", "rates", "budget"),
+    [pytest.param("exl2", "2.5,3,5", 3.6, marks=pytest.mark.sweep), ("exl3", "1,2,3", 7.5)],
+)
 @pytest.mark.usefixtures("quick_exl3")
 def test_model_auto_makes_the_mix_and_goes_on(format_name: str, rates: str, budget: float, tmp_path: Path) -> None:
     words = (
