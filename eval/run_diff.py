@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -22,7 +23,7 @@ from recompile.checkpoint.tied_head import find_tied_head
 from recompile.costs import LEVELS
 from recompile.errors import ArgumentError
 from recompile.events import Note, OnEvent, ignore
-from recompile.formats.cache_types import SWEEPS, CacheFormat, parse_cache, parse_sweep
+from recompile.formats.cache_types import CacheFormat, parse_cache, parse_sweep
 from recompile.io.files import read_text
 from recompile.io.memory import available_bytes
 from recompile.merge.explain import reached_aside
@@ -287,7 +288,7 @@ def _states_at_once(ids: Tensor, base: Checkpoint, options: DiffOptions) -> int:
     width = LayeredModel.of(base, dtype=options.dtype, device=options.device).hidden_size
     size = ids.numel() * width * (options.dtype or default_dtype(options.device)).itemsize
     free = available_bytes(options.device)
-    return max(1, int(SWEEP_SHARE * free) // size) if free else len(SWEEPS["exllamav3-grid"])
+    return max(1, int(SWEEP_SHARE * free) // size) if free else sys.maxsize  # 0: nothing says what is free
 
 
 def _cache_of(request: DiffRequest) -> CacheFormat | None:

@@ -82,6 +82,12 @@ class ProfileRequest:
             )
         return auto
 
+    @property
+    def fixed_rows(self) -> int | None:
+        """Where rows are not added on the way; None: all of a file of token rows."""
+        default = DEFAULT_ROWS if self.where.input_ids is None else None
+        return self.rows if isinstance(self.rows, int) else default
+
     def check(self) -> None:
         """Raises ArgumentError for what does not go together."""
         if self.options.activations and (self.mode != "exact" or self.ray is not None):
@@ -118,9 +124,7 @@ def run_profile(reference_dir: str, out: Path, request: ProfileRequest, on_event
             on_event(Note(note, "Warning"))
     auto, mode, minutes = request.adds_rows, request.mode, request.minutes
     directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
-    default = DEFAULT_ROWS if request.where.input_ids is None else None
-    fixed = request.rows if isinstance(request.rows, int) else default
-    found, vocab = replace(request.where, rows=None if auto else fixed).read(directories, "choose")
+    found, vocab = replace(request.where, rows=None if auto else request.fixed_rows).read(directories, "choose")
     check_vocabulary(reference, vocab)
     if auto:
         found = found.part(0, min(request.max_rows, len(found.ids)))
@@ -189,9 +193,7 @@ def forecast(reference_dir: str, request: ProfileRequest, shape: tuple[int, int]
     job = ProfileJob(reference, base_id, offered, torch.zeros(shape or (1, 2)), request.making.out, request.options)
     if shape is None:
         directories = [reference.path, *(checkpoint.path for _, checkpoint in offered)]
-        default = DEFAULT_ROWS if request.where.input_ids is None else None
-        rows = request.rows if isinstance(request.rows, int) else default
-        found, vocab = replace(request.where, rows=rows).read(directories, "choose")
+        found, vocab = replace(request.where, rows=request.fixed_rows).read(directories, "choose")
         check_vocabulary(reference, vocab)
         job = job.over(found, job.path)
         if weighed:

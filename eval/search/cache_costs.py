@@ -47,13 +47,7 @@ def measure_caches(
     known = _known(file, key)
     missing = [each for each in dict.fromkeys(caches) if (each.engine, each.name) not in known]
     if missing:
-        options = DiffOptions(
-            device=device,
-            vocab=vocab,
-            lengths=tuple(rows.lengths.tolist()) if rows.lengths is not None else (),
-            counted=rows.counted,
-            caches=tuple(missing),
-        )
+        options = DiffOptions(device=device, vocab=vocab, caches=tuple(missing)).over(rows)
         for report in measure_many([reference] * len(missing), reference, rows.ids, options, on_event, "caches"):
             assert report.cache is not None, "every candidate has one"
             one = _Measured(report.cache, report.kl)
