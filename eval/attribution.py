@@ -168,6 +168,7 @@ class AttributionOptions:
     iso: bool = False
     counted: Tensor | None = field(default=None, compare=False)
     journal: Path | None = None
+    max_memory_bytes: int | None = None
     dtype: torch.dtype | None = None
     device: str = "cpu"
     rows_sha256: str = ""
@@ -189,7 +190,14 @@ def attribute(
         journal = asked.journal
         if journal is None:
             journal = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "attribution.jsonl"
-        options = ProfileOptions(level=asked.level, head=True, embedding=True, dtype=asked.dtype, device=asked.device)
+        options = ProfileOptions(
+            level=asked.level,
+            head=True,
+            embedding=True,
+            max_memory_bytes=asked.max_memory_bytes,
+            dtype=asked.dtype,
+            device=asked.device,
+        )
         rows = (asked.rows_sha256, asked.rows_source, asked.counted)
         job = ProfileJob(reference, OWN, candidates, ids, journal, options, *rows)
         weights = torch.ones(len(ids)) if asked.counted is None else asked.counted.sum(1)
@@ -201,7 +209,7 @@ def _measured(job: ProfileJob, on_event: OnEvent) -> Profile:
     model = job.model()
     needed = sum(math.prod(shape) for shape in model.shapes.values()) * model.dtype.itemsize
     free = available_bytes(job.options.device)
-    if needed > free * MEMORY_SHARE / 2:
+    if job.options.max_memory_bytes is None and needed > free * MEMORY_SHARE / 2:
         capped = ProfileOptions(**{**vars(job.options), "max_memory_bytes": int(free * MEMORY_SHARE)})
         job = ProfileJob(**{**{name: getattr(job, name) for name in job.__dataclass_fields__}, "options": capped})
     for event in profile_exact(job):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from eval.diff_memory import LOGIT_CHUNK_TOKENS, plan_diff
 from eval.metrics import (
     METRICS_VERSION,
     ConfidenceBin,
@@ -45,7 +46,7 @@ from eval.metrics import (
 from eval.routing import ExpertChoices, LayerRouting, compare_choices
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, NotFiniteError, OutputError, RecompileError, UnsupportedError
-from recompile.events import OnEvent, Progress, ignore
+from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.formats.cache_types import CacheFormat
 from recompile.io.files import write_atomically
 from recompile.merge.overlay import Overlay
@@ -53,10 +54,10 @@ from recompile.model.activations import QuantizedInputs, UnseenInputs, unseen_in
 from recompile.model.devices import batch_rows
 from recompile.model.finite import WIDER, check_finite, name_of
 from recompile.model.kv_cache import SimulatedCache, attends
+from recompile.model.scratch import scratch_tensor
 from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import Rows
 
-LOGIT_CHUNK_TOKENS = 256
 LARGEST_NLL = 700.0  # nats a token; beyond, perplexity overflows a double
 FLOOR_TOKENS = 128  # of the first row, run once more on its own to see the arithmetic's own noise
 WIDTH_STEP = 128  # padded rows are cut to a multiple of this
@@ -80,7 +81,7 @@ class RowsCompared:
     total: int
 
 
-Event: TypeAlias = "LayerDrift | RowsCompared | DiffReport"
+Event: TypeAlias = "Note | LayerDrift | RowsCompared | DiffReport"
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class DiffOptions:
     counted: Tensor | None = field(default=None, compare=False)  # bool [rows, tokens] that figures are of; None: all
     role: str = ""  # of the rows, for the report
     positions: str = "all"  # what `counted` marks, for the report
+    max_memory_bytes: int | None = None  # that the process may come to hold
     save_candidate_logits: Path | None = None  # of the first candidate that `quantized_inputs` has, else of the first
     save_reference_logits: Path | None = None
 
@@ -217,7 +219,7 @@ def compare(
     rows_sha256: str = "",
 ) -> Iterator[Event]:
     """Run both models over `ids` (int64 [rows, tokens]); yields a LayerDrift per stage, a RowsCompared per row, and
-    last the DiffReport.
+    last the DiffReport; first a Note of the memory that it will take, where that is limited.
 
     Raises MismatchError if the two are not builds of one model or the ids are not of its vocabulary.
     """
@@ -282,7 +284,7 @@ def measure_many(
         if isinstance(event, LayerDrift):
             stages, drifts = event.total * len(candidates), drifts + 1
             on_event(Progress(what, drifts, 2 * stages, text=event.name))  # logits take about as long as the layers
-        else:
+        elif isinstance(event, RowsCompared):
             done = stages + stages * event.done / event.total
             on_event(Progress(what, done, 2 * stages, text=f"logits of row {event.done}"))
     return reports
@@ -309,9 +311,13 @@ class _RowGroup:
     batch: int
 
 
-def _row_groups(lengths: Sequence[int], tokens: int, batch: int | None, device: torch.device) -> Iterator[_RowGroup]:
-    """Neighbouring rows of about one length. Padding on the right is seen by no token before it."""
-    widths = [min(tokens, math.ceil(length / WIDTH_STEP) * WIDTH_STEP) for length in lengths]
+def _widths(lengths: Sequence[int], tokens: int) -> list[int]:
+    """What rows of these lengths are cut to, of `tokens` tokens with their padding."""
+    return [min(tokens, math.ceil(length / WIDTH_STEP) * WIDTH_STEP) for length in lengths]
+
+
+def _row_groups(widths: Sequence[int], batch: int | None, device: torch.device) -> Iterator[_RowGroup]:
+    """Neighbouring rows of one width. Padding on the right is seen by no token before it."""
     start = 0
     for row in range(1, len(widths) + 1):
         if row == len(widths) or widths[row] != widths[start]:
@@ -332,7 +338,11 @@ class _Comparison:
         self.candidates, self.b, self.ids, self.options = candidates, b, ids, options
         self.rows_source, self.rows_sha256 = source, sha256
         lengths = options.lengths or (ids.shape[1],) * len(ids)
-        self.groups = list(_row_groups(lengths, ids.shape[1], options.batch, b.device))
+        widths = _widths(lengths, ids.shape[1])
+        self.plan = plan_diff(b, len(candidates), widths, options.batch, options.max_memory_bytes)
+        for model in (b, *candidates):
+            model.pieces = self.plan.pieces
+        self.groups = list(_row_groups(widths, self.plan.batch, b.device))
         self.batches = [
             (start, min(start + group.batch, group.stop), group.width)
             for group in self.groups
@@ -358,12 +368,14 @@ class _Comparison:
 
     @torch.inference_mode()
     def run(self) -> Iterator[Event]:
-        states_b = list(self._embed(self.b))
+        if self.options.max_memory_bytes is not None:
+            yield Note(self.plan.describe())
+        states_b = self._kept(self._embed(self.b))
         states: list[list[Tensor]] = [[] for _ in self.candidates]
         for model, (first, *others) in self._by_model():
-            states[first] = list(self._embed(model))
+            states[first] = self._kept(self._embed(model))
             for number in others:
-                states[number] = [state.clone() for state in states[first]]
+                states[number] = self._kept(state.clone() for state in states[first])
         floor = next(self.b.embed(self.floor_ids, 1))
         yield from self._finish_stage("embedding", states, states_b)
         for index in range(self.b.depth):
@@ -375,11 +387,11 @@ class _Comparison:
             yield from self._finish_stage(self.b.prefix_of_layer(index), states, states_b)
         with self.b.norm_loaded() as norm:
             floor = norm(floor)
-            states_b = [norm(state) for state in states_b]
+            self._set(states_b, map(norm, states_b))
         for model, numbers in self._by_model():
             with model.norm_loaded() as norm:
                 for n in numbers:
-                    states[n] = [norm(state) for state in states[n]]
+                    self._set(states[n], map(norm, states[n]))
         yield from self._finish_stage("norm", states, states_b)
         pieces: list[list[TokenMetrics]] = [[] for _ in self.candidates]
         floor_kl = yield from self._compare_logits(states, states_b, floor, pieces)
@@ -430,15 +442,36 @@ class _Comparison:
         return unseen_inputs(model.source, model, self.seen_inputs[number])
 
     def _run_layer(self, model: LayeredModel, index: int, states: list[Tensor]) -> None:
+        rows = (start for start, _, _ in self.batches)
+        self._set(states, (model.run_layer(index, state, row) for row, state in zip(rows, states, strict=True)))
+
+    def _kept(self, states: Iterable[Tensor]) -> list[Tensor]:
+        """The states of a model, a batch each, where the plan has them."""
+        if not self.plan.scratch:
+            return list(states)
+        counts = [(stop - start) * width for start, stop, width in self.batches]
+        file: Tensor | None = None
+        kept = []
         for n, state in enumerate(states):
-            states[n] = model.run_layer(index, state, self.batches[n][0])
+            if file is None:
+                file = scratch_tensor((sum(counts), state.shape[-1]), state.dtype)
+            kept.append(file[sum(counts[:n]) : sum(counts[: n + 1])].view(state.shape))
+            kept[n].copy_(state)
+        return kept
+
+    def _set(self, states: list[Tensor], after: Iterable[Tensor]) -> None:
+        """Put what became of every batch in its place, in the file where the plan has one."""
+        for n, state in enumerate(after):
+            if self.plan.scratch and state is not states[n]:
+                states[n] = states[n].flatten()[: state.numel()].view(state.shape).copy_(state)
+            else:
+                states[n] = state
 
     def _finish_stage(self, name: str, states: list[list[Tensor]], states_b: list[Tensor]) -> Iterator[LayerDrift]:
         hidden = self.b.hidden_of if name != "norm" else lambda state: state
         for stages, states_a in zip(self.stages, states, strict=True):
             if len(stages) < self.options.keep_reference:
-                for n, state in enumerate(states_b):
-                    states_a[n] = state.clone()
+                self._set(states_a, (state.clone() for state in states_b))
             figures = [
                 drift(self._counted_of(hidden(a), n), self._counted_of(hidden(b), n))
                 for n, (a, b) in enumerate(zip(states_a, states_b, strict=True))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from eval.layer_sizes import attention_widths
 from recompile.errors import UnsupportedError
 from recompile.events import Note, OnEvent, ignore
 from recompile.io.memory import available_bytes, format_mib
@@ -85,15 +86,8 @@ def writing(model: LayeredModel, plan: WritingPlan, on_event: OnEvent = ignore) 
 
 
 def _cache_bytes(model: LayeredModel, tokens: int) -> int:
-    """Of keys and values of one row, at most: windows and states that do not grow count as if they did.
-
-    Heads are those of the configuration; one without gets keys and values as wide as the hidden state."""
-    config = model.model.config.get_text_config()
-    queries = getattr(config, "num_attention_heads", None)
-    heads, width = getattr(config, "num_key_value_heads", None) or queries, getattr(config, "head_dim", None)
-    if isinstance(queries, int) and not isinstance(width, int):
-        width = -(-model.hidden_size // queries)
-    one = heads * width if isinstance(heads, int) and isinstance(width, int) else model.hidden_size
+    """Of keys and values of one row, at most: windows and states that do not grow count as if they did."""
+    _, one = attention_widths(model)
     return 2 * model.depth * one * tokens * model.dtype.itemsize
 
 

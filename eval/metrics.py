@@ -455,17 +455,23 @@ class Drift:
     cosine_error: float  # 1 - cos(candidate, reference)
 
 
+DRIFT_TOKENS = 1024  # whose differences are held together
+
+
 def drift(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per-row figures of `Drift` for hidden states [rows, tokens, hidden]: four [rows] float64 tensors."""
-    rows = len(candidate)
-    c, r = candidate.reshape(rows, -1).float(), reference.reshape(rows, -1).float()
-    error = c - r
-    norm = r.norm(dim=1).double()
-    noise = error.norm(dim=1).double()
+    sums = torch.zeros(4, len(candidate), dtype=torch.float64, device=candidate.device)  # |c|^2, |r|^2, c.r, |c - r|^2
+    largest = torch.zeros(len(candidate), dtype=torch.float64, device=candidate.device)
+    for ours, theirs in zip(candidate.split(DRIFT_TOKENS, 1), reference.split(DRIFT_TOKENS, 1), strict=True):
+        c, r = ours.flatten(1).float(), theirs.flatten(1).float()
+        error = c - r
+        products = [torch.linalg.vecdot(left, right) for left, right in ((c, c), (r, r), (c, r), (error, error))]
+        sums += torch.stack(products).double()
+        largest = largest.maximum(error.abs_().amax(1).double())
+    (ours_norm, norm), noise = sums[:2].sqrt(), sums[3].sqrt()
     ratio = torch.where(noise == 0, 0.0, noise / norm)  # a state of zeros equals itself
-    cosine = torch.linalg.vecdot(c, r).double() / (c.norm(dim=1).double() * norm)
-    cosine_error = torch.where(noise == 0, 0.0, 1 - cosine)
-    return ratio, torch.where(noise == 0, 0.0, error.abs().amax(1).double() / norm), -20 * ratio.log10(), cosine_error
+    cosine_error = torch.where(noise == 0, 0.0, 1 - sums[2] / (ours_norm * norm))
+    return ratio, torch.where(noise == 0, 0.0, largest / norm), -20 * ratio.log10(), cosine_error
 
 
 def mean_drift(rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Drift:

@@ -55,6 +55,7 @@ class DiffRequest:
     where: RowOptions
     device: str
     dtype: str | None
+    max_memory_bytes: int | None = None
     divergence: str | None = None  # PROMPTSxTOKENS of greedy runs
     cache_quant: str | None = None
     cache_sweep: tuple[str, ...] = ()
@@ -264,6 +265,7 @@ def _measure(
         device=compute_device(request.device),
         vocab=vocab,
         quantized_inputs=frozenset({len(overlays)} if request.activations else ()),
+        max_memory_bytes=request.max_memory_bytes,
         save_candidate_logits=request.save_logits_a,
         save_reference_logits=request.save_logits_b,
     ).over(rows)
@@ -287,7 +289,7 @@ def _states_at_once(ids: Tensor, base: Checkpoint, options: DiffOptions) -> int:
     """How many candidates' hidden states of all rows may be in memory: a sweep of more takes several passes."""
     width = LayeredModel.of(base, dtype=options.dtype, device=options.device).hidden_size
     size = ids.numel() * width * (options.dtype or default_dtype(options.device)).itemsize
-    free = available_bytes(options.device)
+    free = min(filter(None, (available_bytes(options.device), options.max_memory_bytes)), default=0)
     return max(1, int(SWEEP_SHARE * free) // size) if free else sys.maxsize  # 0: nothing says what is free
 
 
@@ -337,6 +339,7 @@ def _attributed(overlay: Overlay, base: Checkpoint, request: DiffRequest, on_eve
         level=request.attribute or "",
         iso=request.iso,
         journal=request.attribute_journal,
+        max_memory_bytes=request.max_memory_bytes,
         dtype=compute_dtype(request.dtype),
         device=compute_device(request.device),
         rows_sha256=rows.sha256,
@@ -359,6 +362,8 @@ def _check_caches(request: DiffRequest) -> None:
 
 
 def _check_divergence(request: DiffRequest) -> None:
+    if request.divergence is not None and request.max_memory_bytes is not None:
+        raise ArgumentError("{max_memory}: holds for rows, not for the greedy runs of {divergence}; leave one out")
     if request.divergence is not None:
         try:
             parse_divergence(request.divergence)

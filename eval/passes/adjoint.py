@@ -18,7 +18,6 @@ What the samples mean is the caller's: `eval.profile.sketch` draws labels (a Fis
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,14 +26,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from eval.layer_sizes import DECODING, LayerSizes
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.checkpoint.module_names import role_of
 from recompile.costs import ProfileGroup
-from recompile.errors import NotFiniteError, OutputError, RecompileError, UnsupportedError
+from recompile.errors import NotFiniteError, RecompileError, UnsupportedError
 from recompile.formats.checks import is_finite
 from recompile.io.memory import FREE_BYTES_KEPT, format_mib, process_bytes
 from recompile.model.finite import WIDER, name_of
 from recompile.model.linear_calls import LinearMode
+from recompile.model.scratch import scratch_tensor
 from recompile.model.skeleton import one_line
 from recompile.model.stream import LayeredModel, LinearWeight, LinearWeights, release_free_memory
 
@@ -42,7 +43,6 @@ PASS_TOKENS = 512  # rows of a batch hold about this many tokens
 DEVICE_PASS_TOKENS = 4096  # of devices that are no CPU: many small products wait for each other there
 SAMPLE_BLOCK = 4  # samples whose adjoints are held together
 LOGIT_CHUNK_TOKENS = 256
-DECODING = 4  # of a parameter, so many times as float32: as stored, decoded, sliced; and that of the origin
 
 
 class Cotangents(Protocol):
@@ -152,7 +152,7 @@ def plan_pass(
 
     Raises RecompileError where not even one row fits below the cap."""
     size, hidden = model.dtype.itemsize, model.hidden_size
-    layers = [_LayerSizes.of(model, index) for index in range(model.depth)]
+    layers = [LayerSizes.of(model, index) for index in range(model.depth)]
     head = model.vocab_size * hidden * size
     process = process_bytes(cap_bytes)
     state = model.state_size(tokens)
@@ -195,31 +195,6 @@ def plan_pass(
     )
 
 
-@dataclass(frozen=True)
-class _LayerSizes:
-    weights: int  # all parameters of a layer
-    parameter: int  # the largest of them
-    outputs: int  # outputs of its linear maps a token (routed experts: all that a row may reach)
-    attention: int  # heads
-    routed: bool
-
-    @staticmethod
-    def of(model: LayeredModel, index: int) -> _LayerSizes:
-        weights = largest = outputs = 0
-        routed = False
-        config = getattr(model.model.config, "get_text_config", lambda: model.model.config)()
-        active = int(getattr(config, "num_experts_per_tok", 1) or 1)
-        for parameter in model.layers[index].parameters():
-            weights += parameter.numel()
-            largest = max(largest, parameter.numel())
-            if parameter.dim() == 2:
-                outputs += parameter.shape[0]
-            elif parameter.dim() == 3:
-                routed = True
-                outputs += active * parameter.shape[1]
-        return _LayerSizes(weights, largest, outputs, int(getattr(config, "num_attention_heads", 1)), routed)
-
-
 # ---- what a layer does -----------------------------------------------------------------------------------------------
 
 
@@ -250,21 +225,10 @@ class _States:
     """What enters every layer, [layers + 1, rows, tokens, hidden], in memory or in an unlinked scratch file."""
 
     def __init__(self, shape: tuple[int, ...], model: LayeredModel, scratch: bool, folder: Path | None) -> None:
-        if not scratch:
+        if scratch:
+            self._values = scratch_tensor(shape, model.dtype, folder)
+        else:
             self._values = torch.empty(shape, dtype=model.dtype, device=model.device)
-            return
-        count = 1
-        for length in shape:
-            count *= length
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".states-") as file:
-                file.truncate(count * model.dtype.itemsize)
-                self._values = torch.from_file(file.name, shared=True, size=count, dtype=model.dtype).reshape(shape)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(
-                f"{folder or tempfile.gettempdir()}: no scratch file of {format_mib(count * model.dtype.itemsize)} for "
-                f"hidden states ({error}); make room, set TMPDIR, or raise {{max_memory}}"
-            ) from error
 
     def put(self, layer: int, rows: slice, value: Tensor) -> None:
         self._values[layer, rows] = value.to(self._values.device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recompile.api.shared import PathLike, as_path, check_types, shares
 from recompile.events import OnEvent, ignore
+from recompile.io.sizes import size_bytes
 
 if TYPE_CHECKING:
     from eval.engines.environments import EngineStatus
@@ -33,6 +34,7 @@ def _comparing(
     save_logits_b: PathLike | None = None,
     divergence: str | None = None,
     cache_quant: str | None = None,
+    max_memory: int | str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def _comparing(
         "dtype": dtype,
         "divergence": divergence,
         "cache_quant": cache_quant,
+        "max_memory_bytes": size_bytes(max_memory, "{max_memory}"),
     }
 
 
@@ -87,6 +90,8 @@ def diff(
     llama.cpp does; cache_sweep: also through each of these, in one pass
     attribute: "layer", "block", "fused", "expert" or "tensor": KL of each such group of the candidate by itself in the
     reference; iso: beside isotropic noise of the same size; attribute_journal: where it goes on after an interruption
+    max_memory: bytes or text such as "8GiB", which the process stays below: long rows run in pieces, and hidden states
+    go to a file
 
     Both are streamed layer by layer, and nothing is written. Raises MismatchError for builds of different models.
     """

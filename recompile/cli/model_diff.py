@@ -11,6 +11,7 @@ from recompile.cli.common import Screen, command, show
 from recompile.cli.options import (
     device_options,
     engine_options,
+    max_memory_option,
     model_b_option,
     options_of,
     output_options,
@@ -51,13 +52,7 @@ from recompile.costs import LEVELS
 )
 @text_options(rows=10, length=2048, unset=True)
 @trace_options
-@click.option(
-    "-kb",
-    "--keep-b",
-    "--keep_b",
-    default=0,
-    help="Keep B's state after the first N stages (embedding first).",
-)
+@click.option("-kb", "--keep-b", "--keep_b", default=0, help="Keep B's state after N stages (embedding first).")
 @click.option("-tkm", "--topk-max", "--topk_max", default=5, help="Largest K of the top-K figures.")
 @click.option("-bsz", "--batch-size", "--batch_size", type=int, help="Rows a batch; default: about 512 tokens.")
 @click.option(
@@ -119,6 +114,7 @@ from recompile.costs import LEVELS
     help="Also the KL of each group of A by itself in B: layer, block, fused (the default), expert or tensor.",
 )
 @click.option("--iso", is_flag=True, help="With --attribute: beside isotropic noise as large as A's error there.")
+@max_memory_option()
 @engine_options
 @device_options
 @output_options

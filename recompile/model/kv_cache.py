@@ -108,7 +108,8 @@ class SimulatedCache:
     def _hook(self, layer: nn.Module, name: str) -> Any:
         def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             place = list(inspect.signature(type(module).forward).parameters).index(name) - 1  # without self
-            handed = _cache_class()(partial(self._store, layer, module))
+            before = args[place] if place < len(args) else kwargs.get(name)
+            handed = _cache_class()(partial(self._store, layer, module), before)
             if place < len(args):
                 return (*args[:place], handed, *args[place + 1 :]), kwargs
             return args, {**kwargs, name: handed}
@@ -147,14 +148,18 @@ def _cache_class() -> type[Any]:
     from transformers.cache_utils import DynamicCache
 
     class _PassingCache(DynamicCache):
-        """Empty before and after every call."""
+        """Empty before and after every call, or what hands on to the cache `before` of a row that runs in pieces."""
 
-        def __init__(self, through: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        def __init__(self, through: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], before: Any) -> None:
             super().__init__()
-            self.through = through
+            self.through, self.before = through, before
 
-        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:  # type: ignore[override]
-            return self.through(keys, values)
+        def update(self, keys: Tensor, values: Tensor, *where: Any, **how: Any) -> Any:  # type: ignore[override]
+            stored = self.through(keys, values)
+            return stored if self.before is None else self.before.update(*stored, *where, **how)
+
+        def get_seq_length(self, *where: Any) -> int:
+            return self.before.get_seq_length(*where) if self.before is not None else 0
 
         def update_indexer(self, keys: Tensor, *_: Any) -> Tensor:
             return keys  # of sparse attention; engines keep them as they are

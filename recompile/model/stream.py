@@ -29,6 +29,7 @@ from recompile.checkpoint.safetensors_files import read_ahead
 from recompile.errors import MismatchError, MissingWeight, UnsupportedError
 from recompile.formats import FORMATS
 from recompile.io.memory import release_freed
+from recompile.model.chunked import TRIED_TOKENS, ChunkedLayout, Pieces, not_in_pieces
 from recompile.model.finite import FiniteWatch
 from recompile.model.fused_experts import is_flat, is_transposed
 from recompile.model.known_types import check_next_token
@@ -130,7 +131,8 @@ class LayeredModel:
     layers_name: str
     origins: dict[str, Origin] = field(default_factory=dict)
     written: dict[str, Written] = field(default_factory=dict)  # by transformers, over what it loads
-    layouts: dict[int, Layout | BlockLayout] = field(default_factory=dict)  # by tokens of a row
+    pieces: Pieces | None = None  # how rows run that are longer
+    layouts: dict[int, Layout | BlockLayout | ChunkedLayout] = field(default_factory=dict)  # by tokens of a row
     watch: FiniteWatch = field(default_factory=FiniteWatch)  # sees every state that is handed on
     loaded_from: str = ""  # label of the source that was loaded last
 
@@ -461,6 +463,9 @@ class LayeredModel:
                 stored = (source or self.source).modules
                 names = (name for name in self.modules_of_layer(index + 1) if name in stored)
                 read_ahead(info for name in names for info in stored[name].parts.values())
+            for layout in self.layouts.values():
+                if isinstance(layout, ChunkedLayout):
+                    layout.try_layer(index, layer)
             yield layer
 
     def modules_of_layer(self, index: int) -> list[str]:
@@ -570,10 +575,31 @@ class LayeredModel:
             found = record_block(self.structure, self.model, self.runner, ids, self.dtype)
             self.layouts[ids.shape[1]] = found
             return
+        in_pieces = self.pieces is not None and ids.shape[1] > max(self.pieces.tokens, TRIED_TOKENS)
+        self.layouts[ids.shape[1]] = self._record_in_pieces(ids) if in_pieces else self._record_whole(ids)
+
+    def _record_whole(self, ids: Tensor) -> Layout:
         with self._towers_there():
-            self.layouts[ids.shape[1]] = record_layout(
+            return record_layout(
                 self.structure, self.model, self.runner, list(self.layers), self.layers_name, ids, self.dtype
             )
+
+    def _record_in_pieces(self, ids: Tensor) -> Layout | ChunkedLayout:
+        """In pieces where the model can. Raises UnsupportedError where it cannot and has to."""
+
+        def record_later(ids: Tensor) -> Layout:
+            with self._loaded(self.structure.before, None):
+                return self._record_whole(ids)
+
+        assert self.pieces is not None, "somebody has asked for them"
+        trial = self._record_whole(ids[:, :TRIED_TOKENS])
+        way = self.model, self.runner, list(self.layers), self.layers_name
+        found = ChunkedLayout(*way, self.device, trial, ids.shape[1], self.pieces, record_later)
+        with self._towers_there():
+            why_not = found.why_not(ids)
+        if why_not and self.pieces.needed:
+            raise not_in_pieces(type(self.model).__name__, ids.shape[1], why_not)
+        return self._record_whole(ids) if why_not else found
 
     def _towers_there(self) -> AbstractContextManager[Any]:
         """Inside, weights that are not loaded are zeros, for models that ask their first weight for its device."""
@@ -611,7 +637,11 @@ class LayeredModel:
         hidden = layout.hidden_of(state)
         name = self.structure.norm
         if name is not None or isinstance(layout, BlockLayout):
-            return self.model.get_submodule(name)(hidden) if name else hidden
+            if not name or self.pieces is None or not layout.is_plain:
+                return self.model.get_submodule(name)(hidden) if name else hidden
+            module = self.model.get_submodule(name)
+            return torch.cat([module(part) for part in hidden.split(self.pieces.tokens, 1)], 1)
+        assert isinstance(layout, Layout), "rows run in pieces where one norm is all"
         found: list[Tensor] = []
         base = self.model.get_submodule(self.structure.base)
 

@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
+import transformers.models.mistral.modeling_mistral
 import eval.mixes.meter
 import eval.mixes.oracle
+from eval.diff import DiffOptions, measure_many
 from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
 from eval.profile.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint.checkpoint import open_checkpoint
@@ -31,6 +33,12 @@ from recompile.quantize.lazy_variant import exl_spec_of, make_variants, spec_of
 folder, cap, last = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) - 1
 
 def run(mode, made):
+    if mode == "diff":  # one row, whose mask alone would be 256 MiB
+        model = open_checkpoint(folder / "windows")
+        ids = torch.zeros(1, 16384, dtype=torch.int64)
+        (report,) = measure_many([model], model, ids, DiffOptions(max_memory_bytes=cap))
+        assert report.tokens == 16384
+        return peak()
     base = open_checkpoint(folder / "base")
     if made:
         parts = [name.partition(":") for name in made]
@@ -62,8 +70,11 @@ def run(mode, made):
     else:
         *_, profile = profile_sketch(job, SketchOptions(2))
         assert profile.is_complete
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024
+    return peak()
+
+def peak():
+    found = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(found.split()[1]) * 1024
 
 for line in sys.stdin:
     if not os.fork():  # what one holds is given back before the next
@@ -117,6 +128,21 @@ def shapes() -> dict[str, list[int]]:
     return found
 
 
+def write_windows(directory: Path, config: dict[str, object]) -> None:
+    """One layer of an eighth of the width, whose attention looks 64 tokens back."""
+    fields = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    sizes = {"hidden_size": HIDDEN // 8, "intermediate_size": INTERMEDIATE // 8, "num_hidden_layers": 1}
+    tensors: dict[str, tuple[str, list[int], bytes | None]] = {
+        f"{name}.weight": ("BF16", [length // 8 for length in shape], None)
+        for name, shape in shapes().items()
+        if ".layers.0." in name
+    }
+    for name in ("embed_tokens", "norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm"):
+        tensors[f"model.{name}.weight"] = ("BF16", [*([VOCAB] if "embed" in name else []), HIDDEN // 8], None)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    write_sparse(directory, tensors, {**config, **fields, **sizes, **heads})
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
@@ -139,6 +165,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     dense = {f"{name}.weight": ("BF16", shape, None) for name, shape in shapes().items()}
     write_sparse(folder / "base", {**common, **dense}, config)
+    write_windows(folder / "windows", config)
     for bits in (2, 3, 4, 5, 6, 8):
         tensors = dict(common)
         for name, shape in shapes().items():
@@ -174,6 +201,7 @@ def jobs(large: Path) -> Iterator[subprocess.Popen[str]]:
         ("sketch", ()),
         pytest.param("exact", (), marks=pytest.mark.sweep),
         ("refine", ()),
+        ("diff", ()),
         ("exact", ("Q8_0", "Q6_K")),
         pytest.param("sketch", ("exl2:3", "exl2:5.5"), marks=pytest.mark.sweep),
     ],
