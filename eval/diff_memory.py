@@ -76,7 +76,7 @@ def plan_diff(
     ]
     ways += [(1, Pieces(size, needed=True)) for size in PIECES if in_pieces and size < tokens]
     least: DiffPlan | None = None
-    for scratch in (False, True):
+    for scratch in (False, True) if model.device.type == "cpu" else (False,):  # a file is no place for a device's
         for rows, pieces in ways:
             working = max(room.around(), room.layer(rows, pieces), room.heads())
             working += rows * tokens * width * model.dtype.itemsize + sum(lengths) * candidates * FIGURES

@@ -753,6 +753,8 @@ class _Auto:
         for made in ("uniform", "built"):
             shutil.rmtree(self.work / made, ignore_errors=True)
         (self.work / "built.gguf").unlink(missing_ok=True)
+        for entry in result["builds"]:
+            entry["kept"] = Path(entry["build"]).exists()
         return result
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recompile.cli.render_merge import describe_merge
@@ -13,8 +14,6 @@ from recompile.io.report import format_columns, role_in_words, with_error
 from recompile.io.sizes import format_bpw, format_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from recompile.auto import AutoReport
     from recompile.auto_stages import StageDone
 
@@ -43,18 +42,20 @@ def describe_auto(report: AutoReport) -> str:
     rows, verdicts = [], []
     mix = report.builds[0]
     for entry in report.builds:
-        versus = ""
+        kept, versus = entry.get("kept", True), ""
+        name = entry["build"] if kept else f"{Path(entry['build']).name} (compared, not kept)"
         if entry is not mix:
             low, high = entry["interval_95"]
             versus = f"{entry['mix_minus_this_nats']:+.4f} [{low:+.4f}, {high:+.4f}]"
             smaller = entry["total_bytes"] <= mix["total_bytes"]
             if smaller and low > 0:
-                verdicts.append(f"{entry['build']} is not larger and measures better with confidence: use it instead.")
+                way = "use it instead" if kept else "model_quantize makes it"
+                verdicts.append(f"{name} is not larger and measures better with confidence: {way}.")
             elif smaller and high >= 0:
-                verdicts.append(f"The mix is not better than {entry['build']} with confidence: more -r rows may tell.")
+                verdicts.append(f"The mix is not better than {name} with confidence: more -r rows may tell.")
         rows.append(
             (
-                entry["build"],
+                name,
                 format_bpw(entry["bpw"]),
                 format_bytes(entry["total_bytes"]),
                 with_error(entry["kl_nats"], entry["kl_std_error"], ".4f"),

@@ -70,6 +70,8 @@ def test_one_command_makes_the_mix_and_measures_it(text: Path, tmp_path: Path) -
     assert set(report["seconds"]) == {"profile", "recipe", "build", "uniform", "pick", "verify", "report"}
     assert "mix - this" in result.output
     assert not (tmp_path / "mix.work" / "uniform").exists(), "no variant stays on the disk"
+    assert (mix["kept"], uniform["kept"]) == (True, False)
+    assert "3bpw (compared, not kept)" in result.output
     card = (tmp_path / "mix.card.md").read_text()
     assert f"| mix | {mix['bpw']:.2f} |" in card
     assert "overrides:" in card

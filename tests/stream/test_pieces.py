@@ -19,6 +19,7 @@ from recompile.model import kv_cache
 from recompile.model.chunked import ChunkedLayout, Pieces
 from recompile.model.stream import LayeredModel
 from tests.conftest import load_script
+from tests.stream import architectures
 
 TOKENS, PIECE = 96, 40  # windows of the tiny models are 8 tokens
 
@@ -51,6 +52,18 @@ def test_pieces_of_a_row_give_the_states_of_the_whole_row(model_type: str, tmp_p
     found, model = normed(folder, Pieces(PIECE, needed=True))
     assert isinstance(model.layouts[TOKENS], ChunkedLayout)
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", architectures.TYPES)
+def test_no_architecture_changes_without_a_word(name: str) -> None:
+    """In pieces where it can, whole where not; ids [2, 60], windows of 6 tokens."""
+    found = []
+    for pieces in (None, Pieces(PIECE)):
+        model = LayeredModel.of(open_checkpoint(architectures.checkpoint(name)))
+        model.pieces = pieces
+        found.append(model.normed(architectures.rows(2, 60).clamp(min=3), 2))  # positions of some leave padding out
+    assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
 
 
 # a layer without a state to go on from, positions from a table that is a weight, layers that hand on more, attention to
