@@ -50,6 +50,7 @@ from recompile.events import Note, OnEvent, Progress, ignore
 from recompile.formats.cache_types import CacheFormat
 from recompile.io.files import write_atomically
 from recompile.merge.overlay import Overlay
+from recompile.merge.weight_cache import WeightStore, have_shared_sources, room_for_weights
 from recompile.model.activations import QuantizedInputs, UnseenInputs, unseen_inputs
 from recompile.model.devices import batch_rows
 from recompile.model.finite import WIDER, check_finite, name_of
@@ -242,10 +243,12 @@ def compare_many(
     model_b = LayeredModel.of(reference, dtype=options.dtype, device=options.device)
     models: list[LayeredModel] = []
     made: dict[tuple[int, bool], LayeredModel] = {}
+    shared = WeightStore(room_for_weights(options.device)) if _share(candidates, options) else None
     for number, candidate in enumerate(candidates):
         key = id(candidate), number in options.quantized_inputs
         if key not in made:
-            made[key] = LayeredModel.of(candidate, dtype=options.dtype, device=options.device)
+            source = candidate if shared is None else shared.over(candidate)
+            made[key] = LayeredModel.of(source, dtype=options.dtype, device=options.device)
             check_same_skeleton(model_b, made[key])
             if number in options.quantized_inputs:
                 made[key].model.set_experts_implementation(
@@ -258,7 +261,13 @@ def compare_many(
             f"{{cache_quant}}: no layer of {type(model_b.model).__name__} keeps keys and values for later tokens, so "
             f"that there is no cache to quantize"
         )
-    yield from _Comparison(models, model_b, ids, options, rows_source, rows_sha256).run()
+    yield from _Comparison(models, model_b, ids, options, rows_source, rows_sha256, shared).run()
+
+
+def _share(candidates: Sequence[WeightSource], options: DiffOptions) -> bool:
+    """Whether weights that several candidates have are read, decoded or made once for all of them: a layer's, which
+    are held for that."""
+    return options.max_memory_bytes is None and not options.quantized_inputs and have_shared_sources(candidates)
 
 
 def measure_many(
@@ -334,8 +343,9 @@ class _Comparison:
         options: DiffOptions,
         source: str,
         sha256: str,
+        shared: WeightStore | None,
     ) -> None:
-        self.candidates, self.b, self.ids, self.options = candidates, b, ids, options
+        self.candidates, self.b, self.ids, self.options, self.shared = candidates, b, ids, options, shared
         self.rows_source, self.rows_sha256 = source, sha256
         lengths = options.lengths or (ids.shape[1],) * len(ids)
         widths = _widths(lengths, ids.shape[1])
@@ -421,6 +431,8 @@ class _Comparison:
                         self._run_layer(model, index, states[number])
                     routing = compare_choices(name, chosen_b, chosen, len(self.ids), self.meant)
                     self.routing[number] += [routing] if routing is not None else []
+        if self.shared is not None:
+            self.shared.clear()
 
     def _embed(self, model: LayeredModel) -> Iterator[Tensor]:
         for group in self.groups:

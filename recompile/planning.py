@@ -239,7 +239,9 @@ DEFAULT_SEARCH_MINUTES = 10.0  # of refine, where nothing is said
 PROMPT_TOKENS = 220  # of a bundled prompt in the mean, its template included
 TRACE_TOKENS = 256  # of a response at most
 ONE_BY_ONE = 3.0  # what tokens that are written one after another take, of a pass over as many
-VERIFIED_MIXES = 6  # the recipe, uniform and hand-made ones
+VERIFIED_MIXES = 7  # the recipe, uniform and hand-made ones, greedy's and the exact one
+STARTS, START_ROWS = 6, 8  # mixes that a search chooses its start from, and the rows that they are measured on
+SOURCES_OF_A_MODULE = 2.5  # in mixes of one size that run together: what several have is made once
 JUDGED_BY_HEAL = 12  # forward passes over rows of four roles, before and after
 
 
@@ -363,9 +365,13 @@ class _Stages:
         solver, minutes = self.asked.solver, self.asked.search_minutes
         measures = solver is None or solver not in SOLVERS or SOLVERS[solver].runs_models
         search = 60 * (DEFAULT_SEARCH_MINUTES if minutes is None else minutes) if measures else 0.0
+        if solver is None or solver == "refine":  # the start is chosen though there be no minute to search
+            tokens = self.asked.length * min(self.asked.rows, START_ROWS)
+            search = max(search, STARTS * self._forward(tokens) + SOURCES_OF_A_MODULE * self._making)
         what, mixes = solver or "refine", VERIFIED_MIXES if self.asked.checks_recipe else 0
         what += f", and {mixes} mixes measured on rows of their own" if mixes else ""
-        return PlannedStage("recipe", what, search + mixes * (self._forward(self._tokens) + self._making))
+        verified = mixes * self._forward(self._tokens) + (SOURCES_OF_A_MODULE * self._making if mixes else 0.0)
+        return PlannedStage("recipe", what, search + verified)
 
     def _build(self) -> PlannedStage:
         if not self.asked.builds:

@@ -174,7 +174,7 @@ def test_the_same_recipe_in_exl3(base: Path, tmp_path: Path, monkeypatch: pytest
     assert open_checkpoint("mix").modules[f"{MTP}.mlp.experts.3.up_proj"].format == "exl3"
 
 
-@pytest.mark.parametrize("how", ["sequential", "compensate"])
+@pytest.mark.parametrize("how", [pytest.param("sequential", marks=pytest.mark.sweep), "compensate"])
 def test_a_killed_build_on_its_own_rounding_goes_on(
     how: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

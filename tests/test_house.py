@@ -69,6 +69,12 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Of the whole file, in the order of ast.walk."""
+    return tuple(ast.walk(tree_of(path)))
+
+
 def for_types_only(tree: ast.Module) -> set[ast.AST]:
     """Everything below `if TYPE_CHECKING:`, which never runs."""
     return {
@@ -173,7 +179,7 @@ def test_tests_import_helpers_in_one_way() -> None:
 def test_only_whole_packages_are_skipped() -> None:
     """So that a module that upstream moved fails a test, where it would skip it."""
     for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
             if named == "importorskip":
                 package = ast.literal_eval(node.args[0])
@@ -240,7 +246,7 @@ def test_only_commands_talk_to_people(path: Path) -> None:
         return
     for line, name in imports_of(path):
         assert name.split(".")[0] not in ("click", "rich"), f"{name_of(path)}:{line}: {name}"
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "input", "exit", "quit"), f"{name_of(path)}:{node.lineno}"
 
@@ -309,7 +315,7 @@ def test_arguments_that_messages_name_are_arguments_of_the_api() -> None:
 def test_import_eval_is_never_written() -> None:
     """It would hide the builtin."""
     for path in EVERYTHING:
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.Import):
                 names = [alias.asname or alias.name.split(".")[0] for alias in node.names]
                 assert "eval" not in names, f"{name_of(path)}:{node.lineno}: write from eval.metrics import ..."
@@ -321,7 +327,7 @@ MOST_PARAMETERS = 9
 def test_functions_take_options_not_long_lists() -> None:
     """Many settings are one frozen dataclass. The verbs of the Python API alone take them one by one."""
     for path in LIBRARY:
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             is_verb = name_of(path).startswith("recompile/api/") or getattr(node, "name", "") == "auto"
             if isinstance(node, ast.FunctionDef) and not is_verb:
                 taken = node.args
@@ -336,7 +342,7 @@ MOST_LINES = 75
 def test_functions_fit_on_a_screen() -> None:
     """Docstring included. The verbs of the Python API, most of which is their arguments, may be longer."""
     for path in LIBRARY:
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef) and not name_of(path).startswith("recompile/api/"):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= MOST_LINES, f"{name_of(path)}:{node.lineno}: {node.name} has {lines} lines"
@@ -352,7 +358,7 @@ def test_public_names_have_a_docstring() -> None:
 
 def test_no_error_is_caught_without_a_name() -> None:
     for path in EVERYTHING:
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{name_of(path)}:{node.lineno}"
 
 
@@ -384,7 +390,7 @@ def test_formats_are_called_by_name_in_few_places() -> None:
         name_of(path)
         for path in LIBRARY
         if not name_of(path).startswith("recompile/formats/")
-        for node in ast.walk(tree_of(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
     }
     assert found - CALLED_BY_NAME == set(), "ask the format's row in recompile/formats"

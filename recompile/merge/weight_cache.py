@@ -6,7 +6,7 @@ room for is decoded each time, as without. Values are shared by all who ask: nob
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,19 @@ class WeightStore:
 
     def over(self, source: WeightSource) -> HeldWeights:
         return HeldWeights(source, self)
+
+    def clear(self) -> None:
+        """Let go of all values."""
+        self._values.clear()
+        self._sources.clear()
+        self.held_bytes = 0
+
+
+def have_shared_sources(mixes: Sequence[WeightSource]) -> bool:
+    """Whether any checkpoint is a source of two of the mixes, so that a store would be asked for its weights twice."""
+    different = {id(mix): mix for mix in mixes if isinstance(mix, Overlay)}.values()
+    owners = [{id(one) for one in (mix.base, *mix.sources.values())} for mix in different]
+    return sum(map(len, owners)) > len(set().union(*owners))
 
 
 @dataclass(frozen=True)

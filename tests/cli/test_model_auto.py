@@ -326,6 +326,7 @@ def test_gguf_types_make_one_file(text: Path, tmp_path: Path) -> None:
         assert message in result.output
 
 
+@pytest.mark.sweep
 def test_a_gguf_mix_is_healed_or_stays_as_it_was_built(text: Path, tmp_path: Path) -> None:
     pytest.importorskip("libgguf")
     base, out = tiny.base("llama-2"), tmp_path / "MIX.gguf"

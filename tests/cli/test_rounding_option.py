@@ -110,6 +110,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path, ids: Path) -> N
     assert "is a file" in said
 
 
+@pytest.mark.sweep
 def test_a_trained_model_loses_less(tmp_path: Path, tiny_models: Mapping[str, Path]) -> None:
     """KL on rows that neither was made with, paired over rows."""
     base = tiny_models["tiny-dense"]

@@ -112,7 +112,7 @@ def test_an_expert_that_padding_alone_reached_is_not_measured(mode: str, tmp_pat
     assert with_padding == alone
 
 
-@pytest.mark.parametrize("architecture", ["llama-2", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama-2", pytest.param("gemma2", marks=pytest.mark.sweep)])
 def test_samples_are_unbiased_for_the_places_that_count(architecture: str) -> None:
     samples, width = 500, 12
     ids, meant = tiny.rows(2, width), torch.zeros(2, width, dtype=torch.bool)

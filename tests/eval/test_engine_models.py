@@ -33,11 +33,11 @@ CODEBOOKS = "ik_llama.cpp, codebooks"
 REST = ", the rest"
 # IQ1_*, IQ2_S and IQ2_XS take libgguf 19 s to begin with, and every grid of the fork's takes 10 s to compile.
 SLOW = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")
-FORKS_QUICK = ("IQ4_KSS", "IQ4_KS", "IQ4_K", "Q6_0")
+FORKS_QUICK = ("IQ4_KSS", "IQ4_K", "Q6_0")
 KINDS = {
     "llama.cpp": tuple(name for name in K_AND_IQ if name not in SLOW) + OTHERS,
     "ik_llama.cpp": ("Q4_K", "IQ2_XXS", "IQ3_S", "IQ4_XS", *FORKS_QUICK),
-    CODEBOOKS: ("IQ2_KL", "IQ2_KT"),  # one small matrix each, for they take long to encode
+    CODEBOOKS: ("IQ2_KT",),  # one small matrix each, for they take long to encode
     f"llama.cpp{REST}": K_AND_IQ,
     f"ik_llama.cpp{REST}": (*K_AND_IQ, *ik.TYPES),
     f"{CODEBOOKS}{REST}": tuple(ik_codebooks.TYPES),

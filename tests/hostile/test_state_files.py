@@ -201,7 +201,7 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 }
 
 SLOW = ("auto", "refine", "heal", "statistics")
-OF_SLOW = ["cut in the middle", "a bit in the middle", "of another run", "empty", "gone", "a line twice"]
+OF_SLOW = ["cut in the middle", "a bit in the middle", "of another run", "gone"]
 
 
 @pytest.fixture(scope="module")

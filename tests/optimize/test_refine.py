@@ -37,7 +37,7 @@ def test_it_beats_the_additive_optimum_and_never_goes_over_the_budget(seed: int)
 def test_it_finds_nearly_all_that_there_is_to_gain() -> None:
     """Beside the brute-force optimum of the true KL, interactions included."""
     left = []
-    for seed in range(12):
+    for seed in range(6):
         made = MadeUp(seed=seed)
         problem, budget = made.problem(), 8 * 280
         start = solve_exact(problem, budget).choice

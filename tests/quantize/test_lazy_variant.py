@@ -231,7 +231,7 @@ def test_profile_optimize_quantize_without_any_variant(tiny_models: Mapping[str,
     base, profile, recipe = tiny_models["tiny-moe"], tmp_path / "p.jsonl", tmp_path / "mix.yaml"
     rows = ("-r", 2, "-l", 64, "--quiet")
     run(
-        model_profile, "-mb", base, "--candidates", "2,3,4", "--importance-rows", 2, "--mode", "sketch", "--samples", 4,
+        model_profile, "-mb", base, "--candidates", "2,4", "--importance-rows", 2, "--mode", "sketch", "--samples", 2,
         "--level", "expert", "-o", profile, *rows,
     )  # fmt: skip
     output = run(model_optimize, profile, "-b", 3, "-o", recipe, "--no-check")
