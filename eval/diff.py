@@ -11,6 +11,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeAlias
@@ -461,13 +462,13 @@ class _Comparison:
         """The states of a model, a batch each, where the plan has them."""
         if not self.plan.scratch:
             return list(states)
-        counts = [(stop - start) * width for start, stop, width in self.batches]
+        ends = list(accumulate((stop - start) * width for start, stop, width in self.batches))
         file: Tensor | None = None
-        kept = []
+        kept: list[Tensor] = []
         for n, state in enumerate(states):
             if file is None:
-                file = scratch_tensor((sum(counts), state.shape[-1]), state.dtype)
-            kept.append(file[sum(counts[:n]) : sum(counts[: n + 1])].view(state.shape))
+                file = scratch_tensor((ends[-1], state.shape[-1]), state.dtype)
+            kept.append(file[ends[n] - state.shape[0] * state.shape[1] : ends[n]].view(state.shape))
             kept[n].copy_(state)
         return kept
 

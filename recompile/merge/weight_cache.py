@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recompile.checkpoint.checkpoint import StoredModule, WeightSource
+from recompile.gguf.names import Heads, Joined
 from recompile.io.memory import available_bytes
 from recompile.merge.overlay import Overlay
 
@@ -83,9 +84,20 @@ class HeldWeights:
     def modules(self) -> Mapping[str, StoredModule]:
         return self.source.modules
 
+    @property
+    def joined(self) -> Mapping[str, Joined]:
+        """The tensors that the source keeps in parts."""
+        return getattr(self.source, "joined", {})
+
+    @property
+    def heads(self) -> Heads | None:
+        return getattr(self.source, "heads", None)
+
     def has(self, tensor: str) -> bool:
         return self.source.has(tensor)
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
+        if tensor in self.joined:  # of parts from several checkpoints, maybe
+            return self.source.load(tensor, device=device)
         owner = self.source.source_of(tensor) if isinstance(self.source, Overlay) else self.source
         return self.store.load(owner, tensor, device)
