@@ -47,7 +47,7 @@ from eval.metrics import (
 from eval.routing import ExpertChoices, LayerRouting, compare_choices
 from recompile.checkpoint.checkpoint import WeightSource
 from recompile.errors import MismatchError, NotFiniteError, OutputError, RecompileError, UnsupportedError
-from recompile.events import Note, OnEvent, Progress, ignore
+from recompile.events import OnEvent, Progress, Said, ignore
 from recompile.formats.cache_types import CacheFormat
 from recompile.io.files import write_atomically
 from recompile.merge.overlay import Overlay
@@ -83,7 +83,7 @@ class RowsCompared:
     total: int
 
 
-Event: TypeAlias = "Note | LayerDrift | RowsCompared | DiffReport"
+Event: TypeAlias = "Said | LayerDrift | RowsCompared | DiffReport"
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def compare(
     rows_sha256: str = "",
 ) -> Iterator[Event]:
     """Run both models over `ids` (int64 [rows, tokens]); yields a LayerDrift per stage, a RowsCompared per row, and
-    last the DiffReport; first a Note of the memory that it will take, where that is limited.
+    last the DiffReport; first a Said of the memory that it will take, where that is limited.
 
     Raises MismatchError if the two are not builds of one model or the ids are not of its vocabulary.
     """
@@ -380,7 +380,7 @@ class _Comparison:
     @torch.inference_mode()
     def run(self) -> Iterator[Event]:
         if self.options.max_memory_bytes is not None:
-            yield Note(self.plan.describe())
+            yield Said(self.plan.describe())
         states_b = self._kept(self._embed(self.b))
         states: list[list[Tensor]] = [[] for _ in self.candidates]
         for model, (first, *others) in self._by_model():
