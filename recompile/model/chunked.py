@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from recompile.errors import UnsupportedError
-from recompile.model.own_forward import Path, Reached, Structure, at, is_cache, patched, rebuild, zeros_outside
+from recompile.model.own_forward import (
+    OF_MODELS,
+    Path,
+    Reached,
+    Structure,
+    at,
+    is_cache,
+    patched,
+    rebuild,
+    zeros_outside,
+)
 from recompile.model.skeleton import one_line
 from recompile.model.states import Layout, stand_ins
 
@@ -29,8 +39,6 @@ AGREES, STRAYS = 1e-3, 0
 AGREES_16_BIT, STRAYS_16_BIT = 0.05, 3
 GROWING_ROTARY = ("dynamic", "longrope")  # tables of these depend on a row's length, which its first chunk cannot know
 CHOOSING = ("index_topk", "keep_window_size")  # of attention to some tokens: pieces part ties otherwise than whole rows
-# what a model's code raises for a cache, or an input, that it does not go on from
-_OF_MODELS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class ChunkedLayout:
         try:
             whole = self.trial.first(self.runner, self.layers, ids[:, :TRIED_TOKENS])
             pieces = self._first(ids[:, :TRIED_TOKENS], TRIED_TOKENS // 2)
-        except _OF_MODELS as error:
+        except OF_MODELS as error:
             return f"{type(error).__name__}: {one_line(error)}"
         return "" if self._agree(pieces, whole) else "its embedding counts positions anew in every piece"
 
@@ -130,7 +138,7 @@ class ChunkedLayout:
                 self._run_row(index, layer, pieces, TRIED_TOKENS // 2)
             if not self._agree(pieces, whole):
                 wrong = "a row in two pieces gives other states than in one"
-        except _OF_MODELS as error:
+        except OF_MODELS as error:
             wrong = f"{type(error).__name__}: {one_line(error)}"
         if wrong and self.pieces.needed:
             place = f"{self.stack_name}.{index} of {type(self.model).__name__}"

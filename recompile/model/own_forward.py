@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 from recompile.errors import UnsupportedError
 
 PROBE_ROWS, PROBE_TOKENS = 2, 5
+# What a model's own code raises on a config or inputs that it does not fit.
+OF_MODELS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError)
 
 Path = tuple[Any, ...]
 

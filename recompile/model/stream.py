@@ -36,6 +36,7 @@ from recompile.model.known_types import check_next_token
 from recompile.model.load_writes import Written, written_while_loading
 from recompile.model.one_block import Block, BlockLayout, find_block, record_block
 from recompile.model.own_forward import (
+    OF_MODELS,
     PROBE_TOKENS,
     Probe,
     Reached,
@@ -63,8 +64,6 @@ from recompile.model.states import Layout, record_layout
 __all__ = ["LayeredModel", "LinearWeights", "dense_names", "transformers_config"]
 
 STRUCTURES_KEPT = 32  # of models, so that skeletons of one config need not be run on zeros again
-# What a model's own code raises on a config or inputs that it does not fit.
-OF_MODELS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -619,7 +618,8 @@ class LayeredModel:
     def run_layer(self, index: int, state: Tensor, first_row: int = 0) -> Tensor:
         """Replay one loaded layer; state [batch, tokens, width], any batch, a row length that was recorded.
 
-        first_row: what messages call the batch's first row. Raises NotFiniteError; on a device, where nobody waits for
+        first_row: what messages call the batch's first row. A state whose rows run in pieces is written to, and is what
+        comes back. Raises NotFiniteError; on a device, where nobody waits for
         every state, at the end of the block that loaded the layer, or before logits are made.
         """
         out = self.layouts[state.shape[1]].run(index, self.layers[index], state)
