@@ -619,8 +619,8 @@ class LayeredModel:
         """Replay one loaded layer; state [batch, tokens, width], any batch, a row length that was recorded.
 
         first_row: what messages call the batch's first row. A state whose rows run in pieces is written to, and is what
-        comes back. Raises NotFiniteError; on a device, where nobody waits for
-        every state, at the end of the block that loaded the layer, or before logits are made.
+        comes back. Raises NotFiniteError; on a device, where nobody waits for every state, at the end of the block that
+        loaded the layer, or before logits are made.
         """
         out = self.layouts[state.shape[1]].run(index, self.layers[index], state)
         self.watch.see(out, self.loaded_from, f"layer {index}", first_row, self.layers[index])
