@@ -188,9 +188,9 @@ SWEEP_SAMPLES = 8  # as eval.profile.sketch has them, which no plan loads
 LOGIT_CHUNK_TOKENS, LOGITS_HELD = 256, 5  # of a pass: tokens whose logits are there at once, and how often
 IMPORTANCE_ROWS, IMPORTANCE_LENGTH = 16, 512  # that inputs are weighed on for candidates but those of GGUF
 PASSES_OF_A_BUILD = 5  # of the layers over the calibration rows: inputs, Hessians, and again once they are rounded
-# The same where errors are compensated: a layer runs for each of its stages, up to there, twice; a second sum beside
-# every Hessian.
-PASSES_OF_A_COMPENSATED_BUILD = 10
+# The same where errors are compensated: a layer runs twice, its maps once each time as long as there is room for what
+# they give; a second sum beside every Hessian.
+PASSES_OF_A_COMPENSATED_BUILD = 8
 
 
 def making_seconds(sizes: Sizes, form: str) -> float:

@@ -18,32 +18,38 @@ The idea is known as asymmetric calibration or error propagation (GPTAQ, Li et a
 
 The maps of a layer are taken in stages, in the order in which the layer calls them; those before are rounded when a
 stage is measured. Two models run beside each other, a batch at a time: memory is that of plain calibration, with two
-layers, two sets of states and a second matrix for every Hessian.
+layers, two sets of states and a second matrix for every Hessian, and a quarter at most of what is free for outputs of
+maps that are final, which the layer's next stages ask for again.
 
 Tokens that an expert is given in both runs are compared; others count in H alone.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from recompile.checkpoint.checkpoint import Checkpoint, WeightSource
+from recompile.checkpoint.checkpoint import Checkpoint
+from recompile.io.memory import available_bytes
 from recompile.model.finite import check_finite
+from recompile.model.linear_calls import LinearMode
 from recompile.model.stream import LayeredModel, LinearWeights
 from recompile.quantize.calibrate import InputCollector, InputStatistics
+from recompile.quantize.known_outputs import KnownOutputs, Room, kind_of
 
 DAMP = 0.01  # of the mean of H's diagonal
 TOKENS_EACH = 4  # for each number fitted; fewer are no sample, for tokens of a row are alike
 TINY = 1e-12  # a mean square below which a token's sum counts as no larger
+SHARE_KEPT = 4  # one in so many of the bytes that are free: outputs of a layer's maps
 UNPAIRED = "inputs could not be compared with the base's: rounded to its own weights"
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_ATTENTION = functional.scaled_dot_product_attention
 _ADDS = (torch.Tensor.add, torch.Tensor.add_, torch.add, torch.Tensor.__radd__)
 
 
@@ -143,36 +149,51 @@ class _StageInputs(InputCollector):
     """The inputs of the maps of one stage in one run of a batch, and what their outputs are added to.
 
     members: kinds of modules, see `kind_of`;  wanted: what is to be seen before the run may end, None where that cannot
-    be told;  adding: the kinds among `members` whose outputs are added to a tensor as they are
+    be told;  adding: the kinds among `members` whose outputs are added to a tensor as they are;  known: outputs that
+    need not be made again
     """
 
     statistics = ComparedInputs
 
     def __init__(
-        self, model: LayeredModel, index: int, members: frozenset[str], wanted: frozenset[str] | None, adding: set[str]
+        self,
+        model: LayeredModel,
+        index: int,
+        members: frozenset[str],
+        wanted: frozenset[str] | None,
+        adding: set[str],
+        known: KnownOutputs | None = None,
     ) -> None:
         super().__init__(model, index)
-        self.members, self.wanted, self.adding = members, wanted, adding
+        self.members, self.wanted, self.adding, self.known = members, wanted, adding, known
         self.places: Tensor | None = None  # of the tokens of a call, where they are some of all
         self.is_known = True  # which tokens those of a call are
         self._outputs: list[tuple[str, Tensor]] = []
         self._seen: set[str] = set()
 
     def begin(self, counted: Tensor) -> None:
-        """Before a batch. counted: bool [rows, tokens]."""
+        """Before a batch, or after the last. counted: bool [rows, tokens]."""
         self.counted, self._taken, self._parted, self._last = counted, None, None, None
         self._outputs, self._seen = [], set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = super().linear(x, weight, bias)
         found = self.weights.find(weight)
-        if found is None or kind_of(found.modules[0]) not in self.members:
+        if found is None:
+            return super().linear(x, weight, bias)
+        self._add(found.modules, x)
+        out = self.output(found.modules, x, weight, bias)
+        if kind_of(found.modules[0]) not in self.members:
             return out
         if len(found.modules) == 1:
             self._outputs.append((found.modules[0], out))
         if kind_of(found.modules[0]) not in self.adding:
             self._see(found.modules[0])
         return out
+
+    def output(self, modules: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Of the map that holds these modules, [..., out]."""
+        make = partial(functional.linear, x, weight, bias)
+        return make() if self.known is None else self.known.of(modules, make)
 
     def _see(self, module: str) -> None:
         self._seen.add(kind_of(module))
@@ -182,6 +203,8 @@ class _StageInputs(InputCollector):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is _ATTENTION and self.known is not None:
+            return self.known.of_all(func.__name__, lambda: func(*args, **(kwargs or {})))
         added = None
         if func in _ADDS and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             added = self._find_added(*args)
@@ -215,7 +238,7 @@ class _StageInputs(InputCollector):
         found = super()._meant(group, inputs)
         assert self.counted is not None, "given with every batch"
         rows, places = inputs.numel() // inputs.shape[-1], self._places_of(inputs)
-        is_expert = _EXPERT.search(group.modules[0]) is not None and rows not in (0, self.counted.numel())
+        is_expert = kind_of(group.modules[0]) != group.modules[0] and rows not in (0, self.counted.numel())
         self.is_known = places is not None or not is_expert
         self.places = None if places is None else places[self.counted.flatten()[places]]
         return found
@@ -228,12 +251,33 @@ class _StageInputs(InputCollector):
         return value.reshape(-1, value.shape[-1])[marks.flatten()].float()
 
 
+class _KnownLinears(LinearMode):
+    """Inside it, maps whose outputs are known are not run."""
+
+    def __init__(self, weights: LinearWeights, known: KnownOutputs) -> None:
+        super().__init__(weights)
+        self.known = known
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found, make = self.weights.find(weight), partial(functional.linear, x, weight, bias)
+        return make() if found is None else self.known.of(found.modules, make)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is _ATTENTION:
+            return self.known.of_all(func.__name__, lambda: func(*args, **(kwargs or {})))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class _Order(_StageInputs):
     """Which kinds of modules a layer calls, in order, those that share an input together, and which of them are added
-    as they are."""
+    as they are. muted: a kind whose outputs are nothing in this run"""
 
-    def __init__(self, model: LayeredModel, index: int) -> None:
+    def __init__(self, model: LayeredModel, index: int, muted: str = "") -> None:
         super().__init__(model, index, frozenset(), None, set())
+        self.muted = muted
+        self.added_to: dict[str, Tensor] = {}  # what the outputs of a kind are added to, the last of them
         self.stages: list[list[str]] = []
         self.often: set[str] = set()  # kinds of a module that is called more than once
         self._called: set[str] = set()
@@ -242,11 +286,14 @@ class _Order(_StageInputs):
         out = super().linear(x, weight, bias)
         found = self.weights.find(weight)
         if found is not None and len(found.modules) == 1:
+            if kind_of(found.modules[0]) == self.muted:
+                out = out.zero_()
             self._outputs.append((found.modules[0], out))
         return out
 
     def add_to(self, module: str, other: Tensor, out: Tensor) -> None:
         self.adding.add(kind_of(module))
+        self.added_to[kind_of(module)] = other.clone()
 
     def _add(self, modules: tuple[str, ...], inputs: Tensor) -> None:
         if modules[0] in self._called:
@@ -292,6 +339,13 @@ class _BothInputs(_StageInputs):
         for module in list(self._held):  # whose output was not added to anything this time
             self._take(module)
         super().begin(counted)
+
+    def output(self, modules: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.wanted is not None and self.wanted.issuperset(map(kind_of, modules)):
+            if self.known is not None:
+                self.known.pass_over(modules)
+            return x.new_zeros(*x.shape[:-1], len(weight))  # is not rounded yet, and nothing behind it matters here
+        return super().output(modules, x, weight, bias)
 
     def accumulate(self, group: InputStatistics, inputs: Tensor) -> None:
         assert isinstance(group, ComparedInputs)
@@ -342,23 +396,18 @@ def _difference(base: _Call | None, now: _Call) -> Tensor | None:
     return less
 
 
-def kind_of(module: str) -> str:
-    """A module's name without the number of its expert: what a layer calls one after another is of a kind."""
-    return _EXPERT.sub(".experts.*.", module)
-
-
 class RoundedLayer:
     """A weight source: the base with some tensors as they were rounded, by name and in the base's shape."""
 
     def __init__(self, base: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-        self._base, self._tensors = base, tensors
+        self._base, self.tensors = base, tensors
         self.config, self.modules = base.config, base.modules
 
     def has(self, tensor: str) -> bool:
-        return tensor in self._tensors or self._base.has(tensor)
+        return tensor in self.tensors or self._base.has(tensor)
 
     def load(self, tensor: str, *, device: str | torch.device = "cpu") -> Tensor:
-        found = self._tensors.get(tensor)
+        found = self.tensors.get(tensor)
         return self._base.load(tensor, device=device) if found is None else found.to(device)
 
 
@@ -374,9 +423,13 @@ class ComparedPass:
         self.teacher = LayeredModel.of(base, dtype=model.dtype, device=model.device)
         self.teacher.model.set_experts_implementation("eager")
         self.wanted = list(self.teacher.embed(ids, batch))
+        room = Room(available_bytes(str(model.device)) // SHARE_KEPT)
+        self._of_base, self._of_model = KnownOutputs(room), KnownOutputs(room)
+        self._entered = -1  # the layer whose outputs are known
+        self._stages: int | None = None  # of it, where those of the rounded one are known too
 
     def groups(
-        self, index: int, states: Sequence[Tensor], source: Callable[[], WeightSource]
+        self, index: int, states: Sequence[Tensor], source: Callable[[], RoundedLayer]
     ) -> Iterator[ComparedInputs]:
         """What the modules of a layer that share an input are given, a stage after another.
 
@@ -385,13 +438,16 @@ class ComparedPass:
         """
         with self.teacher.layer(index):
             stages, adding = self._order(index)
-            for stage, is_once in stages:
+            self._enter(index, stages)
+            for place, (stage, is_once) in enumerate(stages):
                 members = frozenset(stage)
                 is_sure = is_once and not any(".experts.*." in kind for kind in stage)
-                known = members if is_sure else None
-                with self.model.layer(index, source()):
-                    of_base = _BaseInputs(self.teacher, index, members, known, adding)
-                    both = _BothInputs(of_base, self.model, index, members, known, adding)
+                wanted = members if is_sure else None
+                rounded = source()
+                with self.model.layer(index, rounded):
+                    self._settle(place, rounded)
+                    of_base = _BaseInputs(self.teacher, index, members, wanted, adding, self._of_base)
+                    both = _BothInputs(of_base, self.model, index, members, wanted, adding, self._of_model)
                     for number, state in enumerate(states):
                         counted = self._counted(number, state)
                         self._run(self.teacher, index, self.wanted[number], number, of_base, counted)
@@ -404,11 +460,34 @@ class ComparedPass:
                         group.note = ""  # all places count
                     yield group
 
-    def advance(self, index: int) -> None:
-        """The base's states go on through its layer."""
-        with self.teacher.layer(index):
-            for number, state in enumerate(self.wanted):
-                self.wanted[number] = self.teacher.run_layer(index, state, number * self.batch)
+    def _enter(self, index: int, stages: Sequence[tuple[Sequence[str], bool]]) -> None:
+        """A layer is about to be rounded, a stage after another."""
+        self._entered = index
+        order = {kind: place for place, (stage, _) in enumerate(stages) for kind in stage}
+        self._stages = len(stages) if all(is_once for _, is_once in stages) else None
+        for known in (self._of_base, self._of_model):
+            known.enter(order)
+        self._of_base.settle(len(stages))
+
+    def _settle(self, stage: int, rounded: RoundedLayer) -> None:
+        """Stages before this one are rounded."""
+        if self._stages is not None:
+            self._of_model.settle(stage, rounded.tensors)
+
+    def advance(self, index: int, states: list[Tensor], rounded: RoundedLayer) -> None:
+        """Run both through a layer that is rounded, in place. states: [rows, tokens, width] each."""
+        if self._entered != index:  # nothing of it was rounded
+            self._enter(index, [])
+        self._settle(self._stages or 0, rounded)
+        for model, known, found in (
+            (self.teacher, self._of_base, self.wanted),
+            (self.model, self._of_model, states),
+        ):
+            with model.layer(index, None if model is self.teacher else rounded):
+                for number, state in enumerate(found):
+                    known.begin(number)
+                    with _KnownLinears(LinearWeights(model, index), known):
+                        found[number] = model.run_layer(index, state, number * self.batch)
 
     def of_head(self, states: Sequence[Tensor], module: str, note: str = "") -> ComparedInputs:
         """What the head is given, which goes by a module's name. states: [rows, tokens, width] each, before
@@ -434,20 +513,32 @@ class ComparedPass:
     def _order(self, index: int) -> tuple[list[tuple[list[str], bool]], set[str]]:
         """The loaded layer's stages, from one row of the base, and whether that row called each module once; the kinds
         whose outputs are added to a tensor as they are."""
-        row = self.wanted[0][:1].clone()
-        order, weights = _Order(self.teacher, index), LinearWeights(self.teacher, index)
-        order.begin(torch.ones(row.shape[:2], dtype=torch.bool, device=row.device))
-        with order:
-            self.teacher.run_layer(index, row)
+        order, weights = self._probe(index), LinearWeights(self.teacher, index)
         known = {kind for stage in order.stages for kind in stage}
         rest = dict.fromkeys(kind for weight in weights for kind in map(kind_of, weight.modules) if kind not in known)
         stages = [(stage, order.often.isdisjoint(stage)) for stage in order.stages]
         stages += [(list(rest), False)] if rest else []
-        return stages, {kind for kind in order.adding if ".experts.*." not in kind}
+        adding = {kind for kind in order.adding if ".experts.*." not in kind}
+        return stages, {kind for kind in adding if self._is_apart(index, kind, order.added_to[kind])}
+
+    def _is_apart(self, index: int, kind: str, added_to: Tensor) -> bool:
+        """Whether what a map's output is added to is not made of that output itself, as in x + x^3 of a GELU."""
+        found = self._probe(index, muted=kind).added_to.get(kind)
+        return found is not None and torch.equal(found, added_to)
+
+    def _probe(self, index: int, muted: str = "") -> _Order:
+        row = self.wanted[0][:1].clone()
+        order = _Order(self.teacher, index, muted)
+        order.begin(torch.ones(row.shape[:2], dtype=torch.bool, device=row.device))
+        with order:
+            self.teacher.run_layer(index, row)
+        return order
 
     def _run(
         self, model: LayeredModel, index: int, state: Tensor, number: int, inputs: _StageInputs, counted: Tensor
     ) -> None:
         inputs.begin(counted)
+        if inputs.known is not None:
+            inputs.known.begin(number)
         with suppress(_Enough), inputs:
             model.run_layer(index, state, number * self.batch)

@@ -89,7 +89,7 @@ class ComparedInputsOfFile:
         elif module != self._embedding or self._at >= 0:
             return
         name, into = f"{module}.weight", self._outside if layer is None else self._rounded
-        made = into[name] if name in into else weight.clone()
+        made = into.get(name, weight).clone()  # another tensor, for it tells that the weight is another
         index = order.rows[: len(rows)]
         if order.columns is None:
             made[index] = rows
@@ -130,10 +130,7 @@ class ComparedInputsOfFile:
             self._compared = ComparedPass(self._base, self._model, ids, batch, counted)
             self._enter(0)
         while self._at < wanted:
-            with self._model.layer(self._at, RoundedLayer(self._base, self._rounded)):
-                for n, state in enumerate(self._states):
-                    self._states[n] = self._model.run_layer(self._at, state, n * self._about[1])
-            self._compared.advance(self._at)
+            self._compared.advance(self._at, self._states, RoundedLayer(self._base, self._rounded))
             self._enter(self._at + 1)
 
     def _enter(self, layer: int) -> None:

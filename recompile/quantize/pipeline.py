@@ -249,7 +249,7 @@ class _Build:
             names = [name for name in self.model.modules_of_layer(number) if self.first_layer[name] == number]
             if self.compared is not None:
                 done = self._quantize(number, names, self._compared_groups(number, states))
-                self.compared.advance(number)
+                self.compared.advance(number, states, RoundedLayer(self.base, self.decoded))
             else:
                 with self.model.layer(number):
                     if number < first:
@@ -264,8 +264,9 @@ class _Build:
                     groups = [self._of_layer(number, group) for group in collector.groups]
                     done = self._quantize(number, names, groups, folds)
             if self.options.on_itself:
-                with self.model.layer(number, RoundedLayer(self.base, self.decoded)):
-                    self._advance(number, states)
+                if self.compared is None:
+                    with self.model.layer(number, RoundedLayer(self.base, self.decoded)):
+                        self._advance(number, states)
                 self.decoded = {k: v for k, v in self.decoded.items() if k.rpartition(".")[0] in self.shared}
                 self._keep_states(number, states)
             yield done
@@ -508,7 +509,7 @@ class _Build:
         untaken = [name for name in names if name not in taken]
         for variant in range(variants):
             tensors[variant].update(self._all_dense(untaken, scales[variant]))
-        if self.options.on_itself:
+        if self.options.on_itself and self.compared is None:  # which moves no scales of dense tensors
             self.decoded = tensors[0] | self.decoded
         for variant in range(variants):
             self._write_stage(number, variant, tensors[variant], reports[variant], scales[variant].sets)

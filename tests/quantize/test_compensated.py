@@ -18,9 +18,11 @@ from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.cli.model_quantize import main as model_quantize
 from recompile.errors import FormatError
 from recompile.model.stream import LayeredModel
+from recompile.quantize import compensated
 from recompile.quantize.calibrate import InputCollector
 from recompile.quantize.compensated import DAMP, ComparedInputs, ComparedPass, Explained, RoundedLayer
 from recompile.quantize.encoders import IntEncoder
+from recompile.quantize.known_outputs import KnownOutputs
 from recompile.quantize.pipeline import BuildOptions, quantize_model
 from recompile.quantize.quantize_report import LayerDone
 from tests import tiny
@@ -87,12 +89,15 @@ def test_a_model_compared_with_itself_lacks_nothing(name: str) -> None:
     model.model.set_experts_implementation("eager")
     with torch.inference_mode():
         states = list(model.embed(ids, 2))
-        compared = ComparedPass(base, model, ids, 2)
+        compared, unchanged = ComparedPass(base, model, ids, 2), RoundedLayer(base, {})
         for index in range(model.depth):
-            found = list(compared.groups(index, states, lambda: base))
+            found = list(compared.groups(index, states, lambda: unchanged))
             with model.layer(index), InputCollector(model, index) as collector:
-                states = [model.run_layer(index, state) for state in states]
-            compared.advance(index)
+                after = [model.run_layer(index, state.clone(), 2 * n) for n, state in enumerate(states)]
+            compared.advance(index, states, unchanged)
+            for mine, theirs, plain in zip(states, compared.wanted, after, strict=True):
+                assert torch.equal(mine, plain)
+                assert torch.equal(theirs, plain)
             tokens = {module: group.tokens for group in collector.groups for module in group.modules}
             assert {module: group.tokens for group in found for module in group.modules} == tokens
             for group in found:
@@ -102,6 +107,27 @@ def test_a_model_compared_with_itself_lacks_nothing(name: str) -> None:
                 name, columns = group.modules[0], len(group.behind.product)
                 weight = torch.randn(len(group.lacking[name].product) if name in group.lacking else 5, columns)
                 assert torch.equal(group.aimed(name, weight), weight)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_outputs_that_are_kept_change_no_byte(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that keeps outputs of final maps, one that has no room to, and one that has room for some."""
+    base, ids = open_checkpoint(architectures.checkpoint(name)), architectures.rows(12, 16)
+    products, of = {}, KnownOutputs.of
+    for room in (0, 30_000, 2**40):
+        made = []
+
+        def counted(self: KnownOutputs, modules: Any, make: Any, made: list[Any] = made) -> Tensor:
+            return of(self, modules, lambda: made.append(modules) or make())
+
+        monkeypatch.setattr(compensated, "available_bytes", lambda device, room=room: room)
+        monkeypatch.setattr(KnownOutputs, "of", counted)
+        list(quantize_model(base, tmp_path / f"{room}", IntEncoder((2,), 32), ids, BuildOptions(compensate=True)))
+        products[room] = len(made)
+    whole, *others = (weights_of(tmp_path / f"{room}" / "2bpw") for room in products)
+    assert others == [whole, whole]
+    assert products[2**40] <= products[30_000] <= products[0]
+    assert products[2**40] < products[0], "outputs were kept"
 
 
 def to_nearest(weight: Tensor, levels: int) -> Tensor:
@@ -126,10 +152,8 @@ def test_errors_of_a_layer_are_made_good_by_the_next(name: str, most: float) -> 
                 rounded[f"{module}.weight"] = to_nearest(base.load(f"{module}.weight").float(), 2)
         states = list(model.embed(fitted, 16))
         compared = ComparedPass(base, model, fitted, 16)
-        compared.advance(0)
         source, own = RoundedLayer(base, rounded), RoundedLayer(base, dict(rounded))
-        with model.layer(0, source):
-            states = [model.run_layer(0, state) for state in states]
+        compared.advance(0, states, source)
         for group in compared.groups(1, states, lambda: source):
             for module in group.modules:
                 rounded[f"{module}.weight"] = group.aimed(module, base.load(f"{module}.weight").float())
@@ -179,10 +203,10 @@ def test_experts_are_compared_on_the_tokens_of_both_runs(seed: int) -> None:
     compared_tokens = others = 0
     with torch.inference_mode():
         states = list(model.embed(ids, 4))
-        compared = ComparedPass(base, model, ids, 4)
+        compared, unchanged = ComparedPass(base, model, ids, 4), RoundedLayer(base, {})
         states[0] += 0.5 * states[0].std() * torch.randn(states[0].shape, generator=generator)
         for index in range(model.depth):
-            found = {tuple(group.modules): group for group in compared.groups(index, states, lambda: base)}
+            found = {tuple(group.modules): group for group in compared.groups(index, states, lambda: unchanged)}
             seen = [recorded(model, index, state) for state in (compared.wanted[0], states[0])]
             for modules, group in found.items():
                 if not modules[0].endswith(("experts.0.gate_proj", "experts.1.gate_proj", "experts.2.gate_proj")):
@@ -196,9 +220,7 @@ def test_experts_are_compared_on_the_tokens_of_both_runs(seed: int) -> None:
                 assert group.tokens == len(ours)
                 compared_tokens += len(ours.keys() & theirs.keys())
                 others += len(ours.keys() ^ theirs.keys())
-            compared.advance(index)
-            with model.layer(index):
-                states = [model.run_layer(index, states[0])]
+            compared.advance(index, states, unchanged)
     assert min(compared_tokens, others) > 0, "some tokens go where the base sends them, some elsewhere"
 
 
