@@ -38,7 +38,7 @@ from recompile.auto_minutes import Asked, Shares, Split
 from recompile.auto_stages import Stages
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.costs import LEVELS, Candidate, Profile, load_profile
+from recompile.costs import LEVELS, Candidate, Profile, bits_of_uniform, load_profile, uniform_candidate
 from recompile.errors import ArgumentError, NotBetterError, NoTimeError, RecompileError
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED
@@ -342,7 +342,7 @@ class _Auto:
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
         self.texts["positions"] = options.positions or "response"
         self._split: Split | None = None  # of the minutes in all
-        self._picked = MIX
+        self._picked, self._affords_uniform = MIX, True
         self._apart = False  # whether what is built goes to the work folder first
         if options.prompts:
             self.texts["trace"] = self.work / "trace.safetensors"
@@ -369,7 +369,7 @@ class _Auto:
     @property
     def compares(self) -> bool:
         """Whether a uniform build is made beside the mix; variants that are there stand beside it as they are."""
-        return self.options.verify and not self.options.variants
+        return self.options.verify and not self.options.variants and self._affords_uniform
 
     @property
     def picks(self) -> bool:
@@ -504,7 +504,11 @@ class _Auto:
                 self._share(stages, "shares", partial(self._shares.again, self._split, stages.seconds))
             self._apart = self.picks or self.heals
             stages.run("recipe", self._recipe, self.recipe)
+            if self._split is not None:
+                self._share(stages, "calibrating", partial(self._shares.calibrating, self._split, stages.seconds))
             stages.run("build", self._build)
+            if self._split is not None and self.compares:
+                self._leave_uniform_where_late(stages, self._split)
             if self.compares:
                 stages.run("uniform", self._build_uniform)
             if self.picks:
@@ -527,6 +531,14 @@ class _Auto:
             card=str(self.card),
             page=str(self.page),
         )
+
+    def _leave_uniform_where_late(self, stages: Stages, split: Split) -> None:
+        """No uniform build where it would not be done in the minutes in all; it is said."""
+        affords = partial(self._shares.affords_uniform, split, stages.seconds)
+        self._affords_uniform = stages.keep("affords", lambda: {"uniform": affords()})["uniform"]
+        if not self._affords_uniform:
+            what = "a uniform build to compare the mix with; it is left out, and stands in a run with more {minutes}"
+            self.on_event(Note(Worded(f"too few of {split.minutes:g} minutes are left for {what}")))
 
     def _take_what_is_left(self, stages: Stages, split: Split) -> None:
         """Heal for the minutes that the stages before it left, planned or not; say so where it was and they did not."""
@@ -777,18 +789,3 @@ class _Auto:
 def mix_name(out: Path) -> str:
     """What the files beside an output are named after."""
     return out.name.removesuffix(".gguf")
-
-
-def uniform_candidate(profile: Profile, budget_bits: int) -> tuple[Candidate, bool]:
-    """The largest candidate that modules all together may be made of within `budget_bits`, or the smallest there is;
-    whether it is within."""
-    header = profile.header
-    totals = {candidate.label: bits_of_uniform(profile, candidate.label) for candidate in header.candidates}
-    fitting = [label for label, total in totals.items() if total <= budget_bits]
-    found = max(fitting, key=lambda x: totals[x]) if fitting else min(totals, key=lambda x: totals[x])
-    return header.candidate(found), bool(fitting)
-
-
-def bits_of_uniform(profile: Profile, label: str) -> int:
-    """Stored bits of quantized modules."""
-    return profile.header.fixed_bits + sum(group.bits[label] for group in profile.header.groups)

@@ -18,6 +18,7 @@ HEAL_SHARE, LEAST_HEAL_MINUTES = 0.6, 2.0  # of what is left; of steps, beside j
 LEAST_STEP_MINUTES = 0.5  # the same once a run has come to it
 BEFORE_CHOOSING = ("trace", "profile")
 LEAST_SEARCH_MINUTES = 0.5
+LATE_SHARE = 0.9  # of the minutes, once search is done: builds are calibrated with as many rows as are made by then
 PACES = (0.3, 4.0)  # what a stage's time is believed to say of those to come, as a ratio to its plan
 
 
@@ -97,7 +98,7 @@ def default_minutes(full: float, least: float, weights: int) -> float | None:
 
 
 class Shares:
-    """The minutes in all of a run, shared before it begins, again once its profile is there, and with healing last."""
+    """The minutes in all of a run, shared before it begins, again as stages are done, and with healing last."""
 
     def __init__(
         self, asked: Asked, plan: Callable[[int, int, int], AutoPlan], judging: float, weights: int = 0
@@ -143,6 +144,26 @@ class Shares:
         found = split_minutes(split.minutes, split.counts, passes, self._heal, judging, least)
         given = self.asked.search_minutes
         return found if given is None else replace(found, search_minutes=given)
+
+    def calibrating(self, split: Split, seconds: Mapping[str, float]) -> Split:
+        """With as many calibration rows as are done in time, now that the recipe is there. seconds: as in `again`"""
+        plan, spent = self.plan(*split.counts), sum(seconds.values())
+        speed, rows = pace(plan, seconds, BEFORE_CHOOSING), split.calibration_rows
+
+        def ends(rows: int) -> float:
+            stages = self.plan(split.rows, split.samples, rows).stages
+            return spent + speed * sum(stage.seconds for stage in stages if stage.name not in seconds)
+
+        while rows > LEAST[2] and ends(rows) > LATE_SHARE * 60 * split.minutes:
+            rows = max(LEAST[2], rows // 2)
+        return replace(split, calibration_rows=rows)
+
+    def affords_uniform(self, split: Split, seconds: Mapping[str, float]) -> bool:
+        """Whether a uniform build, which takes what the mix took, and the comparison end in time."""
+        plan = self.plan(*split.counts)
+        after = sum(stage.seconds for stage in plan.stages if stage.name in ("pick", "verify"))
+        needed = seconds["build"] + pace(plan, seconds, BEFORE_CHOOSING) * after
+        return sum(seconds.values()) + needed <= 60 * split.minutes
 
     def healing(self, split: Split, seconds: Mapping[str, float]) -> float | None:
         """Minutes of it, once all but it and what comes after it is done; None where too few are left."""

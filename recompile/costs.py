@@ -581,3 +581,18 @@ def check_candidates(candidates: Sequence[Candidate]) -> None:
                 f"give one an id of its own: {{sources}} ID={candidate.model_dir}"
             )
         seen[candidate.label] = candidate.model_dir
+
+
+def uniform_candidate(profile: Profile, budget_bits: int) -> tuple[Candidate, bool]:
+    """The largest candidate that modules all together may be made of within `budget_bits`, or the smallest there is;
+    whether it is within."""
+    header = profile.header
+    totals = {candidate.label: bits_of_uniform(profile, candidate.label) for candidate in header.candidates}
+    fitting = [label for label, total in totals.items() if total <= budget_bits]
+    found = max(fitting, key=lambda x: totals[x]) if fitting else min(totals, key=lambda x: totals[x])
+    return header.candidate(found), bool(fitting)
+
+
+def bits_of_uniform(profile: Profile, label: str) -> int:
+    """Stored bits of quantized modules."""
+    return profile.header.fixed_bits + sum(group.bits[label] for group in profile.header.groups)

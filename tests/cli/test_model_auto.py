@@ -12,12 +12,12 @@ from click.testing import CliRunner, Result
 
 import recompile
 from recompile import check
-from recompile.auto import auto_options, bits_of_uniform
+from recompile.auto import auto_options
 from recompile.auto_minutes import Asked, Shares, default_minutes, split_minutes
 from recompile.auto_stages import Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
-from recompile.costs import load_profile
+from recompile.costs import bits_of_uniform, load_profile
 from recompile.errors import NotBetterError
 from recompile.events import Progress
 from recompile.gguf.container import open_gguf
@@ -88,6 +88,7 @@ def test_minutes_in_all_are_split_once_and_kept(text: Path, tmp_path: Path, monk
     assert "60 minutes in all were asked for" in said
     assert re.search(r"^  heal +about +\d", said, re.MULTILINE), "there is time for it"
     options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--minutes", 0.2)
+    monkeypatch.setattr(Shares, "affords_uniform", lambda *given: True)  # on every machine
     made(*options)
     split = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]["split"]["result"]["split"]
     assert split["heal"] is None
@@ -147,6 +148,13 @@ def test_minutes_are_shared_again_by_what_stages_took() -> None:
     left = 40 - (sum(done.values()) + 2 * 64) / 60  # pick took twice its plan, so verify will
     assert shares.healing(first, done) == pytest.approx(left, abs=0.01)
     assert shares.healing(first, {**done, "build": 1012.0}) is None, "two minutes and more are judging"
+    done = {"profile": 256.0, "recipe": 600.0}
+    assert shares.calibrating(first, done) == first, "1,760 s of 2,160, which is late enough"
+    late = {**done, "recipe": 1100.0}
+    assert shares.calibrating(first, late).calibration_rows == 32
+    assert shares.calibrating(first, {**late, "profile": 1024.0}).calibration_rows == 16, "there are no fewer"
+    assert shares.affords_uniform(first, {**late, "build": 460.0})
+    assert not shares.affords_uniform(first, {**late, "build": 500.0}), "460, as long again, and 112 to compare"
     given = Shares(Asked((16, 16, 64), 40.0, 3.0, 5.0, says_times=True), plan_of, 120.0)
     assert given.again(first, {"profile": 384.0}).search_minutes == 3.0
     assert given.healing(first, done) == 5.0
@@ -180,6 +188,20 @@ def test_minutes_that_are_left_go_to_healing(text: Path, tmp_path: Path, monkeyp
     assert (tmp_path / "plain" / "config.json").is_file()
     assert "heal" not in json.loads((tmp_path / "plain.work" / "auto.json").read_text())["done"]
     assert made(base, tmp_path / "plain", *options).output.count("done before") == 7
+
+
+def test_no_uniform_build_where_it_would_be_late(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, the mix is written, and a run that goes on does the same."""
+    monkeypatch.setattr(Shares, "affords_uniform", lambda *given: False)
+    options = (tiny.base("llama-2"), tmp_path / "mix", text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP)
+    told = " ".join(made(*options, "--minutes", 0.2).output.split())
+    assert "too few of 0.2 minutes are left for a uniform build to compare the mix with; it is left out" in told
+    assert "a run with more --minutes" in told
+    assert (tmp_path / "mix" / "config.json").is_file()
+    assert list((tmp_path / "mix.work").glob("built*")) == []
+    assert not (tmp_path / "mix.work" / "uniform").exists()
+    monkeypatch.undo()
+    assert made(*options, "--minutes", 0.2).output.count("done before") == 5
 
 
 def test_a_limit_that_nobody_asked_for() -> None:
