@@ -13,7 +13,7 @@ A minute of one core is no time to learn a language from nothing. So embedding a
 token alone, fitted to the counts of neighbours, which takes a second; every layer begins by adding nothing to that, and
 attention in the first by looking a few tokens back. What is left to learn is what the context says.
 
-    scripts/make_tiny_models.py                 makes what is missing (80 seconds on 2 cores), prints both directories
+    scripts/make_tiny_models.py                 makes what is missing (two minutes on 2 cores), prints both directories
     scripts/make_tiny_models.py --root DIR      default: ~/.cache/recompile/tiny-models-HASH, a hash of this file
 """
 
@@ -82,7 +82,7 @@ class Spec:
 
 SPECS = {
     "tiny-dense": Spec(
-        "Llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 512, "mlp_bias": False}, 520
+        "Llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 512, "mlp_bias": False}, 320
     ),
     "tiny-moe": Spec(
         "Qwen3Moe",
@@ -98,7 +98,7 @@ SPECS = {
             "router_aux_loss_coef": BALANCE,
             "mlp_only_layers": [],
         },
-        450,
+        280,
     ),
 }
 

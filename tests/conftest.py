@@ -128,7 +128,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Two small trained models, "tiny-dense" (llama) and "tiny-moe" (qwen3_moe): read only, bf16.
 
-    Trained once a machine, in the user's cache (80 seconds on 2 cores); see scripts/make_tiny_models.py.
+    Trained once a machine, in the user's cache (two minutes on 2 cores at most); see scripts/make_tiny_models.py.
     """
     make_tiny_models = load_script("make_tiny_models")
     root = make_tiny_models.default_root()
