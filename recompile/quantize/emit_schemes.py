@@ -31,7 +31,7 @@ from recompile.quantize.encoders import EXL_HEAD_BITS
 from recompile.quantize.mix import assign
 from recompile.quantize.mlx_encoder import check_base, embeddings_of
 from recompile.recipe.other_tools import EXLLAMAV3, LLM_COMPRESSOR, MLX
-from recompile.recipe.recipe import DENSE, Recipe, describe_spec
+from recompile.recipe.recipe import DENSE, Override, Recipe, describe_spec
 
 _MAPS = ("linear", "router", "gate", "head", "embedding")  # kinds of modules that a converter would look at
 GROUP_SIZE = 64  # of bits without a group size, as model_quantize has it
@@ -49,10 +49,17 @@ class ToStore:
     weight: int  # how many weights it has
     spec: Spec | None  # of the source that makes it; None: dense
     stored: tuple[Checkpoint, Any] | None  # (checkpoint, stored module) of one that is there
+    recipe: Recipe | None = None
+    override: Override | None = None  # the line of it that decides; None: the base
 
     @property
     def where(self) -> str:
-        return f"{self.stored[0].label}: {self.name}" if self.stored is not None else self.name
+        """For messages: the line of the recipe that asks for this, and what it asks for."""
+        name = f"{self.stored[0].label}: {self.name}" if self.stored is not None else self.name
+        if self.recipe is None or (self.override is None and self.stored is not None):
+            return name
+        line = f"{self.recipe.name}: base" if self.override is None else self.recipe.location(self.override)
+        return f"{line}: {name}"
 
 
 def modules_to_make(recipe: Recipe, base: Checkpoint, mlx: bool) -> list[ToStore]:
@@ -77,7 +84,8 @@ def modules_to_make(recipe: Recipe, base: Checkpoint, mlx: bool) -> list[ToStore
         spec = specs.get(assigned.get(name, ""))
         if dense.why_dense(name, roles[name], module.shape) is not None or spec == DENSE:
             spec = None
-        found.append(ToStore(name, module.shape, role_of(name), module.shape[0] * module.shape[1], spec, None))
+        override, weights = recipe.explain(f"{name}.weight").override, module.shape[0] * module.shape[1]
+        found.append(ToStore(name, module.shape, role_of(name), weights, spec, None, recipe, override))
     return found
 
 
@@ -86,7 +94,14 @@ def modules_of(overlay: Overlay) -> list[ToStore]:
     roles = roles_of(overlay)
     return [
         ToStore(
-            name, p.stored.shape, role_of(name), p.stored.shape[0] * p.stored.shape[1], None, (p.checkpoint, p.stored)
+            name,
+            p.stored.shape,
+            role_of(name),
+            p.stored.shape[0] * p.stored.shape[1],
+            None,
+            (p.checkpoint, p.stored),
+            overlay.recipe,
+            p.override,
         )
         for name, p in overlay.placements.items()
         if p.stored.shape is not None
@@ -135,7 +150,9 @@ def _as_mlx(modules: list[ToStore], base: Checkpoint) -> str:
             scheme = None  # as both converters leave it
         path = mlx_config.path_of(base.config, module.name)
         if schemes.setdefault(path, scheme) != scheme:
-            raise RecipeError(f"{path}: its experts are given several schemes; mlx-lm stacks them under one")
+            raise RecipeError(
+                f"{module.where}: {path}: its experts are given several schemes; mlx-lm stacks them under one"
+            )
         if scheme is not None:
             held[scheme] += module.weight
     if not held:

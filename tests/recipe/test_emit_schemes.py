@@ -146,6 +146,12 @@ REFUSED = {
         "sources: [{id: 3, bits: 3}]\noverrides: [{key: '*.q_proj.*', source: 3}]",
         ": dense; exllamav3's recipes give every map whole bits",
     ),
+    "a line": (
+        "mlx",
+        "sources: [{id: 7, bits: 7}]\noverrides:\n- {key: '*.q_proj.*', source: 7}\nbase: {bits: 4}",
+        "mix.yaml:3: overrides[0]: model.layers.0.self_attn.q_proj: bits: 7: bits: found 7",
+    ),
+    "its base": ("mlx", "base: {bits: 7}", "mix.yaml: base: lm_head: bits: 7"),
     "nothing": ("mlx", "base: {scheme: dense}", "the mix quantizes nothing"),
 }
 
