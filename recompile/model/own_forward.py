@@ -11,13 +11,18 @@ width]: the hidden state in the first columns, the rest behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import math
+import mmap
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +31,8 @@ from recompile.errors import UnsupportedError
 PROBE_ROWS, PROBE_TOKENS = 2, 5
 # What a model's own code raises on a config or inputs that it does not fit.
 OF_MODELS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError)
+
+MAP_NORESERVE = 0x4000  # of Linux's <asm-generic/mman.h>: nothing is promised, so more than there is may be asked for
 
 Path = tuple[Any, ...]
 
@@ -458,6 +465,43 @@ class _Ports:
         return self._made.get(identity(tensor), (None,))[0] == index
 
 
+# Linear maps, and those by the experts' matrices [experts, in, out] that tokens are sorted by.
+_PRODUCTS = (nn.functional.linear, *filter(None, [getattr(torch, "_grouped_mm", None)]))
+
+
+class _ProductsOfZeros(TorchFunctionMode):
+    """Inside, linear maps by weights that are all zeros do not multiply: what they give is zeros of that shape, made of
+    the same tensors. storages: of the weights"""
+
+    def __init__(self, storages: Container[int]) -> None:
+        super().__init__()
+        self._storages = storages
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS and len(args) > 1 and storage_of(args[1]) in self._storages:
+            x, weight, *rest = args
+            is_linear = func is nn.functional.linear
+            width = weight.shape[0 if is_linear else -1]
+            out = x[..., :1] * weight.as_strided((width,), (0,))  # which reads one value of all
+            bias = (rest[0] if rest else (kwargs or {}).get("bias")) if is_linear else None
+            return out if bias is None else out + bias
+        return func(*args, **(kwargs or {}))
+
+
+def _unwritten_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros of any shape that take no memory and no time on a CPU until they are read or written, be they larger than
+    it: torch.zeros writes them, a second for every gigabyte."""
+    count = math.prod(shape)
+    if device.type != "cpu" or count == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if sys.platform != "linux" or count * dtype.itemsize < mmap.PAGESIZE:
+        return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
 @contextmanager
 def zeros_outside(model: nn.Module, stack_name: str, device: torch.device) -> Iterator[dict[int, str]]:
     """Inside, zeros that take no memory are in place of every weight outside the layers that is not loaded; yields
@@ -478,7 +522,8 @@ def zeros_outside(model: nn.Module, stack_name: str, device: torch.device) -> It
                     is_parameter = isinstance(value, nn.Parameter)
                     table[name] = nn.Parameter(zero, requires_grad=False) if is_parameter else zero
                     found[storage_of(zero)] = f"{prefix}.{name}" if prefix else name
-        yield found
+        with _ProductsOfZeros(found):
+            yield found
     finally:
         for table, name, value in kept:
             table[name] = value
@@ -488,16 +533,19 @@ def zeros_outside(model: nn.Module, stack_name: str, device: torch.device) -> It
 def zero_weights(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Zeros in place of a layer's weights; a CPU gives memory to none of them that are not written to."""
     kept = []
+    storages: set[int] = set()
     for module in layer.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, value in table.items():
                 if value is not None and value.is_meta:
                     kept.append((table, name, value))
-                    zero = torch.zeros(value.shape, dtype=value.dtype, device=device)
+                    zero = _unwritten_zeros(value.shape, value.dtype, device)
+                    storages.add(storage_of(zero))
                     table[name] = nn.Parameter(zero, requires_grad=False) if isinstance(value, nn.Parameter) else zero
     try:
-        yield
+        with _ProductsOfZeros(storages):
+            yield
     finally:
         for table, name, value in kept:
             table[name] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from recompile.checkpoint.checkpoint import WeightSource, join_parts, no_table_of_names, split_name
 from recompile.checkpoint.config_fields import architectures_of, check_config
@@ -27,6 +29,8 @@ from recompile.model.own_forward import name_of
 QUANTIZATION_PARTS = re.compile(r"(?:^|[._])(?:scale|scale_inv|zero_point|g_idx|[kvq]_scale|output_scale|input_scale)$")
 # Tensors of GGUF files that hold what config.json says of rotary positions.
 GGUF_ROTARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+LARGE = 2**26  # values of a parameter that is never made
 
 
 @contextmanager
@@ -46,9 +50,25 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Inside, what is about to be a large parameter is on the meta device from the start: all experts of a layer may be
+    more than there is memory to promise."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None and "out" not in kwargs:
+            sizes = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+            if sizes and all(isinstance(size, int) for size in sizes) and math.prod(sizes) >= LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def build_skeleton(

@@ -15,8 +15,18 @@ from torch import Tensor
 
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.errors import CheckpointError, MismatchError, MissingWeight, UnsupportedError
+from recompile.io.memory import resident_bytes
 from recompile.merge.overlay import build_overlay
-from recompile.model.stream import LayeredModel, check_same_skeleton, dense_names, release_free_memory
+from recompile.model.own_forward import Probe
+from recompile.model.skeleton import build_skeleton
+from recompile.model.stream import (
+    LayeredModel,
+    check_same_skeleton,
+    dense_names,
+    find_runner,
+    find_stack,
+    release_free_memory,
+)
 from tests import tiny
 
 ARCHITECTURES = ("llama", "llama-tied", "llama-bias", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3")
@@ -246,3 +256,20 @@ def test_the_heap_is_asked_for_tensors_of_a_cpu_alone(monkeypatch: pytest.Monkey
     assert not asked, "it takes milliseconds, and holds nothing of a GPU's"
     release_free_memory(torch.device("cpu"))
     assert asked
+
+
+def test_a_start_takes_no_memory_and_no_product_of_the_size_of_weights() -> None:
+    """What a model's own forward does is found on zeros: 192 GiB a layer here, more than machines have."""
+    config = {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 1024, "vocab_size": 512,
+        "intermediate_size": 512, "moe_intermediate_size": 256, "num_experts": 2**16, "num_experts_per_tok": 2,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    }  # fmt: skip
+    before = resident_bytes()
+    model = build_skeleton(config, torch.float32, torch.device("cpu"))
+    name, layers = find_stack(model)
+    assert sum(parameter.nbytes for parameter in layers[0].parameters()) > 2**37
+    found = Probe(model, find_runner(model, name), list(layers), name, torch.device("cpu"), "it").run()
+    assert found.ran == (0, 1)
+    assert found.head == ("lm_head.weight",)
+    assert resident_bytes() - before < 2**29
