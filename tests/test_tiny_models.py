@@ -58,7 +58,7 @@ def test_it_predicts_held_out_text_better_than_counts_can(tiny_models: Mapping[s
 
 
 @both
-@pytest.mark.parametrize(("own", "lost_nats"), [(1, 0.5), (4, 0.08)])
+@pytest.mark.parametrize(("own", "lost_nats"), [pytest.param(1, 0.5, marks=pytest.mark.sweep), (4, 0.08)])
 def test_it_uses_its_context(tiny_models: Mapping[str, Path], name: str, own: int, lost_nats: float) -> None:
     """With the last tokens alone its own, and another text's before them, the next one is harder to tell."""
     folder = tiny_models[name]

@@ -432,7 +432,14 @@ def test_a_frontier_is_a_folder_of_recipes_with_tables_and_plots(profile: Path) 
     assert json.loads((folder / "frontier.json").read_text())["rows"][0]["name"] == rows[0]["name"]
 
 
-@pytest.mark.parametrize("name", ["3bpw.yaml", "frontier.csv", "frontier.json", "frontier.png", "frontier.svg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "3bpw.yaml",
+        "frontier.png",
+        *(pytest.param(f"frontier.{kind}", marks=pytest.mark.sweep) for kind in ("csv", "json", "svg")),
+    ],
+)
 def test_a_frontier_replaces_its_own_files_alone(name: str, profile: Path) -> None:
     folder, words = profile.with_name("own"), [profile, "--frontier", "3:3.5:0.5", "-o", profile.with_name("own")]
     assert run(*words).exit_code == 0

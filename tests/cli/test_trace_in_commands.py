@@ -282,7 +282,7 @@ def test_healing_takes_the_rows_of_every_role(folder: Path, tmp_path: Path) -> N
     assert found["positions"] == "response"
 
 
-@pytest.mark.parametrize("heal", [False, True])
+@pytest.mark.parametrize("heal", [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_one_command_does_all_on_the_trace(folder: Path, tmp_path: Path, heal: bool) -> None:
     how: dict[str, Any] = {"bits": 4.3, "candidates": ["3,4"], "group_size": tiny.GROUP_SIZE, "solver": "exact"}
     how |= {"rows": 4, "length": LENGTH, "calibration_rows": 8, "samples": 2, **({"heal": 0.02} if heal else {})}

@@ -172,7 +172,9 @@ NEAR = {"llama.cpp": (0.05, 0.05), "ik_llama.cpp": (0.4, 0.8)}
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "ik_llama.cpp"])
-@pytest.mark.parametrize("cache", ["q8_0,q4_0", "q4_0", pytest.param("iq4_nl", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(
+    "cache", ["q8_0,q4_0", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("q4_0", "iq4_nl"))]
+)
 def test_kl_is_that_of_the_engine_with_such_a_cache(engine: str, cache: str, files: Path) -> None:
     installed(engine)
     found = recompile.engine_diff(

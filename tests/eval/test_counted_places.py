@@ -76,7 +76,9 @@ def last_profile(events: object) -> Profile:
 # ---- profiles --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama-2", "qwen3-moe", "gemma2"])  # gemma2: a soft cap after the head
+@pytest.mark.parametrize(
+    "architecture", ["gemma2", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("llama-2", "qwen3-moe"))]
+)  # gemma2: a soft cap after the head
 def test_exact_costs_are_those_of_model_diff(architecture: str, tmp_path: Path) -> None:
     made = job(architecture, tmp_path / "p.jsonl", padded(0))
     profile = last_profile(profile_exact(made))

@@ -342,7 +342,9 @@ def test_steps_may_run_in_another_dtype_than_the_verdict(tmp_path: Path, monkeyp
     assert measured.kl_rows == pytest.approx(report.kl_rows["report"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("calibrated", "is_left_out"), [(0, False), (4, True), (None, False)])
+@pytest.mark.parametrize(
+    ("calibrated", "is_left_out"), [(0, False), (4, True), pytest.param(None, False, marks=pytest.mark.sweep)]
+)
 def test_rows_that_a_build_was_calibrated_on_do_not_train_it(
     calibrated: int | None, is_left_out: bool, tmp_path: Path
 ) -> None:

@@ -150,7 +150,10 @@ def test_gradients_are_those_of_finite_differences(kind: str, architecture: str,
         assert slope == pytest.approx(predicted, abs=0.1 * size + 1e-3), label
 
 
-@pytest.mark.parametrize(("kind", "architecture"), [("Q4_0", "llama"), ("Q4_1", "gemma2"), ("Q4_0", "qwen2-moe")])
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [pytest.param("Q4_0", "llama", marks=pytest.mark.sweep), ("Q4_1", "gemma2"), ("Q4_0", "qwen2-moe")],
+)
 def test_what_is_written_is_what_was_measured(kind: str, architecture: str, tmp_path: Path) -> None:
     build, base = made(tmp_path, kind, architecture, damaged=True), open_checkpoint(tiny.base(architecture))
     out, rows = tmp_path / "healed.gguf", replace(make_rows(), used=(UsedRows("calibrate", ("a", "b")),))

@@ -85,7 +85,9 @@ def quadratic(logits: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return inner.mean(-1) / 2
 
 
-@pytest.mark.parametrize("architecture", ["llama-2", "gemma2"])  # gemma2: a soft cap after the head
+@pytest.mark.parametrize(
+    "architecture", ["llama-2", pytest.param("gemma2", marks=pytest.mark.sweep)]
+)  # gemma2: a soft cap after the head
 def test_samples_are_unbiased_for_the_quadratic_form_and_for_pairs(architecture: str) -> None:
     ids, samples = tiny.rows(2, 12), 600
     logits, changes = dense_changes(architecture, ids)

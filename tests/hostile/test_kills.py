@@ -177,7 +177,10 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(name: str, inputs: Pat
     assert left == []
 
 
-@pytest.mark.parametrize("name", ["safetensors merge", "gguf merge", "profile", "refine", "model_auto"])
+@pytest.mark.parametrize(
+    "name",
+    ["safetensors merge", "gguf merge", "profile", pytest.param("refine", marks=pytest.mark.sweep), "model_auto"],
+)
 def test_two_on_one_output(name: str, inputs: Path, tmp_path: Path) -> None:
     """One ends well, or both one after the other; the other is refused in words, and the output is whole."""
     long = long_commands(inputs)[name]

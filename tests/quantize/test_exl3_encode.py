@@ -85,7 +85,7 @@ def test_batches_of_the_torch_search_do_not_change_it() -> None:
     assert torch.equal(viterbi_torch(targets, table, 6), one_by_one)
 
 
-@pytest.mark.parametrize("bits", [2, 2.5, pytest.param(4, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(bits, marks=pytest.mark.sweep) for bits in (2.5, 4))])
 def test_numba_search_costs_the_same_as_torch(bits: float) -> None:
     pytest.importorskip("numba", reason="the compiled search needs the extra [exl3]")
     from recompile.quantize.exl3_viterbi_cpu import viterbi_cpu
@@ -120,7 +120,8 @@ def test_without_numba_the_torch_search_is_used_and_said_once(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("bits", "codebook"), [(2, "mcg"), pytest.param(3, "mcg", marks=pytest.mark.sweep), (4, "mcg"), (4, "mul1")]
+    ("bits", "codebook"),
+    [(2, "mcg"), (4, "mul1"), *(pytest.param(bits, "mcg", marks=pytest.mark.sweep) for bits in (3, 4))],
 )
 def test_error_of_gaussian_weights_is_that_of_the_spec(bits: int, codebook: str) -> None:
     weight = gaussian(128, 128) * 0.02

@@ -133,7 +133,7 @@ base: {{bits: {base}{form}}}
     [
         ("exl2", "llama-2", (2.5, 3, 5), True),
         ("exl2", "qwen2-moe", (2.5, 3, 5), False),
-        ("exl2", "llama-tied", (2.5, 3.5, 5), True),
+        pytest.param("exl2", "llama-tied", (2.5, 3.5, 5), True, marks=pytest.mark.sweep),
         ("exl3", "llama-1", (3, 1, 2), True),
     ],
 )
