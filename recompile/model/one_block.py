@@ -30,6 +30,7 @@ from recompile.model.own_forward import (
     result_of,
     run_own,
     storage_of,
+    unwritten_zeros,
     zeros_outside,
 )
 from recompile.model.states import join_values, pieces_of, split_values
@@ -147,8 +148,9 @@ def zeros_in(model: nn.Module, base: str, device: torch.device) -> Iterator[dict
                     name = f"{prefix}.{leaf}"
                     if value is None or name not in names or isinstance(module, nn.Embedding):
                         continue
-                    zero = torch.zeros(value.shape, dtype=value.dtype, device=device)
+                    zero = unwritten_zeros(value.shape, value.dtype, device)
                     table[leaf] = nn.Parameter(zero, requires_grad=False) if isinstance(value, nn.Parameter) else zero
+                    found.pop(names[name], None)  # whose tensor is gone, so that others may be where it was
                     found[storage_of(zero)] = name
         yield found
 

@@ -381,7 +381,7 @@ class _Ports:
         entering = (leaf for _, leaf in calls.entered[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
         first = next((leaf for leaf in entering if "ids" in follow.of(leaf)), None)
         if first is None:
-            raise UnsupportedError(f"{what}: its first layer takes nothing that follows from the token ids")
+            raise UnsupportedError(f"{what}: its first layer takes nothing that follows from the token ids; not supported")
         self.hidden: Tensor = first
         self._what, self._calls, self._follow = what, calls, follow
         self._chain = identity(first)  # of the hidden state, where it is now
@@ -490,7 +490,7 @@ class _ProductsOfZeros(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _unwritten_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def unwritten_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros of any shape that take no memory and no time on a CPU until they are read or written, be they larger than
     it: torch.zeros writes them, a second for every gigabyte."""
     count = math.prod(shape)
@@ -540,7 +540,7 @@ def zero_weights(layer: nn.Module, device: torch.device) -> Iterator[None]:
             for name, value in table.items():
                 if value is not None and value.is_meta:
                     kept.append((table, name, value))
-                    zero = _unwritten_zeros(value.shape, value.dtype, device)
+                    zero = unwritten_zeros(value.shape, value.dtype, device)
                     storages.add(storage_of(zero))
                     table[name] = nn.Parameter(zero, requires_grad=False) if isinstance(value, nn.Parameter) else zero
     try:
