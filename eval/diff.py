@@ -11,7 +11,6 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeAlias
@@ -19,7 +18,7 @@ from typing import IO, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from eval.diff_memory import LOGIT_CHUNK_TOKENS, plan_diff
+from eval.diff_memory import LOGIT_CHUNK_TOKENS, kept_states, plan_diff, put_states
 from eval.metrics import (
     METRICS_VERSION,
     ConfidenceBin,
@@ -56,7 +55,6 @@ from recompile.model.activations import QuantizedInputs, UnseenInputs, unseen_in
 from recompile.model.devices import batch_rows
 from recompile.model.finite import WIDER, check_finite, name_of
 from recompile.model.kv_cache import SimulatedCache, attends
-from recompile.model.scratch import scratch_tensor
 from recompile.model.stream import LayeredModel, check_same_skeleton
 from recompile.model.tokens import Rows
 
@@ -460,25 +458,12 @@ class _Comparison:
 
     def _kept(self, states: Iterable[Tensor]) -> list[Tensor]:
         """The states of a model, a batch each, where the plan has them."""
-        if not self.plan.scratch:
-            return list(states)
-        ends = list(accumulate((stop - start) * width for start, stop, width in self.batches))
-        file: Tensor | None = None
-        kept: list[Tensor] = []
-        for n, state in enumerate(states):
-            if file is None:
-                file = scratch_tensor((ends[-1], state.shape[-1]), state.dtype)
-            kept.append(file[ends[n] - state.shape[0] * state.shape[1] : ends[n]].view(state.shape))
-            kept[n].copy_(state)
-        return kept
+        return kept_states(
+            states, sum((stop - start) * width for start, stop, width in self.batches), self.plan.scratch
+        )
 
     def _set(self, states: list[Tensor], after: Iterable[Tensor]) -> None:
-        """Put what became of every batch in its place, in the file where the plan has one."""
-        for n, state in enumerate(after):
-            if self.plan.scratch and state is not states[n]:
-                states[n] = states[n].flatten()[: state.numel()].view(state.shape).copy_(state)
-            else:
-                states[n] = state
+        put_states(states, after, self.plan.scratch)
 
     def _finish_stage(self, name: str, states: list[list[Tensor]], states_b: list[Tensor]) -> Iterator[LayerDrift]:
         hidden = self.b.hidden_of if name != "norm" else lambda state: state

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from eval.layer_sizes import DECODING, LayerSizes, attention_widths, layer_config
 from recompile.errors import RecompileError
@@ -12,6 +14,7 @@ from recompile.io.memory import available_bytes, format_mib, process_bytes
 from recompile.model.chunked import Pieces
 from recompile.model.devices import batch_rows
 from recompile.model.one_block import Block
+from recompile.model.scratch import scratch_tensor
 from recompile.model.stream import LayeredModel
 
 PIECE_TOKENS = 2048  # of long rows, where no cap is given
@@ -89,6 +92,30 @@ def plan_diff(
         f"{{max_memory}} {format_mib(cap_bytes)} is too little: this comparison needs {format_mib(least.total)} "
         f"({format_mib(process)} program, {format_mib(least.working)} for one layer or the heads); use shorter rows"
     )
+
+
+def kept_states(states: Iterable[Tensor], tokens: int, scratch: bool) -> list[Tensor]:
+    """The states of a model, a batch [rows, tokens, width] each, of so many tokens in all, in a file or as they are."""
+    if not scratch:
+        return list(states)
+    kept: list[Tensor] = []
+    file, start = None, 0
+    for state in states:
+        if file is None:
+            file = scratch_tensor((tokens, state.shape[-1]), state.dtype)
+        end = start + state.shape[0] * state.shape[1]
+        kept.append(file[start:end].view(state.shape).copy_(state))
+        start = end
+    return kept
+
+
+def put_states(states: list[Tensor], after: Iterable[Tensor], scratch: bool) -> None:
+    """Put what became of every batch [rows, tokens, width] in its place, in the file where there is one."""
+    for n, state in enumerate(after):
+        if scratch and state is not states[n]:
+            states[n] = states[n].flatten()[: state.numel()].view(state.shape).copy_(state)
+        else:
+            states[n] = state
 
 
 class _Working:

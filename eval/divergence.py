@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.diff_memory import kept_states, plan_diff, put_states
 from eval.generating import plan_writing, writing
 from eval.metrics import Mean, paired_difference
 from recompile.checkpoint.checkpoint import WeightSource
@@ -85,12 +86,13 @@ def greedy_runs(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     vocab: int | None = None,
+    max_memory_bytes: int | None = None,
     on_event: OnEvent = ignore,
 ) -> GreedyRuns:
     """The reference's most probable continuations of `prompts` (int64 [prompts, tokens]), by its own forward with its
     cache. Its weights are in memory for that, or as many of its layers as fit: the others are read anew for every token
     (of more than `batch` rows at a time where memory allows). vocab: the true vocabulary of a padded one; no token
-    beyond it is written.
+    beyond it is written; max_memory_bytes: that the process stays below.
 
     Raises UnsupportedError where not even one layer fits or the model takes no cache.
     """
@@ -98,7 +100,8 @@ def greedy_runs(
     if int(prompts.max()) >= model.vocab_size:
         raise MismatchError(f"a prompt holds token {int(prompts.max())}, the model has {model.vocab_size}")
     tokens = prompts.shape[1] + new_tokens
-    plan = plan_writing(model, batch, len(prompts), tokens, "greedy runs are", "leave {divergence} out")
+    what, way_out = "greedy runs are", "leave {divergence} out"
+    plan = plan_writing(model, batch, len(prompts), tokens, what, way_out, max_memory_bytes)
     on_event(Progress("the reference's greedy runs", 0, len(prompts), unit="runs"))
     made, lengths = [], []
     with writing(model, plan, on_event) as runner:
@@ -161,22 +164,27 @@ def divergence(
     vocab: int | None = None,
     reference: LayeredModel | None = None,
     cache: CacheFormat | None = None,
+    max_memory_bytes: int | None = None,
     on_event: OnEvent = ignore,
 ) -> Divergence:
-    """Where a candidate's greedy runs, keys and values kept in `cache`, leave the reference's. Streams it once."""
+    """Where a candidate's greedy runs, keys and values kept in `cache`, leave the reference's. Streams it once; the
+    process stays below max_memory_bytes. Raises RecompileError where that is too little."""
     model = LayeredModel.of(candidate, dtype=dtype, device=device)
+    ids = runs.ids[:, :-1]
+    plan = plan_diff(model, 0, [ids.shape[1]] * len(ids), None if max_memory_bytes else batch, max_memory_bytes)
+    model.pieces, batch = plan.pieces, plan.batch or batch
     seen = SimulatedCache.of(cache, model.model.config.model_type) if cache is not None else None
     if reference is not None:
         check_same_skeleton(reference, model)
     what = f"greedy runs of {getattr(candidate, 'label', 'A')}"
-    states = list(model.embed(runs.ids[:, :-1], batch))
+    states = kept_states(model.embed(ids, batch), ids.numel(), plan.scratch)
     for index in range(model.depth):
         on_event(Progress(what, index, model.depth + 1, unit="layers"))
         with model.layer(index) as layer, seen.of_layer(layer) if seen is not None else nullcontext():
-            for n, state in enumerate(states):
-                states[n] = model.run_layer(index, state, n * batch)
+            after = (model.run_layer(index, state, n * batch) for n, state in enumerate(states))
+            put_states(states, after, plan.scratch)
     with model.norm_loaded() as norm:
-        states = [norm(state) for state in states]
+        put_states(states, map(norm, states), plan.scratch)
     first = runs.prompt_tokens - 1
     tokens = []
     with model.head_loaded():

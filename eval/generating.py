@@ -11,7 +11,7 @@ from typing import Any
 from eval.layer_sizes import attention_widths
 from recompile.errors import UnsupportedError
 from recompile.events import Note, OnEvent, ignore
-from recompile.io.memory import available_bytes, format_mib
+from recompile.io.memory import available_bytes, format_mib, process_bytes
 from recompile.model.one_block import Block
 from recompile.model.stream import LayeredModel
 
@@ -29,23 +29,37 @@ class WritingPlan:
     read_bytes: int = 0
 
 
-def plan_writing(model: LayeredModel, rows: int, most_rows: int, tokens: int, what: str, way_out: str) -> WritingPlan:
+def plan_writing(
+    model: LayeredModel,
+    rows: int,
+    most_rows: int,
+    tokens: int,
+    what: str,
+    way_out: str,
+    cap_bytes: int | None = None,
+) -> WritingPlan:
     """How a model writes rows of up to `tokens` tokens on its device and in its dtype.
 
     rows: at a time where all weights are in memory, and at least; most_rows: where they are not, as far as caches fit;
-    what: "greedy runs are", for messages; way_out: what else can be done. Raises UnsupportedError where not even one
-    layer's weights fit beside the rest, or where a model has to be in memory as a whole and is too large.
+    what: "greedy runs are", for messages; way_out: what else can be done; cap_bytes: that the process stays below.
+    Raises UnsupportedError where not even one layer's weights fit beside the rest, or where a model has to be in memory
+    as a whole and is too large.
     """
     label = getattr(model.source, "label", "the reference")
-    free = available_bytes(str(model.device))
+    free, said = available_bytes(str(model.device)), "are free"
+    if cap_bytes is not None:
+        below = max(1, cap_bytes - process_bytes(cap_bytes))
+        free, said = (
+            (below, f"of {{max_memory}} {format_mib(cap_bytes)} are left") if not free or below < free else (free, said)
+        )
     room = int(MEMORY_SHARE * free)
     whole = _bytes_below(model, "")
     if whole <= room or not free:  # 0: nothing says what is free
         return WritingPlan(None, rows)
     if isinstance(model.structure, Block):
         raise UnsupportedError(
-            f"{label}: its {what} made with all weights in memory, {format_mib(whole)}, and {format_mib(free)} are "
-            f"free; {way_out}, or use a larger machine"
+            f"{label}: its {what} made with all weights in memory, {format_mib(whole)}, and {format_mib(free)} {said}; "
+            f"{way_out}, or use a larger machine"
         )
     layers = [_bytes_below(model, f"{model.prefix_of_layer(index)}.") for index in range(model.depth)]
     row_bytes = CACHE_COPIES * _cache_bytes(model, tokens)
@@ -56,7 +70,7 @@ def plan_writing(model: LayeredModel, rows: int, most_rows: int, tokens: int, wh
         raise UnsupportedError(
             f"{label}: its {what} made with weights that are read layer by layer, for which "
             f"{format_mib(room - left)} are wanted ({rows} rows of {tokens} tokens at a time), and {format_mib(room)} "
-            f"can be had of the {format_mib(free)} that are free; {way_out}, or use a larger machine"
+            f"can be had, for {format_mib(free)} {said}; {way_out}, or use a larger machine"
         )
     more = min(most_rows - rows, left // row_bytes)
     left -= more * row_bytes

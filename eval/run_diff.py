@@ -362,8 +362,6 @@ def _check_caches(request: DiffRequest) -> None:
 
 
 def _check_divergence(request: DiffRequest) -> None:
-    if request.divergence is not None and request.max_memory_bytes is not None:
-        raise ArgumentError("{max_memory}: holds for rows, not for the greedy runs of {divergence}; leave one out")
     if request.divergence is not None:
         try:
             parse_divergence(request.divergence)
@@ -401,6 +399,7 @@ def _divergences(
         "dtype": compute_dtype(request.dtype),
         "device": compute_device(request.device),
         "vocab": check_vocabulary(base, vocab),
+        "max_memory_bytes": request.max_memory_bytes,
         "on_event": on_event,
     }
     runs = greedy_runs(base, rows.ids[:count, :PROMPT_TOKENS], new_tokens, **how)

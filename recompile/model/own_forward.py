@@ -381,7 +381,9 @@ class _Ports:
         entering = (leaf for _, leaf in calls.entered[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
         first = next((leaf for leaf in entering if "ids" in follow.of(leaf)), None)
         if first is None:
-            raise UnsupportedError(f"{what}: its first layer takes nothing that follows from the token ids; not supported")
+            raise UnsupportedError(
+                f"{what}: its first layer takes nothing that follows from the token ids; not supported"
+            )
         self.hidden: Tensor = first
         self._what, self._calls, self._follow = what, calls, follow
         self._chain = identity(first)  # of the hidden state, where it is now

@@ -90,7 +90,7 @@ def test_the_command_prints_it_and_writes_it(tmp_path: Path) -> None:
     save_file({"input_ids": tiny.rows(3, 16)}, tmp_path / "ids.safetensors")
     out = tmp_path / "report.json"
     given = ["-ma", tiny.variants("llama-tied", (3,))[3], "-mb", tiny.base("llama-tied"), "--json", out]
-    more = ["--input-ids", tmp_path / "ids.safetensors", "--divergence", "3x10"]
+    more = ["--input-ids", tmp_path / "ids.safetensors", "--max-memory", "64GiB", "--divergence", "3x10"]
     result = CliRunner().invoke(main, [str(word) for word in (*given, *more)])
     assert result.exit_code == 0, result.output
     assert "Greedy runs (3 prompts x 10 tokens): the first other token comes" in result.output

@@ -26,6 +26,7 @@ import transformers.models.mistral.modeling_mistral
 import eval.mixes.meter
 import eval.mixes.oracle
 from eval.diff import DiffOptions, measure_many
+from eval.divergence import divergence, greedy_runs
 from eval.profile.exact import ProfileJob, ProfileOptions, profile_exact
 from eval.profile.sketch import SketchOptions, profile_sketch
 from recompile.checkpoint.checkpoint import open_checkpoint
@@ -40,6 +41,13 @@ def run(mode, made):
         assert report.tokens == 16384
         return peak()
     base = open_checkpoint(folder / "base")
+    if mode == "greedy runs":
+        told = []
+        runs = greedy_runs(base, torch.zeros(2, 8, dtype=torch.int64), 2, max_memory_bytes=cap, on_event=told.append)
+        assert any("do not fit in memory" in getattr(event, "text", "") for event in told)
+        found = divergence(open_checkpoint(folder / "4bpw"), runs, max_memory_bytes=cap)
+        assert found.prompts == 2
+        return peak()
     if made:
         parts = [name.partition(":") for name in made]
         specs = [exl_spec_of(bits, form) if bits else spec_of(form) for form, _, bits in parts]
@@ -79,7 +87,7 @@ def peak():
 for line in sys.stdin:
     if not os.fork():  # what one holds is given back before the next
         try:
-            print(run(*(lambda mode, *made: (mode, made))(*line.split())), flush=True)
+            print(run(*(lambda mode, *made: (mode, made))(*line.rstrip().split("|"))), flush=True)
         except BaseException as error:
             traceback.print_exc()
             print("failed:", repr(error), flush=True)
@@ -202,6 +210,7 @@ def jobs(large: Path) -> Iterator[subprocess.Popen[str]]:
         pytest.param("exact", (), marks=pytest.mark.sweep),
         ("refine", ()),
         ("diff", ()),
+        ("greedy runs", ()),
         ("exact", ("Q8_0", "Q6_K")),
         pytest.param("sketch", ("exl2:3", "exl2:5.5"), marks=pytest.mark.sweep),
     ],
@@ -214,7 +223,7 @@ def test_peak_memory_stays_under_the_cap(jobs: subprocess.Popen[str], mode: str,
     assert 4 * weights >= 2.5 * CAP_MIB * 2**20  # float32, as it is run on a CPU
     assert jobs.stdin
     assert jobs.stdout
-    print(mode, *made, file=jobs.stdin, flush=True)
+    print(mode, *made, sep="|", file=jobs.stdin, flush=True)
     answer = jobs.stdout.readline()
     assert answer.strip().isdigit(), answer
     assert int(answer) <= CAP_MIB * 2**20
