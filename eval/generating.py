@@ -47,11 +47,9 @@ def plan_writing(
     """
     label = getattr(model.source, "label", "the reference")
     free, said = available_bytes(str(model.device)), "are free"
-    if cap_bytes is not None:
-        below = max(1, cap_bytes - process_bytes(cap_bytes))
-        free, said = (
-            (below, f"of {{max_memory}} {format_mib(cap_bytes)} are left") if not free or below < free else (free, said)
-        )
+    below = None if cap_bytes is None else max(1, cap_bytes - process_bytes(cap_bytes))
+    if below is not None and (not free or below < free):
+        free, said = below, f"of {{max_memory}} {format_mib(cap_bytes or 0)} are left"
     room = int(MEMORY_SHARE * free)
     whole = _bytes_below(model, "")
     if whole <= room or not free:  # 0: nothing says what is free

@@ -483,11 +483,13 @@ class ComparedPass:
             (self.teacher, self._of_base, self.wanted),
             (self.model, self._of_model, states),
         ):
-            with model.layer(index, None if model is self.teacher else rounded):
+            with (
+                model.layer(index, None if model is self.teacher else rounded),
+                _KnownLinears(LinearWeights(model, index), known),
+            ):
                 for number, state in enumerate(found):
                     known.begin(number)
-                    with _KnownLinears(LinearWeights(model, index), known):
-                        found[number] = model.run_layer(index, state, number * self.batch)
+                    found[number] = model.run_layer(index, state, number * self.batch)
 
     def of_head(self, states: Sequence[Tensor], module: str, note: str = "") -> ComparedInputs:
         """What the head is given, which goes by a module's name. states: [rows, tokens, width] each, before
