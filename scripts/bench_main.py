@@ -7,6 +7,7 @@ copy     recompile against `cp` + sync of the same bytes, and its peak memory   
 diff     model_diff against two plain transformers forwards of the same rows    goals: 1.15x at 2,048, 1.10x at 16,384
 memory   model_diff's peak memory on a 30-layer model                           goal:  a quarter of the model
 profile  the exact profile against one full forward per swap                    goal:  1.8x faster
+start    what comes before the first layer: imports, and the model's structure  goal:  2.5 s on SmolLM2
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 RESULTS = ROOT / "scripts" / "bench_results" / "main.json"
-PARTS = ("copy", "diff", "memory", "profile")
+PARTS = ("copy", "diff", "memory", "profile", "start")
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -291,6 +292,69 @@ def bench_profile(work: Path, rows: int, length: int, variants: Path) -> dict[st
     }
 
 
+# ---- before the first layer --------------------------------------------------------------------------------------
+
+# Widths of models that people run, by what they are called.
+LARGE_MODELS: dict[str, dict[str, Any]] = {
+    "Llama 3.1 8B": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "Llama 3.1 70B": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "DeepSeek V3": {
+        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168,
+        "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "kv_lora_rank": 512, "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "vocab_size": 129280,
+    },
+}  # fmt: skip
+START_JOB = """
+import json, sys, time
+started = time.perf_counter()
+import torch
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
+imported = time.perf_counter()
+from recompile.checkpoint.checkpoint import open_checkpoint
+from recompile.io.memory import resident_bytes
+from recompile.model.own_forward import Probe
+from recompile.model.skeleton import build_skeleton
+from recompile.model.stream import LayeredModel, find_runner, find_stack
+before = resident_bytes()
+if sys.argv[1].startswith("{"):
+    device = torch.device("cpu")
+    model = build_skeleton(json.loads(sys.argv[1]), torch.float32, device)
+    name, layers = find_stack(model)
+    Probe(model, find_runner(model, name), list(layers), name, device, "it").run()
+else:
+    LayeredModel.of(open_checkpoint(sys.argv[1])).structure
+print(json.dumps([imported - started, time.perf_counter() - imported, resident_bytes() - before]))
+"""
+
+
+def bench_start(count: int) -> dict[str, Any]:
+    """Seconds that importing torch and the model's class take, and what comes after that, in processes of their own."""
+    import make_base
+
+    found: dict[str, Any] = {}
+    models = {"SmolLM2": str(make_base.build())}
+    models |= {name: json.dumps({**config, "tie_word_embeddings": False}) for name, config in LARGE_MODELS.items()}
+    for name, given in models.items():
+        runs = []
+        for _ in range(count):
+            command = [sys.executable, "-c", START_JOB, given]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+            runs.append(json.loads(done.stdout))
+        imports, own, held = (statistics.median(values) for values in zip(*runs, strict=True))
+        found[name] = {"imports_s": imports, "structure_s": own, "held_bytes": held, "ratio": own / imports}
+        click.echo(f"  {name}: imports {imports:.2f} s, structure {own:.2f} s, {held / 2**20:.0f} MiB held", err=True)
+    return {"models": found, "note": "medians; float32; held_bytes: resident memory that is more afterwards"}
+
+
 @click.command()
 @click.argument("parts", nargs=-1, type=click.Choice(PARTS))
 @click.option("--gib", default=8.0, show_default=True, help="Size of the synthetic checkpoint of `copy`.")
@@ -312,6 +376,7 @@ def main(parts: tuple[str, ...], gib: float, count: int, variants: Path, work: P
                 "diff": lambda place=place: bench_diff(count),
                 "memory": lambda place=place: bench_memory(place),
                 "profile": lambda place=place: bench_profile(place, 4, 128, variants),
+                "start": lambda: bench_start(count),
             }
             result = jobs[part]()
         finally:

@@ -45,20 +45,19 @@ def cluster() -> Iterator[Any]:
     import ray
 
     here = Path(__file__).resolve()
-    variables = {
-        "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parents[1])]),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    for attempt in range(3):
-        try:
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
-            break
-        except Exception as error:  # Ray's own startup raises nothing narrower
-            ray.shutdown()
-            if attempt == 2:
-                pytest.skip(f"no local Ray cluster starts on this machine: {error}")
-    yield ray
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:  # which workers inherit: an environment of their own takes others
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here.parents[2]), str(here.parents[1])]))
+        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        for attempt in range(3):
+            try:
+                ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+                break
+            except Exception as error:  # Ray's own startup raises nothing narrower
+                ray.shutdown()
+                if attempt == 2:
+                    pytest.skip(f"no local Ray cluster starts on this machine: {error}")
+        yield ray
+        ray.shutdown()
 
 
 def models() -> tuple[Checkpoint, list[tuple[int, Checkpoint]]]:
