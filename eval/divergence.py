@@ -24,7 +24,7 @@ from recompile.errors import MismatchError, UnsupportedError
 from recompile.events import OnEvent, Progress, ignore
 from recompile.formats.cache_types import CacheFormat
 from recompile.model.kv_cache import SimulatedCache
-from recompile.model.stream import LayeredModel, check_same_skeleton
+from recompile.model.stream import LayeredModel
 
 LOGIT_CHUNK_TOKENS = 256
 
@@ -162,7 +162,6 @@ def divergence(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     vocab: int | None = None,
-    reference: LayeredModel | None = None,
     cache: CacheFormat | None = None,
     max_memory_bytes: int | None = None,
     on_event: OnEvent = ignore,
@@ -174,8 +173,6 @@ def divergence(
     plan = plan_diff(model, 0, [ids.shape[1]] * len(ids), None if max_memory_bytes else batch, max_memory_bytes)
     model.pieces, batch = plan.pieces, plan.batch or batch
     seen = SimulatedCache.of(cache, model.model.config.model_type) if cache is not None else None
-    if reference is not None:
-        check_same_skeleton(reference, model)
     what = f"greedy runs of {getattr(candidate, 'label', 'A')}"
     states = kept_states(model.embed(ids, batch), ids.numel(), plan.scratch)
     for index in range(model.depth):
