@@ -152,7 +152,7 @@ def test_a_report_is_linear_in_the_groups(tmp_path: Path) -> None:
         return calls_of(report)
 
     run(4)
-    assert_linear(run, (6, 12, 18))
+    assert_linear(run, (12, 24, 36))
 
 
 def test_many_small_reads_open_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

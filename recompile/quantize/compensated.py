@@ -193,7 +193,7 @@ class _StageInputs(InputCollector):
     def output(self, modules: tuple[str, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Of the map that holds these modules, [..., out]."""
         make = partial(functional.linear, x, weight, bias)
-        return make() if self.known is None else self.known.of(modules, make)
+        return make() if self.known is None else self.known.of(modules, x, make)
 
     def _see(self, module: str) -> None:
         self._seen.add(kind_of(module))
@@ -203,8 +203,8 @@ class _StageInputs(InputCollector):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _ATTENTION and self.known is not None:
-            return self.known.of_all(func.__name__, lambda: func(*args, **(kwargs or {})))
+        if func is _ATTENTION and args and self.known is not None:
+            return self.known.of_all(func.__name__, args[0], lambda: func(*args, **(kwargs or {})))
         added = None
         if func in _ADDS and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             added = self._find_added(*args)
@@ -260,13 +260,13 @@ class _KnownLinears(LinearMode):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         found, make = self.weights.find(weight), partial(functional.linear, x, weight, bias)
-        return make() if found is None else self.known.of(found.modules, make)
+        return make() if found is None else self.known.of(found.modules, x, make)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _ATTENTION:
-            return self.known.of_all(func.__name__, lambda: func(*args, **(kwargs or {})))
+        if func is _ATTENTION and args:
+            return self.known.of_all(func.__name__, args[0], lambda: func(*args, **(kwargs or {})))
         return super().__torch_function__(func, types, args, kwargs)
 
 

@@ -74,14 +74,16 @@ class KnownOutputs:
         self._batch, self._stage = batch, 0
         self._calls.clear()
 
-    def of(self, modules: tuple[str, ...], make: Callable[[], Tensor]) -> Tensor:
-        """The output [..., out] of a call of the map that holds these modules, made where it is not known."""
+    def of(self, modules: tuple[str, ...], x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """The output [..., out] of a call of the map that holds these modules on x [..., in], made where it is not
+        known."""
         self.pass_over(modules)
-        return self._known(modules, self._stage_of(modules), make)
+        return self._known(modules, self._stage_of(modules), x, make)
 
-    def of_all(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What a function called `name` makes, [...], of outputs of any maps that were called before it."""
-        return self._known((name,), self._stage, make)
+    def of_all(self, name: str, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What a function called `name` makes, [..., out], of x [..., in] and others, outputs of any maps that were
+        called before it."""
+        return self._known((name,), self._stage, x, make)
 
     def pass_over(self, modules: tuple[str, ...]) -> None:
         """The map that holds these modules is called, whatever it gives."""
@@ -90,11 +92,11 @@ class KnownOutputs:
     def _stage_of(self, modules: tuple[str, ...]) -> int:
         return max(self._order.get(kind_of(module), self._final) for module in modules)
 
-    def _known(self, names: tuple[str, ...], stage: int, make: Callable[[], Tensor]) -> Tensor:
+    def _known(self, names: tuple[str, ...], stage: int, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         key = (self._batch, names, self._calls[names])
         self._calls[names] += 1
         known = self._kept.get(key)
-        if known is not None:
+        if known is not None and known.value.shape[:-1] == x.shape[:-1]:  # else a device sent an expert other tokens
             return known.value.clone()  # models write into outputs
         made = make()
         if stage < self._final:

@@ -117,8 +117,8 @@ def test_outputs_that_are_kept_change_no_byte(name: str, tmp_path: Path, monkeyp
     for room in (0, 30_000, 2**40):
         made = []
 
-        def counted(self: KnownOutputs, modules: Any, make: Any, made: list[Any] = made) -> Tensor:
-            return of(self, modules, lambda: made.append(modules) or make())
+        def counted(self: KnownOutputs, modules: Any, x: Tensor, make: Any, made: list[Any] = made) -> Tensor:
+            return of(self, modules, x, lambda: made.append(modules) or make())
 
         monkeypatch.setattr(compensated, "available_bytes", lambda device, room=room: room)
         monkeypatch.setattr(KnownOutputs, "of", counted)
