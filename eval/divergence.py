@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.diff_memory import kept_states, plan_diff, put_states
+from eval.diff_memory import LOGIT_CHUNK_TOKENS, kept_states, plan_diff, put_states
 from eval.generating import plan_writing, writing
 from eval.metrics import Mean, paired_difference
 from recompile.checkpoint.checkpoint import WeightSource
@@ -25,8 +25,6 @@ from recompile.events import OnEvent, Progress, ignore
 from recompile.formats.cache_types import CacheFormat
 from recompile.model.kv_cache import SimulatedCache
 from recompile.model.stream import LayeredModel
-
-LOGIT_CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ from torch.nn import functional
 from recompile.checkpoint.checkpoint import Checkpoint
 from recompile.io.memory import available_bytes
 from recompile.model.finite import check_finite
-from recompile.model.linear_calls import LinearMode
 from recompile.model.stream import LayeredModel, LinearWeights
 from recompile.quantize.calibrate import InputCollector, InputStatistics
 from recompile.quantize.known_outputs import KnownOutputs, Room, kind_of
@@ -249,25 +248,6 @@ class _StageInputs(InputCollector):
         is_turned = value.dim() > 2 and value.shape[:2] == self.counted.shape[::-1] != self.counted.shape
         marks = self.counted.T if is_turned else self.counted
         return value.reshape(-1, value.shape[-1])[marks.flatten()].float()
-
-
-class _KnownLinears(LinearMode):
-    """Inside it, maps whose outputs are known are not run."""
-
-    def __init__(self, weights: LinearWeights, known: KnownOutputs) -> None:
-        super().__init__(weights)
-        self.known = known
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found, make = self.weights.find(weight), partial(functional.linear, x, weight, bias)
-        return make() if found is None else self.known.of(found.modules, x, make)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is _ATTENTION and args:
-            return self.known.of_all(func.__name__, args[0], lambda: func(*args, **(kwargs or {})))
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 class _Order(_StageInputs):
@@ -483,13 +463,13 @@ class ComparedPass:
             (self.teacher, self._of_base, self.wanted),
             (self.model, self._of_model, states),
         ):
-            with (
-                model.layer(index, None if model is self.teacher else rounded),
-                _KnownLinears(LinearWeights(model, index), known),
-            ):
+            with model.layer(index, None if model is self.teacher else rounded):
+                inputs = _StageInputs(model, index, frozenset(), None, set(), known)  # of no stage
                 for number, state in enumerate(found):
+                    inputs.begin(self._counted(number, state))
                     known.begin(number)
-                    found[number] = model.run_layer(index, state, number * self.batch)
+                    with inputs:
+                        found[number] = model.run_layer(index, state, number * self.batch)
 
     def of_head(self, states: Sequence[Tensor], module: str, note: str = "") -> ComparedInputs:
         """What the head is given, which goes by a module's name. states: [rows, tokens, width] each, before
