@@ -10,15 +10,14 @@ from collections.abc import Mapping
 
 # Every argument that a message may name: parameters of recompile.api and recompile.auto. Any other {word} is text.
 _ARGUMENTS = """
-    activations active_bpw allow_unmatched asym attribute ban base base_logits batch_size batch_tokens bits
-    cache_bits cache_quant cache_sweep candidates card check chunks compensate context dataset dense device
-    divergence dry_run dtype embedding engine engine_top_k engines_dir force format free_experts gen_prompt grid
-    group_size head head_bits imatrix importance independent input_ids iso keep keep_b learning_rate length level
+    activations active_bpw allow_unmatched asym attribute ban base base_logits batch_size batch_tokens bits cache_bits
+    cache_quant cache_sweep candidates card check chunks compensate context dataset dense device divergence dry_run
+    dtype embedding engine engine_top_k engines_dir feedback force format free_experts gen_prompt grid group_size head
+    head_bits imatrix importance importance_rows independent input_ids iso keep keep_b learning_rate length level
     library match max_kl max_memory max_ppl_increase max_step maximum method minimum minutes mode modifiers mtp out
-    pairs pin png pool positions probe prompts quantize_also ray recipe reencode reference rounding rows rtol
-    samples save_base_logits save_imatrix save_input_ids save_logits_a save_logits_b scheme shard_size size skip
-    solver sources start stats svg temperature text tie tokenizer_from tokens total_bpw tower trace type_sources url
-    variants verify
+    pairs pin png pool positions probe prompts quantize_also ray recipe reencode reference rounding rows rtol samples
+    save_base_logits save_imatrix save_input_ids save_logits_a save_logits_b scheme shard_size size skip solver sources
+    start stats svg temperature text tie tokenizer_from tokens total_bpw tower trace type_sources url variants verify
 """
 ARGUMENTS = frozenset(re.findall(r"\w+", _ARGUMENTS))
 

@@ -63,6 +63,7 @@ class Candidate:
     model_dir: str
     fingerprint: str
     spec: Mapping[str, Any] | None = None  # made on the fly: how, as in a recipe; model_dir then only describes it
+    feedback: bool = False  # of one made on the fly: rounded with error feedback, beside the profile
 
     @property
     def label(self) -> str:

@@ -188,7 +188,8 @@ def describe_candidate(source: SourceId, checkpoint: Checkpoint, identified: boo
     """A source as a profile's header has it: where it lies, or what it is made as. identified: see ProfileJob.header"""
     identity = checkpoint.identity if identified else ""
     if isinstance(checkpoint, MadeVariant):
-        return Candidate(source, describe_spec(checkpoint.spec), identity, dict(checkpoint.spec))
+        how = describe_spec(checkpoint.spec), identity, dict(checkpoint.spec), checkpoint.rounded is not None
+        return Candidate(source, *how)
     return Candidate(source, checkpoint.label, identity)
 
 

@@ -186,7 +186,7 @@ def forecast(reference_dir: str, request: ProfileRequest, shape: tuple[int, int]
     request.check()
     reference = open_checkpoint(reference_dir)
     weighing, weighed = request.making, bool(request.candidates) and request.making.weighs
-    request = replace(request, making=replace(request.making, importance_rows=0))
+    request = replace(request, making=replace(request.making, importance_rows=0, feedback=False))
     base_id, offered = _sources(reference, request, ignore)
     if isinstance(first := offered[0][1], MadeVariant) and first.base is not None:
         reference = first.base

@@ -243,7 +243,7 @@ class _Optimization:
         if options.size_bytes is None:
             raise ArgumentError("{context}: goes with {size}, which is then of all tensors and the cache together")
         caches = parse_sweep(options.cache_bits or ("f16",), "{cache_bits}")
-        reference, checkpoints = open_models(self.profile, self.checkpoints)
+        reference, checkpoints = open_models(self.profile, self.path, self.checkpoints)
         rows, vocab = self._rows("choose", reference, checkpoints)
         device = compute_device(options.device)
         how: dict[str, Any] = {"vocab": vocab, "device": device, "on_event": self.on_event}
@@ -284,7 +284,7 @@ class _Optimization:
                 "{activations}: a limit on KL is kept for the weights alone; leave it out, or give a size in place of "
                 "{max_kl} and {max_ppl_increase}"
             )
-        reference, checkpoints = open_models(self.profile, self.checkpoints)
+        reference, checkpoints = open_models(self.profile, self.path, self.checkpoints)
         rows, _ = self._rows("accept", reference, checkpoints)
         free, device = options.max_memory_bytes is None, compute_device(options.device)
         kls = MeasuredMixes(
@@ -328,7 +328,7 @@ class _Optimization:
         from recompile.model.devices import compute_device
 
         options, profile, budget, solver = self.options, chosen.profile, chosen.budget, self.solver
-        reference, checkpoints = open_models(profile, self.checkpoints)
+        reference, checkpoints = open_models(profile, self.path, self.checkpoints)
         problem = prepare(prepare_problem(profile, self.rules))
         chooses_start = solver == "refine" and start is None
         sketch = self._samples() if solver in ("refine", "tilted") else None
@@ -408,7 +408,7 @@ class _Optimization:
         from recompile.model.devices import compute_device
 
         options, rules, profile, budget = self.options, self.rules, chosen.profile, chosen.budget
-        reference, checkpoints = open_models(profile, self.checkpoints)
+        reference, checkpoints = open_models(profile, self.path, self.checkpoints)
         problem = prepare(prepare_problem(profile, rules))
         others: dict[str, Mapping[str, str]] = {}
         if rules.max_step is None:
@@ -471,14 +471,18 @@ def _is_made(profile: Profile) -> bool:
 def open_sources(profile: Profile, path: Path, on_event: OnEvent = ignore) -> dict[str, Checkpoint] | None:
     """label -> checkpoint (headers only); None, with a Note, where one is not there."""
     try:
-        if any(candidate.spec is not None for candidate in profile.header.candidates):
-            from recompile.quantize.lazy_variant import open_candidates
-
-            return open_candidates(profile, path)
-        return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
+        return _open_candidates(profile, path)
     except (RecompileError, OSError) as error:
         on_event(Note(f"the sources are not available ({error}): a line for every module, nothing checked."))
         return None
+
+
+def _open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint]:
+    if any(candidate.spec is not None for candidate in profile.header.candidates):
+        from recompile.quantize.lazy_variant import open_candidates
+
+        return open_candidates(profile, path)
+    return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
 
 
 def are_same(profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> bool:
@@ -496,12 +500,12 @@ def used_before(path: Path, profile: Profile, checkpoints: Mapping[str, Checkpoi
 
 
 def open_models(
-    profile: Profile, checkpoints: Mapping[str, Checkpoint] | None
+    profile: Profile, path: Path, checkpoints: Mapping[str, Checkpoint] | None
 ) -> tuple[Checkpoint, Mapping[str, Checkpoint]]:
     """The reference and the sources. Raises RecompileError where one is not there, or not what was profiled."""
     reference = open_checkpoint(profile.header.reference)
     if checkpoints is None:
-        checkpoints = {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
+        checkpoints = _open_candidates(profile, path)
     for found in profile.header.candidates:
         if checkpoints[found.label].identity != found.fingerprint:
             raise RecompileError(

@@ -30,6 +30,7 @@ def profile(
     group_size: int | str | None = None,
     asym: bool = False,
     importance_rows: int = 16,
+    feedback: bool = False,
     imatrix: PathLike | None = None,
     level: str = "fused",
     context: str = "clean",
@@ -68,7 +69,8 @@ def profile(
 
     base: the variant that recipes start from, and sources: others, "DIR" or "ID=DIR"; or candidates, made on the fly:
     bits and schemes ("nvfp4"), rounded as format, group_size (default 64) and asym say, or GGUF types; errors weighed
-    by the inputs of importance_rows calibration rows or an imatrix file. base is then the name of one
+    by the inputs of importance_rows calibration rows or an imatrix file. base is then the name of one. feedback: bits
+    and schemes are rounded with error feedback on those rows, as `quantize` does, and kept in OUT.rounded/
     level: layer, block, fused, expert or tensor; context: swap into the reference ("clean") or into base ("base");
     match, skip: globs of modules; head, embedding: groups, too; activations: swapped modules see quantized inputs
     mode: exact (every swap is run), sketch, hybrid (checks the decisions of a budget of `bits`, for `minutes`),
@@ -121,7 +123,8 @@ def profile_request(out: PathLike, **given: Any) -> ProfileRequest:
         sources=tuple(str(source) for source in asked["sources"]),
         candidates=tuple(str(candidate) for candidate in asked["candidates"]),
         making=CandidateOptions(
-            **{name: asked[name] for name in ("format", "group_size", "asym", "importance_rows", "device", "level")},
+            **{name: asked[name] for name in ("format", "group_size", "asym", "importance_rows", "feedback")},
+            **{name: asked[name] for name in ("device", "level")},
             imatrix=as_path(asked["imatrix"]),
             where=where,
             out=Path(out),

@@ -38,7 +38,7 @@ from recompile.costs import LEVELS, load_profile
     "--candidates",
     multiple=True,
     help="Before any variant exists: make these on the fly: bits (2,3,4,6) and schemes (nvfp4) rounded on fitted grids "
-    "without GPTQ; GGUF types (Q2_K,IQ3_S,Q4_K,IQ4_KSS) by their encoders.",
+    "without GPTQ (see --feedback); GGUF types (Q2_K,IQ3_S,Q4_K,IQ4_KSS) by their encoders.",
 )
 @made_options
 @click.option(
@@ -47,6 +47,7 @@ from recompile.costs import LEVELS, load_profile
     default=16,
     help="--candidates: calibration rows by whose inputs errors are weighed on fitting grids; 0: all alike.",
 )
+@click.option("--feedback", is_flag=True, help="--candidates: rounded with error feedback (GPTQ) on those rows before.")
 @imatrix_option("--candidates of GGUF types: importance from this imatrix file instead.")
 @path_option(
     "-o",

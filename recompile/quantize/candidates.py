@@ -1,4 +1,9 @@
-"""Candidates made on the fly from a dense reference, before any variant exists: what `--candidates` names."""
+"""Candidates made on the fly from a dense reference, before any variant exists: what `--candidates` names.
+
+With `feedback` they are rounded as model_quantize rounds variants, in one calibrated pass before, and kept beside the
+profile: error feedback takes more off some modules' errors than off others' (SmolLM2 at 3 bits: half of what output
+projections cost, a tenth of what gates do), so a choice by costs without it is one for other weights.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from recompile.checkpoint.checkpoint import Checkpoint
-from recompile.costs import is_expert
+from recompile.costs import candidate_label, is_expert
 from recompile.errors import ArgumentError, FormatError
 from recompile.events import Note, OnEvent, ignore
 from recompile.formats import COMPRESSED, FORMATS
@@ -29,10 +34,12 @@ from recompile.quantize.lazy_variant import (
     fallbacks_of,
     make_variants,
     mlx_spec_of,
+    open_rounded,
     parse_candidates,
+    rounded_dir,
     spec_of,
 )
-from recompile.quantize.run import calibrate_importance
+from recompile.quantize.run import QuantizeOptions, calibrate_importance, run_quantize
 from recompile.recipe.recipe import SourceId
 
 CALIBRATION_LENGTH = 512
@@ -42,13 +49,14 @@ DEFAULT_GROUP_SIZE = 64
 @dataclass(frozen=True)
 class CandidateOptions:
     """How candidates are made. importance_rows: calibration rows by whose inputs errors are weighed; 0: all alike.
-    roles: other than layers that are groups of the profile too; out: the profile, beside which the importance is
-    kept."""
+    feedback: rounded with error feedback (GPTQ) on those rows before. roles: other than layers that are groups of the
+    profile too; out: the profile, beside which importance and rounded candidates are kept."""
 
     format: str
     group_size: int | str | None
     asym: bool
     importance_rows: int
+    feedback: bool
     imatrix: Path | None
     where: RowOptions  # of these rows; its `rows` and `length` are not looked at, but for a trace its length is
     device: str
@@ -89,6 +97,7 @@ def make_candidates(
     """
     check_rounding(options.format, options.group_size, options.asym)
     specs = _specs(names, options, on_event)
+    rounded = _round(reference, specs, options, on_event) if options.feedback else None
     types = [source_id for source_id, spec in specs if "type" in spec]
     if types:
         _check_gguf_groups(reference, options)
@@ -102,13 +111,13 @@ def make_candidates(
     importance: Mapping[str, Tensor] | None = None
     if types and (options.imatrix is not None or options.importance_rows):
         importance = _gguf_importance(as_dense(reference, to_gguf=True), options, on_event)
-    elif options.importance_rows and options.lazily != "noise":  # which has no use for it
+    elif options.importance_rows and options.lazily != "noise" and (rounded is None or options.roles):
         rows = calibration_rows(reference, options)
         device = compute_device(options.device)
         importance = input_power(reference, rows.ids, device=device, counted=rows.counted, on_event=on_event)
     keep = KEEP_BYTES if options.cap_bytes is None else 0
     try:
-        offered = make_variants(reference, specs, importance, options.roles, keep)
+        offered = make_variants(reference, specs, importance, options.roles, keep, rounded)
     except FormatError as error:
         sized = "" if options.group_size is None else f", {{group_size}} {options.group_size}"
         raise FormatError(
@@ -147,6 +156,36 @@ def _specs(
     return specs
 
 
+def _round(
+    reference: Checkpoint,
+    specs: Sequence[tuple[SourceId, Mapping[str, object]]],
+    options: CandidateOptions,
+    on_event: OnEvent,
+) -> dict[str, Checkpoint]:
+    """The candidates as model_quantize makes them, by label, in one pass for all bits and one for all schemes; those of
+    a run before are kept. Raises ArgumentError for kinds that are not rounded so here, and for no rows."""
+    if options.lazily == "noise" or any("type" in spec for _, spec in specs):
+        kind = "EXL3, whose encoder takes too long" if options.lazily == "noise" else "GGUF types"
+        raise ArgumentError(f"{{feedback}}: not for candidates of {kind}; make variants, and give them as {{sources}}")
+    if not options.importance_rows:
+        raise ArgumentError("{feedback}: goes by the inputs of calibration rows; wanted {importance_rows} 1 or more")
+    folder = rounded_dir(options.out)
+    on_event(Note(f"candidates are rounded with error feedback, and kept in {folder}", ""))
+    how = QuantizeOptions(
+        format=options.format,
+        group_size=str(DEFAULT_GROUP_SIZE if options.group_size is None else options.group_size),
+        asym=options.asym,
+        max_memory_bytes=options.cap_bytes,
+        where=_where(options),
+        device=options.device,
+    )
+    labels = {key: tuple(candidate_label(name) for name, spec in specs if key in spec) for key in ("bits", "scheme")}
+    for some in (replace(how, bits=labels["bits"]), replace(how, schemes=labels["scheme"])):
+        if some.bits or some.schemes:
+            run_quantize(reference.path, folder, some, on_event)
+    return {label: open_rounded(options.out, label) for found in labels.values() for label in found}
+
+
 def _check_gguf_groups(reference: Checkpoint, options: CandidateOptions) -> None:
     """Raise ArgumentError for groups that no GGUF file can tell apart."""
     if options.level in ("expert", "tensor") and any(is_expert(name) for name in reference.modules):
@@ -167,11 +206,14 @@ def _gguf_importance(reference: Checkpoint, options: CandidateOptions, on_event:
 
 def calibration_rows(reference: Checkpoint, options: CandidateOptions) -> Rows:
     """The rows whose inputs errors of candidates are weighed by. Raises RecompileError where there are too few."""
-    length = CALIBRATION_LENGTH if options.where.trace is None else options.where.length
-    where = replace(options.where, rows=options.importance_rows, length=length, input_ids=None)
-    rows, vocab = where.read([reference.path], "calibrate")
+    rows, vocab = _where(options).read([reference.path], "calibrate")
     check_vocabulary(reference, vocab)
     return rows
+
+
+def _where(options: CandidateOptions) -> RowOptions:
+    length = CALIBRATION_LENGTH if options.where.trace is None else options.where.length
+    return replace(options.where, rows=options.importance_rows, length=length, input_ids=None)
 
 
 def candidate_named(name: str | None, offered: Sequence[tuple[SourceId, Checkpoint]]) -> SourceId:

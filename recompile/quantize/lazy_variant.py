@@ -6,6 +6,9 @@ optionally with importance from calibration rows) without GPTQ, or through the e
 decoded at once; EXL3 has stand-ins of the same error. Nothing is kept but encodings that several types fall back to, so
 a run holds little more than the weights it asked for. Sizes are those of the stored form, to the bit. How each kind is
 made is in `fake_quant`, `fake_quant_exl` and `fake_quant_mlx`.
+
+Where candidates are to be rounded with error feedback, model_quantize makes them first, into a folder beside the
+profile, and weights are read from there: what GPTQ takes off an error differs from module to module.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from recompile.checkpoint.checkpoint import (
 from recompile.checkpoint.module_names import role_of
 from recompile.checkpoint.safetensors_files import read_tensors
 from recompile.costs import Profile, ProfileGroup, candidate_label, load_profile
-from recompile.errors import FormatError, OutputError, UnsupportedError
+from recompile.errors import CheckpointError, FormatError, OutputError, UnsupportedError
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.names import Heads, Joined
 from recompile.io.files import was_made_here
@@ -170,6 +173,7 @@ class MadeVariant(Checkpoint):
     forms: Mapping[str, str] = field(default_factory=dict)  # of the modules that are made
     fallbacks: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # module -> type asked for, type it gets
     copies: Mapping[str, str] = field(default_factory=dict)  # tensor -> the base's that it is one more copy of
+    rounded: Checkpoint | None = None  # with error feedback: what it has quantized is not rounded here
 
     @property
     def joined(self) -> Mapping[str, Joined]:
@@ -209,20 +213,20 @@ class MadeVariant(Checkpoint):
     def fingerprint(self) -> str:
         """Of the base, of how it is made, and of the importance."""
         assert self.base is not None
-        return self._made_from(self.base.fingerprint)
+        return self._made_from(self.base.fingerprint, self.rounded.fingerprint if self.rounded is not None else "")
 
     @cached_property
     def identity(self) -> str:
         assert self.base is not None
-        return self._made_from(self.base.identity)
+        return self._made_from(self.base.identity, self.rounded.identity if self.rounded is not None else "")
 
-    def _made_from(self, base: str) -> str:
+    def _made_from(self, base: str, rounded: str) -> str:
         assert self.maker is not None
         digest = hashlib.sha256(f"{base} {json.dumps(dict(self.spec), sort_keys=True)}".encode())
         digest.update(json.dumps(self.maker.description(), sort_keys=True).encode())
         for name in sorted(self.importance or {}):
             digest.update(name.encode() + (self.importance or {})[name].cpu().numpy().tobytes())
-        digest.update(" ".join(sorted(self.made)).encode())
+        digest.update(" ".join(sorted(self.made)).encode() + rounded.encode())
         return digest.hexdigest()
 
     @property
@@ -243,8 +247,12 @@ class MadeVariant(Checkpoint):
         """As Checkpoint.load; the weight of a made module is rounded here and now, on `device`."""
         assert self.base is not None
         assert self.maker is not None
-        value = self.base.load(self.copies.get(tensor, tensor), device=device)
         name, part = split_name(tensor)
+        if self.rounded is not None and name in self.forms and part == "weight":
+            found = self.rounded.modules.get(name)
+            if found is not None and found.is_quantized:
+                return self.rounded.load(tensor, device=device)
+        value = self.base.load(self.copies.get(tensor, tensor), device=device)
         if name not in self.forms or part != "weight":
             return value
         if name in self._turned:
@@ -262,14 +270,18 @@ class MadeVariant(Checkpoint):
 
 
 def make_variant(
-    base: Checkpoint, spec: Spec, importance: Mapping[str, Tensor] | None = None, maker: Maker | None = None
+    base: Checkpoint,
+    spec: Spec,
+    importance: Mapping[str, Tensor] | None = None,
+    maker: Maker | None = None,
+    rounded: Checkpoint | None = None,
 ) -> MadeVariant:
     """The variant of a dense base that `spec` describes: what model_quantize would quantize is, all else is the base's.
 
     importance: module -> float32 [in], its mean squared inputs, for makers that weigh errors; None: all alike
-    maker: of the spec, where it is not the plain one. A base that is quantized itself is decoded. Raises FormatError
-    where nothing would be quantized; UnsupportedError for a GGUF type of a model that has no names in GGUF, and for a
-    base that cannot be decoded.
+    maker: of the spec, where it is not the plain one; rounded: the same variant as model_quantize made it
+    A base that is quantized itself is decoded. Raises FormatError where nothing would be quantized; UnsupportedError
+    for a GGUF type of a model that has no names in GGUF, and for a base that cannot be decoded.
     """
     maker = maker or maker_of(spec)
     base = as_dense(base, to_gguf=str(maker.description().get("format")) == "gguf")
@@ -278,7 +290,7 @@ def make_variant(
     config = {**base.config, "tie_word_embeddings": False} if stored.copies else base.config
     return MadeVariant(
         base.path, label, config, stored.tensors, (), {}, base, spec, importance, maker, stored.formats,
-        stored.fallbacks, stored.copies,
+        stored.fallbacks, stored.copies, rounded,
     )  # fmt: skip
 
 
@@ -288,17 +300,24 @@ def make_variants(
     importance: Mapping[str, Tensor] | None = None,
     literal: frozenset[str] = frozenset(),
     keep_bytes: int = 0,
+    rounded: Mapping[str, Checkpoint] | None = None,
 ) -> list[tuple[SourceId, MadeVariant]]:
     """The candidates of one run; what several of their types fall back to is encoded once.
 
     importance: module -> float32 [in], as `make_variant` takes it; literal: see GgufMaker; keep_bytes: of encodings of
-    GGUF types, EXL2 and MLX that may stay in memory
+    GGUF types, EXL2 and MLX that may stay in memory; rounded: by label, those that model_quantize made
     """
     from recompile.quantize.fake_quant import SharedEncodings
 
     shared = SharedEncodings(keep_bytes)
     return [
-        (source_id, make_variant(base, spec, importance, maker_of(spec, literal, shared))) for source_id, spec in specs
+        (
+            source_id,
+            make_variant(
+                base, spec, importance, maker_of(spec, literal, shared), (rounded or {}).get(candidate_label(source_id))
+            ),
+        )
+        for source_id, spec in specs
     ]
 
 
@@ -340,7 +359,24 @@ def plainly_named(
     return named
 
 
-# ---- importance beside a profile -------------------------------------------------------------------------------------
+# ---- what is kept beside a profile -----------------------------------------------------------------------------------
+
+
+def rounded_dir(profile: Path) -> Path:
+    """Where candidates that are rounded with error feedback are kept, a directory each."""
+    return profile.with_name(f"{profile.name}.rounded")
+
+
+def open_rounded(profile: Path, label: str) -> Checkpoint:
+    """A candidate that was rounded with error feedback. Raises CheckpointError where it is gone."""
+    name = f"{label}bpw" if re.fullmatch(r"\d+(\.\d+)?", label) else label
+    path = rounded_dir(profile) / name
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: not there, and {profile} measured candidate {label} as it was rounded with error feedback into "
+            f"it; profile it again"
+        )
+    return open_checkpoint(path)
 
 
 def importance_file(profile: Path) -> Path:
@@ -401,6 +437,7 @@ def open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint]:
     if specs:
         roles = frozenset(role_of(module) for group in header.groups for module in group.modules)
         base, importance = open_checkpoint(header.reference), load_importance(path)
-        made = make_variants(base, specs, importance, roles - {"layer"}, KEEP_BYTES)
+        rounded = {c.label: open_rounded(path, c.label) for c in header.candidates if c.feedback}
+        made = make_variants(base, specs, importance, roles - {"layer"}, KEEP_BYTES, rounded)
         found |= {candidate_label(source_id): variant for source_id, variant in made}
     return {candidate.label: found[candidate.label] for candidate in header.candidates}

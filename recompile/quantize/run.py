@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -58,35 +58,35 @@ MeasureOutputs: TypeAlias = Callable[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
     """What is asked of variants; see `recompile.quantize` for the meaning of each."""
 
-    bits: tuple[str, ...]  # bitrates, or GGUF types
-    schemes: tuple[str, ...]
-    modifiers: Path | None
-    independent: bool
-    recipe: Path | None
-    format: str
-    method: str
-    group_size: str
-    asym: bool
-    importance: bool
-    head_bits: int | None
-    codebook: str
-    tokenizer_from: Path | None
-    imatrix: Path | None
-    save_imatrix: Path | None
-    converter: bool
-    engine: str
-    rounding: str | None
-    compensate: bool
-    stats: Path | None
-    max_memory_bytes: int | None
-    dense: Dense
+    bits: tuple[str, ...] = ()  # bitrates, or GGUF types
+    schemes: tuple[str, ...] = ()
+    modifiers: Path | None = None
+    independent: bool = False
+    recipe: Path | None = None
+    format: str = COMPRESSED
+    method: str = "gptq"
+    group_size: str = "64"
+    asym: bool = False
+    importance: bool = True
+    head_bits: int | None = None
+    codebook: str = "mul1"
+    tokenizer_from: Path | None = None
+    imatrix: Path | None = None
+    save_imatrix: Path | None = None
+    converter: bool = False
+    engine: str = "own"
+    rounding: str | None = None
+    compensate: bool = False
+    stats: Path | None = None
+    max_memory_bytes: int | None = None
+    dense: Dense = field(default_factory=Dense)
     where: RowOptions
-    device: str
-    dtype: str | None
+    device: str = "cpu"
+    dtype: str | None = None
 
     @property
     def two_sided(self) -> bool:
