@@ -33,15 +33,16 @@ from recompile.auto_checks import (
     check_rows,
     check_variants,
     forecast_profile,
+    why_not_kept,
 )
-from recompile.auto_minutes import Asked, Shares, Split
+from recompile.auto_minutes import Asked, Shares, Split, first_look
 from recompile.auto_stages import Stages
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.costs import LEVELS, Candidate, Profile, bits_of_uniform, load_profile, uniform_candidate
 from recompile.errors import ArgumentError, NotBetterError, NoTimeError, RecompileError
 from recompile.events import Note, OnEvent, Said, ignore
-from recompile.formats import COMPRESSED
+from recompile.formats import COMPRESSED, FORMATS
 from recompile.formats.mlx_config import QUANT_METHOD as MLX
 from recompile.gguf.container import is_gguf, open_gguf
 from recompile.io.files import beside, copy_whole, locked, write_json
@@ -59,10 +60,11 @@ from recompile.planning import (
     Target,
     judging_seconds,
     make_plan,
+    rounded_bytes,
     target_of,
 )
 from recompile.quantize.gguf_convert import tokenizer_file
-from recompile.quantize.lazy_variant import parse_candidates
+from recompile.quantize.lazy_variant import parse_candidates, rounded_dir
 
 make_callable(__name__)
 MAKE = "make"  # in place of a trace
@@ -89,10 +91,6 @@ class AutoReport:
     out: str
     card: str  # Markdown for a model page
     page: str  # HTML
-
-
-QUICK = {"rows": 6, "length": 256, "samples": 8, "calibration_rows": 24}  # at most, of a first look
-QUICK_SEARCH_MINUTES = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +127,7 @@ class AutoOptions:
     device: str
     dtype: str | None
     checks_recipe: bool = True  # beside uniform and hand-made ones, before it is built
+    feedback: bool = True  # candidates are rounded with it before they are measured, where their kind can be
 
     @property
     def prompts(self) -> int:
@@ -293,20 +292,8 @@ def auto_options(**given: Any) -> AutoOptions:
     for name in ("tokenizer_from", "text", "trace"):
         values[name] = as_path(values[name])
     if values.pop("quick"):
-        values |= _quick(values)
+        values |= first_look(values)
     return AutoOptions(**values)
-
-
-def _quick(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is less of everything, of the arguments of `auto`."""
-    less: dict[str, Any] = {name: min(values[name], most) for name, most in QUICK.items()}
-    if values["search_minutes"] is None:
-        less["search_minutes"] = QUICK_SEARCH_MINUTES
-    if values["rounding"] is None and not values["variants"]:
-        less["rounding"] = "one-sided"
-    if values["solver"] is None:
-        less["solver"] = "refine"  # which is the default only where the recipe is checked
-    return {**less, "verify": False, "compensate": False, "checks_recipe": False}
 
 
 def run_auto(base: Path, out: Path, options: AutoOptions, on_event: OnEvent = ignore) -> AutoReport:
@@ -338,6 +325,12 @@ class _Auto:
             )
         self.work = beside(out, ".work")
         self.profile, self.recipe = self.work / "profile.jsonl", self.work / "overrides.yaml"
+        lazily = FORMATS[self.format].lazily if self.format in FORMATS else None
+        feeds_back = options.feedback and not (options.variants or self.gguf or lazily == "noise")
+        self._no_room = why_not_kept(self.work, rounded_bytes(self._sizes, self.names)) if feeds_back else ""
+        self.feeds_back = feeds_back and not self._no_room
+        if self.chooses_by_costs:
+            self.options = options = replace(options, solver="exact", checks_recipe=False)
         of_rows = ("text", "dataset", "trace", "positions", "device")
         self.texts: dict[str, Any] = {name: getattr(options, name) for name in of_rows}
         self.texts["positions"] = options.positions or "response"
@@ -346,8 +339,7 @@ class _Auto:
         self._apart = False  # whether what is built goes to the work folder first
         if options.prompts:
             self.texts["trace"] = self.work / "trace.safetensors"
-        # what candidates are rounded to, where there is a choice
-        self.rounding: dict[str, Any] = {}
+        self.rounding: dict[str, Any] = {}  # what candidates are rounded to, where there is a choice
         if self.mlx or (self.is_plain and not self.gguf):
             self.rounding = {"group_size": self.group_size, "asym": options.asym}
 
@@ -365,6 +357,18 @@ class _Auto:
     def compensates(self) -> bool:
         """Whether what is built makes good its own errors; a merge of variants that are there cannot."""
         return self.options.compensate and not self.options.variants
+
+    @property
+    def _searches(self) -> bool:
+        """Whether a recipe is searched for by measuring mixes."""
+        return self.options.solver is None or solver_named(self.options.solver).runs_models
+
+    @property
+    def chooses_by_costs(self) -> bool:
+        """Whether no mix is measured before the recipe is built: what a search measures is not compensated, and what it
+        gains there a compensated build of SmolLM2 has lost again (docs/quality.md)."""
+        options = self.options
+        return self.feeds_back and self.compensates and options.solver is None and options.search_minutes is None
 
     @property
     def compares(self) -> bool:
@@ -439,7 +443,8 @@ class _Auto:
         """Of the minutes in all."""
         options = self.options
         counts = (options.rows, options.samples, options.calibration_rows)
-        asked = Asked(counts, options.minutes, options.search_minutes, options.heal, options.says_times)
+        minutes = options.minutes, options.search_minutes, options.heal
+        asked = Asked(counts, *minutes, options.says_times, self._searches)
 
         def plan(rows: int, samples: int, calibration_rows: int) -> AutoPlan:
             counts: dict[str, Any] = {"rows": rows, "samples": samples, "calibration_rows": calibration_rows}
@@ -467,10 +472,12 @@ class _Auto:
                 builds=not options.variants,
                 verify=options.verify,
                 checks_recipe=options.checks_recipe,
+                feedback=self.feeds_back,
                 prompts=options.prompts,
                 device=options.device,
                 minutes=options.minutes,
                 unlimited=self._shares.unlimited if options.minutes is not None else None,
+                note=self._no_room,
             ),
         )
 
@@ -573,6 +580,7 @@ class _Auto:
             **({"engine": options.engine} if options.engine else {}),
             **({"rounding": self._rounding} if self._rounding else {}),
             **({"compensate": True} if self.compensates else {}),
+            **({"feedback": True} if self.feeds_back else {}),
             **({"picks": True} if self.picks else {}),
             **({"heal": options.heal} if self.heals else {}),
             **({"tokenizer_from": open_checkpoint(options.tokenizer_from).identity} if options.tokenizer_from else {}),
@@ -598,8 +606,8 @@ class _Auto:
             how |= {"candidates": self.offered, "format": self.format, **self.rounding}
         if self.mlx:  # quantized with everything else, so chosen with everything else
             how |= {"head": True, "embedding": True}
-        if self.gguf:
-            how["importance_rows"] = options.calibration_rows
+        if self.gguf or self.feeds_back:
+            how |= {"importance_rows": options.calibration_rows, "feedback": self.feeds_back}
         rows: dict[str, Any] = {"rows": options.rows, "length": options.length, "dtype": options.dtype}
         rows["max_memory"] = options.max_memory
         return {**how, **rows, **self.texts}
@@ -609,7 +617,8 @@ class _Auto:
 
     def _recipe(self) -> object:
         options = self.options
-        how: dict[str, Any] = {"solver": options.solver, "minutes": options.search_minutes, "rows": options.rows}
+        how: dict[str, Any] = {"solver": options.solver, "rows": options.rows}
+        how["minutes"] = options.search_minutes if self._searches else None
         how["engine"] = self.target.rules if self.target is not None else None
         how["check"] = None if options.checks_recipe else False
         return api.optimize(
@@ -762,8 +771,8 @@ class _Auto:
         for one, name in zip(measured, names, strict=False):
             one |= {**recipe, "recipe_name": name}
         write_json(self.work / MEASURED, {"candidates": to_plain(measured)})
-        for made in ("uniform", "built"):
-            shutil.rmtree(self.work / made, ignore_errors=True)
+        for made in (self.work / "uniform", self.work / "built", rounded_dir(self.profile)):
+            shutil.rmtree(made, ignore_errors=True)
         (self.work / "built.gguf").unlink(missing_ok=True)
         for entry in result["builds"]:
             entry["kept"] = Path(entry["build"]).exists()

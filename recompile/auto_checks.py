@@ -7,24 +7,28 @@ as headers, the text of the rows and the tokenizer tell. What takes a measuremen
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recompile.auto_stages import STATE, check_new
+from recompile.auto_stages import STATE, begun_with, check_new
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from recompile.costs import Measurement, Profile, candidate_label, id_of_directory
 from recompile.errors import ArgumentError, BudgetError, OutputError, RecompileError
 from recompile.gguf.container import is_gguf
 from recompile.io.files import check_not_input, check_outputs, check_place
-from recompile.io.sizes import size_bytes
+from recompile.io.sizes import format_bytes, size_bytes
 
 if TYPE_CHECKING:
     from eval.profile.run import Forecast
     from recompile.model.rows import RowOptions
 
 KERNEL_PLACES = ("/proc", "/sys")  # where nothing can be made, whatever their permissions say
+
+
+ROOM = 2  # times what rounded candidates take: builds and their states need some too
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -53,6 +57,18 @@ def check_variants(variants: Sequence[Path]) -> None:
         raise ArgumentError(
             f"{{variants}}: {files[0]} is a GGUF file and {other} is none; they are never in one build: give one kind"
         )
+
+
+def why_not_kept(work: Path, needed: int) -> str:
+    """Why rounded candidates of so many bytes are not kept in a run's folder: no room, or a run that was begun without.
+    Empty where they are."""
+    if (begun := begun_with(work)) is not None:
+        return "" if begun.get("feedback") else "candidates are measured without error feedback, as this was begun"
+    free = shutil.disk_usage(next(path for path in (work, *work.absolute().parents) if path.is_dir())).free
+    if free >= ROOM * needed:
+        return ""
+    said = f"candidates are measured without error feedback, for which {format_bytes(ROOM * needed)} would have to be"
+    return f"{said} free at {work}; found {format_bytes(free)}"
 
 
 def are_gguf_types(offered: Sequence[str], out: Path) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from recompile.planning import AutoPlan
 
@@ -19,6 +20,8 @@ LEAST_STEP_MINUTES = 0.5  # the same once a run has come to it
 BEFORE_CHOOSING = ("trace", "profile")
 LEAST_SEARCH_MINUTES = 0.5
 LATE_SHARE = 0.9  # of the minutes, once search is done: builds are calibrated with as many rows as are made by then
+QUICK = {"rows": 6, "length": 256, "samples": 8, "calibration_rows": 24}  # at most, of a first look
+QUICK_SEARCH_MINUTES = 1.0
 PACES = (0.3, 4.0)  # what a stage's time is believed to say of those to come, as a ratio to its plan
 
 
@@ -44,13 +47,14 @@ class Split:
 @dataclass(frozen=True)
 class Asked:
     """What a run is asked for. counts: rows, samples and calibration rows; says_times: whether anything of this was
-    said, so that a run without a limit has none"""
+    said, so that a run without a limit has none; searches: whether the recipe may take minutes"""
 
     counts: tuple[int, int, int]
     minutes: float | None
     search_minutes: float | None
     heal: float | None
     says_times: bool
+    searches: bool = True
 
 
 def split_minutes(
@@ -60,12 +64,13 @@ def split_minutes(
     heal: float | bool | None,
     judging: float = 0.0,
     least: tuple[int, int, int] = LEAST,
+    searches: bool = True,
 ) -> Split:
     """asked: rows, samples and calibration rows, which are halved in turn until the passes leave room for the rest;
     passes: seconds of all stages with so many, those that are done too, without search and healing
     heal: minutes that were asked for; True: a share of what is left; None or False: nothing is healed
     judging: seconds of healing that move nothing, with the rows that are asked for; least: to which rows, samples and
-    calibration rows may fall
+    calibration rows may fall; searches: whether some minutes are for that
     """
     counts = list(asked)
     while passes(counts[0], counts[1], counts[2]) > PASSES_SHARE * 60 * minutes:
@@ -78,11 +83,12 @@ def split_minutes(
     judging *= counts[0] / asked[0]
     healing: float | None = None
     if heal is True:
-        share = max(HEAL_SHARE * left, min(left - LEAST_SEARCH_MINUTES, LEAST_HEAL_MINUTES + judging / 60))
+        search = LEAST_SEARCH_MINUTES if searches else 0.0
+        share = max((HEAL_SHARE if searches else 1.0) * left, min(left - search, LEAST_HEAL_MINUTES + judging / 60))
         healing = share if share >= LEAST_HEAL_MINUTES + judging / 60 else None
     elif heal:
         healing = heal
-    search = max(LEAST_SEARCH_MINUTES, left - (healing or 0.0))
+    search = max(LEAST_SEARCH_MINUTES, left - (healing or 0.0)) if searches else 0.0
     heals = None if healing is None else round(healing, 2)
     return Split(counts[0], counts[1], counts[2], round(search, 2), heals, minutes)
 
@@ -119,7 +125,7 @@ class Shares:
         def passes(rows: int, samples: int, calibration_rows: int) -> float:
             return self.plan(rows, samples, calibration_rows).seconds
 
-        return split_minutes(minutes, asked.counts, passes, self._heal, self.judging)
+        return split_minutes(minutes, asked.counts, passes, self._heal, self.judging, searches=asked.searches)
 
     @cached_property
     def unlimited(self) -> float | None:
@@ -141,7 +147,7 @@ class Shares:
         rows, samples, calibration_rows = split.counts
         judging = speed * self.judging * rows / self.asked.counts[0]
         least = (rows, samples, min(LEAST[2], calibration_rows))
-        found = split_minutes(split.minutes, split.counts, passes, self._heal, judging, least)
+        found = split_minutes(split.minutes, split.counts, passes, self._heal, judging, least, self.asked.searches)
         given = self.asked.search_minutes
         return found if given is None else replace(found, search_minutes=given)
 
@@ -179,6 +185,18 @@ class Shares:
     @property
     def _heal(self) -> float | bool:
         return True if self.asked.heal is None else self.asked.heal
+
+
+def first_look(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is less of everything, of the arguments of `recompile.auto`."""
+    less: dict[str, Any] = {name: min(values[name], most) for name, most in QUICK.items()}
+    if values["search_minutes"] is None:
+        less["search_minutes"] = QUICK_SEARCH_MINUTES
+    if values["rounding"] is None and not values["variants"]:
+        less["rounding"] = "one-sided"
+    if values["solver"] is None:
+        less["solver"] = "refine"  # which is the default only where the recipe is checked
+    return {**less, "verify": False, "compensate": False, "checks_recipe": False, "feedback": False}
 
 
 def pace(plan: AutoPlan, seconds: Mapping[str, float], names: Collection[str]) -> float:

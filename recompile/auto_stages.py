@@ -108,6 +108,18 @@ class Stages:
         write_checked_json(self._path, {"settings": self._settings, "done": self._done})
 
 
+def begun_with(work: Path) -> dict[str, Any] | None:
+    """The settings that a run was begun with; None where there is none, or none that can be read."""
+    if not is_marked(work, STATE):
+        return None
+    try:
+        found = read_checked_json(work / STATE, error=JournalError, way_out="")
+        check_state(work / STATE, found)
+    except JournalError:  # `Stages` says so
+        return None
+    return dict(found["settings"])
+
+
 def file_sha256(path: Path) -> str:
     """Of a file's bytes. Raises JournalError where it cannot be read."""
     digest = hashlib.sha256()

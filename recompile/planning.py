@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -252,7 +252,8 @@ class PlanOptions:
     search_minutes: None: as long as the solver takes by itself; heal_minutes: None: nothing is healed
     builds: whether variants are made, or are there already; prompts: that the base answers first, for a trace, 0: none
     minutes: in all, where so many were asked for; unlimited: where they were not, how many would leave all rows
-    checks_recipe: whether it is measured beside uniform and hand-made ones
+    checks_recipe: whether it is measured beside uniform and hand-made ones; feedback: candidates are rounded with it;
+    note: what there is to say beside
     """
 
     rows: int
@@ -267,10 +268,12 @@ class PlanOptions:
     verify: bool
     compensate: bool = False
     checks_recipe: bool = True
+    feedback: bool = False
     prompts: int = 0
     device: str = "cpu"
     minutes: float | None = None
     unlimited: float | None = None
+    note: str = ""
 
 
 def make_plan(sizes: Sizes, engine: str | None, form: str, candidates: tuple[str, ...], asked: PlanOptions) -> AutoPlan:
@@ -284,7 +287,7 @@ def make_plan(sizes: Sizes, engine: str | None, form: str, candidates: tuple[str
     rate = flops_per_second(compute_device(asked.device))
     stages = _Stages(sizes, rate, form, candidates, asked).all()
     target = target_of(engine) if engine is not None else None
-    notes = [target.note] if target is not None and target.note else []
+    notes = [note for note in (target.note if target is not None else "", asked.note) if note]
     if asked.minutes is not None:
         over = sum(stage.seconds for stage in stages) > 1.2 * 60 * asked.minutes
         longer = "; the least that can be done takes longer" if over else ""
@@ -342,7 +345,8 @@ class _Stages:
 
     @property
     def _making(self) -> float:
-        return making_seconds(self.sizes, self.form) if self.asked.builds else 0.0
+        made = self.asked.builds and not self.asked.feedback
+        return making_seconds(self.sizes, self.form) if made else 0.0
 
     def _trace(self) -> PlannedStage:
         prompts = self.asked.prompts
@@ -357,6 +361,11 @@ class _Stages:
         weighing = self._calibration if self.form == "gguf" else IMPORTANCE_ROWS * IMPORTANCE_LENGTH
         seconds += self._forward(weighing, head=False) if asked.builds else 0.0
         what = f"a sketch, {asked.rows} rows x {asked.length} tokens, {asked.samples} draws each"
+        if asked.feedback:
+            seconds += PASSES_OF_A_BUILD * self._forward(asked.calibration_rows * IMPORTANCE_LENGTH, head=False)
+            seconds += count * encoder_seconds(self.sizes, self.form, self.rate, "one-sided")
+            held = format_bytes(rounded_bytes(self.sizes, self.candidates))
+            what += f"; candidates rounded before with error feedback, {held} until the end"
         return PlannedStage("profile", what, seconds)
 
     def _recipe(self) -> PlannedStage:
@@ -368,7 +377,10 @@ class _Stages:
         if solver is None or solver == "refine":  # the start is chosen though there be no minute to search
             tokens = self.asked.length * min(self.asked.rows, START_ROWS)
             search = max(search, STARTS * self._forward(tokens) + SOURCES_OF_A_MODULE * self._making)
-        what, mixes = solver or "refine", VERIFIED_MIXES if self.asked.checks_recipe else 0
+        what, mixes = (
+            "by these costs" if solver == "exact" else solver or "refine",
+            VERIFIED_MIXES if self.asked.checks_recipe else 0,
+        )
         what += f", and {mixes} mixes measured on rows of their own" if mixes else ""
         verified = mixes * self._forward(self._tokens) + (SOURCES_OF_A_MODULE * self._making if mixes else 0.0)
         return PlannedStage("recipe", what, search + verified)
@@ -404,6 +416,12 @@ class _Stages:
         builds = 1 + (self.asked.heal_minutes is not None) + (self._compares or not self.asked.builds)
         what = "the builds against the base on rows of their own"
         return PlannedStage("verify", what, (1 + builds) * self._forward(self._tokens))
+
+
+def rounded_bytes(sizes: Sizes, candidates: Iterable[str]) -> int:
+    """Of candidates that are kept on disk, about; names that are no bits count as 8."""
+    bits = sum(float(name) if name.replace(".", "", 1).isdigit() else 8.0 for name in candidates)
+    return int(bits * sizes.body / 8)
 
 
 def judging_seconds(sizes: Sizes, rows: int, length: int, device: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ import recompile
 from recompile import check
 from recompile.auto import auto_options
 from recompile.auto_minutes import Asked, Shares, default_minutes, split_minutes
-from recompile.auto_stages import Stages
+from recompile.auto_stages import STATE, Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
 from recompile.cli import model_auto
 from recompile.costs import bits_of_uniform, load_profile
 from recompile.errors import NotBetterError
 from recompile.events import Progress
 from recompile.gguf.container import open_gguf
+from recompile.io.checksums import write_checked_json
 from recompile.model.used_rows import HEAL_KEY
 from recompile.planning import AutoPlan, PlannedStage
 from recompile.recipe.recipe import load_recipe
@@ -92,7 +94,9 @@ def test_minutes_in_all_are_split_once_and_kept(text: Path, tmp_path: Path, monk
     made(*options)
     split = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]["split"]["result"]["split"]
     assert split["heal"] is None
-    assert split["search_minutes"] == 0.5
+    assert split["search_minutes"] == 0, "of costs that are there"
+    assert all(found.feedback for found in load_profile(tmp_path / "mix.work" / "profile.jsonl").header.candidates)
+    assert not list(tmp_path.glob("mix.work/*.rounded")), "until the end only"
     monkeypatch.setattr(
         "recompile.planning.flops_per_second", lambda device="cpu": 1e6
     )  # a machine that is slow by now
@@ -522,3 +526,34 @@ def test_a_first_look_searches_and_measures_nothing_beside_it(tmp_path: Path) ->
     assert (tmp_path / "mix.work" / "overrides.refine.jsonl").is_file()
     assert "quantizing" in stages
     assert "checking" not in stages
+
+
+def test_where_errors_are_compensated_the_costs_alone_choose(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of candidates rounded with error feedback, kept for that where there is room: a run that was begun goes on as it
+    was begun, whatever room there is by then."""
+
+    def plan(*more: object) -> str:
+        asked = (tiny.base("llama-2"), tmp_path / "mix", text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, *more)
+        words = [word for word in arguments(*asked, "--plan") if word not in ("--solver", "exact")]
+        result = CliRunner().invoke(model_auto.main, words)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    feedback, searches = "rounded before with error feedback", "refine, and 7 mixes measured"
+    said = plan()
+    assert feedback in said
+    assert searches not in said
+    assert feedback in plan("--no-compensate")
+    for more in (["--no-compensate"], ["--search-minutes", 1]):
+        assert searches in plan(*more), "what is built is what a search measures, or it is asked for"
+    monkeypatch.setattr("recompile.auto_checks.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    said = plan()
+    assert "candidates are measured without error feedback, for which" in said
+    assert "mix.work; found 1000 B" in said
+    assert feedback not in said
+    assert searches in said
+    (tmp_path / "mix.work").mkdir()
+    write_checked_json(tmp_path / "mix.work" / STATE, {"settings": {"feedback": True}, "done": {}})
+    assert feedback in plan()

@@ -132,7 +132,7 @@ RUNS = {
     "refine": Run(("mix.refine.jsonl", "mix.mixes.json"), refine, chosen, after=3),
     "auto": Run(
         ("m.work/auto.json", "m.work/overrides.yaml", "m.work/profile.jsonl",
-         "m.work/profile.jsonl.importance.safetensors"),
+         "m.work/profile.jsonl.rounded/3bpw/model.safetensors"),
         auto, lambda d: weights_of(d / "m"), after=4,
     ),
     "variants": Run(
