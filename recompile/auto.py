@@ -24,6 +24,8 @@ from recompile import api
 from recompile.api.shared import PathLike, as_path, check_types
 from recompile.arguments import Worded
 from recompile.auto_checks import (
+    LATE,
+    NO_RIVAL,
     Places,
     are_gguf_types,
     check_budget,
@@ -33,13 +35,15 @@ from recompile.auto_checks import (
     check_rows,
     check_variants,
     forecast_profile,
+    is_rival,
+    uniform_within,
     why_not_kept,
 )
 from recompile.auto_minutes import Asked, Shares, Split, first_look
 from recompile.auto_stages import Stages
 from recompile.callable_rooms import make_callable
 from recompile.checkpoint.checkpoint import open_checkpoint
-from recompile.costs import LEVELS, Candidate, Profile, bits_of_uniform, load_profile, uniform_candidate
+from recompile.costs import LEVELS, Candidate, Profile, load_profile
 from recompile.errors import ArgumentError, NotBetterError, NoTimeError, RecompileError
 from recompile.events import Note, OnEvent, Said, ignore
 from recompile.formats import COMPRESSED, FORMATS
@@ -470,7 +474,7 @@ class _Auto:
                 compensate=self.compensates,
                 heal_minutes=options.heal,
                 builds=not options.variants,
-                verify=options.verify,
+                verify=options.verify and self._affords_uniform,
                 checks_recipe=options.checks_recipe,
                 feedback=self.feeds_back,
                 prompts=options.prompts,
@@ -512,10 +516,14 @@ class _Auto:
             self._apart = self.picks or self.heals
             stages.run("recipe", self._recipe, self.recipe)
             if self._split is not None:
+                if self.picks:
+                    of = partial(is_rival, load_profile(self.profile), self._uniform_candidate[0].label, self.recipe)
+                    self._keep_uniform(stages, "rival", of, NO_RIVAL)
                 self._share(stages, "calibrating", partial(self._shares.calibrating, self._split, stages.seconds))
             stages.run("build", self._build)
             if self._split is not None and self.compares:
-                self._leave_uniform_where_late(stages, self._split)
+                affords = partial(self._shares.affords_uniform, self._split, stages.seconds)
+                self._keep_uniform(stages, "affords", affords, f"too few of {self._split.minutes:g} minutes {LATE}")
             if self.compares:
                 stages.run("uniform", self._build_uniform)
             if self.picks:
@@ -539,13 +547,11 @@ class _Auto:
             page=str(self.page),
         )
 
-    def _leave_uniform_where_late(self, stages: Stages, split: Split) -> None:
-        """No uniform build where it would not be done in the minutes in all; it is said."""
-        affords = partial(self._shares.affords_uniform, split, stages.seconds)
-        self._affords_uniform = stages.keep("affords", lambda: {"uniform": affords()})["uniform"]
+    def _keep_uniform(self, stages: Stages, name: str, keeps: Callable[[], bool], why_not: str) -> None:
+        """No uniform build where `keeps` says so, now or in the run that is gone on with; `why_not` is told."""
+        self._affords_uniform = stages.keep(name, lambda: {"uniform": keeps()})["uniform"]
         if not self._affords_uniform:
-            what = "a uniform build to compare the mix with; it is left out, and stands in a run with more {minutes}"
-            self.on_event(Note(Worded(f"too few of {split.minutes:g} minutes are left for {what}")))
+            self.on_event(Note(Worded(why_not)))
 
     def _take_what_is_left(self, stages: Stages, split: Split) -> None:
         """Heal for the minutes that the stages before it left, planned or not; say so where it was and they did not."""
@@ -661,15 +667,8 @@ class _Auto:
 
     @cached_property
     def _uniform_candidate(self) -> tuple[Candidate, bool, int]:
-        """The largest candidate whose uniform build is within the budget, or else the smallest; whether it is; bytes of
-        that build."""
-        from recompile.optimize.budget import Budget  # here, so that refusals need no solvers
-
-        profile, asked = load_profile(self.profile), self.options
-        budget = Budget(asked.bits, asked.total_bpw, size_bytes(asked.size))
-        candidate, fits = uniform_candidate(profile, budget.bits(profile))
-        bits = bits_of_uniform(profile, candidate.label) + profile.header.other_bits
-        return candidate, fits, -(-bits // 8)
+        asked = self.options
+        return uniform_within(load_profile(self.profile), asked.bits, asked.total_bpw, asked.size)
 
     def _build(self) -> object:
         if self.options.variants:

@@ -15,11 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from recompile.auto_stages import STATE, begun_with, check_new
 from recompile.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from recompile.costs import Measurement, Profile, candidate_label, id_of_directory
+from recompile.costs import (
+    Candidate,
+    Measurement,
+    Profile,
+    bits_of_uniform,
+    candidate_label,
+    id_of_directory,
+    uniform_candidate,
+)
 from recompile.errors import ArgumentError, BudgetError, OutputError, RecompileError
 from recompile.gguf.container import is_gguf
 from recompile.io.files import check_not_input, check_outputs, check_place
 from recompile.io.sizes import format_bytes, size_bytes
+from recompile.recipe.recipe import load_recipe
 
 if TYPE_CHECKING:
     from eval.profile.run import Forecast
@@ -28,6 +37,9 @@ if TYPE_CHECKING:
 KERNEL_PLACES = ("/proc", "/sys")  # where nothing can be made, whatever their permissions say
 
 
+RIVAL = 1.6  # times the cost of a mix: compensation leaves 0.6 to 0.96 of a cost, by what it is of (docs/quality.md)
+NO_RIVAL = f"a uniform build costs over {RIVAL:g} times what the mix does by the profile; its minutes go to the mix"
+LATE = "are left for a uniform build to compare the mix with; it is left out, and stands in a run with more {minutes}"
 ROOM = 2  # times what rounded candidates take: builds and their states need some too
 
 
@@ -202,3 +214,26 @@ def check_prompts(base: Checkpoint, prompts: int, tokens: int) -> None:
         fitting_prompts(base, None, prompts, tokens)
     except RecompileError as error:
         raise type(error)(f"{{trace}} make: {error.template}") from error
+
+
+# ---- the uniform build beside a mix ----------------------------------------------------------------------------------
+
+
+def uniform_within(
+    profile: Profile, bits: float | None, total_bpw: float | None, size: int | str | None
+) -> tuple[Candidate, bool, int]:
+    """The largest candidate whose uniform build is within the budget, or else the smallest; whether it is; bytes of
+    that build."""
+    from recompile.optimize.budget import Budget  # here, so that refusals need no solvers
+
+    budget = Budget(bits, total_bpw, size_bytes(size))
+    candidate, fits = uniform_candidate(profile, budget.bits(profile))
+    found = bits_of_uniform(profile, candidate.label) + profile.header.other_bits
+    return candidate, fits, -(-found // 8)
+
+
+def is_rival(profile: Profile, label: str, recipe: Path) -> bool:
+    """Whether a uniform build of a candidate may be better than the mix, by what the profile says of both."""
+    mix = load_recipe(recipe).provenance["predicted_kl_nats"]
+    costs = (profile.cost(group.name, label) for group in profile.header.groups)
+    return sum(cost.kl_nats for cost in costs if cost is not None) <= RIVAL * mix

@@ -19,6 +19,8 @@ HEAL_SHARE, LEAST_HEAL_MINUTES = 0.6, 2.0  # of what is left; of steps, beside j
 LEAST_STEP_MINUTES = 0.5  # the same once a run has come to it
 BEFORE_CHOOSING = ("trace", "profile")
 LEAST_SEARCH_MINUTES = 0.5
+MORE_SHARE = 0.75  # the same for more rows than were planned
+HEAL_EARLY = 0.92  # of what is left: the last step and the verdict took a tenth longer than foreseen
 LATE_SHARE = 0.9  # of the minutes, once search is done: builds are calibrated with as many rows as are made by then
 QUICK = {"rows": 6, "length": 256, "samples": 8, "calibration_rows": 24}  # at most, of a first look
 QUICK_SEARCH_MINUTES = 1.0
@@ -152,14 +154,17 @@ class Shares:
         return found if given is None else replace(found, search_minutes=given)
 
     def calibrating(self, split: Split, seconds: Mapping[str, float]) -> Split:
-        """With as many calibration rows as are done in time, now that the recipe is there. seconds: as in `again`"""
+        """With as many calibration rows as are done in time, now that the recipe is there: more than were planned where
+        that leaves enough for healing. seconds: as in `again`"""
         plan, spent = self.plan(*split.counts), sum(seconds.values())
-        speed, rows = pace(plan, seconds, BEFORE_CHOOSING), split.calibration_rows
+        speed, rows = pace(plan, seconds, BEFORE_CHOOSING), self.asked.counts[2]
 
         def ends(rows: int) -> float:
             stages = self.plan(split.rows, split.samples, rows).stages
             return spent + speed * sum(stage.seconds for stage in stages if stage.name not in seconds)
 
+        while rows > split.calibration_rows and ends(rows) > MORE_SHARE * 60 * split.minutes:
+            rows = max(split.calibration_rows, rows // 2)
         while rows > LEAST[2] and ends(rows) > LATE_SHARE * 60 * split.minutes:
             rows = max(LEAST[2], rows // 2)
         return replace(split, calibration_rows=rows)
@@ -178,7 +183,7 @@ class Shares:
         plan = self.plan(*split.counts)
         last = next(stage.seconds for stage in plan.stages if stage.name == "verify")
         speed = pace(plan, seconds, ("pick",) if "pick" in seconds else ("build",))
-        left = split.minutes - (sum(seconds.values()) + speed * last) / 60
+        left = HEAL_EARLY * (split.minutes - (sum(seconds.values()) + speed * last) / 60)
         judging = speed * self.judging * split.rows / self.asked.counts[0]
         return round(left, 2) if left >= LEAST_STEP_MINUTES + judging / 60 else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 import recompile
 from recompile import check
 from recompile.auto import auto_options
+from recompile.auto_checks import is_rival
 from recompile.auto_minutes import Asked, Shares, default_minutes, split_minutes
 from recompile.auto_stages import STATE, Stages
 from recompile.checkpoint.checkpoint import open_checkpoint
@@ -91,6 +93,7 @@ def test_minutes_in_all_are_split_once_and_kept(text: Path, tmp_path: Path, monk
     assert re.search(r"^  heal +about +\d", said, re.MULTILINE), "there is time for it"
     options = (base, out, text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP, "--minutes", 0.2)
     monkeypatch.setattr(Shares, "affords_uniform", lambda *given: True)  # on every machine
+    monkeypatch.setattr("recompile.auto.is_rival", lambda *given: True)
     made(*options)
     split = json.loads((tmp_path / "mix.work" / "auto.json").read_text())["done"]["split"]["result"]["split"]
     assert split["heal"] is None
@@ -149,11 +152,14 @@ def test_minutes_are_shared_again_by_what_stages_took() -> None:
     assert slow.calibration_rows == 16
     assert slow.minutes == 40.0
     done = {"profile": 128.0, "recipe": 600.0, "build": 512.0, "uniform": 512.0, "pick": 96.0}
-    left = 40 - (sum(done.values()) + 2 * 64) / 60  # pick took twice its plan, so verify will
+    left = 0.92 * (40 - (sum(done.values()) + 2 * 64) / 60)  # pick took twice its plan, so verify will
     assert shares.healing(first, done) == pytest.approx(left, abs=0.01)
     assert shares.healing(first, {**done, "build": 1012.0}) is None, "two minutes and more are judging"
     done = {"profile": 256.0, "recipe": 600.0}
     assert shares.calibrating(first, done) == first, "1,760 s of 2,160, which is late enough"
+    few = replace(first, calibration_rows=16)
+    assert shares.calibrating(few, {**done, "recipe": 400.0}).calibration_rows == 64, "a quarter is left for healing"
+    assert shares.calibrating(few, done).calibration_rows == 32
     late = {**done, "recipe": 1100.0}
     assert shares.calibrating(first, late).calibration_rows == 32
     assert shares.calibrating(first, {**late, "profile": 1024.0}).calibration_rows == 16, "there are no fewer"
@@ -185,6 +191,7 @@ def test_minutes_that_are_left_go_to_healing(text: Path, tmp_path: Path, monkeyp
     assert (healed / "config.json").is_file()
     monkeypatch.undo()
     monkeypatch.setattr(Shares, "healing", lambda *given: None)
+    monkeypatch.setattr("recompile.auto.is_rival", lambda *given: True)
     options = (*options[:-1], 9)
     again = made(base, tmp_path / "plain", *options)
     told = " ".join(again.output.split())
@@ -197,6 +204,7 @@ def test_minutes_that_are_left_go_to_healing(text: Path, tmp_path: Path, monkeyp
 def test_no_uniform_build_where_it_would_be_late(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said, the mix is written, and a run that goes on does the same."""
     monkeypatch.setattr(Shares, "affords_uniform", lambda *given: False)
+    monkeypatch.setattr("recompile.auto.is_rival", lambda *given: True)
     options = (tiny.base("llama-2"), tmp_path / "mix", text, "-b", 3.9, "--candidates", "3,4", "-g", GROUP)
     told = " ".join(made(*options, "--minutes", 0.2).output.split())
     assert "too few of 0.2 minutes are left for a uniform build to compare the mix with; it is left out" in told
@@ -206,6 +214,19 @@ def test_no_uniform_build_where_it_would_be_late(text: Path, tmp_path: Path, mon
     assert not (tmp_path / "mix.work" / "uniform").exists()
     monkeypatch.undo()
     assert made(*options, "--minutes", 0.2).output.count("done before") == 5
+
+
+def test_no_uniform_build_that_is_no_rival(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where minutes are limited they go to the mix, if uniform is far from it by the profile."""
+    monkeypatch.setattr(Shares, "affords_uniform", lambda *given: True)
+    options = (tiny.base("llama-2"), text, "-b", 3.9, "--candidates", "2,4", "-g", GROUP, "--minutes", 0.2)
+    told = " ".join(made(options[0], tmp_path / "far", *options[1:]).output.split())
+    assert "a uniform build costs over 1.6 times what the mix does" in told
+    assert "uniform" not in json.loads((tmp_path / "far.work" / "auto.json").read_text())["done"]
+    profile, recipe = load_profile(tmp_path / "far.work" / "profile.jsonl"), tmp_path / "far.work" / "overrides.yaml"
+    assert not is_rival(profile, "2", recipe)
+    assert is_rival(profile, "4", recipe)
+    assert made(options[0], tmp_path / "far", *options[1:]).output.count("done before") == 5
 
 
 def test_a_limit_that_nobody_asked_for() -> None:
