@@ -96,6 +96,8 @@ class ProfileRequest:
             raise ArgumentError("{mode} hybrid checks the decisions of one budget: give it, e.g. {bits} 3.5")
         if self.candidates and self.sources:
             raise ArgumentError("{candidates} and {sources} exclude each other: candidates are made, sources are there")
+        if self.making.feedback and not self.candidates:
+            raise ArgumentError("{feedback} goes with {candidates}; {sources} are rounded already")
         if not self.candidates and (self.base is None or not self.sources):
             raise ArgumentError(
                 "give {base} VARIANT and {sources} VARIANT..., or {candidates} 2,3,4,6 to make them on the fly"

@@ -77,6 +77,7 @@ def test_a_search_runs_the_rounded_weights_and_says_where_they_are_gone(
     [
         (("--candidates", "Q4_K,Q6_K"), "not for candidates of GGUF types"),
         (("--candidates", "3,4", "--format", "exl3"), "not for candidates of EXL3"),
+        (("-i", "3bpw", "-s", "4bpw"), "--feedback goes with --candidates"),
         (("--candidates", "3,4", "--importance-rows", 0), "wanted --importance-rows 1 or more"),
     ],
 )
@@ -86,3 +87,19 @@ def test_kinds_that_are_not_rounded_so_are_refused(
     words = ("-mb", tiny_models["tiny-dense"], "--feedback", "-o", tmp_path / "p.jsonl", "-r", 1, "-l", 16)
     assert said in refusal(model_profile, *words, *given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "theirs", ["p.jsonl.rounded", "p.jsonl.rounded/3bpw", "p.jsonl.rounded/3bpw/model.safetensors"]
+)
+def test_what_stands_in_the_place_of_rounded_candidates_stays(
+    theirs: str, tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / theirs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    words = ("-mb", tiny_models["tiny-dense"], "--candidates", "3,4", "--feedback", "--importance-rows", 1)
+    said = refusal(model_profile, *words, "-o", tmp_path / "p.jsonl", "-r", 1, "-l", 16, "--quiet")
+    assert "p.jsonl.rounded" in said
+    assert "exists" in said or "Not a directory" in said
+    assert path.read_text() == "mine"
