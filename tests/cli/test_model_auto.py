@@ -152,7 +152,7 @@ def test_minutes_are_shared_again_by_what_stages_took() -> None:
     assert slow.calibration_rows == 16
     assert slow.minutes == 40.0
     done = {"profile": 128.0, "recipe": 600.0, "build": 512.0, "uniform": 512.0, "pick": 96.0}
-    left = 0.92 * (40 - (sum(done.values()) + 2 * 64) / 60)  # pick took twice its plan, so verify will
+    left = 0.95 * (40 - (sum(done.values()) + 2 * 64) / 60)  # pick took twice its plan, so verify will
     assert shares.healing(first, done) == pytest.approx(left, abs=0.01)
     assert shares.healing(first, {**done, "build": 1012.0}) is None, "two minutes and more are judging"
     done = {"profile": 256.0, "recipe": 600.0}
