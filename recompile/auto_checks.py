@@ -74,9 +74,12 @@ def check_variants(variants: Sequence[Path]) -> None:
 def why_not_kept(work: Path, needed: int) -> str:
     """Why rounded candidates of so many bytes are not kept in a run's folder: no room, or a run that was begun without.
     Empty where they are."""
-    if (begun := begun_with(work)) is not None:
-        return "" if begun.get("feedback") else "candidates are measured without error feedback, as this was begun"
-    free = shutil.disk_usage(next(path for path in (work, *work.absolute().parents) if path.is_dir())).free
+    try:
+        if (begun := begun_with(work)) is not None:
+            return "" if begun.get("feedback") else "candidates are measured without error feedback, as this was begun"
+        free = shutil.disk_usage(next(path for path in (work, *work.absolute().parents) if path.is_dir())).free
+    except OSError:  # nothing can be written there, which `check_places` refuses
+        return ""
     if free >= ROOM * needed:
         return ""
     said = f"candidates are measured without error feedback, for which {format_bytes(ROOM * needed)} would have to be"

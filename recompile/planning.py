@@ -377,10 +377,8 @@ class _Stages:
         if solver is None or solver == "refine":  # the start is chosen though there be no minute to search
             tokens = self.asked.length * min(self.asked.rows, START_ROWS)
             search = max(search, STARTS * self._forward(tokens) + SOURCES_OF_A_MODULE * self._making)
-        what, mixes = (
-            "by these costs" if solver == "exact" else solver or "refine",
-            VERIFIED_MIXES if self.asked.checks_recipe else 0,
-        )
+        what = "by these costs" if solver == "exact" else solver or "refine"
+        mixes = VERIFIED_MIXES if self.asked.checks_recipe else 0
         what += f", and {mixes} mixes measured on rows of their own" if mixes else ""
         verified = mixes * self._forward(self._tokens) + (SOURCES_OF_A_MODULE * self._making if mixes else 0.0)
         return PlannedStage("recipe", what, search + verified)

@@ -25,7 +25,11 @@ def costs(profile: Profile) -> dict[tuple[str | None, str | None], float]:
 
 @pytest.mark.parametrize(
     ("format_name", "names"),
-    [("compressed-tensors", ["2", "4", "fp8-channel"]), ("mlx", ["3", "4"]), ("exl2", ["2.5", "4"])],
+    [
+        ("compressed-tensors", ["2", "4", "fp8-channel"]),
+        ("mlx", ["3", "4"]),
+        pytest.param("exl2", ["2.5", "4"], marks=pytest.mark.sweep),
+    ],
 )
 def test_rounded_candidates_cost_what_variants_cost(
     format_name: str, names: list[str], tiny_models: Mapping[str, Path], tmp_path: Path
