@@ -47,6 +47,7 @@ from recompile.optimize.engine_constraints import refusals
 from recompile.optimize.problem import prepare, with_costs
 from recompile.optimize.solvers import SOLVERS, solver_named
 from recompile.optimize.start import read_start
+from recompile.quantize.lazy_variant import open_candidates, plainly_named
 from recompile.recipe.recipe import dump_recipe
 
 if TYPE_CHECKING:
@@ -194,8 +195,6 @@ class _Optimization:
         if SOLVERS[self.solver].runs_models:
             chosen = self._searched(chosen, start, held)
         if self.checkpoints is not None and not options.constraints and _is_made(profile):
-            from recompile.quantize.lazy_variant import plainly_named
-
             plain = plainly_named(chosen.solution.choice, profile.header.groups, self.checkpoints)
             chosen = replace(chosen, solution=replace(chosen.solution, choice=plain))  # the same tensors and bits
         names, made_by = tensor_names(self.checkpoints), f"model_optimize {self.path.name}"
@@ -471,18 +470,10 @@ def _is_made(profile: Profile) -> bool:
 def open_sources(profile: Profile, path: Path, on_event: OnEvent = ignore) -> dict[str, Checkpoint] | None:
     """label -> checkpoint (headers only); None, with a Note, where one is not there."""
     try:
-        return _open_candidates(profile, path)
+        return open_candidates(profile, path)
     except (RecompileError, OSError) as error:
         on_event(Note(f"the sources are not available ({error}): a line for every module, nothing checked."))
         return None
-
-
-def _open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint]:
-    if any(candidate.spec is not None for candidate in profile.header.candidates):
-        from recompile.quantize.lazy_variant import open_candidates
-
-        return open_candidates(profile, path)
-    return {c.label: open_checkpoint(c.model_dir) for c in profile.header.candidates}
 
 
 def are_same(profile: Profile, checkpoints: Mapping[str, Checkpoint]) -> bool:
@@ -505,7 +496,7 @@ def open_models(
     """The reference and the sources. Raises RecompileError where one is not there, or not what was profiled."""
     reference = open_checkpoint(profile.header.reference)
     if checkpoints is None:
-        checkpoints = _open_candidates(profile, path)
+        checkpoints = open_candidates(profile, path)
     for found in profile.header.candidates:
         if checkpoints[found.label].identity != found.fingerprint:
             raise RecompileError(

@@ -369,7 +369,9 @@ def rounded_dir(profile: Path) -> Path:
 
 def open_rounded(profile: Path, label: str) -> Checkpoint:
     """A candidate that was rounded with error feedback. Raises CheckpointError where it is gone."""
-    name = f"{label}bpw" if re.fullmatch(r"\d+(\.\d+)?", label) else label
+    from recompile.quantize.encoders import variant_name
+
+    name = variant_name(float(label)) if re.fullmatch(r"\d+(\.\d+)?", label) else label
     path = rounded_dir(profile) / name
     if not path.is_dir():
         raise CheckpointError(
@@ -429,12 +431,12 @@ def read_importance(path: Path) -> dict[str, Tensor]:
 
 def open_candidates(profile: Profile, path: Path) -> dict[str, Checkpoint]:
     """label -> variant of a profile's candidates: opened, or made anew where they are made on the fly."""
-    from recompile.quantize.fake_quant import KEEP_BYTES
-
     header = profile.header
     found: dict[str, Checkpoint] = {c.label: open_checkpoint(c.model_dir) for c in header.candidates if c.spec is None}
     specs = [(candidate.id, candidate.spec) for candidate in header.candidates if candidate.spec is not None]
     if specs:
+        from recompile.quantize.fake_quant import KEEP_BYTES
+
         roles = frozenset(role_of(module) for group in header.groups for module in group.modules)
         base, importance = open_checkpoint(header.reference), load_importance(path)
         rounded = {c.label: open_rounded(path, c.label) for c in header.candidates if c.feedback}
