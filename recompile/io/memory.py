@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 FREE_BYTES_KEPT = 48 * 2**20  # of freed blocks that the allocator may hold on to
+GROWN_BYTES = 8 * 2**20  # of the process, after which what it holds of these is counted again
+LOOKS_APART = 20  # times what counting takes, where it has not grown
 GROWTH_BYTES = 32 * 2**20  # of the program itself: libraries touched later; 31 MiB were seen over a search
 LARGE_BLOCK_BYTES = 2**18  # under a cap, blocks from this size on are the system's own; from 2^20 on, 63 MiB were kept
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -50,24 +55,43 @@ def keep_heap_small() -> None:
         library.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
-_kept_before = 0  # bytes outside of blocks in use when freed memory was given back last: the program's own
+@dataclass
+class Freed:
+    """The pages of freed blocks, which are given back to the system once they are many.
+
+    What glibc counts as freed includes what was given back long ago, so that resident memory tells how much is held:
+    all of it but blocks in use. A little is left: pages given back have to be asked for again. Counting walks the heap,
+    which takes a millisecond where that is in many pieces; so it is done where the process has grown, or now and then.
+    """
+
+    kept: int = 0  # bytes outside of blocks in use after pages were given back last: the program's own
+    resident: int = 0  # the least that the process has held since it was counted
+    next_time: float = 0.0  # when that is done again though the process has not grown
+
+    def release(self, library: Any) -> None:
+        """library: a glibc; its mallinfo2 and malloc_trim are called."""
+        resident, began = resident_bytes(), time.monotonic()
+        self.resident = min(self.resident, resident)
+        if resident - self.resident <= GROWN_BYTES and began < self.next_time:
+            return
+        if _unused_bytes(library) - self.kept > FREE_BYTES_KEPT - GROWN_BYTES:
+            library.malloc_trim(0)
+            self.kept = _unused_bytes(library)
+        ended = time.monotonic()
+        self.resident, self.next_time = resident_bytes(), ended + LOOKS_APART * (ended - began)
+
+
+_freed = Freed()
 
 
 def release_freed() -> None:
-    """Give the pages of freed blocks back to the system once they are many; nothing where glibc keeps no books.
-
-    What glibc counts as freed includes what was given back long ago, so that resident memory tells how much is held:
-    all of it but blocks in use. A little is left: pages given back have to be asked for again."""
-    global _kept_before
+    """Give the pages of freed blocks back to the system once they are many; nothing where glibc keeps no books."""
     library = glibc()
-    if library is None:
-        return
-    if _unused_bytes(library) - _kept_before > FREE_BYTES_KEPT:
-        library.malloc_trim(0)
-        _kept_before = _unused_bytes(library)
+    if library is not None:
+        _freed.release(library)
 
 
-def _unused_bytes(library: ctypes.CDLL) -> int:
+def _unused_bytes(library: Any) -> int:
     figures = library.mallinfo2()
     return resident_bytes() - int(figures.field4) - int(figures.field7)
 
@@ -84,8 +108,8 @@ def process_bytes(cap_bytes: int | None = None) -> int:
 def resident_bytes() -> int:
     """Bytes of memory that this process holds now."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 400 * 2**20  # no /proc: about what Python with torch and transformers takes
 
