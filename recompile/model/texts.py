@@ -51,6 +51,11 @@ class Document:
     origin: str  # the domain it comes from: "wiki", "code", a file's name
     continues: bool = False  # whether it follows, in one running text, directly on the document before it
 
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of its words; what decides its role, its place and its name."""
+        return text_hash(self.text)
+
 
 @dataclass(frozen=True)
 class TextSource:
@@ -76,6 +81,11 @@ def default_text(multilingual: bool = False) -> TextSource:
     if folder is None:
         found = _python_topics()
         return replace(found, name=f"{found.name} (no exllamav2 wheel is installed)")
+    return _bundled_text(folder, multilingual)
+
+
+@functools.lru_cache(maxsize=2)  # every role of it asks again
+def _bundled_text(folder: Path, multilingual: bool) -> TextSource:
     readers = {
         "wiki": lambda text: [body for body in _doc_records(text) if len(body) >= SHORTEST_ARTICLE_CHARS],
         "c4": lambda text: text.split("\n"),  # one web page a line
@@ -253,7 +263,7 @@ def assign_roles(source: TextSource) -> tuple[str, ...]:
     a stretch of text (copies, quotations, the same snippet twice) are near duplicates, and all of these get one role;
     only what many documents repeat, such as a licence on top of each, is not held against them.
     """
-    hashes = [text_hash(document.text) for document in source.documents]
+    hashes = [document.hash for document in source.documents]
     return tuple(_role_of_hash(hashes[first]) for first in _first_kin(source.documents, hashes))
 
 
@@ -335,7 +345,7 @@ def text_hash(text: str) -> str:
 def documents_of(source: TextSource, role: str) -> list[Document]:
     """The documents of a role; of exact copies one."""
     found = {
-        text_hash(document.text): document
+        document.hash: document
         for document, its_role in zip(source.documents, assign_roles(source), strict=True)
         if its_role == role
     }

@@ -17,13 +17,14 @@ from recompile.checkpoint.safetensors_files import open_tensors
 from recompile.errors import MismatchError, RecompileError
 from recompile.io.tensors import save_tensors
 from recompile.model.guarded import stepped
-from recompile.model.texts import ROLES, Document, TextSource, documents_of, text_hash, whole_documents
+from recompile.model.texts import ROLES, Document, TextSource, documents_of, whole_documents
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OVERLAP_WINDOW = 32  # tokens; shorter stretches repeat by chance in honest text
-ENCODE_BATCH = 8  # documents tokenized at a time
+ENCODE_BATCH = 8  # documents tokenized at a time, at most
+FEWEST_CHARS = 2000  # of a long document that are tokenized at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ def make_rows(source: TextSource, tokenizer: Any, count: int | None, length: int
     streams = []
     for origin, documents in by_origin.items():
         if role != "all":
-            documents.sort(key=lambda d: hashlib.sha256(f"{seed} {text_hash(d.text)}".encode()).digest())
+            documents.sort(key=lambda d: hashlib.sha256(f"{seed} {d.hash}".encode()).digest())
         streams.append((origin, _rows_of_origin(documents, tokenizer, frame, count)))
 
     rows: list[tuple[list[int], str, str]] = []
@@ -183,35 +184,49 @@ def _rows_of_origin(
     documents: Sequence[Document], tokenizer: Any, frame: _Frame, count: int | None
 ) -> Iterator[tuple[list[int], str]]:
     """Yield (ids, document names): the first row of every document, then the second of those that have one, ..."""
-    most = None if count is None else count * frame.body  # tokens of one document that can be of use
-    waiting: list[tuple[list[int], str]] = []
+    first = None if count is None else frame.body
+    waiting: list[tuple[Document, list[int] | None]] = []  # what follows the first row; None: not tokenized yet
     joined: list[int] = []
     names: list[str] = []
-    for name, ids in _encode_documents(documents, tokenizer, most):
+    for document, ids, is_whole in _encode_documents(documents, tokenizer, first):
+        name = _name(document)
         if len(ids) >= frame.body:
             yield frame.start + ids[: frame.body], name
-            waiting.append((ids[frame.body :], name))
+            waiting.append((document, ids[frame.body :] if is_whole else None))
         elif ids:
             joined += [*frame.between, *ids] if joined else ids
             names.append(name)
             if len(joined) >= frame.body:
                 yield frame.start + joined[: frame.body], "+".join(names)
                 joined, names = [], []
+    most = None if count is None else count * frame.body  # tokens of one document that can be of use
     while waiting:
-        waiting = [(ids, name) for ids, name in waiting if len(ids) >= frame.body]
-        for at, (ids, name) in enumerate(waiting):
-            yield frame.start + ids[: frame.body], name
-            waiting[at] = (ids[frame.body :], name)
+        left: list[tuple[Document, list[int] | None]] = []
+        for document, rest in waiting:
+            if rest is None:
+                ((_, ids, _),) = _encode_documents([document], tokenizer, most)
+                rest = ids[frame.body :]
+            if len(rest) >= frame.body:
+                yield frame.start + rest[: frame.body], _name(document)
+                left.append((document, rest[frame.body :]))
+        waiting = left
+
+
+def _name(document: Document) -> str:
+    return f"{document.origin}-{document.hash[:8]}"
 
 
 def _encode_documents(
     documents: Sequence[Document], tokenizer: Any, most: int | None
-) -> Iterator[tuple[str, list[int]]]:
-    """Yield (name, ids) of each document, tokenizing a few at a time, and of a long one no more than `most` needs."""
-    for start in range(0, len(documents), ENCODE_BATCH):
-        batch = documents[start : start + ENCODE_BATCH]
+) -> Iterator[tuple[Document, list[int], bool]]:
+    """Yield each document, its tokens, and whether these are all of them: of a long one no more are made than `most`
+    needs. Few documents are tokenized at a time at first: few rows need no more."""
+    start, taking = 0, 1
+    while start < len(documents):
+        batch = documents[start : start + taking]
+        start, taking = start + taking, min(2 * taking, ENCODE_BATCH)
         stepped()
-        chars = max(8 * most, 100_000) if most is not None else None
+        chars = max(8 * most, FEWEST_CHARS) if most is not None else None
         encoded = _encode(tokenizer, [document.text[:chars] for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
             taken = chars
@@ -219,10 +234,9 @@ def _encode_documents(
                 taken *= 2
                 stepped()
                 ids = _encode(tokenizer, [document.text[:taken]])[0]
+            is_whole = taken is None or taken >= len(document.text)
             # The last tokens before a cut may be others than in the whole text, so they are never used.
-            if taken is not None and most is not None and taken < len(document.text):
-                ids = ids[:most]
-            yield f"{document.origin}-{text_hash(document.text)[:8]}", ids
+            yield document, ids if is_whole else ids[:most], is_whole
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -112,19 +112,33 @@ def test_a_small_sample_holds_many_documents_of_every_origin() -> None:
     assert len(set(rows.documents)) == 10
 
 
+class Counting:
+    """A tokenizer that knows how much it was given."""
+
+    bos_token_id, eos_token_id, chars = None, EOS, 0
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        self.chars += sum(map(len, texts))
+        return TOKENIZER(texts, **options)
+
+
 def test_a_long_text_is_tokenized_no_further_than_needed() -> None:
-    class Counting:
-        bos_token_id, eos_token_id, chars = None, EOS, 0
-
-        def __call__(self, texts: Any, **options: Any) -> Any:
-            self.chars += sum(map(len, texts))
-            return TOKENIZER(texts, **options)
-
     counting: Any = Counting()
     text = make_document(0, 200_000).text
     rows = make_rows(TextSource("made", (Document(text, "a"),)), counting, 3, 64, "all")
     assert rows.ids.flatten().tolist() == TOKENIZER(text)["input_ids"][: 3 * 64]
     assert counting.chars < len(text) / 5
+
+
+@pytest.mark.parametrize(("count", "most"), [(3, 3 * 2000), (40, 40 * 2000), (95, 40 * (2000 + 12_000))])
+def test_few_rows_of_many_documents_are_those_of_all_of_their_text(count: int, most: int) -> None:
+    """The first row of every document, then its second: whole documents are tokenized for those alone."""
+    texts = [make_document(number, 2_000).text for number in range(40)]
+    counting: Any = Counting()
+    rows = make_rows(TextSource("made", tuple(Document(text, "a") for text in texts)), counting, count, 64, "all")
+    whole = [TOKENIZER(text)["input_ids"] for text in texts]
+    assert rows.ids.tolist() == [whole[at % 40][64 * (at // 40) :][:64] for at in range(count)]
+    assert counting.chars <= most
 
 
 @pytest.mark.parametrize(
