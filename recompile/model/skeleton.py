@@ -86,7 +86,9 @@ def build_skeleton(
     if model_class.config_class is model_config.sub_configs.get("text_config"):  # the class of the text alone
         model_config = model_config.get_text_config()
     try:
-        with _parameters_on_meta():
+        from transformers.initialization import no_init_weights  # which takes half of the time, and is for values
+
+        with _parameters_on_meta(), no_init_weights():
             model = model_class._from_config(model_config, dtype=dtype)  # sdpa where it can, as from_pretrained
     except (ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UnsupportedError(
