@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+gc.set_threshold(20_000, 20, 100)  # all of transformers is walked each time, a twentieth of what the tests take
 
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest, longest first: one that came last would leave the other workers idle.
@@ -58,10 +60,10 @@ def _few_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
     """No test cuts the power, and what a killed process wrote is there without: fsync takes milliseconds a file."""
-    before = os.fsync
-    os.fsync = lambda descriptor: None
+    before = os.fsync, os.fdatasync
+    os.fsync = os.fdatasync = lambda descriptor: None
     yield
-    os.fsync = before
+    os.fsync, os.fdatasync = before
 
 
 def _tokenizer_files(model: Path) -> str:
