@@ -17,6 +17,7 @@ LEAST = (8, 4, 16)  # rows, samples, calibration rows
 PASSES_SHARE = 0.6  # of the minutes, which passes take at most where fewer rows and draws will do
 HEAL_SHARE, LEAST_HEAL_MINUTES = 0.6, 2.0  # of what is left; of steps, beside judging
 LEAST_STEP_MINUTES = 0.5  # the same once a run has come to it
+STEPS_SHARE = 1 / 3  # of healing then, at least: where judging takes nearly all of it, a step or two gain nothing
 BEFORE_CHOOSING = ("trace", "profile")
 LEAST_SEARCH_MINUTES = 0.5
 MORE_SHARE = 0.75  # the same for more rows than were planned
@@ -185,7 +186,8 @@ class Shares:
         speed = pace(plan, seconds, ("pick",) if "pick" in seconds else ("build",))
         left = HEAL_EARLY * (split.minutes - (sum(seconds.values()) + speed * last) / 60)
         judging = speed * self.judging * split.rows / self.asked.counts[0]
-        return round(left, 2) if left >= LEAST_STEP_MINUTES + judging / 60 else None
+        steps = left - judging / 60
+        return round(left, 2) if steps >= max(LEAST_STEP_MINUTES, STEPS_SHARE * left) else None
 
     @property
     def _heal(self) -> float | bool:
