@@ -118,8 +118,11 @@ class Demo:
 
     def _mixes(self) -> list[Build]:
         """As model_auto measured what it made, the mix before healing too, which it does not keep."""
+        from eval.heal_output import read_healed
+
         measured = json.loads((self.work / "mix.work" / "measured.json").read_text())["candidates"]
-        names = {"mix": HEALED, "mix before healing": MIX} if len(measured) > 1 else {"mix": MIX}
+        is_healed = read_healed(self.mix) is not None
+        names = {"mix": HEALED, "mix before healing": MIX} if is_healed else {"mix": MIX}
         told = {one.get("recipe_name"): one for one in measured}
         return [Build(names[name], {**told[name], **told[name]["size"]}) for name in reversed(names) if name in told]
 
