@@ -156,6 +156,7 @@ def test_minutes_are_shared_again_by_what_stages_took() -> None:
     assert shares.healing(first, done) == pytest.approx(left, abs=0.01)
     assert shares.healing(first, {**done, "build": 550.0}) == pytest.approx(6.11, abs=0.01), "of which 4 are judging"
     assert shares.healing(first, {**done, "build": 590.0}) is None, "5.5, of which steps would get less than a third"
+    assert shares.healing(first, {**done, "build": 1012.0}) is None, "two minutes and more are judging"
     done = {"profile": 256.0, "recipe": 600.0}
     assert shares.calibrating(first, done) == first, "1,760 s of 2,160, which is late enough"
     few = replace(first, calibration_rows=16)
