@@ -77,6 +77,8 @@ def build_skeleton(
     """The model, its parameters and persistent buffers on the meta device, other buffers real and on `device`.
 
     Raises UnsupportedError for what transformers has no causal model of, CheckpointError for a config it refuses."""
+    from transformers.initialization import no_init_weights  # values take half of the time, and a checkpoint has them
+
     check_config(config, place)
     model_config = transformers_config(config, place)
     model_class = _model_class(config, model_config, place)
@@ -86,8 +88,6 @@ def build_skeleton(
     if model_class.config_class is model_config.sub_configs.get("text_config"):  # the class of the text alone
         model_config = model_config.get_text_config()
     try:
-        from transformers.initialization import no_init_weights  # which takes half of the time, and is for values
-
         with _parameters_on_meta(), no_init_weights():
             model = model_class._from_config(model_config, dtype=dtype)  # sdpa where it can, as from_pretrained
     except (ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
